@@ -1,0 +1,32 @@
+//! The two clocks: UTC for people and superblocks, monotonic for durations.
+
+use std::time::{Duration, Instant};
+
+/// UTC now, as nanoseconds since 1970 (0 for a clock set before that).
+#[must_use]
+pub fn utc_now_ns() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0)
+}
+
+/// RFC 3339 text of a UTC time in nanoseconds since 1970, or None where out of range.
+#[must_use]
+pub fn utc_text(ns: u64) -> Option<String> {
+    jiff::Timestamp::from_nanosecond(i128::from(ns)).ok().map(|t| t.to_string())
+}
+
+/// Measures a duration from its creation.
+#[derive(Clone, Copy, Debug)]
+pub struct Stopwatch(Instant);
+
+impl Stopwatch {
+    /// Starts now.
+    #[must_use]
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+    /// Time since the start.
+    #[must_use]
+    pub fn elapsed(self) -> Duration {
+        self.0.elapsed()
+    }
+}

@@ -1,0 +1,285 @@
+//! One error type for the whole crate: a stable kind, what failed on what, what state is left,
+//! what to do next, and the cause.
+//!
+//! Callers match [`ErrorKind`], never text. The errno of the first failed system call survives in
+//! the source chain and is found by [`Error::errno`].
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+
+/// Result with the crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something failed, as far as a caller may act on it. Decides the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The command line cannot be carried out as written (exit code 2).
+    Usage,
+    /// The state of the system forbids it: mounted, too small, unsupported stack (exit code 3).
+    Refused,
+    /// Data was read whole but is wrong: checksum, magic, truncation (exit code 4).
+    BadData,
+    /// A signal asked us to stop and everything was put back (exit code 130).
+    Interrupted,
+    /// A read, write or sync failed.
+    Io,
+    /// No space left where bytes had to go.
+    NoSpace,
+    /// The kernel refused or answered nonsense: an ioctl, a table, a status line.
+    Kernel,
+    /// The snapshot became invalid: its store failed or filled up.
+    StoreInvalid,
+    /// A time limit ran out (freeze budget, udev, a hook).
+    Timeout,
+    /// Something outside us failed: a hook, an external process.
+    External,
+}
+
+impl ErrorKind {
+    /// The process's exit code for this kind (see the README's table).
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Usage => 2,
+            Self::Refused => 3,
+            Self::BadData => 4,
+            Self::Interrupted => 130,
+            _ => 1,
+        }
+    }
+
+    /// Stable lower-case name, used in JSON output.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Usage => "usage",
+            Self::Refused => "refused",
+            Self::BadData => "bad-data",
+            Self::Interrupted => "interrupted",
+            Self::Io => "io",
+            Self::NoSpace => "no-space",
+            Self::Kernel => "kernel",
+            Self::StoreInvalid => "store-invalid",
+            Self::Timeout => "timeout",
+            Self::External => "external",
+        }
+    }
+}
+
+type Source = Box<dyn StdError + Send + Sync + 'static>;
+
+#[derive(Debug)]
+struct Inner {
+    kind: ErrorKind,
+    what: String,
+    state: Option<String>,
+    next: Option<String>,
+    undo: Vec<Error>,
+    source: Option<Source>,
+}
+
+/// An error: kind, what failed on what, state left, next step, failed undos, cause.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+impl Error {
+    /// A new error; `what` says what failed, on what: "read of 4096 bytes at 8192 of /dev/sda".
+    pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            what: what.into(),
+            state: None,
+            next: None,
+            undo: Vec::new(),
+            source: None,
+        }))
+    }
+
+    /// [`ErrorKind::Io`] (or [`ErrorKind::NoSpace`] for ENOSPC/EDQUOT) with its cause.
+    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
+        let kind = match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
+        Self::new(kind, what).with_source(source)
+    }
+
+    /// [`ErrorKind::Refused`].
+    pub fn refused(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Refused, what)
+    }
+
+    /// [`ErrorKind::BadData`].
+    pub fn bad_data(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::BadData, what)
+    }
+
+    /// [`ErrorKind::Usage`].
+    pub fn usage(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Usage, what)
+    }
+
+    /// [`ErrorKind::Kernel`] with its cause.
+    pub fn kernel(what: impl Into<String>, source: impl Into<Source>) -> Self {
+        Self::new(ErrorKind::Kernel, what).with_source(source)
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Source>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// Adds the state things are left in: "the origin is untouched".
+    #[must_use]
+    pub fn state(mut self, state: impl Into<String>) -> Self {
+        self.0.state = Some(state.into());
+        self
+    }
+
+    /// Adds what the user should do next.
+    #[must_use]
+    pub fn next(mut self, next: impl Into<String>) -> Self {
+        self.0.next = Some(next.into());
+        self
+    }
+
+    /// Adds an undo step that failed too; both are reported.
+    #[must_use]
+    pub fn with_failed_undo(mut self, undo: Error) -> Self {
+        self.0.undo.push(undo);
+        self
+    }
+
+    /// Puts this error beneath a wider description, keeping kind, state, next step and undo errors.
+    #[must_use]
+    pub fn context(mut self, what: impl Into<String>) -> Self {
+        let inner = std::mem::take(&mut self.0.what);
+        self.0.what = format!("{}: {inner}", what.into());
+        self
+    }
+
+    /// The kind.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Replaces the kind, where a caller knows better than the callee what it means.
+    #[must_use]
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
+    /// What failed, on what.
+    #[must_use]
+    pub fn what(&self) -> &str {
+        &self.0.what
+    }
+
+    /// The state things are left in, if said.
+    #[must_use]
+    pub fn state_left(&self) -> Option<&str> {
+        self.0.state.as_deref()
+    }
+
+    /// What to do next, if said.
+    #[must_use]
+    pub fn next_step(&self) -> Option<&str> {
+        self.0.next.as_deref()
+    }
+
+    /// Undo steps that failed after the cause.
+    #[must_use]
+    pub fn failed_undos(&self) -> &[Error] {
+        &self.0.undo
+    }
+
+    /// The first errno in the source chain.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        let mut at: Option<&(dyn StdError + 'static)> = self.source();
+        while let Some(cause) = at {
+            if let Some(io) = cause.downcast_ref::<io::Error>()
+                && let Some(errno) = io.raw_os_error()
+            {
+                return Some(errno);
+            }
+            if let Some(errno) = cause.downcast_ref::<nix::errno::Errno>() {
+                return Some(*errno as i32);
+            }
+            at = cause.source();
+        }
+        None
+    }
+}
+
+impl fmt::Display for Error {
+    /// `what: cause`, one line; state, next step and failed undos are the caller's to lay out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.what)?;
+        let mut at = self.source();
+        while let Some(cause) = at {
+            write!(f, ": {cause}")?;
+            // Our own Display already walks its chain.
+            if cause.is::<Error>() {
+                break;
+            }
+            at = cause.source();
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match &self.0.source {
+            Some(source) => Some(source.as_ref()),
+            None => None,
+        }
+    }
+}
+
+/// Context for foreign results.
+pub trait ResultExt<T> {
+    /// Turns a foreign error into [`Error::io`] with what failed on what.
+    fn io_context(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> ResultExt<T> for io::Result<T> {
+    fn io_context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| Error::io(what(), source))
+    }
+}
+
+impl<T> ResultExt<T> for nix::Result<T> {
+    fn io_context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|errno| Error::io(what(), io::Error::from(errno)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errno_survives_two_levels() {
+        let low = Error::io("write", io::Error::from_raw_os_error(libc::ENOSPC));
+        let high = Error::new(ErrorKind::Io, "copy").with_source(low);
+        assert_eq!(high.errno(), Some(libc::ENOSPC));
+        assert!(high.to_string().starts_with("copy: write: No space left"));
+    }
+
+    #[test]
+    fn exit_codes_are_as_documented() {
+        assert_eq!(ErrorKind::Usage.exit_code(), 2);
+        assert_eq!(ErrorKind::Refused.exit_code(), 3);
+        assert_eq!(ErrorKind::BadData.exit_code(), 4);
+        assert_eq!(ErrorKind::Interrupted.exit_code(), 130);
+        assert_eq!(ErrorKind::StoreInvalid.exit_code(), 1);
+    }
+}

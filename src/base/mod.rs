@@ -1,0 +1,12 @@
+//! What everything else stands on: errors, units, checked arithmetic, checksums, limits, clock.
+//!
+//! Pure except [`clock`]; must not import any other module of the crate.
+
+pub mod checksum;
+pub mod clock;
+pub mod error;
+pub mod limits;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result, ResultExt};
+pub use units::{Bytes, ChunkIx, ChunkSize, Sectors, SegmentIx, SegmentSize};

@@ -1,0 +1,73 @@
+//! What a running copy tells its observer. Plain values: `cli` draws them, scripts get them as JSON.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::base::Bytes;
+
+/// A phase of a copy, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Store, devices and watchdog are being set up.
+    Prepare,
+    /// Freeze, suspend, switch, resume, thaw.
+    Instant,
+    /// The fuzzy copy: reading the origin below the snapshot.
+    Data,
+    /// Originals are laid over it or appended.
+    Originals,
+    /// Re-reading the secondary.
+    Verify,
+    /// Syncing, renaming, putting the origin's table back.
+    Finish,
+}
+
+/// The COW store's state at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StoreFill {
+    /// Bytes allocated in the store, metadata included.
+    pub used_bytes: Bytes,
+    /// Bytes the store has now.
+    pub total_bytes: Bytes,
+    /// Of those, the RAM head.
+    pub ram_bytes: Bytes,
+    /// Exceptions, as far as known.
+    pub exceptions: u64,
+    /// Measured fill rate, bytes per second.
+    pub fill_bytes_per_second: u64,
+}
+
+/// One progress message.
+#[allow(missing_docs)] // the variants say what their fields are
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A phase begins; `total` bytes of work where known.
+    Phase { phase: Phase, total: Option<Bytes> },
+    /// Bytes of the current phase done so far.
+    Progress { phase: Phase, done: Bytes, total: Option<Bytes> },
+    /// The store's state.
+    Store(StoreFill),
+    /// How long filesystems were frozen and the origin was suspended at the instant.
+    Instant { utc_ns: u64, frozen: Duration, suspended: Duration },
+    /// Something a person should read once.
+    Note { text: String },
+    /// Something a person should worry about.
+    Warning { text: String },
+}
+
+/// Receives events; called from the copying thread and from the store's monitor.
+pub trait Observer: Send + Sync {
+    /// Must not block for long.
+    fn event(&self, event: &Event);
+}
+
+/// An observer that drops everything.
+#[derive(Debug, Default)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&self, _event: &Event) {}
+}

@@ -1,0 +1,136 @@
+//! The engine trait: many transfers in flight, each owning its buffer until it is complete.
+//!
+//! Invariants that every engine keeps, and the shared suite checks:
+//! - a [`Request`] moves its [`Buffer`] in; the [`Completion`] with the same token moves it out,
+//!   exactly once, whether it succeeded or not;
+//! - a transfer completes only when all of its pieces are whole or one has failed and no piece is
+//!   still in the kernel's hands; short transfers are resumed inside;
+//! - requests may complete in any order; [`Place::Stream`] transfers of one file must be submitted
+//!   one at a time by the caller;
+//! - dropping an engine first waits for what is in flight (or leaks its memory, never frees it).
+
+use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::OwnedFd;
+
+use crate::base::{Bytes, Result};
+use crate::extent::Extent;
+use crate::sys::aligned::AlignedBuffer;
+
+/// A file as the engine knows it, valid for the engine that gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileIx(pub u16);
+
+/// A buffer of the engine's pool: aligned for direct I/O, registered with the kernel where the
+/// engine can.
+#[derive(Debug)]
+pub struct Buffer {
+    memory: AlignedBuffer,
+    index: u16,
+}
+
+impl Buffer {
+    /// For engines: `index` is the buffer's registration.
+    #[must_use]
+    pub fn new(memory: AlignedBuffer, index: u16) -> Self {
+        Self { memory, index }
+    }
+    /// The registration index.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.memory
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory
+    }
+}
+
+/// Where in a file a piece lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// At a byte offset.
+    At(Bytes),
+    /// At the stream's own position: pipes.
+    Stream,
+}
+
+/// A part of a buffer and the place it goes to or comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The bytes of the buffer.
+    pub range: Range<usize>,
+    /// Where they are in the file.
+    pub place: Place,
+}
+
+/// Work for an engine. `token` is the caller's, returned in the completion.
+#[derive(Debug)]
+#[allow(missing_docs)] // the variants say what their fields are
+pub enum Request {
+    /// Fill the pieces of `buffer` from `file`. End of file before a piece is whole is an error.
+    Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
+    /// Write the pieces of `buffer` to `file`.
+    Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
+    /// Make `extent` of `file` read as zeros: a hole in a regular file, BLKZEROOUT semantics on a
+    /// block device (ordinary writes of zeros where neither is supported).
+    Zero { token: u64, file: FileIx, extent: Extent },
+    /// Make all completed writes to `file` durable (fsync).
+    Sync { token: u64, file: FileIx },
+}
+
+/// The end of one request.
+#[derive(Debug)]
+pub struct Completion {
+    /// The request's token.
+    pub token: u64,
+    /// The request's buffer, for reads and writes.
+    pub buffer: Option<Buffer>,
+    /// The first failure of its pieces, with file description, offset and errno.
+    pub result: Result<()>,
+}
+
+/// Sizes of an engine.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Buffers in the pool.
+    pub buffer_count: u16,
+    /// Length of each, a multiple of 4 KiB.
+    pub buffer_bytes: Bytes,
+}
+
+/// See the module's head.
+pub trait Engine {
+    /// "io_uring", "sync", "memory": for logs and reports.
+    fn name(&self) -> &'static str;
+    /// Registers a file; `description` names it in errors ("/dev/vdb"). Alignment is the caller's:
+    /// if the file was opened with O_DIRECT all pieces must fit its logical block.
+    fn add_file(&mut self, file: OwnedFd, description: &str) -> Result<FileIx>;
+    /// A free buffer, or None when all are in use.
+    fn take_buffer(&mut self) -> Option<Buffer>;
+    /// Gives a buffer back to the pool.
+    fn give_buffer(&mut self, buffer: Buffer);
+    /// Queues a request; may hand it to the kernel at once or on the next [`Engine::wait`].
+    ///
+    /// # Errors
+    /// Only when the engine itself is broken; the request's own failure comes in its completion.
+    fn submit(&mut self, request: Request) -> Result<()>;
+    /// Waits for the next completion. None when nothing is in flight.
+    ///
+    /// # Errors
+    /// Only when the engine itself is broken.
+    fn wait(&mut self) -> Result<Option<Completion>>;
+    /// Like [`Engine::wait`], but gives up after `timeout`: `Ok(None)` with requests in flight means
+    /// that it ran out.
+    fn wait_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Completion>>;
+    /// Requests submitted and not yet completed.
+    fn in_flight(&self) -> usize;
+}

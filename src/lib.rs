@@ -1,0 +1,34 @@
+//! Tidemark: exact copies of live Linux block devices with the stock kernel.
+//!
+//! # Layers
+//!
+//! Imports go strictly down; siblings do not import each other: what they share moves down.
+//! `tests/tidy.rs` enforces this table.
+//!
+//! | layer | modules | question it answers |
+//! |---|---|---|
+//! | L0 | [`base`] | units, checked arithmetic, checksums, limits, errors, clock |
+//! | L0 | [`sys`] | the only `unsafe` code: buffers, ring, ioctls, probes (may use [`base`]) |
+//! | L1 | [`format`](mod@format) | bytes <-> structs, pure |
+//! | L1 | [`extent`] | extent sets and block lists, pure |
+//! | L2 | [`io`] | block reading and writing: traits and engines |
+//! | L2 | [`dm`] | device-mapper: targets, tables, devices, steps with undo |
+//! | L3 | [`store`] | the COW store: RAM head, tail, growth, exceptions, originals |
+//! | L3 | [`volume`] | what an origin is: resolve, mounts, freeze |
+//! | L3 | [`secondary`] | where a copy goes: raw device, raw file, archive, pipe |
+//! | L4 | [`copy`] | schedule, copier, overlay, verify, progress events |
+//! | L5 | [`op`] | the use cases: observe, plan, run |
+//! | L6 | [`cli`] | arguments, output, exit codes |
+
+pub mod base;
+pub mod cli;
+pub mod copy;
+pub mod dm;
+pub mod extent;
+pub mod format;
+pub mod io;
+pub mod op;
+pub mod secondary;
+pub mod store;
+pub mod sys;
+pub mod volume;

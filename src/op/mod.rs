@@ -1,0 +1,3 @@
+//! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
+
+pub mod request;

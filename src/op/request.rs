@@ -1,0 +1,94 @@
+//! What the user asked for, resolved once by `cli`, as plain values.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::base::{Bytes, ChunkSize, SegmentSize};
+
+/// The form of the secondary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecondaryFormat {
+    /// Byte for byte.
+    Raw,
+    /// Framed segments (see the archive's FORMAT.md).
+    Archive,
+}
+
+/// What happens with originals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Originals {
+    /// Written over the fuzzy data.
+    Overlay,
+    /// Put behind the data, for restore to apply last (archives only).
+    Append,
+}
+
+/// Where the secondary is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecondaryTarget {
+    /// Standard output.
+    Pipe,
+    /// A block device or a file (told apart when it is opened).
+    Path(PathBuf),
+}
+
+/// Where the COW store's tail is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StoreRequest {
+    /// A directory (a file is made in it), a file to be made, or a block device; default
+    /// /var/lib/tidemark.
+    pub tail: Option<PathBuf>,
+    /// Largest size the store may grow to, tail and head together; default: what the origin's size
+    /// can need at most.
+    pub size_max: Option<Bytes>,
+    /// Size of the RAM head; zero for none; default from free memory.
+    pub ram: Option<Bytes>,
+    /// Keep the store (and the kernel's metadata in it) after the copy.
+    pub keep: bool,
+}
+
+/// Commands run around the instant with `sh -c`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Hooks {
+    /// Before anything is frozen; a failure aborts the copy.
+    pub before: Option<String>,
+    /// At the instant; gets TIDEMARK_ORIGIN_BELOW; killed past the freeze budget.
+    pub frozen: Option<String>,
+    /// After the thaw; a failure is reported and does not undo the copy.
+    pub after: Option<String>,
+}
+
+/// `tidemark copy`.
+#[derive(Clone, Debug, Serialize)]
+pub struct CopyRequest {
+    /// A volume's name, a device or a regular file.
+    pub origin: PathBuf,
+    /// Where to.
+    pub secondary: SecondaryTarget,
+    /// In which form.
+    pub format: SecondaryFormat,
+    /// Where originals go.
+    pub originals: Originals,
+    /// The COW store.
+    pub store: StoreRequest,
+    /// Unit of copy-on-write.
+    pub chunk: ChunkSize,
+    /// Unit of copying and framing; None: 1 MiB, more for very large devices.
+    pub segment: Option<SegmentSize>,
+    /// Bytes per second at most.
+    pub rate: Option<Bytes>,
+    /// Re-read the secondary and compare checksums.
+    pub verify: bool,
+    /// Longest time that filesystems may be frozen or the origin suspended.
+    pub freeze_budget: Duration,
+    /// Hooks.
+    pub hooks: Hooks,
+    /// A file in the way may be replaced, a device overwritten.
+    pub replace: bool,
+}

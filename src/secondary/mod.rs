@@ -1,0 +1,1 @@
+//! Where a copy goes: raw device, raw file, archive, pipe.

@@ -1,0 +1,1 @@
+//! Device-mapper calls issued without a udev cookie wait: suspend, resume, remove, rename.

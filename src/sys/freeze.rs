@@ -1,0 +1,1 @@
+//! Filesystem freeze and thaw (FIFREEZE, FITHAW), syncfs.

@@ -1,0 +1,1 @@
+//! Loop devices: attach with direct I/O, grow, detach.

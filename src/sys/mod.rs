@@ -1,0 +1,13 @@
+//! The only unsafe code: what the kernel offers, made safe, one wrapper per call.
+//!
+//! May use [`base`](crate::base) and nothing else of the crate. Decides no policy: a caller says
+//! what to do, this module says what the kernel answered, errno included.
+
+pub mod aligned;
+pub mod block;
+pub mod dm_ioctl;
+pub mod freeze;
+pub mod loop_device;
+pub mod process;
+pub mod ring;
+pub mod semaphore;

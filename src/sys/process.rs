@@ -1,0 +1,1 @@
+//! The process itself: memory locking, signals, parent death, pidfds.

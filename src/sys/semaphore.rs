@@ -1,0 +1,1 @@
+//! System V semaphores of udev cookies, waited for with a time limit.
