@@ -64,3 +64,14 @@ impl fmt::Display for Extent {
         write!(f, "{}..{}", self.start.get(), self.end.get())
     }
 }
+
+/// An original as the COW store holds it: what `extent` of the origin held at the instant lies at
+/// `store_offset` of the store. Both are multiples of the chunk size, except the end of the origin's
+/// last chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Original {
+    /// Where on the origin.
+    pub extent: Extent,
+    /// Where in the store, in bytes.
+    pub store_offset: Bytes,
+}
