@@ -2,4 +2,21 @@
 //!
 //! Sees extents, `io` traits and secondaries; never device-mapper: `op` wires them.
 
+mod append;
+#[cfg(test)]
+mod chaos;
+mod checksums;
+mod driver;
+mod fuzzy;
+pub mod job;
+mod origin;
+mod overlay;
 pub mod progress;
+pub mod schedule;
+#[cfg(test)]
+mod tests;
+mod throttle;
+mod verify;
+
+pub use job::{CopyJob, CopyReport, OriginalsProvider, engine_config, run};
+pub use schedule::segment_size_for;

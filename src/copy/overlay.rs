@@ -1,0 +1,316 @@
+//! Laying the originals over the fuzzy copy.
+//!
+//! Originals come in batches. Each batch is sorted by destination, adjacent ones are merged, and they
+//! are grouped by segment; a segment is one job that owns one buffer: (read the segment back, where
+//! its checksum is kept;) read its originals from the store into their places; write what changed.
+//!
+//! Invariants:
+//! - writes to one segment are never in flight together: a segment is one job in a batch, and a batch
+//!   ends before the next begins;
+//! - memory: one batch, and the engine's buffers;
+//! - a segment that is read back is checked before anything is laid over it.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::checksums::Checksums;
+use super::driver::{Driver, Sink};
+use super::job::OriginalsProvider;
+use super::origin::{payload, payload_position, zero_gaps};
+use super::schedule::{Schedule, Work};
+use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
+use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx};
+use crate::extent::{Extent, Original};
+use crate::io::{Buffer, Completion, FileIx, Piece, Place};
+use crate::secondary::{Secondary, Segment, is_zero, zero_padding};
+
+/// What was laid over or appended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OriginalsStats {
+    pub(super) count: u64,
+    pub(super) bytes: Bytes,
+}
+
+/// Where originals come from while they are worked through.
+pub(super) struct Store<'a> {
+    pub(super) provider: &'a mut dyn OriginalsProvider,
+    pub(super) file: FileIx,
+}
+
+impl Store<'_> {
+    /// The next batch, arranged; None at the end.
+    pub(super) fn next_batch(&mut self, schedule: &Schedule) -> Result<Option<Vec<Original>>> {
+        let batch = self.provider.next_batch(EXCEPTION_BATCH_MAX)?;
+        if batch.is_empty() { Ok(None) } else { arrange(batch, schedule).map(Some) }
+    }
+}
+
+/// Sorts a batch by destination, and cuts it to the block list.
+///
+/// # Errors
+/// [`ErrorKind::Kernel`] where two originals claim one byte, or one lies behind the origin's end: the
+/// store does not say what it should.
+fn arrange(mut batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> {
+    batch.sort_unstable();
+    for pair in batch.windows(2) {
+        if pair[0].extent.overlaps(pair[1].extent) {
+            return Err(nonsense(format!("two originals for {}", pair[1].extent)));
+        }
+    }
+    if let Some(last) = batch.last().filter(|last| last.extent.end() > schedule.size()) {
+        return Err(nonsense(format!("an original at {} behind the origin's end", last.extent)));
+    }
+    let listed = |original: &Original| schedule.parts_of(original.extent);
+    if batch.iter().all(|original| listed(original) == [original.extent]) {
+        return Ok(batch);
+    }
+    let cut = |original: &Original| {
+        let original = *original;
+        listed(&original).into_iter().map(move |part| Original {
+            extent: part,
+            store_offset: original.store_offset + (part.start() - original.extent.start()),
+        })
+    };
+    Ok(batch.iter().flat_map(cut).collect())
+}
+
+fn nonsense(what: String) -> Error {
+    Error::new(ErrorKind::Kernel, format!("the store holds {what}"))
+        .next("this should not happen: keep the store (--keep-store) and report it")
+}
+
+/// What to read from the store so that `originals` lie at `positions` of a buffer: pieces that
+/// continue each other on both sides are merged, ends are rounded up to what direct I/O takes.
+pub(super) fn store_pieces(originals: impl Iterator<Item = (Original, usize)>) -> Vec<Piece> {
+    let mut pieces: Vec<(Range<usize>, Bytes)> = Vec::new();
+    for (original, position) in originals {
+        let length = original.extent.length().align_up(DIRECT_IO_ALIGN).as_len();
+        match pieces.last_mut() {
+            Some((range, offset))
+                if range.end == position
+                    && *offset + Bytes::from_len(range.len()) == original.store_offset =>
+            {
+                range.end += length;
+            }
+            _ => pieces.push((position..position + length, original.store_offset)),
+        }
+    }
+    pieces.into_iter().map(|(range, offset)| Piece { range, place: Place::At(offset) }).collect()
+}
+
+/// The extents of `originals`, adjacent ones merged.
+fn merged(originals: &[Original]) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for original in originals {
+        let extent = original.extent;
+        match extents.last_mut() {
+            Some(last) if last.end() == extent.start() => {
+                *last = Extent::new(last.start(), extent.end()).expect("two neighbours are not empty");
+            }
+            _ => extents.push(extent),
+        }
+    }
+    extents
+}
+
+/// Cuts originals at segment boundaries: a chunk may be larger than a segment.
+fn cut_at_segments(originals: Vec<Original>, schedule: &Schedule) -> Vec<Original> {
+    let segment = schedule.segment();
+    let crosses = |original: &Original| {
+        segment.index_of(original.extent.start()) != segment.index_of(original.extent.end() - Bytes(1))
+    };
+    if !originals.iter().any(crosses) {
+        return originals;
+    }
+    let mut cut = Vec::with_capacity(originals.len());
+    for original in originals {
+        let mut at = original.extent.start();
+        while at < original.extent.end() {
+            let end = original.extent.end().min(at.align_down(segment.bytes()) + segment.bytes());
+            cut.push(Original {
+                extent: Extent::new(at, end).expect("the loop ends at the extent's end"),
+                store_offset: original.store_offset + (at - original.extent.start()),
+            });
+            at = end;
+        }
+    }
+    cut
+}
+
+/// The originals of one segment.
+struct Group {
+    work: Work,
+    range: Range<usize>,
+}
+
+enum Step {
+    /// The segment itself is being read back.
+    Reread(Group),
+    /// Its originals are being read.
+    Fetch(Group),
+}
+
+struct Overlay<'a, 'd> {
+    driver: &'a mut Driver<'d>,
+    store: FileIx,
+    secondary: &'a mut dyn Secondary,
+    sink: &'a mut Sink,
+    checksums: &'a mut Checksums,
+    originals: Vec<Original>,
+    reads: HashMap<u64, Step>,
+}
+
+/// Lays every original of `store` over the secondary; see the module's head.
+pub(super) fn run(
+    driver: &mut Driver<'_>,
+    store: &mut Store<'_>,
+    schedule: &Schedule,
+    secondary: &mut dyn Secondary,
+    sink: &mut Sink,
+    checksums: &mut Checksums,
+) -> Result<OriginalsStats> {
+    let mut stats = OriginalsStats::default();
+    while let Some(batch) = store.next_batch(schedule)? {
+        stats.count += Bytes::from_len(batch.len()).get();
+        stats.bytes += batch.iter().map(|original| original.extent.length()).sum();
+        let mut overlay = Overlay {
+            driver,
+            store: store.file,
+            secondary,
+            sink,
+            checksums,
+            originals: cut_at_segments(batch, schedule),
+            reads: HashMap::new(),
+        };
+        overlay.run_batch(schedule)?;
+    }
+    Ok(stats)
+}
+
+impl Overlay<'_, '_> {
+    fn run_batch(&mut self, schedule: &Schedule) -> Result<()> {
+        let mut next = 0;
+        loop {
+            while next < self.originals.len() && self.sink.has_room() {
+                let Some(buffer) = self.driver.engine.take_buffer() else { break };
+                let group = self.group_at(next, schedule);
+                next = group.range.end;
+                self.start(group, buffer)?;
+            }
+            match self.driver.next(None)? {
+                Some(completion) => self.complete(completion)?,
+                None if next < self.originals.len() => return Err(self.driver.out_of_buffers()),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// The group that begins with original `first`.
+    fn group_at(&self, first: usize, schedule: &Schedule) -> Group {
+        let segment_of = |original: &Original| schedule.segment().index_of(original.extent.start());
+        let ix: SegmentIx = segment_of(&self.originals[first]);
+        let count = self.originals[first..].partition_point(|original| segment_of(original) == ix);
+        let work = schedule.work(ix).expect("an original was cut to the block list");
+        Group { work, range: first..first + count }
+    }
+
+    fn segment<'w>(work: &'w Work, crc: Option<u32>, zero: bool) -> Segment<'w> {
+        Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero }
+    }
+
+    /// True where the whole segment must be in the buffer.
+    fn is_whole(&self) -> bool {
+        self.secondary.is_framed() || self.checksums.is_kept()
+    }
+
+    fn start(&mut self, group: Group, mut buffer: Buffer) -> Result<()> {
+        if !self.is_whole() {
+            return self.fetch(group, buffer);
+        }
+        zero_gaps(&group.work, &mut buffer);
+        match self.secondary.stored(&Self::segment(&group.work, None, false)) {
+            None => {
+                let length = group.work.extent.length().as_len();
+                buffer[crate::secondary::PAYLOAD_OFFSET..][..length].fill(0);
+                self.fetch(group, buffer)
+            }
+            Some(pieces) => {
+                let token = self.driver.read(self.sink.file, buffer, pieces)?;
+                self.reads.insert(token, Step::Reread(group));
+                Ok(())
+            }
+        }
+    }
+
+    fn fetch(&mut self, group: Group, buffer: Buffer) -> Result<()> {
+        let base = group.work.extent.start();
+        let placed = self.originals[group.range.clone()]
+            .iter()
+            .map(|original| (*original, payload_position(base, original.extent.start())));
+        let pieces = store_pieces(placed);
+        let token = self.driver.read(self.store, buffer, pieces)?;
+        self.reads.insert(token, Step::Fetch(group));
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<()> {
+        let Some(completion) = self.sink.complete(self.driver, completion)? else { return Ok(()) };
+        let step = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
+        let buffer = completion.buffer.expect("a read gives its buffer back");
+        match step {
+            Step::Reread(group) => {
+                completion.result.map_err(|error| error.context("reading the secondary back failed"))?;
+                self.check(&group.work, &buffer)?;
+                self.fetch(group, buffer)
+            }
+            Step::Fetch(group) => {
+                completion
+                    .result
+                    .map_err(|error| error.context("reading originals from the store failed"))?;
+                self.lay_over(&group, buffer)
+            }
+        }
+    }
+
+    fn check(&self, work: &Work, memory: &[u8]) -> Result<()> {
+        self.secondary.check_stored(&Self::segment(work, self.checksums.get(work.ix), false), memory)?;
+        check_crc(self.checksums, work, memory, self.secondary.description())
+    }
+
+    fn lay_over(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
+        let originals = &self.originals[group.range.clone()];
+        // The last original was read to a whole block; behind the origin's end the payload is zero.
+        zero_padding(&mut buffer, payload_position(group.work.extent.start(), group.work.extent.end()));
+        let changed = merged(originals);
+        let (mut crc, mut zero) = (None, false);
+        if self.is_whole() {
+            let data = payload(&group.work, &buffer);
+            zero = is_zero(data);
+            let value = self.checksums.of(data, zero);
+            self.checksums.set(group.work.ix, value);
+            crc = Some(value);
+        }
+        let bytes = changed.iter().map(|extent| extent.length()).sum();
+        let placement =
+            self.secondary.overlay(&Self::segment(&group.work, crc, zero), &changed, &mut buffer)?;
+        self.sink.put(self.driver, buffer, placement)?;
+        self.driver.advance(bytes);
+        Ok(())
+    }
+}
+
+/// Compares a payload that was read back with the checksum kept for it, if any.
+pub(super) fn check_crc(checksums: &Checksums, work: &Work, memory: &[u8], secondary: &str) -> Result<()> {
+    let Some(expected) = checksums.get(work.ix) else { return Ok(()) };
+    let data = payload(work, memory);
+    let found = checksums.of(data, is_zero(data));
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::bad_data(format!(
+        "{secondary} does not hold what was written to it: the segment at {} of the origin has CRC-32C \
+         {found:08x}, {expected:08x} was written",
+        work.extent
+    ))
+    .next("do not use this copy: check the secondary's medium and its cabling, and copy again"))
+}

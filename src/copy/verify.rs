@@ -1,0 +1,125 @@
+//! Does the secondary hold what was written to it? Re-reads every segment and compares its CRC-32C
+//! with the one computed when it was written; an archive's own blocks are decoded as well.
+//!
+//! Reads past the page cache (direct I/O; where a filesystem has none, the cache was dropped after
+//! the sync). Writes nothing.
+
+use std::collections::HashMap;
+
+use super::checksums::Checksums;
+use super::driver::Driver;
+use super::origin::{payload, zero_gaps};
+use super::overlay::check_crc;
+use super::progress::Phase;
+use super::schedule::{Schedule, Work};
+use crate::base::{Bytes, Result};
+use crate::io::{Buffer, Completion, FileIx};
+use crate::secondary::{PAYLOAD_OFFSET, Secondary, Segment};
+
+enum Read {
+    Segment(Work),
+    Extra(u64),
+}
+
+struct Verify<'a, 'd> {
+    driver: &'a mut Driver<'d>,
+    secondary: &'a dyn Secondary,
+    checksums: &'a Checksums,
+    file: FileIx,
+    reads: HashMap<u64, Read>,
+    bytes: Bytes,
+}
+
+/// Verifies everything in `schedule`; answers the bytes compared.
+pub(super) fn run(
+    driver: &mut Driver<'_>,
+    schedule: &Schedule,
+    secondary: &dyn Secondary,
+    file: FileIx,
+    checksums: &Checksums,
+) -> Result<Bytes> {
+    driver.begin_phase(Phase::Verify, Some(schedule.total()));
+    let mut verify = Verify { driver, secondary, checksums, file, reads: HashMap::new(), bytes: Bytes::ZERO };
+    let mut works = schedule.works().map(Read::Segment);
+    let mut extras = 0u64;
+    let mut next = works.next();
+    loop {
+        if next.is_none() && secondary.extra(extras).is_some() {
+            next = Some(Read::Extra(extras));
+            extras += 1;
+        }
+        if let Some(read) = next.take() {
+            let Some(buffer) = verify.driver.engine.take_buffer() else {
+                next = Some(read);
+                match verify.driver.next(None)? {
+                    Some(completion) => verify.complete(completion)?,
+                    None => return Err(verify.driver.out_of_buffers()),
+                }
+                continue;
+            };
+            verify.start(read, buffer)?;
+            next = works.next();
+            continue;
+        }
+        match verify.driver.next(None)? {
+            Some(completion) => verify.complete(completion)?,
+            None => break,
+        }
+    }
+    verify.driver.end_phase();
+    Ok(verify.bytes)
+}
+
+impl Verify<'_, '_> {
+    fn start(&mut self, read: Read, mut buffer: Buffer) -> Result<()> {
+        let pieces = match &read {
+            Read::Extra(unit) => self.secondary.extra(*unit),
+            Read::Segment(work) => {
+                zero_gaps(work, &mut buffer);
+                self.secondary.stored(&segment(work, None))
+            }
+        };
+        match (pieces, read) {
+            (Some(pieces), read) => {
+                let token = self.driver.read(self.file, buffer, pieces)?;
+                self.reads.insert(token, read);
+            }
+            (None, Read::Segment(work)) => {
+                // Nothing is stored for a segment of zeros; its checksum must say the same.
+                let length = work.extent.length().as_len();
+                buffer[PAYLOAD_OFFSET..PAYLOAD_OFFSET + length].fill(0);
+                self.compare(&work, &buffer)?;
+                self.driver.engine.give_buffer(buffer);
+            }
+            (None, Read::Extra(_)) => self.driver.engine.give_buffer(buffer),
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<()> {
+        let read = self.reads.remove(&completion.token).expect("every token is a read's");
+        completion.result.map_err(|error| error.context("re-reading the secondary failed"))?;
+        let buffer = completion.buffer.expect("a read gives its buffer back");
+        match read {
+            Read::Segment(work) => {
+                let crc = self.checksums.get(work.ix);
+                self.secondary.check_stored(&segment(&work, crc), &buffer)?;
+                self.compare(&work, &buffer)?;
+            }
+            Read::Extra(unit) => self.secondary.check_extra(unit, &buffer)?,
+        }
+        self.driver.engine.give_buffer(buffer);
+        Ok(())
+    }
+
+    fn compare(&mut self, work: &Work, memory: &[u8]) -> Result<()> {
+        check_crc(self.checksums, work, memory, self.secondary.description())?;
+        self.bytes += Bytes::from_len(payload(work, memory).len());
+        self.driver.advance(work.valid_bytes());
+        Ok(())
+    }
+}
+
+fn segment(work: &Work, crc: Option<u32>) -> Segment<'_> {
+    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero: false }
+}

@@ -1,0 +1,314 @@
+//! A regular file that gets its name only when it is complete: how does a result appear at once?
+//!
+//! Invariants:
+//! - until [`PartialFile::publish`] the bytes are under `.NAME.tidemark-partial.<id>` in the final
+//!   directory, and nothing is under the final name that was not there before;
+//! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final
+//!   name or a complete file under it;
+//! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
+//!   name only.
+//!
+//! Must not look at the bytes, and never writes to a file that it did not create.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
+use crate::base::{Error, ErrorKind, Result, ResultExt as _};
+
+/// A file under construction; see the module's head.
+#[derive(Debug)]
+pub struct PartialFile {
+    file: File,
+    partial: PathBuf,
+    target: PathBuf,
+    directory: PathBuf,
+    replace: bool,
+    published: bool,
+    direct: bool,
+}
+
+impl PartialFile {
+    /// Creates the partial file beside `target`, with direct I/O where the filesystem takes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where `target` exists and `replace` is false, or is neither absent nor
+    /// a regular file; [`ErrorKind::Usage`] where it names no file; I/O errors otherwise.
+    pub fn create(target: &Path, replace: bool) -> Result<Self> {
+        let target = resolve(target)?;
+        match fs::symlink_metadata(&target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(format!("look at {}", target.display()), error)),
+            Ok(found) if !found.is_file() => {
+                return Err(Error::refused(format!("{} exists and is not a regular file", target.display()))
+                    .next("name a file that does not exist yet, a block device, or - for standard output"));
+            }
+            Ok(_) if !replace => return Err(exists(&target)),
+            Ok(_) => {}
+        }
+        let (Some(directory), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(Error::usage(format!("{} does not name a file", target.display())));
+        };
+        let mut partial_name = OsString::from(".");
+        partial_name.push(name);
+        partial_name.push(format!(".tidemark-partial.{}", &uuid::Uuid::new_v4().simple().to_string()[..12]));
+        let partial = directory.join(partial_name);
+        let (file, direct) = open_direct_or_buffered(&partial)?;
+        Ok(Self {
+            file,
+            directory: directory.to_path_buf(),
+            partial,
+            target: target.clone(),
+            replace,
+            published: false,
+            direct,
+        })
+    }
+
+    /// The open file, for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// True where the file was opened with O_DIRECT.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// The final name.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// The name until then.
+    #[must_use]
+    pub fn partial(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Gives the file its final name. The caller has synced the file's data; its metadata (the final
+    /// length) is synced here too.
+    ///
+    /// Order: 1. file sync, 2. rename, 3. directory sync. A crash before 2 leaves the partial name;
+    /// between 2 and 3 either name, and the bytes under it are whole because of 1.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the final name appeared meanwhile and `replace` is false; I/O
+    /// errors. After an error the final name is as it was, except for a failed directory sync, which
+    /// says so.
+    pub fn publish(&mut self) -> Result<()> {
+        self.file.sync_all().io_context(|| format!("sync {}", self.partial.display()))?;
+        if self.replace {
+            fs::rename(&self.partial, &self.target)
+                .io_context(|| format!("rename {} to {}", self.partial.display(), self.target.display()))?;
+        } else {
+            self.rename_without_replacing()?;
+        }
+        self.published = true;
+        File::open(&self.directory)
+            .and_then(|directory| directory.sync_all())
+            .io_context(|| format!("sync directory {}", self.directory.display()))
+            .map_err(|error| {
+                error
+                    .state(format!(
+                        "{} is complete, but its name may not survive a power cut",
+                        self.target.display()
+                    ))
+                    .next("check the filesystem, run sync, and verify the copy")
+            })
+    }
+
+    fn rename_without_replacing(&self) -> Result<()> {
+        let renamed =
+            renameat2(AT_FDCWD, &self.partial, AT_FDCWD, &self.target, RenameFlags::RENAME_NOREPLACE);
+        let error = match renamed {
+            Ok(()) => return Ok(()),
+            Err(nix::errno::Errno::EEXIST) => return Err(exists(&self.target)),
+            // Filesystems without the flag (some network ones): a hard link never replaces either.
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
+                match fs::hard_link(&self.partial, &self.target) {
+                    Ok(()) => {
+                        return fs::remove_file(&self.partial)
+                            .io_context(|| format!("remove {}", self.partial.display()));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                        return Err(exists(&self.target));
+                    }
+                    Err(error) => error,
+                }
+            }
+            Err(errno) => io::Error::from(errno),
+        };
+        Err(Error::io(format!("rename {} to {}", self.partial.display(), self.target.display()), error))
+    }
+
+    /// Removes the partial file; answers the state that is left, for an error's text.
+    ///
+    /// # Errors
+    /// The removal's I/O error; the file is then still under its partial name.
+    pub fn abandon(&mut self) -> Result<String> {
+        if self.published {
+            return Ok(format!("{} is complete", self.target.display()));
+        }
+        self.published = true;
+        fs::remove_file(&self.partial)
+            .io_context(|| format!("remove the partial file {}", self.partial.display()))?;
+        Ok(format!("the partial file was removed, nothing was written to {}", self.target.display()))
+    }
+}
+
+impl Drop for PartialFile {
+    fn drop(&mut self) {
+        if !self.published
+            && let Err(error) = fs::remove_file(&self.partial)
+        {
+            tracing::warn!(path = %self.partial.display(), %error, "a partial file could not be removed");
+        }
+    }
+}
+
+fn exists(target: &Path) -> Error {
+    Error::refused(format!("{} exists", target.display()))
+        .state("it was not touched")
+        .next("remove it, choose another name, or give --yes to have it replaced when the copy is complete")
+}
+
+/// Follows a symbolic link at the end of `target`, so that the file it names is the one replaced.
+fn resolve(target: &Path) -> Result<PathBuf> {
+    if target.as_os_str().as_bytes().is_empty() {
+        return Err(Error::usage("an empty name does not name a file"));
+    }
+    match fs::canonicalize(target) {
+        Ok(path) => return Ok(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::io(format!("resolve {}", target.display()), error)),
+    }
+    let Some(name) = target.file_name() else {
+        return Err(Error::usage(format!("{} does not name a file", target.display())));
+    };
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let parent = fs::canonicalize(parent).map_err(|error| {
+        Error::io(format!("resolve the directory {}", parent.display()), error)
+            .with_kind(ErrorKind::Refused)
+            .next("create the directory first")
+    })?;
+    Ok(parent.join(name))
+}
+
+fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
+    let open = |flags: i32| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(flags | libc::O_CLOEXEC | libc::O_NOFOLLOW)
+            .open(path)
+    };
+    match open(libc::O_DIRECT) {
+        Ok(file) => Ok((file, true)),
+        // Some filesystems create the file and then refuse O_DIRECT: it is ours, O_EXCL said so.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(format!("remove {}", path.display()), error));
+                }
+                _ => {}
+            }
+            tracing::info!(path = %path.display(), "no direct I/O on this filesystem; using the page cache");
+            let file = open(0).io_context(|| format!("create {}", path.display()))?;
+            Ok((file, false))
+        }
+        Err(error) => Err(Error::io(format!("create {}", path.display()), error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_name_appears_only_on_publish() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        let mut partial = PartialFile::create(&target, false).unwrap();
+        assert_eq!(names(directory.path()).len(), 1);
+        assert!(names(directory.path())[0].starts_with(".out.tidemark-partial."));
+        partial.file().set_len(10).unwrap();
+        partial.publish().unwrap();
+        drop(partial);
+        assert_eq!(names(directory.path()), ["out"]);
+        assert_eq!(fs::metadata(&target).unwrap().len(), 10);
+    }
+
+    #[test]
+    fn dropping_or_abandoning_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        drop(PartialFile::create(&target, false).unwrap());
+        assert!(names(directory.path()).is_empty());
+        let mut partial = PartialFile::create(&target, false).unwrap();
+        partial.abandon().unwrap();
+        drop(partial);
+        assert!(names(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn a_name_that_appears_meanwhile_is_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        let mut partial = PartialFile::create(&target, false).unwrap();
+        File::create(&target).unwrap().write_all(b"theirs").unwrap();
+        assert_eq!(partial.publish().unwrap_err().kind(), ErrorKind::Refused);
+        drop(partial);
+        assert_eq!(fs::read(&target).unwrap(), b"theirs");
+        assert_eq!(PartialFile::create(&target, false).unwrap_err().kind(), ErrorKind::Refused);
+
+        let mut partial = PartialFile::create(&target, true).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"theirs");
+        partial.file().set_len(4096).unwrap();
+        partial.publish().unwrap();
+        let mut first = [1u8; 1];
+        File::open(&target).unwrap().read_exact_at(&mut first, 0).unwrap();
+        assert_eq!(first, [0]);
+    }
+
+    #[test]
+    fn a_link_keeps_its_place_and_a_directory_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let real = directory.path().join("real");
+        let link = directory.path().join("link");
+        File::create(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let mut partial = PartialFile::create(&link, true).unwrap();
+        partial.file().set_len(3).unwrap();
+        partial.publish().unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::metadata(&real).unwrap().len(), 3);
+        let error = PartialFile::create(directory.path(), true).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+}

@@ -1,0 +1,387 @@
+//! A raw device or a raw file: every byte of the origin at its own offset.
+//!
+//! Invariants:
+//! - a device is opened exclusively (O_EXCL: nothing else has it mounted or held), after the checks
+//!   of [`guard`](super::guard) that say who has it;
+//! - a file is sparse and anonymous to the world until it is finished ([`partial`](super::partial));
+//!   it is as long as the origin rounded up to [`DIRECT_IO_ALIGN`] until [`RawTarget::seal`] cuts it;
+//! - a device's bytes behind the origin's end are left alone, except for the rest of the last logical
+//!   block, which becomes zero.
+//!
+//! Serves restore as well, which writes segments in the same way.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use super::guard::{self, DeviceNumber, Topology};
+use super::partial::PartialFile;
+use super::{
+    Form, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
+    zero_padding,
+};
+use crate::base::limits::DIRECT_IO_ALIGN;
+use crate::base::{Bytes, Error, Result, ResultExt as _};
+use crate::extent::Extent;
+use crate::io::{Engine, FileIx, Piece, Place};
+
+/// Runs of zeros are found at this grain, aligned: short enough for the holes of real files, long
+/// enough that a write is not cut into confetti.
+pub const ZERO_GRAIN: Bytes = Bytes::kib(64);
+
+/// What is wanted of [`RawTarget::open`].
+#[derive(Clone, Debug)]
+pub struct RawRequest {
+    /// Bytes that will be written, from offset 0.
+    pub size: Bytes,
+    /// A file in the way may be replaced, a device overwritten.
+    pub replace: bool,
+    /// See [`SecondaryRequest::forbidden`].
+    pub forbidden: Vec<DeviceNumber>,
+}
+
+impl From<&SecondaryRequest> for RawRequest {
+    fn from(request: &SecondaryRequest) -> Self {
+        debug_assert_eq!(request.form, Form::Raw);
+        Self { size: request.origin.size, replace: request.replace, forbidden: request.forbidden.clone() }
+    }
+}
+
+#[derive(Debug)]
+enum Kind {
+    Device(File),
+    File(PartialFile),
+}
+
+/// An open raw device or file; see the module's head.
+#[derive(Debug)]
+pub struct RawTarget {
+    kind: Kind,
+    description: String,
+    size: Bytes,
+    /// Unit to which the end of the last write is rounded up.
+    block: Bytes,
+    written: bool,
+}
+
+impl RawTarget {
+    /// Opens and checks; a device is not written yet, a file exists under its partial name.
+    ///
+    /// # Errors
+    /// Refusals (see [`guard`](super::guard)), I/O errors.
+    pub fn open(path: &Path, request: &RawRequest) -> Result<Self> {
+        let metadata = match std::fs::metadata(path) {
+            Ok(metadata) => Some(metadata),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => return Err(Error::io(format!("look at {}", path.display()), error)),
+        };
+        if metadata.is_some_and(|metadata| metadata.file_type().is_block_device()) {
+            Self::open_device(path, request)
+        } else {
+            Self::open_file(path, request)
+        }
+    }
+
+    fn open_device(path: &Path, request: &RawRequest) -> Result<Self> {
+        let shown = path.display();
+        let topology = Topology::default();
+        let device = guard::device_number(path)?
+            .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
+        topology.check_device(device, path, &request.forbidden)?;
+        if !request.replace {
+            return Err(Error::refused(format!("everything on {shown} would be overwritten"))
+                .state("it was not touched")
+                .next("give --yes if that is what you want"));
+        }
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT | libc::O_EXCL | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
+                    .with_source(error)
+                    .state("it was not touched")
+                    .next("find out by what (lsblk, fuser), or choose another secondary"),
+                _ => Error::io(format!("open {shown}"), error),
+            })?;
+        let size = file.seek(SeekFrom::End(0)).io_context(|| format!("find the size of {shown}"))?;
+        if Bytes(size) < request.size {
+            return Err(Error::refused(format!(
+                "{shown} is too small: {size} bytes, the origin has {}",
+                request.size.get()
+            ))
+            .state("it was not touched")
+            .next("choose a secondary at least as large as the origin"));
+        }
+        Ok(Self {
+            kind: Kind::Device(file),
+            description: shown.to_string(),
+            size: request.size,
+            block: Bytes(topology.logical_block_bytes(device)),
+            written: false,
+        })
+    }
+
+    fn open_file(path: &Path, request: &RawRequest) -> Result<Self> {
+        Topology::default().check_file(directory_of(path), &request.forbidden)?;
+        let partial = PartialFile::create(path, request.replace)?;
+        let length = request.size.align_up(DIRECT_IO_ALIGN);
+        partial.file().set_len(length.get()).io_context(|| {
+            format!("set the length of {} to {}", partial.partial().display(), length.get())
+        })?;
+        Ok(Self {
+            description: path.display().to_string(),
+            kind: Kind::File(partial),
+            size: request.size,
+            block: DIRECT_IO_ALIGN,
+            written: false,
+        })
+    }
+
+    /// True for a block device.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        matches!(self.kind, Kind::Device(_))
+    }
+
+    /// Bytes that the copy has.
+    #[must_use]
+    pub fn size(&self) -> Bytes {
+        self.size
+    }
+
+    fn file(&self) -> &File {
+        match &self.kind {
+            Kind::Device(file) => file,
+            Kind::File(partial) => partial.file(),
+        }
+    }
+
+    /// The end of a transfer: the origin's end is rounded up to what direct I/O takes.
+    fn rounded_end(&self, end: Bytes) -> Bytes {
+        if end == self.size { end.align_up(self.block) } else { end }
+    }
+
+    /// Lays out `extents` of the target, whose bytes are in `memory` such that offset
+    /// `memory_offset` of the target lies at [`PAYLOAD_OFFSET`]. Runs of zeros become holes or
+    /// zeroed ranges. `fresh`: nothing has been written there before, so a file needs no hole.
+    /// Zeroes the padding behind the origin's end.
+    pub fn lay_out(
+        &mut self,
+        extents: &[Extent],
+        memory_offset: Bytes,
+        fresh: bool,
+        memory: &mut [u8],
+    ) -> Placement {
+        self.written = true;
+        let mut placement = Placement::default();
+        for extent in extents {
+            if extent.end() == self.size {
+                zero_padding(memory, position(memory_offset, extent.end()));
+            }
+            for (run, zero) in ZeroRuns::new(*extent, memory_offset, memory) {
+                let end = self.rounded_end(run.end());
+                if !zero {
+                    placement.pieces.push(Piece {
+                        range: position(memory_offset, run.start())..position(memory_offset, end),
+                        place: Place::At(run.start()),
+                    });
+                } else if self.is_device() || !fresh {
+                    placement.zeros.extend(Extent::new(run.start(), end));
+                }
+            }
+        }
+        placement
+    }
+
+    /// What to read to have `extents` back in the same layout.
+    #[must_use]
+    pub fn read_back(&self, extents: &[Extent], memory_offset: Bytes) -> Vec<Piece> {
+        let piece = |extent: &Extent| Piece {
+            range: position(memory_offset, extent.start())
+                ..position(memory_offset, self.rounded_end(extent.end())),
+            place: Place::At(extent.start()),
+        };
+        extents.iter().map(piece).collect()
+    }
+}
+
+/// Drops a file's clean pages; advice, so a failure is only worth a log line.
+pub(super) fn forget_cache(file: &File, description: &str) {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    if let Err(errno) = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED) {
+        tracing::debug!(%errno, description, "the page cache keeps what it has");
+    }
+}
+
+/// Where byte `offset` of the target lies in a buffer whose payload begins at `memory_offset`.
+fn position(memory_offset: Bytes, offset: Bytes) -> usize {
+    PAYLOAD_OFFSET + (offset - memory_offset).as_len()
+}
+
+/// Splits an extent into maximal runs of zero and non-zero grains.
+struct ZeroRuns<'a> {
+    rest: Option<Extent>,
+    memory_offset: Bytes,
+    memory: &'a [u8],
+}
+
+impl<'a> ZeroRuns<'a> {
+    fn new(extent: Extent, memory_offset: Bytes, memory: &'a [u8]) -> Self {
+        Self { rest: Some(extent), memory_offset, memory }
+    }
+
+    /// The grain that begins at `start`, and whether it is zero.
+    fn grain(&self, start: Bytes, limit: Bytes) -> (Bytes, bool) {
+        let end = limit.min(start.align_down(ZERO_GRAIN) + ZERO_GRAIN);
+        let range = position(self.memory_offset, start)..position(self.memory_offset, end);
+        (end, is_zero(&self.memory[range]))
+    }
+}
+
+impl Iterator for ZeroRuns<'_> {
+    type Item = (Extent, bool);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.rest?;
+        let (mut end, zero) = self.grain(rest.start(), rest.end());
+        while end < rest.end() {
+            let (grain_end, grain_zero) = self.grain(end, rest.end());
+            if grain_zero != zero {
+                break;
+            }
+            end = grain_end;
+        }
+        self.rest = Extent::new(end, rest.end());
+        Extent::new(rest.start(), end).map(|run| (run, zero))
+    }
+}
+
+impl Secondary for RawTarget {
+    fn description(&self) -> &str {
+        &self.description
+    }
+
+    fn begin(&mut self, _instant_ns: u64) {}
+
+    fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
+        let file =
+            self.file().try_clone().io_context(|| format!("duplicate the handle of {}", self.description))?;
+        engine.add_file(file.into(), &self.description)
+    }
+
+    fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
+        Ok(self.lay_out(segment.valid, segment.extent.start(), true, memory))
+    }
+
+    fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>> {
+        Some(self.read_back(segment.valid, segment.extent.start()))
+    }
+
+    fn overlay(&mut self, segment: &Segment<'_>, changed: &[Extent], memory: &mut [u8]) -> Result<Placement> {
+        Ok(self.lay_out(changed, segment.extent.start(), false, memory))
+    }
+
+    fn forget_cache(&self) {
+        forget_cache(self.file(), &self.description);
+    }
+
+    fn seal(&mut self) -> Result<()> {
+        match &self.kind {
+            Kind::Device(_) => Ok(()),
+            Kind::File(partial) => partial.file().set_len(self.size.get()).io_context(|| {
+                format!("set the length of {} to {}", partial.partial().display(), self.size.get())
+            }),
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        match &mut self.kind {
+            Kind::Device(file) => file.sync_all().io_context(|| format!("sync {}", self.description)),
+            Kind::File(partial) => partial.publish(),
+        }
+    }
+
+    fn abandon(&mut self) -> Result<String> {
+        match &mut self.kind {
+            Kind::Device(_) if self.written => Ok(format!(
+                "{} is partly overwritten: neither the copy nor what it held before is whole",
+                self.description
+            )),
+            Kind::Device(_) => Ok(format!("{} was not touched", self.description)),
+            Kind::File(partial) => partial.abandon(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::ErrorKind;
+
+    fn extent(start: u64, end: u64) -> Extent {
+        Extent::new(Bytes(start), Bytes(end)).unwrap()
+    }
+
+    #[test]
+    fn zero_runs_are_cut_at_aligned_grains() {
+        let mut memory = vec![0u8; 4096 + (1 << 20)];
+        memory[4096 + 100_000] = 1;
+        let runs: Vec<_> = ZeroRuns::new(extent(1 << 20, 2 << 20), Bytes(1 << 20), &memory).collect();
+        let base = 1 << 20;
+        assert_eq!(
+            runs,
+            [
+                (extent(base, base + 65536), true),
+                (extent(base + 65536, base + 131_072), false),
+                (extent(base + 131_072, 2 << 20), true)
+            ]
+        );
+    }
+
+    #[test]
+    fn the_end_is_rounded_up_and_padded() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("out");
+        let request = RawRequest { size: Bytes(70_001), replace: false, forbidden: Vec::new() };
+        let mut target = RawTarget::open(&path, &request).unwrap();
+        let mut memory = vec![7u8; 4096 * 2 + 131_072];
+        memory[4096..4096 + 65536].fill(0);
+        let placement = target.lay_out(&[extent(0, 70_001)], Bytes(0), true, &mut memory);
+        let expected = Piece { range: 4096 + 65536..4096 + 73_728, place: Place::At(Bytes(65536)) };
+        assert_eq!(placement, Placement { pieces: vec![expected], zeros: vec![] });
+        assert!(is_zero(&memory[4096 + 70_001..4096 + 73_728]));
+        assert_eq!(memory[4096 + 73_728], 7);
+        let again = target.lay_out(&[extent(0, 70_001)], Bytes(0), false, &mut memory);
+        assert_eq!(again.zeros, [extent(0, 65536)]);
+        target.seal().unwrap();
+        target.finish().unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 70_001);
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let request = RawRequest { size: Bytes(1), replace: true, forbidden: Vec::new() };
+        let error = RawTarget::open(Path::new("/dev/null"), &request).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        let error = RawTarget::open(Path::new("/nowhere/at/all"), &request).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn zero_means_every_byte() {
+        for length in [0usize, 1, 7, 8, 255, 256, 257, 4096, 5000] {
+            let mut data = vec![0u8; length];
+            assert!(is_zero(&data));
+            for at in [0, length / 2, length.saturating_sub(1)] {
+                if length > 0 {
+                    data[at] = 1;
+                    assert!(!is_zero(&data), "{length} {at}");
+                    data[at] = 0;
+                }
+            }
+        }
+    }
+}
