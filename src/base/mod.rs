@@ -4,9 +4,11 @@
 
 pub mod checksum;
 pub mod clock;
+pub mod device;
 pub mod error;
 pub mod limits;
 pub mod units;
 
+pub use device::DeviceNumber;
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use units::{Bytes, ChunkIx, ChunkSize, Sectors, SegmentIx, SegmentSize};
