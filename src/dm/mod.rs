@@ -1,1 +1,20 @@
-//! (see lib.rs)
+//! Device-mapper: targets as types, tables, devices, and a change as a list of steps with undo.
+//!
+//! The kernel is the truth: nothing here remembers what a device looks like. Knows nothing of
+//! volumes, filesystems or stores; may use [`base`](crate::base), [`sys`](crate::sys) and
+//! [`extent`](crate::extent).
+
+pub mod change;
+pub mod context;
+pub mod node;
+pub mod status;
+pub mod table;
+pub mod target;
+pub mod udev;
+
+pub use change::{Action, Change, Executor, Journal, Step};
+pub use context::{DeviceInfo, Dm, Slot, TargetVersion};
+pub use status::SnapshotStatus;
+pub use table::{Line, Table};
+pub use target::{Persistence, Target};
+pub use udev::Udev;

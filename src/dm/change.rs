@@ -1,0 +1,284 @@
+//! A change to a stack as data: steps in order, each with what undoes it.
+//!
+//! The very value that `--dry-run` prints is run. Order of a step, the crash argument:
+//! 1. the journal has the step's intent on stable storage;
+//! 2. the kernel is asked;
+//! 3. only then comes the next step's intent.
+//!
+//! So at a crash at most the last intent is unsure, and everything before it has happened. Where a
+//! step fails, the undo of every step *before* it runs, last first: a step is all or nothing, and
+//! undoing one that never happened could hit a device that is not ours. Undo goes on past its own
+//! failures; cause and failed undos are both reported.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result};
+use crate::sys::dm_ioctl::SuspendFlags;
+use crate::sys::process::crash_point;
+
+use super::context::Dm;
+use super::table::Table;
+use super::udev::Udev;
+
+/// Most steps in a change.
+pub const STEPS_MAX: usize = 64;
+
+/// One thing asked of the kernel, or done around it by the executor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do")]
+#[allow(missing_docs)] // the fields are what their variant says
+pub enum Action {
+    /// Make a device without a table.
+    Create { device: String, uuid: String },
+    /// Load a table into the device's inactive slot.
+    Load { device: String, table: Table },
+    /// Drop the device's inactive table, if any.
+    Clear { device: String },
+    /// Hold the device's I/O; `flush` waits for what is queued.
+    Suspend { device: String, flush: bool, lock_filesystem: bool },
+    /// Use the inactive table, if any, and let I/O go on.
+    Resume { device: String, udev: Udev },
+    /// Remove the device.
+    Remove { device: String, udev: Udev },
+    /// Fail unless the device's active table is this one.
+    Expect { device: String, table: Table },
+    /// Sync, then freeze filesystems, all or none.
+    Freeze { filesystems: Vec<PathBuf> },
+    /// Thaw what [`Action::Freeze`] froze.
+    Thaw { filesystems: Vec<PathBuf> },
+    /// Start the watchdog: if we die or overstay, it resumes and thaws.
+    Guard { device: String, filesystems: Vec<PathBuf> },
+    /// Stop the watchdog; fails where it has acted.
+    Unguard,
+    /// The instant: what the caller does while the origin is quiet.
+    Instant,
+}
+
+/// An action with its name and what undoes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// Short name within the change: "create-real". Also names the step's crash points.
+    pub name: String,
+    /// What is done.
+    pub action: Action,
+    /// What takes it back, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub undo: Vec<Action>,
+}
+
+impl Step {
+    /// A step that needs no undo.
+    #[must_use]
+    pub fn new(name: &str, action: Action) -> Self {
+        Self { name: name.to_owned(), action, undo: Vec::new() }
+    }
+
+    /// Adds what takes the step back.
+    #[must_use]
+    pub fn undo(mut self, action: Action) -> Self {
+        self.undo.push(action);
+        self
+    }
+}
+
+/// See the module's head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// "insert", "remove".
+    pub name: String,
+    /// In order.
+    pub steps: Vec<Step>,
+}
+
+/// Who does the actions: the kernel, or a test's fake of it.
+pub trait Executor {
+    /// Does one action, whole or not at all.
+    ///
+    /// # Errors
+    /// What failed on which device.
+    fn execute(&mut self, action: &Action) -> Result<()>;
+}
+
+/// Where intents are kept.
+pub trait Journal {
+    /// Returns once the intent to do step `index` of `change` is on stable storage.
+    ///
+    /// # Errors
+    /// I/O errors; the step is not done then.
+    fn intend(&mut self, change: &Change, index: usize) -> Result<()>;
+
+    /// Returns once it is on stable storage that `change` is being taken back from step `index` on.
+    ///
+    /// # Errors
+    /// I/O errors; undo goes on all the same.
+    fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()>;
+}
+
+impl Change {
+    /// A change without steps yet.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), steps: Vec::new() }
+    }
+
+    /// Adds a step.
+    #[must_use]
+    pub fn then(mut self, step: Step) -> Self {
+        self.steps.push(step);
+        self
+    }
+
+    /// Every crash point that running this change passes, in order.
+    #[must_use]
+    pub fn crash_points(&self) -> Vec<String> {
+        self.steps
+            .iter()
+            .flat_map(|step| {
+                [format!("{}.{}.before", self.name, step.name), format!("{}.{}.after", self.name, step.name)]
+            })
+            .collect()
+    }
+
+    /// Runs every step; where one fails, takes back those before it.
+    ///
+    /// # Errors
+    /// The failed step's, with every failed undo.
+    pub fn run(&self, executor: &mut dyn Executor, journal: &mut dyn Journal) -> Result<()> {
+        assert!(self.steps.len() <= STEPS_MAX, "a change has at most {STEPS_MAX} steps");
+        for (index, step) in self.steps.iter().enumerate() {
+            let result = journal.intend(self, index).and_then(|()| {
+                self.pass(step, "before");
+                tracing::debug!("{}: {}: {}", self.name, step.name, step.action);
+                executor.execute(&step.action)
+            });
+            if let Err(error) = result {
+                let error = error.context(format!("{} (step '{}')", self.name, step.name));
+                return Err(self.take_back(index, error, executor, journal));
+            }
+            self.pass(step, "after");
+        }
+        Ok(())
+    }
+
+    /// Takes back the steps before `end`, last first, adding each failure to `error`.
+    fn take_back(
+        &self,
+        end: usize,
+        mut error: Error,
+        executor: &mut dyn Executor,
+        journal: &mut dyn Journal,
+    ) -> Error {
+        for (index, step) in self.steps.iter().enumerate().take(end).rev() {
+            if step.undo.is_empty() {
+                continue;
+            }
+            if let Err(undo) = journal.intend_undo(self, index) {
+                error = error.with_failed_undo(undo);
+            }
+            self.pass(step, "undo");
+            for action in &step.undo {
+                tracing::debug!("{}: undo {}: {action}", self.name, step.name);
+                if let Err(undo) = executor.execute(action) {
+                    error = error.with_failed_undo(undo.context(format!("taking back '{}'", step.name)));
+                }
+            }
+        }
+        if error.failed_undos().is_empty() {
+            error.state("everything was put back")
+        } else {
+            error
+                .state("not everything could be put back")
+                .next("run 'tidemark recover', which puts back what is left")
+        }
+    }
+
+    fn pass(&self, step: &Step, at: &str) {
+        if cfg!(feature = "vm") {
+            crash_point(&format!("{}.{}.{at}", self.name, step.name));
+        }
+    }
+}
+
+impl Dm {
+    /// Does one of the actions that are device-mapper's alone.
+    ///
+    /// # Errors
+    /// The kernel's. An [`Action::Expect`] that does not hold is [`ErrorKind::Kernel`].
+    ///
+    /// # Panics
+    /// For an action that is the executor's own (freeze, thaw, guard, instant): a broken invariant.
+    ///
+    /// [`ErrorKind::Kernel`]: crate::base::ErrorKind::Kernel
+    pub fn execute(&self, action: &Action) -> Result<()> {
+        match action {
+            Action::Create { device, uuid } => self.create(device, uuid).map(|_| ()),
+            Action::Load { device, table } => self.load(device, table),
+            Action::Clear { device } => self.clear(device),
+            Action::Suspend { device, flush, lock_filesystem } => {
+                self.suspend(device, SuspendFlags { flush: *flush, lock_filesystem: *lock_filesystem })
+            }
+            Action::Resume { device, udev } => {
+                self.resume(device, *udev)?;
+                if *udev != Udev::None {
+                    self.announce(device);
+                }
+                Ok(())
+            }
+            Action::Remove { device, udev } => self.remove(device, *udev),
+            Action::Expect { device, table } => {
+                let found = self.table(device, super::Slot::Active)?;
+                if found.as_ref() == Some(table) {
+                    return Ok(());
+                }
+                let found = found.map_or_else(|| "none".to_owned(), |table| table.to_string());
+                Err(Error::new(
+                    crate::base::ErrorKind::Kernel,
+                    format!("the table of {device} is '{found}' instead of '{table}'"),
+                ))
+            }
+            Action::Freeze { .. }
+            | Action::Thaw { .. }
+            | Action::Guard { .. }
+            | Action::Unguard
+            | Action::Instant => {
+                unreachable!("'{action}' is done by the executor, not by device-mapper")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let paths = |paths: &[PathBuf]| {
+            paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+        };
+        match self {
+            Self::Create { device, .. } => write!(f, "make device {device}"),
+            Self::Load { device, table } => {
+                write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
+            }
+            Self::Clear { device } => write!(f, "drop the inactive table of {device}"),
+            Self::Suspend { device, flush, lock_filesystem } => {
+                write!(f, "suspend {device}")?;
+                if !flush {
+                    f.write_str(", without flushing")?;
+                }
+                if *lock_filesystem {
+                    f.write_str(", freezing its filesystem")?;
+                }
+                Ok(())
+            }
+            Self::Resume { device, .. } => write!(f, "resume {device}"),
+            Self::Remove { device, .. } => write!(f, "remove device {device}"),
+            Self::Expect { device, .. } => write!(f, "check the table of {device}"),
+            Self::Freeze { filesystems } => write!(f, "freeze {}", paths(filesystems)),
+            Self::Thaw { filesystems } => write!(f, "thaw {}", paths(filesystems)),
+            Self::Guard { device, .. } => write!(f, "start the watchdog over {device}"),
+            Self::Unguard => f.write_str("stop the watchdog"),
+            Self::Instant => f.write_str("the instant"),
+        }
+    }
+}
