@@ -1,4 +1,5 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
 pub mod hooks;
+pub mod privilege;
 pub mod request;

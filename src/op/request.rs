@@ -92,3 +92,58 @@ pub struct CopyRequest {
     /// A file in the way may be replaced, a device overwritten.
     pub replace: bool,
 }
+
+/// `tidemark attach`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AttachRequest {
+    /// The block device, not mounted.
+    pub device: PathBuf,
+    /// The volume's name: the device becomes /dev/mapper/NAME.
+    pub name: String,
+    /// Write and enable a systemd unit that attaches it at every boot.
+    pub install_unit: bool,
+}
+
+/// `tidemark detach`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DetachRequest {
+    /// The volume's name.
+    pub name: String,
+}
+
+/// Where an archive is read from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArchiveSource {
+    /// Standard input.
+    Pipe,
+    /// A file or a block device.
+    Path(PathBuf),
+}
+
+/// `tidemark restore`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RestoreRequest {
+    /// The archive.
+    pub archive: ArchiveSource,
+    /// A block device or a file.
+    pub target: PathBuf,
+    /// A file in the way may be replaced, a device overwritten.
+    pub replace: bool,
+}
+
+/// `tidemark verify`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VerifyRequest {
+    /// The archive.
+    pub archive: ArchiveSource,
+    /// A device or file whose content must equal the archive's.
+    pub against: Option<PathBuf>,
+}
+
+/// `tidemark inspect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InspectRequest {
+    /// The archive.
+    pub archive: PathBuf,
+}
