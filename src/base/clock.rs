@@ -14,6 +14,14 @@ pub fn utc_text(ns: u64) -> Option<String> {
     jiff::Timestamp::from_nanosecond(i128::from(ns)).ok().map(|t| t.to_string())
 }
 
+/// Serializes a duration as seconds with a fraction, for JSON: `#[serde(serialize_with = ...)]`.
+///
+/// # Errors
+/// The serializer's.
+pub fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
+}
+
 /// Measures a duration from its creation.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopwatch(Instant);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::base::Bytes;
+use crate::base::{Bytes, clock};
 
 /// A phase of a copy, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -51,7 +51,13 @@ pub enum Event {
     /// The store's state.
     Store(StoreFill),
     /// How long filesystems were frozen and the origin was suspended at the instant.
-    Instant { utc_ns: u64, frozen: Duration, suspended: Duration },
+    Instant {
+        utc_ns: u64,
+        #[serde(rename = "frozen_seconds", serialize_with = "clock::seconds")]
+        frozen: Duration,
+        #[serde(rename = "suspended_seconds", serialize_with = "clock::seconds")]
+        suspended: Duration,
+    },
     /// Something a person should read once.
     Note { text: String },
     /// Something a person should worry about.
