@@ -11,3 +11,4 @@ pub mod loop_device;
 pub mod process;
 pub mod ring;
 pub mod semaphore;
+pub mod signal;
