@@ -1,1 +1,110 @@
-//! (see lib.rs)
+//! Arguments, output, exit codes: the only layer that prints, asks or decides how the process ends.
+//!
+//! [`main`] parses, catches signals, dispatches to `op`, and turns what comes back into words and an
+//! exit code. It holds no knowledge of devices: that is `op`'s.
+
+pub mod args;
+pub mod confirm;
+pub mod log;
+pub mod meter;
+pub mod output;
+pub mod pages;
+pub mod progress;
+pub mod resolve;
+
+use std::process::ExitCode;
+use std::thread;
+
+use clap::Parser;
+use clap::error::ErrorKind as ClapErrorKind;
+
+use args::{Cli, Command};
+use output::{Output, talk};
+
+use crate::base::{Error, ErrorKind, Result};
+use crate::sys::signal;
+
+/// The whole run; the exit code is the one of the README's table.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage_exit(&error),
+    };
+    let output = Output::new(cli.global, stdout_is_data(&cli.command));
+    match log::init(cli.global).and_then(|()| run(cli.command, output)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+/// Help and version (exit 0, standard output), or what is wrong with the command line (exit 2).
+fn usage_exit(error: &clap::Error) -> ExitCode {
+    // Not parsed, so looked for: `--json` must hold for the very error that stops the parsing.
+    let json = std::env::args_os().take_while(|word| word != "--").any(|word| word == "--json");
+    let is_help = matches!(error.kind(), ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion);
+    if json && !is_help {
+        let text = error.render().to_string();
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let what = lines.next().unwrap_or("bad command line").trim_start_matches("error: ").to_owned();
+        let next = lines.find(|line| line.starts_with("tip:")).unwrap_or("see --help").to_owned();
+        talk(&output::json_error(&Error::usage(what).next(next)));
+    } else if error.print().is_err() {
+        // Nobody reads it.
+        return ExitCode::from(if is_help { 1 } else { ErrorKind::Usage.exit_code() });
+    }
+    ExitCode::from(if is_help { 0 } else { ErrorKind::Usage.exit_code() })
+}
+
+fn stdout_is_data(command: &Command) -> bool {
+    match command {
+        Command::Completions { .. } | Command::Man { .. } => false,
+    }
+}
+
+fn run(command: Command, output: Output) -> Result<()> {
+    match command {
+        Command::Completions { shell } => output.result_text(&pages::completions(shell)),
+        Command::Man { directory: None } => output.result_text(&pages::man_pages()?[0].1),
+        Command::Man { directory: Some(directory) } => {
+            let count = pages::write_man_pages(&directory)?;
+            tracing::info!("{count} pages written to {}", directory.display());
+            Ok(())
+        }
+    }
+}
+
+/// From here on a signal is a request to stop, which the operation's `interrupt` notices; somebody
+/// who waits is told at once, and told again for each further signal.
+///
+/// # Errors
+/// The kernel's refusal to catch signals or to start a thread.
+pub fn stop_on_signals(output: Output) -> Result<()> {
+    signal::catch_termination()?;
+    let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        let mut seen = 0;
+        while let Some(count) = signal::wait(seen) {
+            output.note(if seen == 0 {
+                "stopping: putting things back"
+            } else {
+                "still putting things back, please wait"
+            });
+            seen = count;
+        }
+    });
+    spawned.map(|_| ()).map_err(|source| Error::io("starting the thread that waits for signals", source))
+}
+
+/// What operations ask between their steps.
+///
+/// # Errors
+/// [`ErrorKind::Interrupted`] once a signal asked us to stop.
+pub fn interrupt() -> Result<()> {
+    if signal::stop_requested() {
+        return Err(Error::new(ErrorKind::Interrupted, "interrupted by a signal"));
+    }
+    Ok(())
+}

@@ -1,0 +1,279 @@
+//! What can be typed: the one definition that help, man pages and completions are made from.
+//!
+//! Nothing here decides; [`resolve`](super::resolve) turns what was typed into requests, once.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+use crate::base::{Bytes, Error, Result};
+
+/// Exact copies of live Linux block devices with the stock kernel.
+#[derive(Debug, Parser)]
+#[command(name = "tidemark", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(after_help = "Examples:
+  tidemark completions bash > /usr/share/bash-completion/completions/tidemark
+  tidemark man /usr/local/share/man/man1
+
+Exit codes:
+  0 done   1 failed   2 usage   3 refused (the state of the system)
+  4 data is bad   130 interrupted (and everything put back)")]
+pub struct Cli {
+    /// Options that every command has.
+    #[command(flatten)]
+    pub global: Global,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command has.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Global {
+    /// Print one JSON object per line instead of text
+    #[arg(long, global = true, help_heading = "Output")]
+    pub json: bool,
+    /// Print no progress and no report, only warnings and errors
+    #[arg(long, short, global = true, help_heading = "Output", conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Log more to standard error; repeat for more (TIDEMARK_LOG overrides it)
+    #[arg(long, short, global = true, help_heading = "Output", action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print the completion script for a shell
+    #[command(after_help = "Examples:
+  tidemark completions bash > /usr/share/bash-completion/completions/tidemark
+  tidemark completions zsh > /usr/local/share/zsh/site-functions/_tidemark")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the man page, or write one page for each command
+    #[command(after_help = "Examples:
+  tidemark man | man -l -
+  tidemark man /usr/local/share/man/man1")]
+    Man {
+        /// Write tidemark.1, tidemark-copy.1 and so on into this directory
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        directory: Option<PathBuf>,
+    },
+}
+
+/// `tidemark copy`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark copy /dev/mapper/data /backup/data.tdm
+  tidemark copy data /dev/sdc --yes --verify
+  tidemark copy /dev/vg0/home - | ssh backup 'cat > home.tdm'
+  tidemark copy data data.img --format raw --rate 100MiB --store /mnt/fast
+  tidemark copy data data.tdm --dry-run")]
+pub struct CopyArgs {
+    /// A volume's name, a device, or a regular file
+    #[arg(value_name = "ORIGIN", value_hint = ValueHint::AnyPath)]
+    pub origin: PathBuf,
+    /// A device, a file, or - for an archive on standard output
+    #[arg(value_name = "SECONDARY", value_hint = ValueHint::AnyPath)]
+    pub secondary: PathBuf,
+    /// Form of the secondary [default: archive where the name ends in .tdm or is -, else raw]
+    #[arg(long, value_enum)]
+    pub format: Option<FormatArg>,
+    /// Lay originals over the data, or append them to the archive for restore to apply
+    /// [default: overlay; append for -]
+    #[arg(long, value_enum)]
+    pub originals: Option<OriginalsArg>,
+    /// Directory, new file or block device for the COW store's tail [default: /var/lib/tidemark]
+    #[arg(long, value_name = "PATH|DEVICE", value_hint = ValueHint::AnyPath, help_heading = "COW store")]
+    pub store: Option<PathBuf>,
+    /// Most that the COW store may grow to [default: what the origin can need]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub store_size: Option<Bytes>,
+    /// Size of the COW store's RAM head, 0 for none [default: from free memory]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub store_ram: Option<Bytes>,
+    /// Keep the COW store after the copy (without a RAM head)
+    #[arg(long, help_heading = "COW store")]
+    pub keep_store: bool,
+    /// Unit of copy-on-write, a power of two [default: 4KiB]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub chunk: Option<Bytes>,
+    /// Unit of copying and framing, a power of two [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
+    pub segment: Option<Bytes>,
+    /// Copy at most this many bytes per second
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
+    pub rate: Option<Bytes>,
+    /// Read the secondary again and compare checksums
+    #[arg(long)]
+    pub verify: bool,
+    /// Longest time that filesystems may be frozen and the origin suspended
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
+    pub freeze_budget: Duration,
+    /// Command to run before anything is frozen; if it fails, nothing is copied
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_before: Option<String>,
+    /// Command to run at the instant; TIDEMARK_ORIGIN_BELOW names the device to read
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_frozen: Option<String>,
+    /// Command to run after the thaw; if it fails, that is reported and the copy goes on
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_after: Option<String>,
+    /// Confirmation.
+    #[command(flatten)]
+    pub consent: Consent,
+}
+
+/// Options of commands that destroy something.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Consent {
+    /// Show the plan and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Replace a file or overwrite a device without asking
+    #[arg(long, short)]
+    pub yes: bool,
+}
+
+/// `--format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// Byte for byte, as the origin
+    Raw,
+    /// Checksummed segments, sparse, restored by `tidemark restore`
+    Archive,
+}
+
+/// `--originals`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OriginalsArg {
+    /// Write originals over the data
+    Overlay,
+    /// Put originals behind the data (archives only)
+    Append,
+}
+
+/// `tidemark attach`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark attach /dev/sdb1 --name data
+  tidemark attach /dev/sdb1 --name data --install-unit")]
+pub struct AttachArgs {
+    /// The block device, not mounted
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub device: PathBuf,
+    /// The volume's name: the device is used as /dev/mapper/NAME from now on
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// Write and enable a systemd unit that attaches it at every boot
+    #[arg(long)]
+    pub install_unit: bool,
+}
+
+/// `tidemark detach`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark detach data")]
+pub struct DetachArgs {
+    /// The volume's name
+    pub name: String,
+}
+
+/// `tidemark restore`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark restore data.tdm /dev/sdc --yes
+  tidemark restore data.tdm data.img
+  ssh backup 'cat home.tdm' | tidemark restore - /dev/vg0/home --yes")]
+pub struct RestoreArgs {
+    /// The archive, or - for standard input
+    #[arg(value_name = "ARCHIVE|-", value_hint = ValueHint::FilePath)]
+    pub archive: PathBuf,
+    /// The block device or file to restore to
+    #[arg(value_name = "DEVICE|FILE", value_hint = ValueHint::AnyPath)]
+    pub target: PathBuf,
+    /// Confirmation.
+    #[command(flatten)]
+    pub consent: Consent,
+}
+
+/// `tidemark verify`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark verify data.tdm
+  tidemark verify data.tdm --against /dev/sdc")]
+pub struct VerifyArgs {
+    /// The archive, or - for standard input
+    #[arg(value_name = "ARCHIVE", value_hint = ValueHint::FilePath)]
+    pub archive: PathBuf,
+    /// Also compare the archive with this device or file
+    #[arg(long, value_name = "DEVICE|FILE", value_hint = ValueHint::AnyPath)]
+    pub against: Option<PathBuf>,
+}
+
+/// `tidemark inspect`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark inspect data.tdm
+  tidemark inspect data.tdm --json")]
+pub struct InspectArgs {
+    /// The archive
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub archive: PathBuf,
+}
+
+/// Parses "2s", "500ms", "1.5s", "1m"; a unit is required, and zero is refused.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else, or for over a day.
+pub fn parse_time(text: &str) -> Result<Duration> {
+    const TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+    let bad = || Error::usage(format!("'{text}' is not a time: write it as 500ms, 2s or 1m"));
+    let trimmed = text.trim();
+    let split = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(bad)?;
+    let (number, unit) = trimmed.split_at(split);
+    if !number.starts_with(|c: char| c.is_ascii_digit()) || number.ends_with('.') {
+        return Err(bad());
+    }
+    let unit_seconds = match unit.trim() {
+        "ms" => 0.001,
+        "s" => 1.0,
+        "m" | "min" => 60.0,
+        _ => return Err(bad()),
+    };
+    let number: f64 = number.parse().map_err(|_| bad())?;
+    let time = Duration::try_from_secs_f64(number * unit_seconds).map_err(|_| bad())?;
+    if time < Duration::from_millis(1) || time > TIME_MAX {
+        return Err(Error::usage(format!("'{text}' is not between 1ms and one day")));
+    }
+    Ok(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_parse() {
+        for (text, ms) in [("2s", 2000), ("500ms", 500), ("1.5s", 1500), (" 1m ", 60_000), ("1 min", 60_000)]
+        {
+            assert_eq!(parse_time(text).unwrap(), Duration::from_millis(ms), "{text}");
+        }
+        for text in
+            ["", "2", "s", "-1s", ".5s", "1.s", "1..2s", "0s", "0.1ms", "25h", "1441m", "1e3s", "2sec"]
+        {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! From what was typed to what is asked: defaults filled in, contradictions refused, once.
+//!
+//! Looks at nothing but the arguments: whether the system can do it is for `op` to find out.
+
+use std::path::{Path, PathBuf};
+
+use super::args::{
+    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, OriginalsArg, RestoreArgs, VerifyArgs,
+};
+use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
+use crate::op::request::{
+    ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, Originals,
+    RestoreRequest, SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
+};
+
+/// The name's ending that makes a secondary an archive by default.
+const ARCHIVE_EXTENSION: &str = "tdm";
+
+/// Longest volume name: device-mapper allows 127 bytes, and our own devices add a role to it.
+const NAME_BYTES_MAX: usize = 64;
+
+fn is_dash(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// Whether `-` was typed for the secondary: standard output then carries the archive.
+#[must_use]
+pub fn is_pipe(args: &CopyArgs) -> bool {
+    is_dash(&args.secondary)
+}
+
+/// `tidemark copy`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for options that
+/// contradict each other.
+pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
+    not_dash(&args.origin, "the origin")?;
+    let format = format_of(args);
+    let originals = originals_of(args, format)?;
+    if is_pipe(args) && args.verify {
+        return Err(Error::usage("--verify cannot read back what was written to standard output")
+            .next("leave --verify out, and run 'tidemark verify' where the archive ends up"));
+    }
+    let chunk = args.chunk.map(ChunkSize::new).transpose()?.unwrap_or_default();
+    let segment = args.segment.map(SegmentSize::new).transpose()?;
+    if let Some(segment) = segment
+        && segment.bytes() < chunk.bytes()
+    {
+        return Err(Error::usage(format!("--segment {segment} is smaller than --chunk {chunk}"))
+            .next("make the segment at least as large as the chunk"));
+    }
+    nonzero(args.rate, "--rate")?;
+    Ok(CopyRequest {
+        origin: args.origin.clone(),
+        secondary: target_of(&args.secondary),
+        format,
+        originals,
+        store: store_of(args)?,
+        chunk,
+        segment,
+        rate: args.rate,
+        verify: args.verify,
+        freeze_budget: args.freeze_budget,
+        hooks: Hooks {
+            before: args.hook_before.clone(),
+            frozen: args.hook_frozen.clone(),
+            after: args.hook_after.clone(),
+        },
+        replace: args.consent.yes,
+    })
+    .and_then(reject_raw_pipe)
+}
+
+fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {
+    if request.secondary == SecondaryTarget::Pipe && request.format == SecondaryFormat::Raw {
+        return Err(Error::usage(
+            "--format raw cannot go to standard output: originals are not known until all data has been read",
+        )
+        .next("use --format archive for -, and 'tidemark restore - FILE' at the other end"));
+    }
+    Ok(request)
+}
+
+fn format_of(args: &CopyArgs) -> SecondaryFormat {
+    match args.format {
+        Some(FormatArg::Raw) => SecondaryFormat::Raw,
+        Some(FormatArg::Archive) => SecondaryFormat::Archive,
+        None if is_pipe(args) => SecondaryFormat::Archive,
+        None if args.secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
+            SecondaryFormat::Archive
+        }
+        None => SecondaryFormat::Raw,
+    }
+}
+
+fn originals_of(args: &CopyArgs, format: SecondaryFormat) -> Result<Originals> {
+    match args.originals {
+        Some(OriginalsArg::Append) if format == SecondaryFormat::Raw => {
+            Err(Error::usage("--originals append needs an archive: a raw secondary has no place for them")
+                .next("use --format archive, or --originals overlay"))
+        }
+        Some(OriginalsArg::Overlay) if is_pipe(args) => {
+            Err(Error::usage("--originals overlay cannot be used with -: a pipe cannot be written again")
+                .next("use --originals append, the default for -"))
+        }
+        Some(OriginalsArg::Append) => Ok(Originals::Append),
+        None if is_pipe(args) => Ok(Originals::Append),
+        Some(OriginalsArg::Overlay) | None => Ok(Originals::Overlay),
+    }
+}
+
+fn store_of(args: &CopyArgs) -> Result<StoreRequest> {
+    if let Some(store) = &args.store {
+        not_dash(store, "the store")?;
+    }
+    nonzero(args.store_size, "--store-size")?;
+    let ram = match args.store_ram {
+        Some(ram) if args.keep_store && ram > Bytes::ZERO => {
+            return Err(Error::usage(
+                "--keep-store and --store-ram contradict each other: memory cannot be kept",
+            )
+            .next("leave --store-ram out, or set it to 0"));
+        }
+        None if args.keep_store => Some(Bytes::ZERO),
+        ram => ram,
+    };
+    if let (Some(ram), Some(size)) = (ram, args.store_size)
+        && ram > size
+    {
+        return Err(Error::usage(format!("--store-ram {ram} is larger than --store-size {size}"))
+            .next("the RAM head is a part of the store: make it smaller, or the store larger"));
+    }
+    Ok(StoreRequest { tail: args.store.clone(), size_max: args.store_size, ram, keep: args.keep_store })
+}
+
+fn nonzero(size: Option<Bytes>, option: &str) -> Result<()> {
+    if size == Some(Bytes::ZERO) {
+        return Err(Error::usage(format!("{option} 0 leaves nothing to work with")));
+    }
+    Ok(())
+}
+
+fn not_dash(path: &Path, what: &str) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::usage(format!("{what} is an empty name")));
+    }
+    if is_dash(path) {
+        return Err(Error::usage(format!("{what} cannot be -")).next("name a file or a device"));
+    }
+    Ok(())
+}
+
+fn target_of(path: &Path) -> SecondaryTarget {
+    if is_dash(path) { SecondaryTarget::Pipe } else { SecondaryTarget::Path(path.to_owned()) }
+}
+
+fn source_of(path: &Path) -> ArchiveSource {
+    if is_dash(path) { ArchiveSource::Pipe } else { ArchiveSource::Path(path.to_owned()) }
+}
+
+/// A volume's name, as device-mapper, udev and the state directory can all take it.
+fn name_of(name: &str) -> Result<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
+    let first = name.chars().next();
+    if name.len() > NAME_BYTES_MAX
+        || !name.chars().all(plain)
+        || !first.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_')
+    {
+        return Err(Error::usage(format!("'{name}' cannot be a volume's name")).next(format!(
+            "use at most {NAME_BYTES_MAX} letters, digits and any of _ - . +, a letter or digit first"
+        )));
+    }
+    Ok(name.to_owned())
+}
+
+/// `tidemark attach`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
+pub fn attach(args: &AttachArgs) -> Result<AttachRequest> {
+    not_dash(&args.device, "the device")?;
+    Ok(AttachRequest {
+        device: args.device.clone(),
+        name: name_of(&args.name)?,
+        install_unit: args.install_unit,
+    })
+}
+
+/// `tidemark detach`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
+pub fn detach(args: &DetachArgs) -> Result<DetachRequest> {
+    let name = args.name.strip_prefix("/dev/mapper/").unwrap_or(&args.name);
+    Ok(DetachRequest { name: name_of(name)? })
+}
+
+/// `tidemark restore`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-` as the target.
+pub fn restore(args: &RestoreArgs) -> Result<RestoreRequest> {
+    not_dash(&args.target, "the target")?;
+    Ok(RestoreRequest {
+        archive: source_of(&args.archive),
+        target: args.target.clone(),
+        replace: args.consent.yes,
+    })
+}
+
+/// `tidemark verify`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-` as what to compare with.
+pub fn verify(args: &VerifyArgs) -> Result<VerifyRequest> {
+    if let Some(against) = &args.against {
+        not_dash(against, "--against")?;
+    }
+    Ok(VerifyRequest { archive: source_of(&args.archive), against: args.against.clone() })
+}
+
+/// `tidemark inspect`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-`: the end of an archive says most.
+pub fn inspect(args: &InspectArgs) -> Result<InspectRequest> {
+    not_dash(&args.archive, "the archive")?;
+    Ok(InspectRequest { archive: PathBuf::from(&args.archive) })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command, FromArgMatches};
+
+    use super::*;
+    use crate::base::ErrorKind;
+
+    fn parse<T: Args + FromArgMatches>(line: &str) -> T {
+        let words = std::iter::once("tidemark").chain(line.split_whitespace());
+        let matches = T::augment_args(Command::new("tidemark")).try_get_matches_from(words).unwrap();
+        T::from_arg_matches(&matches).unwrap()
+    }
+
+    #[test]
+    fn format_and_originals_default_by_name() {
+        use Originals::{Append, Overlay};
+        use SecondaryFormat::{Archive, Raw};
+        for (line, format, originals) in [
+            ("data out.img", Raw, Overlay),
+            ("data out.tdm", Archive, Overlay),
+            ("data out.tdm --format raw", Raw, Overlay),
+            ("data out.img --format archive --originals append", Archive, Append),
+            ("data -", Archive, Append),
+            ("data - --originals append", Archive, Append),
+            ("data /dev/sdc", Raw, Overlay),
+        ] {
+            let request = copy(&parse(line)).unwrap();
+            assert_eq!((request.format, request.originals), (format, originals), "{line}");
+        }
+    }
+
+    #[test]
+    fn contradictions_are_usage_errors() {
+        for line in [
+            "data - --format raw",
+            "data - --originals overlay",
+            "data - --verify",
+            "data out.img --originals append",
+            "data out.tdm --format raw --originals append",
+            "data out.img --keep-store --store-ram 64M",
+            "data out.img --store-ram 2G --store-size 1G",
+            "data out.img --store-size 0",
+            "data out.img --rate 0",
+            "data out.img --chunk 3000",
+            "data out.img --segment 100K",
+            "data out.img --chunk 1M --segment 64K",
+            "data out.img --store -",
+            "- out.img",
+        ] {
+            let error = copy(&parse(line)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_kept_store_has_no_ram_head() {
+        assert_eq!(copy(&parse("data out.img --keep-store")).unwrap().store.ram, Some(Bytes::ZERO));
+        assert_eq!(copy(&parse("data out.img")).unwrap().store.ram, None);
+    }
+
+    #[test]
+    fn volume_names_are_checked() {
+        for name in ["data", "a", "vg-data_1.2+x", "9"] {
+            assert!(name_of(name).is_ok(), "{name}");
+        }
+        let long = "x".repeat(NAME_BYTES_MAX + 1);
+        for name in ["", ".", "..", "-x", "a/b", "a b", "ä", "a\n", &long] {
+            assert_eq!(name_of(name).unwrap_err().kind(), ErrorKind::Usage, "{name}");
+        }
+        assert_eq!(detach(&DetachArgs { name: "/dev/mapper/data".into() }).unwrap().name, "data");
+    }
+
+    #[test]
+    fn dashes_are_pipes_only_where_they_can_be() {
+        assert_eq!(restore(&parse("- out.img")).unwrap().archive, ArchiveSource::Pipe);
+        assert_eq!(restore(&parse("in.tdm -")).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(inspect(&parse("-")).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(verify(&parse("-")).unwrap().archive, ArchiveSource::Pipe);
+    }
+}
