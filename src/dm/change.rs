@@ -8,7 +8,8 @@
 //! So at a crash at most the last intent is unsure, and everything before it has happened. Where a
 //! step fails, the undo of every step *before* it runs, last first: a step is all or nothing, and
 //! undoing one that never happened could hit a device that is not ours. Undo goes on past its own
-//! failures; cause and failed undos are both reported.
+//! failures; cause and failed undos are both reported. Nothing is logged on the way: standard error
+//! may be a file on the very filesystem that is frozen.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::process::crash_point;
 
 use super::context::Dm;
-use super::table::Table;
+use super::table::{Table, Template};
 use super::udev::Udev;
 
 /// Most steps in a change.
@@ -34,7 +35,7 @@ pub enum Action {
     /// Make a device without a table.
     Create { device: String, uuid: String },
     /// Load a table into the device's inactive slot.
-    Load { device: String, table: Table },
+    Load { device: String, table: Template },
     /// Drop the device's inactive table, if any.
     Clear { device: String },
     /// Hold the device's I/O; `flush` waits for what is queued.
@@ -44,7 +45,7 @@ pub enum Action {
     /// Remove the device.
     Remove { device: String, udev: Udev },
     /// Fail unless the device's active table is this one.
-    Expect { device: String, table: Table },
+    Expect { device: String, table: Template },
     /// Sync, then freeze filesystems, all or none.
     Freeze { filesystems: Vec<PathBuf> },
     /// Thaw what [`Action::Freeze`] froze.
@@ -53,6 +54,8 @@ pub enum Action {
     Guard { device: String, filesystems: Vec<PathBuf> },
     /// Stop the watchdog; fails where it has acted.
     Unguard,
+    /// Stop the watchdog, if there is one, whatever it has done: for undo.
+    Dismiss,
     /// The instant: what the caller does while the origin is quiet.
     Instant,
 }
@@ -151,7 +154,6 @@ impl Change {
         for (index, step) in self.steps.iter().enumerate() {
             let result = journal.intend(self, index).and_then(|()| {
                 self.pass(step, "before");
-                tracing::debug!("{}: {}: {}", self.name, step.name, step.action);
                 executor.execute(&step.action)
             });
             if let Err(error) = result {
@@ -180,7 +182,6 @@ impl Change {
             }
             self.pass(step, "undo");
             for action in &step.undo {
-                tracing::debug!("{}: undo {}: {action}", self.name, step.name);
                 if let Err(undo) = executor.execute(action) {
                     error = error.with_failed_undo(undo.context(format!("taking back '{}'", step.name)));
                 }
@@ -203,6 +204,14 @@ impl Change {
 }
 
 impl Dm {
+    /// A template's table, with the numbers that its devices have now.
+    ///
+    /// # Errors
+    /// The kernel's, for a device that does not exist.
+    pub fn resolve(&self, template: &Template) -> Result<Table> {
+        template.resolve(&mut |name| Ok(self.info_of(name)?.number))
+    }
+
     /// Does one of the actions that are device-mapper's alone.
     ///
     /// # Errors
@@ -215,7 +224,7 @@ impl Dm {
     pub fn execute(&self, action: &Action) -> Result<()> {
         match action {
             Action::Create { device, uuid } => self.create(device, uuid).map(|_| ()),
-            Action::Load { device, table } => self.load(device, table),
+            Action::Load { device, table } => self.load(device, &self.resolve(table)?),
             Action::Clear { device } => self.clear(device),
             Action::Suspend { device, flush, lock_filesystem } => {
                 self.suspend(device, SuspendFlags { flush: *flush, lock_filesystem: *lock_filesystem })
@@ -230,7 +239,7 @@ impl Dm {
             Action::Remove { device, udev } => self.remove(device, *udev),
             Action::Expect { device, table } => {
                 let found = self.table(device, super::Slot::Active)?;
-                if found.as_ref() == Some(table) {
+                if found.as_ref() == Some(&self.resolve(table)?) {
                     return Ok(());
                 }
                 let found = found.map_or_else(|| "none".to_owned(), |table| table.to_string());
@@ -243,6 +252,7 @@ impl Dm {
             | Action::Thaw { .. }
             | Action::Guard { .. }
             | Action::Unguard
+            | Action::Dismiss
             | Action::Instant => {
                 unreachable!("'{action}' is done by the executor, not by device-mapper")
             }
@@ -277,7 +287,7 @@ impl fmt::Display for Action {
             Self::Freeze { filesystems } => write!(f, "freeze {}", paths(filesystems)),
             Self::Thaw { filesystems } => write!(f, "thaw {}", paths(filesystems)),
             Self::Guard { device, .. } => write!(f, "start the watchdog over {device}"),
-            Self::Unguard => f.write_str("stop the watchdog"),
+            Self::Unguard | Self::Dismiss => f.write_str("stop the watchdog"),
             Self::Instant => f.write_str("the instant"),
         }
     }

@@ -6,6 +6,7 @@
 
 pub mod change;
 pub mod context;
+pub mod naming;
 pub mod node;
 pub mod status;
 pub mod table;
@@ -14,7 +15,8 @@ pub mod udev;
 
 pub use change::{Action, Change, Executor, Journal, Step};
 pub use context::{DeviceInfo, Dm, Slot, TargetVersion};
+pub use naming::DeviceIdentity;
 pub use status::SnapshotStatus;
-pub use table::{Line, Table};
+pub use table::{Line, Table, Template};
 pub use target::{Persistence, Target};
 pub use udev::Udev;

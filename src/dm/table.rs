@@ -213,6 +213,52 @@ impl From<Table> for String {
     }
 }
 
+/// A table that is known before the devices it maps to exist: its text, in which `{NAME}` stands for
+/// the number of the device of that name when the table is loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Template(String);
+
+impl Template {
+    /// From text with placeholders, as [`Table`]'s own text otherwise.
+    #[must_use]
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The table, with `number_of` telling the number of a named device.
+    ///
+    /// # Errors
+    /// `number_of`'s, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a text that is
+    /// no table.
+    pub fn resolve(&self, number_of: &mut dyn FnMut(&str) -> Result<DeviceNumber>) -> Result<Table> {
+        let mut text = String::with_capacity(self.0.len());
+        let mut rest = self.0.as_str();
+        while let Some((before, after)) = rest.split_once('{') {
+            let (name, after) = after
+                .split_once('}')
+                .ok_or_else(|| Error::bad_data(format!("'{}' has a brace that is not closed", self.0)))?;
+            text.push_str(before);
+            text.push_str(&number_of(name)?.to_string());
+            rest = after;
+        }
+        text.push_str(rest);
+        text.parse()
+    }
+}
+
+impl From<&Table> for Template {
+    fn from(table: &Table) -> Self {
+        Self(table.to_string())
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,6 +331,17 @@ mod tests {
         ] {
             assert!(text.parse::<Table>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn templates_name_devices() {
+        let template = Template::new("0 8 snapshot {data-real} {c} PO 8");
+        let table = template
+            .resolve(&mut |name| Ok(DeviceNumber { major: 253, minor: if name == "c" { 2 } else { 1 } }))
+            .unwrap();
+        assert_eq!(table.to_string(), "0 8 snapshot 253:1 253:2 PO 8");
+        assert!(Template::new("0 8 linear {x 0").resolve(&mut |_| unreachable!()).is_err());
+        assert!(Template::new("0 8 linear {x} 0").resolve(&mut |_| Err(Error::usage("none"))).is_err());
     }
 
     #[test]

@@ -1,1 +1,238 @@
-//! (to come)
+#![doc = include_str!("FORMAT.md")]
+//!
+//! # Codec
+//!
+//! Pure: bytes in, structures out. Invariants: decoding never panics and accepts nothing whose
+//! checksum, kind or version is not right; what is encoded decodes to the same value; an encoded
+//! record is at most [`RECORD_BYTES_MAX`] long.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::base::checksum::crc32c_salted;
+use crate::base::{DeviceNumber, Error, Result};
+
+/// Longest record, in bytes: a table of 65,536 lines of 100 bytes and room to spare.
+pub const RECORD_BYTES_MAX: usize = 16 << 20;
+
+/// The version that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+
+/// A job in progress: what `recover` needs to know that the kernel does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobRecord {
+    /// The job's id, as in its devices' UUIDs.
+    pub job: String,
+    /// What the user asked for: "copy".
+    pub command: String,
+    /// Process id, for people; whether it lives is told by the lock.
+    pub process: u32,
+    /// Start, UTC, in nanoseconds since 1970.
+    pub started_utc_ns: u64,
+    /// The origin, once known.
+    pub origin: Option<OriginRecord>,
+    /// The change in progress, if any.
+    pub change: Option<ChangeRecord>,
+    /// What else the job has made and must be taken down, in order of making.
+    pub resources: Vec<ResourceRecord>,
+}
+
+/// The device being copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OriginRecord {
+    /// Its device-mapper name.
+    pub device: String,
+    /// Its number.
+    pub number: DeviceNumber,
+    /// Its own table, as the kernel printed it.
+    pub table: String,
+}
+
+/// Where a change stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeRecord {
+    /// The change's name.
+    pub name: String,
+    /// The step that is next, or is being done, from 0.
+    pub step: usize,
+    /// True where the steps before `step`, and it, are being taken back.
+    pub undo: bool,
+    /// Filesystems that may be frozen now.
+    pub frozen: Vec<String>,
+    /// Devices that may be suspended now.
+    pub suspended: Vec<String>,
+    /// The steps, in words.
+    pub steps: Vec<String>,
+}
+
+/// Something made beside the stack: a loop device, a zram device, a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResourceRecord {
+    /// "loop", "zram", "brd", "file", "directory".
+    pub kind: String,
+    /// Its path.
+    pub path: String,
+}
+
+/// A volume that was attached: what outlives a boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRecord {
+    /// Its name: /dev/mapper/NAME.
+    pub name: String,
+    /// Its id, as in the device's UUID.
+    pub id: String,
+    /// The device beneath, by a path that stays the same from boot to boot.
+    pub device: String,
+    /// Its size in bytes when it was attached.
+    pub size_bytes: u64,
+    /// When, UTC, in nanoseconds since 1970.
+    pub attached_utc_ns: u64,
+}
+
+/// A record that can be written to a file of its own.
+pub trait Record: Serialize + DeserializeOwned {
+    /// Its kind, in the header line and in the checksum's salt.
+    const KIND: &'static str;
+}
+
+impl Record for JobRecord {
+    const KIND: &'static str = "job";
+}
+
+impl Record for VolumeRecord {
+    const KIND: &'static str = "volume";
+}
+
+/// The bytes of `record`.
+///
+/// # Errors
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is too long.
+pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
+    let body = serde_json::to_string(record).map_err(|source| {
+        Error::bad_data(format!("a {} record cannot be written", R::KIND)).with_source(source)
+    })?;
+    let head = format!("tidemark-{} {VERSION}\n{body}\n", R::KIND);
+    let text = format!("{head}crc32c {:08x}\n", crc32c_salted(R::KIND.as_bytes(), head.as_bytes()));
+    if text.len() > RECORD_BYTES_MAX {
+        return Err(Error::bad_data(format!("a {} record of {} bytes is too long", R::KIND, text.len())));
+    }
+    Ok(text.into_bytes())
+}
+
+/// The record in `bytes`.
+///
+/// # Errors
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) naming the first thing that is wrong.
+pub fn decode<R: Record>(bytes: &[u8]) -> Result<R> {
+    let bad = |what: &str| Error::bad_data(format!("not a {} record: {what}", R::KIND));
+    if bytes.len() > RECORD_BYTES_MAX {
+        return Err(bad("it is too long"));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| bad("it is not UTF-8"))?;
+    let mut lines = text.split_inclusive('\n');
+    let (Some(header), Some(body), Some(checksum), None) =
+        (lines.next(), lines.next(), lines.next(), lines.next())
+    else {
+        return Err(bad("it does not have three lines"));
+    };
+    let version = header
+        .strip_prefix("tidemark-")
+        .and_then(|rest| rest.strip_prefix(R::KIND))
+        .and_then(|rest| rest.strip_prefix(' '))
+        .and_then(|rest| rest.strip_suffix('\n'))
+        .ok_or_else(|| bad("its first line is another"))?;
+    let head = &text[..header.len() + body.len()];
+    let expected = format!("crc32c {:08x}\n", crc32c_salted(R::KIND.as_bytes(), head.as_bytes()));
+    if checksum != expected {
+        return Err(bad("its checksum is wrong"));
+    }
+    if version != VERSION.to_string() {
+        return Err(bad(&format!("its version is {version}, this program reads {VERSION}")));
+    }
+    serde_json::from_str(body).map_err(|source| bad("its fields are wrong").with_source(source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn job() -> JobRecord {
+        JobRecord {
+            job: "0123456789abcdef0123456789abcdef".to_owned(),
+            command: "copy".to_owned(),
+            process: 4711,
+            started_utc_ns: 1_763_712_000_000_000_000,
+            origin: Some(OriginRecord {
+                device: "vg-data".to_owned(),
+                number: DeviceNumber { major: 253, minor: 3 },
+                table: "0 8192 linear 8:16 2048\n8192 8192 linear 8:32 2048".to_owned(),
+            }),
+            change: Some(ChangeRecord {
+                name: "insert".to_owned(),
+                step: 9,
+                undo: false,
+                frozen: vec!["/srv/data".to_owned()],
+                suspended: vec!["vg-data".to_owned()],
+                steps: vec!["make device vg-data-real".to_owned()],
+            }),
+            resources: vec![ResourceRecord { kind: "loop".to_owned(), path: "/dev/loop3".to_owned() }],
+        }
+    }
+
+    fn volume() -> VolumeRecord {
+        VolumeRecord {
+            name: "data".to_owned(),
+            id: "0123456789abcdef0123456789abcdef".to_owned(),
+            device: "/dev/disk/by-id/wwn-0x5000c500a1b2c3d4".to_owned(),
+            size_bytes: 1 << 40,
+            attached_utc_ns: 1_763_712_000_000_000_000,
+        }
+    }
+
+    #[test]
+    fn golden_files_of_version_1_are_read_and_written_the_same() {
+        let golden: &[u8] = include_bytes!("golden/job-v1.json");
+        assert_eq!(decode::<JobRecord>(golden).unwrap(), job());
+        assert_eq!(encode(&job()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/volume-v1.json");
+        assert_eq!(decode::<VolumeRecord>(golden).unwrap(), volume());
+        assert_eq!(encode(&volume()).unwrap(), golden);
+    }
+
+    #[test]
+    fn every_changed_byte_and_every_cut_is_noticed() {
+        let good = encode(&job()).unwrap();
+        for at in 0..good.len() {
+            for flip in [0x01, 0x20, 0x80, 0xff] {
+                let mut bad = good.clone();
+                bad[at] ^= flip;
+                assert!(decode::<JobRecord>(&bad).is_err(), "byte {at} xor {flip:#x}");
+            }
+            assert!(decode::<JobRecord>(&good[..at]).is_err(), "cut at {at}");
+        }
+        assert!(decode::<VolumeRecord>(&good).is_err(), "one kind does not pass for another");
+        let mut longer = good;
+        longer.push(b'\n');
+        assert!(decode::<JobRecord>(&longer).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode::<JobRecord>(&bytes);
+            let _ = decode::<VolumeRecord>(&bytes);
+        }
+
+        #[test]
+        fn any_text_round_trips(name in "\\PC{0,60}", device in any::<String>(), size_bytes: u64) {
+            let record = VolumeRecord { name, device, size_bytes, ..volume() };
+            prop_assert_eq!(decode::<VolumeRecord>(&encode(&record).unwrap()).unwrap(), record);
+        }
+    }
+}
