@@ -1,1 +1,43 @@
-fn main() {}
+//! The VM cases: each boots a real kernel under QEMU in a guest of its own and runs a script in it as root.
+//!
+//! ```text
+//! cargo test --release --features vm --test vm -- [FILTER...] [--list] [--all] [--jobs N] [--keep]
+//!
+//!   FILTER     only the cases whose name contains one of these
+//!   --list     name the cases and what they need, run nothing
+//!   --all      run also what passed before with the same binary, script, harness and kernel
+//!   --jobs N   guests at a time
+//!   --keep     keep the disks of cases that pass, too
+//! ```
+//!
+//! `TIDEMARK_SEED` repeats a run's seed; `TIDEMARK_NO_SKIP=1` or `CI=true` makes a skip a failure;
+//! `TIDEMARK_VM_ACCEL` is `tcg` or `kvm` (found out when unset); `TIDEMARK_VM_TIME_SCALE` stretches the time
+//! limits on a slow machine. The last line is `N passed, N failed, N skipped`.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test runner speaks on stdout")]
+
+mod cases;
+mod harness;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let options = match harness::Options::parse(std::env::args().skip(1)) {
+        Ok(options) => options,
+        Err(message) => {
+            eprintln!("vm: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    match harness::run(cases::all(), &options) {
+        Ok(tally) => {
+            if !options.only_lists() {
+                println!("{tally}");
+            }
+            if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(message) => {
+            eprintln!("vm: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,100 @@
+"""Prepares an origin and a store, overwrites the origin, and writes the store down as text.
+
+Used in the guest by golden_exception_store.sh; tests/golden/exception_store/README.md describes the files.
+"""
+
+import hashlib
+import mmap
+import os
+import sys
+
+PAGE = 4096
+UNIT = 16
+# Origin chunks are overwritten in the order (i * STEP) mod chunks: no two exceptions follow one another.
+STEP = 7
+
+
+def page(word, number):
+    """A page of one 16-byte unit: four letters and the page's number in twelve digits."""
+    unit = b"%s%012d" % (word, number)
+    assert len(unit) == UNIT
+    return unit * (PAGE // UNIT)
+
+
+class Device:
+    """A block device, read and written past the page cache."""
+
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        self.bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        self.buffer = mmap.mmap(-1, PAGE)
+
+    def read(self, offset):
+        assert os.preadv(self.fd, [self.buffer], offset) == PAGE
+        return bytes(self.buffer)
+
+    def write(self, offset, data):
+        self.buffer[:] = data
+        assert os.pwritev(self.fd, [self.buffer], offset) == PAGE
+
+
+def prepare(origin, store):
+    origin, store = Device(origin), Device(store)
+    for offset in range(0, origin.bytes, PAGE):
+        origin.write(offset, page(b"orig", offset // PAGE))
+    # A used disk: only what the kernel takes for "no store yet" is clean.
+    for offset in range(0, store.bytes, PAGE):
+        store.write(offset, page(b"junk", offset // PAGE))
+    store.write(0, bytes(PAGE))
+
+
+def digest(path):
+    device = Device(path)
+    total = hashlib.sha256()
+    for offset in range(0, device.bytes, PAGE):
+        total.update(device.read(offset))
+    print(total.hexdigest())
+
+
+def touched(origin_bytes, chunk_bytes, exceptions):
+    chunks = origin_bytes // chunk_bytes
+    assert exceptions <= chunks and chunks % STEP != 0
+    return [index * STEP % chunks for index in range(exceptions)]
+
+
+def overwrite(data, chunk_sectors, exceptions):
+    device = Device(data)
+    chunk_bytes = int(chunk_sectors) * 512
+    for chunk in touched(device.bytes, chunk_bytes, int(exceptions)):
+        # The last page of the chunk: the original must be the whole chunk nevertheless.
+        offset = (chunk + 1) * chunk_bytes - PAGE
+        device.write(offset, page(b"newr", offset // PAGE))
+
+
+def write_down(store, chunk_sectors, exceptions, status, target):
+    device = Device(store)
+    chunk_bytes = int(chunk_sectors) * 512
+    used_sectors = int(status.split("/")[0])
+    # Two chunks beyond what is used: what the disk held before must not be taken for a part of the store.
+    end = used_sectors * 512 + 2 * chunk_bytes
+    image = b"".join(device.read(offset) for offset in range(0, end, PAGE))
+    with open(target + ".cow", "w", encoding="ascii") as text:
+        text.write("bytes %d\n" % len(image))
+        offset = 0
+        while offset < len(image):
+            unit = image[offset : offset + UNIT]
+            count = 1
+            while image[offset + count * UNIT : offset + (count + 1) * UNIT] == unit:
+                count += 1
+            if unit.strip(b"\0"):
+                text.write("%d %d %s\n" % (offset, count, unit.hex()))
+            offset += count * UNIT
+    origin_bytes = 8 << 20
+    with open(target + ".expect", "w", encoding="ascii") as text:
+        text.write("chunk_sectors %s\norigin_bytes %d\nstatus %s\n" % (chunk_sectors, origin_bytes, status))
+        for chunk in touched(origin_bytes, chunk_bytes, int(exceptions)):
+            text.write("%d\n" % chunk)
+
+
+COMMANDS = {"prepare": prepare, "digest": digest, "overwrite": overwrite, "write-down": write_down}
+COMMANDS[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,39 @@
+//! The harness judges itself: what it must notice is provoked, and must be reported for what it is.
+
+use crate::harness::Case;
+use crate::harness::case::{Cache, Disk, Expect};
+
+/// The harness's own cases.
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("harness_boot", "harness_boot.sh")
+            .on_both_kernels()
+            .modules(&["dm-snapshot", "loop", "zram", "ext4", "xfs"])
+            .commands(&["dmsetup", "mkfs.ext4", "mkfs.xfs", "losetup"])
+            .disk_mib(64)
+            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 4096 }),
+        Case::new("harness_script_failure", "harness_script_failure.sh")
+            .expect(Expect::ScriptFailure(1))
+            .without_binary(),
+        Case::new("harness_kernel_complaint", "harness_kernel_complaint.sh")
+            .expect(Expect::KernelComplaint)
+            .without_binary(),
+        Case::new("harness_kernel_panic", "harness_kernel_panic.sh")
+            .on_both_kernels()
+            .expect(Expect::KernelComplaint)
+            .without_binary(),
+        Case::new("harness_hang", "harness_hang.sh").expect(Expect::Hang).limit_seconds(20).without_binary(),
+        Case::new("harness_power_cut", "harness_power_cut_write.sh")
+            .on_both_kernels()
+            .modules(&["ext4"])
+            .commands(&["mkfs.ext4"])
+            .disk(Disk { bytes: 64 << 20, cache: Cache::Writeback, block_bytes: 512 })
+            .power_cut_at("written", 50)
+            .then("harness_power_cut_check.sh")
+            .without_binary(),
+        Case::new("harness_leftovers", "harness_leftovers.sh")
+            .modules(&["dm-mod", "zram", "loop"])
+            .commands(&["dmsetup", "losetup"])
+            .without_binary(),
+    ]
+}

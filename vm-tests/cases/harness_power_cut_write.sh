@@ -1,0 +1,9 @@
+# What is synced before the cut is there after it; the writer never gets to say goodbye.
+mkfs.ext4 -q "$(disk 0)"
+mkdir -p /mnt/a
+mount "$(disk 0)" /mnt/a
+fill /mnt/a/synced 4194304 synced
+sync
+(while :; do echo more >>/mnt/a/growing; done) &
+marker written
+sleep 600

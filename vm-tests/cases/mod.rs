@@ -1,0 +1,15 @@
+//! The list of cases, one module per topic. A script is `NAME.sh` beside them; scripts share code through
+//! `lib*.sh` files here, which they source from `$REPO/vm-tests/cases`.
+
+mod golden;
+mod harness;
+
+use crate::harness::Case;
+
+/// Every case, in the order in which they run.
+pub fn all() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(harness::cases());
+    cases.extend(golden::cases());
+    cases
+}

@@ -1,0 +1,127 @@
+# Helpers for the case scripts. Sourced by vm-tests/guest/run; every script runs as root under
+# `set -euo pipefail` in a guest of its own.
+#
+#   $TIDEMARK         the binary under test (also first in PATH)   $SEED     the case's random seed
+#   $ARTIFACTS        a folder that the host keeps                  $PHASE    0, 1, ...: which boot this is
+#   $KERNEL           the series, 6.12 or 6.1                       $REPO     the project's folder
+
+TIDEMARK=$TIDEMARK_BINARY
+SEED=$TIDEMARK_SEED PHASE=$TIDEMARK_PHASE KERNEL=$TIDEMARK_KERNEL REPO=$TIDEMARK_REPO ARTIFACTS=/case/artifacts
+PATH="$(dirname "$TIDEMARK"):$PATH"
+RANDOM=$((SEED % 32768))
+trap 'echo "line $LINENO of ${BASH_SOURCE[0]##*/}: \"$BASH_COMMAND\" failed with status $?"' ERR
+set -E
+
+note() { printf '%8.2f %s\n' "$(cut -d' ' -f1 /proc/uptime)" "$*"; }
+
+fail() {
+    note "FAIL: $*"
+    trap - ERR
+    exit 1
+}
+
+# The same seed and label give the same number: rand LABEL MIN MAX (both included).
+rand() {
+    local digits
+    digits=$(printf '%s-%s' "$SEED" "$1" | sha256sum | cut -c1-8)
+    echo $(($2 + 0x$digits % ($3 - $2 + 1)))
+}
+
+# pick LABEL WORD...: one of the words, by the seed.
+pick() {
+    local label=$1
+    shift
+    local index
+    index=$(rand "$label" 1 $#)
+    echo "${!index}"
+}
+
+# The case's Nth disk (from 0), whatever order the kernel found them in.
+disk() {
+    local block
+    for block in /sys/block/vd*; do
+        if [ "$(cat "$block/serial")" = "disk$1" ]; then
+            echo "/dev/${block##*/}"
+            return
+        fi
+    done
+    fail "there is no disk $1"
+}
+
+# Tells the host; a phase that ends in a power cut is cut at its marker.
+marker() { : >"/case/marker.$1"; }
+
+# Asks for the power cut and waits for it.
+cut_here() {
+    marker "$1"
+    sleep 600
+    fail "the power was not cut"
+}
+
+# There is no udevd here: makes the nodes below /dev/mapper (and LVM's links) agree with the kernel.
+settle() {
+    dmsetup mknodes
+    [ ! -e /run/lvm-in-use ] || vgmknodes >/dev/null 2>&1
+}
+
+# /dev/dm-N of a device-mapper name.
+dm_node() { echo "/dev/dm-$(dmsetup info -c --noheadings -o minor "$1" | tr -d ' ')"; }
+
+# The SHA-256 of a file or device, read past the page cache where it allows that.
+digest() {
+    local bytes
+    if [ -b "$1" ]; then
+        dd if="$1" bs=1M iflag=direct status=none | sha256sum | cut -d' ' -f1
+    else
+        sha256sum "$1" | cut -d' ' -f1
+    fi
+}
+
+assert_same() { # WHAT LEFT RIGHT: two values
+    [ "$2" = "$3" ] || fail "$1: '$2' is not '$3'"
+}
+
+assert_identical() { # LEFT RIGHT: two files or devices, byte for byte
+    cmp "$1" "$2" || fail "$1 and $2 differ"
+}
+
+# assert_status STATUS COMMAND...: runs it, its output to the log, and checks the exit status.
+assert_status() {
+    local want=$1 got=0
+    shift
+    "$@" || got=$?
+    [ "$got" = "$want" ] || fail "exit status $got, not $want, of: $*"
+}
+
+# wait_until SECONDS COMMAND...: until it succeeds.
+wait_until() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$end" ] || fail "gave up waiting for: $*"
+        sleep 0.1
+    done
+}
+
+# Nothing of Tidemark's is left: no device, no loop device, no zram, no job on record.
+assert_no_tidemark_left() {
+    local left
+    left=$(dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep '^TIDEMARK-' || true)
+    [ -z "$left" ] || fail "device-mapper devices are left: $left"
+    left=$(losetup -a | grep -i tidemark || true)
+    [ -z "$left" ] || fail "loop devices are left: $left"
+    for left in /sys/block/zram*/disksize; do
+        [ ! -e "$left" ] || [ "$(cat "$left")" = 0 ] || fail "a RAM head is left: $left"
+    done
+    left=$(find /run/tidemark -type f ! -name '*.lock' 2>/dev/null | head -n 5 || true)
+    [ -z "$left" ] || fail "jobs are left: $left"
+}
+
+# What device-mapper has suspended, by name.
+suspended_devices() { dmsetup info -c --noheadings -o name,suspended | awk -F: '$2 == "Suspended" { print $1 }'; }
+
+# Fills a file or device from the seed: fill TARGET BYTES LABEL. The same arguments give the same bytes.
+fill() {
+    openssl enc -aes-128-ctr -nosalt -pbkdf2 -pass "pass:$SEED-$3" -in /dev/zero 2>/dev/null \
+        | dd of="$1" bs=1M count="$2" iflag=count_bytes,fullblock conv=notrunc,fsync status=none || true
+}

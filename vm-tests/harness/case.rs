@@ -1,0 +1,201 @@
+//! What is a case? A name, what it needs, the disks it gets, and one script for each boot.
+
+use std::time::Duration;
+
+/// A kernel series that `scripts/setup` unpacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// 6.12: every case runs on it.
+    Main,
+    /// Debian 12's own 6.1, the oldest that is supported: the cases marked for it run on it as well.
+    Oldest,
+}
+
+impl Kernel {
+    /// The series as in `target/vm/kernel-SERIES`.
+    pub fn series(self) -> &'static str {
+        match self {
+            Kernel::Main => "6.12",
+            Kernel::Oldest => "6.1",
+        }
+    }
+}
+
+/// How QEMU treats the host's page cache for a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// The disk answers from the host's page cache; a flush is an fsync.
+    Writeback,
+    /// As above, but a flush costs nothing: for cases that do not ask what survives.
+    Unsafe,
+}
+
+/// A virtio disk with a raw file of its own. The guest finds it as `disk N`, by its serial number.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// What QEMU does with flushes.
+    pub cache: Cache,
+    /// Its logical and physical block size, in bytes.
+    pub block_bytes: u32,
+}
+
+/// When the power fails during a boot.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    /// The marker at which it fails (`marker NAME` or `cut_here NAME` in the script).
+    pub marker: String,
+    /// How much later at most; the seed chooses.
+    pub delay_ms_max: u64,
+}
+
+/// One boot of the guest.
+#[derive(Clone, Debug)]
+pub struct Phase {
+    /// The script's file name in `vm-tests/cases`.
+    pub script: String,
+    /// QEMU is killed in this phase; otherwise the script's exit status ends it.
+    pub cut: Option<Cut>,
+}
+
+/// What a case must come to. All but the harness's own cases must pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Every script exits with 0 and the kernel does not complain.
+    Pass,
+    /// The harness's own: the script's exit status is reported as a failure.
+    ScriptFailure(i32),
+    /// The harness's own: a complaint in the kernel's log is noticed.
+    KernelComplaint,
+    /// The harness's own: the guest is killed at its time limit.
+    Hang,
+}
+
+/// A case. Made with [`Case::new`] and refined by the methods.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Its name: a word of `[a-z0-9_]`, the topic first.
+    pub name: String,
+    /// The kernels it runs on.
+    pub kernels: Vec<Kernel>,
+    /// Kernel modules it needs; loaded before the script starts.
+    pub modules: Vec<String>,
+    /// Commands of the host's root that the script calls.
+    pub commands: Vec<String>,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// The guest's memory in MiB.
+    pub memory_mib: u32,
+    /// How long one boot may take.
+    pub limit: Duration,
+    /// Its boots, in order, over the same disks.
+    pub phases: Vec<Phase>,
+    /// Variables for the scripts.
+    pub variables: Vec<(String, String)>,
+    /// What it must come to.
+    pub expect: Expect,
+    /// Whether it runs the binary under test: one that does not is not run again for a new binary.
+    pub uses_binary: bool,
+    /// Parts of lines of the kernel's log that are no complaint in this case.
+    pub tolerated: Vec<String>,
+}
+
+#[allow(dead_code, reason = "the vocabulary of the case lists; not every word is in use at all times")]
+impl Case {
+    /// A case with one boot that runs `script` on kernel 6.12.
+    pub fn new(name: impl Into<String>, script: impl Into<String>) -> Case {
+        Case {
+            name: name.into(),
+            kernels: vec![Kernel::Main],
+            modules: Vec::new(),
+            commands: Vec::new(),
+            disks: Vec::new(),
+            memory_mib: 768,
+            limit: Duration::from_secs(120),
+            phases: vec![Phase { script: script.into(), cut: None }],
+            variables: Vec::new(),
+            expect: Expect::Pass,
+            uses_binary: true,
+            tolerated: Vec::new(),
+        }
+    }
+
+    /// Runs on 6.1 as well.
+    pub fn on_both_kernels(mut self) -> Case {
+        self.kernels = vec![Kernel::Main, Kernel::Oldest];
+        self
+    }
+
+    /// Needs these kernel modules, loaded before the script starts.
+    pub fn modules(mut self, names: &[&str]) -> Case {
+        self.modules.extend(names.iter().map(|name| (*name).to_owned()));
+        self
+    }
+
+    /// Needs these commands on the host.
+    pub fn commands(mut self, names: &[&str]) -> Case {
+        self.commands.extend(names.iter().map(|name| (*name).to_owned()));
+        self
+    }
+
+    /// One more disk, with 512-byte blocks.
+    pub fn disk_mib(self, mib: u64) -> Case {
+        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512 })
+    }
+
+    /// One more disk.
+    pub fn disk(mut self, disk: Disk) -> Case {
+        self.disks.push(disk);
+        self
+    }
+
+    /// The guest's memory.
+    pub fn memory_mib(mut self, mib: u32) -> Case {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// How long one boot may take.
+    pub fn limit_seconds(mut self, seconds: u64) -> Case {
+        self.limit = Duration::from_secs(seconds);
+        self
+    }
+
+    /// A variable for the scripts.
+    pub fn variable(mut self, name: &str, value: impl Into<String>) -> Case {
+        self.variables.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Makes the power fail in the last boot named so far, up to `delay_ms_max` after `marker`.
+    pub fn power_cut_at(mut self, marker: &str, delay_ms_max: u64) -> Case {
+        let last = self.phases.last_mut().expect("a case is made with one phase");
+        last.cut = Some(Cut { marker: marker.to_owned(), delay_ms_max });
+        self
+    }
+
+    /// One more boot, over the same disks.
+    pub fn then(mut self, script: impl Into<String>) -> Case {
+        self.phases.push(Phase { script: script.into(), cut: None });
+        self
+    }
+
+    /// For the harness's own cases: what must come of it.
+    pub fn expect(mut self, expect: Expect) -> Case {
+        self.expect = expect;
+        self
+    }
+
+    /// Does not run the binary under test.
+    pub fn without_binary(mut self) -> Case {
+        self.uses_binary = false;
+        self
+    }
+
+    /// A part of a line of the kernel's log that this case provokes on purpose.
+    pub fn tolerate(mut self, part: &str) -> Case {
+        self.tolerated.push(part.to_owned());
+        self
+    }
+}

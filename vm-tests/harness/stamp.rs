@@ -1,0 +1,98 @@
+//! Which cases need not run again? One that passed with the same binary, scripts, harness and kernel.
+//!
+//! A stamp is a file in `target/vm/passed` whose content is a digest of all of that. It is a convenience on
+//! one machine, not evidence: a fresh clone has none.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+
+use super::case::{Case, Kernel};
+
+/// The digests that all cases share, taken once.
+pub struct Stamps {
+    folder: PathBuf,
+    cases: PathBuf,
+    harness: u64,
+    binary: u64,
+}
+
+impl Stamps {
+    /// Reads the harness, the guest's scripts and the binary under test.
+    pub fn new(repo: &Path, vm: &Path, binary: &Path) -> Result<Stamps, String> {
+        let folder = vm.join("passed");
+        fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        let cases = repo.join("vm-tests/cases");
+        let mut files = BTreeSet::new();
+        for part in ["vm-tests/harness", "vm-tests/guest"] {
+            list(&repo.join(part), &mut files)?;
+        }
+        // What scripts share with each other belongs to all of them.
+        let mut shared = BTreeSet::new();
+        list(&cases, &mut shared)?;
+        files.extend(shared.into_iter().filter(|path| {
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("lib"))
+        }));
+        files.insert(repo.join("scripts/vm-image"));
+        let mut hasher = DefaultHasher::new();
+        for path in &files {
+            read(path)?.hash(&mut hasher);
+        }
+        Ok(Stamps { folder, cases, harness: hasher.finish(), binary: digest(&read(binary)?) })
+    }
+
+    /// The digest of everything that this case depends on.
+    pub fn digest(&self, case: &Case, kernel: Kernel, release: &str) -> Result<String, String> {
+        let mut hasher = DefaultHasher::new();
+        format!("{case:?}").hash(&mut hasher);
+        for phase in &case.phases {
+            read(&self.cases.join(&phase.script))?.hash(&mut hasher);
+        }
+        (self.harness, kernel.series(), release).hash(&mut hasher);
+        if case.uses_binary {
+            self.binary.hash(&mut hasher);
+        }
+        Ok(format!("{:016x}", hasher.finish()))
+    }
+
+    /// Whether the case passed before with this digest.
+    pub fn passed(&self, run_name: &str, digest: &str) -> bool {
+        fs::read_to_string(self.folder.join(run_name)).is_ok_and(|stored| stored == digest)
+    }
+
+    /// Remembers a pass.
+    pub fn record(&self, run_name: &str, digest: &str) {
+        // A stamp that cannot be written costs a repeated run and nothing else.
+        let _ = fs::write(self.folder.join(run_name), digest);
+    }
+
+    /// Forgets an earlier pass: the case is about to run.
+    pub fn forget(&self, run_name: &str) {
+        let _ = fs::remove_file(self.folder.join(run_name));
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+}
+
+fn digest(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn list(folder: &Path, files: &mut BTreeSet<PathBuf>) -> Result<(), String> {
+    let entries =
+        fs::read_dir(folder).map_err(|error| format!("cannot list {}: {error}", folder.display()))?;
+    for entry in entries {
+        let path = entry.map_err(|error| format!("cannot list {}: {error}", folder.display()))?.path();
+        if path.is_dir() {
+            list(&path, files)?;
+        } else {
+            files.insert(path);
+        }
+    }
+    Ok(())
+}
