@@ -34,6 +34,11 @@ impl Buffer {
     pub fn new(memory: AlignedBuffer, index: u16) -> Self {
         Self { memory, index }
     }
+    /// The memory and the index, for engines.
+    #[must_use]
+    pub fn into_parts(self) -> (AlignedBuffer, u16) {
+        (self.memory, self.index)
+    }
     /// The registration index.
     #[must_use]
     pub fn index(&self) -> u16 {
@@ -81,7 +86,8 @@ pub enum Request {
     /// Write the pieces of `buffer` to `file`.
     Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
     /// Make `extent` of `file` read as zeros: a hole in a regular file, BLKZEROOUT semantics on a
-    /// block device (ordinary writes of zeros where neither is supported).
+    /// block device (ordinary writes of zeros where neither is supported). The file's size stays;
+    /// what lies behind its end is ignored. Not for streams.
     Zero { token: u64, file: FileIx, extent: Extent },
     /// Make all completed writes to `file` durable (fsync).
     Sync { token: u64, file: FileIx },

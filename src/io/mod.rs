@@ -5,6 +5,18 @@
 
 pub mod block;
 pub mod engine;
+mod handle;
+pub mod memory;
+pub mod open;
+mod pool;
+#[cfg(test)]
+mod suite;
+pub mod sync_engine;
+pub mod transfer;
 
 pub use block::{BlockRead, BlockWrite, Durable};
-pub use engine::{Buffer, Completion, Engine, FileIx, Piece, Place, Request};
+pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place, Request};
+pub use memory::{MemoryEngine, MemoryFile};
+pub use open::{EnginePreference, open_engine};
+pub use sync_engine::SyncEngine;
+pub use transfer::is_end_of_file;

@@ -1,1 +1,399 @@
-//! Block-device facts and commands: size, logical block, exclusive open, zero-out, discard.
+//! What a file is and what its device can do: kind, size, blocks, exclusive open, zero-out, discard,
+//! holes.
+//!
+//! Every function is one kernel call (or two where one does not answer), and returns its errno
+//! untouched. Sizes that the kernel reports are bytes. Nothing here retries, except `EINTR`, and
+//! nothing decides a policy.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::unistd::{Whence, lseek};
+
+use crate::base::{Bytes, Sectors};
+
+/// What a handle stands for, as far as I/O differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// A block device.
+    Block,
+    /// A regular file.
+    Regular,
+    /// A pipe or FIFO, a socket or a terminal: it has a position of its own and no offsets.
+    Stream,
+    /// A directory or anything else that holds no bytes.
+    Other,
+}
+
+/// How to open a file. Always close-on-exec.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenHow {
+    /// For reading.
+    pub read: bool,
+    /// For writing.
+    pub write: bool,
+    /// Past the page cache (O_DIRECT): offsets, lengths and memory must be aligned.
+    pub direct: bool,
+    /// Block devices: fail with EBUSY where it is mounted or held by another (O_EXCL). Not to be
+    /// set for a regular file, where the flag means nothing without O_CREAT.
+    pub exclusive: bool,
+    /// Make it; fail with EEXIST where it is there.
+    pub create_new: bool,
+}
+
+impl OpenHow {
+    /// For reading, direct.
+    #[must_use]
+    pub fn direct_read() -> Self {
+        Self { read: true, direct: true, ..Self::default() }
+    }
+
+    /// For reading and writing, direct.
+    #[must_use]
+    pub fn direct_write() -> Self {
+        Self { read: true, write: true, direct: true, ..Self::default() }
+    }
+
+    /// Adds O_EXCL.
+    #[must_use]
+    pub fn exclusive(self) -> Self {
+        Self { exclusive: true, ..self }
+    }
+
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// The errno of open(2): EBUSY where exclusive and taken, EINVAL where the file system has no
+    /// direct I/O.
+    pub fn open(self, path: &Path) -> io::Result<OwnedFd> {
+        let mut flags = libc::O_CLOEXEC;
+        if self.direct {
+            flags |= libc::O_DIRECT;
+        }
+        if self.exclusive {
+            flags |= libc::O_EXCL;
+        }
+        OpenOptions::new()
+            .read(self.read)
+            .write(self.write)
+            .create_new(self.create_new)
+            .mode(0o600)
+            .custom_flags(flags)
+            .open(path)
+            .map(OwnedFd::from)
+    }
+}
+
+/// What `file` stands for.
+///
+/// # Errors
+/// The errno of fstat(2).
+pub fn kind(file: impl AsFd) -> io::Result<FileKind> {
+    let file_type = metadata(file)?.file_type();
+    Ok(if file_type.is_block_device() {
+        FileKind::Block
+    } else if file_type.is_file() {
+        FileKind::Regular
+    } else if file_type.is_fifo() || file_type.is_socket() || file_type.is_char_device() {
+        FileKind::Stream
+    } else {
+        FileKind::Other
+    })
+}
+
+/// Major and minor number: of the device itself for a device node, of the file system's device for
+/// anything else.
+///
+/// # Errors
+/// The errno of fstat(2).
+pub fn device_number(file: impl AsFd) -> io::Result<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = metadata(file)?;
+    let file_type = metadata.file_type();
+    let number = if file_type.is_block_device() || file_type.is_char_device() {
+        metadata.rdev()
+    } else {
+        metadata.dev()
+    };
+    Ok((nix::sys::stat::major(number), nix::sys::stat::minor(number)))
+}
+
+fn metadata(file: impl AsFd) -> io::Result<std::fs::Metadata> {
+    File::from(file.as_fd().try_clone_to_owned()?).metadata()
+}
+
+/// Size in bytes: BLKGETSIZE64 of a block device, st_size of anything else.
+///
+/// # Errors
+/// The errno of fstat(2) or ioctl(2).
+pub fn size(file: impl AsFd) -> io::Result<Bytes> {
+    match kind(&file)? {
+        FileKind::Block => device_size(file),
+        _ => metadata(file).map(|metadata| Bytes(metadata.len())),
+    }
+}
+
+/// True where the handle is past the page cache (O_DIRECT).
+///
+/// # Errors
+/// The errno of fcntl(2).
+pub fn is_direct(file: impl AsFd) -> io::Result<bool> {
+    let flags = fcntl(file, FcntlArg::F_GETFL)?;
+    Ok(OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT))
+}
+
+mod raw {
+    //! Numbers from linux/fs.h; `_IO` numbers carry no size, hence the `_bad` macros.
+    nix::ioctl_read_bad!(blkgetsize64, nix::request_code_read!(0x12, 114, size_of::<usize>()), u64);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
+    nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), libc::c_uint);
+    nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), libc::c_int);
+    nix::ioctl_none_bad!(blkflsbuf, nix::request_code_none!(0x12, 97));
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+}
+
+/// Calls again while a signal interrupts.
+fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+/// Size of a block device.
+///
+/// # Errors
+/// The errno of ioctl(2); ENOTTY where it is none.
+pub fn device_size(device: impl AsFd) -> io::Result<Bytes> {
+    let fd = device.as_fd().as_raw_fd();
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64 through the pointer, which is to a live local; `fd` is
+    // open for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkgetsize64(fd, &raw mut size) })?;
+    Ok(Bytes(size))
+}
+
+/// Size of a block device in sectors.
+///
+/// # Errors
+/// As [`device_size`].
+pub fn device_sectors(device: impl AsFd) -> io::Result<Sectors> {
+    device_size(device).map(|size| Sectors(size.get() / crate::base::units::SECTOR_BYTES))
+}
+
+/// Logical block: the unit of direct I/O.
+///
+/// # Errors
+/// The errno of ioctl(2); ENOTTY where it is no block device; EINVAL for an answer that is none.
+pub fn logical_block(device: impl AsFd) -> io::Result<Bytes> {
+    let fd = device.as_fd().as_raw_fd();
+    let mut size: libc::c_int = 0;
+    // SAFETY: BLKSSZGET writes one int through the pointer, which is to a live local; `fd` is open
+    // for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blksszget(fd, &raw mut size) })?;
+    block_size(u64::try_from(size))
+}
+
+/// Physical block: the unit that the device writes without reading first.
+///
+/// # Errors
+/// As [`logical_block`].
+pub fn physical_block(device: impl AsFd) -> io::Result<Bytes> {
+    let fd = device.as_fd().as_raw_fd();
+    let mut size: libc::c_uint = 0;
+    // SAFETY: BLKPBSZGET writes one unsigned int through the pointer, which is to a live local;
+    // `fd` is open for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkpbszget(fd, &raw mut size) })?;
+    block_size(Ok(u64::from(size)))
+}
+
+/// The kernel's answer, checked: a power of two of at least a sector.
+fn block_size(size: Result<u64, std::num::TryFromIntError>) -> io::Result<Bytes> {
+    match size {
+        Ok(size) if size >= 512 && size.is_power_of_two() => Ok(Bytes(size)),
+        _ => Err(Errno::EINVAL.into()),
+    }
+}
+
+/// True where the device accepts no writes.
+///
+/// # Errors
+/// The errno of ioctl(2).
+pub fn is_read_only(device: impl AsFd) -> io::Result<bool> {
+    let fd = device.as_fd().as_raw_fd();
+    let mut answer: libc::c_int = 0;
+    // SAFETY: BLKROGET writes one int through the pointer, which is to a live local; `fd` is open
+    // for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkroget(fd, &raw mut answer) })?;
+    Ok(answer != 0)
+}
+
+/// Writes back and drops the device's page cache.
+///
+/// # Errors
+/// The errno of ioctl(2); EACCES without CAP_SYS_ADMIN.
+pub fn flush_buffers(device: impl AsFd) -> io::Result<()> {
+    let fd = device.as_fd().as_raw_fd();
+    // SAFETY: BLKFLSBUF takes no argument; `fd` is open for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkflsbuf(fd) }).map(drop)
+}
+
+/// Tells the device that `length` bytes at `start` are not needed; what they read as afterwards is
+/// undefined.
+///
+/// # Errors
+/// The errno of ioctl(2); EOPNOTSUPP where the device cannot; EINVAL where not aligned to blocks.
+pub fn discard(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
+    let fd = device.as_fd().as_raw_fd();
+    let range = [start.get(), length.get()];
+    // SAFETY: BLKDISCARD reads two u64 through the pointer, which is to a live local array of two;
+    // `fd` is open for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkdiscard(fd, &raw const range) }).map(drop)
+}
+
+/// Makes `length` bytes at `start` of a block device read as zeros, by the device's own command or,
+/// in the kernel, by writing them.
+///
+/// # Errors
+/// The errno of ioctl(2); EINVAL where not aligned to logical blocks.
+pub fn zero_out(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
+    let fd = device.as_fd().as_raw_fd();
+    let range = [start.get(), length.get()];
+    // SAFETY: BLKZEROOUT reads two u64 through the pointer, which is to a live local array of two;
+    // `fd` is open for the borrow of `device`.
+    uninterrupted(|| unsafe { raw::blkzeroout(fd, &raw const range) }).map(drop)
+}
+
+/// Reserves space for `length` bytes at `start` of a regular file and makes it at least that long.
+///
+/// # Errors
+/// The errno of fallocate(2); EOPNOTSUPP where the file system cannot.
+pub fn allocate(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
+    fallocate_range(file, FallocateFlags::empty(), start, length)
+}
+
+/// Makes `length` bytes at `start` of a regular file a hole; its size stays.
+///
+/// # Errors
+/// As [`allocate`].
+pub fn punch_hole(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate_range(file, mode, start, length)
+}
+
+/// Makes `length` bytes at `start` read as zeros, their space kept; the size stays. On a block device
+/// that is [`zero_out`].
+///
+/// # Errors
+/// As [`allocate`].
+pub fn zero_range(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
+    let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate_range(file, mode, start, length)
+}
+
+fn fallocate_range(file: impl AsFd, mode: FallocateFlags, start: Bytes, length: Bytes) -> io::Result<()> {
+    let (start, length) = (file_offset(start)?, file_offset(length)?);
+    uninterrupted(|| fallocate(&file, mode, start, length))
+}
+
+/// The kernel's signed offset; EFBIG where it does not fit.
+fn file_offset(bytes: Bytes) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(bytes.get()).map_err(|_| Errno::EFBIG.into())
+}
+
+/// First byte at or behind `from` that may hold data; None where only a hole follows. Moves the
+/// handle's own position.
+///
+/// # Errors
+/// The errno of lseek(2); EINVAL where the file system does not tell holes from data.
+pub fn seek_data(file: impl AsFd, from: Bytes) -> io::Result<Option<Bytes>> {
+    seek(file, from, Whence::SeekData)
+}
+
+/// First byte at or behind `from` that is in a hole; the end of the file counts as one. None where
+/// `from` is behind the end. Moves the handle's own position.
+///
+/// # Errors
+/// As [`seek_data`].
+pub fn seek_hole(file: impl AsFd, from: Bytes) -> io::Result<Option<Bytes>> {
+    seek(file, from, Whence::SeekHole)
+}
+
+fn seek(file: impl AsFd, from: Bytes, whence: Whence) -> io::Result<Option<Bytes>> {
+    match lseek(file, file_offset(from)?, whence) {
+        Ok(at) => u64::try_from(at).map(|at| Some(Bytes(at))).map_err(|_| Errno::EOVERFLOW.into()),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_regular_file_is_told_from_pipe_and_directory() {
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(kind(&file).unwrap(), FileKind::Regular);
+        let (reader, _writer) = std::io::pipe().unwrap();
+        assert_eq!(kind(&reader).unwrap(), FileKind::Stream);
+        assert_eq!(kind(File::open("/").unwrap()).unwrap(), FileKind::Other);
+    }
+
+    #[test]
+    fn block_ioctls_refuse_a_regular_file_with_enotty() {
+        let file = tempfile::tempfile().unwrap();
+        for error in [
+            device_size(&file).unwrap_err(),
+            logical_block(&file).unwrap_err(),
+            physical_block(&file).unwrap_err(),
+            is_read_only(&file).unwrap_err(),
+            zero_out(&file, Bytes(0), Bytes(512)).unwrap_err(),
+            discard(&file, Bytes(0), Bytes(512)).unwrap_err(),
+        ] {
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        }
+    }
+
+    #[test]
+    fn holes_are_made_and_found() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7u8; 64 << 10]).unwrap();
+        punch_hole(&file, Bytes::kib(16), Bytes::kib(32)).unwrap();
+        let mut middle = vec![1u8; 32 << 10];
+        file.read_exact_at(&mut middle, 16 << 10).unwrap();
+        assert!(middle.iter().all(|byte| *byte == 0));
+        assert_eq!(size(&file).unwrap(), Bytes::kib(64));
+        assert_eq!(seek_hole(&file, Bytes(0)).unwrap(), Some(Bytes::kib(16)));
+        assert_eq!(seek_data(&file, Bytes::kib(16)).unwrap(), Some(Bytes::kib(48)));
+        assert_eq!(seek_data(&file, Bytes::kib(64)).unwrap(), None);
+    }
+
+    #[test]
+    fn an_offset_past_the_kernels_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        let error = allocate(&file, Bytes(u64::MAX), Bytes(1)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn direct_is_seen() {
+        let folder = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+        let path = folder.path().join("file");
+        let how = OpenHow { create_new: true, ..OpenHow::direct_write() };
+        let direct = how.open(&path).unwrap();
+        assert!(is_direct(&direct).unwrap());
+        assert!(!is_direct(File::open(&path).unwrap()).unwrap());
+        assert_eq!(how.open(&path).unwrap_err().raw_os_error(), Some(libc::EEXIST));
+    }
+}

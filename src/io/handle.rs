@@ -1,0 +1,189 @@
+//! What every engine knows of a file, and the calls that are the same in all of them: zeroing with
+//! its fallbacks, the latch of a failed sync, error texts.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::sys::uio::pwrite;
+
+use super::transfer::{Direction, Transfer};
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt};
+use crate::extent::Extent;
+use crate::sys::aligned::AlignedBuffer;
+use crate::sys::block::{self, FileKind};
+
+/// Zeros written in one call where a file can do nothing better.
+const ZERO_WRITE_BYTES: Bytes = Bytes::mib(1);
+
+/// How a file is made to read as zeros; tried in this order, and what fails for good is not tried
+/// again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum ZeroMethod {
+    /// fallocate(2): a hole in a regular file, a zeroed range of a device.
+    Fallocate,
+    /// BLKZEROOUT: kernels and devices where a device takes no fallocate(2).
+    ZeroOut,
+    /// Ordinary writes.
+    Write,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) description: String,
+    pub(super) kind: FileKind,
+    pub(super) direct: bool,
+    zero_method: ZeroMethod,
+    /// errno of the first failed sync: what was lost then cannot be told, so no later one succeeds.
+    sync_failed: Option<i32>,
+}
+
+impl Facts {
+    pub(super) fn new(file: impl AsFd, description: &str) -> Result<Self> {
+        let kind = block::kind(&file).io_context(|| format!("look at {description}"))?;
+        let direct = block::is_direct(&file).io_context(|| format!("look at {description}"))?;
+        Ok(Self {
+            description: description.to_owned(),
+            kind,
+            direct,
+            zero_method: ZeroMethod::Fallocate,
+            sync_failed: None,
+        })
+    }
+
+    /// The error of a failed transfer.
+    pub(super) fn failure(&self, transfer: &Transfer, cause: io::Error) -> Error {
+        transfer.failure(&self.description, cause)
+    }
+
+    /// Refuses after a failed sync.
+    pub(super) fn check_sync(&self) -> Result<()> {
+        match self.sync_failed {
+            None => Ok(()),
+            Some(errno) => Err(self.sync_error(errno)),
+        }
+    }
+
+    /// Takes the answer of fsync(2); remembers a failure.
+    pub(super) fn note_sync(&mut self, answer: io::Result<()>) -> Result<()> {
+        match answer {
+            Ok(()) => self.check_sync(),
+            // A pipe or a terminal: nothing of it outlives us.
+            Err(error) if self.kind == FileKind::Stream && error.raw_os_error() == Some(libc::EINVAL) => {
+                Ok(())
+            }
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                self.sync_failed.get_or_insert(errno);
+                Err(self.sync_error(errno))
+            }
+        }
+    }
+
+    fn sync_error(&self, errno: i32) -> Error {
+        Error::io(format!("sync of {}", self.description), io::Error::from_raw_os_error(errno))
+            .state("what was written to it before may be lost")
+    }
+
+    /// True where the next zeroing is to be tried with fallocate(2), in this mode.
+    pub(super) fn zero_mode(&self) -> Option<i32> {
+        let keep = libc::FALLOC_FL_KEEP_SIZE;
+        match (self.zero_method, self.kind) {
+            (ZeroMethod::Fallocate, FileKind::Block) => Some(libc::FALLOC_FL_ZERO_RANGE | keep),
+            (ZeroMethod::Fallocate, FileKind::Regular) => Some(libc::FALLOC_FL_PUNCH_HOLE | keep),
+            _ => None,
+        }
+    }
+
+    /// Takes fallocate's errno: true where another method may do it.
+    pub(super) fn fallocate_failed(&mut self, errno: i32) -> bool {
+        let refused = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY);
+        if refused && self.kind != FileKind::Stream {
+            self.zero_method = self.zero_method.max(ZeroMethod::ZeroOut);
+        }
+        refused && self.kind != FileKind::Stream
+    }
+
+    /// Zeroes `extent`, waiting for it.
+    pub(super) fn zero(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
+        let (start, length) = (extent.start(), extent.length());
+        if self.zero_mode().is_some() {
+            let answer = match self.kind {
+                FileKind::Block => block::zero_range(file, start, length),
+                _ => block::punch_hole(file, start, length),
+            };
+            match answer {
+                Ok(()) => return Ok(()),
+                Err(error) if self.fallocate_failed(error.raw_os_error().unwrap_or(0)) => {}
+                Err(error) => return Err(self.zero_error(extent, error)),
+            }
+        }
+        self.zero_otherwise(file, extent)
+    }
+
+    /// Zeroes `extent` without fallocate(2), waiting for it.
+    pub(super) fn zero_otherwise(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
+        if matches!(self.kind, FileKind::Stream | FileKind::Other) {
+            let cause = io::Error::from_raw_os_error(libc::ESPIPE);
+            return Err(self.zero_error(extent, cause));
+        }
+        if self.kind == FileKind::Block && self.zero_method <= ZeroMethod::ZeroOut {
+            match block::zero_out(file, extent.start(), extent.length()) {
+                Ok(()) => return Ok(()),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {}
+                Err(error) => return Err(self.zero_error(extent, error)),
+            }
+        }
+        if self.zero_method != ZeroMethod::Write {
+            tracing::info!(file = %self.description, "no command for zeroing: zeros are written");
+            self.zero_method = ZeroMethod::Write;
+        }
+        self.write_zeros(file, extent).map_err(|error| self.zero_error(extent, error))
+    }
+
+    fn write_zeros(&self, file: BorrowedFd<'_>, extent: Extent) -> io::Result<()> {
+        let end = extent.end().min(block::size(file)?);
+        let zeros = AlignedBuffer::zeroed(ZERO_WRITE_BYTES.as_len());
+        let mut at = extent.start();
+        let mut retries = 0u32;
+        while at < end {
+            let length = (end - at).min(ZERO_WRITE_BYTES).as_len();
+            let offset =
+                libc::off_t::try_from(at.get()).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+            match pwrite(file, &zeros[..length], offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    at += Bytes::from_len(count);
+                    retries = 0;
+                }
+                Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN)
+                    if retries < super::transfer::RETRIES_MAX =>
+                {
+                    retries += 1;
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn zero_error(&self, extent: Extent, cause: io::Error) -> Error {
+        Error::io(
+            format!(
+                "zeroing of {} bytes at {} of {}",
+                extent.length().get(),
+                extent.start().get(),
+                self.description
+            ),
+            cause,
+        )
+    }
+
+    /// The error for a request of a kind that `direction` cannot serve.
+    pub(super) fn wrong_kind(&self, direction: Direction) -> Error {
+        Error::new(
+            ErrorKind::Io,
+            format!("{} is a directory or the like: no {}", self.description, direction.name()),
+        )
+    }
+}
