@@ -6,9 +6,11 @@ pub mod checksum;
 pub mod clock;
 pub mod device;
 pub mod error;
+pub mod extent;
 pub mod limits;
 pub mod units;
 
 pub use device::DeviceNumber;
 pub use error::{Error, ErrorKind, Result, ResultExt};
+pub use extent::Extent;
 pub use units::{Bytes, ChunkIx, ChunkSize, Sectors, SegmentIx, SegmentSize};

@@ -2,5 +2,6 @@
 //! FORMAT.md.
 
 pub mod archive;
+mod bytes;
 pub mod exception_store;
 pub mod state;

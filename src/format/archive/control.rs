@@ -1,0 +1,312 @@
+//! The control block before and after each payload: which frame this is, what its payload means.
+//!
+//! Head and tail carry the same facts, each under its own salt: a frame that was torn, misplaced, or
+//! left over from another archive is told from a good one.
+
+use std::fmt;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::map::ENTRY_BYTES;
+use super::{ArchiveError, Layout};
+use crate::base::checksum::crc32c_salted;
+use crate::base::units::SECTOR_BYTES;
+use crate::base::{Bytes, Extent};
+use crate::format::bytes::{BLOCK_BYTES, get, get_u32, get_u64, is_zero, put, put_u32, put_u64};
+
+const MAGIC: [u8; 8] = *b"TDMFRAME";
+const SIDE_AT: usize = 8;
+const FACTS_AT: usize = 12;
+const EXTENTS_AT: usize = 64;
+const EXTENTS_END: usize = EXTENTS_AT + EXTENTS_MAX * 8;
+const CRC_AT: usize = BLOCK_BYTES - 4;
+
+/// Extents in one control block.
+pub const EXTENTS_MAX: usize = 500;
+
+/// Bits of an extent's start, in sectors; its count has the 24 above. So an extent reaches 512 TiB
+/// behind the frame's origin offset: further than any origin that [`SEGMENT_COUNT_MAX`] allows.
+///
+/// [`SEGMENT_COUNT_MAX`]: crate::base::limits::SEGMENT_COUNT_MAX
+const START_BITS: u32 = 40;
+const START_MAX: u64 = (1 << START_BITS) - 1;
+const COUNT_MAX: u64 = (1 << 24) - 1;
+
+/// Before or after the payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Before.
+    Head,
+    /// After.
+    Tail,
+}
+
+/// What a frame's payload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrameKind {
+    /// The image of one segment.
+    Data,
+    /// Originals, packed one behind the other.
+    Originals,
+    /// Entries of the map.
+    Map,
+}
+
+impl fmt::Display for FrameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data => "data",
+            Self::Originals => "originals",
+            Self::Map => "map",
+        })
+    }
+}
+
+impl FrameKind {
+    fn code(self) -> u32 {
+        match self {
+            Self::Data => 1,
+            Self::Originals => 2,
+            Self::Map => 3,
+        }
+    }
+}
+
+impl Side {
+    fn code(self) -> u32 {
+        match self {
+            Self::Head => 1,
+            Self::Tail => 2,
+        }
+    }
+
+    fn salt(self, kind: u32) -> &'static [u8] {
+        match (self, kind) {
+            (Self::Head, 1) => b"tidemark control head data",
+            (Self::Head, 2) => b"tidemark control head originals",
+            (Self::Head, _) => b"tidemark control head map",
+            (Self::Tail, 1) => b"tidemark control tail data",
+            (Self::Tail, 2) => b"tidemark control tail originals",
+            (Self::Tail, _) => b"tidemark control tail map",
+        }
+    }
+}
+
+/// A frame's facts without its extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameFacts {
+    /// The frame's number, from 0.
+    pub sequence: u64,
+    /// What the payload is.
+    pub kind: FrameKind,
+    /// Data: where the segment begins. Originals: where the first one begins. Map: where the first
+    /// entry begins.
+    pub origin_offset: Bytes,
+    /// Bytes of the payload that mean something; zeros follow up to the segment size.
+    pub payload_length: Bytes,
+    /// CRC-32C of those bytes.
+    pub payload_crc: u32,
+}
+
+/// A decoded control block; its extents stay in the block's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Control<'a> {
+    /// The facts.
+    pub facts: FrameFacts,
+    extents: &'a [u8],
+    base: u64,
+    size: Bytes,
+}
+
+impl<'a> Control<'a> {
+    /// The valid extents, on the origin; sorted, disjoint, within the origin. Data: the parts of the
+    /// segment that are present. Originals: what the payload packs, in this order. Map: none.
+    pub fn extents(&self) -> impl ExactSizeIterator<Item = Extent> + Clone + use<'a> {
+        let (base, size) = (self.base, self.size);
+        self.extents.chunks_exact(8).map(move |entry| {
+            unpack(get_u64(entry, 0), base, size).expect("extents are checked when a block is decoded")
+        })
+    }
+}
+
+/// An extent from its packed form; an end behind the origin's is cut, if by less than a sector.
+fn unpack(packed: u64, base: u64, size: Bytes) -> Option<Extent> {
+    let start = base.checked_add((packed & START_MAX).checked_mul(SECTOR_BYTES)?)?;
+    let end = start.checked_add((packed >> START_BITS).checked_mul(SECTOR_BYTES)?)?;
+    if end >= size.get().checked_add(SECTOR_BYTES)? {
+        return None;
+    }
+    Extent::new(Bytes(start), Bytes(end.min(size.get())))
+}
+
+fn pack(extent: Extent, base: Bytes, size: Bytes) -> Option<u64> {
+    let start = extent.start().checked_sub(base)?.get();
+    let length = extent.length().get();
+    let ends_whole = length.is_multiple_of(SECTOR_BYTES) || extent.end() == size;
+    let (start_sectors, count) = (start / SECTOR_BYTES, length.div_ceil(SECTOR_BYTES));
+    let fits = start.is_multiple_of(SECTOR_BYTES) && ends_whole;
+    (fits && start_sectors <= START_MAX && count <= COUNT_MAX)
+        .then_some(start_sectors | (count << START_BITS))
+}
+
+/// Writes a control block to the first [`BLOCK_BYTES`] of `block`.
+///
+/// # Errors
+/// What would not decode: facts that do not fit the layout, extents that are not sorted, not disjoint,
+/// outside, or cut elsewhere than at a multiple of 512 bytes or the origin's end.
+pub fn encode(
+    layout: &Layout,
+    facts: &FrameFacts,
+    extents: &[Extent],
+    side: Side,
+    block: &mut [u8],
+) -> Result<(), ArchiveError> {
+    let found = block.len();
+    let block =
+        block.get_mut(..BLOCK_BYTES).ok_or(ArchiveError::Truncated { found, expected: BLOCK_BYTES })?;
+    let count = extents.len();
+    if count > EXTENTS_MAX {
+        return Err(ArchiveError::ExtentCount { count });
+    }
+    check_facts(layout, facts)?;
+    check_extents(layout, facts, extents.iter().copied().map(Some))?;
+    block.fill(0);
+    put(block, 0, &MAGIC);
+    put_u32(block, SIDE_AT, side.code());
+    put_u32(block, FACTS_AT, facts.kind.code());
+    put(block, 16, layout.archive.as_bytes());
+    put_u64(block, 32, facts.sequence);
+    put_u64(block, 40, facts.origin_offset.get());
+    put_u64(block, 48, facts.payload_length.get());
+    put_u32(block, 56, facts.payload_crc);
+    put_u32(block, 60, u32::try_from(count).expect("bounded by EXTENTS_MAX"));
+    for (index, extent) in extents.iter().enumerate() {
+        let packed =
+            pack(*extent, facts.origin_offset, layout.origin_size).ok_or(ArchiveError::Extent { index })?;
+        put_u64(block, EXTENTS_AT + index * 8, packed);
+    }
+    let crc = crc32c_salted(side.salt(facts.kind.code()), &block[..CRC_AT]);
+    put_u32(block, CRC_AT, crc);
+    Ok(())
+}
+
+/// Reads a control block and bounds everything in it by `layout`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode<'a>(layout: &Layout, side: Side, block: &'a [u8]) -> Result<Control<'a>, ArchiveError> {
+    let what = ArchiveError::control(side);
+    let block = block
+        .get(..BLOCK_BYTES)
+        .ok_or(ArchiveError::Truncated { found: block.len(), expected: BLOCK_BYTES })?;
+    if block[..8] != MAGIC {
+        return Err(ArchiveError::Magic { what });
+    }
+    // The kind chooses the salt, so a kind that was changed fails the checksum.
+    let code = get_u32(block, FACTS_AT);
+    let computed = crc32c_salted(side.salt(code), &block[..CRC_AT]);
+    let found = get_u32(block, CRC_AT);
+    if found != computed {
+        return Err(ArchiveError::BlockChecksum { what, found, computed });
+    }
+    let side_code = get_u32(block, SIDE_AT);
+    if side_code != side.code() {
+        return Err(ArchiveError::Field { field: "the control block's side", value: side_code.into() });
+    }
+    let archive = Uuid::from_bytes(get(block, 16));
+    if archive != layout.archive {
+        return Err(ArchiveError::Foreign { found: archive });
+    }
+    decode_checked(layout, code, block)
+}
+
+fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Control<'a>, ArchiveError> {
+    let facts = FrameFacts {
+        sequence: get_u64(block, 32),
+        kind: match code {
+            1 => FrameKind::Data,
+            2 => FrameKind::Originals,
+            3 => FrameKind::Map,
+            other => return Err(ArchiveError::Field { field: "the frame's kind", value: other.into() }),
+        },
+        origin_offset: Bytes(get_u64(block, 40)),
+        payload_length: Bytes(get_u64(block, 48)),
+        payload_crc: get_u32(block, 56),
+    };
+    check_facts(layout, &facts)?;
+    let count = usize::try_from(get_u32(block, 60)).expect("32 bits fit usize on Linux");
+    if count > EXTENTS_MAX {
+        return Err(ArchiveError::ExtentCount { count });
+    }
+    let (extents, rest) = block[EXTENTS_AT..EXTENTS_END].split_at(count * 8);
+    if !is_zero(rest) || !is_zero(&block[EXTENTS_END..CRC_AT]) {
+        return Err(ArchiveError::Padding { what: "the reserved part of a control block" });
+    }
+    let base = facts.origin_offset.get();
+    let unpacked = extents.chunks_exact(8).map(|entry| unpack(get_u64(entry, 0), base, layout.origin_size));
+    check_extents(layout, &facts, unpacked)?;
+    Ok(Control { facts, extents, base, size: layout.origin_size })
+}
+
+/// True where two control blocks of the two sides, each decoded, say the same.
+pub(super) fn same_facts(head: &[u8], tail: &[u8]) -> bool {
+    head[FACTS_AT..CRC_AT] == tail[FACTS_AT..CRC_AT]
+}
+
+fn check_facts(layout: &Layout, facts: &FrameFacts) -> Result<(), ArchiveError> {
+    let field = |field, value: Bytes| Err(ArchiveError::Field { field, value: value.get() });
+    let (offset, length, segment) = (facts.origin_offset, facts.payload_length, layout.segment.bytes());
+    if offset >= layout.origin_size {
+        return field("the origin offset", offset);
+    }
+    if length == Bytes::ZERO || length > segment {
+        return field("the payload length", length);
+    }
+    match facts.kind {
+        FrameKind::Data if !offset.is_aligned(segment) => field("the origin offset", offset),
+        FrameKind::Data if length != segment.min(layout.origin_size - offset) => {
+            field("the payload length", length)
+        }
+        FrameKind::Originals if !offset.is_aligned(Bytes(SECTOR_BYTES)) => field("the origin offset", offset),
+        FrameKind::Map if !length.is_aligned(Bytes::from_len(ENTRY_BYTES)) => {
+            field("the payload length", length)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks what a control block's extents must be, each given as None where it could not be unpacked.
+fn check_extents(
+    layout: &Layout,
+    facts: &FrameFacts,
+    extents: impl Iterator<Item = Option<Extent>>,
+) -> Result<(), ArchiveError> {
+    let limit = match facts.kind {
+        FrameKind::Data => facts.origin_offset + facts.payload_length,
+        FrameKind::Originals | FrameKind::Map => layout.origin_size,
+    };
+    let mut end = facts.origin_offset;
+    let (mut count, mut total) = (0usize, Bytes::ZERO);
+    for (index, extent) in extents.enumerate() {
+        let extent = extent.ok_or(ArchiveError::Extent { index })?;
+        if extent.start() < end || extent.end() > limit {
+            return Err(ArchiveError::Extent { index });
+        }
+        if facts.kind == FrameKind::Originals && index == 0 && extent.start() != facts.origin_offset {
+            return Err(ArchiveError::Extent { index });
+        }
+        end = extent.end();
+        total += extent.length();
+        count += 1;
+    }
+    match facts.kind {
+        FrameKind::Map if count > 0 => Err(ArchiveError::ExtentCount { count }),
+        FrameKind::Data | FrameKind::Originals if count == 0 => Err(ArchiveError::ExtentCount { count }),
+        FrameKind::Originals if total != facts.payload_length => {
+            Err(ArchiveError::Field { field: "the payload length", value: facts.payload_length.get() })
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,83 @@
+//! A whole frame in one piece of memory: head control block, payload, tail control block.
+
+use super::control::{decode, encode, same_facts};
+use super::{ArchiveError, Control, FrameFacts, Layout, PAYLOAD_OFFSET, Side};
+use crate::base::Extent;
+use crate::base::checksum::crc32c;
+use crate::format::bytes::{BLOCK_BYTES, is_zero};
+
+/// A frame that was checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Frame<'a> {
+    /// Its facts and extents.
+    pub control: Control<'a>,
+    /// The bytes of the payload that mean something.
+    pub payload: &'a [u8],
+}
+
+/// Puts both control blocks around a payload that already lies at [`PAYLOAD_OFFSET`] of `memory`, and
+/// zeros behind it up to the segment size. `facts.payload_crc` is the caller's.
+///
+/// # Errors
+/// As [`encode`]; [`ArchiveError::Truncated`] where `memory` is shorter than a frame.
+pub fn seal(
+    layout: &Layout,
+    facts: &FrameFacts,
+    extents: &[Extent],
+    memory: &mut [u8],
+) -> Result<(), ArchiveError> {
+    let expected = layout.frame_bytes().as_len();
+    let found = memory.len();
+    let memory = memory.get_mut(..expected).ok_or(ArchiveError::Truncated { found, expected })?;
+    let (head, rest) = memory.split_at_mut(PAYLOAD_OFFSET);
+    let (payload, tail) = rest.split_at_mut(layout.segment.bytes().as_len());
+    encode(layout, facts, extents, Side::Head, head)?;
+    encode(layout, facts, extents, Side::Tail, tail)?;
+    payload[facts.payload_length.as_len()..].fill(0);
+    Ok(())
+}
+
+/// Checks the frame in `memory`, which shall be number `sequence`, and reads it.
+///
+/// # Errors
+/// What is wrong with it: any byte of a frame that differs from what was written is found.
+pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Frame<'a>, ArchiveError> {
+    let expected = layout.frame_bytes().as_len();
+    let found = memory.len();
+    let memory = memory.get(..expected).ok_or(ArchiveError::Truncated { found, expected })?;
+    let (head, rest) = memory.split_at(PAYLOAD_OFFSET);
+    let (payload, tail) = rest.split_at(layout.segment.bytes().as_len());
+    let control = open_head(layout, sequence, head)?;
+    decode(layout, Side::Tail, tail)?;
+    if !same_facts(&head[..BLOCK_BYTES], tail) {
+        return Err(ArchiveError::Torn);
+    }
+    let facts = &control.facts;
+    let (payload, padding) = payload.split_at(facts.payload_length.as_len());
+    let computed = crc32c(payload);
+    if computed != facts.payload_crc {
+        return Err(ArchiveError::PayloadChecksum {
+            kind: facts.kind,
+            origin_offset: facts.origin_offset.get(),
+            computed,
+            expected: facts.payload_crc,
+        });
+    }
+    if !is_zero(padding) {
+        return Err(ArchiveError::Padding { what: "the payload's padding" });
+    }
+    Ok(Frame { control, payload })
+}
+
+/// Checks the head control block of frame `sequence` alone.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn open_head<'a>(layout: &Layout, sequence: u64, block: &'a [u8]) -> Result<Control<'a>, ArchiveError> {
+    let control = decode(layout, Side::Head, block)?;
+    if control.facts.sequence == sequence {
+        Ok(control)
+    } else {
+        Err(ArchiveError::Sequence { found: control.facts.sequence })
+    }
+}

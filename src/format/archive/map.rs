@@ -1,0 +1,190 @@
+//! The map: for each byte of the origin, whether the archive's data frames hold it.
+//!
+//! Entries cover the origin from 0 to its end, in order, without gaps, over as many map frames as are
+//! needed. Made and read lazily: no memory grows with the origin.
+
+use serde::Serialize;
+
+use super::{ArchiveError, Layout};
+use crate::base::{Bytes, Extent, SegmentIx, SegmentSize};
+use crate::format::bytes::{get_u32, get_u64, put_u32, put_u64};
+
+/// Bytes of one entry.
+pub const ENTRY_BYTES: usize = 24;
+
+/// What the archive holds of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MapState {
+    /// Data frames hold it.
+    Present,
+    /// It was copied, and is zero; no data frame holds it.
+    Zero,
+    /// It was not copied; it reads as zeros.
+    Absent,
+}
+
+impl MapState {
+    fn code(self) -> u32 {
+        match self {
+            Self::Present => 1,
+            Self::Zero => 2,
+            Self::Absent => 3,
+        }
+    }
+
+    /// For messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Present => "present",
+            Self::Zero => "zero",
+            Self::Absent => "absent",
+        }
+    }
+}
+
+/// One range and its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MapEntry {
+    /// The range on the origin.
+    pub extent: Extent,
+    /// Its state.
+    pub state: MapState,
+}
+
+/// Entries that fit one frame.
+#[must_use]
+pub fn entries_per_frame(segment: SegmentSize) -> usize {
+    segment.bytes().as_len() / ENTRY_BYTES
+}
+
+/// Fills `payload` with as many of `entries` as fit. Answers where the first one begins and how many
+/// bytes were used, or None where there are no more entries.
+pub fn fill(entries: &mut impl Iterator<Item = MapEntry>, payload: &mut [u8]) -> Option<(Bytes, Bytes)> {
+    let mut first = None;
+    let mut used = 0;
+    for slot in payload.chunks_exact_mut(ENTRY_BYTES) {
+        let Some(entry) = entries.next() else { break };
+        first.get_or_insert(entry.extent.start());
+        put_u64(slot, 0, entry.extent.start().get());
+        put_u64(slot, 8, entry.extent.end().get());
+        put_u32(slot, 16, entry.state.code());
+        put_u32(slot, 20, 0);
+        used += ENTRY_BYTES;
+    }
+    first.map(|start| (start, Bytes::from_len(used)))
+}
+
+/// Follows a map while it is read, across its frames.
+#[derive(Clone, Copy, Debug)]
+pub struct MapCursor {
+    at: Bytes,
+    size: Bytes,
+}
+
+impl MapCursor {
+    /// At the beginning of the map of an origin of `size` bytes.
+    #[must_use]
+    pub fn new(size: Bytes) -> Self {
+        Self { at: Bytes::ZERO, size }
+    }
+
+    /// Reads the entries of one map frame; `origin_offset` is the frame's.
+    ///
+    /// # Errors
+    /// An entry that does not continue the map, or has no state.
+    pub fn read(
+        &mut self,
+        origin_offset: Bytes,
+        payload: &[u8],
+        mut take: impl FnMut(MapEntry),
+    ) -> Result<(), ArchiveError> {
+        if origin_offset != self.at {
+            return Err(ArchiveError::Field { field: "the map frame's offset", value: origin_offset.get() });
+        }
+        for slot in payload.chunks_exact(ENTRY_BYTES) {
+            take(self.entry(slot)?);
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, slot: &[u8]) -> Result<MapEntry, ArchiveError> {
+        let (start, end) = (Bytes(get_u64(slot, 0)), Bytes(get_u64(slot, 8)));
+        let extent = Extent::new(start, end).filter(|_| start == self.at && end <= self.size).ok_or(
+            ArchiveError::MapOrder {
+                start: start.get(),
+                end: end.get(),
+                expected: self.at.get(),
+                size: self.size.get(),
+            },
+        )?;
+        let state = match get_u32(slot, 16) {
+            1 => MapState::Present,
+            2 => MapState::Zero,
+            3 => MapState::Absent,
+            other => return Err(ArchiveError::Field { field: "a map entry's state", value: other.into() }),
+        };
+        if get_u32(slot, 20) != 0 {
+            return Err(ArchiveError::Padding { what: "the reserved part of a map entry" });
+        }
+        self.at = end;
+        Ok(MapEntry { extent, state })
+    }
+
+    /// Checks that the map covers the whole origin.
+    ///
+    /// # Errors
+    /// [`ArchiveError::MapEnd`].
+    pub fn finish(&self) -> Result<(), ArchiveError> {
+        if self.at == self.size {
+            Ok(())
+        } else {
+            Err(ArchiveError::MapEnd { end: self.at.get(), size: self.size.get() })
+        }
+    }
+}
+
+/// The map of an archive for which `block_list` (sorted, disjoint, within the origin) was copied and
+/// `has_frame` says which segments got a data frame; lazily, neighbours of one state merged.
+pub fn entries<'a>(
+    layout: &Layout,
+    block_list: &'a [Extent],
+    has_frame: impl Fn(SegmentIx) -> bool + 'a,
+) -> impl Iterator<Item = MapEntry> + 'a {
+    let (size, segment) = (layout.origin_size, layout.segment);
+    let mut at = Bytes::ZERO;
+    let mut rest = block_list;
+    let parts = std::iter::from_fn(move || {
+        while let Some((first, others)) = rest.split_first()
+            && first.end() <= at
+        {
+            rest = others;
+        }
+        let (end, state) = match rest.first() {
+            None => (size, MapState::Absent),
+            Some(next) if at < next.start() => (next.start().min(size), MapState::Absent),
+            Some(next) => {
+                let ix = segment.index_of(at);
+                let segment_end = at.align_down(segment.bytes()) + segment.bytes();
+                let state = if has_frame(ix) { MapState::Present } else { MapState::Zero };
+                (next.end().min(segment_end).min(size), state)
+            }
+        };
+        let extent = Extent::new(at, end)?;
+        at = end;
+        Some(MapEntry { extent, state })
+    });
+    merge(parts)
+}
+
+fn merge(parts: impl Iterator<Item = MapEntry>) -> impl Iterator<Item = MapEntry> {
+    let mut parts = parts.peekable();
+    std::iter::from_fn(move || {
+        let mut entry = parts.next()?;
+        while let Some(next) = parts.next_if(|next| next.state == entry.state) {
+            entry.extent = Extent::new(entry.extent.start(), next.extent.end()).expect("neighbours in order");
+        }
+        Some(entry)
+    })
+}
