@@ -10,16 +10,22 @@ use clap_complete::Shell;
 
 use crate::base::{Bytes, Error, Result};
 
+const ROOT_EXAMPLES: &str = "Examples:
+  tidemark completions bash > /usr/share/bash-completion/completions/tidemark
+  tidemark man /usr/local/share/man/man1";
+
+/// What the exit codes mean, for help and man pages (`ErrorKind::exit_code` decides them).
+pub const EXIT_CODES: &str = "  0    done
+  1    failed: I/O, no space, the kernel, the store, a hook, a time limit
+  2    usage: the command line cannot be carried out as written
+  3    refused: the state of the system forbids it, nothing was changed
+  4    data is bad: checksum, magic, truncation, a difference
+  130  interrupted, and everything put back";
+
 /// Exact copies of live Linux block devices with the stock kernel.
 #[derive(Debug, Parser)]
 #[command(name = "tidemark", version, propagate_version = true, disable_help_subcommand = true)]
-#[command(after_help = "Examples:
-  tidemark completions bash > /usr/share/bash-completion/completions/tidemark
-  tidemark man /usr/local/share/man/man1
-
-Exit codes:
-  0 done   1 failed   2 usage   3 refused (the state of the system)
-  4 data is bad   130 interrupted (and everything put back)")]
+#[command(after_help = format!("{ROOT_EXAMPLES}\n\nExit codes:\n{EXIT_CODES}"))]
 pub struct Cli {
     /// Options that every command has.
     #[command(flatten)]

@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod confirm;
+pub mod dispatch;
 pub mod log;
 pub mod meter;
 pub mod output;
@@ -18,7 +19,7 @@ use std::thread;
 use clap::Parser;
 use clap::error::ErrorKind as ClapErrorKind;
 
-use args::{Cli, Command};
+use args::Cli;
 use output::{Output, talk};
 
 use crate::base::{Error, ErrorKind, Result};
@@ -31,8 +32,8 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage_exit(&error),
     };
-    let output = Output::new(cli.global, stdout_is_data(&cli.command));
-    match log::init(cli.global).and_then(|()| run(cli.command, output)) {
+    let output = Output::new(cli.global, false);
+    match log::init(cli.global).and_then(|()| dispatch::run(&cli.command, output)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output.error(&error);
@@ -57,24 +58,6 @@ fn usage_exit(error: &clap::Error) -> ExitCode {
         return ExitCode::from(if is_help { 1 } else { ErrorKind::Usage.exit_code() });
     }
     ExitCode::from(if is_help { 0 } else { ErrorKind::Usage.exit_code() })
-}
-
-fn stdout_is_data(command: &Command) -> bool {
-    match command {
-        Command::Completions { .. } | Command::Man { .. } => false,
-    }
-}
-
-fn run(command: Command, output: Output) -> Result<()> {
-    match command {
-        Command::Completions { shell } => output.result_text(&pages::completions(shell)),
-        Command::Man { directory: None } => output.result_text(&pages::man_pages()?[0].1),
-        Command::Man { directory: Some(directory) } => {
-            let count = pages::write_man_pages(&directory)?;
-            tracing::info!("{count} pages written to {}", directory.display());
-            Ok(())
-        }
-    }
 }
 
 /// From here on a signal is a request to stop, which the operation's `interrupt` notices; somebody

@@ -7,7 +7,7 @@ use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::args::Cli;
+use super::args::{Cli, EXIT_CODES};
 use crate::base::{Result, ResultExt};
 
 /// The completion script for `shell`.
@@ -34,13 +34,34 @@ pub fn man_pages() -> Result<Vec<(String, String)>> {
 
 fn page(command: &Command, name: String) -> Result<(String, String)> {
     let mut roff = Vec::new();
+    let examples = command.get_after_help().map(ToString::to_string).unwrap_or_default();
     // The manual's title is the page's own name, "tidemark-copy", while its synopsis keeps "tidemark
     // copy", which clap worked out when the tree was built.
-    Man::new(command.clone().display_name(name.clone()))
-        .render(&mut roff)
-        .io_context(|| format!("rendering the man page {name}"))?;
-    let text = String::from_utf8_lossy(&roff).into_owned();
+    let bare = command.clone().display_name(name.clone()).after_help(None::<&str>);
+    Man::new(bare).render(&mut roff).io_context(|| format!("rendering the man page {name}"))?;
+    let mut text = String::from_utf8_lossy(&roff).into_owned();
+    text.push('\n');
+    let examples = examples.split("\n\nExit codes:").next().unwrap_or_default();
+    let examples = examples.strip_prefix("Examples:\n").unwrap_or(examples);
+    text.push_str(&literal_section("EXAMPLES", examples));
+    text.push_str(&literal_section("EXIT STATUS", EXIT_CODES));
+    if name != "tidemark" {
+        text.push_str(".SH SEE ALSO\n\\fBtidemark\\fR(1)\n");
+    }
     Ok((format!("{name}.1"), text))
+}
+
+/// Text as it stands, line by line.
+fn literal_section(title: &str, text: &str) -> String {
+    let mut roff = format!(".SH {title}\n.nf\n");
+    for line in text.lines() {
+        // A line that begins with a dot or a quote would be taken for a request.
+        roff.push_str("\\&");
+        roff.push_str(&line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq"));
+        roff.push('\n');
+    }
+    roff.push_str(".fi\n");
+    roff
 }
 
 /// Writes every page into `directory`, which is made if need be; returns how many.
@@ -61,6 +82,11 @@ pub fn write_man_pages(directory: &Path) -> Result<usize> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn literal_text_stays_literal() {
+        assert_eq!(literal_section("T", ".a 'b' \\-"), ".SH T\n.nf\n\\&.a \\(aqb\\(aq \\e\\-\n.fi\n");
+    }
+
     /// Roff writes a hyphen in an option as `\-`.
     fn plain(roff: &str) -> String {
         roff.replace("\\-", "-").replace("\\fB", "").replace("\\fR", "").replace("\\fI", "")
@@ -74,7 +100,7 @@ mod tests {
         for command in root.get_subcommands().filter(|command| !command.is_hide_set()) {
             let name = format!("tidemark-{}.1", command.get_name());
             let text = plain(&pages.iter().find(|page| page.0 == name).expect(&name).1);
-            assert!(text.contains("Examples:"), "{name} shows an example");
+            assert!(text.contains("EXAMPLES") && text.contains("EXIT STATUS"), "{name} shows an example");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
                 if let Some(long) = argument.get_long() {
                     assert!(text.contains(&format!("--{long}")), "{name} lacks --{long}:\n{text}");

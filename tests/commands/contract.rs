@@ -1,0 +1,189 @@
+//! The contract that every command meets. A new command is one row in [`COMMANDS`], and a test
+//! sees to it that none is forgotten.
+
+use std::path::Path;
+
+use super::support::{json_error, run, tidemark};
+
+/// A command and what it takes.
+struct Row {
+    name: &'static str,
+    /// Arguments that are needed; leaving them out is a usage error.
+    required: &'static [&'static str],
+    /// Arguments that name an input which does not exist ("MISSING" stands for it), if it reads one.
+    missing_input: Option<&'static [&'static str]>,
+}
+
+const COMMANDS: &[Row] = &[
+    Row { name: "completions", required: &["bash"], missing_input: None },
+    Row { name: "man", required: &[], missing_input: None },
+];
+
+#[test]
+fn help_goes_to_standard_output_and_has_examples() {
+    for row in COMMANDS {
+        for help in ["--help", "-h"] {
+            let ran = run(&[row.name, help]);
+            assert_eq!(ran.code, Some(0), "{} {help}", row.name);
+            assert_eq!(ran.stderr, "", "{} {help}", row.name);
+            assert!(ran.stdout.contains("Examples:"), "{} {help}:\n{}", row.name, ran.stdout);
+            assert!(ran.stdout.contains(&format!("tidemark {}", row.name)), "{}", row.name);
+            assert!(ran.stdout.contains("--json"), "{}", row.name);
+        }
+    }
+}
+
+#[test]
+fn the_table_holds_every_command() {
+    let ran = run(&["--help"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    let listed: Vec<&str> = ran
+        .stdout
+        .lines()
+        .skip_while(|line| !line.starts_with("Commands:"))
+        .skip(1)
+        .take_while(|line| !line.trim().is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
+        .filter(|word| !word.is_empty())
+        .collect();
+    let table: Vec<&str> = COMMANDS.iter().map(|row| row.name).collect();
+    for name in &listed {
+        assert!(table.contains(name), "{name} is not in the contract's table");
+    }
+    for name in &table {
+        assert!(listed.contains(name), "{name} is not in --help");
+    }
+}
+
+#[test]
+fn an_unknown_option_is_named_and_exits_2() {
+    for row in COMMANDS {
+        let mut arguments = vec![row.name];
+        arguments.extend(row.required);
+        arguments.push("--no-such-option");
+        let ran = run(&arguments);
+        assert_eq!(ran.code, Some(2), "{}", row.name);
+        assert_eq!(ran.stdout, "", "{}", row.name);
+        assert!(ran.stderr.contains("--no-such-option"), "{}: {}", row.name, ran.stderr);
+
+        arguments.push("--json");
+        let ran = run(&arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", row.name);
+        let error = json_error(&ran);
+        assert_eq!(error["kind"], "usage");
+        assert!(error["what"].as_str().unwrap().contains("--no-such-option"), "{error}");
+    }
+}
+
+#[test]
+fn a_missing_argument_exits_2() {
+    for row in COMMANDS.iter().filter(|row| !row.required.is_empty()) {
+        let ran = run(&[row.name]);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", row.name);
+        assert!(ran.stderr.contains("required"), "{}: {}", row.name, ran.stderr);
+    }
+}
+
+#[test]
+fn a_surplus_argument_exits_2() {
+    for row in COMMANDS {
+        let mut arguments = vec![row.name];
+        arguments.extend(row.required);
+        arguments.extend(["surplus-one", "surplus-two"]);
+        let ran = run(&arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", row.name);
+        assert!(ran.stderr.contains("surplus"), "{}: {}", row.name, ran.stderr);
+    }
+}
+
+#[test]
+fn a_missing_input_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing");
+    let missing = missing.to_str().unwrap();
+    let out = dir.path().join("out");
+    for (row, arguments) in COMMANDS.iter().filter_map(|row| Some((row, row.missing_input?))) {
+        let arguments: Vec<&str> = std::iter::once(row.name)
+            .chain(arguments.iter().map(|argument| match *argument {
+                "MISSING" => missing,
+                "OUT" => out.to_str().unwrap(),
+                other => other,
+            }))
+            .collect();
+        let ran = run(&arguments);
+        assert!(matches!(ran.code, Some(1 | 3)), "{}: {:?} {}", row.name, ran.code, ran.stderr);
+        assert_eq!(ran.stdout, "", "{}", row.name);
+        assert!(ran.stderr.contains(missing), "{}: {}", row.name, ran.stderr);
+        assert!(!Path::new(missing).exists() && !out.exists(), "{} made a file", row.name);
+
+        let json: Vec<&str> = arguments.into_iter().chain(["--json"]).collect();
+        let ran = run(&json);
+        assert_eq!(ran.stdout, "", "{}", row.name);
+        json_error(&ran);
+    }
+}
+
+#[test]
+fn version_and_no_command() {
+    let ran = run(&["--version"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    assert!(ran.stdout.starts_with("tidemark "));
+    let ran = run(&[]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""));
+    assert!(ran.stderr.contains("Usage:"));
+}
+
+#[test]
+fn quiet_and_verbose_exclude_each_other() {
+    for row in COMMANDS {
+        let mut arguments = vec![row.name];
+        arguments.extend(row.required);
+        arguments.extend(["--quiet", "-v"]);
+        assert_eq!(run(&arguments).code, Some(2), "{}", row.name);
+    }
+}
+
+#[test]
+fn a_bad_log_filter_is_a_usage_error() {
+    let output = tidemark(&["man"]).env("TIDEMARK_LOG", "a=b=c").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("TIDEMARK_LOG"));
+}
+
+#[test]
+fn man_pages_are_written_for_each_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("man1");
+    let ran = run(&["man", target.to_str().unwrap()]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{}", ran.stderr);
+    for row in COMMANDS {
+        let page = std::fs::read_to_string(target.join(format!("tidemark-{}.1", row.name))).unwrap();
+        assert!(page.contains(".TH"), "{}", row.name);
+    }
+    let main = std::fs::read_to_string(target.join("tidemark.1")).unwrap();
+    assert_eq!(run(&["man"]).stdout, main);
+}
+
+#[test]
+fn completions_exist_for_the_common_shells() {
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = run(&["completions", shell]);
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{shell}");
+        for row in COMMANDS {
+            assert!(ran.stdout.contains(row.name), "{shell}: {}", row.name);
+        }
+    }
+    assert_eq!(run(&["completions", "no-such-shell"]).code, Some(2));
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = std::process::Command::new(assert_cmd::cargo::cargo_bin!("tidemark"))
+        .arg("man")
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"));
+}
