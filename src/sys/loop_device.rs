@@ -1,1 +1,279 @@
-//! Loop devices: attach with direct I/O, grow, detach.
+//! Loop devices: attach with direct I/O, grow, look, detach.
+//!
+//! Structures and numbers: Linux `include/uapi/linux/loop.h`. `LOOP_CONFIGURE` (Linux 5.8) sets
+//! backing file, block size and flags in one call, so there is no moment at which the device exists
+//! without its autoclear flag: a crash leaves nothing attached once the last user has closed it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// The control device.
+pub const CONTROL_PATH: &str = "/dev/loop-control";
+
+const SET_CAPACITY: libc::c_ulong = 0x4c07;
+const CLR_FD: libc::c_ulong = 0x4c01;
+const GET_STATUS64: libc::c_ulong = 0x4c05;
+const CONFIGURE: libc::c_ulong = 0x4c0a;
+const CTL_GET_FREE: libc::c_ulong = 0x4c82;
+
+const FLAG_AUTOCLEAR: u32 = 4;
+const FLAG_DIRECT_IO: u32 = 16;
+
+/// Attempts to get a free loop device: another process may take the same one in between.
+const ATTACH_ATTEMPTS: u32 = 64;
+/// Pause after an attempt that lost.
+const ATTACH_PAUSE: Duration = Duration::from_millis(10);
+
+/// `struct loop_info64`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Info {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    size_limit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+/// `struct loop_config`.
+#[repr(C)]
+struct Config {
+    fd: u32,
+    block_size: u32,
+    info: Info,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(std::mem::size_of::<Info>() == 232);
+const _: () = assert!(std::mem::size_of::<Config>() == 304);
+
+const NO_INFO: Info = Info {
+    device: 0,
+    inode: 0,
+    rdevice: 0,
+    offset: 0,
+    size_limit: 0,
+    number: 0,
+    encrypt_type: 0,
+    encrypt_key_size: 0,
+    flags: 0,
+    file_name: [0; 64],
+    crypt_name: [0; 64],
+    encrypt_key: [0; 32],
+    init: [0; 2],
+};
+
+/// A loop device that we have attached and hold open. Dropping it closes our handle; the kernel
+/// detaches the file once nobody else (a device-mapper table) uses the device any more.
+#[derive(Debug)]
+pub struct LoopDevice {
+    device: File,
+    path: PathBuf,
+}
+
+/// What the kernel says of an attached loop device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopStatus {
+    /// `st_dev` of the backing file.
+    pub backing_dev: u64,
+    /// `st_ino` of the backing file.
+    pub backing_inode: u64,
+    /// Detached by the kernel on the last close.
+    pub autoclear: bool,
+    /// Reads and writes bypass the page cache of the backing file's filesystem.
+    pub direct_io: bool,
+}
+
+impl LoopDevice {
+    /// Attaches `backing`, opened for reading and writing, to a free loop device with direct I/O,
+    /// logical blocks of `block_bytes`, detached by the kernel on its last close. Where the
+    /// filesystem cannot do direct I/O some kernels go on without (see [`LoopDevice::status`]) and
+    /// others refuse with EINVAL.
+    ///
+    /// # Errors
+    /// The kernel's errno; ENOENT where the loop module is missing.
+    pub fn attach(backing: &File, block_bytes: u32, direct_io: bool) -> io::Result<Self> {
+        let control = OpenOptions::new().read(true).write(true).open(CONTROL_PATH)?;
+        let flags = FLAG_AUTOCLEAR | if direct_io { FLAG_DIRECT_IO } else { 0 };
+        let fd = u32::try_from(backing.as_raw_fd()).map_err(io::Error::other)?;
+        let mut attempt = 1;
+        loop {
+            let number = call_plain(&control, CTL_GET_FREE)?;
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let config =
+                Config { fd, block_size: block_bytes, info: Info { flags, ..NO_INFO }, reserved: [0; 8] };
+            let result = open_node(&path)
+                .and_then(|device| configure(&device, &config).map(|()| Self { device, path }));
+            match result {
+                Err(error) if lost_race(&error) && attempt < ATTACH_ATTEMPTS => {
+                    attempt += 1;
+                    thread::sleep(ATTACH_PAUSE);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Where its node is: /dev/loopN.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its device number, as stat() has it.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn rdev(&self) -> io::Result<libc::dev_t> {
+        self.device.metadata().map(|metadata| metadata.rdev())
+    }
+
+    /// Takes over the backing file's present size.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn refresh_size(&self) -> io::Result<()> {
+        call_plain(&self.device, SET_CAPACITY).map(|_| ())
+    }
+
+    /// What the kernel says of it.
+    ///
+    /// # Errors
+    /// The kernel's errno; ENXIO where nothing is attached.
+    pub fn status(&self) -> io::Result<LoopStatus> {
+        status_of(&self.device)
+    }
+}
+
+/// The status of the loop device at `path`; None where no file is attached.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn status(path: &Path) -> io::Result<Option<LoopStatus>> {
+    let device = File::open(path)?;
+    match status_of(&device) {
+        Ok(status) => Ok(Some(status)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Detaches the file of the loop device at `path`: at once, or on the last close where somebody
+/// still uses it.
+///
+/// # Errors
+/// The kernel's errno; ENXIO where nothing is attached.
+pub fn detach(path: &Path) -> io::Result<()> {
+    let device = File::open(path)?;
+    call_plain(&device, CLR_FD).map(|_| ())
+}
+
+/// Another process was faster: the device is taken (EBUSY), or its node is not made yet.
+fn lost_race(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENXIO | libc::EAGAIN))
+}
+
+fn open_node(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)
+}
+
+fn call_plain(file: &File, number: libc::c_ulong) -> io::Result<i32> {
+    // SAFETY: these requests take no pointer; the descriptor is open while `file` is borrowed.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), number, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn configure(device: &File, config: &Config) -> io::Result<()> {
+    // SAFETY: the kernel reads one `struct loop_config` from the pointer, whose layout `Config` has
+    // (size asserted above); it is live for the call, and the descriptor is open.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), CONFIGURE, std::ptr::from_ref(config)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn status_of(device: &File) -> io::Result<LoopStatus> {
+    let mut info = NO_INFO;
+    // SAFETY: the kernel writes one `struct loop_info64` to the pointer, whose layout `Info` has
+    // (size asserted above); it is live and exclusively ours for the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), GET_STATUS64, std::ptr::from_mut(&mut info)) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(LoopStatus {
+        backing_dev: info.device,
+        backing_inode: info.inode,
+        autoclear: info.flags & FLAG_AUTOCLEAR != 0,
+        direct_io: info.flags & FLAG_DIRECT_IO != 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Loop devices need root: elsewhere there is nothing to be seen.
+    fn may_attach() -> bool {
+        nix::unistd::geteuid().is_root() && Path::new(CONTROL_PATH).exists()
+    }
+
+    fn bytes_of(device: &LoopDevice) -> u64 {
+        let name = device.path().file_name().unwrap().to_str().unwrap().to_owned();
+        std::fs::read_to_string(format!("/sys/block/{name}/size")).unwrap().trim().parse::<u64>().unwrap()
+            * 512
+    }
+
+    #[test]
+    fn a_file_is_attached_grown_and_let_go_on_the_last_close() {
+        if !may_attach() {
+            return;
+        }
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.set_len(1 << 20).unwrap();
+        let device = LoopDevice::attach(&file, 4096, true).unwrap();
+        assert_eq!(bytes_of(&device), 1 << 20);
+        let status = device.status().unwrap();
+        assert!(status.autoclear);
+        assert_eq!(status.backing_inode, file.metadata().unwrap().ino());
+        assert_ne!(device.rdev().unwrap(), 0);
+
+        file.set_len(3 << 20).unwrap();
+        device.refresh_size().unwrap();
+        assert_eq!(bytes_of(&device), 3 << 20);
+
+        let path = device.path().to_owned();
+        drop(device);
+        // The detachment runs from a work queue of the kernel's.
+        for _ in 0..100 {
+            match super::status(&path) {
+                Ok(Some(left)) if left.backing_inode == status.backing_inode => {
+                    thread::sleep(Duration::from_millis(20));
+                }
+                _ => return,
+            }
+        }
+        panic!("{} is still attached", path.display());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_attached_is_an_error() {
+        if !may_attach() {
+            return;
+        }
+        // A pipe is no backing file.
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(reader));
+        assert!(LoopDevice::attach(&file, 4096, true).is_err());
+    }
+}
