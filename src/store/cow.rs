@@ -1,0 +1,558 @@
+//! The store itself: planned, made, grown, settled, given back or kept.
+//!
+//! One device-mapper device of `linear` lines: the RAM head, then the tail. While the store fits in
+//! the head, the tail is attached and allocated but not part of the table: the kernel flushes every
+//! device of the table with each batch of exceptions, and a flush of the tail's file costs more than
+//! all that the head saves. It joins when the head fills ([`size::should_join`]).
+//!
+//! Every change of the table is a load followed by a resume of the device *in use*: the kernel then
+//! suspends, swaps and resumes within that one call. So there is no moment at which a crash of ours
+//! leaves the store, and with it the origin's first writes, suspended.
+//!
+//! Order at creation, the crash argument (see also [`record`](super::record)):
+//! 1. the record, before the head is made: the head can always be given back;
+//! 2. the tail: a file without a name behind an autoclear loop device that we hold open;
+//! 3. the device-mapper device, named by UUID; from here on `recover` finds it by that;
+//! 4. a zeroed first chunk: the kernel takes a store whose first chunk is zero for a new one, and
+//!    would go on with an old store's exceptions if it found any.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+
+use crate::base::limits::DIRECT_IO_ALIGN;
+use crate::base::units::SECTOR_BYTES;
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::dm::naming::{self, DeviceIdentity, ROLE_COW};
+use crate::dm::{Dm, Table, Target, Udev};
+use crate::sys::aligned::AlignedBuffer;
+
+use super::head::{Head, memory_available};
+use super::record::{RECORD_DIR, Record};
+use super::size::{self, FillRate};
+use super::tail::{Tail, TailPlace};
+
+/// Attempts to swap the table while signals interrupt the kernel's wait for writes in flight.
+const SWAP_ATTEMPTS: u32 = 20;
+
+/// What a store is to be, with everything resolved.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// The origin's device-mapper name: the store's device is named beside it.
+    pub origin_name: String,
+    /// The volume's name, for the UUID.
+    pub volume: String,
+    /// The job's id (see [`naming::new_id`]).
+    pub id: String,
+    /// Size of the origin.
+    pub origin_bytes: Bytes,
+    /// Unit of copy-on-write.
+    pub chunk: ChunkSize,
+    /// Where the tail is to be.
+    pub place: TailPlace,
+    /// Every device beneath [`TailPlace::anchor`], down to the disks.
+    pub tail_devices: Vec<DeviceNumber>,
+    /// The origin and every device above it up to its mounts: the tail must not be on them.
+    pub forbidden: Vec<DeviceNumber>,
+    /// Head and tail together at most; None: what the origin can need at most.
+    pub size_max: Option<Bytes>,
+    /// Size of the RAM head, zero for none; None: from the memory available.
+    pub ram: Option<Bytes>,
+    /// Keep the store after the copy.
+    pub keep: bool,
+}
+
+/// What will be made, as `--dry-run` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StorePlan {
+    /// Where the tail will be.
+    pub place: TailPlace,
+    /// The RAM head; zero for none.
+    pub head_bytes: Bytes,
+    /// The tail at creation.
+    pub tail_bytes: Bytes,
+    /// Head and tail together at most.
+    pub total_bytes_max: Bytes,
+    /// Unit of copy-on-write.
+    pub chunk: ChunkSize,
+    /// The store stays after the copy.
+    pub keep: bool,
+}
+
+impl StoreConfig {
+    /// Checks the configuration against the system and fixes the sizes. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for a tail on the origin, [`ErrorKind::Usage`] for sizes that cannot
+    /// be, [`ErrorKind::NoSpace`] where the tail's place has too little.
+    pub fn plan(&self) -> Result<StorePlan> {
+        self.check_place()?;
+        let worst = size::worst_case(self.origin_bytes, self.chunk)?;
+        let least = size::smallest(self.chunk);
+        let total_max = match self.size_max {
+            Some(wanted) if wanted < least => {
+                return Err(Error::usage(format!(
+                    "a store of {wanted} with chunks of {} is too small",
+                    self.chunk
+                ))
+                .next(format!("--store-size must be at least {least}")));
+            }
+            Some(wanted) => wanted.align_down(size::STORE_UNIT).min(worst.max(least)),
+            None => worst.max(least),
+        };
+        let head_bytes = self.head_bytes(total_max)?;
+        let room = self.place.available()?;
+        let tail_max = total_max - head_bytes;
+        let tail_bytes = match &self.place {
+            TailPlace::Device { .. } => room.min(tail_max),
+            _ => size::first_tail(self.origin_bytes, tail_max).min(room),
+        };
+        let least_tail = match &self.place {
+            TailPlace::Device { .. } => size::TAIL_BYTES_MIN,
+            _ => size::TAIL_FIRST_REFUSED_BELOW.min(tail_max),
+        };
+        if tail_bytes < least_tail || head_bytes + tail_bytes < least {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("{} has {room} for the store, which needs {least_tail}", self.place.path().display()),
+            )
+            .state("nothing was changed")
+            .next("name another place with --store"));
+        }
+        let total_bytes_max = match &self.place {
+            TailPlace::Device { .. } => head_bytes + tail_bytes,
+            _ => total_max,
+        };
+        Ok(StorePlan {
+            place: self.place.clone(),
+            head_bytes,
+            tail_bytes,
+            total_bytes_max,
+            chunk: self.chunk,
+            keep: self.keep,
+        })
+    }
+
+    /// A write to the origin waits for the store; a store that waits for a write to the origin would
+    /// make both wait for ever.
+    fn check_place(&self) -> Result<()> {
+        let own = match &self.place {
+            TailPlace::Device { number, .. } => Some(*number),
+            _ => None,
+        };
+        let below = self.tail_devices.iter().copied().chain(own);
+        match below.into_iter().find(|device| self.forbidden.contains(device)) {
+            None => Ok(()),
+            Some(device) => Err(Error::refused(format!(
+                "the store at {} would be on the origin itself (device {device})",
+                self.place.path().display()
+            ))
+            .state("nothing was changed; writes to the origin would have waited for themselves")
+            .next("name a directory on another device, or a block device, with --store")),
+        }
+    }
+
+    fn head_bytes(&self, total_max: Bytes) -> Result<Bytes> {
+        let tail_least = size::TAIL_BYTES_MIN;
+        match self.ram {
+            Some(Bytes::ZERO) => Ok(Bytes::ZERO),
+            Some(_) if self.keep => Err(Error::usage("a store that is kept has no part in memory")
+                .next("leave --store-ram or --keep-store away")),
+            Some(wanted) => {
+                let wanted = wanted.align_up(size::STORE_UNIT);
+                if wanted + tail_least > total_max {
+                    return Err(Error::usage(format!(
+                        "--store-ram {wanted} leaves nothing on disk of a store of {total_max} at most"
+                    ))
+                    .next("make --store-ram smaller or --store-size larger"));
+                }
+                Ok(wanted)
+            }
+            None if self.keep => Ok(Bytes::ZERO),
+            None => {
+                let half = Bytes(total_max.get() / 2).align_down(size::STORE_UNIT);
+                Ok(size::head_default(memory_available()).min(half))
+            }
+        }
+    }
+}
+
+/// What a growth did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Grown {
+    /// Size before, in bytes.
+    pub from: Bytes,
+    /// Size now, in bytes.
+    pub to: Bytes,
+}
+
+/// A store that was kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct KeptStore {
+    /// The file or block device that holds it, from its first byte on.
+    pub path: PathBuf,
+    /// Its unit of copy-on-write, in bytes.
+    pub chunk: ChunkSize,
+}
+
+/// A COW store in use. All methods may be called from any thread.
+pub struct CowStore {
+    name: String,
+    number: DeviceNumber,
+    plan: StorePlan,
+    warnings: Vec<String>,
+    parts: Mutex<Parts>,
+}
+
+struct Parts {
+    dm: Dm,
+    head: Option<Head>,
+    tail: Tail,
+    tail_joined: bool,
+    record: Record,
+}
+
+impl CowStore {
+    /// Makes the store that `config` describes.
+    ///
+    /// # Errors
+    /// As [`StoreConfig::plan`], and I/O and kernel errors. What was made is given back.
+    pub fn create(config: &StoreConfig) -> Result<Self> {
+        let plan = config.plan()?;
+        let identity = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id);
+        let name = naming::beside(&config.origin_name, ROLE_COW, &config.id);
+        let dm = Dm::open()?;
+        let mut warnings = Vec::new();
+        let mut record = Record::create(Path::new(RECORD_DIR), &config.id, &identity.uuid())?;
+        let head = match make_head(&plan, &mut record, &mut warnings) {
+            Ok(head) => head,
+            Err(error) => return Err(give_back(None, None, record, error)),
+        };
+        // Without its head the store may be all tail: the planned sum counts.
+        let tail_bytes = plan.tail_bytes;
+        let keep_as = plan.keep.then(|| format!("{name}-{}.store", config.id));
+        let tail = match Tail::make(&plan.place, tail_bytes, keep_as.as_deref(), &mut warnings) {
+            Ok(tail) => tail,
+            Err(error) => return Err(give_back(head, None, record, error)),
+        };
+        let tail_joined =
+            head.is_none() || size::should_join(plan.head_bytes, Bytes::ZERO, &FillRate::default());
+        let table = match table_of(head.as_ref(), tail_joined.then_some(&tail)) {
+            Ok(table) => table,
+            Err(error) => return Err(give_back(head, Some(tail), record, error)),
+        };
+        let made = dm.create_active(&name, &identity.uuid(), &table, Udev::Internal).and_then(|number| {
+            match zero_first_chunk(&dm, number, plan.chunk) {
+                Ok(()) => Ok(number),
+                Err(error) => Err(match dm.remove(&name, Udev::Internal) {
+                    Ok(()) => error,
+                    Err(undo) => error.with_failed_undo(undo),
+                }),
+            }
+        });
+        match made {
+            Ok(number) => {
+                let parts = Mutex::new(Parts { dm, head, tail, tail_joined, record });
+                Ok(Self { name, number, plan, warnings, parts })
+            }
+            Err(error) => Err(give_back(head, Some(tail), record, error)),
+        }
+    }
+
+    /// Name of its device.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Number of its device.
+    #[must_use]
+    pub fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    /// Its plan.
+    #[must_use]
+    pub fn plan(&self) -> &StorePlan {
+        &self.plan
+    }
+
+    /// What a person should know about how it was made.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Size of its RAM head; zero where it has none.
+    #[must_use]
+    pub fn ram_bytes(&self) -> Bytes {
+        self.lock().head.as_ref().map_or(Bytes::ZERO, |head| head.bytes)
+    }
+
+    /// Head and tail together, whether the tail has joined or not.
+    #[must_use]
+    pub fn total_bytes(&self) -> Bytes {
+        self.lock().total()
+    }
+
+    /// Opens its device for direct reading.
+    ///
+    /// # Errors
+    /// I/O errors with the path.
+    pub fn open_direct(&self) -> Result<OwnedFd> {
+        Ok(self.lock().dm.open_device(self.number, false, libc::O_DIRECT)?.into())
+    }
+
+    /// Makes the store larger where what is left would not last (see [`size`]): `used` bytes of it
+    /// are in use, and it fills at `rate`. None where nothing was to be done.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] where the tail's place is full; the store works on as it is.
+    pub fn grow_ahead(&self, used: Bytes, rate: &FillRate) -> Result<Option<Grown>> {
+        let mut parts = self.lock();
+        let from = parts.mapped();
+        // The space first, which takes longest; but a head about to fill does not wait for it.
+        let head_bytes = parts.head.as_ref().map_or(Bytes::ZERO, |head| head.bytes);
+        if !parts.tail_joined && size::should_join(head_bytes, used, rate) {
+            parts.join_tail(&self.name)?;
+        }
+        if let Some(next) = size::next_total(parts.total(), used, self.plan.total_bytes_max, rate)
+            && !parts.tail.is_device()
+        {
+            parts.tail.grow(next - head_bytes)?;
+            if parts.tail_joined {
+                parts.load_table(&self.name, true)?;
+            }
+        }
+        let to = parts.mapped();
+        Ok((to != from).then_some(Grown { from, to }))
+    }
+
+    /// Returns once every write to the store that was in flight is done: the table is swapped for
+    /// itself, and the kernel lets writes in flight end before it does so.
+    ///
+    /// # Errors
+    /// The kernel's; the store works on.
+    pub fn settle(&self) -> Result<()> {
+        let parts = self.lock();
+        parts.load_table(&self.name, parts.tail_joined)
+    }
+
+    /// True where the store cannot become any larger.
+    #[must_use]
+    pub fn is_at_its_largest(&self) -> bool {
+        let parts = self.lock();
+        parts.tail_joined && (parts.tail.is_device() || parts.total() >= self.plan.total_bytes_max)
+    }
+
+    /// Gives everything back, once no snapshot uses the store any more. With `keep`, a store that
+    /// was made to be kept stays, durable; without, its file is removed.
+    ///
+    /// # Errors
+    /// The first failure, with the others as failed undos; [`release_leftovers`] tries again.
+    ///
+    /// [`release_leftovers`]: super::release_leftovers
+    pub fn release(self, keep: bool) -> Result<Option<KeptStore>> {
+        let parts = self.parts.into_inner().unwrap_or_else(PoisonError::into_inner);
+        parts.dm.remove(&self.name, Udev::Internal).map_err(|error| {
+            error.state("the COW store is still there").next("run 'tidemark recover', which removes it")
+        })?;
+        let keep = keep && self.plan.keep;
+        let device = match &self.plan.place {
+            TailPlace::Device { path, .. } if keep => Some(path.clone()),
+            _ => None,
+        };
+        let kept = parts.tail.release(keep);
+        let given = parts.head.as_ref().map_or(Ok(()), Head::release).and_then(|()| parts.record.close());
+        match (kept, given) {
+            (Ok(file), Ok(())) => Ok(file.or(device).map(|path| KeptStore { path, chunk: self.plan.chunk })),
+            (Ok(_), Err(error)) | (Err(error), Ok(())) => Err(error),
+            (Err(error), Err(other)) => Err(error.with_failed_undo(other)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parts> {
+        // Whatever panicked while it held the lock, each step leaves the parts true to the kernel.
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Parts {
+    fn total(&self) -> Bytes {
+        self.head.as_ref().map_or(Bytes::ZERO, |head| head.bytes) + self.tail.bytes
+    }
+
+    fn mapped(&self) -> Bytes {
+        match &self.head {
+            Some(head) if !self.tail_joined => head.bytes,
+            _ => self.total(),
+        }
+    }
+
+    fn join_tail(&mut self, name: &str) -> Result<()> {
+        self.load_table(name, true)?;
+        self.tail_joined = true;
+        Ok(())
+    }
+
+    /// Load, then resume in use: see the module's head.
+    fn load_table(&self, name: &str, with_tail: bool) -> Result<()> {
+        let table = table_of(self.head.as_ref(), with_tail.then_some(&self.tail))?;
+        self.dm.load(name, &table)?;
+        let mut attempt = 1;
+        loop {
+            match self.dm.resume(name, Udev::None) {
+                Err(error) if error.errno() == Some(libc::EINTR) && attempt < SWAP_ATTEMPTS => attempt += 1,
+                Err(error) => {
+                    return Err(match self.dm.clear(name) {
+                        Ok(()) => error.state("the store works on with the table it had"),
+                        Err(undo) => error.with_failed_undo(undo),
+                    });
+                }
+                Ok(()) => return Ok(()),
+            }
+        }
+    }
+}
+
+fn make_head(plan: &StorePlan, record: &mut Record, warnings: &mut Vec<String>) -> Result<Option<Head>> {
+    if plan.head_bytes == Bytes::ZERO {
+        return Ok(None);
+    }
+    match Head::make(plan.head_bytes, record)? {
+        Ok(head) => Ok(Some(head)),
+        Err(why) => {
+            warnings.push(format!("the store has no part in memory: {why}; originals go to disk at once"));
+            Ok(None)
+        }
+    }
+}
+
+fn table_of(head: Option<&Head>, tail: Option<&Tail>) -> Result<Table> {
+    let head = head.map(|head| (head.number, head.bytes));
+    let tail = tail.map(|tail| (tail.number, tail.bytes));
+    let parts = head.into_iter().chain(tail).map(|(device, bytes)| {
+        let length = bytes.align_down(DIRECT_IO_ALIGN).to_sectors("a part of the store")?;
+        Ok((length, Target::Linear { device, offset: crate::base::Sectors::ZERO }))
+    });
+    Table::concatenated(parts.collect::<Result<Vec<_>>>()?)
+}
+
+fn zero_first_chunk(dm: &Dm, number: DeviceNumber, chunk: ChunkSize) -> Result<()> {
+    let device = dm.open_device(number, true, libc::O_DIRECT)?;
+    let zeros = AlignedBuffer::zeroed(chunk.bytes().as_len());
+    device
+        .write_all_at(&zeros, 0)
+        .and_then(|()| device.sync_all())
+        .io_context(|| format!("zeroing the first chunk of the store (device {number})"))
+}
+
+/// After a failed creation: `error`, with what could not be given back.
+fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Error) -> Error {
+    let mut error = error;
+    if let Some(tail) = tail
+        && let Err(undo) = tail.release(false)
+    {
+        error = error.with_failed_undo(undo);
+    }
+    match head.as_ref().map_or(Ok(()), Head::release) {
+        // The record outlives a head that could not be given back: recover tries again.
+        Err(undo) => error.with_failed_undo(undo),
+        Ok(()) => match record.close() {
+            Ok(()) => error,
+            Err(undo) => error.with_failed_undo(undo),
+        },
+    }
+}
+
+const _: () = assert!(DIRECT_IO_ALIGN.get().is_multiple_of(SECTOR_BYTES));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(place: TailPlace) -> StoreConfig {
+        StoreConfig {
+            origin_name: "data".to_owned(),
+            volume: "data".to_owned(),
+            id: naming::new_id(),
+            origin_bytes: Bytes::gib(10),
+            chunk: ChunkSize::default(),
+            place,
+            tail_devices: Vec::new(),
+            forbidden: Vec::new(),
+            size_max: None,
+            ram: None,
+            keep: false,
+        }
+    }
+
+    fn device(bytes: Bytes) -> TailPlace {
+        TailPlace::Device { path: "/dev/x".into(), number: DeviceNumber { major: 8, minor: 16 }, bytes }
+    }
+
+    #[test]
+    fn a_tail_on_the_origin_is_refused() {
+        let disk = DeviceNumber { major: 8, minor: 0 };
+        let mut on_file = config(TailPlace::Directory(std::env::temp_dir()));
+        on_file.tail_devices = vec![DeviceNumber { major: 253, minor: 1 }, disk];
+        on_file.forbidden = vec![disk];
+        assert_eq!(on_file.plan().unwrap_err().kind(), ErrorKind::Refused);
+        let mut itself = config(device(Bytes::gib(1)));
+        itself.forbidden = vec![DeviceNumber { major: 8, minor: 16 }];
+        assert_eq!(itself.plan().unwrap_err().kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn sizes_follow_the_request() {
+        let mut c = config(device(Bytes::mib(100)));
+        c.ram = Some(Bytes::mib(8));
+        let plan = c.plan().unwrap();
+        assert_eq!((plan.head_bytes, plan.tail_bytes), (Bytes::mib(8), Bytes::mib(100)));
+        assert_eq!(plan.total_bytes_max, Bytes::mib(108));
+
+        c.size_max = Some(Bytes::mib(20));
+        assert_eq!(c.plan().unwrap().tail_bytes, Bytes::mib(12));
+
+        c.size_max = Some(Bytes::mib(8));
+        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
+        c.size_max = Some(Bytes::kib(4));
+        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
+
+        let mut c = config(TailPlace::Directory(std::env::temp_dir()));
+        c.ram = Some(Bytes::ZERO);
+        let plan = c.plan().unwrap();
+        assert_eq!(plan.head_bytes, Bytes::ZERO);
+        assert_eq!(plan.tail_bytes, Bytes::mib(256));
+        assert_eq!(plan.total_bytes_max, size::worst_case(Bytes::gib(10), c.chunk).unwrap());
+    }
+
+    #[test]
+    fn a_small_origin_gets_a_small_store() {
+        let mut c = config(TailPlace::Directory(std::env::temp_dir()));
+        c.origin_bytes = Bytes::mib(16);
+        c.ram = Some(Bytes::ZERO);
+        let plan = c.plan().unwrap();
+        assert_eq!(plan.tail_bytes, plan.total_bytes_max);
+        assert!(plan.tail_bytes <= Bytes::mib(18));
+    }
+
+    #[test]
+    fn a_kept_store_is_all_on_disk() {
+        let mut c = config(device(Bytes::gib(1)));
+        c.keep = true;
+        assert_eq!(c.plan().unwrap().head_bytes, Bytes::ZERO);
+        c.ram = Some(Bytes::mib(8));
+        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn a_device_that_is_too_small_is_no_space() {
+        let mut c = config(device(Bytes::kib(512)));
+        c.ram = Some(Bytes::ZERO);
+        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::NoSpace);
+    }
+}

@@ -1,0 +1,459 @@
+//! Where is the disk tail, and how does it grow?
+//!
+//! A file through a loop device with direct I/O, or a whole block device. Invariants:
+//! - space is allocated in the filesystem before the loop device shows it: a filesystem that is full
+//!   is a growth that failed, never a write error in the store;
+//! - a file that is not kept has no name: `O_TMPFILE` where the filesystem can, else unlinked at
+//!   once. With the loop device's autoclear flag nothing of it outlives its last user;
+//! - a kept file has its name from the start and mode 0600: it holds the origin's data.
+//!
+//! Must not: change the backing block device's settings, or those of a loop device beyond its own
+//! (queue settings outlive the attachment and would reach the next user of the same number).
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
+use serde::Serialize;
+
+use crate::base::limits::DIRECT_IO_ALIGN;
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::sys::loop_device::LoopDevice;
+
+use super::head::{device_bytes, load_module};
+use super::size;
+
+/// Where a tail is made when nothing is said.
+pub const DEFAULT_DIRECTORY: &str = "/var/lib/tidemark";
+
+/// Zeros written at a time where the filesystem cannot allocate space.
+const ZERO_STEP: usize = 1 << 20;
+
+/// Where a tail is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TailPlace {
+    /// A file in this directory, without a name unless the store is kept.
+    Directory(PathBuf),
+    /// A file to be made at this path.
+    NewFile(PathBuf),
+    /// This whole block device; what it holds is lost.
+    Device {
+        /// Its path.
+        path: PathBuf,
+        /// Its number.
+        number: DeviceNumber,
+        /// Its size.
+        bytes: Bytes,
+    },
+}
+
+impl TailPlace {
+    /// What `--store` means: None is [`DEFAULT_DIRECTORY`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for a path that is none of a directory, a block device and a file yet
+    /// to be made; [`ErrorKind::Usage`] for a zram device (that is what the head is for).
+    pub fn resolve(path: Option<&Path>) -> Result<Self> {
+        let Some(path) = path else { return Ok(Self::Directory(PathBuf::from(DEFAULT_DIRECTORY))) };
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => Ok(Self::Directory(path.to_owned())),
+            Ok(metadata) if metadata.file_type().is_block_device() => {
+                Self::device(path, DeviceNumber::from_dev(metadata.rdev()))
+            }
+            Ok(_) => Err(Error::refused(format!(
+                "--store {}: neither a directory nor a block device",
+                path.display()
+            ))
+            .next("name a directory, a block device, or a file that does not exist yet")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = parent_of(path);
+                match fs::metadata(&parent) {
+                    Ok(metadata) if metadata.is_dir() && path.file_name().is_some() => {
+                        Ok(Self::NewFile(path.to_owned()))
+                    }
+                    _ => Err(Error::refused(format!(
+                        "--store {}: {} is not a directory",
+                        path.display(),
+                        parent.display()
+                    ))
+                    .next("make the directory first, or name another place")),
+                }
+            }
+            Err(error) => Err(error).io_context(|| format!("looking at --store {}", path.display())),
+        }
+    }
+
+    fn device(path: &Path, number: DeviceNumber) -> Result<Self> {
+        let link = fs::read_link(format!("/sys/dev/block/{number}")).unwrap_or_default();
+        let name = link.file_name().and_then(|name| name.to_str()).unwrap_or("");
+        if name.starts_with("zram") {
+            return Err(Error::usage(format!(
+                "--store {}: a zram device cannot be the tail",
+                path.display()
+            ))
+            .next("ask for memory with --store-ram, and name a disk with --store"));
+        }
+        Ok(Self::Device { path: path.to_owned(), number, bytes: device_bytes(number)? })
+    }
+
+    /// An existing path on the device that the tail will be on: the block device itself, or a
+    /// directory. For whoever resolves what lies beneath it.
+    #[must_use]
+    pub fn anchor(&self) -> PathBuf {
+        let mut at = match self {
+            Self::Device { path, .. } => return path.clone(),
+            Self::Directory(path) => path.clone(),
+            Self::NewFile(path) => parent_of(path),
+        };
+        while !at.exists() {
+            if !at.pop() {
+                return PathBuf::from("/");
+            }
+        }
+        at
+    }
+
+    /// Its path, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Device { path, .. } | Self::Directory(path) | Self::NewFile(path) => path,
+        }
+    }
+
+    /// What a tail here can have: of a device its size, of a filesystem what is free beyond the
+    /// reserve.
+    ///
+    /// # Errors
+    /// I/O errors with the path.
+    pub(super) fn available(&self) -> Result<Bytes> {
+        if let Self::Device { bytes, .. } = self {
+            return Ok(bytes.align_down(DIRECT_IO_ALIGN));
+        }
+        let anchor = self.anchor();
+        let space =
+            statvfs(&anchor).io_context(|| format!("asking for free space of {}", anchor.display()))?;
+        Ok(free_beyond_reserve(&space))
+    }
+}
+
+fn parent_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn free_beyond_reserve(space: &Statvfs) -> Bytes {
+    let unit = space.fragment_size();
+    let free = Bytes(space.blocks_available().saturating_mul(unit));
+    let all = Bytes(space.blocks().saturating_mul(unit));
+    free.saturating_sub(size::reserve(all)).align_down(size::STORE_UNIT)
+}
+
+/// A tail that is ours.
+#[derive(Debug)]
+pub(super) struct Tail {
+    pub number: DeviceNumber,
+    /// Space that is allocated and shown.
+    pub bytes: Bytes,
+    backing: Backing,
+    description: String,
+}
+
+#[derive(Debug)]
+enum Backing {
+    File { file: File, name: Option<PathBuf>, device: LoopDevice },
+    Device,
+}
+
+impl Tail {
+    /// Makes a tail of `bytes` at `place`. With `keep_as`, a file gets this name in a directory, or
+    /// keeps the name that it was asked for with. Adds what a person should know to `warnings`.
+    pub(super) fn make(
+        place: &TailPlace,
+        bytes: Bytes,
+        keep_as: Option<&str>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Self> {
+        let (directory, name) = match place {
+            TailPlace::Device { path, number, .. } => {
+                return Self::on_device(path, *number, bytes);
+            }
+            TailPlace::Directory(path) => {
+                if path == Path::new(DEFAULT_DIRECTORY) {
+                    make_default_directory(path)?;
+                }
+                (path.clone(), keep_as.map(|name| path.join(name)))
+            }
+            TailPlace::NewFile(path) => (parent_of(path), keep_as.map(|_| path.clone())),
+        };
+        let file = match &name {
+            Some(path) => create_named(path)?,
+            None => create_nameless(&directory)?,
+        };
+        let description = name.as_ref().unwrap_or(&directory).display().to_string();
+        let result = allocate(&file, Bytes::ZERO, bytes)
+            .io_context(|| format!("allocating {bytes} for the store in {description}"))
+            .and_then(|()| attach(&file, &description, warnings));
+        match result {
+            Ok((device, number)) => {
+                Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
+            }
+            Err(error) => Err(match name.map(|path| fs::remove_file(&path).map_err(|e| (path, e))) {
+                Some(Err((path, undo))) => {
+                    error.with_failed_undo(Error::io(format!("removing {}", path.display()), undo))
+                }
+                _ => error.next("name another place with --store, or a smaller --store-size"),
+            }),
+        }
+    }
+
+    /// Device-mapper takes the device exclusively when its table is loaded; this check is for the
+    /// better message.
+    fn on_device(path: &Path, number: DeviceNumber, bytes: Bytes) -> Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EBUSY) => Error::refused(format!("the store {} is in use", path.display()))
+                    .with_source(error)
+                    .next("name a block device that is neither mounted nor part of another device"),
+                _ => Error::io(format!("opening the store {}", path.display()), error),
+            })?;
+        let found = file
+            .metadata()
+            .io_context(|| format!("looking at the store {}", path.display()))
+            .map(|metadata| DeviceNumber::from_dev(metadata.rdev()))?;
+        if found != number {
+            return Err(Error::refused(format!("{} became another device meanwhile", path.display())));
+        }
+        Ok(Self { number, bytes, backing: Backing::Device, description: path.display().to_string() })
+    }
+
+    /// True for a tail whose size is given.
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self.backing, Backing::Device)
+    }
+
+    /// Allocates up to `wanted` bytes, less where the filesystem would fall below its reserve, and
+    /// shows them on the loop device. Answers the size there is now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] where nothing could be added.
+    pub(super) fn grow(&mut self, wanted: Bytes) -> Result<Bytes> {
+        let what = || format!("enlarging the store in {} to {wanted}", self.description);
+        let Backing::File { file, device, .. } = &self.backing else {
+            return Err(Error::new(ErrorKind::NoSpace, what()).state("a block device has a fixed size"));
+        };
+        let space = fstatvfs(file).io_context(what)?;
+        let target = wanted.min(self.bytes + free_beyond_reserve(&space)).align_down(size::STORE_UNIT);
+        if target <= self.bytes {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("{}: the filesystem has no space beyond its reserve", what()),
+            ));
+        }
+        if let Err(error) = allocate(file, self.bytes, target) {
+            // The loop device still shows the old size: what was added is nobody's yet.
+            let error = Error::io(what(), error);
+            return Err(match file.set_len(self.bytes.get()) {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(Error::io("giving back a part of it", undo)),
+            });
+        }
+        device.refresh_size().io_context(what)?;
+        self.bytes = target;
+        Ok(target)
+    }
+
+    /// Lets go of a tail that nothing maps any more. With `keep`, a named file stays, durable, and
+    /// its path is the answer; otherwise it is removed. (A block device stays in any case.)
+    pub(super) fn release(self, keep: bool) -> Result<Option<PathBuf>> {
+        let Backing::File { file, name, device } = self.backing else { return Ok(None) };
+        drop(device);
+        match name {
+            Some(path) if keep => {
+                file.sync_all().io_context(|| format!("syncing the store {}", path.display()))?;
+                File::open(parent_of(&path))
+                    .and_then(|directory| directory.sync_all())
+                    .io_context(|| format!("syncing the directory of {}", path.display()))?;
+                Ok(Some(path))
+            }
+            Some(path) => {
+                fs::remove_file(&path).io_context(|| format!("removing the store {}", path.display()))?;
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+fn make_default_directory(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .io_context(|| format!("making the directory {}", path.display()))
+        .map_err(|error| error.next("name another place for the store with --store"))
+}
+
+fn create_named(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .io_context(|| format!("making the store {}", path.display()))
+}
+
+fn create_nameless(directory: &Path) -> Result<File> {
+    let what = || format!("making a file for the store in {}", directory.display());
+    let nameless =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory);
+    match nameless {
+        // The filesystem has no files without a name (the last two: kernels that know no O_TMPFILE).
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOENT | libc::EISDIR)
+            ) => {}
+        other => return other.io_context(what),
+    }
+    let path = directory.join(format!(".tidemark-{}", uuid::Uuid::new_v4()));
+    let file = create_named(&path)?;
+    fs::remove_file(&path).io_context(what)?;
+    Ok(file)
+}
+
+/// Allocates `from..to`, with zeros written where the filesystem cannot allocate.
+fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
+    let offset = |bytes: Bytes| i64::try_from(bytes.get()).map_err(io::Error::other);
+    match fallocate(file.as_fd(), FallocateFlags::empty(), offset(from)?, offset(to.saturating_sub(from))?) {
+        Ok(()) => return Ok(()),
+        Err(nix::errno::Errno::EOPNOTSUPP) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let zeros = vec![0u8; ZERO_STEP];
+    let mut at = from;
+    while at < to {
+        let length = Bytes::from_len(ZERO_STEP).min(to - at);
+        file.write_all_at(&zeros[..length.as_len()], at.get())?;
+        at += length;
+    }
+    Ok(())
+}
+
+fn attach(file: &File, description: &str, warnings: &mut Vec<String>) -> Result<(LoopDevice, DeviceNumber)> {
+    let what = || format!("attaching the store in {description} to a loop device");
+    if fstatfs(file).is_ok_and(|status| status.filesystem_type() == TMPFS_MAGIC) {
+        warnings.push(format!("the store's tail in {description} is on a tmpfs: it takes memory"));
+    }
+    let block = u32::try_from(DIRECT_IO_ALIGN.get()).expect("4096 fits u32");
+    let attach_direct = || LoopDevice::attach(file, block, true);
+    let device = attach_direct().or_else(|error| match error.raw_os_error() {
+        Some(libc::ENOENT) if load_module("loop", &[]) => attach_direct(),
+        // Kernels from 6.15 on refuse direct I/O where earlier ones silently go on without it.
+        Some(libc::EINVAL) => LoopDevice::attach(file, block, false),
+        _ => Err(error),
+    });
+    let device = device.io_context(what)?;
+    if !device.status().io_context(what)?.direct_io {
+        warnings.push(format!(
+            "the filesystem of {description} has no direct I/O: the store's tail goes through the page \
+             cache, which is slower and takes memory"
+        ));
+    }
+    let number = DeviceNumber::from_dev(device.rdev().io_context(what)?);
+    Ok((device, number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn may_attach() -> bool {
+        nix::unistd::geteuid().is_root() && Path::new(crate::sys::loop_device::CONTROL_PATH).exists()
+    }
+
+    #[test]
+    fn places_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(TailPlace::resolve(None).unwrap(), TailPlace::Directory(PathBuf::from(DEFAULT_DIRECTORY)));
+        assert_eq!(
+            TailPlace::resolve(Some(dir.path())).unwrap(),
+            TailPlace::Directory(dir.path().to_owned())
+        );
+        let new = TailPlace::resolve(Some(&dir.path().join("new"))).unwrap();
+        assert_eq!(new, TailPlace::NewFile(dir.path().join("new")));
+        assert_eq!(new.anchor(), dir.path());
+        assert!(new.available().unwrap() > Bytes::ZERO);
+
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        assert_eq!(TailPlace::resolve(Some(&file)).unwrap_err().kind(), ErrorKind::Refused);
+        let nowhere = dir.path().join("no/where");
+        assert_eq!(TailPlace::resolve(Some(&nowhere)).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(TailPlace::Directory(nowhere).anchor(), dir.path());
+    }
+
+    #[test]
+    fn a_tail_has_its_space_and_leaves_nothing() {
+        if !may_attach() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let place = TailPlace::Directory(dir.path().to_owned());
+        let mut tail = Tail::make(&place, Bytes::mib(4), None, &mut Vec::new()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the file has a name");
+        assert_eq!(device_bytes(tail.number).unwrap(), Bytes::mib(4));
+        assert_eq!(tail.grow(Bytes::mib(9)).unwrap(), Bytes::mib(9));
+        assert_eq!(device_bytes(tail.number).unwrap(), Bytes::mib(9));
+        let Backing::File { file, .. } = &tail.backing else { panic!("a file") };
+        assert!(file.metadata().unwrap().blocks() * 512 >= Bytes::mib(9).get(), "not allocated");
+        assert_eq!(tail.release(true).unwrap(), None);
+    }
+
+    #[test]
+    fn a_kept_tail_stays_under_its_name_and_a_discarded_one_goes() {
+        if !may_attach() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = dir.path().join("kept");
+        for keep in [false, true] {
+            let place = TailPlace::NewFile(path.clone());
+            let tail = Tail::make(&place, Bytes::mib(1), Some("unused"), &mut Vec::new()).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+            assert_eq!(tail.release(keep).unwrap(), keep.then(|| path.clone()));
+            assert_eq!(path.exists(), keep);
+        }
+        // Never over a file that is there.
+        let error = Tail::make(&TailPlace::NewFile(path), Bytes::mib(1), Some("x"), &mut Vec::new());
+        assert_eq!(error.unwrap_err().errno(), Some(libc::EEXIST));
+    }
+
+    #[test]
+    fn a_filesystem_that_is_too_small_is_no_space() {
+        if !may_attach() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let place = TailPlace::Directory(dir.path().to_owned());
+        let free = place.available().unwrap();
+        let mut tail = Tail::make(&place, Bytes::mib(1), None, &mut Vec::new()).unwrap();
+        let error = Tail::make(&place, free * 4, None, &mut Vec::new()).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::NoSpace), "{error}");
+        assert!(tail.grow(Bytes::mib(1)).is_err(), "no growth is no success");
+        assert_eq!(tail.bytes, Bytes::mib(1));
+    }
+}
