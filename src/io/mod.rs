@@ -13,6 +13,7 @@ mod pool;
 mod suite;
 pub mod sync_engine;
 pub mod transfer;
+pub mod uring;
 
 pub use block::{BlockRead, BlockWrite, Durable};
 pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place, Request};
@@ -20,3 +21,4 @@ pub use memory::{MemoryEngine, MemoryFile};
 pub use open::{EnginePreference, open_engine};
 pub use sync_engine::SyncEngine;
 pub use transfer::is_end_of_file;
+pub use uring::UringEngine;

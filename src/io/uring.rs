@@ -1,0 +1,481 @@
+//! The io_uring engine: every piece of every request in one ring.
+//!
+//! Invariants: those of [`engine`](super::engine); memory safety is the ring's
+//! ([`sys::ring`](crate::sys::ring)), this module decides what is asked next:
+//! - pieces wait in a queue here while the ring is full, so a submission never fails for want of room;
+//! - after the first failure of a request its waiting pieces are dropped, and it completes when those
+//!   in the kernel's hands have come back;
+//! - pieces of a stream go one after the other.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use super::engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Request};
+use super::handle::Facts;
+use super::pool::{Pool, check_pieces};
+use super::sync_engine::next_file;
+use super::transfer::{Direction, RETRIES_MAX, Step, Transfer};
+use crate::base::{Bytes, Error, Result};
+use crate::extent::Extent;
+use crate::sys::block::FileKind;
+use crate::sys::ring::{Answer, Features, FileSlot, HoldIx, Operation, Ring, RingOptions};
+
+/// Longest part of a piece in one operation.
+const OPERATION_BYTES_MAX: Bytes = Bytes::mib(16);
+
+#[derive(Debug)]
+struct UringFile {
+    slot: FileSlot,
+    facts: Facts,
+}
+
+#[derive(Debug)]
+struct Job {
+    token: u64,
+    file: FileIx,
+    work: Work,
+    /// Operations in the ring.
+    under_way: u32,
+    /// Parts not finished, waiting or under way.
+    open: u32,
+    /// Interrupted calls in a row (zeroing; transfers count their own).
+    retries: u32,
+    failure: Option<Error>,
+}
+
+#[derive(Debug)]
+enum Work {
+    Transfer { hold: HoldIx, index: u16, transfers: Vec<Transfer> },
+    Zero(Extent),
+    Sync,
+}
+
+/// What is to be asked next for a part of a job.
+#[derive(Clone, Copy, Debug)]
+struct Ask {
+    job: u32,
+    part: u32,
+    /// Poll the stream before the transfer.
+    poll: bool,
+}
+
+impl Ask {
+    fn user(self) -> u64 {
+        // Bit 63 is the poll flag: a job's number never reaches it (see `JOBS_MAX`).
+        (u64::from(self.poll) << 63) | (u64::from(self.job) << 32) | u64::from(self.part)
+    }
+
+    fn from_user(user: u64) -> Self {
+        let low = |value: u64| u32::try_from(value & 0xffff_ffff).expect("masked to 32 bits");
+        Self { job: low(user >> 32) & (JOBS_MAX - 1), part: low(user), poll: user >> 63 != 0 }
+    }
+}
+
+/// A number of a job or part as an index.
+fn at(number: u32) -> usize {
+    usize::try_from(number).expect("Linux has at least 32 bits")
+}
+
+/// Requests in flight at most; a caller is bounded by its buffers long before.
+const JOBS_MAX: u32 = 1 << 30;
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct UringEngine {
+    ring: Ring,
+    pool: Pool,
+    files: Vec<UringFile>,
+    jobs: Vec<Option<Job>>,
+    free_jobs: Vec<u32>,
+    waiting: VecDeque<Ask>,
+    ended: VecDeque<Completion>,
+    in_flight: usize,
+}
+
+impl UringEngine {
+    /// An engine without files, on a ring of this thread.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a pool that is none; the kernel's
+    /// refusal with its errno (ENOSYS, EPERM, ENOMEM, EOPNOTSUPP).
+    pub fn new(config: EngineConfig) -> Result<Self> {
+        Self::with_options(config, RingOptions::default())
+    }
+
+    /// As [`UringEngine::new`], asking the kernel for no more than `options`.
+    ///
+    /// # Errors
+    /// As [`UringEngine::new`].
+    pub fn with_options(config: EngineConfig, options: RingOptions) -> Result<Self> {
+        let mut memory = Pool::memory(config)?;
+        let ring =
+            Ring::new(&mut memory, options).map_err(|error| Error::kernel("set-up of io_uring", error))?;
+        Ok(Self {
+            ring,
+            pool: Pool::new(memory),
+            files: Vec::new(),
+            jobs: Vec::new(),
+            free_jobs: Vec::new(),
+            waiting: VecDeque::new(),
+            ended: VecDeque::new(),
+            in_flight: 0,
+        })
+    }
+
+    /// What the kernel granted.
+    #[must_use]
+    pub fn features(&self) -> Features {
+        self.ring.features()
+    }
+
+    fn add_job(&mut self, job: Job) -> u32 {
+        self.in_flight += 1;
+        if let Some(index) = self.free_jobs.pop() {
+            self.jobs[at(index)] = Some(job);
+            return index;
+        }
+        let index = u32::try_from(self.jobs.len()).ok().filter(|index| *index < JOBS_MAX);
+        let index = index.expect("a caller's requests in flight are bounded by its buffers");
+        self.jobs.push(Some(job));
+        index
+    }
+
+    fn job(&mut self, index: u32) -> &mut Job {
+        self.jobs[at(index)].as_mut().expect("a job lives until its last part has come back")
+    }
+
+    fn submit_transfer(
+        &mut self,
+        token: u64,
+        file: FileIx,
+        buffer: Buffer,
+        pieces: Vec<Piece>,
+        direction: Direction,
+    ) {
+        check_pieces(&buffer, &pieces);
+        let facts = &self.files[usize::from(file.0)].facts;
+        let failure = (facts.kind == FileKind::Other).then(|| facts.wrong_kind(direction));
+        let direct = facts.direct;
+        let transfers: Vec<Transfer> = pieces
+            .into_iter()
+            .map(|piece| Transfer::new(direction, piece, direct))
+            .filter(|transfer| !transfer.is_done())
+            .collect();
+        let open = if failure.is_some() {
+            0
+        } else {
+            u32::try_from(transfers.len()).expect("bounded by the buffer")
+        };
+        let (memory, index) = buffer.into_parts();
+        let hold = self.ring.hold(memory);
+        let stream = transfers.iter().any(Transfer::is_stream);
+        let work = Work::Transfer { hold, index, transfers };
+        let job = self.add_job(Job { token, file, work, under_way: 0, open, retries: 0, failure });
+        // Parts of a stream follow each other (`next_part`): the kernel keeps no order.
+        let parts = if stream { open.min(1) } else { open };
+        self.waiting.extend((0..parts).map(|part| Ask { job, part, poll: false }));
+        self.end_if_done(job);
+    }
+
+    fn submit_plain(&mut self, token: u64, file: FileIx, work: Work) {
+        let job = self.add_job(Job { token, file, work, under_way: 0, open: 1, retries: 0, failure: None });
+        self.waiting.push_back(Ask { job, part: 0, poll: false });
+    }
+
+    /// Hands waiting parts to the ring while it has room.
+    fn pump(&mut self) -> Result<()> {
+        while self.ring.has_room() {
+            let Some(ask) = self.waiting.pop_front() else { break };
+            let job = self.jobs[at(ask.job)].as_mut().expect("waiting parts keep their job");
+            if job.failure.is_some() {
+                job.open -= 1;
+                self.end_if_done(ask.job);
+                continue;
+            }
+            let file = &self.files[usize::from(job.file.0)];
+            let operation = match &job.work {
+                Work::Transfer { hold, transfers, .. } => {
+                    transfer_operation(*hold, &transfers[at(ask.part)], ask.poll)
+                }
+                Work::Sync => match file.facts.check_sync() {
+                    Ok(()) => Operation::Fsync,
+                    Err(error) => {
+                        self.fail_part(ask.job, error);
+                        continue;
+                    }
+                },
+                Work::Zero(extent) => match file.facts.zero_mode() {
+                    Some(mode) => {
+                        Operation::Fallocate { mode, offset: extent.start(), length: extent.length() }
+                    }
+                    None => {
+                        let extent = *extent;
+                        self.zero_waiting(ask.job, extent);
+                        continue;
+                    }
+                },
+            };
+            job.under_way += 1;
+            self.ring
+                .push(file.slot, operation, ask.user())
+                .map_err(|error| Error::kernel("submission to io_uring", error))?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes with calls that the ring does not have.
+    fn zero_waiting(&mut self, job: u32, extent: Extent) {
+        let index = usize::from(self.job(job).file.0);
+        let file = &mut self.files[index];
+        match file.facts.zero_otherwise(self.ring.file(file.slot), extent) {
+            Ok(()) => {
+                self.job(job).open -= 1;
+                self.end_if_done(job);
+            }
+            Err(error) => self.fail_part(job, error),
+        }
+    }
+
+    fn fail_part(&mut self, index: u32, error: Error) {
+        let job = self.job(index);
+        job.failure.get_or_insert(error);
+        job.open -= 1;
+        self.end_if_done(index);
+    }
+
+    /// Takes every answer that is there.
+    fn reap(&mut self) {
+        while let Some(Answer { user, result }) = self.ring.take_answer() {
+            let ask = Ask::from_user(user);
+            let job = self.job(ask.job);
+            job.under_way -= 1;
+            let file = job.file;
+            match job.work {
+                Work::Transfer { .. } => self.account_transfer(ask, result),
+                Work::Sync => {
+                    let noted = self.files[usize::from(file.0)].facts.note_sync(result.map(drop));
+                    self.end_part(ask.job, noted);
+                }
+                Work::Zero(extent) => self.account_zero(ask, extent, result),
+            }
+        }
+    }
+
+    fn end_part(&mut self, job: u32, result: Result<()>) {
+        match result {
+            Ok(()) => {
+                self.job(job).open -= 1;
+                self.end_if_done(job);
+            }
+            Err(error) => self.fail_part(job, error),
+        }
+    }
+
+    fn account_transfer(&mut self, ask: Ask, result: io::Result<usize>) {
+        let job = self.jobs[at(ask.job)].as_mut().expect("reap has seen it");
+        let Work::Transfer { transfers, .. } = &mut job.work else {
+            unreachable!("reap has matched the kind of work")
+        };
+        let transfer = &mut transfers[at(ask.part)];
+        let step = match (ask.poll, result) {
+            // A failed poll says nothing: the transfer itself will.
+            (true, _) => Step::Again,
+            (false, result) => transfer.account(result),
+        };
+        match step {
+            Step::Again => self.waiting.push_front(Ask { poll: false, ..ask }),
+            Step::Poll => self.waiting.push_front(Ask { poll: true, ..ask }),
+            Step::Done => {
+                let next = ask.part + 1;
+                if transfer.is_stream() && at(next) < transfers.len() {
+                    self.waiting.push_front(Ask { part: next, ..ask });
+                }
+                self.end_part(ask.job, Ok(()));
+            }
+            Step::Fail(cause) => {
+                let error = self.files[usize::from(job.file.0)].facts.failure(transfer, cause);
+                if transfer.is_stream() {
+                    // Those behind it were never asked for.
+                    job.open = 1;
+                }
+                self.fail_part(ask.job, error);
+            }
+        }
+    }
+
+    fn account_zero(&mut self, ask: Ask, extent: Extent, result: io::Result<usize>) {
+        let job = self.jobs[at(ask.job)].as_mut().expect("reap has seen it");
+        let facts = &mut self.files[usize::from(job.file.0)].facts;
+        let Err(error) = result else { return self.end_part(ask.job, Ok(())) };
+        match error.raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) if job.retries < RETRIES_MAX => {
+                job.retries += 1;
+                self.waiting.push_front(ask);
+            }
+            // `zero_mode` answers None from now on: another method is next.
+            Some(errno) if facts.fallocate_failed(errno) => self.waiting.push_front(ask),
+            _ => {
+                let error = facts.zero_error(extent, error);
+                self.fail_part(ask.job, error);
+            }
+        }
+    }
+
+    /// Completes a job whose parts have all ended.
+    fn end_if_done(&mut self, index: u32) {
+        let slot = &mut self.jobs[at(index)];
+        if slot.as_ref().is_some_and(|job| job.open > 0 || job.under_way > 0) {
+            return;
+        }
+        let Some(job) = slot.take() else { return };
+        self.free_jobs.push(index);
+        let buffer = match job.work {
+            Work::Transfer { hold, index, .. } => Some(Buffer::new(self.ring.release(hold), index)),
+            Work::Zero(_) | Work::Sync => None,
+        };
+        let result = job.failure.map_or(Ok(()), Err);
+        self.ended.push_back(Completion { token: job.token, buffer, result });
+    }
+
+    fn wait_until(&mut self, until: Option<Instant>) -> Result<Option<Completion>> {
+        loop {
+            self.reap();
+            self.pump()?;
+            if let Some(completion) = self.ended.pop_front() {
+                self.in_flight -= 1;
+                return Ok(Some(completion));
+            }
+            if self.in_flight == 0 {
+                return Ok(None);
+            }
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Ok(None);
+            }
+            self.ring.wait(left).map_err(|error| Error::kernel("wait for io_uring", error))?;
+        }
+    }
+}
+
+fn transfer_operation(hold: HoldIx, transfer: &Transfer, poll: bool) -> Operation {
+    let (range, offset) = transfer.next(OPERATION_BYTES_MAX.as_len());
+    match (poll, transfer.direction()) {
+        (true, Direction::Read) => Operation::PollIn,
+        (true, Direction::Write) => Operation::PollOut,
+        (false, Direction::Read) => Operation::Read { hold, range, offset },
+        (false, Direction::Write) => Operation::Write { hold, range, offset },
+    }
+}
+
+impl Engine for UringEngine {
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+
+    fn add_file(&mut self, file: OwnedFd, description: &str) -> Result<FileIx> {
+        let index = next_file(self.files.len())?;
+        let facts = Facts::new(&file, description)?;
+        let slot = self
+            .ring
+            .add_file(file)
+            .map_err(|error| Error::kernel(format!("registration of {description} with io_uring"), error))?;
+        self.files.push(UringFile { slot, facts });
+        Ok(index)
+    }
+
+    fn take_buffer(&mut self) -> Option<Buffer> {
+        self.pool.take()
+    }
+
+    fn give_buffer(&mut self, buffer: Buffer) {
+        self.pool.give(buffer);
+    }
+
+    fn submit(&mut self, request: Request) -> Result<()> {
+        match request {
+            Request::Read { token, file, buffer, pieces } => {
+                self.submit_transfer(token, file, buffer, pieces, Direction::Read);
+            }
+            Request::Write { token, file, buffer, pieces } => {
+                self.submit_transfer(token, file, buffer, pieces, Direction::Write);
+            }
+            Request::Zero { token, file, extent } => self.submit_plain(token, file, Work::Zero(extent)),
+            Request::Sync { token, file } => self.submit_plain(token, file, Work::Sync),
+        }
+        self.pump()
+    }
+
+    fn wait(&mut self) -> Result<Option<Completion>> {
+        self.wait_until(None)
+    }
+
+    fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {
+        self.wait_until(Instant::now().checked_add(timeout))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+
+    crate::io::suite::engine_suite!(|config| Box::new(UringEngine::new(config).unwrap()));
+
+    /// What an old kernel or a tight memlock limit leaves.
+    mod least {
+        use super::*;
+        crate::io::suite::engine_suite!(|config| {
+            let options = RingOptions { level_max: 0, register: false };
+            Box::new(UringEngine::with_options(config, options).unwrap())
+        });
+    }
+
+    mod cooperative {
+        use super::*;
+        crate::io::suite::engine_suite!(|config| {
+            let options = RingOptions { level_max: 1, register: true };
+            Box::new(UringEngine::with_options(config, options).unwrap())
+        });
+    }
+
+    #[test]
+    fn files_are_closed_when_the_engine_is_gone() {
+        let config = EngineConfig { buffer_count: 2, buffer_bytes: Bytes::kib(4) };
+        for _ in 0..50 {
+            let (mut reader, writer) = io::pipe().unwrap();
+            let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+            nix::fcntl::fcntl(&reader, flags).unwrap();
+            let mut engine = UringEngine::new(config).unwrap();
+            engine.add_file(writer.into(), "pipe").unwrap();
+            assert_eq!(reader.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            drop(engine);
+            // A device that was opened exclusively must be free at once as well.
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn registrations_are_used_and_said() {
+        let config = EngineConfig { buffer_count: 2, buffer_bytes: Bytes::kib(4) };
+        let features = UringEngine::new(config).unwrap().features();
+        assert!(features.fixed_buffers && features.fixed_files, "{features}");
+        let options = RingOptions { level_max: 0, register: false };
+        let features = UringEngine::with_options(config, options).unwrap().features();
+        assert_eq!(features.to_string(), "plain, unregistered buffers, unregistered files");
+    }
+
+    #[test]
+    fn a_pool_that_is_none_is_refused() {
+        for (buffer_count, buffer_bytes) in [(1, 0), (1, 1000), (65535, 16 << 20)] {
+            let config = EngineConfig { buffer_count, buffer_bytes: Bytes(buffer_bytes) };
+            let error = UringEngine::new(config).unwrap_err();
+            assert_eq!(error.kind(), crate::base::ErrorKind::Usage);
+        }
+    }
+}
