@@ -1,0 +1,564 @@
+//! Is the tree as the house rules want it? Layers, where `unsafe` and printing may be, sizes, a FORMAT.md for
+//! every format, one test command, nothing of one machine. Each check is a pure function over files, and has
+//! a test that shows it can fail.
+
+#[path = "tidy/code.rs"]
+mod code;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The layers, as in the table of `src/lib.rs` (a test compares the two). A module may use those below it.
+const LAYERS: &[(&str, u8)] = &[
+    ("base", 0),
+    ("sys", 0),
+    ("format", 1),
+    ("extent", 1),
+    ("io", 2),
+    ("dm", 2),
+    ("store", 3),
+    ("volume", 3),
+    ("secondary", 3),
+    ("copy", 4),
+    ("op", 5),
+    ("cli", 6),
+];
+
+/// Beside what is below them: who may use whom on the same layer.
+const ALSO_ALLOWED: &[(&str, &str)] = &[("sys", "base")];
+
+/// Although it is below: what a module must never see. `op` wires these together.
+const NEVER: &[(&str, &str)] = &[("copy", "dm"), ("copy", "store"), ("copy", "volume")];
+
+/// Modules that are pure: no I/O, no clock.
+const PURE: &[&str] = &["format", "extent"];
+
+const FILE_LINES_MAX: usize = 1000;
+const FUNCTION_LINES_MAX: usize = 70;
+
+/// A file of the tree: its path from the root, with `/`, and its text.
+struct Source {
+    path: String,
+    text: String,
+}
+
+impl Source {
+    fn code(&self) -> String {
+        code::blank_text(&self.text)
+    }
+
+    fn is_rust(&self) -> bool {
+        self.path.ends_with(".rs")
+    }
+
+    /// The module at the crate's root that the file belongs to.
+    fn module(&self) -> Option<&str> {
+        let inner = self.path.strip_prefix("src/")?;
+        Some(inner.split('/').next()?.trim_end_matches(".rs"))
+    }
+
+    /// How many `super::` lead from the file to the crate's root.
+    fn depth(&self) -> usize {
+        let parts = self.path.split('/').count() - 1;
+        if self.path.ends_with("/mod.rs") { parts - 1 } else { parts }
+    }
+
+    fn is_test_file(&self) -> bool {
+        self.path.ends_with("/tests.rs") || self.path.contains("/tests/")
+    }
+}
+
+/// Every text file that belongs to the project.
+fn tree() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    let mut folders = vec![root.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("the tree can be listed") {
+            let path = entry.expect("the tree can be listed").path();
+            let name = path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
+            if path.is_dir() {
+                if !["target", ".git", "__pycache__", "corpus", "artifacts"].contains(&name.as_str()) {
+                    folders.push(path);
+                }
+            } else if name != "Cargo.lock" && !name.starts_with(".git") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let relative =
+        |path: &PathBuf| path.strip_prefix(root).expect("it is below").to_string_lossy().into_owned();
+    let read = |path: &PathBuf| Some(Source { path: relative(path), text: fs::read_to_string(path).ok()? });
+    files.iter().filter_map(read).collect()
+}
+
+fn level(module: &str) -> Option<u8> {
+    LAYERS.iter().find(|(name, _)| *name == module).map(|(_, level)| *level)
+}
+
+fn may_use(user: &str, used: &str) -> bool {
+    if user == used || ALSO_ALLOWED.contains(&(user, used)) {
+        return true;
+    }
+    match (level(user), level(used)) {
+        (Some(above), Some(below)) => below < above && !NEVER.contains(&(user, used)),
+        // What is no module of the table (a macro, an item of the root) is no matter of layers.
+        (_, None) => true,
+        (None, Some(_)) => false,
+    }
+}
+
+/// Imports go strictly down.
+fn check_layers(files: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for file in files.iter().filter(|file| file.is_rust() && file.path.starts_with("src/")) {
+        let module = file.module().expect("it is below src");
+        if ["lib", "main"].contains(&module) {
+            continue;
+        }
+        if level(module).is_none() {
+            faults.push(format!("{}: the module {module} is in no layer", file.path));
+        }
+        for (used, line) in code::root_modules(&file.code(), file.depth()) {
+            if !may_use(module, &used) {
+                faults.push(format!("{}:{line}: {module} must not use {used}", file.path));
+            }
+        }
+    }
+    faults
+}
+
+/// The table in `src/lib.rs` is the one that is enforced.
+fn check_layer_table(files: &[Source]) -> Vec<String> {
+    let Some(lib) = files.iter().find(|file| file.path == "src/lib.rs") else {
+        return vec!["src/lib.rs is missing".to_owned()];
+    };
+    let mut shown = BTreeSet::new();
+    for line in lib.text.lines() {
+        let mut cells = line.trim_start_matches("//!").split('|').map(str::trim).skip(1);
+        let (Some(layer), Some(module)) = (cells.next(), cells.next()) else { continue };
+        let Some(number) = layer.strip_prefix('L').and_then(|text| text.parse::<u8>().ok()) else { continue };
+        shown.insert((module.split('`').nth(1).unwrap_or_default().to_owned(), number));
+    }
+    let enforced: BTreeSet<_> = LAYERS.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect();
+    let differing = shown.symmetric_difference(&enforced);
+    differing
+        .map(|(name, number)| format!("{name} (L{number}) is in only one of lib.rs and tidy.rs"))
+        .collect()
+}
+
+/// `unsafe` only in `src/sys`.
+fn check_unsafe(files: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for file in files.iter().filter(|file| file.is_rust() && !file.path.starts_with("src/sys/")) {
+        let code = file.code();
+        let found = code::words(&code).into_iter().filter(|(word, _)| *word == "unsafe");
+        faults.extend(found.map(|(_, line)| format!("{}:{line}: unsafe outside src/sys", file.path)));
+    }
+    faults
+}
+
+/// Files and functions stay small.
+fn check_sizes(files: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    let source = |file: &&Source| {
+        file.is_rust()
+            || [".sh", ".py"].iter().any(|end| file.path.ends_with(end))
+            || file.path.starts_with("scripts/")
+            || file.path.starts_with("vm-tests/")
+    };
+    for file in files.iter().filter(source) {
+        let lines = file.text.lines().count();
+        if lines > FILE_LINES_MAX {
+            faults.push(format!("{}: {lines} lines, more than {FILE_LINES_MAX}", file.path));
+        }
+        if !file.is_rust() {
+            continue;
+        }
+        for function in code::functions(&file.code()) {
+            if function.lines > FUNCTION_LINES_MAX {
+                let code::Function { name, line, lines } = function;
+                faults.push(format!(
+                    "{}:{line}: fn {name} has {lines} lines, more than {FUNCTION_LINES_MAX}",
+                    file.path
+                ));
+            }
+        }
+    }
+    faults
+}
+
+/// Only the command line speaks or exits; tests may speak.
+fn check_printing(files: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    let checked = |file: &&Source| {
+        file.is_rust()
+            && file.path.starts_with("src/")
+            && !file.path.starts_with("src/cli/")
+            && file.path != "src/main.rs"
+            && !file.is_test_file()
+    };
+    for file in files.iter().filter(checked) {
+        for (number, line) in code::without_tests(&file.code()).lines().enumerate() {
+            for word in ["print!", "println!", "eprint!", "eprintln!", "dbg!", "process::exit"] {
+                let starts = line.find(word);
+                let whole = |at: usize| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+                if starts.is_some_and(whole) {
+                    faults.push(format!("{}:{}: {word} outside src/cli", file.path, number + 1));
+                }
+            }
+        }
+    }
+    faults
+}
+
+/// Formats and extents do no I/O and read no clock.
+fn check_pure(files: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for file in files.iter().filter(|file| file.is_rust() && file.module().is_some_and(|m| PURE.contains(&m)))
+    {
+        if file.is_test_file() {
+            continue;
+        }
+        for (number, line) in code::without_tests(&file.code()).lines().enumerate() {
+            for word in ["std::fs", "std::time", "std::net", "std::process", "base::clock", "crate::sys"] {
+                if line.contains(word) {
+                    faults.push(format!("{}:{}: {word} in a pure module", file.path, number + 1));
+                }
+            }
+        }
+    }
+    faults
+}
+
+/// Every format says what its bytes mean.
+fn check_formats(files: &[Source]) -> Vec<String> {
+    let has_code = |file: &&Source| file.is_rust() && file.code().lines().any(|line| !line.trim().is_empty());
+    let mut folders = BTreeSet::new();
+    for file in files.iter().filter(has_code) {
+        let inner = file.path.strip_prefix("src/format/");
+        if let Some((folder, _)) = inner.and_then(|inner| inner.split_once('/')) {
+            folders.insert(folder.to_owned());
+        }
+    }
+    let described = |folder: &&String| {
+        let wanted = format!("src/format/{folder}/FORMAT.md");
+        files.iter().any(|file| file.path == wanted && file.text.lines().count() > 10)
+    };
+    let missing = folders.iter().filter(|folder| !described(folder));
+    missing.map(|folder| format!("src/format/{folder} has no FORMAT.md")).collect()
+}
+
+/// `.ci/run` calls the README's test command and nothing else.
+fn check_test_command(files: &[Source]) -> Vec<String> {
+    let text = |path: &str| files.iter().find(|file| file.path == path).map(|file| file.text.as_str());
+    let (Some(ci), Some(readme)) = (text(".ci/run"), text("README.md")) else {
+        return vec![".ci/run or README.md is missing".to_owned()];
+    };
+    let is_preparation = |line: &&str| {
+        line.is_empty()
+            || line.starts_with('#')
+            || line.starts_with("set -")
+            || line.starts_with("cd \"$(dirname")
+            || *line == "export CI=true"
+    };
+    let commands: Vec<&str> = ci.lines().map(str::trim).filter(|line| !is_preparation(line)).collect();
+    match commands.as_slice() {
+        [command] if *command == "./scripts/test" => {
+            let bare = |line: &str| line.split(" #").next().unwrap_or_default().trim() == *command;
+            let shown = readme.lines().any(bare);
+            if shown {
+                Vec::new()
+            } else {
+                vec![format!("README.md does not show {command} on a line of its own")]
+            }
+        }
+        other => vec![format!(".ci/run calls {other:?}, not ./scripts/test alone")],
+    }
+}
+
+/// Nothing in the tree knows one machine or one package server, and nothing is left undone.
+fn check_traces(files: &[Source]) -> Vec<String> {
+    // Put together here, so that this file does not contain them.
+    let machine =
+        [concat!("/wo", "rk/"), concat!("/ho", "me/"), concat!("/Us", "ers/"), concat!("/mn", "t/c/")];
+    let servers = [
+        concat!("deb.deb", "ian.org"),
+        concat!("security.deb", "ian.org"),
+        concat!("archive.ubu", "ntu.com"),
+        concat!("static.cra", "tes.io"),
+        concat!("index.cra", "tes.io"),
+        concat!("py", "pi.org"),
+    ];
+    let undone = [concat!("tod", "o!("), concat!("unimple", "mented!("), concat!("#[ign", "ore")];
+    let mut faults = Vec::new();
+    for file in files {
+        for (number, line) in file.text.lines().enumerate() {
+            let starts_path = |part: &&&str| {
+                let before = line.find(**part).map(|at| &line[..at]);
+                before.is_some_and(|before| {
+                    !before.ends_with(|c: char| c.is_alphanumeric() || "._-/}".contains(c))
+                })
+            };
+            let paths = machine.iter().filter(starts_path);
+            let named = servers.iter().filter(|part| line.contains(**part));
+            let left = undone.iter().filter(|part| file.is_rust() && line.contains(**part));
+            for part in paths.chain(named).chain(left) {
+                faults.push(format!("{}:{}: {part}", file.path, number + 1));
+            }
+        }
+    }
+    faults
+}
+
+/// Every script of a VM case is run by a case.
+fn check_case_scripts(files: &[Source]) -> Vec<String> {
+    let lists: Vec<&Source> =
+        files.iter().filter(|file| file.path.starts_with("vm-tests/cases/") && file.is_rust()).collect();
+    let unused = |file: &&Source| {
+        let name = file.path.strip_prefix("vm-tests/cases/").filter(|name| name.ends_with(".sh"));
+        name.is_some_and(|name| {
+            !name.starts_with("lib") && !lists.iter().any(|list| list.text.contains(name))
+        })
+    };
+    files.iter().filter(unused).map(|file| format!("{}: no case runs it", file.path)).collect()
+}
+
+fn must_be_clean(faults: &[String]) {
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+mod the_tree {
+    use super::*;
+
+    #[test]
+    fn imports_go_strictly_down() {
+        must_be_clean(&check_layers(&tree()));
+    }
+
+    #[test]
+    fn the_layer_table_is_the_documented_one() {
+        must_be_clean(&check_layer_table(&tree()));
+    }
+
+    #[test]
+    fn unsafe_is_only_in_sys() {
+        must_be_clean(&check_unsafe(&tree()));
+    }
+
+    #[test]
+    fn files_and_functions_are_small() {
+        must_be_clean(&check_sizes(&tree()));
+    }
+
+    #[test]
+    fn only_the_command_line_speaks() {
+        must_be_clean(&check_printing(&tree()));
+    }
+
+    #[test]
+    fn formats_and_extents_are_pure() {
+        must_be_clean(&check_pure(&tree()));
+    }
+
+    #[test]
+    fn every_format_is_described() {
+        must_be_clean(&check_formats(&tree()));
+    }
+
+    #[test]
+    fn continuous_integration_runs_the_readmes_test_command() {
+        must_be_clean(&check_test_command(&tree()));
+    }
+
+    #[test]
+    fn nothing_knows_one_machine_and_nothing_is_undone() {
+        must_be_clean(&check_traces(&tree()));
+    }
+
+    #[test]
+    fn every_case_script_is_run() {
+        must_be_clean(&check_case_scripts(&tree()));
+    }
+}
+
+/// Each check, shown to fail on what it is there for, and to stay quiet on what looks like it.
+mod the_checks {
+    use super::*;
+
+    fn file(path: &str, text: &str) -> Vec<Source> {
+        vec![Source { path: path.to_owned(), text: text.to_owned() }]
+    }
+
+    #[test]
+    fn an_import_upwards_or_sideways_is_a_fault() {
+        for (path, text) in [
+            ("src/base/units.rs", "use crate::sys::ring;"),
+            ("src/format/archive/mod.rs", "use crate::extent::Extent;"),
+            ("src/io/engine.rs", "fn f() { crate::copy::run() }"),
+            ("src/store/mod.rs", "use crate::{\n    base::Bytes,\n    volume::{Origin, freeze},\n};"),
+            ("src/store/mod.rs", "use super::volume;"),
+            ("src/store/tail.rs", "use super::super::volume::Origin;"),
+            ("src/copy/engine.rs", "use crate::dm::Table;"),
+            ("src/other/mod.rs", "use crate::base::Bytes;"),
+        ] {
+            assert!(!check_layers(&file(path, text)).is_empty(), "{path}: {text}");
+        }
+    }
+
+    #[test]
+    fn an_import_downwards_is_none() {
+        for (path, text) in [
+            ("src/sys/ring.rs", "use crate::base::units::Bytes;"),
+            ("src/op/copy.rs", "use crate::{dm, store, copy::{self, dm_like}};"),
+            ("src/io/engine.rs", "use super::block::Read; // crate::cli\nconst S: &str = \"crate::cli\";"),
+            ("src/io/deep/engine.rs", "use super::super::cli;"),
+            ("src/io/engine.rs", "use crate::io::block;"),
+            ("src/lib.rs", "pub use crate::cli;"),
+            ("src/main.rs", "use tidemark::cli;"),
+        ] {
+            must_be_clean(&check_layers(&file(path, text)));
+        }
+    }
+
+    #[test]
+    fn a_table_that_differs_is_a_fault() {
+        let rows: String =
+            LAYERS.iter().map(|(name, level)| format!("//! | L{level} | [`{name}`] | it |\n")).collect();
+        must_be_clean(&check_layer_table(&file("src/lib.rs", &rows)));
+        assert_eq!(check_layer_table(&file("src/lib.rs", &rows.replace("L6", "L5"))).len(), 2);
+        assert!(!check_layer_table(&[]).is_empty());
+    }
+
+    #[test]
+    fn unsafe_outside_sys_is_a_fault() {
+        assert_eq!(check_unsafe(&file("src/io/a.rs", "fn f() {\n    unsafe { g() }\n}")).len(), 1);
+        must_be_clean(&check_unsafe(&file("src/sys/a.rs", "unsafe fn f() {}")));
+        must_be_clean(&check_unsafe(&file(
+            "src/io/a.rs",
+            "// unsafe\n#![deny(unsafe_code)]\nlet s = \"unsafe\";",
+        )));
+    }
+
+    #[test]
+    fn a_long_file_or_function_is_a_fault() {
+        assert_eq!(check_sizes(&file("src/a.rs", &"// x\n".repeat(1001))).len(), 1);
+        must_be_clean(&check_sizes(&file("src/a.rs", &"// x\n".repeat(1000))));
+        let function =
+            |body_lines: usize| format!("fn f() -> [u8; 3] {{\n{}}}\n", "    g(\"}\");\n".repeat(body_lines));
+        must_be_clean(&check_sizes(&file("src/a.rs", &function(68))));
+        assert_eq!(check_sizes(&file("src/a.rs", &function(69))).len(), 1);
+    }
+
+    #[test]
+    fn printing_below_the_command_line_is_a_fault() {
+        for text in ["fn f() { println!(\"x\") }", "fn f() { std::process::exit(1) }", "fn f() { dbg!(1); }"]
+        {
+            assert_eq!(check_printing(&file("src/io/a.rs", text)).len(), 1, "{text}");
+            must_be_clean(&check_printing(&file("src/cli/a.rs", text)));
+        }
+        must_be_clean(&check_printing(&file(
+            "src/io/a.rs",
+            "#[cfg(test)]\nmod tests { fn f() { println!() } }",
+        )));
+        must_be_clean(&check_printing(&file("src/io/a.rs", "/// `println!`\nfn f() { sprintln!() }")));
+    }
+
+    #[test]
+    fn io_in_a_pure_module_is_a_fault() {
+        assert_eq!(check_pure(&file("src/extent/a.rs", "use std::time::Instant;")).len(), 1);
+        assert_eq!(check_pure(&file("src/format/x/a.rs", "use std::fs::File;")).len(), 1);
+        must_be_clean(&check_pure(&file("src/io/a.rs", "use std::fs::File;")));
+    }
+
+    #[test]
+    fn a_format_without_a_description_is_a_fault() {
+        let mut files = file("src/format/x/mod.rs", "pub struct Header;");
+        assert_eq!(check_formats(&files).len(), 1);
+        files.extend(file("src/format/x/FORMAT.md", &"line\n".repeat(11)));
+        must_be_clean(&check_formats(&files));
+        must_be_clean(&check_formats(&file("src/format/y/mod.rs", "//! Only words so far.\n")));
+    }
+
+    #[test]
+    fn another_command_in_continuous_integration_is_a_fault() {
+        let tree = |ci: &str, readme: &str| {
+            [file(".ci/run", ci), file("README.md", readme)].into_iter().flatten().collect()
+        };
+        let both: fn(Vec<Source>) -> usize = |files| check_test_command(&files).len();
+        let good =
+            "#!/usr/bin/env bash\nset -eu\ncd \"$(dirname \"$0\")/..\"\nexport CI=true\n./scripts/test\n";
+        assert_eq!(both(tree(good, "Run:\n\n    ./scripts/test\n")), 0);
+        assert_eq!(both(tree(good, "```\n./scripts/test   # everything\n```\n")), 0);
+        assert_eq!(both(tree(good, "Run cargo test.\n")), 1);
+        assert_eq!(both(tree(good, "./scripts/test --fast\n")), 1);
+        assert_eq!(both(tree(&good.replace("test\n", "test --fast\n"), "    ./scripts/test\n")), 1);
+        assert_eq!(both(tree(&format!("{good}cargo doc\n"), "    ./scripts/test\n")), 1);
+        assert_eq!(both(file(".ci/run", good)), 1);
+    }
+
+    #[test]
+    fn a_trace_of_one_machine_is_a_fault() {
+        assert_eq!(check_traces(&file("docs/a.md", concat!("see /wo", "rk/x\n"))).len(), 1);
+        assert_eq!(check_traces(&file("scripts/a", concat!("curl deb.deb", "ian.org\n"))).len(), 1);
+        assert_eq!(check_traces(&file("src/a.rs", concat!("tod", "o!()\n"))).len(), 1);
+        must_be_clean(&check_traces(&file("a.sh", "cd /memory/work/x\n")));
+    }
+
+    #[test]
+    fn a_script_that_no_case_runs_is_a_fault() {
+        let mut files = file("vm-tests/cases/x.sh", "true");
+        assert_eq!(check_case_scripts(&files).len(), 1);
+        files.extend(file("vm-tests/cases/mod.rs", "Case::new(\"x\", \"x.sh\")"));
+        must_be_clean(&check_case_scripts(&files));
+        must_be_clean(&check_case_scripts(&file("vm-tests/cases/lib_fio.sh", "true")));
+    }
+}
+
+mod reading_code {
+    use super::code::{Function, blank_text, functions, root_modules, without_tests};
+
+    #[test]
+    fn text_is_blanked_and_code_is_not() {
+        for (source, code) in [
+            ("a // } b\nc", "a       \nc"),
+            ("a /* } /* } */ } */ b", "a                   b"),
+            ("f(\"}\\\"}\") g", "f(      ) g"),
+            ("f(r#\"}\"}\"#) g", "f(        ) g"),
+            ("f(b\"}\", '}', '\\'', b'}') g", "f(    ,    ,     ,     ) g"),
+            ("fn f<'a>(x: &'a str) {}", "fn f<'a>(x: &'a str) {}"),
+            ("'outer: loop { break 'outer }", "'outer: loop { break 'outer }"),
+            ("let r#type = br_x;", "let r#type = br_x;"),
+        ] {
+            assert_eq!(blank_text(source), code, "{source}");
+        }
+    }
+
+    #[test]
+    fn functions_are_measured_to_their_closing_brace() {
+        let source = "trait T {\n    fn declared(x: [u8; 2]);\n    fn given(&self) -> [u8; 2] {\n        [0; 2]\n    }\n}\n\
+                      const F: fn(u8) -> u8 = g;\nfn g(x: u8) -> u8 { x }\n";
+        let expected = [("given", 3, 3), ("g", 8, 1)];
+        let expected = expected.map(|(name, line, lines)| Function { name: name.to_owned(), line, lines });
+        assert_eq!(functions(&blank_text(source)), expected);
+    }
+
+    #[test]
+    fn modules_are_found_in_every_form() {
+        let heads = |source: &str, depth| -> Vec<String> {
+            root_modules(&blank_text(source), depth).into_iter().map(|(head, _)| head).collect()
+        };
+        assert_eq!(heads("use crate::a::b; use crate::{c, d::{e, f}, g as h};", 1), ["a", "c", "d", "g"]);
+        assert_eq!(heads("use super::a; use super::super::b;", 2), ["b"]);
+        assert_eq!(heads("pub(crate) fn f() { my_crate::g() }", 2), Vec::<String>::new());
+    }
+
+    #[test]
+    fn only_test_modules_are_left_out() {
+        let code =
+            without_tests("fn a() {}\n#[cfg(test)]\nmod tests { fn b() {} }\n#[cfg(test)]\nfn c() {}\n");
+        assert!(code.contains("fn a") && !code.contains("fn b") && code.contains("fn c"));
+    }
+}
