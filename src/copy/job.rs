@@ -217,9 +217,7 @@ fn run_phases(
     let begin = driver.now();
     driver.begin_phase(Phase::Finish, None);
     secondary.seal()?;
-    if !secondary.is_stream() {
-        driver.sync(sink.file)?;
-    }
+    driver.sync(sink.file)?;
     secondary.finish()?;
     report.finish_seconds = (driver.now() - begin).as_secs_f64();
     Ok(report)

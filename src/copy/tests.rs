@@ -9,12 +9,18 @@ use std::rc::Rc;
 use proptest::prelude::*;
 
 use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider};
-use super::progress::Silent;
+use super::progress::{Event, Observer, Phase, Silent};
 use super::{CopyJob, CopyReport, engine_config, run};
-use crate::base::{Bytes, Error, ErrorKind, Result, SegmentSize};
+use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
+use crate::format::archive::map::MapCursor;
+use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
 use crate::io::engine::EngineConfig;
+use crate::secondary::archive::Archive;
 use crate::secondary::{Form, OriginIdentity, OriginalsMode, Secondary, SecondaryRequest, Target, open};
+
+/// UTC, nanoseconds.
+const INSTANT: u64 = 1_700_000_000_000_000_000;
 
 /// One copy, as drawn.
 #[derive(Clone, Debug)]
@@ -70,19 +76,34 @@ impl Setup {
             replace: false,
             verify: self.case.verify,
             forbidden: Vec::new(),
-            origin: OriginIdentity { description: "the origin".to_owned(), size: self.case.size },
+            origin: OriginIdentity {
+                name: "data".to_owned(),
+                path: "/dev/mapper/data".to_owned(),
+                size: self.case.size,
+            },
             segment: SegmentSize::new(self.case.segment).unwrap(),
+            chunk: ChunkSize::new(self.case.chunk).unwrap(),
             block_list: vec![Extent::new(Bytes(0), self.case.size).unwrap()],
         }
     }
 
     fn copy(
         &mut self,
-        mut secondary: Box<dyn Secondary>,
+        secondary: Box<dyn Secondary>,
         interrupt: &dyn Fn() -> Result<()>,
         invalid: bool,
     ) -> Result<CopyReport> {
-        secondary.begin(1_700_000_000_000_000_000);
+        self.copy_watched(secondary, interrupt, invalid, &Silent)
+    }
+
+    fn copy_watched(
+        &mut self,
+        mut secondary: Box<dyn Secondary>,
+        interrupt: &dyn Fn() -> Result<()>,
+        invalid: bool,
+        observer: &dyn Observer,
+    ) -> Result<CopyReport> {
+        secondary.begin(INSTANT);
         let mut provider =
             WorldProvider { world: self.world.clone(), batch_max: self.case.batch_max, invalid };
         let origin = self.world.borrow().origin.try_clone().unwrap();
@@ -97,7 +118,7 @@ impl Setup {
             originals: Some(&mut provider),
             rate: None,
             verify: self.case.verify,
-            observer: &Silent,
+            observer,
             interrupt,
         })
     }
@@ -128,6 +149,25 @@ fn assert_same(found: &[u8], expected: &[u8]) {
     }
 }
 
+/// Flips a byte of the secondary behind the copier's back, between writing and re-reading.
+struct Flip {
+    directory: std::path::PathBuf,
+    at: u64,
+}
+
+impl Observer for Flip {
+    fn event(&self, event: &Event) {
+        use std::os::unix::fs::FileExt as _;
+        if let Event::Phase { phase: Phase::Verify, .. } = event {
+            let path = self.directory.join(names(&self.directory).remove(0));
+            let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+            let mut byte = [0u8];
+            file.read_exact_at(&mut byte, self.at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], self.at).unwrap();
+        }
+    }
+}
+
 fn go_on() -> Result<()> {
     Ok(())
 }
@@ -147,6 +187,132 @@ proptest! {
         prop_assert_eq!(report.read_bytes, case.size);
         prop_assert!(report.originals_count <= Bytes::from_len(setup.world.borrow().preserved_count()).get());
         prop_assert_eq!(report.verified_bytes, case.verify.then_some(case.size));
+    }
+}
+
+/// An archive's bytes, extracted as FORMAT.md says, every block checked.
+fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
+    let head = Superblock::decode_head(&bytes[..4096]).unwrap();
+    let (tail, totals) = Superblock::decode_tail(&bytes[bytes.len() - 4096..]).unwrap();
+    assert_eq!(head, tail);
+    assert_eq!(head.instant_utc_ns, INSTANT);
+    let layout = head.layout();
+    let frames = layout.frame_count(Bytes::from_len(bytes.len())).unwrap();
+    assert_eq!(frames, totals.sequence_end());
+    let mut image = vec![0u8; head.origin_size.as_len()];
+    let mut present = vec![false; head.origin_size.as_len().div_ceil(4096)];
+    let mut map = MapCursor::new(head.origin_size);
+    for sequence in 0..frames {
+        let at = frame_offset(sequence, head.segment).unwrap().as_len();
+        let frame = frame::open(&layout, sequence, &bytes[at..]).unwrap();
+        let facts = frame.control.facts;
+        match facts.kind {
+            FrameKind::Data => {
+                assert!(sequence < totals.first_originals());
+                for extent in frame.control.extents() {
+                    let from = (extent.start() - facts.origin_offset).as_len();
+                    let range = extent.start().as_len()..extent.end().as_len();
+                    image[range.clone()].copy_from_slice(&frame.payload[from..from + range.len()]);
+                    present[range.start / 4096..range.end.div_ceil(4096)].fill(true);
+                }
+            }
+            FrameKind::Originals => {
+                assert!((totals.first_originals()..totals.first_map()).contains(&sequence));
+                let mut from = 0;
+                for extent in frame.control.extents() {
+                    let range = extent.start().as_len()..extent.end().as_len();
+                    image[range.clone()].copy_from_slice(&frame.payload[from..from + range.len()]);
+                    from += range.len();
+                }
+            }
+            FrameKind::Map => map
+                .read(facts.origin_offset, frame.payload, |entry| {
+                    let range =
+                        entry.extent.start().as_len() / 4096..entry.extent.end().as_len().div_ceil(4096);
+                    let expected = entry.state == MapState::Present;
+                    assert!(present[range].iter().all(|found| *found == expected));
+                    assert_ne!(entry.state, MapState::Absent);
+                })
+                .unwrap(),
+        }
+    }
+    map.finish().unwrap();
+    (image, totals)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_archive_with_originals_laid_over_is_the_image_at_the_instant(case in cases()) {
+        let mut setup = Setup::new(&case);
+        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Overlay)).unwrap();
+        let report = setup.copy(secondary, &go_on, false).unwrap();
+        prop_assert_eq!(setup.names(), ["out.tdm"]);
+        let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
+        assert_same(&image, &setup.world.borrow().image);
+        setup.check_economy();
+        prop_assert_eq!(totals.originals_frames, 0);
+        prop_assert_eq!(report.verified_bytes, case.verify.then_some(case.size));
+    }
+
+    #[test]
+    fn an_archive_with_originals_appended_is_the_image_at_the_instant(case in cases()) {
+        let mut setup = Setup::new(&case);
+        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
+        let report = setup.copy(secondary, &go_on, false).unwrap();
+        let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
+        assert_same(&image, &setup.world.borrow().image);
+        setup.check_economy();
+        prop_assert_eq!(totals.originals_bytes, report.originals_bytes);
+    }
+
+    #[test]
+    fn an_archive_down_a_pipe_is_the_image_at_the_instant(mut case in cases()) {
+        case.verify = false;
+        let mut setup = Setup::new(&case);
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let received = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut reader, &mut bytes).map(|_| bytes)
+        });
+        let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+        let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
+        let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
+        setup.copy(secondary, &go_on, false).unwrap();
+        setup.check_economy();
+        let world = setup.world.clone();
+        drop(setup);
+        let (image, _) = extract(&received.join().unwrap().unwrap());
+        assert_same(&image, &world.borrow().image);
+    }
+}
+
+#[test]
+fn a_pipe_whose_reader_is_gone_is_said_to_be() {
+    let mut setup = Setup::new(&busy_case(false));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+    let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
+    let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
+    let error = setup.copy(secondary, &go_on, false).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::External, Some(libc::EPIPE)));
+    assert!(error.to_string().contains("reader of standard output is gone"), "{error}");
+    assert!(error.state_left().unwrap().contains("not a complete archive"));
+}
+
+#[test]
+fn an_archive_that_changes_behind_the_copier_is_found_out() {
+    // Frames of the busy case are 64 KiB + 8 KiB: a byte in a control block, a payload, both
+    // superblocks' places. The last block is the tail superblock.
+    for at in [0u64, 100, 4096 + 32, 4096 + 5000, 4096 + 4096 + 65536 + 40] {
+        let mut setup = Setup::new(&busy_case(true));
+        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
+        let flip = Flip { directory: setup.directory.path().to_owned(), at };
+        let error = setup.copy_watched(secondary, &go_on, false, &flip).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadData, "byte {at}: {error}");
+        assert!(setup.names().is_empty());
     }
 }
 
@@ -243,47 +409,12 @@ fn an_interrupt_ends_the_copy() {
 
 #[test]
 fn a_secondary_that_lies_is_found_out() {
-    // The verifier must see one flipped byte, wherever it is: the test flips it behind the copier's
-    // back, between writing and re-reading, through an observer that knows the moment.
-    struct Flip {
-        directory: std::path::PathBuf,
-        at: u64,
-    }
-    impl super::progress::Observer for Flip {
-        fn event(&self, event: &super::progress::Event) {
-            use std::os::unix::fs::FileExt as _;
-            if let super::progress::Event::Phase { phase: super::progress::Phase::Verify, .. } = event {
-                let name = names(&self.directory).remove(0);
-                let path = self.directory.join(name);
-                let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-                let mut byte = [0u8];
-                file.read_exact_at(&mut byte, self.at).unwrap();
-                file.write_all_at(&[byte[0] ^ 1], self.at).unwrap();
-            }
-        }
-    }
     let case = busy_case(true);
     for at in [0, 65535, 1_000_000, 1_999_999] {
         let mut setup = Setup::new(&case);
         let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-        let origin = setup.world.borrow().origin.try_clone().unwrap();
         let flip = Flip { directory: setup.directory.path().to_owned(), at };
-        let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 9, invalid: false };
-        let error = run(CopyJob {
-            engine: &mut setup.engine,
-            origin: origin.into(),
-            origin_description: "the origin".to_owned(),
-            origin_size: case.size,
-            block_list: vec![Extent::new(Bytes(0), case.size).unwrap()],
-            segment: SegmentSize::new(case.segment).unwrap(),
-            secondary,
-            originals: Some(&mut provider),
-            rate: None,
-            verify: true,
-            observer: &flip,
-            interrupt: &go_on,
-        })
-        .unwrap_err();
+        let error = setup.copy_watched(secondary, &go_on, false, &flip).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData);
         assert!(setup.names().is_empty());
     }

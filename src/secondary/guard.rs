@@ -13,10 +13,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, ErrorKind, Result, ResultExt as _};
-
-/// Major and minor number of a block device.
-pub type DeviceNumber = (u32, u32);
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 
 /// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
 /// sysfs says ends.
@@ -40,14 +37,7 @@ impl Default for Topology {
 /// I/O errors of stat.
 pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
     let metadata = fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
-    Ok(metadata.file_type().is_block_device().then(|| split(metadata.rdev())))
-}
-
-/// Splits a `dev_t` of stat.
-#[must_use]
-pub fn split(device: u64) -> DeviceNumber {
-    let part = |value: u64| u32::try_from(value).expect("major and minor numbers have at most 32 bits");
-    (part(nix::sys::stat::major(device)), part(nix::sys::stat::minor(device)))
+    Ok(metadata.file_type().is_block_device().then(|| DeviceNumber::from_dev(metadata.rdev())))
 }
 
 impl Topology {
@@ -58,7 +48,7 @@ impl Topology {
     }
 
     fn node(&self, device: DeviceNumber) -> PathBuf {
-        self.root.join(format!("sys/dev/block/{}:{}", device.0, device.1))
+        self.root.join(format!("sys/dev/block/{device}"))
     }
 
     /// The kernel's name of a device ("dm-0", "sda1"), or its number where it has none.
@@ -67,7 +57,7 @@ impl Topology {
         let named = fs::read_to_string(self.node(device).join("uevent")).ok().and_then(|text| {
             text.lines().find_map(|line| line.strip_prefix("DEVNAME=").map(|name| format!("/dev/{name}")))
         });
-        named.unwrap_or_else(|| format!("block device {}:{}", device.0, device.1))
+        named.unwrap_or_else(|| format!("block device {device}"))
     }
 
     /// True where the device is read-only.
@@ -112,8 +102,11 @@ impl Topology {
         if let Ok(text) = fs::read_to_string(node.join("loop/backing_file")) {
             let path = text.trim_end_matches('\n');
             match fs::metadata(path) {
-                Ok(file) if file.file_type().is_block_device() => beneath.push(split(file.rdev())),
-                Ok(file) => beneath.extend(self.filesystem_device(split(file.dev()), Path::new(path))),
+                Ok(file) if file.file_type().is_block_device() => {
+                    beneath.push(DeviceNumber::from_dev(file.rdev()))
+                }
+                Ok(file) => beneath
+                    .extend(self.filesystem_device(DeviceNumber::from_dev(file.dev()), Path::new(path))),
                 Err(_) => {}
             }
         }
@@ -202,14 +195,24 @@ impl Topology {
                 error
             }
         })?;
-        let Some(device) = self.filesystem_device(split(metadata.dev()), directory) else {
+        let Some(device) = self.filesystem_device(DeviceNumber::from_dev(metadata.dev()), directory) else {
             return Ok(());
         };
-        self.check_not_above(
-            &self.stack(device),
-            &format!("the filesystem of {}", directory.display()),
-            forbidden,
-        )
+        self.check_filesystem(device, &format!("the filesystem of {}", directory.display()), forbidden)
+    }
+
+    /// Refuses what lies on the filesystem of `device`, named `what`, if that belongs to a
+    /// `forbidden` one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
+    pub fn check_filesystem(
+        &self,
+        device: DeviceNumber,
+        what: &str,
+        forbidden: &[DeviceNumber],
+    ) -> Result<()> {
+        self.check_not_above(&self.stack(device), what, forbidden)
     }
 
     /// `forbidden` has something in `stack`: writing would change the origin or its store.
@@ -297,9 +300,7 @@ impl Topology {
 }
 
 fn number_file(path: &Path) -> Option<DeviceNumber> {
-    let text = fs::read_to_string(path).ok()?;
-    let (major, minor) = text.trim().split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
+    fs::read_to_string(path).ok()?.parse().ok()
 }
 
 /// One line of mountinfo, as far as needed (proc_pid_mountinfo(5)).
@@ -312,10 +313,10 @@ struct Mount {
 impl Mount {
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.split(' ');
-        let (major, minor) = fields.nth(2)?.split_once(':')?;
+        let device = fields.nth(2)?.parse().ok()?;
         let point = unescape(fields.nth(1)?);
         let source = unescape(line.split_once(" - ")?.1.split(' ').nth(1)?);
-        Some(Self { device: (major.parse().ok()?, minor.parse().ok()?), point, source })
+        Some(Self { device, point, source })
     }
 }
 
@@ -347,6 +348,10 @@ fn unescape(field: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn dev(major: u32, minor: u32) -> DeviceNumber {
+        DeviceNumber { major, minor }
+    }
 
     /// A made-up machine: disk 8:0 with partitions 8:1 and 8:2, dm 253:0 on 8:1, disk 8:16 alone.
     fn machine() -> (tempfile::TempDir, Topology) {
@@ -385,8 +390,8 @@ mod tests {
     #[test]
     fn stacks_are_walked_down_to_the_disk() {
         let (_keep, topology) = machine();
-        assert_eq!(topology.stack((253, 0)), BTreeSet::from([(253, 0), (8, 1), (8, 0)]));
-        assert_eq!(topology.name((8, 1)), "/dev/sda1");
+        assert_eq!(topology.stack(dev(253, 0)), BTreeSet::from([dev(253, 0), dev(8, 1), dev(8, 0)]));
+        assert_eq!(topology.name(dev(8, 1)), "/dev/sda1");
     }
 
     #[test]
@@ -398,18 +403,18 @@ mod tests {
             assert!(error.next_step().is_some());
             error.to_string()
         };
-        assert!(refused((8, 2), &[]).contains("mounted (at /mnt/my disk)"));
-        assert!(refused((8, 0), &[]).contains("mounted"), "a disk with a mounted partition");
-        assert!(refused((8, 1), &[]).contains("/dev/dm-0 holds /dev/sda1"));
-        assert!(refused((8, 1), &[(253, 0)]).contains("beneath"));
-        assert!(refused((8, 0), &[(253, 0)]).contains("beneath"));
-        assert!(refused((253, 0), &[(253, 0)]).contains("origin"));
-        assert!(refused((253, 0), &[(8, 1)]).contains("lies on"));
-        assert!(refused((8, 16), &[(8, 16)]).contains("origin"));
-        topology.check_device((8, 16), Path::new("/dev/sdb"), &[(253, 0)]).unwrap();
-        topology.check_device((253, 0), Path::new("/dev/dm-0"), &[(8, 16)]).unwrap();
-        fs::write(topology.node((8, 16)).join("ro"), "1\n").unwrap();
-        assert!(refused((8, 16), &[]).contains("read-only"));
+        assert!(refused(dev(8, 2), &[]).contains("mounted (at /mnt/my disk)"));
+        assert!(refused(dev(8, 0), &[]).contains("mounted"), "a disk with a mounted partition");
+        assert!(refused(dev(8, 1), &[]).contains("/dev/dm-0 holds /dev/sda1"));
+        assert!(refused(dev(8, 1), &[dev(253, 0)]).contains("beneath"));
+        assert!(refused(dev(8, 0), &[dev(253, 0)]).contains("beneath"));
+        assert!(refused(dev(253, 0), &[dev(253, 0)]).contains("origin"));
+        assert!(refused(dev(253, 0), &[dev(8, 1)]).contains("lies on"));
+        assert!(refused(dev(8, 16), &[dev(8, 16)]).contains("origin"));
+        topology.check_device(dev(8, 16), Path::new("/dev/sdb"), &[dev(253, 0)]).unwrap();
+        topology.check_device(dev(253, 0), Path::new("/dev/dm-0"), &[dev(8, 16)]).unwrap();
+        fs::write(topology.node(dev(8, 16)).join("ro"), "1\n").unwrap();
+        assert!(refused(dev(8, 16), &[]).contains("read-only"));
     }
 
     #[test]

@@ -15,15 +15,16 @@
 use std::path::{Path, PathBuf};
 
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
 use crate::io::{Engine, FileIx, Piece};
 
+pub mod archive;
 pub mod guard;
 pub mod partial;
 pub mod raw;
 
-pub use guard::DeviceNumber;
+pub use crate::format::archive::OriginalsMode;
 
 /// Where a segment's payload begins in a buffer: behind the room for a control block.
 pub const PAYLOAD_OFFSET: usize = 4096;
@@ -46,15 +47,6 @@ pub enum Target {
     Path(PathBuf),
 }
 
-/// What happens with originals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OriginalsMode {
-    /// Written over the fuzzy data.
-    Overlay,
-    /// Put behind the data, for restore to apply last (archives only).
-    Append,
-}
-
 /// What is wanted of [`open`], as plain values.
 #[derive(Clone, Debug)]
 pub struct SecondaryRequest {
@@ -62,7 +54,7 @@ pub struct SecondaryRequest {
     pub target: Target,
     /// In which form.
     pub form: Form,
-    /// Where originals go.
+    /// Where originals go; a cold copy has none.
     pub originals: OriginalsMode,
     /// A file in the way may be replaced, a device overwritten.
     pub replace: bool,
@@ -77,6 +69,8 @@ pub struct SecondaryRequest {
     pub origin: OriginIdentity,
     /// Unit of copying and framing.
     pub segment: SegmentSize,
+    /// Unit of copy-on-write, for superblocks.
+    pub chunk: ChunkSize,
     /// Parts of the origin that are copied; sorted, disjoint.
     pub block_list: Vec<Extent>,
 }
@@ -84,8 +78,10 @@ pub struct SecondaryRequest {
 /// What superblocks say about the origin.
 #[derive(Clone, Debug)]
 pub struct OriginIdentity {
-    /// The origin as the user named it.
-    pub description: String,
+    /// The name by which the user calls it.
+    pub name: String,
+    /// Its path.
+    pub path: String,
     /// Size in bytes.
     pub size: Bytes,
 }
@@ -246,7 +242,7 @@ pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
             }
             Ok(Box::new(raw::RawTarget::open(path, &raw::RawRequest::from(request))?))
         }
-        (_, Form::Archive) => Err(Error::usage("archives are not written yet")),
+        (_, Form::Archive) => Ok(Box::new(archive::Archive::open(request)?)),
     }
 }
 

@@ -15,14 +15,14 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use super::guard::{self, DeviceNumber, Topology};
+use super::guard::{self, Topology};
 use super::partial::PartialFile;
 use super::{
     Form, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
     zero_padding,
 };
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, Error, Result, ResultExt as _};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::extent::Extent;
 use crate::io::{Engine, FileIx, Piece, Place};
 

@@ -1,0 +1,447 @@
+//! An archive, in a file or down a pipe: framed segments (see [`crate::format::archive`]).
+//!
+//! Invariants:
+//! - data frames are numbered in the order of their segments; a segment of zeros has none, unless an
+//!   original changes it later: then its frame comes behind the others;
+//! - a frame that was changed is written again whole, with both its control blocks, where it was;
+//! - the tail superblock is the last block written: an archive without it is not complete, whatever
+//!   happened to its writer;
+//! - an archive file has its name only when it is complete; a pipe has no such protection, its reader
+//!   has the tail superblock.
+//!
+//! Memory: four bytes for each segment.
+
+use std::fs::File;
+use std::io::IsTerminal as _;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
+
+use uuid::Uuid;
+
+use super::guard::Topology;
+use super::partial::PartialFile;
+use super::raw::forget_cache;
+use super::{
+    OriginalsMode, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, Target, directory_of,
+};
+use crate::base::checksum::crc32c;
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx};
+use crate::extent::Extent;
+use crate::format::archive::{
+    ArchiveError, BLOCK, Block, FrameFacts, FrameKind, Layout, Superblock, Totals, control, frame,
+    frame_offset, map,
+};
+use crate::io::{Engine, FileIx, Piece, Place};
+
+#[derive(Debug)]
+enum Out {
+    File(PartialFile),
+    Pipe(File),
+}
+
+/// Which block comes next behind the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// A map frame; so many entries have been written.
+    Map(usize),
+    Tail,
+    Done,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Archive {
+    out: Out,
+    description: String,
+    superblock: Superblock,
+    layout: Layout,
+    block_list: Vec<Extent>,
+    /// For each segment the sequence of its data frame plus one, or 0 for none.
+    frames: Vec<u32>,
+    totals: Totals,
+    head_written: bool,
+    closing: Closing,
+}
+
+impl Archive {
+    /// Opens and checks; an archive file exists under its partial name.
+    ///
+    /// # Errors
+    /// Refusals (see [`guard`](super::guard)), a terminal for standard output, I/O errors.
+    pub fn open(request: &SecondaryRequest) -> Result<Self> {
+        match &request.target {
+            Target::Pipe => Ok(Self::over_stream(open_pipe(request)?, "standard output", request)),
+            Target::Path(path) => {
+                let out = Out::File(open_file(path, request)?);
+                Ok(Self::new(out, path.display().to_string(), request))
+            }
+        }
+    }
+
+    /// Writes to an open stream: standard output, or a pipe of the caller's.
+    #[must_use]
+    pub fn over_stream(stream: File, description: &str, request: &SecondaryRequest) -> Self {
+        Self::new(Out::Pipe(stream), description.to_owned(), request)
+    }
+
+    fn new(out: Out, description: String, request: &SecondaryRequest) -> Self {
+        let superblock = Superblock {
+            archive: Uuid::new_v4(),
+            parent: Uuid::nil(),
+            origin_name: request.origin.name.clone(),
+            origin_path: request.origin.path.clone(),
+            origin_size: request.origin.size,
+            instant_utc_ns: 0,
+            chunk: request.chunk,
+            segment: request.segment,
+            originals: request.originals,
+            tool: concat!("tidemark ", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        let count = Bytes(request.segment.count_for(request.origin.size)).as_len();
+        Self {
+            out,
+            description,
+            layout: superblock.layout(),
+            superblock,
+            block_list: request.block_list.clone(),
+            frames: vec![0; count],
+            totals: Totals::default(),
+            head_written: false,
+            closing: Closing::Map(0),
+        }
+    }
+
+    /// The archive's identity.
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        self.superblock.archive
+    }
+
+    fn place_at(&self, offset: Bytes) -> Place {
+        match self.out {
+            Out::File(_) => Place::At(offset),
+            Out::Pipe(_) => Place::Stream,
+        }
+    }
+
+    fn frame_at(&self, sequence: u64) -> Bytes {
+        frame_offset(sequence, self.layout.segment)
+            .expect("an origin of at most SEGMENT_COUNT_MAX segments gives offsets below 2^63")
+    }
+
+    fn frame_piece(&self, sequence: u64) -> Piece {
+        Piece { range: 0..self.layout.frame_bytes().as_len(), place: self.place_at(self.frame_at(sequence)) }
+    }
+
+    /// A block of 4 KiB at the front of a buffer.
+    fn block(&self, offset: Bytes) -> Placement {
+        Placement {
+            pieces: vec![Piece { range: 0..BLOCK.as_len(), place: self.place_at(offset) }],
+            zeros: vec![],
+        }
+    }
+
+    fn frame_of(&self, ix: SegmentIx) -> Option<u64> {
+        u64::from(self.frames[Bytes(ix.get()).as_len()]).checked_sub(1)
+    }
+
+    /// An encoder's refusal: facts that the format cannot hold.
+    fn unfit(&self, error: ArchiveError) -> Error {
+        Error::usage(format!("{} cannot hold this copy", self.description))
+            .with_source(error)
+            .next("choose a smaller --segment, or --format raw")
+    }
+
+    /// Frames the payload in `memory`.
+    fn frame(
+        &self,
+        kind: FrameKind,
+        sequence: u64,
+        extents: &[Extent],
+        facts: (Bytes, Bytes, u32),
+        memory: &mut [u8],
+    ) -> Result<Placement> {
+        let (origin_offset, payload_length, payload_crc) = facts;
+        let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_crc };
+        frame::seal(&self.layout, &facts, extents, memory).map_err(|error| self.unfit(error))?;
+        Ok(Placement { pieces: vec![self.frame_piece(sequence)], zeros: vec![] })
+    }
+
+    fn data_frame(&self, sequence: u64, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
+        let crc = segment.crc.expect("an archive says that it is framed: checksums are computed for it");
+        let facts = (segment.extent.start(), segment.extent.length(), crc);
+        self.frame(FrameKind::Data, sequence, segment.valid, facts, memory)
+    }
+
+    /// The next data frame, for a segment that has none.
+    fn new_data_frame(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
+        let sequence = self.totals.data_frames;
+        let placement = self.data_frame(sequence, segment, memory)?;
+        self.totals.data_frames += 1;
+        self.totals.present_bytes += segment.valid.iter().map(|extent| extent.length()).sum();
+        self.frames[Bytes(segment.ix.get()).as_len()] = u32::try_from(self.totals.data_frames)
+            .expect("there are at most SEGMENT_COUNT_MAX data frames, one for each segment");
+        Ok(placement)
+    }
+
+    fn map_frame(&mut self, skip: usize, memory: &mut [u8]) -> Result<Option<Placement>> {
+        let payload = &mut memory[PAYLOAD_OFFSET..][..self.layout.segment.bytes().as_len()];
+        // From the beginning for each frame: a map frame holds thousands of entries, and an archive
+        // has few of them.
+        let mut entries =
+            map::entries(&self.layout, &self.block_list, |ix| self.frame_of(ix).is_some()).skip(skip);
+        let Some((start, used)) = map::fill(&mut entries, payload) else {
+            return Ok(None);
+        };
+        drop(entries);
+        let crc = crc32c(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
+        let sequence = self.totals.sequence_end();
+        let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, crc), memory)?;
+        self.totals.map_frames += 1;
+        self.closing = Closing::Map(skip + used.as_len() / map::ENTRY_BYTES);
+        Ok(Some(placement))
+    }
+
+    fn check_frame<'m>(&self, sequence: u64, memory: &'m [u8]) -> Result<frame::Frame<'m>> {
+        frame::open(&self.layout, sequence, memory).map_err(|error| self.bad(sequence, error))
+    }
+
+    fn bad(&self, sequence: u64, error: ArchiveError) -> Error {
+        error.at(Block::Frame(sequence), self.frame_at(sequence), &self.description)
+    }
+
+    /// Compares a superblock that was read back with the one that was written.
+    fn check_superblock(&self, tail: bool, memory: &[u8]) -> Result<()> {
+        let block = &memory[..BLOCK.as_len()];
+        let (which, offset) = if tail {
+            (Block::TailSuperblock, self.frame_at(self.totals.sequence_end()))
+        } else {
+            (Block::HeadSuperblock, Bytes::ZERO)
+        };
+        let same = if tail {
+            Superblock::decode_tail(block)
+                .map(|(superblock, totals)| superblock == self.superblock && totals == self.totals)
+        } else {
+            Superblock::decode_head(block).map(|superblock| superblock == self.superblock)
+        };
+        match same {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ArchiveError::Superblocks.at(which, offset, &self.description)),
+            Err(error) => Err(error.at(which, offset, &self.description)),
+        }
+    }
+}
+
+fn open_file(path: &Path, request: &SecondaryRequest) -> Result<PartialFile> {
+    let found = std::fs::metadata(path);
+    if found.is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+        return Err(Error::refused(format!("{} is a block device; an archive is a file", path.display()))
+            .state("it was not touched")
+            .next("use --format raw for a device, or name a file for the archive"));
+    }
+    Topology::default().check_file(directory_of(path), &request.forbidden)?;
+    PartialFile::create(path, request.replace)
+}
+
+fn open_pipe(request: &SecondaryRequest) -> Result<File> {
+    if request.verify {
+        return Err(Error::usage("what was sent to standard output cannot be read back")
+            .next("leave --verify away, and run tidemark verify where the archive arrives"));
+    }
+    if request.originals == OriginalsMode::Overlay {
+        return Err(Error::usage("originals cannot be laid over what was sent to standard output")
+            .next("use --originals append, the default for -"));
+    }
+    let stdout = std::io::stdout();
+    if stdout.is_terminal() {
+        return Err(Error::usage("an archive would be written to the terminal")
+            .next("redirect standard output to a file or a pipe, or name the archive"));
+    }
+    let file = stdout
+        .as_fd()
+        .try_clone_to_owned()
+        .map(File::from)
+        .io_context(|| "duplicate the handle of standard output".to_owned())?;
+    check_redirection(&file, &request.forbidden)?;
+    Ok(file)
+}
+
+/// The shell may have redirected standard output to a place where a copy must not go.
+fn check_redirection(file: &File, forbidden: &[DeviceNumber]) -> Result<()> {
+    let metadata = file.metadata().io_context(|| "look at standard output".to_owned())?;
+    let topology = Topology::default();
+    if metadata.file_type().is_block_device() {
+        let device = DeviceNumber::from_dev(metadata.rdev());
+        return topology.check_device(device, Path::new("standard output"), forbidden);
+    }
+    if metadata.is_file() {
+        return topology.check_filesystem(
+            DeviceNumber::from_dev(metadata.dev()),
+            "standard output",
+            forbidden,
+        );
+    }
+    Ok(())
+}
+
+impl Secondary for Archive {
+    fn description(&self) -> &str {
+        &self.description
+    }
+
+    fn is_ordered(&self) -> bool {
+        true
+    }
+
+    fn is_stream(&self) -> bool {
+        matches!(self.out, Out::Pipe(_))
+    }
+
+    fn appends(&self) -> bool {
+        self.superblock.originals == OriginalsMode::Append
+    }
+
+    fn is_framed(&self) -> bool {
+        true
+    }
+
+    fn begin(&mut self, instant_ns: u64) {
+        self.superblock.instant_utc_ns = instant_ns;
+    }
+
+    fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
+        let file = match &self.out {
+            Out::File(partial) => partial.file(),
+            Out::Pipe(file) => file,
+        };
+        let file = file.try_clone().io_context(|| format!("duplicate the handle of {}", self.description))?;
+        engine.add_file(file.into(), &self.description)
+    }
+
+    fn opening(&mut self, memory: &mut [u8]) -> Result<Option<Placement>> {
+        if self.head_written {
+            return Ok(None);
+        }
+        self.superblock.encode_head(memory).map_err(|error| self.unfit(error))?;
+        self.head_written = true;
+        Ok(Some(self.block(Bytes::ZERO)))
+    }
+
+    fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
+        if segment.zero { Ok(Placement::default()) } else { self.new_data_frame(segment, memory) }
+    }
+
+    fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>> {
+        self.frame_of(segment.ix).map(|sequence| vec![self.frame_piece(sequence)])
+    }
+
+    fn check_stored(&self, segment: &Segment<'_>, memory: &[u8]) -> Result<()> {
+        let Some(sequence) = self.frame_of(segment.ix) else { return Ok(()) };
+        let frame = self.check_frame(sequence, memory)?;
+        let facts = frame.control.facts;
+        if facts.kind != FrameKind::Data || facts.origin_offset != segment.extent.start() {
+            let error = ArchiveError::Field { field: "the origin offset", value: facts.origin_offset.get() };
+            return Err(self.bad(sequence, error));
+        }
+        if !frame.control.extents().eq(segment.valid.iter().copied()) {
+            return Err(self.bad(sequence, ArchiveError::Extent { index: 0 }));
+        }
+        Ok(())
+    }
+
+    fn overlay(
+        &mut self,
+        segment: &Segment<'_>,
+        _changed: &[Extent],
+        memory: &mut [u8],
+    ) -> Result<Placement> {
+        match self.frame_of(segment.ix) {
+            Some(sequence) => self.data_frame(sequence, segment, memory),
+            None if segment.zero => Ok(Placement::default()),
+            None => self.new_data_frame(segment, memory),
+        }
+    }
+
+    fn append_extents_max(&self) -> usize {
+        control::EXTENTS_MAX
+    }
+
+    fn append(&mut self, originals: &[Extent], memory: &mut [u8]) -> Result<Placement> {
+        let bytes: Bytes = originals.iter().map(|extent| extent.length()).sum();
+        let start = originals.first().expect("a frame of originals holds one at least").start();
+        let crc = crc32c(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
+        let sequence = self.totals.first_map();
+        let placement = self.frame(FrameKind::Originals, sequence, originals, (start, bytes, crc), memory)?;
+        self.totals.originals_frames += 1;
+        self.totals.originals_bytes += bytes;
+        Ok(placement)
+    }
+
+    fn closing(&mut self, memory: &mut [u8]) -> Result<Option<Placement>> {
+        if let Closing::Map(skip) = self.closing {
+            if let Some(placement) = self.map_frame(skip, memory)? {
+                return Ok(Some(placement));
+            }
+            self.closing = Closing::Tail;
+        }
+        if self.closing == Closing::Done {
+            return Ok(None);
+        }
+        self.closing = Closing::Done;
+        self.superblock.encode_tail(&self.totals, memory).map_err(|error| self.unfit(error))?;
+        Ok(Some(self.block(self.frame_at(self.totals.sequence_end()))))
+    }
+
+    /// The head superblock, the originals and map frames, the tail superblock.
+    fn extra(&self, unit: u64) -> Option<Vec<Piece>> {
+        let frames = self.totals.originals_frames + self.totals.map_frames;
+        match unit {
+            0 => Some(self.block(Bytes::ZERO).pieces),
+            unit if unit <= frames => Some(vec![self.frame_piece(self.totals.data_frames + unit - 1)]),
+            unit if unit == frames + 1 => Some(self.block(self.frame_at(self.totals.sequence_end())).pieces),
+            _ => None,
+        }
+    }
+
+    fn check_extra(&self, unit: u64, memory: &[u8]) -> Result<()> {
+        let frames = self.totals.originals_frames + self.totals.map_frames;
+        if unit == 0 || unit > frames {
+            return self.check_superblock(unit > 0, memory);
+        }
+        let sequence = self.totals.data_frames + unit - 1;
+        let frame = self.check_frame(sequence, memory)?;
+        let expected = if sequence < self.totals.first_map() { FrameKind::Originals } else { FrameKind::Map };
+        if frame.control.facts.kind == expected {
+            return Ok(());
+        }
+        let error = ArchiveError::KindOrder { found: frame.control.facts.kind, before: expected };
+        Err(self.bad(sequence, error))
+    }
+
+    fn forget_cache(&self) {
+        if let Out::File(partial) = &self.out {
+            forget_cache(partial.file(), &self.description);
+        }
+    }
+
+    fn seal(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        match &mut self.out {
+            Out::File(partial) => partial.publish(),
+            Out::Pipe(_) => Ok(()),
+        }
+    }
+
+    fn abandon(&mut self) -> Result<String> {
+        match &mut self.out {
+            Out::File(partial) => partial.abandon(),
+            Out::Pipe(_) => Ok("what was sent to standard output is not a complete archive; restore and \
+                                verify refuse it"
+                .to_owned()),
+        }
+    }
+}
