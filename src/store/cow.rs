@@ -27,9 +27,10 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::naming::{self, DeviceIdentity, ROLE_COW};
-use crate::dm::{Dm, Table, Target, Udev};
+use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
 
+use super::exceptions::{ExceptionReader, StoreDevice, Writing};
 use super::head::{Head, memory_available};
 use super::record::{RECORD_DIR, Record};
 use super::size::{self, FillRate};
@@ -202,6 +203,7 @@ pub struct KeptStore {
 pub struct CowStore {
     name: String,
     number: DeviceNumber,
+    origin_bytes: Bytes,
     plan: StorePlan,
     warnings: Vec<String>,
     parts: Mutex<Parts>,
@@ -256,7 +258,7 @@ impl CowStore {
         match made {
             Ok(number) => {
                 let parts = Mutex::new(Parts { dm, head, tail, tail_joined, record });
-                Ok(Self { name, number, plan, warnings, parts })
+                Ok(Self { name, number, origin_bytes: config.origin_bytes, plan, warnings, parts })
             }
             Err(error) => Err(give_back(head, Some(tail), record, error)),
         }
@@ -339,6 +341,19 @@ impl CowStore {
     pub fn settle(&self) -> Result<()> {
         let parts = self.lock();
         parts.load_table(&self.name, parts.tail_joined)
+    }
+
+    /// Reads its originals while the snapshot is active. `status` was asked for after the last read
+    /// of the origin had completed (see [`exceptions`](super::exceptions)).
+    ///
+    /// # Errors
+    /// As [`Writing::from_status`] and [`ExceptionReader::open`].
+    pub fn exceptions(&self, status: &SnapshotStatus) -> Result<ExceptionReader<'_, StoreDevice>> {
+        let writing = Writing::from_status(status, self.plan.chunk, || self.settle())?;
+        // What is mapped now holds all that was committed before now.
+        let size = self.lock().mapped();
+        let device = StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name));
+        ExceptionReader::open(device, self.plan.chunk, self.origin_bytes, writing)
     }
 
     /// True where the store cannot become any larger.

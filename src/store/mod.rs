@@ -21,11 +21,13 @@
 //! Knows nothing of volumes or mounts: `op` says which devices the tail must not be on.
 
 pub mod cow;
+pub mod exceptions;
 mod head;
 mod record;
 pub mod size;
 pub mod tail;
 
 pub use cow::{CowStore, Grown, KeptStore, StoreConfig, StorePlan};
+pub use exceptions::{ExceptionReader, StoreDevice, Writing};
 pub use record::release_leftovers;
 pub use tail::TailPlace;

@@ -1,0 +1,344 @@
+//! A simulated kernel that goes on adding exceptions while they are read, each write seen half done,
+//! and stores that are not what they should be.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::base::Sectors;
+use crate::format::exception_store::{encode_area, entries_per_area};
+use crate::io::MemoryFile;
+
+/// Small and fast; every seed is one run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}
+
+/// dm-snap-persistent.c as the module's head describes it, one write at a time.
+struct Kernel {
+    random: Random,
+    chunk: ChunkSize,
+    image: Vec<u8>,
+    /// Offset and content of the write in flight.
+    in_flight: Option<(usize, Vec<u8>)>,
+    /// Set while a full area is in flight: the next one is current once that is done.
+    moves_on: bool,
+    area: Vec<Entry>,
+    current_area: u64,
+    next_free: u64,
+    /// Everything ever put into an area, old to new.
+    all: HashMap<u64, u64>,
+    /// Of those, what a finished write holds.
+    committed: Vec<u64>,
+    uncommitted: Vec<u64>,
+    origin_chunks: u64,
+}
+
+impl Kernel {
+    fn new(seed: u64, chunk: ChunkSize, origin_chunks: u64, areas: u64) -> Self {
+        let mut random = Random(seed);
+        let bytes = chunk.bytes().as_len();
+        let chunks = (areas + 1) * (entries_per_area(chunk) + 1) + 2;
+        let mut image = vec![0u8; Bytes(chunks * chunk.bytes().get()).as_len()];
+        // A used disk: what will be an area is not zero before the kernel zeroes it.
+        for area in 1..=areas {
+            let at = area_offset(area, chunk).unwrap().as_len();
+            for word in image[at..at + bytes].chunks_exact_mut(8) {
+                word.copy_from_slice(&random.next().to_le_bytes());
+            }
+        }
+        Header { valid: true, chunk }.encode(&mut image).unwrap();
+        Self {
+            random,
+            chunk,
+            image,
+            in_flight: None,
+            moves_on: false,
+            area: Vec::new(),
+            current_area: 0,
+            next_free: 2,
+            all: HashMap::new(),
+            committed: Vec::new(),
+            uncommitted: Vec::new(),
+            origin_chunks,
+        }
+    }
+
+    fn area_at(&self, area: u64) -> usize {
+        area_offset(area, self.chunk).unwrap().as_len()
+    }
+
+    /// The write in flight is done.
+    fn finish(&mut self) {
+        let Some((at, content)) = self.in_flight.take() else { return };
+        self.image[at..at + content.len()].copy_from_slice(&content);
+        self.committed.append(&mut self.uncommitted);
+        if std::mem::take(&mut self.moves_on) {
+            self.current_area += 1;
+            self.area.clear();
+        }
+    }
+
+    /// Puts up to `count` exceptions into the current area and begins to write it.
+    fn begin(&mut self, count: u64) {
+        self.finish();
+        let per_area = entries_per_area(self.chunk);
+        for _ in 0..count {
+            let old = self.random.below(self.origin_chunks);
+            let room =
+                (self.current_area + 2) * (per_area + 1) < self.image.len() as u64 / self.chunk.bytes().get();
+            if self.all.contains_key(&old) || self.area.len() as u64 == per_area || !room {
+                continue;
+            }
+            self.all.insert(old, self.next_free);
+            self.uncommitted.push(old);
+            self.area.push(Entry { old: ChunkIx(old), new: ChunkIx(self.next_free) });
+            self.next_free += 1;
+            if self.next_free % (per_area + 1) == 1 {
+                self.next_free += 1;
+            }
+        }
+        let bytes = self.chunk.bytes().as_len();
+        if self.area.len() as u64 == per_area {
+            let next = self.area_at(self.current_area + 1);
+            self.image[next..next + bytes].fill(0);
+            self.moves_on = true;
+        }
+        let mut content = vec![0; bytes];
+        encode_area(&self.area, &mut content).unwrap();
+        self.in_flight = Some((self.area_at(self.current_area), content));
+    }
+
+    fn step(&mut self) {
+        match self.random.below(4) {
+            0 => self.finish(),
+            1 => {
+                let count = self.random.below(40);
+                self.begin(count);
+            }
+            _ => {}
+        }
+    }
+
+    fn status(&self) -> SnapshotStatus {
+        let sectors = self.chunk.sectors().get();
+        SnapshotStatus::Active {
+            used: Sectors(self.next_free * sectors),
+            total: Sectors(self.image.len() as u64 / 512),
+            metadata: Sectors((self.current_area + 2) * sectors),
+        }
+    }
+}
+
+/// What a reader sees of it.
+struct Shared<'a>(&'a RefCell<Kernel>);
+
+impl BlockRead for Shared<'_> {
+    fn size(&self) -> Bytes {
+        Bytes::from_len(self.0.borrow().image.len())
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: Bytes) -> Result<()> {
+        let kernel = &mut *self.0.borrow_mut();
+        kernel.step();
+        let at = offset.as_len();
+        buffer.copy_from_slice(&kernel.image[at..at + buffer.len()]);
+        if let Some((write_at, content)) = &kernel.in_flight
+            && *write_at == at
+        {
+            // Any byte may be there or not: far worse than any machine.
+            let share = kernel.random.below(5);
+            for (byte, new) in buffer.iter_mut().zip(content) {
+                if kernel.random.below(4) < share {
+                    *byte = *new;
+                }
+            }
+        }
+        kernel.step();
+        Ok(())
+    }
+}
+
+/// Reads everything while the kernel works; Err describes what is wrong with the result.
+fn read_while_written(seed: u64, really_settle: bool) -> Result<(), String> {
+    let chunk = ChunkSize::default();
+    let kernel = RefCell::new(Kernel::new(seed, chunk, 3000, 3));
+    let rounds = kernel.borrow_mut().random.below(40);
+    for _ in 0..rounds {
+        kernel.borrow_mut().step();
+    }
+    let needed = kernel.borrow().committed.clone();
+    kernel.borrow_mut().step();
+    let status = kernel.borrow().status();
+    let settle = || {
+        if really_settle {
+            kernel.borrow_mut().finish();
+        }
+        kernel.borrow_mut().step();
+        Ok(())
+    };
+    let writing = Writing::from_status(&status, chunk, settle).unwrap();
+    let origin = chunk.bytes() * 3000;
+    let wrong = |error: Error| format!("seed {seed}: {error}");
+    let mut reader = ExceptionReader::open(Shared(&kernel), chunk, origin, writing).map_err(wrong)?;
+    let mut found = HashMap::new();
+    loop {
+        let batch = reader.next_batch(1 + Bytes(seed % 300).as_len()).map_err(wrong)?;
+        if batch.is_empty() {
+            break;
+        }
+        for original in batch {
+            found.insert(original.extent.start().get() / 4096, original.store_offset.get() / 4096);
+        }
+    }
+    drop(reader);
+    for (old, new) in &found {
+        if kernel.borrow().all.get(old) != Some(new) {
+            return Err(format!("seed {seed}: {old} -> {new} was never an exception"));
+        }
+    }
+    match needed.iter().find(|old| !found.contains_key(old)) {
+        Some(old) => Err(format!("seed {seed}: {old} was committed and is not found")),
+        None => Ok(()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+    #[test]
+    fn a_store_being_written_gives_all_that_is_needed_and_nothing_wrong(seed: u64) {
+        prop_assert_eq!(read_while_written(seed, true), Ok(()));
+    }
+}
+
+#[test]
+fn without_settling_the_simulated_kernel_would_be_misread() {
+    assert!((0..200).any(|seed| read_while_written(seed, false).is_err()), "the simulator tears nothing");
+}
+
+/// A finished store of `count` exceptions: chunk i of the origin for the i-th.
+fn store(count: u64, chunk: ChunkSize) -> Vec<u8> {
+    let mut kernel = Kernel::new(7, chunk, 1 << 40, count / entries_per_area(chunk) + 1);
+    while (kernel.all.len() as u64) < count {
+        let missing = count - kernel.all.len() as u64;
+        kernel.begin(missing);
+    }
+    kernel.finish();
+    let mut image = kernel.image;
+    for index in 0..count {
+        let per_area = entries_per_area(chunk);
+        let at = area_offset(index / per_area, chunk).unwrap() + Bytes(index % per_area * 16);
+        image[at.as_len()..at.as_len() + 8].copy_from_slice(&index.to_le_bytes());
+    }
+    image
+}
+
+fn read_all(image: Vec<u8>, chunk: ChunkSize, origin: Bytes) -> Result<Vec<Original>> {
+    let mut reader = ExceptionReader::open(MemoryFile::new(image), chunk, origin, Writing::Nobody)?;
+    let mut all = Vec::new();
+    loop {
+        let batch = reader.next_batch(100)?;
+        if batch.is_empty() {
+            return Ok(all);
+        }
+        all.extend(batch);
+    }
+}
+
+#[test]
+fn a_quiet_store_is_read_to_its_end() {
+    let chunk = ChunkSize::default();
+    for count in [0, 1, 255, 256, 257, 600] {
+        let all = read_all(store(count, chunk), chunk, chunk.bytes() * 1000).unwrap();
+        assert_eq!(all.len() as u64, count);
+        let starts: Vec<u64> = all.iter().map(|original| original.extent.start().get() / 4096).collect();
+        assert_eq!(starts, (0..count).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn the_last_chunk_is_clipped_at_the_origins_end() {
+    let chunk = ChunkSize::default();
+    let all = read_all(store(10, chunk), chunk, Bytes(9 * 4096 + 512)).unwrap();
+    assert_eq!(all[9].extent.length(), Bytes(512));
+    let error = read_all(store(10, chunk), chunk, Bytes(9 * 4096)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadData);
+}
+
+#[test]
+fn a_store_that_ends_too_early_is_bad_data() {
+    let chunk = ChunkSize::default();
+    let whole = store(600, chunk);
+    let needed = Bytes(2 * 257 * 4096 + 2 * 4096).as_len() + 600 % 256 * 4096;
+    for end in (4096..whole.len()).step_by(13 * 4096) {
+        let result = read_all(whole[..end].to_vec(), chunk, chunk.bytes() * 1000);
+        assert_eq!(result.is_ok(), end >= needed, "{end} of {needed}");
+        if let Err(error) = result {
+            assert_eq!(error.kind(), ErrorKind::BadData, "{end}: {error}");
+        }
+    }
+}
+
+#[test]
+fn an_origin_chunk_named_twice_is_bad_data() {
+    let chunk = ChunkSize::default();
+    let mut image = store(300, chunk);
+    image[4096 + 16..4096 + 24].copy_from_slice(&299u64.to_le_bytes());
+    let error = read_all(image, chunk, chunk.bytes() * 1000).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadData);
+    assert!(error.to_string().contains("second time"), "{error}");
+    // An origin too large for the map: found within a batch.
+    let mut image = store(50, chunk);
+    image[4096 + 16..4096 + 24].copy_from_slice(&40u64.to_le_bytes());
+    let error = read_all(image, chunk, chunk.bytes() * (DUPLICATE_CHUNKS_MAX + 1)).unwrap_err();
+    assert!(error.to_string().contains("twice"), "{error}");
+}
+
+#[test]
+fn an_invalid_store_and_another_chunk_are_told_apart() {
+    let chunk = ChunkSize::default();
+    let mut image = store(3, chunk);
+    Header { valid: false, chunk }.encode(&mut image).unwrap();
+    assert_eq!(read_all(image, chunk, Bytes::mib(1)).unwrap_err().kind(), ErrorKind::StoreInvalid);
+    let other = ChunkSize::new(Bytes(8192)).unwrap();
+    assert_eq!(read_all(store(3, other), chunk, Bytes::mib(1)).unwrap_err().kind(), ErrorKind::BadData);
+    let zeros = vec![0; 1 << 20];
+    assert_eq!(read_all(zeros, chunk, Bytes::mib(1)).unwrap_err().kind(), ErrorKind::BadData);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_reader_panic_or_run_on(seed: u64, words in 0usize..2000) {
+        let chunk = ChunkSize::default();
+        let mut image = store(300, chunk);
+        let mut random = Random(seed);
+        for _ in 0..words {
+            let at = Bytes(random.below(image.len() as u64 / 8)).as_len() * 8;
+            image[at..at + 8].copy_from_slice(&random.next().to_le_bytes());
+        }
+        Header { valid: true, chunk }.encode(&mut image).unwrap();
+        let _ = read_all(image, chunk, chunk.bytes() * 1000);
+    }
+}
+
+#[test]
+fn a_lost_snapshot_is_not_read() {
+    for status in [SnapshotStatus::Invalid, SnapshotStatus::Overflow] {
+        let error = Writing::from_status(&status, ChunkSize::default(), || Ok(())).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::StoreInvalid);
+    }
+    let odd = SnapshotStatus::Active { used: Sectors(16), total: Sectors(32), metadata: Sectors(12) };
+    assert!(Writing::from_status(&odd, ChunkSize::default(), || Ok(())).is_err());
+}
