@@ -3,11 +3,19 @@
 //! An [`Extent`] is half-open and never empty; a set or list built here is sorted and coalesced
 //! unless its type says otherwise.
 
+mod block_list;
+pub mod originals;
+mod set;
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 use crate::base::Bytes;
 
 pub use crate::base::extent::Extent;
+pub use block_list::{BlockList, cut};
+pub use set::ExtentSet;
 
 /// An original as the COW store holds it: what `extent` of the origin held at the instant lies at
 /// `store_offset` of the store. Both are multiples of the chunk size, except the end of the origin's
