@@ -20,6 +20,7 @@ use crate::extent::Extent;
 use crate::io::{Engine, FileIx, Piece};
 
 pub mod archive;
+pub mod archive_read;
 pub mod guard;
 pub mod partial;
 pub mod raw;

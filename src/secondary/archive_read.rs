@@ -1,0 +1,488 @@
+//! Is this archive whole, and what does it hold? The reading side of the archive format.
+//!
+//! [`FrameChecker`] is fed every frame in order, from wherever the bytes come, and the tail superblock
+//! at the end. [`ArchiveFile`] is an archive that can be read at any offset.
+//!
+//! Invariants:
+//! - no field is used before the checksum over it was right;
+//! - what [`FrameChecker::finish`] accepts is complete: every frame in its place, none missing or
+//!   doubled, the map in agreement with the data frames, the totals with both;
+//! - memory: a bit for each segment, whatever the archive's size.
+//!
+//! Must not know where the bytes go.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::base::checksum::crc32c_append;
+use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx};
+use crate::format::archive::map::MapCursor;
+use crate::format::archive::{
+    ArchiveError, BLOCK, BLOCK_BYTES, Block, Frame, FrameFacts, FrameKind, Layout, MapEntry, MapState,
+    OriginalsMode, Superblock, Totals, frame, frame_offset,
+};
+use crate::sys::aligned::AlignedBuffer;
+
+/// One bit for each segment of the origin; the format bounds their number.
+#[derive(Clone, Debug)]
+pub struct SegmentBits {
+    words: Vec<u64>,
+    count: u64,
+}
+
+impl SegmentBits {
+    /// `count` segments, none set.
+    #[must_use]
+    pub fn new(count: u64) -> Self {
+        Self { words: vec![0; Bytes(count.div_ceil(64)).as_len()], count }
+    }
+
+    /// Sets a segment's bit; answers whether it was clear.
+    ///
+    /// # Panics
+    /// Where there is no such segment.
+    pub fn set(&mut self, SegmentIx(ix): SegmentIx) -> bool {
+        assert!(ix < self.count, "segment {ix} of {}", self.count);
+        let word = &mut self.words[Bytes(ix / 64).as_len()];
+        let clear = *word & (1 << (ix % 64)) == 0;
+        *word |= 1 << (ix % 64);
+        clear
+    }
+
+    /// True where the segment's bit is set; false behind the last one.
+    #[must_use]
+    pub fn get(&self, SegmentIx(ix): SegmentIx) -> bool {
+        ix < self.count && self.words[Bytes(ix / 64).as_len()] & (1 << (ix % 64)) != 0
+    }
+}
+
+/// What the data frames, or the map, say is present; two equal values mean the same extents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Presence {
+    bytes: Bytes,
+    /// Sum over the segments of the CRC of each one's merged extents: no order matters.
+    digest: u64,
+}
+
+/// Adds up the present extents of one segment at a time.
+#[derive(Clone, Copy, Debug, Default)]
+struct SegmentPresence {
+    run: Option<Extent>,
+    crc: u32,
+    any: bool,
+}
+
+impl SegmentPresence {
+    fn add(&mut self, total: &mut Presence, extent: Extent) {
+        total.bytes += extent.length();
+        self.any = true;
+        match self.run {
+            Some(run) if run.end() == extent.start() => self.run = Extent::new(run.start(), extent.end()),
+            _ => {
+                self.close();
+                self.run = Some(extent);
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.crc = crc32c_append(self.crc, &run.start().get().to_le_bytes());
+            self.crc = crc32c_append(self.crc, &run.end().get().to_le_bytes());
+        }
+    }
+
+    /// Ends the segment; answers whether anything of it is present.
+    fn finish(&mut self, total: &mut Presence) -> bool {
+        self.close();
+        if self.any {
+            total.digest = total.digest.wrapping_add(u64::from(self.crc));
+        }
+        std::mem::take(self).any
+    }
+}
+
+/// Follows an archive from its head superblock to its tail; see the module's head.
+#[derive(Debug)]
+pub struct FrameChecker {
+    superblock: Superblock,
+    layout: Layout,
+    description: String,
+    next: u64,
+    kind: FrameKind,
+    seen: SegmentBits,
+    frames: Presence,
+    totals: Totals,
+    map: MapCursor,
+    map_presence: Presence,
+    map_segment: SegmentPresence,
+    /// The segment that `map_segment` adds up.
+    map_at: SegmentIx,
+}
+
+/// A frame that has been checked: its facts, and what its payload belongs to.
+#[derive(Clone, Debug)]
+pub struct CheckedFrame {
+    /// The facts.
+    pub facts: FrameFacts,
+    /// Data: what is present. Originals: what the payload packs, in this order. Map: none.
+    pub extents: Vec<Extent>,
+}
+
+impl FrameChecker {
+    /// For the archive that begins with `superblock`; `description` names it in errors.
+    #[must_use]
+    pub fn new(superblock: Superblock, description: &str) -> Self {
+        let layout = superblock.layout();
+        Self {
+            layout,
+            description: description.to_owned(),
+            next: 0,
+            kind: FrameKind::Data,
+            seen: SegmentBits::new(layout.segment.count_for(layout.origin_size)),
+            frames: Presence::default(),
+            totals: Totals::default(),
+            map: MapCursor::new(layout.origin_size),
+            map_presence: Presence::default(),
+            map_segment: SegmentPresence::default(),
+            map_at: SegmentIx::ZERO,
+            superblock,
+        }
+    }
+
+    /// The head superblock.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// Where everything lies.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The number of the frame that comes next.
+    #[must_use]
+    pub fn next_sequence(&self) -> u64 {
+        self.next
+    }
+
+    /// The segments that data frames were seen for.
+    #[must_use]
+    pub fn seen(&self) -> &SegmentBits {
+        &self.seen
+    }
+
+    /// An archive error at the next frame's place.
+    fn fault(&self, error: ArchiveError) -> Error {
+        let offset = frame_offset(self.next, self.layout.segment).unwrap_or(Bytes(u64::MAX));
+        error.at(Block::Frame(self.next), offset, &self.description)
+    }
+
+    /// For a reader whose input ends in the middle of the next frame, after `found` bytes of it.
+    #[must_use]
+    pub fn truncated(&self, found: usize) -> Error {
+        self.fault(ArchiveError::Truncated { found, expected: self.layout.frame_bytes().as_len() })
+    }
+
+    /// Checks the next frame, which lies in `memory`. Entries of a map frame go to `map`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData), with the frame and its offset.
+    pub fn accept(&mut self, memory: &[u8], map: &mut dyn FnMut(MapEntry)) -> Result<CheckedFrame> {
+        let opened = frame::open(&self.layout, self.next, memory).map_err(|error| self.fault(error))?;
+        self.follow(&opened, map).map_err(|error| self.fault(error))?;
+        self.next += 1;
+        Ok(CheckedFrame { facts: opened.control.facts, extents: opened.control.extents().collect() })
+    }
+
+    fn follow(&mut self, opened: &Frame<'_>, map: &mut dyn FnMut(MapEntry)) -> Result<(), ArchiveError> {
+        let facts = opened.control.facts;
+        if facts.kind < self.kind {
+            return Err(ArchiveError::KindOrder { found: facts.kind, before: self.kind });
+        }
+        self.kind = facts.kind;
+        match facts.kind {
+            FrameKind::Data => {
+                self.totals.data_frames += 1;
+                if !self.seen.set(self.layout.segment.index_of(facts.origin_offset)) {
+                    return Err(ArchiveError::Duplicate { origin_offset: facts.origin_offset.get() });
+                }
+                let mut segment = SegmentPresence::default();
+                opened.control.extents().for_each(|extent| segment.add(&mut self.frames, extent));
+                segment.finish(&mut self.frames);
+                Ok(())
+            }
+            FrameKind::Originals if self.superblock.originals != OriginalsMode::Append => {
+                Err(ArchiveError::Field { field: "an originals frame, in this archive: the kind", value: 2 })
+            }
+            FrameKind::Originals => {
+                self.totals.originals_frames += 1;
+                self.totals.originals_bytes += facts.payload_length;
+                Ok(())
+            }
+            FrameKind::Map => {
+                self.totals.map_frames += 1;
+                self.follow_map(facts.origin_offset, opened.payload, map)
+            }
+        }
+    }
+
+    fn follow_map(
+        &mut self,
+        origin_offset: Bytes,
+        payload: &[u8],
+        map: &mut dyn FnMut(MapEntry),
+    ) -> Result<(), ArchiveError> {
+        let mut cursor = self.map;
+        let mut fault = Ok(());
+        cursor.read(origin_offset, payload, |entry| {
+            if fault.is_ok() {
+                fault = self.compare_map(entry);
+                map(entry);
+            }
+        })?;
+        self.map = cursor;
+        fault
+    }
+
+    /// Adds an entry of the map, segment by segment.
+    fn compare_map(&mut self, entry: MapEntry) -> Result<(), ArchiveError> {
+        let segment = self.layout.segment;
+        let mut at = entry.extent.start();
+        while at < entry.extent.end() {
+            let ix = segment.index_of(at);
+            if ix != self.map_at {
+                self.finish_map_segment()?;
+                self.map_at = ix;
+            }
+            let end = entry.extent.end().min(at.align_down(segment.bytes()) + segment.bytes());
+            if entry.state == MapState::Present {
+                let part = Extent::new(at, end).expect("the loop ends at the entry's end");
+                self.map_segment.add(&mut self.map_presence, part);
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn finish_map_segment(&mut self) -> Result<(), ArchiveError> {
+        let present = self.map_segment.finish(&mut self.map_presence);
+        if present == self.seen.get(self.map_at) {
+            return Ok(());
+        }
+        let origin_offset = self.map_at.get().saturating_mul(self.layout.segment.bytes().get());
+        Err(ArchiveError::MapMismatch { origin_offset, map: if present { "present" } else { "not present" } })
+    }
+
+    /// Checks the tail superblock behind the last frame: the archive is whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
+    pub fn finish(&mut self, tail: &[u8]) -> Result<Totals> {
+        let offset = frame_offset(self.next, self.layout.segment).unwrap_or(Bytes(u64::MAX));
+        let fault = |error: ArchiveError| error.at(Block::TailSuperblock, offset, &self.description);
+        let (superblock, totals) = Superblock::decode_tail(tail).map_err(fault)?;
+        if superblock != self.superblock {
+            return Err(fault(ArchiveError::Superblocks));
+        }
+        let description = self.description.clone();
+        self.finish_map().map_err(|error| error.at(Block::TailSuperblock, offset, &description))?;
+        self.totals.present_bytes = self.frames.bytes;
+        compare_totals(&totals, &self.totals)
+            .map_err(|error| error.at(Block::TailSuperblock, offset, &description))?;
+        Ok(totals)
+    }
+
+    fn finish_map(&mut self) -> Result<(), ArchiveError> {
+        self.map.finish()?;
+        if self.layout.origin_size > Bytes::ZERO {
+            self.finish_map_segment()?;
+        }
+        if self.map_presence.bytes != self.frames.bytes {
+            return Err(ArchiveError::Totals {
+                field: "the map's count of present bytes",
+                tail: self.map_presence.bytes.get(),
+                seen: self.frames.bytes.get(),
+            });
+        }
+        if self.map_presence == self.frames {
+            Ok(())
+        } else {
+            Err(ArchiveError::MapMismatch { origin_offset: 0, map: "present in other places" })
+        }
+    }
+}
+
+fn compare_totals(tail: &Totals, seen: &Totals) -> Result<(), ArchiveError> {
+    let fields = [
+        ("the count of data frames", tail.data_frames, seen.data_frames),
+        ("the count of originals frames", tail.originals_frames, seen.originals_frames),
+        ("the count of map frames", tail.map_frames, seen.map_frames),
+        ("the count of present bytes", tail.present_bytes.get(), seen.present_bytes.get()),
+        ("the count of originals' bytes", tail.originals_bytes.get(), seen.originals_bytes.get()),
+    ];
+    match fields.into_iter().find(|(_, tail, seen)| tail != seen) {
+        None => Ok(()),
+        Some((field, tail, seen)) => Err(ArchiveError::Totals { field, tail, seen }),
+    }
+}
+
+/// An archive that can be read at any offset: a regular file or a block device. Both superblocks have
+/// been read, and its length is right.
+#[derive(Debug)]
+pub struct ArchiveFile {
+    file: File,
+    path: PathBuf,
+    superblock: Superblock,
+    totals: Totals,
+    tail: Vec<u8>,
+}
+
+impl ArchiveFile {
+    /// Opens an archive for reading, with direct I/O where the filesystem takes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is no archive, or cut off;
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is neither file nor device; I/O errors.
+    pub fn open(path: &Path) -> Result<Self> {
+        // Looked at first: opening a pipe would wait for its writer.
+        let kind = std::fs::metadata(path).io_context(|| format!("look at {}", path.display()))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::refused(format!("{} is neither a file nor a block device", path.display()))
+                .next("give - and connect the pipe to standard input"));
+        }
+        let file = open_direct_or_buffered(path)?;
+        let length =
+            (&file).seek(SeekFrom::End(0)).io_context(|| format!("find the size of {}", path.display()))?;
+        let reader = Reader { file: &file, path, length: Bytes(length) };
+        let shown = path.display().to_string();
+        let head = reader.block(Bytes::ZERO, Block::HeadSuperblock)?;
+        let superblock = Superblock::decode_head(&head)
+            .map_err(|error| error.at(Block::HeadSuperblock, Bytes::ZERO, &shown))?;
+        let layout = superblock.layout();
+        let frames = if kind.is_file() {
+            layout.frame_count(Bytes(length)).map_err(|error| {
+                Error::bad_data(format!("{shown} is cut off, or something was appended to it"))
+                    .with_source(error)
+                    .next("take the archive again from where it came, or make a new copy")
+            })?
+        } else {
+            reader.count_frames(&layout)?
+        };
+        let offset = frame_offset(frames, layout.segment).unwrap_or(Bytes(u64::MAX));
+        let tail = reader.block(offset, Block::TailSuperblock)?;
+        let fault = |error: ArchiveError| error.at(Block::TailSuperblock, offset, &shown);
+        let (again, totals) = Superblock::decode_tail(&tail).map_err(fault)?;
+        if again != superblock {
+            return Err(fault(ArchiveError::Superblocks));
+        }
+        if totals.sequence_end() != frames {
+            let (field, tail) = ("the count of frames", totals.sequence_end());
+            return Err(fault(ArchiveError::Totals { field, tail, seen: frames }));
+        }
+        let tail = tail.to_vec();
+        Ok(Self { path: path.to_owned(), superblock, totals, tail, file })
+    }
+
+    /// The superblock.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// The totals that the tail superblock claims; true once [`FrameChecker::finish`] agrees.
+    #[must_use]
+    pub fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// The tail superblock, as it lies in the file.
+    #[must_use]
+    pub fn tail(&self) -> &[u8] {
+        &self.tail
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Length of the whole archive.
+    #[must_use]
+    pub fn length(&self) -> Bytes {
+        let end = frame_offset(self.totals.sequence_end(), self.superblock.segment)
+            .expect("the tail superblock was read from there");
+        end + BLOCK
+    }
+
+    /// Reads frame `sequence` to the front of `memory`.
+    ///
+    /// # Errors
+    /// I/O errors, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where the file ends.
+    pub fn read_frame(&self, sequence: u64, memory: &mut AlignedBuffer) -> Result<()> {
+        let offset = frame_offset(sequence, self.superblock.segment).unwrap_or(Bytes(u64::MAX));
+        let length = self.superblock.layout().frame_bytes().as_len();
+        self.file
+            .read_exact_at(&mut memory[..length], offset.get())
+            .io_context(|| format!("read frame {sequence} at {} of {}", offset.get(), self.path.display()))
+    }
+}
+
+/// What is needed to read single blocks before the archive is known.
+struct Reader<'a> {
+    file: &'a File,
+    path: &'a Path,
+    length: Bytes,
+}
+
+impl Reader<'_> {
+    fn block(&self, offset: Bytes, block: Block) -> Result<AlignedBuffer> {
+        let left = self.length.saturating_sub(offset);
+        if left < BLOCK {
+            let error = ArchiveError::Truncated { found: left.as_len(), expected: BLOCK_BYTES };
+            return Err(error.at(block, offset, &self.path.display().to_string()));
+        }
+        let mut memory = AlignedBuffer::zeroed(BLOCK_BYTES);
+        self.file
+            .read_exact_at(&mut memory, offset.get())
+            .io_context(|| format!("read {block} at {} of {}", offset.get(), self.path.display()))?;
+        Ok(memory)
+    }
+
+    /// A device is longer than its archive: follows the frames' head control blocks to the end. The
+    /// device's size bounds the walk.
+    fn count_frames(&self, layout: &Layout) -> Result<u64> {
+        let mut sequence = 0;
+        loop {
+            let offset = frame_offset(sequence, layout.segment).unwrap_or(Bytes(u64::MAX));
+            let memory = self.block(offset, Block::Frame(sequence))?;
+            match frame::open_head(layout, sequence, &memory) {
+                Ok(_) => sequence += 1,
+                Err(ArchiveError::Magic { .. }) => return Ok(sequence),
+                Err(error) => {
+                    return Err(error.at(Block::Frame(sequence), offset, &self.path.display().to_string()));
+                }
+            }
+        }
+    }
+}
+
+fn open_direct_or_buffered(path: &Path) -> Result<File> {
+    let open = |flags: i32| OpenOptions::new().read(true).custom_flags(flags | libc::O_CLOEXEC).open(path);
+    match open(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
+        other => other,
+    }
+    .io_context(|| format!("open the archive {}", path.display()))
+}
