@@ -92,6 +92,9 @@ pub struct CopyJob<'a> {
     pub observer: &'a dyn Observer,
     /// Polled at least every 100 ms; an error aborts the copy and is what [`run`] answers.
     pub interrupt: &'a dyn Fn() -> Result<()>,
+    /// Asked once, behind everything else and before the secondary gets its name: can what was read
+    /// still be believed? An error abandons the copy.
+    pub before_publish: &'a dyn Fn() -> Result<()>,
 }
 
 /// What a copy did. Sizes in bytes, times in seconds.
@@ -140,7 +143,7 @@ pub struct CopyReport {
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a failed verification, whatever the
 /// interrupt and the originals provider answer.
 pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
-    let CopyJob { engine, mut secondary, observer, interrupt, originals, .. } = job;
+    let CopyJob { engine, mut secondary, observer, interrupt, originals, before_publish, .. } = job;
     let mut driver = Driver::new(engine, observer, interrupt);
     let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
         schedule,
@@ -149,7 +152,8 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         rate: job.rate,
         verify: job.verify,
     });
-    let outcome = plan.and_then(|plan| run_phases(&mut driver, plan, secondary.as_mut(), originals));
+    let outcome =
+        plan.and_then(|plan| run_phases(&mut driver, plan, secondary.as_mut(), originals, before_publish));
     outcome.map_err(|error| {
         driver.drain(secondary.is_stream());
         match secondary.abandon() {
@@ -179,6 +183,7 @@ fn run_phases(
     plan: Plan,
     secondary: &mut dyn Secondary,
     originals: Option<&mut dyn OriginalsProvider>,
+    before_publish: &dyn Fn() -> Result<()>,
 ) -> Result<CopyReport> {
     if plan.verify && secondary.is_stream() {
         return Err(Error::usage("what was sent to standard output cannot be read back")
@@ -216,6 +221,7 @@ fn run_phases(
     }
     let begin = driver.now();
     driver.begin_phase(Phase::Finish, None);
+    before_publish()?;
     secondary.seal()?;
     driver.sync(sink.file)?;
     secondary.finish()?;

@@ -120,6 +120,7 @@ impl Setup {
             verify: self.case.verify,
             observer,
             interrupt,
+            before_publish: &|| Ok(()),
         })
     }
 
@@ -400,10 +401,37 @@ fn an_interrupt_ends_the_copy() {
         verify: false,
         observer: &Silent,
         interrupt: &interrupt,
+        before_publish: &|| Ok(()),
     })
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Interrupted);
     assert_eq!(asked.get(), 1);
+    assert!(setup.names().is_empty());
+}
+
+#[test]
+fn what_cannot_be_believed_gets_no_name() {
+    let case = busy_case(false);
+    let mut setup = Setup::new(&case);
+    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let origin = setup.world.borrow().origin.try_clone().unwrap();
+    let error = run(CopyJob {
+        engine: &mut setup.engine,
+        origin: origin.into(),
+        origin_description: "the origin".to_owned(),
+        origin_size: setup.case.size,
+        block_list: vec![Extent::new(Bytes(0), setup.case.size).unwrap()],
+        segment: SegmentSize::new(setup.case.segment).unwrap(),
+        secondary,
+        originals: None,
+        rate: None,
+        verify: false,
+        observer: &Silent,
+        interrupt: &go_on,
+        before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+    })
+    .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::External);
     assert!(setup.names().is_empty());
 }
 
@@ -452,6 +480,7 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
             verify: true,
             observer: &Silent,
             interrupt: &go_on,
+            before_publish: &|| Ok(()),
         })
         .unwrap();
         let mut expected = vec![0u8; case.size.as_len()];
