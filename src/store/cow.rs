@@ -300,6 +300,12 @@ impl CowStore {
         self.lock().total()
     }
 
+    /// What its device has: the head alone, or head and tail.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> Bytes {
+        self.lock().mapped()
+    }
+
     /// Opens its device for direct reading.
     ///
     /// # Errors
@@ -351,7 +357,7 @@ impl CowStore {
     pub fn exceptions(&self, status: &SnapshotStatus) -> Result<ExceptionReader<'_, StoreDevice>> {
         let writing = Writing::from_status(status, self.plan.chunk, || self.settle())?;
         // What is mapped now holds all that was committed before now.
-        let size = self.lock().mapped();
+        let size = self.mapped_bytes();
         let device = StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name));
         ExceptionReader::open(device, self.plan.chunk, self.origin_bytes, writing)
     }

@@ -23,11 +23,13 @@
 pub mod cow;
 pub mod exceptions;
 mod head;
+pub mod monitor;
 mod record;
 pub mod size;
 pub mod tail;
 
 pub use cow::{CowStore, Grown, KeptStore, StoreConfig, StorePlan};
 pub use exceptions::{ExceptionReader, StoreDevice, Writing};
+pub use monitor::{Fill, Monitor, StoreEvent};
 pub use record::release_leftovers;
 pub use tail::TailPlace;
