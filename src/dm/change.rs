@@ -118,6 +118,13 @@ pub trait Journal {
     /// # Errors
     /// I/O errors; undo goes on all the same.
     fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()>;
+
+    /// Returns once it is on stable storage that `change` is over: done, or taken back without a
+    /// failure.
+    ///
+    /// # Errors
+    /// I/O errors.
+    fn done(&mut self, change: &Change) -> Result<()>;
 }
 
 impl Change {
@@ -162,7 +169,7 @@ impl Change {
             }
             self.pass(step, "after");
         }
-        Ok(())
+        journal.done(self)
     }
 
     /// Takes back the steps before `end`, last first, adding each failure to `error`.
@@ -186,6 +193,11 @@ impl Change {
                     error = error.with_failed_undo(undo.context(format!("taking back '{}'", step.name)));
                 }
             }
+        }
+        if error.failed_undos().is_empty()
+            && let Err(undo) = journal.done(self)
+        {
+            error = error.with_failed_undo(undo);
         }
         if error.failed_undos().is_empty() {
             error.state("everything was put back")

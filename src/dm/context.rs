@@ -25,6 +25,9 @@ use super::udev::{Udev, with_cookie};
 /// The control device.
 pub const CONTROL_PATH: &str = "/dev/mapper/control";
 
+/// Attempts to suspend when signals interrupt.
+const SUSPEND_ATTEMPTS: u32 = 64;
+
 /// Attempts to remove a device that somebody has open for a moment (blkid, a udev rule).
 const REMOVE_ATTEMPTS: u32 = 50;
 /// Pause between them.
@@ -306,8 +309,27 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn suspend(&self, name: &str, how: SuspendFlags) -> Result<()> {
-        dm_ioctl::suspend(&self.control, name, how)
-            .map_err(|source| Error::kernel(format!("suspending {name}"), source))
+        let mut attempt = 1;
+        loop {
+            match dm_ioctl::suspend(&self.control, name, how) {
+                Ok(()) => return Ok(()),
+                // A signal ended the wait for I/O in flight. Without a flush we are putting
+                // something back, which a signal must not prevent.
+                Err(source)
+                    if source.raw_os_error() == Some(libc::EINTR)
+                        && !how.flush
+                        && attempt < SUSPEND_ATTEMPTS =>
+                {
+                    attempt += 1;
+                }
+                Err(source) if source.raw_os_error() == Some(libc::EINTR) => {
+                    return Err(
+                        Error::new(ErrorKind::Interrupted, format!("suspending {name}")).with_source(source)
+                    );
+                }
+                Err(source) => return Err(Error::kernel(format!("suspending {name}"), source)),
+            }
+        }
     }
 
     /// Activates a device's inactive table, if it has one, and lets I/O go on.

@@ -1,5 +1,8 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
 pub mod hooks;
+pub mod job;
 pub mod privilege;
 pub mod request;
+pub mod stack;
+pub mod watchdog;

@@ -3,6 +3,7 @@
 use std::io;
 
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Keeps every page of this process, present and future, in memory: a page fault served from a
 /// frozen filesystem would never return.
@@ -19,6 +20,16 @@ pub fn lock_memory() -> io::Result<()> {
 /// The kernel's errno.
 pub fn unlock_memory() -> io::Result<()> {
     munlockall().map_err(io::Error::from)
+}
+
+/// From now on `signal` has no effect on this process.
+///
+/// # Errors
+/// EINVAL for a signal that cannot be ignored.
+pub fn ignore_signal(signal: Signal) -> io::Result<()> {
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: SIG_IGN runs no code of ours.
+    unsafe { sigaction(signal, &ignore) }.map(|_| ()).map_err(io::Error::from)
 }
 
 /// A place where the tests may end or stall the process. Compiled to nothing without the feature
@@ -54,7 +65,7 @@ pub fn crash_point(name: &str) {
         *seen += 1;
         if *seen == wanted {
             // SIGKILL to oneself cannot fail and does not return to us.
-            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
             loop {
                 std::thread::park();
             }

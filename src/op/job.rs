@@ -1,0 +1,389 @@
+//! A job: one command in progress, its journal of intents, and the lock that says it lives.
+//!
+//! `/run/tidemark/<id>.lock` is locked (flock) from the job's beginning to the process's end, however
+//! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
+//! record (see the state format). Crash argument of a record's replacement:
+//! 1. the new record is written under a temporary name and synced;
+//! 2. it is renamed over the old one;
+//! 3. the directory is synced.
+//!
+//! A crash before 2 leaves the old record, after it the new one; both are whole.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
+use crate::dm::naming::{is_id, new_id};
+use crate::dm::{Action, Change, Journal, Step};
+use crate::format::state::{
+    ChangeRecord, JobRecord, OriginRecord, RECORD_BYTES_MAX, Record, ResourceRecord, decode, encode,
+};
+
+/// Where jobs are.
+pub const RUN_DIR: &str = "/run/tidemark";
+
+/// Most jobs looked at: a bound on a directory that somebody else filled.
+const JOBS_MAX: usize = 4096;
+
+/// A job of this process. Dropped without [`Job::finish`], it leaves its record for `recover`.
+#[derive(Debug)]
+pub struct Job {
+    record: JobRecord,
+    directory: PathBuf,
+    /// Held until the process ends or the job is dropped.
+    _lock: Flock<File>,
+}
+
+impl Job {
+    /// Begins a job in [`RUN_DIR`].
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn begin(command: &str) -> Result<Self> {
+        Self::begin_in(Path::new(RUN_DIR), command)
+    }
+
+    fn begin_in(directory: &Path, command: &str) -> Result<Self> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .io_context(|| format!("making the directory {}", directory.display()))?;
+        let job = new_id();
+        let path = lock_path(directory, &job);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .io_context(|| format!("making {}", path.display()))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| Error::io(format!("locking {}", path.display()), errno.into()))?;
+        let record = JobRecord {
+            job,
+            command: command.to_owned(),
+            process: std::process::id(),
+            started_utc_ns: clock::utc_now_ns(),
+            origin: None,
+            change: None,
+            resources: Vec::new(),
+        };
+        let job = Self { record, directory: directory.to_owned(), _lock: lock };
+        job.save()?;
+        Ok(job)
+    }
+
+    /// Its id, as in the UUIDs of its devices.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.record.job
+    }
+
+    /// Notes what is being copied.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_origin(&mut self, device: &str, number: DeviceNumber, table: &str) -> Result<()> {
+        self.record.origin =
+            Some(OriginRecord { device: device.to_owned(), number, table: table.to_owned() });
+        self.save()
+    }
+
+    /// Notes something that must be taken down if we die: call it *before* making the thing where
+    /// its path is known, else at once after.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn note_resource(&mut self, kind: &str, path: &Path) -> Result<()> {
+        let path = path
+            .to_str()
+            .ok_or_else(|| Error::usage(format!("{} is not a path in UTF-8", path.display())))?;
+        let resource = ResourceRecord { kind: kind.to_owned(), path: path.to_owned() };
+        if !self.record.resources.contains(&resource) {
+            self.record.resources.push(resource);
+        }
+        self.save()
+    }
+
+    /// Forgets what [`Job::note_resource`] noted, once it is gone.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn forget_resource(&mut self, path: &Path) -> Result<()> {
+        self.record.resources.retain(|resource| Path::new(&resource.path) != path);
+        self.save()
+    }
+
+    /// The device number of the filesystem that the record is on: it must not be frozen.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn filesystem(&self) -> Result<DeviceNumber> {
+        let meta = fs::metadata(&self.directory)
+            .io_context(|| format!("looking at {}", self.directory.display()))?;
+        Ok(DeviceNumber::from_dev(meta.dev()))
+    }
+
+    /// Ends the job: everything it made is gone.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn finish(self) -> Result<()> {
+        remove_job(&self.directory, &self.record.job)
+    }
+
+    fn save(&self) -> Result<()> {
+        write_record(&record_path(&self.directory, &self.record.job), &self.record)
+    }
+
+    fn save_change(&mut self, change: &Change, index: usize, undo: bool) -> Result<()> {
+        let (frozen, suspended) = held_at(&change.steps, index, undo);
+        self.record.change = Some(ChangeRecord {
+            name: change.name.clone(),
+            step: index,
+            undo,
+            frozen,
+            suspended,
+            steps: change.steps.iter().map(|step| step.action.to_string()).collect(),
+        });
+        self.save()
+    }
+}
+
+impl Journal for Job {
+    fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
+        self.save_change(change, index, false)
+    }
+
+    fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()> {
+        self.save_change(change, index, true)
+    }
+
+    fn done(&mut self, _change: &Change) -> Result<()> {
+        self.record.change = None;
+        self.save()
+    }
+}
+
+/// What may be frozen and suspended while step `index` is being done or taken back: everything that
+/// a step up to it has brought to rest and none *before* it has let go.
+fn held_at(steps: &[Step], index: usize, undo: bool) -> (Vec<String>, Vec<String>) {
+    let mut frozen: Vec<String> = Vec::new();
+    let mut suspended: Vec<String> = Vec::new();
+    for (at, step) in steps.iter().enumerate().take(index.saturating_add(1)) {
+        // An undo suspends for a moment what it puts back.
+        let undo_actions = if undo && at == index { step.undo.as_slice() } else { &[] };
+        for action in std::iter::once(&step.action).chain(undo_actions) {
+            match action {
+                Action::Freeze { filesystems } => {
+                    frozen.extend(filesystems.iter().map(|path| path.display().to_string()));
+                }
+                Action::Suspend { device, .. } => suspended.push(device.clone()),
+                Action::Thaw { .. } if at < index => frozen.clear(),
+                Action::Resume { device, .. } if at < index => suspended.retain(|other| other != device),
+                _ => {}
+            }
+        }
+    }
+    (frozen, suspended)
+}
+
+/// A job found on disk.
+#[derive(Debug)]
+pub struct FoundJob {
+    /// Its id.
+    pub id: String,
+    /// Its process lives.
+    pub alive: bool,
+    /// Its record; an error where it cannot be read (the kernel's tables do without).
+    pub record: Result<JobRecord>,
+    /// Held while we look after a dead one, so that no two recovers do.
+    lock: Option<Flock<File>>,
+}
+
+impl FoundJob {
+    /// Removes the record and the lock of a dead job, once everything it made is gone.
+    ///
+    /// # Errors
+    /// I/O errors.
+    ///
+    /// # Panics
+    /// For a living job: a broken invariant.
+    pub fn remove(self) -> Result<()> {
+        assert!(self.lock.is_some(), "only a dead job is removed");
+        remove_job(Path::new(RUN_DIR), &self.id)
+    }
+}
+
+/// Every job that left something in [`RUN_DIR`]; the dead ones are locked by us from here on.
+///
+/// # Errors
+/// I/O errors.
+pub fn find_jobs() -> Result<Vec<FoundJob>> {
+    find_jobs_in(Path::new(RUN_DIR))
+}
+
+fn find_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).io_context(|| format!("reading {}", directory.display())),
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.io_context(|| format!("reading {}", directory.display()))?.file_name();
+        let id = name.to_str().and_then(|name| name.split_once('.')).map(|(id, _)| id.to_owned());
+        if let Some(id) = id.filter(|id| is_id(id) && !ids.contains(id)) {
+            ids.push(id);
+        }
+        if ids.len() > JOBS_MAX {
+            return Err(Error::refused(format!("{} holds over {JOBS_MAX} jobs", directory.display())));
+        }
+    }
+    ids.sort();
+    ids.into_iter().map(|id| find_job(directory, id)).collect()
+}
+
+fn find_job(directory: &Path, id: String) -> Result<FoundJob> {
+    let path = lock_path(directory, &id);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .io_context(|| format!("opening {}", path.display()))?;
+    let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Some(lock),
+        Err((_, Errno::EWOULDBLOCK)) => None,
+        Err((_, errno)) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
+    };
+    let record = read_record(&record_path(directory, &id));
+    Ok(FoundJob { id, alive: lock.is_none(), record, lock })
+}
+
+fn remove_job(directory: &Path, id: &str) -> Result<()> {
+    // The lock last: as long as it exists the job can be found.
+    for path in [temporary(&record_path(directory, id)), record_path(directory, id), lock_path(directory, id)]
+    {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).io_context(|| format!("removing {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Replaces the record at `path` (see the module's head).
+///
+/// # Errors
+/// I/O errors.
+pub fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
+    let bytes = encode(record)?;
+    let new = temporary(path);
+    let what = || format!("writing {}", path.display());
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new).io_context(what)?;
+    file.write_all(&bytes).io_context(what)?;
+    file.sync_all().io_context(what)?;
+    fs::rename(&new, path).io_context(what)?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    File::open(directory).and_then(|directory| directory.sync_all()).io_context(what)
+}
+
+/// Reads the record at `path`.
+///
+/// # Errors
+/// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for one that is not right.
+pub fn read_record<R: Record>(path: &Path) -> Result<R> {
+    let what = || format!("reading {}", path.display());
+    let limit = u64::try_from(RECORD_BYTES_MAX).expect("16 MiB fits u64") + 1;
+    let mut bytes = Vec::new();
+    File::open(path).io_context(what)?.take(limit).read_to_end(&mut bytes).io_context(what)?;
+    decode(&bytes).map_err(|error| error.context(path.display().to_string()))
+}
+
+fn record_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.json"))
+}
+
+fn lock_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.lock"))
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dm::Udev;
+
+    #[test]
+    fn a_living_job_is_told_from_a_dead_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job::begin_in(dir.path(), "copy").unwrap();
+        let found = find_jobs_in(dir.path()).unwrap();
+        assert_eq!(found.len(), 1);
+        assert!(found[0].alive);
+        assert_eq!(found[0].record.as_ref().unwrap().job, job.id());
+        drop((found, job));
+        let found = find_jobs_in(dir.path()).unwrap();
+        assert!(!found[0].alive);
+        // While one recover holds it, another sees it as somebody's.
+        assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
+    }
+
+    #[test]
+    fn a_finished_job_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut job = Job::begin_in(dir.path(), "copy").unwrap();
+        job.note_resource("loop", Path::new("/dev/loop7")).unwrap();
+        job.forget_resource(Path::new("/dev/loop7")).unwrap();
+        job.finish().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_broken_record_is_an_error_and_the_job_is_found_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job::begin_in(dir.path(), "copy").unwrap();
+        let id = job.id().to_owned();
+        drop(job);
+        fs::write(record_path(dir.path(), &id), "rubbish").unwrap();
+        let found = find_jobs_in(dir.path()).unwrap();
+        assert!(found[0].record.is_err());
+        assert_eq!(found[0].id, id);
+    }
+
+    #[test]
+    fn intents_say_what_may_be_held() {
+        let suspend = Action::Suspend { device: "d".into(), flush: true, lock_filesystem: false };
+        let resume = Action::Resume { device: "d".into(), udev: Udev::None };
+        let steps = vec![
+            Step::new("freeze", Action::Freeze { filesystems: vec!["/m".into()] }),
+            Step::new("suspend", suspend.clone()),
+            Step::new("switch", resume.clone()).undo(suspend).undo(resume),
+            Step::new("thaw", Action::Thaw { filesystems: vec!["/m".into()] }),
+            Step::new("end", Action::Unguard),
+        ];
+        let held = |index, undo| {
+            let (frozen, suspended) = held_at(&steps, index, undo);
+            (frozen.len(), suspended.len())
+        };
+        assert_eq!(held(0, false), (1, 0));
+        assert_eq!(held(1, false), (1, 1));
+        assert_eq!(held(2, false), (1, 1));
+        assert_eq!(held(3, false), (1, 0));
+        assert_eq!(held(4, false), (0, 0));
+        assert!(held(2, true).1 >= 1);
+    }
+}

@@ -1,0 +1,572 @@
+//! The watchdog: a process of its own that lets the origin go on if the command cannot.
+//!
+//! It is started before anything is frozen, has everything open and locked in memory that it will
+//! need, and leaves the command's session, so that a Ctrl-C or a kill of the process group does not
+//! reach it. Two pipes join it to the command: orders in, verdicts out.
+//!
+//! It acts when its deadline passes, or when the order pipe ends without a "disarm" (the command is
+//! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
+//! thaw. Dropping comes first because a resume *activates* a loaded table: after it, the origin has
+//! either its old table (the stack never came to be) or, where the command had already switched, the
+//! new one, whole. Never half of one.
+//!
+//! While the command lives it may still suspend or freeze something after the watchdog has acted, so
+//! the watchdog goes on acting until the command answers: the command finds the verdict "fired"
+//! before and after each of its own critical steps, stops the watchdog, and takes everything back
+//! itself. FITHAW waits while a freeze is in progress, so every filesystem has its own thread.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::dm::{Dm, Udev};
+use crate::sys::{freeze, process};
+
+/// The hidden first argument that makes the program a watchdog.
+pub const ARGUMENT: &str = "__watchdog";
+
+/// Longest order or verdict, in bytes.
+const LINE_BYTES_MAX: usize = 1 << 20;
+/// How long the watchdog may take to get ready, and to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Pause between two rounds of acting.
+const ROUND: Duration = Duration::from_millis(10);
+/// Longest it goes on acting for a living command that does not answer.
+const ALIVE_MAX: Duration = Duration::from_secs(600);
+/// Longest it tries for a dead command.
+const DEAD_MAX: Duration = Duration::from_secs(60);
+
+/// What the watchdog guards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// Device-mapper names to be resumed.
+    pub devices: Vec<String>,
+    /// Mount points to be thawed.
+    pub filesystems: Vec<PathBuf>,
+    /// Time from arming until it acts.
+    pub budget_ms: u64,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It had nothing to do.
+    Calm,
+    /// It has acted: the words say what it did.
+    Fired(String),
+    /// It died or does not answer.
+    Lost,
+}
+
+/// The command's end of the watchdog.
+#[derive(Debug)]
+pub struct Watchdog {
+    child: Child,
+    orders: Option<ChildStdin>,
+    verdicts: Lines<ChildStdout>,
+}
+
+impl Watchdog {
+    /// Starts `program` as a watchdog and waits until it is ready.
+    ///
+    /// # Errors
+    /// [`ErrorKind::External`] where it cannot be started or does not get ready.
+    pub fn start(program: &Path, order: &Order) -> Result<Self> {
+        let failed = |what: &str| Error::new(ErrorKind::External, format!("the watchdog {what}"));
+        let mut child = Command::new(program)
+            .arg(ARGUMENT)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|source| failed("cannot be started").with_source(source))?;
+        let (orders, verdicts) = match (child.stdin.take(), child.stdout.take()) {
+            (Some(orders), Some(verdicts)) => (orders, verdicts),
+            _ => unreachable!("both streams were asked for as pipes"),
+        };
+        let mut watchdog = Self { child, orders: Some(orders), verdicts: Lines::new(verdicts) };
+        let text = serde_json::to_string(order)
+            .map_err(|source| failed("'s order cannot be written").with_source(source))?;
+        watchdog.send(&text)?;
+        match watchdog.verdicts.next(ANSWER_MAX) {
+            Ok(Line::Text(line)) if line == "ready" => Ok(watchdog),
+            Ok(Line::Text(line)) => Err(failed(&format!("is not ready: {line}"))),
+            Ok(Line::End) => Err(failed("died at its start")),
+            Ok(Line::Nothing) => Err(failed("does not get ready")),
+            Err(source) => Err(failed("does not answer").with_source(source)),
+        }
+    }
+
+    /// Starts its clock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::External`] where it is gone.
+    pub fn arm(&mut self) -> Result<()> {
+        self.send("arm")
+    }
+
+    /// Fails where the watchdog has acted or is gone. Does not wait.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`].
+    pub fn check(&mut self) -> Result<()> {
+        match self.verdicts.next(Duration::ZERO) {
+            Ok(Line::Nothing) => Ok(()),
+            Ok(Line::Text(_)) => Err(budget_ran_out()),
+            Ok(Line::End) | Err(_) => Err(Error::new(ErrorKind::External, "the watchdog has died")),
+        }
+    }
+
+    /// Stops it and waits for its end.
+    #[must_use]
+    pub fn dismiss(mut self) -> Verdict {
+        let asked = self.send("disarm").is_ok();
+        drop(self.orders.take());
+        let mut verdict = Verdict::Lost;
+        let end = Instant::now() + ANSWER_MAX;
+        // Two lines at most, then the end: the one of its acting, and the last one.
+        for _ in 0..if asked { 3 } else { 0 } {
+            match self.verdicts.next(end.saturating_duration_since(Instant::now())) {
+                Ok(Line::Text(line)) if line == "calm" => verdict = Verdict::Calm,
+                Ok(Line::Text(line)) => verdict = Verdict::Fired(line),
+                _ => break,
+            }
+        }
+        self.reap(end);
+        verdict
+    }
+
+    fn reap(&mut self, end: Instant) {
+        while Instant::now() < end {
+            match self.child.try_wait() {
+                Ok(None) => thread::sleep(Duration::from_millis(1)),
+                _ => return,
+            }
+        }
+        // Best effort: it holds nothing that a later command needs.
+        let _ = self.child.kill();
+    }
+
+    fn send(&mut self, line: &str) -> Result<()> {
+        let Some(orders) = self.orders.as_mut() else {
+            return Err(Error::new(ErrorKind::External, "the watchdog was dismissed already"));
+        };
+        orders
+            .write_all(format!("{line}\n").as_bytes())
+            .and_then(|()| orders.flush())
+            .map_err(|source| Error::new(ErrorKind::External, "the watchdog is gone").with_source(source))
+    }
+}
+
+/// The error of a freeze budget that ran out.
+#[must_use]
+pub fn budget_ran_out() -> Error {
+    Error::new(ErrorKind::Timeout, "the freeze budget ran out; the watchdog let the origin go on")
+        .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
+}
+
+/// The process: reads its order from standard input, answers on standard output.
+#[must_use]
+pub fn main() -> ExitCode {
+    // Leave the command's session and process group: what is sent to those must not reach us. Not
+    // being allowed to means that we lead a group already, which is as good.
+    let _ = nix::unistd::setsid();
+    for signal in [nix::sys::signal::Signal::SIGINT, nix::sys::signal::Signal::SIGTERM] {
+        let _ = process::ignore_signal(signal);
+    }
+    // The last process that the kernel should kill for memory; without the right to say so we go on.
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    let streams = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|input| Ok((File::from(input), File::from(io::stdout().as_fd().try_clone_to_owned()?))));
+    match streams.and_then(|(input, output)| serve(input, output, &mut KernelHands::prepare)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// What the watchdog acts on: the kernel, or a test's fake.
+trait Hands: Send + Sync {
+    /// Drops inactive tables and resumes; the count of devices that were let go.
+    fn release_devices(&self) -> io::Result<usize>;
+    /// Thaws filesystem `index`.
+    fn thaw(&self, index: usize) -> io::Result<()>;
+    /// Filesystems guarded.
+    fn filesystem_count(&self) -> usize;
+    /// Leaves a word in the kernel's log: the command may be dead, and nobody else tells.
+    fn tell(&self, text: &str);
+}
+
+type Prepare<'a> = &'a mut dyn FnMut(Order) -> Result<Arc<dyn Hands>>;
+
+fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> {
+    let mut orders = Lines::new(input);
+    let Line::Text(text) = orders.next(ANSWER_MAX)? else { return Ok(()) };
+    let order: Order = serde_json::from_str(&text)?;
+    let budget = Duration::from_millis(order.budget_ms);
+    let hands = match prepare(order) {
+        Ok(hands) => hands,
+        Err(error) => return writeln!(output, "{}", error.to_string().replace('\n', " ")),
+    };
+    writeln!(output, "ready")?;
+    // Nothing is frozen before it is armed: without a limit.
+    match orders.next(Duration::MAX)? {
+        Line::Text(line) if line == "arm" => {}
+        _ => return writeln!(output, "calm"),
+    }
+    let start = Instant::now();
+    match orders.next(budget)? {
+        Line::Text(_) => return writeln!(output, "calm"),
+        Line::Nothing => act_for_the_living(&hands, &mut orders, &mut output, start),
+        Line::End => {
+            let done = act_for_the_dead(&hands);
+            hands.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
+        }
+    }
+    Ok(())
+}
+
+/// The deadline passed and the command is alive: act until it answers or dies.
+fn act_for_the_living(hands: &Arc<dyn Hands>, orders: &mut Lines<File>, output: &mut File, start: Instant) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut released = release(hands);
+    for index in 0..hands.filesystem_count() {
+        let (hands, stop) = (Arc::clone(hands), Arc::clone(&stop));
+        // Not joined: it may be inside FITHAW until a freeze in progress is over.
+        thread::spawn(move || {
+            while !stop.load(Ordering::SeqCst) {
+                let _ = hands.thaw(index);
+                thread::sleep(ROUND);
+            }
+        });
+    }
+    hands.tell(&format!(
+        "the freeze budget ran out after {} ms; the origin goes on",
+        start.elapsed().as_millis()
+    ));
+    // The command may be dead by now; the order pipe tells below.
+    let _ = writeln!(output, "fired");
+    let end = Instant::now() + ALIVE_MAX;
+    while Instant::now() < end {
+        match orders.next(ROUND) {
+            Ok(Line::Nothing) => released += release(hands),
+            Ok(Line::Text(_)) => {
+                stop.store(true, Ordering::SeqCst);
+                let _ = writeln!(output, "fired: {released} device(s) resumed");
+                return;
+            }
+            Ok(Line::End) | Err(_) => {
+                let done = act_for_the_dead(hands);
+                hands.tell(&format!("then the command died; {done}"));
+                return;
+            }
+        }
+    }
+}
+
+fn release(hands: &Arc<dyn Hands>) -> usize {
+    hands.release_devices().unwrap_or(0)
+}
+
+/// The command is dead: nothing new can be frozen or suspended, so each thing is undone once.
+fn act_for_the_dead(hands: &Arc<dyn Hands>) -> String {
+    let end = Instant::now() + DEAD_MAX;
+    let mut resumed = hands.release_devices();
+    while resumed.is_err() && Instant::now() < end {
+        thread::sleep(ROUND);
+        resumed = hands.release_devices();
+    }
+    // Last frozen, first thawed. EINVAL: it is not frozen.
+    let thawed = (0..hands.filesystem_count()).rev().filter(|index| hands.thaw(*index).is_ok()).count();
+    match resumed {
+        Ok(count) => format!("{count} device(s) resumed, {thawed} filesystem(s) thawed"),
+        Err(error) => format!("resuming failed ({error}), {thawed} filesystem(s) thawed"),
+    }
+}
+
+/// The kernel's devices and filesystems, opened beforehand.
+struct KernelHands {
+    dm: Dm,
+    devices: Vec<String>,
+    filesystems: Vec<File>,
+    log: Option<File>,
+}
+
+impl KernelHands {
+    fn prepare(order: Order) -> Result<Arc<dyn Hands>> {
+        let filesystems = order
+            .filesystems
+            .iter()
+            .map(|path| File::open(path).io_context(|| format!("opening {}", path.display())))
+            .collect::<Result<Vec<_>>>()?;
+        let hands = Self {
+            dm: Dm::open()?,
+            devices: order.devices,
+            filesystems,
+            log: OpenOptions::new().write(true).open("/dev/kmsg").ok(),
+        };
+        // Walk the whole path once, so that nothing is read or linked for the first time later.
+        for device in &hands.devices {
+            let _ = hands.dm.info(device)?;
+        }
+        process::lock_memory().io_context(|| "locking the watchdog in memory".to_owned())?;
+        Ok(Arc::new(hands))
+    }
+}
+
+impl Hands for KernelHands {
+    fn release_devices(&self) -> io::Result<usize> {
+        let mut count = 0;
+        let mut failure = None;
+        for device in &self.devices {
+            let result = self.dm.info(device).and_then(|info| match info {
+                // A device that is not suspended may have a table that the command just loaded:
+                // dropping it makes the command's next step harmless.
+                Some(info) => {
+                    self.dm.clear(device)?;
+                    self.dm.resume(device, Udev::None)?;
+                    Ok(usize::from(info.suspended))
+                }
+                None => Ok(0),
+            });
+            match result {
+                Ok(released) => count += released,
+                Err(error) => failure = Some(io::Error::other(error)),
+            }
+        }
+        failure.map_or(Ok(count), Err)
+    }
+
+    fn thaw(&self, index: usize) -> io::Result<()> {
+        freeze::thaw(&self.filesystems[index])
+    }
+
+    fn filesystem_count(&self) -> usize {
+        self.filesystems.len()
+    }
+
+    fn tell(&self, text: &str) {
+        if let Some(mut log) = self.log.as_ref() {
+            // <5>: a notice.
+            let _ = log.write_all(format!("<5>tidemark watchdog: {text}\n").as_bytes());
+        }
+    }
+}
+
+/// Lines from a pipe, each waited for with a limit.
+#[derive(Debug)]
+struct Lines<F> {
+    file: F,
+    buffered: Vec<u8>,
+    ended: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    /// A line, without its end.
+    Text(String),
+    /// None within the limit.
+    Nothing,
+    /// The pipe has ended.
+    End,
+}
+
+impl<F: Read + AsFd> Lines<F> {
+    fn new(file: F) -> Self {
+        Self { file, buffered: Vec::new(), ended: false }
+    }
+
+    fn next(&mut self, limit: Duration) -> io::Result<Line> {
+        let end = Instant::now().checked_add(limit);
+        loop {
+            if let Some(at) = self.buffered.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffered.drain(..=at).collect();
+                return Ok(Line::Text(String::from_utf8_lossy(&line[..at]).into_owned()));
+            }
+            if self.ended {
+                return Ok(Line::End);
+            }
+            if self.buffered.len() > LINE_BYTES_MAX {
+                return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+            }
+            if !self.wait(end)? {
+                return Ok(Line::Nothing);
+            }
+            let mut block = [0u8; 4096];
+            match self.file.read(&mut block) {
+                Ok(0) => self.ended = true,
+                Ok(count) => self.buffered.extend_from_slice(&block[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// False where the limit passes first.
+    fn wait(&self, end: Option<Instant>) -> io::Result<bool> {
+        loop {
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            // Rounded up: a wait that ends early would spin.
+            let timeout = left.map_or(PollTimeout::NONE, |left| {
+                let ms = left.as_nanos().div_ceil(1_000_000).min(60_000);
+                PollTimeout::from(u16::try_from(ms).unwrap_or(60_000))
+            });
+            match poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) if left.is_some_and(|left| left <= Duration::from_millis(60_000)) => return Ok(false),
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => return Ok(true),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+/// For tests: both ends of a pipe.
+#[cfg(test)]
+fn pipe() -> (File, File) {
+    let (read, write) = nix::unistd::pipe().unwrap();
+    (File::from(read), File::from(write))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicUsize;
+
+    #[derive(Default)]
+    struct FakeHands {
+        suspended: AtomicBool,
+        frozen: Mutex<[bool; 2]>,
+        releases: AtomicUsize,
+        told: Mutex<Vec<String>>,
+    }
+
+    impl Hands for FakeHands {
+        fn release_devices(&self) -> io::Result<usize> {
+            self.releases.fetch_add(1, Ordering::SeqCst);
+            Ok(usize::from(self.suspended.swap(false, Ordering::SeqCst)))
+        }
+        fn thaw(&self, index: usize) -> io::Result<()> {
+            let mut frozen = self.frozen.lock().unwrap();
+            if std::mem::replace(&mut frozen[index], false) {
+                Ok(())
+            } else {
+                Err(io::Error::from_raw_os_error(libc::EINVAL))
+            }
+        }
+        fn filesystem_count(&self) -> usize {
+            2
+        }
+        fn tell(&self, text: &str) {
+            self.told.lock().unwrap().push(text.to_owned());
+        }
+    }
+
+    struct Setup {
+        hands: Arc<FakeHands>,
+        orders: Option<File>,
+        verdicts: Lines<File>,
+        thread: Option<thread::JoinHandle<io::Result<()>>>,
+    }
+
+    fn start(budget_ms: u64) -> Setup {
+        let (input, mut orders) = pipe();
+        let (verdicts, output) = pipe();
+        let hands = Arc::new(FakeHands::default());
+        let theirs = Arc::clone(&hands);
+        let thread = thread::spawn(move || {
+            serve(input, output, &mut move |_| {
+                let hands: Arc<dyn Hands> = Arc::<FakeHands>::clone(&theirs);
+                Ok(hands)
+            })
+        });
+        let order = Order { devices: vec!["data".into()], filesystems: vec!["/a".into()], budget_ms };
+        writeln!(orders, "{}", serde_json::to_string(&order).unwrap()).unwrap();
+        let mut setup =
+            Setup { hands, orders: Some(orders), verdicts: Lines::new(verdicts), thread: Some(thread) };
+        assert_eq!(setup.answer(), Line::Text("ready".into()));
+        setup
+    }
+
+    impl Setup {
+        fn say(&mut self, line: &str) {
+            writeln!(self.orders.as_mut().unwrap(), "{line}").unwrap();
+        }
+        fn answer(&mut self) -> Line {
+            self.verdicts.next(Duration::from_secs(20)).unwrap()
+        }
+        fn hold(&self) {
+            self.hands.suspended.store(true, Ordering::SeqCst);
+            *self.hands.frozen.lock().unwrap() = [true, true];
+        }
+        fn is_free(&self) -> bool {
+            !self.hands.suspended.load(Ordering::SeqCst)
+                && *self.hands.frozen.lock().unwrap() == [false, false]
+        }
+        fn end(&mut self) {
+            self.thread.take().unwrap().join().unwrap().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_disarmed_watchdog_does_nothing() {
+        let mut setup = start(60_000);
+        setup.say("arm");
+        setup.hold();
+        setup.say("disarm");
+        assert_eq!(setup.answer(), Line::Text("calm".into()));
+        setup.end();
+        assert!(!setup.is_free());
+        assert_eq!(setup.hands.releases.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn a_dead_command_is_cleaned_up_after() {
+        let mut setup = start(60_000);
+        setup.say("arm");
+        setup.hold();
+        drop(setup.orders.take());
+        setup.end();
+        assert!(setup.is_free());
+        assert!(setup.hands.told.lock().unwrap()[0].contains("1 device(s) resumed, 2 filesystem(s) thawed"));
+    }
+
+    #[test]
+    fn a_command_that_dies_unarmed_is_no_business_of_its() {
+        let mut setup = start(60_000);
+        setup.hold();
+        drop(setup.orders.take());
+        setup.end();
+        assert!(!setup.is_free());
+    }
+
+    #[test]
+    fn an_overdue_command_is_acted_for_until_it_answers() {
+        let mut setup = start(30);
+        setup.say("arm");
+        setup.hold();
+        assert_eq!(setup.answer(), Line::Text("fired".into()));
+        // What is frozen or suspended even later is let go too.
+        setup.hold();
+        let end = Instant::now() + Duration::from_secs(20);
+        while !setup.is_free() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(setup.is_free());
+        setup.say("disarm");
+        assert_eq!(setup.answer(), Line::Text("fired: 2 device(s) resumed".into()));
+        setup.end();
+    }
+}
