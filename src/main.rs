@@ -3,5 +3,8 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tidemark::cli::main()
+    match tidemark::op::hidden::run() {
+        Some(code) => code,
+        None => tidemark::cli::main(),
+    }
 }
