@@ -1,8 +1,7 @@
 //! The kernel's device-mapper, one method per call, with errors that name the device.
 //!
-//! Reading, creating and loading go through the devicemapper crate; suspend, resume, clear, remove
-//! and rename are our own ioctls, because the crate's wait for udev without a limit. Devices are
-//! addressed by name. Nothing here decides an order: that is [`change`](super::change).
+//! Devices are addressed by name. Nothing here decides an order: that is
+//! [`change`](super::change).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,17 +9,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Duration;
 
-use devicemapper::errors::Error as CoreError;
-use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid};
 use serde::Serialize;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
-use crate::sys::dm_ioctl::{self, SuspendFlags};
+use crate::sys::dm_ioctl::{self, Ask, Call, Reply, SuspendFlags};
 
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
 use super::udev::{Udev, with_cookie};
+use super::wire;
 
 /// The control device.
 pub const CONTROL_PATH: &str = "/dev/mapper/control";
@@ -35,7 +33,6 @@ const REMOVE_PAUSE: Duration = Duration::from_millis(40);
 
 /// An open device-mapper.
 pub struct Dm {
-    library: DM,
     control: File,
 }
 
@@ -97,8 +94,11 @@ impl Dm {
                 _ => Error::kernel(format!("opening {CONTROL_PATH}"), source)
                     .next("load the kernel module: modprobe dm_mod"),
             })?;
-        let library = DM::new().map_err(|source| dm_error("opening device-mapper", source))?;
-        Ok(Self { library, control })
+        Ok(Self { control })
+    }
+
+    fn call(&self, call: Call, ask: &Ask<'_>, what: impl FnOnce() -> String) -> Result<Reply> {
+        dm_ioctl::call(&self.control, call, ask).map_err(|source| Error::kernel(what(), source))
     }
 
     /// The interface's version.
@@ -106,7 +106,9 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn version(&self) -> Result<(u32, u32, u32)> {
-        self.library.version().map_err(|source| dm_error("asking for device-mapper's version", source))
+        let what = || "asking for device-mapper's version".to_owned();
+        let [major, minor, patch] = self.call(Call::Version, &Ask::default(), what)?.version;
+        Ok((major, minor, patch))
     }
 
     /// The targets whose modules are loaded, with their versions.
@@ -114,14 +116,9 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn targets(&self) -> Result<Vec<TargetVersion>> {
-        let rows = self
-            .library
-            .list_versions()
-            .map_err(|source| dm_error("listing device-mapper's targets", source))?;
-        Ok(rows
-            .into_iter()
-            .map(|(kind, major, minor, patch)| TargetVersion { kind, version: (major, minor, patch) })
-            .collect())
+        let what = || "listing device-mapper's targets".to_owned();
+        let reply = self.call(Call::ListVersions, &Ask::default(), what)?;
+        wire::decode_versions(&reply.payload)
     }
 
     /// All devices: name and number.
@@ -129,16 +126,8 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn list(&self) -> Result<Vec<(String, DeviceNumber)>> {
-        let rows = self
-            .library
-            .list_devices()
-            .map_err(|source| dm_error("listing device-mapper devices", source))?;
-        Ok(rows
-            .into_iter()
-            .map(|(name, device, _)| {
-                (name.to_string(), DeviceNumber { major: device.major, minor: device.minor })
-            })
-            .collect())
+        let what = || "listing device-mapper devices".to_owned();
+        wire::decode_names(&self.call(Call::ListDevices, &Ask::default(), what)?.payload)
     }
 
     /// Every device whose UUID begins with `prefix`; one that goes away meanwhile is left out.
@@ -162,22 +151,22 @@ impl Dm {
     /// # Errors
     /// The kernel's, and names that cannot be one.
     pub fn info(&self, name: &str) -> Result<Option<DeviceInfo>> {
-        let info = match self.library.device_info(&DevId::Name(dm_name(name)?)) {
-            Ok(info) => info,
-            Err(source) if dm_errno(&source) == Some(libc::ENXIO) => return Ok(None),
-            Err(source) => return Err(dm_error(&format!("asking for device {name}"), source)),
+        let ask = Ask { name: Some(name), ..Ask::default() };
+        let reply = match dm_ioctl::call(&self.control, Call::DevStatus, &ask) {
+            Ok(reply) => reply,
+            Err(source) if source.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+            Err(source) => return Err(Error::kernel(format!("asking for device {name}"), source)),
         };
-        let flags = info.flags();
-        let device = info.device();
+        let has = |flag| reply.flags & flag != 0;
         Ok(Some(DeviceInfo {
             name: name.to_owned(),
-            uuid: info.uuid().map(ToString::to_string).unwrap_or_default(),
-            number: DeviceNumber { major: device.major, minor: device.minor },
-            open_count: u32::try_from(info.open_count()).unwrap_or(0),
-            suspended: flags.contains(DmFlags::DM_SUSPEND),
-            has_active: flags.contains(DmFlags::DM_ACTIVE_PRESENT),
-            has_inactive: flags.contains(DmFlags::DM_INACTIVE_PRESENT),
-            read_only: flags.contains(DmFlags::DM_READONLY),
+            uuid: reply.uuid.clone(),
+            number: DeviceNumber::from_dev(reply.dev),
+            open_count: u32::try_from(reply.open_count).unwrap_or(0),
+            suspended: has(dm_ioctl::FLAG_SUSPEND),
+            has_active: has(dm_ioctl::FLAG_ACTIVE_PRESENT),
+            has_inactive: has(dm_ioctl::FLAG_INACTIVE_PRESENT),
+            read_only: has(dm_ioctl::FLAG_READONLY),
         }))
     }
 
@@ -204,9 +193,9 @@ impl Dm {
     /// # Errors
     /// The kernel's; [`ErrorKind::BadData`] for a table that breaks [`Table`]'s invariants.
     pub fn table(&self, name: &str, slot: Slot) -> Result<Option<Table>> {
-        let mut flags = DmFlags::DM_STATUS_TABLE | DmFlags::DM_NOFLUSH;
+        let mut flags = dm_ioctl::FLAG_STATUS_TABLE | dm_ioctl::FLAG_NOFLUSH;
         if slot == Slot::Inactive {
-            flags |= DmFlags::DM_QUERY_INACTIVE_TABLE;
+            flags |= dm_ioctl::FLAG_QUERY_INACTIVE_TABLE;
         }
         let rows = self.status_rows(name, flags)?;
         if rows.is_empty() {
@@ -220,18 +209,17 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn status(&self, name: &str) -> Result<Vec<(Sectors, Sectors, String, String)>> {
-        let rows = self.status_rows(name, DmFlags::DM_NOFLUSH)?;
+        let rows = self.status_rows(name, dm_ioctl::FLAG_NOFLUSH)?;
         Ok(rows
             .into_iter()
             .map(|(start, length, kind, text)| (Sectors(start), Sectors(length), kind, text))
             .collect())
     }
 
-    fn status_rows(&self, name: &str, flags: DmFlags) -> Result<Vec<(u64, u64, String, String)>> {
-        self.library
-            .table_status(&DevId::Name(dm_name(name)?), DmOptions::default().set_flags(flags))
-            .map(|(_, rows)| rows)
-            .map_err(|source| dm_error(&format!("reading the table of {name}"), source))
+    fn status_rows(&self, name: &str, flags: u32) -> Result<Vec<wire::Row>> {
+        let ask = Ask { name: Some(name), flags, ..Ask::default() };
+        let reply = self.call(Call::TableStatus, &ask, || format!("reading the table of {name}"))?;
+        wire::decode_rows(&reply.payload, reply.target_count)
     }
 
     /// The status of a device that is one `snapshot` target.
@@ -250,11 +238,9 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn dependencies(&self, name: &str) -> Result<Vec<DeviceNumber>> {
-        let rows = self
-            .library
-            .table_deps(&DevId::Name(dm_name(name)?), DmOptions::default())
-            .map_err(|source| dm_error(&format!("asking what {name} maps to"), source))?;
-        Ok(rows.iter().map(|device| DeviceNumber { major: device.major, minor: device.minor }).collect())
+        let ask = Ask { name: Some(name), ..Ask::default() };
+        let reply = self.call(Call::TableDeps, &ask, || format!("asking what {name} maps to"))?;
+        wire::decode_dependencies(&reply.payload)
     }
 
     /// Sends a message to the target at `sector` of a device.
@@ -262,10 +248,13 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn message(&self, name: &str, sector: Sectors, text: &str) -> Result<Option<String>> {
-        self.library
-            .target_msg(&DevId::Name(dm_name(name)?), Some(sector.get()), text)
-            .map(|(_, answer)| answer)
-            .map_err(|source| dm_error(&format!("message '{text}' to {name}"), source))
+        let payload = wire::encode_message(sector.get(), text);
+        let ask = Ask { name: Some(name), payload: &payload, ..Ask::default() };
+        let reply = self.call(Call::TargetMessage, &ask, || format!("message '{text}' to {name}"))?;
+        if reply.flags & dm_ioctl::FLAG_DATA_OUT == 0 {
+            return Ok(None);
+        }
+        wire::text(&reply.payload, 0).map(Some)
     }
 
     /// Makes a device without a table.
@@ -273,12 +262,9 @@ impl Dm {
     /// # Errors
     /// The kernel's: EBUSY where name or UUID is taken.
     pub fn create(&self, name: &str, uuid: &str) -> Result<DeviceNumber> {
-        let bad = |source| dm_error(&format!("making device {name}"), source);
-        let dm_uuid = DmUuid::new(uuid).map_err(bad)?;
-        let info =
-            self.library.device_create(dm_name(name)?, Some(dm_uuid), DmOptions::default()).map_err(bad)?;
-        let device = info.device();
-        Ok(DeviceNumber { major: device.major, minor: device.minor })
+        let ask = Ask { name: Some(name), uuid: Some(uuid), ..Ask::default() };
+        let reply = self.call(Call::DevCreate, &ask, || format!("making device {name}"))?;
+        Ok(DeviceNumber::from_dev(reply.dev))
     }
 
     /// Loads a table into a device's inactive slot.
@@ -286,13 +272,16 @@ impl Dm {
     /// # Errors
     /// The kernel's; the details are in its log (`dmesg`).
     pub fn load(&self, name: &str, table: &Table) -> Result<()> {
-        self.library
-            .table_load(&DevId::Name(dm_name(name)?), &table.to_kernel(), DmOptions::default())
+        let payload = wire::encode_table(table);
+        let ask = Ask {
+            name: Some(name),
+            target_count: u32::try_from(table.lines().len()).expect("a table's lines are bounded"),
+            payload: &payload,
+            ..Ask::default()
+        };
+        self.call(Call::TableLoad, &ask, || format!("loading the table of {name}"))
             .map(|_| ())
-            .map_err(|source| {
-                dm_error(&format!("loading the table of {name}"), source)
-                    .next("the kernel's log has the reason: dmesg | grep device-mapper")
-            })
+            .map_err(|error| error.next("the kernel's log has the reason: dmesg | grep device-mapper"))
     }
 
     /// Drops a device's inactive table, if it has one.
@@ -434,26 +423,5 @@ impl Dm {
             .custom_flags(flags | libc::O_CLOEXEC)
             .open(&path)
             .io_context(|| format!("opening {}", path.display()))
-    }
-}
-
-fn dm_name(name: &str) -> Result<&DmName> {
-    DmName::new(name).map_err(|source| {
-        Error::usage(format!("'{name}' cannot be the name of a device-mapper device")).with_source(source)
-    })
-}
-
-fn dm_errno(error: &DmError) -> Option<i32> {
-    match error {
-        DmError::Core(CoreError::Ioctl(_, _, _, errno)) => Some(**errno as i32),
-        _ => None,
-    }
-}
-
-/// The crate's error text is its whole request; errno says as much in a line.
-fn dm_error(what: &str, source: DmError) -> Error {
-    match dm_errno(&source) {
-        Some(errno) => Error::kernel(what, io::Error::from_raw_os_error(errno)),
-        None => Error::kernel(what, source),
     }
 }

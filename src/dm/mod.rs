@@ -12,6 +12,7 @@ pub mod status;
 pub mod table;
 pub mod target;
 pub mod udev;
+mod wire;
 
 pub use change::{Action, Change, Executor, Journal, Step};
 pub use context::{DeviceInfo, Dm, Slot, TargetVersion};

@@ -1,8 +1,9 @@
-//! Device-mapper calls issued without anybody's udev wait: suspend, resume, clear, remove, rename.
+//! Device-mapper's control device: one ioctl each, the udev cookie chosen by the caller, no retries.
 //!
-//! The devicemapper crate waits for udev without a time limit inside resume, rename and remove. In
-//! the critical section that would hang the origin, so these five are our own: one ioctl each, the
-//! cookie (or none) chosen by the caller, no retries. Nothing here allocates.
+//! Why not the devicemapper crate: version 0.34 refuses every call where udevd does not run, and
+//! waits for udev without a time limit where it does. In the critical section that wait would hang
+//! the origin. The calls made while something is suspended ([`suspend`], [`resume`], [`clear`])
+//! allocate nothing.
 //!
 //! Structure and numbers: Linux `include/uapi/linux/dm-ioctl.h`, interface version 4.0.0.
 
@@ -14,15 +15,35 @@ use std::os::fd::AsRawFd;
 pub const NAME_BYTES_MAX: usize = 127;
 /// Longest UUID, in bytes (the kernel's field is 129 with its final zero).
 pub const UUID_BYTES_MAX: usize = 128;
+/// Longest answer asked for: bounds the buffer that grows until the kernel's answer fits.
+pub const REPLY_BYTES_MAX: usize = 64 << 20;
+/// First size of that buffer.
+const REPLY_BYTES_FIRST: usize = 16 << 10;
 
-const FLAG_SUSPEND: u32 = 1 << 1;
+/// The device is read-only.
+pub const FLAG_READONLY: u32 = 1;
+/// In: suspend instead of resume. Out: the device is suspended.
+pub const FLAG_SUSPEND: u32 = 1 << 1;
+/// Answer with tables instead of states.
+pub const FLAG_STATUS_TABLE: u32 = 1 << 4;
+/// The device has a table in use.
+pub const FLAG_ACTIVE_PRESENT: u32 = 1 << 5;
+/// The device has a table loaded and not in use.
+pub const FLAG_INACTIVE_PRESENT: u32 = 1 << 6;
+const FLAG_BUFFER_FULL: u32 = 1 << 8;
 const FLAG_SKIP_LOCKFS: u32 = 1 << 10;
-const FLAG_NOFLUSH: u32 = 1 << 11;
+/// Do not flush: I/O before a suspension, metadata before a status.
+pub const FLAG_NOFLUSH: u32 = 1 << 11;
+/// Answer for the inactive table.
+pub const FLAG_QUERY_INACTIVE_TABLE: u32 = 1 << 12;
 const FLAG_UEVENT_GENERATED: u32 = 1 << 13;
+/// A message was answered with text.
+pub const FLAG_DATA_OUT: u32 = 1 << 16;
 
-/// `struct dm_ioctl`, with room behind it for a new name (rename takes it as payload).
+/// `struct dm_ioctl`.
 #[repr(C)]
-struct Request {
+#[derive(Clone, Copy)]
+struct Header {
     version: [u32; 3],
     data_size: u32,
     data_start: u32,
@@ -35,21 +56,75 @@ struct Request {
     name: [u8; 128],
     uuid: [u8; 129],
     data: [u8; 7],
-    payload: [u8; 128],
 }
 
 const HEADER_BYTES: usize = 312;
-const _: () = assert!(std::mem::size_of::<Request>() == HEADER_BYTES + 128);
-const _: () = assert!(std::mem::offset_of!(Request, payload) == HEADER_BYTES);
+const _: () = assert!(std::mem::size_of::<Header>() == HEADER_BYTES);
 
-// The ioctl's size field is that of the header alone, whatever follows it.
+/// A header and room behind it for a new name (rename takes it as payload).
+#[repr(C)]
+struct Short {
+    header: Header,
+    payload: [u8; 128],
+}
+
 const fn code(number: u8) -> libc::c_ulong {
+    // The size in the code is that of the header alone, whatever follows it.
     nix::request_code_readwrite!(0xfd, number, HEADER_BYTES)
 }
 const DEV_REMOVE: libc::c_ulong = code(4);
 const DEV_RENAME: libc::c_ulong = code(5);
 const DEV_SUSPEND: libc::c_ulong = code(6);
 const TABLE_CLEAR: libc::c_ulong = code(10);
+
+/// A call whose answer may be long. The number is the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the kernel's names
+pub enum Call {
+    Version = 0,
+    ListDevices = 2,
+    DevCreate = 3,
+    DevStatus = 7,
+    TableLoad = 9,
+    TableDeps = 11,
+    TableStatus = 12,
+    ListVersions = 13,
+    TargetMessage = 14,
+}
+
+/// What goes into a [`Call`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ask<'a> {
+    /// The device's name, where the call is about one.
+    pub name: Option<&'a str>,
+    /// The UUID of a device to be made.
+    pub uuid: Option<&'a str>,
+    /// `FLAG_` values.
+    pub flags: u32,
+    /// Targets in `payload`.
+    pub target_count: u32,
+    /// What follows the header.
+    pub payload: &'a [u8],
+}
+
+/// What came out of a [`Call`].
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// The interface's version.
+    pub version: [u32; 3],
+    /// `FLAG_` values.
+    pub flags: u32,
+    /// How many have the device open.
+    pub open_count: i32,
+    /// The device's number, encoded as in `dev_t`.
+    pub dev: u64,
+    /// Targets in `payload`.
+    pub target_count: u32,
+    /// The device's UUID.
+    pub uuid: String,
+    /// What followed the header.
+    pub payload: Vec<u8>,
+}
 
 /// What a suspension does before it holds I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,11 +140,12 @@ pub struct SuspendFlags {
 #[must_use]
 pub struct UeventSent(pub bool);
 
-fn request(name: &str, flags: u32, event_nr: u32) -> io::Result<Request> {
-    let mut request = Request {
+fn header(name: Option<&str>, flags: u32, event_nr: u32, size: usize) -> io::Result<Header> {
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let mut header = Header {
         version: [4, 0, 0],
-        data_size: u32::try_from(std::mem::size_of::<Request>()).expect("440 fits u32"),
-        data_start: u32::try_from(HEADER_BYTES).expect("312 fits u32"),
+        data_size: u32::try_from(size).map_err(|_| invalid())?,
+        data_start: u32::try_from(HEADER_BYTES).map_err(|_| invalid())?,
         target_count: 0,
         open_count: 0,
         flags,
@@ -79,35 +155,47 @@ fn request(name: &str, flags: u32, event_nr: u32) -> io::Result<Request> {
         name: [0; 128],
         uuid: [0; 129],
         data: [0; 7],
-        payload: [0; 128],
     };
-    put_text(&mut request.name, name)?;
-    Ok(request)
+    if let Some(name) = name {
+        put_text(&mut header.name, name)?;
+    }
+    Ok(header)
 }
 
-fn put_text(field: &mut [u8; 128], text: &str) -> io::Result<()> {
-    if text.is_empty() || text.len() > NAME_BYTES_MAX || text.contains('\0') {
+fn put_text(field: &mut [u8], text: &str) -> io::Result<()> {
+    if text.is_empty() || text.len() >= field.len() || text.contains('\0') {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     field[..text.len()].copy_from_slice(text.as_bytes());
     Ok(())
 }
 
-fn call(control: &File, number: libc::c_ulong, request: &mut Request) -> io::Result<UeventSent> {
+fn get_text(field: &[u8]) -> String {
+    let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
+    String::from_utf8_lossy(&field[..end]).into_owned()
+}
+
+fn short_call(control: &File, number: libc::c_ulong, request: &mut Short) -> io::Result<UeventSent> {
     // SAFETY: the descriptor is open for as long as `control` is borrowed; `request` is a live,
-    // exclusively borrowed `repr(C)` structure whose layout begins with `struct dm_ioctl`, and its
-    // `data_size` is its true size, which bounds what the kernel reads and writes.
+    // exclusively borrowed `repr(C)` structure that begins with `struct dm_ioctl`, and its
+    // `data_size`, set by `short`, is its true size, which bounds what the kernel reads and writes.
     let result = unsafe { libc::ioctl(control.as_raw_fd(), number, std::ptr::from_mut(request)) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(UeventSent(request.flags & FLAG_UEVENT_GENERATED != 0))
+    Ok(UeventSent(request.header.flags & FLAG_UEVENT_GENERATED != 0))
+}
+
+fn short(name: &str, flags: u32, event_nr: u32) -> io::Result<Short> {
+    let header = header(Some(name), flags, event_nr, std::mem::size_of::<Short>())?;
+    Ok(Short { header, payload: [0; 128] })
 }
 
 /// Holds all I/O of device `name` until it is resumed. `control` is /dev/mapper/control.
 ///
 /// # Errors
-/// The kernel's errno: ENXIO for no such device, EINVAL where it is suspended already.
+/// The kernel's errno: ENXIO for no such device, EINVAL where it is suspended already, EINTR where a
+/// signal came while queued I/O was waited for (the device goes on).
 pub fn suspend(control: &File, name: &str, how: SuspendFlags) -> io::Result<()> {
     let mut flags = FLAG_SUSPEND;
     if !how.flush {
@@ -116,7 +204,7 @@ pub fn suspend(control: &File, name: &str, how: SuspendFlags) -> io::Result<()> 
     if !how.lock_filesystem {
         flags |= FLAG_SKIP_LOCKFS;
     }
-    call(control, DEV_SUSPEND, &mut request(name, flags, 0)?).map(|_| ())
+    short_call(control, DEV_SUSPEND, &mut short(name, flags, 0)?).map(|_| ())
 }
 
 /// Activates the inactive table of `name`, if one is loaded, and lets I/O go on. A device that is
@@ -126,9 +214,9 @@ pub fn suspend(control: &File, name: &str, how: SuspendFlags) -> io::Result<()> 
 /// # Errors
 /// The kernel's errno.
 pub fn resume(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSent> {
-    // Taking over a new table flushes nothing and freezes nothing: the caller has suspended before,
-    // or the device is new.
-    call(control, DEV_SUSPEND, &mut request(name, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
+    // Where a table is taken over, the kernel suspends by itself a device that is not: it must not
+    // flush or freeze then.
+    short_call(control, DEV_SUSPEND, &mut short(name, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
 }
 
 /// Drops the inactive table of `name`, if one is loaded.
@@ -136,7 +224,7 @@ pub fn resume(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSen
 /// # Errors
 /// The kernel's errno.
 pub fn clear(control: &File, name: &str) -> io::Result<()> {
-    call(control, TABLE_CLEAR, &mut request(name, 0, 0)?).map(|_| ())
+    short_call(control, TABLE_CLEAR, &mut short(name, 0, 0)?).map(|_| ())
 }
 
 /// Removes device `name`: one attempt.
@@ -144,7 +232,7 @@ pub fn clear(control: &File, name: &str) -> io::Result<()> {
 /// # Errors
 /// The kernel's errno: EBUSY while somebody has it open or maps to it.
 pub fn remove(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSent> {
-    call(control, DEV_REMOVE, &mut request(name, 0, event_nr)?)
+    short_call(control, DEV_REMOVE, &mut short(name, 0, event_nr)?)
 }
 
 /// Renames device `name` to `to`.
@@ -152,9 +240,88 @@ pub fn remove(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSen
 /// # Errors
 /// The kernel's errno: EBUSY where the new name is taken.
 pub fn rename(control: &File, name: &str, to: &str, event_nr: u32) -> io::Result<UeventSent> {
-    let mut request = request(name, 0, event_nr)?;
+    let mut request = short(name, 0, event_nr)?;
     put_text(&mut request.payload, to)?;
-    call(control, DEV_RENAME, &mut request)
+    short_call(control, DEV_RENAME, &mut request)
+}
+
+/// Makes a call whose answer may be long; the buffer grows until it fits.
+///
+/// # Errors
+/// The kernel's errno; EMSGSIZE for an answer over [`REPLY_BYTES_MAX`], EPROTO for one whose sizes
+/// contradict themselves.
+pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
+    let number = match call {
+        Call::Version => code(0),
+        Call::ListDevices => code(2),
+        Call::DevCreate => code(3),
+        Call::DevStatus => code(7),
+        Call::TableLoad => code(9),
+        Call::TableDeps => code(11),
+        Call::TableStatus => code(12),
+        Call::ListVersions => code(13),
+        Call::TargetMessage => code(14),
+    };
+    let mut size = (HEADER_BYTES + ask.payload.len()).max(REPLY_BYTES_FIRST);
+    while size <= REPLY_BYTES_MAX {
+        let mut head = header(ask.name, ask.flags, 0, size)?;
+        head.target_count = ask.target_count;
+        if let Some(uuid) = ask.uuid {
+            put_text(&mut head.uuid, uuid)?;
+        }
+        // Of u64, for the header's alignment.
+        let mut buffer = vec![0u64; size.div_ceil(8)];
+        let head = exchange(control, number, &mut buffer, size, head, ask.payload)?;
+        if head.flags & FLAG_BUFFER_FULL == 0 {
+            return reply(&buffer, &head, size);
+        }
+        size *= 2;
+    }
+    Err(io::Error::from_raw_os_error(libc::EMSGSIZE))
+}
+
+/// Puts header and payload into the buffer, calls, and takes the header out again.
+fn exchange(
+    control: &File,
+    number: libc::c_ulong,
+    buffer: &mut [u64],
+    size: usize,
+    head: Header,
+    payload: &[u8],
+) -> io::Result<Header> {
+    assert!(buffer.len() * 8 >= size && size >= HEADER_BYTES + payload.len());
+    let start = buffer.as_mut_ptr();
+    // SAFETY: the buffer is at least `size` bytes (asserted), 8-aligned as u64, exclusively borrowed,
+    // and lives through the block; header and payload fit it (asserted) and the payload, another
+    // borrow, does not overlap it. The descriptor is open while `control` is borrowed. `data_size` in
+    // the header is `size`, which bounds what the kernel reads and writes. Every bit pattern is a
+    // valid `Header`.
+    unsafe {
+        start.cast::<Header>().write(head);
+        std::ptr::copy_nonoverlapping(payload.as_ptr(), start.cast::<u8>().add(HEADER_BYTES), payload.len());
+        if libc::ioctl(control.as_raw_fd(), number, start) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(start.cast::<Header>().read())
+    }
+}
+
+fn reply(buffer: &[u64], head: &Header, size: usize) -> io::Result<Reply> {
+    let start = usize::try_from(head.data_start).unwrap_or(usize::MAX);
+    let end = usize::try_from(head.data_size).unwrap_or(usize::MAX).max(start);
+    if start < HEADER_BYTES || end > size {
+        return Err(io::Error::from_raw_os_error(libc::EPROTO));
+    }
+    let bytes: Vec<u8> = buffer.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    Ok(Reply {
+        version: head.version,
+        flags: head.flags,
+        open_count: head.open_count,
+        dev: head.dev,
+        target_count: head.target_count,
+        uuid: get_text(&head.uuid),
+        payload: bytes[start..end].to_vec(),
+    })
 }
 
 #[cfg(test)]
@@ -170,9 +337,21 @@ mod tests {
 
     #[test]
     fn names_are_bounded() {
-        assert!(request("", 0, 0).is_err());
-        assert!(request("a\0b", 0, 0).is_err());
-        assert!(request(&"x".repeat(128), 0, 0).is_err());
-        assert!(request(&"x".repeat(127), 0, 0).is_ok());
+        assert!(short("", 0, 0).is_err());
+        assert!(short("a\0b", 0, 0).is_err());
+        assert!(short(&"x".repeat(128), 0, 0).is_err());
+        assert!(short(&"x".repeat(127), 0, 0).is_ok());
+    }
+
+    #[test]
+    fn replies_that_contradict_themselves_are_refused() {
+        let buffer = vec![0u64; 64];
+        let mut head = header(None, 0, 0, 512).unwrap();
+        assert_eq!(reply(&buffer, &head, 512).unwrap().payload.len(), 200);
+        head.data_size = 513;
+        assert!(reply(&buffer, &head, 512).is_err());
+        head.data_size = 0;
+        head.data_start = 8;
+        assert!(reply(&buffer, &head, 512).is_err());
     }
 }

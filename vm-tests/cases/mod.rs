@@ -3,6 +3,7 @@
 
 mod golden;
 mod harness;
+mod stack;
 
 use crate::harness::Case;
 
@@ -11,5 +12,6 @@ pub fn all() -> Vec<Case> {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(golden::cases());
+    cases.extend(stack::cases());
     cases
 }

@@ -1,0 +1,71 @@
+# Shared by the stack cases: an origin under load, and a stack inserted without a copy.
+# shellcheck shell=bash
+
+REPORT=/run/stack-report
+
+# The origin "data": a linear device of disk 0 with a mounted ext4 on /mnt/data. Disk 1 is the COW store.
+make_origin() {
+    local sectors
+    sectors=$(blockdev --getsz "$(disk 0)")
+    # Two segments, so that the table that comes back is worth comparing.
+    dmsetup create data <<TABLE
+0 $((sectors / 2)) linear $(disk 0) 0
+$((sectors / 2)) $((sectors / 2)) linear $(disk 0) $((sectors / 2))
+TABLE
+    settle
+    TABLE_BEFORE=$(dmsetup table data)
+    ORIGIN=$(dm_node data)
+    mkfs.ext4 -q "$ORIGIN"
+    mkdir -p /mnt/data
+    mount "$ORIGIN" /mnt/data
+    COW=$(stat -L -c '%Hr:%Lr' "$(disk 1)")
+    fresh_store
+}
+
+fresh_store() { dd if=/dev/zero of="$(disk 1)" bs=1M count=1 oflag=direct status=none; }
+
+# Random writes with verification headers, until stop_load: the application.
+start_load() {
+    fio --name=load --directory=/mnt/data --size=12m --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
+        --verify=crc32c --do_verify=0 --time_based --runtime=600 --randseed="$SEED" --fallocate=none \
+        >"$ARTIFACTS/fio" 2>&1 &
+    LOAD=$!
+    wait_until 30 test -s /mnt/data/load.0.0
+    sleep 0.5
+}
+
+load_goes_on() {
+    kill -0 "$LOAD" 2>/dev/null || fail "the load has died"
+    local before after
+    before=$(awk '/write_bytes/ && !/cancelled/ { print $2 }' "/proc/$(pgrep -P "$LOAD" fio | head -n 1)/io")
+    sleep 0.5
+    after=$(awk '/write_bytes/ && !/cancelled/ { print $2 }' "/proc/$(pgrep -P "$LOAD" fio | head -n 1)/io")
+    [ "$after" -gt "$before" ] || fail "the load stands still"
+}
+
+stop_load() {
+    kill -INT "$LOAD"
+    wait "$LOAD" || true
+    ! grep -q 'error=\|err=[^ ]*[1-9]' "$ARTIFACTS/fio" || fail "the load saw an error: $(grep 'err' "$ARTIFACTS/fio")"
+}
+
+# insert BUDGET_MS HOOK: a stack held until remove_stack; fails where the insertion does.
+insert() {
+    rm -f "$REPORT" /run/hold
+    mkfifo /run/hold
+    "$TIDEMARK" __stack "$REPORT" data "$COW" "$1" "$2" /mnt/data </run/hold &
+    HOLDER=$!
+    exec 9>/run/hold
+    wait_until 30 test -s "$REPORT"
+}
+
+remove_stack() {
+    exec 9>&-
+    wait "$HOLDER" || fail "removal: exit status $?, $(cat "$REPORT")"
+}
+
+assert_as_before() {
+    assert_same "the table of data" "$(dmsetup table data)" "$TABLE_BEFORE"
+    assert_same "suspended devices" "$(suspended_devices)" ""
+    assert_no_tidemark_left
+}

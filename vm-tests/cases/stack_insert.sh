@@ -1,0 +1,31 @@
+# A stack goes under a mounted, busy ext4 and away again: the snapshot shows the instant, the load never stops,
+# the table is the same text as before.
+. "$REPO/vm-tests/cases/lib_stack.sh"
+
+make_origin
+start_load
+for round in 1 2; do
+    # What can be read beneath at the instant is the truth that the snapshot is judged by.
+    insert 20000 'dd if=$TIDEMARK_ORIGIN_BELOW bs=1M iflag=direct status=none | sha256sum >/run/digest'
+    note "round $round: $(cat "$REPORT")"
+    grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
+    assert_same "the origin's target" "$(dmsetup table data | cut -d' ' -f3)" snapshot-origin
+    load_goes_on
+    assert_same "the snapshot" "$(digest "$(dm_node data-snap)")" "$(cut -d' ' -f1 /run/digest)"
+    remove_stack
+    grep -q 'status Active' "$REPORT" || fail "$(cat "$REPORT")"
+    assert_as_before
+    load_goes_on
+    fresh_store
+done
+stop_load
+umount /mnt/data
+e2fsck -fn "$ORIGIN" || fail "the origin's filesystem is damaged"
+
+# Another copy of the same origin is refused while one is in place.
+mount "$ORIGIN" /mnt/data
+insert 20000 true
+assert_status 3 "$TIDEMARK" __stack /run/second data "$COW" 2000 true /mnt/data </dev/null
+grep -q 'refused' /run/second || fail "$(cat /run/second)"
+remove_stack
+assert_as_before
