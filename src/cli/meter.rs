@@ -114,7 +114,7 @@ impl Meter {
 pub fn phase_text(phase: Phase) -> &'static str {
     match phase {
         Phase::Prepare => "preparing",
-        Phase::Instant => "taking the instant",
+        Phase::Instant => "instant",
         Phase::Data => "copying",
         Phase::Originals => "originals",
         Phase::Verify => "verifying",

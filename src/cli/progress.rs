@@ -2,11 +2,12 @@
 //!
 //! All of it is talk: a failed write never disturbs the copy.
 
+use std::fmt;
 use std::io::{self, IsTerminal};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 use super::meter::{Meter, duration_text, phase_text, store_text};
@@ -115,28 +116,37 @@ fn plain_line(meter: &Meter) -> String {
     line
 }
 
-/// A bar on the terminal.
+/// A bar on the terminal, and beneath it a line for the store once there is one.
 struct Bar {
     meter: Mutex<Meter>,
     bar: ProgressBar,
+    store: Arc<Mutex<String>>,
 }
 
 impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(BAR_HZ));
-        bar.set_style(Self::style(false));
         set_bar(Some(bar.clone()));
-        Self { meter: Mutex::default(), bar }
+        Self { meter: Mutex::default(), bar, store: Arc::default() }
     }
 
-    fn style(with_total: bool) -> ProgressStyle {
-        let template = match (with_total, stderr_has_colour()) {
-            (true, true) => "{prefix:>18.bold} [{wide_bar:.cyan/blue}] {percent:>3}%  {msg}",
-            (true, false) => "{prefix:>18} [{wide_bar}] {percent:>3}%  {msg}",
-            (false, true) => "{prefix:>18.bold} {spinner} {msg}",
-            (false, false) => "{prefix:>18} {spinner} {msg}",
+    fn style(&self, meter: &Meter) -> ProgressStyle {
+        let colour = stderr_has_colour();
+        let first = match (meter.total().is_some(), colour) {
+            (true, true) => "{prefix:>10.bold} [{bar:20.cyan/blue}] {percent:>3}% {wide_msg}",
+            (true, false) => "{prefix:>10} [{bar:20}] {percent:>3}% {wide_msg}",
+            (false, true) => "{prefix:>10.bold} {spinner} {wide_msg}",
+            (false, false) => "{prefix:>10} {spinner} {wide_msg}",
         };
-        ProgressStyle::with_template(template).expect("the templates are constants").progress_chars("=> ")
+        let second = if meter.store().is_some() { "\n{store_fill}" } else { "" };
+        let store = Arc::clone(&self.store);
+        ProgressStyle::with_template(&format!("{first}{second}"))
+            .expect("the templates are constants")
+            .progress_chars("=> ")
+            .with_key("store_fill", move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                // A String cannot refuse.
+                let _ = out.write_str(&lock(&store));
+            })
     }
 
     fn draw(&self, meter: &Meter) {
@@ -149,7 +159,7 @@ impl Bar {
     }
 }
 
-/// What stands to the right of the bar.
+/// What stands to the right of the bar: 45 columns at most, so that it fits a terminal of 80.
 fn bar_message(meter: &Meter) -> String {
     let mut parts = Vec::new();
     match meter.total() {
@@ -163,9 +173,6 @@ fn bar_message(meter: &Meter) -> String {
     if let Some(left) = meter.left() {
         parts.push(format!("{} left", duration_text(left)));
     }
-    if let Some(fill) = meter.store() {
-        parts.push(store_text(fill));
-    }
     parts.join(", ")
 }
 
@@ -174,13 +181,21 @@ impl Observer for Bar {
         let mut meter = lock(&self.meter);
         meter.take(event, Instant::now());
         match event {
-            Event::Phase { phase, total } => {
-                self.bar.set_style(Self::style(total.is_some()));
+            Event::Phase { phase, .. } => {
+                self.bar.set_style(self.style(&meter));
                 self.bar.set_prefix(phase_text(*phase));
                 self.bar.reset();
                 self.draw(&meter);
             }
-            Event::Progress { .. } | Event::Store(_) => self.draw(&meter),
+            Event::Progress { .. } => self.draw(&meter),
+            Event::Store(fill) => {
+                let text = format!("{:>10} {}", "", store_text(fill));
+                let first = std::mem::replace(&mut *lock(&self.store), text).is_empty();
+                if first {
+                    self.bar.set_style(self.style(&meter));
+                }
+                self.draw(&meter);
+            }
             Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
             Event::Note { text } => talk(&format!("{text}\n")),
             Event::Warning { text } => talk(&format!("warning: {text}\n")),
@@ -270,10 +285,7 @@ mod tests {
             plain_line(&meter),
             "copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, store 1 MiB of 1 GiB, 7 exceptions\n"
         );
-        assert_eq!(
-            bar_message(&meter),
-            "20 MiB of 100 MiB, 10 MiB/s, 8 s left, store 1 MiB of 1 GiB, 7 exceptions"
-        );
+        assert_eq!(bar_message(&meter), "20 MiB of 100 MiB, 10 MiB/s, 8 s left");
     }
 
     #[test]
