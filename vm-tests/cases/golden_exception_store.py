@@ -9,6 +9,7 @@ import os
 import sys
 
 PAGE = 4096
+BLOCK = 1 << 20
 UNIT = 16
 # Origin chunks are overwritten in the order (i * STEP) mod chunks: no two exceptions follow one another.
 STEP = 7
@@ -27,32 +28,37 @@ class Device:
     def __init__(self, path):
         self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
         self.bytes = os.lseek(self.fd, 0, os.SEEK_END)
-        self.buffer = mmap.mmap(-1, PAGE)
+        self.buffer = mmap.mmap(-1, BLOCK)
 
-    def read(self, offset):
-        assert os.preadv(self.fd, [self.buffer], offset) == PAGE
-        return bytes(self.buffer)
+    def read(self, offset, length):
+        view = memoryview(self.buffer)[:length]
+        assert os.preadv(self.fd, [view], offset) == length
+        return bytes(view)
 
     def write(self, offset, data):
-        self.buffer[:] = data
-        assert os.pwritev(self.fd, [self.buffer], offset) == PAGE
+        view = memoryview(self.buffer)[: len(data)]
+        view[:] = data
+        assert os.pwritev(self.fd, [view], offset) == len(data)
+
+    def fill(self, word):
+        for offset in range(0, self.bytes, BLOCK):
+            first = offset // PAGE
+            self.write(offset, b"".join(page(word, first + n) for n in range(BLOCK // PAGE)))
 
 
 def prepare(origin, store):
     origin, store = Device(origin), Device(store)
-    for offset in range(0, origin.bytes, PAGE):
-        origin.write(offset, page(b"orig", offset // PAGE))
+    origin.fill(b"orig")
     # A used disk: only what the kernel takes for "no store yet" is clean.
-    for offset in range(0, store.bytes, PAGE):
-        store.write(offset, page(b"junk", offset // PAGE))
+    store.fill(b"junk")
     store.write(0, bytes(PAGE))
 
 
 def digest(path):
     device = Device(path)
     total = hashlib.sha256()
-    for offset in range(0, device.bytes, PAGE):
-        total.update(device.read(offset))
+    for offset in range(0, device.bytes, BLOCK):
+        total.update(device.read(offset, BLOCK))
     print(total.hexdigest())
 
 
@@ -77,7 +83,7 @@ def write_down(store, chunk_sectors, exceptions, status, target):
     used_sectors = int(status.split("/")[0])
     # Two chunks beyond what is used: what the disk held before must not be taken for a part of the store.
     end = used_sectors * 512 + 2 * chunk_bytes
-    image = b"".join(device.read(offset) for offset in range(0, end, PAGE))
+    image = b"".join(device.read(offset, PAGE) for offset in range(0, end, PAGE))
     with open(target + ".cow", "w", encoding="ascii") as text:
         text.write("bytes %d\n" % len(image))
         offset = 0

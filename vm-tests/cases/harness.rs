@@ -12,6 +12,32 @@ pub fn cases() -> Vec<Case> {
             .commands(&["dmsetup", "mkfs.ext4", "mkfs.xfs", "losetup"])
             .disk_mib(64)
             .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 4096 }),
+        Case::new("harness_services", "harness_services.sh")
+            .on_both_kernels()
+            .modules(&["dm-mod", "dm-snapshot", "ext4"])
+            .commands(&[
+                "lvs",
+                "systemd-udevd",
+                "udevadm",
+                "postgres",
+                "initdb",
+                "pgbench",
+                "pg_amcheck",
+                "fio",
+                "sqlite3",
+            ])
+            .disk_mib(256)
+            .disk_mib(64)
+            .memory_mib(1024)
+            .limit_seconds(240),
+        Case::new("harness_missing_module", "harness_script_failure.sh")
+            .modules(&["no-such-module"])
+            .expect(Expect::Skip)
+            .without_binary(),
+        Case::new("harness_missing_command", "harness_script_failure.sh")
+            .commands(&["no-such-command"])
+            .expect(Expect::Skip)
+            .without_binary(),
         Case::new("harness_script_failure", "harness_script_failure.sh")
             .expect(Expect::ScriptFailure(1))
             .without_binary(),

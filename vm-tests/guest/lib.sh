@@ -8,6 +8,7 @@
 TIDEMARK=$TIDEMARK_BINARY
 SEED=$TIDEMARK_SEED PHASE=$TIDEMARK_PHASE KERNEL=$TIDEMARK_KERNEL REPO=$TIDEMARK_REPO ARTIFACTS=/case/artifacts
 PATH="$(dirname "$TIDEMARK"):$PATH"
+for folder in /usr/lib/postgresql/*/bin /usr/lib/systemd; do PATH="$PATH:$folder"; done
 RANDOM=$((SEED % 32768))
 trap 'echo "line $LINENO of ${BASH_SOURCE[0]##*/}: \"$BASH_COMMAND\" failed with status $?"' ERR
 set -E
@@ -58,10 +59,13 @@ cut_here() {
     fail "the power was not cut"
 }
 
-# There is no udevd here: makes the nodes below /dev/mapper (and LVM's links) agree with the kernel.
+# Makes the nodes below /dev/mapper agree with the kernel: there is no udevd here, unless the case starts it.
 settle() {
-    dmsetup mknodes
-    [ ! -e /run/lvm-in-use ] || vgmknodes >/dev/null 2>&1
+    if [ -e /run/udev/control ]; then
+        udevadm settle --timeout=60
+    else
+        dmsetup mknodes
+    fi
 }
 
 # /dev/dm-N of a device-mapper name.
@@ -125,3 +129,24 @@ fill() {
     openssl enc -aes-128-ctr -nosalt -pbkdf2 -pass "pass:$SEED-$3" -in /dev/zero 2>/dev/null \
         | dd of="$1" bs=1M count="$2" iflag=count_bytes,fullblock conv=notrunc,fsync status=none || true
 }
+
+# A real udevd, with the rules of device-mapper and LVM, as on a real host.
+start_udevd() {
+    systemd-udevd --daemon
+    udevadm trigger --action=add --type=subsystems
+    udevadm trigger --action=add --type=devices
+    udevadm settle --timeout=60
+}
+
+# PostgreSQL, as its own user: pg_init FOLDER, pg_start FOLDER, pg_stop FOLDER; then psql -h /tmp -U postgres.
+as_postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups env HOME=/tmp LC_ALL=C.UTF-8 PATH="$PATH" "$@"; }
+pg_init() {
+    mkdir -p "$1"
+    chown postgres:postgres "$1"
+    as_postgres initdb --pgdata="$1" --username=postgres --auth=trust --no-instructions --data-checksums >/tmp/initdb.log 2>&1 \
+        || { cat /tmp/initdb.log; fail "initdb failed"; }
+    printf '%s\n' "listen_addresses = ''" "unix_socket_directories = '/tmp'" "shared_buffers = 32MB" \
+        "max_connections = 20" >>"$1/postgresql.conf"
+}
+pg_start() { as_postgres pg_ctl --pgdata="$1" --wait --timeout=120 --log="$1/server.log" start >/dev/null || { cat "$1/server.log"; fail "PostgreSQL does not start"; }; }
+pg_stop() { as_postgres pg_ctl --pgdata="$1" --wait --timeout=120 --mode=fast stop >/dev/null; }

@@ -70,6 +70,8 @@ pub enum Expect {
     KernelComplaint,
     /// The harness's own: the guest is killed at its time limit.
     Hang,
+    /// The harness's own: what the case needs is missing, and that is noticed before anything boots.
+    Skip,
 }
 
 /// A case. Made with [`Case::new`] and refined by the methods.

@@ -251,7 +251,12 @@ impl Context<'_> {
     }
 
     fn try_judge(&self, case: &Case, kernel: Kernel) -> Result<Verdict, String> {
-        if let Some(why) = self.missing(case, kernel) {
+        let missing = self.missing(case, kernel);
+        if case.expect == Expect::Skip {
+            let failed = Verdict::Failed("  ran, where something was to be missing".to_owned());
+            return Ok(if missing.is_some() { Verdict::Passed } else { failed });
+        }
+        if let Some(why) = missing {
             let failed = Verdict::Failed(format!("  skipped, where nothing may be: {why}"));
             return Ok(if self.skips_fail { failed } else { Verdict::Skipped(why) });
         }
@@ -381,6 +386,7 @@ impl Context<'_> {
             Expect::ScriptFailure(status) => format!("  the script ended with status {status}\n"),
             Expect::Hang => "  hung, and was killed at its time limit\n".to_owned(),
             Expect::KernelComplaint => "  the kernel complained\n".to_owned(),
+            Expect::Skip => "  something that it needs is missing\n".to_owned(),
         };
         for number in 0..case.phases.len() {
             let log = read_log(&folder.join(format!("console.{number}.log")))
