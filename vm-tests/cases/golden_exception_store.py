@@ -90,8 +90,16 @@ def write_down(store, chunk_sectors, exceptions, status, target):
         while offset < len(image):
             unit = image[offset : offset + UNIT]
             count = 1
-            while image[offset + count * UNIT : offset + (count + 1) * UNIT] == unit:
-                count += 1
+            while True:
+                end = offset + count * UNIT
+                if end % PAGE == 0 and image[end : end + PAGE] == unit * (PAGE // UNIT):
+                    count += PAGE // UNIT
+                elif image[end : end + UNIT] == unit:
+                    # Within a page, whole runs at a time where it is uniform to its end.
+                    rest = PAGE - end % PAGE
+                    count += rest // UNIT if image[end : end + rest] == unit * (rest // UNIT) else 1
+                else:
+                    break
             if unit.strip(b"\0"):
                 text.write("%d %d %s\n" % (offset, count, unit.hex()))
             offset += count * UNIT
