@@ -17,6 +17,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("extent", 1),
     ("io", 2),
     ("dm", 2),
+    ("topology", 2),
     ("store", 3),
     ("volume", 3),
     ("secondary", 3),

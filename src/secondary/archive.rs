@@ -19,7 +19,6 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::guard::Topology;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
@@ -33,6 +32,7 @@ use crate::format::archive::{
     frame_offset, map,
 };
 use crate::io::{Engine, FileIx, Piece, Place};
+use crate::topology::Topology;
 
 #[derive(Debug)]
 enum Out {

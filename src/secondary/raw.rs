@@ -15,7 +15,6 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use super::guard::{self, Topology};
 use super::partial::PartialFile;
 use super::{
     Form, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
@@ -25,6 +24,7 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::extent::Extent;
 use crate::io::{Engine, FileIx, Piece, Place};
+use crate::topology::{self, Topology};
 
 /// Runs of zeros are found at this grain, aligned: short enough for the holes of real files, long
 /// enough that a write is not cut into confetti.
@@ -86,7 +86,7 @@ impl RawTarget {
     fn open_device(path: &Path, request: &RawRequest) -> Result<Self> {
         let shown = path.display();
         let topology = Topology::default();
-        let device = guard::device_number(path)?
+        let device = topology::device_number(path)?
             .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
         topology.check_device(device, path, &request.forbidden)?;
         if !request.replace {

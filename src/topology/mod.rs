@@ -1,0 +1,320 @@
+//! Which block devices are there, on top of what, and who uses them? Facts only, no judgement.
+//!
+//! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
+//! `/proc/self/mountinfo` and `/proc/swaps`. Must not open, let alone write, what it looks at.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+
+/// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
+/// sysfs says ends.
+const STACK_DEVICES_MAX: usize = 4096;
+
+/// A view of the block devices; `root` is "/" except in tests.
+#[derive(Clone, Debug)]
+pub struct Topology {
+    root: PathBuf,
+}
+
+impl Default for Topology {
+    fn default() -> Self {
+        Self { root: PathBuf::from("/") }
+    }
+}
+
+/// The number of the block device at `path`, or None where it is something else.
+///
+/// # Errors
+/// I/O errors of stat.
+pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
+    let metadata = fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
+    Ok(metadata.file_type().is_block_device().then(|| DeviceNumber::from_dev(metadata.rdev())))
+}
+
+impl Topology {
+    /// A view rooted elsewhere, for tests.
+    #[must_use]
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    pub(crate) fn node(&self, device: DeviceNumber) -> PathBuf {
+        self.root.join(format!("sys/dev/block/{device}"))
+    }
+
+    /// The kernel's name of a device ("dm-0", "sda1"), or its number where it has none.
+    #[must_use]
+    pub fn name(&self, device: DeviceNumber) -> String {
+        let named = fs::read_to_string(self.node(device).join("uevent")).ok().and_then(|text| {
+            text.lines().find_map(|line| line.strip_prefix("DEVNAME=").map(|name| format!("/dev/{name}")))
+        });
+        named.unwrap_or_else(|| format!("block device {device}"))
+    }
+
+    /// True where the device is read-only.
+    #[must_use]
+    pub fn is_read_only(&self, device: DeviceNumber) -> bool {
+        fs::read_to_string(self.node(device).join("ro")).is_ok_and(|text| text.trim() == "1")
+    }
+
+    /// Logical block size in bytes (512 where sysfs does not say).
+    #[must_use]
+    pub fn logical_block_bytes(&self, device: DeviceNumber) -> u64 {
+        let node = self.node(device);
+        ["queue", "../queue"]
+            .iter()
+            .find_map(|queue| fs::read_to_string(node.join(queue).join("logical_block_size")).ok())
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(512)
+    }
+
+    /// Every device beneath `device`, itself included: slaves, the disk of a partition, the device
+    /// under the file of a loop device.
+    #[must_use]
+    pub fn stack(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        let mut seen = BTreeSet::new();
+        let mut open = vec![device];
+        while let Some(at) = open.pop() {
+            if seen.len() < STACK_DEVICES_MAX && seen.insert(at) {
+                open.extend(self.directly_beneath(at));
+            }
+        }
+        seen
+    }
+
+    fn directly_beneath(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        let node = self.node(device);
+        let mut beneath = self.numbers_in(&node.join("slaves"));
+        if node.join("partition").exists()
+            && let Some(disk) = number_file(&node.join("../dev"))
+        {
+            beneath.push(disk);
+        }
+        if let Ok(text) = fs::read_to_string(node.join("loop/backing_file")) {
+            let path = text.trim_end_matches('\n');
+            match fs::metadata(path) {
+                Ok(file) if file.file_type().is_block_device() => {
+                    beneath.push(DeviceNumber::from_dev(file.rdev()))
+                }
+                Ok(file) => beneath
+                    .extend(self.filesystem_device(DeviceNumber::from_dev(file.dev()), Path::new(path))),
+                Err(_) => {}
+            }
+        }
+        beneath
+    }
+
+    fn numbers_in(&self, directory: &Path) -> Vec<DeviceNumber> {
+        let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+        entries.flatten().filter_map(|entry| number_file(&entry.path().join("dev"))).collect()
+    }
+
+    /// The device's partitions.
+    #[must_use]
+    pub fn partitions(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        let Ok(entries) = fs::read_dir(self.node(device)) else { return Vec::new() };
+        entries
+            .flatten()
+            .filter(|entry| entry.path().join("partition").exists())
+            .filter_map(|entry| number_file(&entry.path().join("dev")))
+            .collect()
+    }
+
+    /// The block device beneath the filesystem of `path`, whose `st_dev` is `st_dev`. Filesystems
+    /// such as btrfs show an anonymous number there; their mount's source names the device.
+    #[must_use]
+    pub fn filesystem_device(&self, st_dev: DeviceNumber, path: &Path) -> Option<DeviceNumber> {
+        if self.node(st_dev).exists() {
+            return Some(st_dev);
+        }
+        let mut best: Option<Mount> = None;
+        for mount in self.mounts().ok()? {
+            let deeper = best
+                .as_ref()
+                .is_none_or(|best| mount.point.components().count() >= best.point.components().count());
+            if path.starts_with(&mount.point) && deeper {
+                best = Some(mount);
+            }
+        }
+        device_number(&best?.source).ok().flatten()
+    }
+
+    /// The devices that hold `device` directly: device-mapper, md, and the like.
+    #[must_use]
+    pub fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        self.numbers_in(&self.node(device).join("holders"))
+    }
+
+    /// Every device above `device`, itself included: its partitions, whoever holds them, and so on.
+    #[must_use]
+    pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        let mut seen = BTreeSet::new();
+        let mut open = vec![device];
+        while let Some(at) = open.pop() {
+            if seen.len() < STACK_DEVICES_MAX && seen.insert(at) {
+                open.extend(self.holders(at));
+                open.extend(self.partitions(at));
+            }
+        }
+        seen
+    }
+
+    /// The mounts of our mount namespace, in the order in which they were made.
+    ///
+    /// # Errors
+    /// I/O errors of reading mountinfo.
+    pub fn mounts(&self) -> Result<Vec<Mount>> {
+        let file = self.root.join("proc/self/mountinfo");
+        let text = fs::read_to_string(&file).io_context(|| format!("read {}", file.display()))?;
+        Ok(text.lines().filter_map(Mount::parse).collect())
+    }
+
+    /// True where `mount` is of a filesystem on `device`.
+    #[must_use]
+    pub fn is_mount_of(mount: &Mount, device: DeviceNumber) -> bool {
+        mount.device == device
+            || (mount.source.is_absolute() && device_number(&mount.source).is_ok_and(|it| it == Some(device)))
+    }
+
+    /// Swap areas: files and devices, as the kernel names them.
+    ///
+    /// # Errors
+    /// I/O errors of reading /proc/swaps.
+    pub fn swaps(&self) -> Result<Vec<PathBuf>> {
+        let file = self.root.join("proc/swaps");
+        match fs::read_to_string(&file) {
+            Ok(text) => {
+                let first = |line: &str| unescape(line.split_whitespace().next().unwrap_or_default());
+                Ok(text.lines().skip(1).map(first).collect())
+            }
+            // A kernel without swap has no such file.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(Error::io(format!("read {}", file.display()), error)),
+        }
+    }
+}
+
+fn number_file(path: &Path) -> Option<DeviceNumber> {
+    fs::read_to_string(path).ok()?.parse().ok()
+}
+
+/// One line of mountinfo, as far as needed (proc_pid_mountinfo(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// `st_dev` of its files.
+    pub device: DeviceNumber,
+    /// Where in the filesystem it begins: "/" unless it is a bind mount of a part.
+    pub root: PathBuf,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// "ext4".
+    pub kind: String,
+    /// What was mounted: a device's path for most.
+    pub source: PathBuf,
+}
+
+impl Mount {
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split(' ');
+        let device = fields.nth(2)?.parse().ok()?;
+        let root = unescape(fields.next()?);
+        let point = unescape(fields.next()?);
+        let mut behind = line.split_once(" - ")?.1.split(' ');
+        let kind = behind.next()?.to_owned();
+        let source = unescape(behind.next()?);
+        Some(Self { device, root, point, kind, source })
+    }
+}
+
+/// Undoes the octal escapes (`\040`) of mountinfo and swaps.
+fn unescape(field: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt as _;
+    let bytes = field.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .filter(|_| bytes[at] == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                out.push(byte);
+                at += 4;
+            }
+            None => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(out))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub fn dev(major: u32, minor: u32) -> DeviceNumber {
+        DeviceNumber { major, minor }
+    }
+
+    /// A made-up machine: disk 8:0 with partitions 8:1 and 8:2, dm 253:0 on 8:1, disk 8:16 alone.
+    pub fn machine() -> (tempfile::TempDir, Topology) {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let devices = root.join("sys/devices");
+        for (path, number) in
+            [("sda", "8:0"), ("sda/sda1", "8:1"), ("sda/sda2", "8:2"), ("sdb", "8:16"), ("dm-0", "253:0")]
+        {
+            let node = devices.join(path);
+            fs::create_dir_all(&node).unwrap();
+            fs::write(node.join("dev"), number).unwrap();
+            let name = Path::new(path).file_name().unwrap().to_str().unwrap();
+            fs::write(node.join("uevent"), format!("MAJOR=1\nDEVNAME={name}\n")).unwrap();
+            if path.contains('/') {
+                fs::write(node.join("partition"), "1").unwrap();
+            }
+            fs::create_dir_all(root.join("sys/dev/block")).unwrap();
+            std::os::unix::fs::symlink(&node, root.join("sys/dev/block").join(number)).unwrap();
+        }
+        let (holder, slave) = (devices.join("dm-0"), devices.join("sda/sda1"));
+        fs::create_dir_all(holder.join("slaves")).unwrap();
+        fs::create_dir_all(slave.join("holders")).unwrap();
+        std::os::unix::fs::symlink(&slave, holder.join("slaves/sda1")).unwrap();
+        std::os::unix::fs::symlink(&holder, slave.join("holders/dm-0")).unwrap();
+        fs::create_dir_all(root.join("proc/self")).unwrap();
+        fs::write(
+            root.join("proc/self/mountinfo"),
+            "36 35 8:2 / /mnt/my\\040disk rw,noatime master:1 - ext4 /dev/nowhere rw\n",
+        )
+        .unwrap();
+        let topology = Topology::at(root);
+        (directory, topology)
+    }
+
+    #[test]
+    fn stacks_are_walked_down_to_the_disk() {
+        let (_keep, topology) = machine();
+        assert_eq!(topology.stack(dev(253, 0)), BTreeSet::from([dev(253, 0), dev(8, 1), dev(8, 0)]));
+        assert_eq!(topology.name(dev(8, 1)), "/dev/sda1");
+    }
+
+    #[test]
+    fn what_is_above_is_found() {
+        let (_keep, topology) = machine();
+        assert_eq!(topology.above(dev(8, 0)), BTreeSet::from([dev(8, 0), dev(8, 1), dev(8, 2), dev(253, 0)]));
+        assert_eq!(topology.mounts().unwrap()[0].kind, "ext4");
+    }
+
+    #[test]
+    fn escapes_are_undone() {
+        assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
+        assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
+    }
+}
