@@ -236,6 +236,19 @@ pub fn is_read_only(device: impl AsFd) -> io::Result<bool> {
     Ok(answer != 0)
 }
 
+/// True where a regular file is open for writing by anybody, as far as the kernel will say: it refuses
+/// a read lease then (fcntl(2), F_SETLEASE: EAGAIN). Where leases are not to be had, false.
+pub fn is_open_for_writing(file: impl AsFd) -> bool {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: F_SETLEASE takes an int and touches no memory; `fd` is open for the borrow of `file`.
+    match nix::errno::Errno::result(unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) }) {
+        // Given back at once: a lease held would make a writer's open() wait.
+        // SAFETY: as above.
+        Ok(_) => unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) != 0 },
+        Err(errno) => errno == nix::errno::Errno::EAGAIN,
+    }
+}
+
 /// Writes back and drops the device's page cache.
 ///
 /// # Errors

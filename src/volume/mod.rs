@@ -1,1 +1,374 @@
-//! (see lib.rs)
+//! What is an origin? From what the user typed to what can be done with it, or the refusal that says
+//! what to do instead.
+//!
+//! Looks only: changes nothing, and opens a device just to learn whether it is in use.
+//!
+//! | what it is | how it is copied |
+//! |---|---|
+//! | an attached volume, or another device of linear and striped targets in use | live, by adoption |
+//! | a device or file that nobody has open for writing | at rest, as it is |
+//! | anything else | refused |
+
+mod mounts;
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::dm::naming::{ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::{DeviceIdentity, Dm, Slot, Target};
+use crate::topology::Topology;
+
+pub use mounts::{Frozen, filesystems_on};
+
+/// What an origin is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum OriginKind {
+    /// A device-mapper device of linear and striped targets, in use or not: a stack can be inserted.
+    Live {
+        /// Its device-mapper name.
+        name: String,
+        /// True for a volume of ours (`tidemark attach`).
+        attached: bool,
+    },
+    /// A block device that nobody uses.
+    ColdDevice,
+    /// A regular file that nobody writes.
+    ColdFile,
+}
+
+impl fmt::Display for OriginKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Live { name, attached: true } => write!(f, "attached volume {name}"),
+            Self::Live { name, attached: false } => write!(f, "device-mapper device {name}"),
+            Self::ColdDevice => f.write_str("block device that is not in use"),
+            Self::ColdFile => f.write_str("regular file"),
+        }
+    }
+}
+
+/// An origin, as found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Origin {
+    /// The path of the device or file, symbolic links resolved as far as names people know.
+    pub path: PathBuf,
+    /// What it is.
+    pub kind: OriginKind,
+    /// Its number, for a device.
+    pub number: Option<DeviceNumber>,
+    /// Size in bytes.
+    pub size: Bytes,
+    /// A mount point of every filesystem on it that is mounted, in the order of freezing.
+    pub filesystems: Vec<PathBuf>,
+    /// Its own filesystem, if any, is not among these: the suspension must freeze it by its device.
+    pub lock_filesystem: bool,
+    /// What a person should know about how it will be held.
+    pub notes: Vec<String>,
+}
+
+/// Finds out what `typed` names: a volume's name, a device, or a regular file.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for what cannot be copied, with the reason
+/// and what to do instead; I/O and kernel errors of looking.
+pub fn resolve(typed: &Path) -> Result<Origin> {
+    let path = find(typed)?;
+    let meta = fs::metadata(&path).io_context(|| format!("looking at {}", path.display()))?;
+    if meta.is_file() {
+        return cold_file(path, &meta);
+    }
+    if !meta.file_type().is_block_device() {
+        return Err(Error::refused(format!(
+            "{} is neither a block device nor a regular file",
+            path.display()
+        ))
+        .next("name a volume, a block device or a regular file"));
+    }
+    let number = DeviceNumber::from_dev(meta.rdev());
+    let topology = Topology::default();
+    if is_device_mapper(number) {
+        device_mapper(path, number, &topology)
+    } else {
+        plain_device(path, number, &topology)
+    }
+}
+
+/// A path as typed, or the attached volume of that name.
+fn find(typed: &Path) -> Result<PathBuf> {
+    if typed.exists() {
+        return Ok(typed.to_owned());
+    }
+    if typed.components().count() == 1 {
+        let volume = Path::new("/dev/mapper").join(typed);
+        if volume.exists() {
+            return Ok(volume);
+        }
+    }
+    let cause = fs::metadata(typed).err().unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
+    Err(Error::io(format!("looking at {}", typed.display()), cause)
+        .next("name a volume (see 'tidemark status'), a block device or a regular file"))
+}
+
+fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
+    let topology = Topology::default();
+    let swapped = topology.swaps()?.into_iter().any(|swap| {
+        fs::metadata(swap).is_ok_and(|swap| (swap.dev(), swap.ino()) == (meta.dev(), meta.ino()))
+    });
+    if swapped {
+        return Err(Error::refused(format!("{} is swap space", path.display()))
+            .next(format!("swapoff {} first", path.display())));
+    }
+    if has_writers(&path)? {
+        return Err(Error::refused(format!("{} is open for writing", path.display()))
+            .state("nothing was changed")
+            .next(
+                "stop what writes it (fuser shows it); a disk image in use is copied through its own device",
+            ));
+    }
+    Ok(Origin {
+        path,
+        kind: OriginKind::ColdFile,
+        number: None,
+        size: Bytes(meta.len()),
+        filesystems: Vec::new(),
+        lock_filesystem: false,
+        notes: Vec::new(),
+    })
+}
+
+/// Asks for a read lease, which the kernel refuses while the file is open for writing (fcntl(2),
+/// F_SETLEASE). Where leases are not to be had (another's file, another kind of filesystem) the
+/// question stays open, and the comparison of before and after decides.
+fn has_writers(path: &Path) -> Result<bool> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .io_context(|| format!("opening {}", path.display()))?;
+    Ok(crate::sys::block::is_open_for_writing(&file))
+}
+
+fn is_device_mapper(number: DeviceNumber) -> bool {
+    Path::new(&format!("/sys/dev/block/{number}/dm")).exists()
+}
+
+fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
+    let dm = Dm::open()?;
+    let name = dm
+        .name_of(number)?
+        .ok_or_else(|| Error::refused(format!("{} is gone", path.display())).next("look at 'dmsetup ls'"))?;
+    let info = dm.info_of(&name)?;
+    let uuid = info.uuid.as_str();
+    let identity = DeviceIdentity::parse(uuid);
+    let attached = identity.as_ref().is_some_and(|it| it.role == ROLE_VOLUME);
+    if uuid.starts_with(UUID_PREFIX) && !attached {
+        return Err(Error::refused(format!("{} is a device that Tidemark made for a copy", path.display()))
+            .next(
+                "copy the volume itself; 'tidemark status' names it, 'tidemark recover' clears leftovers",
+            ));
+    }
+    let table = dm.table(&name, Slot::Active)?.ok_or_else(|| {
+        Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
+    })?;
+    for line in table.lines() {
+        refuse_target(&path, &line.target)?;
+    }
+    if info.read_only {
+        return plain_device(path, number, topology);
+    }
+    let held = filesystems_on(number, topology)?;
+    Ok(Origin {
+        kind: OriginKind::Live { name, attached },
+        number: Some(number),
+        size: table.length().bytes(),
+        filesystems: held.points,
+        lock_filesystem: held.lock_filesystem,
+        notes: held.notes,
+        path,
+    })
+}
+
+/// The whitelist: a table whose meaning is the table alone.
+fn refuse_target(path: &Path, target: &Target) -> Result<()> {
+    let kind = target.kind();
+    let instead = match kind {
+        "linear" | "striped" => return Ok(()),
+        "snapshot-origin" => {
+            "it has a snapshot already: wait for the copy in progress ('tidemark status'), remove the LVM \
+             snapshot, or clear leftovers with 'tidemark recover'"
+        }
+        "snapshot" | "snapshot-merge" => "copy the snapshot's origin, or take the snapshot out of use first",
+        "thin" => "a thin volume has snapshots of its own: take one (lvcreate -s) and copy that, unmounted",
+        "thin-pool" => "copy its thin volumes, not the pool",
+        "cache" | "writecache" | "era" | "clone" => {
+            "its table is not its state: flush and split it (lvconvert --splitcache), or copy the device above a \
+             linear volume"
+        }
+        "crypt" => "its key cannot be read back: attach or copy the encrypted device beneath it",
+        "raid" | "mirror" => "copy it unmounted, or convert it to a linear volume",
+        "integrity" | "verity" => "copy the device beneath it, unmounted",
+        _ => "only devices of linear and striped targets can be copied while they are in use",
+    };
+    Err(Error::refused(format!(
+        "{} has a '{kind}' target, which Tidemark does not put a snapshot under",
+        path.display()
+    ))
+    .state("nothing was changed")
+    .next(instead))
+}
+
+fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
+    refuse_use(&path, number, topology)?;
+    let mut file =
+        OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(&path).map_err(
+            |error| match error.raw_os_error() {
+                Some(libc::EBUSY) => Error::refused(format!("{} is in use", path.display()))
+                    .with_source(error)
+                    .state("nothing was changed")
+                    .next("see by what with lsblk and fuser; take it out of use, then attach it as a volume"),
+                Some(libc::EACCES | libc::EPERM) => {
+                    Error::refused(format!("{} cannot be opened", path.display()))
+                        .with_source(error)
+                        .next("copying a device needs root: run it again with sudo")
+                }
+                _ => Error::io(format!("opening {}", path.display()), error),
+            },
+        )?;
+    let size =
+        file.seek(SeekFrom::End(0)).io_context(|| format!("finding the size of {}", path.display()))?;
+    Ok(Origin {
+        path,
+        kind: OriginKind::ColdDevice,
+        number: Some(number),
+        size: Bytes(size),
+        filesystems: Vec::new(),
+        lock_filesystem: false,
+        notes: Vec::new(),
+    })
+}
+
+/// Says by whom a device is used that is no volume, and how it becomes one.
+fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<()> {
+    let shown = path.display();
+    let mounts = topology.mounts()?;
+    let on = |device| mounts.iter().find(|mount| Topology::is_mount_of(mount, device));
+    if let Some(mount) = on(number) {
+        let point = mount.point.display();
+        return Err(Error::refused(format!("{shown} is mounted (at {point}) and is no volume"))
+            .state("nothing was changed")
+            .next(format!(
+                "make it one, which takes a remount once: umount {point}; tidemark attach {shown} --name NAME; \
+                 mount /dev/mapper/NAME {point}; then copy NAME"
+            )));
+    }
+    for part in topology.partitions(number) {
+        if let Some(mount) = on(part) {
+            return Err(Error::refused(format!(
+                "{shown} has the partition {}, mounted at {}: the whole disk has no single instant",
+                topology.name(part),
+                mount.point.display()
+            ))
+            .state("nothing was changed")
+            .next(format!(
+                "copy the partition instead: tidemark attach {} --name NAME (unmounted)",
+                topology.name(part)
+            )));
+        }
+    }
+    for device in topology.above(number) {
+        if device != number && topology.holders(device).is_empty() && is_device_mapper(device) {
+            return Err(Error::refused(format!("{shown} is in use by {}", topology.name(device)))
+                .state("nothing was changed")
+                .next(format!("copy {} instead, which may be live", topology.name(device))));
+        }
+    }
+    Ok(())
+}
+
+/// The devices that the filesystem or device at `path` lies on, down to the disks.
+///
+/// # Errors
+/// I/O errors of stat.
+pub fn devices_below_path(path: &Path) -> Result<Vec<DeviceNumber>> {
+    let topology = Topology::default();
+    let meta = fs::metadata(path).io_context(|| format!("looking at {}", path.display()))?;
+    let top = if meta.file_type().is_block_device() {
+        Some(DeviceNumber::from_dev(meta.rdev()))
+    } else {
+        let full = fs::canonicalize(path).io_context(|| format!("resolving {}", path.display()))?;
+        topology.filesystem_device(DeviceNumber::from_dev(meta.dev()), &full)
+    };
+    Ok(top.map(|top| topology.stack(top).into_iter().collect()).unwrap_or_default())
+}
+
+/// The devices above `device`, itself included: what stops when it is suspended.
+#[must_use]
+pub fn devices_above(device: DeviceNumber) -> Vec<DeviceNumber> {
+    Topology::default().above(device).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::base::ErrorKind;
+
+    #[test]
+    fn a_file_at_rest_is_an_origin() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 1000]).unwrap();
+        let path = file.path().to_owned();
+        let keep = file.into_temp_path();
+        let origin = resolve(&path).unwrap();
+        assert_eq!((origin.kind, origin.size), (OriginKind::ColdFile, Bytes(1000)));
+        drop(keep);
+    }
+
+    #[test]
+    fn a_file_being_written_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = resolve(file.path()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("open for writing"), "{error}");
+    }
+
+    #[test]
+    fn what_is_neither_device_nor_file_is_refused() {
+        assert_eq!(resolve(Path::new("/dev/null")).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(resolve(Path::new("/proc")).unwrap_err().kind(), ErrorKind::Refused);
+        let missing = resolve(Path::new("/nowhere/at-all")).unwrap_err();
+        assert_eq!((missing.kind(), missing.errno()), (ErrorKind::Io, Some(libc::ENOENT)));
+    }
+
+    #[test]
+    fn stateful_targets_are_refused_by_name() {
+        for kind in [
+            "thin",
+            "thin-pool",
+            "cache",
+            "writecache",
+            "era",
+            "crypt",
+            "raid",
+            "mirror",
+            "integrity",
+            "snapshot",
+            "snapshot-origin",
+            "zero",
+            "flakey",
+        ] {
+            let error = refuse_target(Path::new("/dev/x"), &Target::parse(kind, "")).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains(&format!("'{kind}'")), "{error}");
+            assert!(error.next_step().is_some());
+        }
+    }
+}
