@@ -73,6 +73,17 @@ pub struct Origin {
     pub notes: Vec<String>,
 }
 
+impl Origin {
+    /// The name that people know it by: the volume's, else the last part of its path.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.kind {
+            OriginKind::Live { name, .. } => name.clone(),
+            _ => self.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        }
+    }
+}
+
 /// Finds out what `typed` names: a volume's name, a device, or a regular file.
 ///
 /// # Errors

@@ -1,0 +1,129 @@
+//! An origin at rest: a device or file that nobody writes. No device-mapper, no instant but the
+//! copy's beginning.
+//!
+//! That nobody writes is checked three times: when the plan was made, by holding a device exclusively
+//! while it is read, and by comparing what tells of writes before and after. A copy that something
+//! wrote into is not a copy.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
+
+/// An origin at rest, open for reading.
+pub struct ColdOrigin {
+    file: File,
+    shown: String,
+    before: Witness,
+}
+
+/// What changes when the origin is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Witness {
+    /// Size, modification and change time of a file.
+    File { size: u64, modified: (i64, i64), changed: (i64, i64) },
+    /// Writes completed and sectors written, from the device's statistics.
+    Device { writes: u64, sectors: u64 },
+    /// The kernel keeps no statistics of this device.
+    None,
+}
+
+impl ColdOrigin {
+    /// Opens `path`; `device` is its number where it is a block device, which is then held
+    /// exclusively.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where somebody has it, I/O errors.
+    pub fn open(path: &Path, device: Option<DeviceNumber>) -> Result<Self> {
+        let shown = path.display().to_string();
+        let exclusive = if device.is_some() { libc::O_EXCL } else { 0 };
+        let open = |flags| {
+            OpenOptions::new().read(true).custom_flags(flags | exclusive | libc::O_CLOEXEC).open(path)
+        };
+        // Not every filesystem takes direct I/O (EINVAL); buffered reading is right too, just slower.
+        let file = open(libc::O_DIRECT).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => open(0),
+            _ => Err(error),
+        });
+        let file = file.map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
+                .with_source(error)
+                .state("nothing was changed")
+                .next("see by what with lsblk and fuser; a mounted device is copied once it is attached"),
+            _ => Error::io(format!("opening {shown}"), error),
+        })?;
+        let before = Witness::of(&file, device)?;
+        Ok(Self { file, shown, before })
+    }
+
+    /// A descriptor for the copier.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn descriptor(&self) -> Result<OwnedFd> {
+        Ok(self
+            .file
+            .try_clone()
+            .io_context(|| format!("duplicating the descriptor of {}", self.shown))?
+            .into())
+    }
+
+    /// Was it written since it was opened?
+    ///
+    /// # Errors
+    /// [`ErrorKind::External`] where it was, I/O errors.
+    pub fn check_unchanged(&self, device: Option<DeviceNumber>) -> Result<()> {
+        if Witness::of(&self.file, device)? == self.before {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::External, format!("{} was written while it was being copied", self.shown))
+            .next(
+                "stop what writes to it and copy again; a device in use is copied live once it is attached",
+            ))
+    }
+}
+
+impl Witness {
+    fn of(file: &File, device: Option<DeviceNumber>) -> Result<Self> {
+        let Some(device) = device else {
+            let meta = file.metadata().io_context(|| "looking at the origin".to_owned())?;
+            return Ok(Self::File {
+                size: meta.size(),
+                modified: (meta.mtime(), meta.mtime_nsec()),
+                changed: (meta.ctime(), meta.ctime_nsec()),
+            });
+        };
+        // Documentation/block/stat.rst: field 5 is write I/Os, field 7 sectors written.
+        let Ok(text) = std::fs::read_to_string(format!("/sys/dev/block/{device}/stat")) else {
+            return Ok(Self::None);
+        };
+        let field =
+            |index: usize| text.split_ascii_whitespace().nth(index).and_then(|word| word.parse().ok());
+        Ok(match (field(4), field(6)) {
+            (Some(writes), Some(sectors)) => Self::Device { writes, sectors },
+            _ => Self::None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_written_meanwhile_is_noticed() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[1; 8192]).unwrap();
+        let cold = ColdOrigin::open(file.path(), None).unwrap();
+        cold.check_unchanged(None).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        file.as_file_mut().write_all(&[2; 512]).unwrap();
+        file.as_file().sync_all().unwrap();
+        let error = cold.check_unchanged(None).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::External);
+    }
+}

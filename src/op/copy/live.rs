@@ -1,0 +1,131 @@
+//! A live origin, held for the length of a copy: job, store, stack, and putting all of it back.
+//!
+//! Order of making, and the reverse of it for putting back:
+//! 1. the job (lock and journal of intents);
+//! 2. the COW store;
+//! 3. the stack; the instant is within.
+//!
+//! At a crash after any of these `recover` finds them by their UUIDs and records. On an error they
+//! are put back here; what cannot be is reported with the error and left to `recover`.
+
+use std::sync::Arc;
+
+use super::plan::{CopyPlan, LivePlan};
+use crate::base::{Error, Result};
+use crate::copy::progress::{Event, Observer, Phase};
+use crate::dm::Dm;
+use crate::op::hooks::Hook;
+use crate::op::job::Job;
+use crate::op::stack::{InstantContext, Stack, StackRequest};
+use crate::store::{CowStore, KeptStore, StoreConfig};
+use crate::sys::process::crash_point;
+
+/// See the module's head.
+pub struct Live {
+    dm: Dm,
+    job: Job,
+    store: Option<Arc<CowStore>>,
+    stack: Option<Stack>,
+}
+
+impl Live {
+    /// Makes store and stack; returns after the instant.
+    ///
+    /// # Errors
+    /// The first failure; everything made before it is put back.
+    pub fn begin(
+        plan: &CopyPlan,
+        live: &LivePlan,
+        observer: &dyn Observer,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Self> {
+        let mut this = Self { dm: Dm::open()?, job: Job::begin("copy")?, store: None, stack: None };
+        match this.make(plan, live, observer, interrupt) {
+            Ok(()) => Ok(this),
+            Err(error) => Err(this.put_back_after(error)),
+        }
+    }
+
+    fn make(
+        &mut self,
+        plan: &CopyPlan,
+        live: &LivePlan,
+        observer: &dyn Observer,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let config = StoreConfig { id: self.job.id().to_owned(), ..live.config.clone() };
+        crash_point("copy.store.before");
+        let store = Arc::new(CowStore::create(&config)?);
+        self.store = Some(Arc::clone(&store));
+        crash_point("copy.store.after");
+        for warning in store.warnings() {
+            observer.event(&Event::Warning { text: warning.clone() });
+        }
+        interrupt()?;
+        observer.event(&Event::Phase { phase: Phase::Instant, total: None });
+        let request = StackRequest { cow: store.number(), ..live.stack.clone() };
+        let mut at_instant = |instant: &InstantContext<'_>| match &plan.request.hooks.frozen {
+            None => Ok(()),
+            Some(command) => Hook {
+                option: "--hook-frozen",
+                command,
+                origin: &plan.origin.path,
+                below: Some(instant.below),
+                deadline: Some(instant.deadline),
+            }
+            .run(interrupt),
+        };
+        let stack = Stack::insert(&self.dm, &mut self.job, &request, &mut at_instant, interrupt)?;
+        let times = stack.times();
+        self.stack = Some(stack);
+        observer.event(&Event::Instant {
+            utc_ns: times.instant_utc_ns,
+            frozen: times.frozen,
+            suspended: times.suspended,
+        });
+        Ok(())
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<CowStore> {
+        self.store.as_ref().expect("begin() returned only after it made the store")
+    }
+
+    /// The stack.
+    pub fn stack(&self) -> &Stack {
+        self.stack.as_ref().expect("begin() returned only after it made the stack")
+    }
+
+    /// Device-mapper, for asking after the snapshot.
+    pub fn dm(&self) -> &Dm {
+        &self.dm
+    }
+
+    /// Puts everything back: the origin's own table first, then the devices beneath, the store, the
+    /// job. With `keep`, a store made to be kept stays.
+    ///
+    /// # Errors
+    /// The first failure; what is left is found by `recover`.
+    pub fn end(mut self, keep: bool) -> Result<Option<KeptStore>> {
+        if let Some(stack) = self.stack.take() {
+            stack.remove(&self.dm, &mut self.job)?;
+        }
+        crash_point("copy.release.before");
+        let kept = match self.store.take().map(Arc::try_unwrap) {
+            None => None,
+            Some(Ok(store)) => store.release(keep)?,
+            Some(Err(_)) => unreachable!("the monitor and the originals, which share the store, have ended"),
+        };
+        crash_point("copy.release.after");
+        self.job.finish()?;
+        Ok(kept)
+    }
+
+    /// As [`Live::end`], behind a failure that goes first.
+    pub fn put_back_after(self, error: Error) -> Error {
+        match self.end(false) {
+            Ok(_) => error,
+            Err(undo) => error.with_failed_undo(undo),
+        }
+    }
+}

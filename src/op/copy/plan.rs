@@ -1,0 +1,250 @@
+//! What a copy would do, as a value: observed once, shown by `--dry-run`, carried out by
+//! [`run`](super::run).
+//!
+//! Changes nothing. Whatever is certain to be refused is refused here.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
+use crate::copy::segment_size_for;
+use crate::dm::{Change, Dm, Slot, Table, naming};
+use crate::op::privilege::require_root;
+use crate::op::request::{CopyRequest, Originals, SecondaryFormat, SecondaryTarget};
+use crate::op::stack::{self, StackRequest};
+use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
+use crate::store::{StoreConfig, StorePlan, TailPlace};
+use crate::topology::{Topology, device_number};
+use crate::volume::{self, Origin, OriginKind};
+
+/// What will be done. Serialized for `--dry-run --json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct CopyPlan {
+    /// What was asked for.
+    pub request: CopyRequest,
+    /// What the origin was found to be.
+    pub origin: Origin,
+    /// Unit of copying, the device's size considered.
+    pub segment: SegmentSize,
+    /// What is put under a live origin; None for a cold one.
+    pub live: Option<LivePlan>,
+    /// Devices that the secondary must not be, be on or be beneath.
+    pub forbidden: Vec<DeviceNumber>,
+}
+
+/// The part of a plan that concerns a live origin.
+#[derive(Clone, Debug, Serialize)]
+pub struct LivePlan {
+    /// The COW store that will be made.
+    pub store: StorePlan,
+    /// The steps of the insertion, in order (device numbers and ids are those of this plan's
+    /// rehearsal; a run draws its own).
+    pub steps: Change,
+    /// The origin's own table, as it will be put back.
+    pub table: String,
+    #[serde(skip)]
+    pub(super) config: StoreConfig,
+    #[serde(skip)]
+    pub(super) stack: StackRequest,
+}
+
+/// Observes and plans.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with what to do instead,
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or the
+/// origin, I/O and kernel errors of looking.
+pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
+    let origin = volume::resolve(&request.origin)?;
+    if origin.size == Bytes::ZERO {
+        return Err(Error::refused(format!("{} is empty", origin.path.display()))
+            .next("name a device or file that holds something"));
+    }
+    let segment = segment_size_for(origin.size, request.segment)?;
+    let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
+    let live = match &origin.kind {
+        OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name)?),
+        OriginKind::ColdDevice | OriginKind::ColdFile => None,
+    };
+    let plan = CopyPlan { request: request.clone(), origin, segment, live, forbidden };
+    plan.check_secondary()?;
+    Ok(plan)
+}
+
+fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LivePlan> {
+    require_root("copying a live device")?;
+    let dm = Dm::open()?;
+    let number = dm.info_of(name)?.number;
+    let table = own_table(&dm, name)?;
+    let place = TailPlace::resolve(request.store.tail.as_deref())?;
+    let tail_devices = volume::devices_below_path(&place.anchor())?;
+    let config = StoreConfig {
+        origin_name: name.to_owned(),
+        volume: name.to_owned(),
+        id: naming::new_id(),
+        origin_bytes: origin.size,
+        chunk: request.chunk,
+        place,
+        tail_devices,
+        forbidden: volume::devices_above(number),
+        size_max: request.store.size_max,
+        ram: request.store.ram,
+        keep: request.store.keep,
+    };
+    let store = config.plan()?;
+    let stack = StackRequest {
+        origin: name.to_owned(),
+        // The store's device does not exist yet: the run fills in its number.
+        cow: number,
+        chunk: request.chunk,
+        filesystems: origin.filesystems.clone(),
+        lock_filesystem: origin.lock_filesystem,
+        budget: request.freeze_budget,
+    };
+    let steps = stack::insertion(&stack, &table, &config.id);
+    Ok(LivePlan { store, steps, table: table.to_string(), config, stack })
+}
+
+fn own_table(dm: &Dm, name: &str) -> Result<Table> {
+    dm.table(name, Slot::Active)?.ok_or_else(|| {
+        Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
+    })
+}
+
+impl CopyPlan {
+    /// The refusals that can be told without opening the secondary; opening it repeats them.
+    fn check_secondary(&self) -> Result<()> {
+        let SecondaryTarget::Path(path) = &self.request.secondary else { return Ok(()) };
+        if self.request.format == SecondaryFormat::Archive && is_device(path) {
+            return Err(Error::refused(format!(
+                "{} is a block device: an archive is a file",
+                path.display()
+            ))
+            .next("use --format raw, or name a file"));
+        }
+        let topology = Topology::default();
+        match device_number(path) {
+            Ok(Some(number)) => topology.check_device(number, path, &self.forbidden)?,
+            _ => topology.check_file(parent(path).as_path(), &self.forbidden)?,
+        }
+        Ok(())
+    }
+
+    /// True where a device, or a file that exists, would lose what it holds: what it is.
+    #[must_use]
+    pub fn destroys(&self) -> Option<String> {
+        match &self.request.secondary {
+            SecondaryTarget::Path(path) if is_device(path) => {
+                Some(format!("Everything on the device {} will be overwritten", path.display()))
+            }
+            SecondaryTarget::Path(path) if path.exists() => {
+                Some(format!("The file {} will be replaced", path.display()))
+            }
+            _ => None,
+        }
+    }
+
+    /// What the secondary is asked to be.
+    pub(super) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
+        SecondaryRequest {
+            target: match &self.request.secondary {
+                SecondaryTarget::Pipe => Target::Pipe,
+                SecondaryTarget::Path(path) => Target::Path(path.clone()),
+            },
+            form: match self.request.format {
+                SecondaryFormat::Raw => Form::Raw,
+                SecondaryFormat::Archive => Form::Archive,
+            },
+            originals: match self.request.originals {
+                Originals::Overlay => OriginalsMode::Overlay,
+                Originals::Append => OriginalsMode::Append,
+            },
+            replace: self.request.replace,
+            verify: self.request.verify,
+            forbidden,
+            origin: OriginIdentity {
+                name: self.origin.name(),
+                path: self.origin.path.display().to_string(),
+                size: self.origin.size,
+            },
+            segment: self.segment,
+            chunk: self.request.chunk,
+            block_list: whole(self.origin.size),
+        }
+    }
+}
+
+/// The block list of a copy of everything.
+pub(super) fn whole(size: Bytes) -> Vec<crate::extent::Extent> {
+    crate::extent::Extent::new(Bytes::ZERO, size).into_iter().collect()
+}
+
+fn is_device(path: &std::path::Path) -> bool {
+    matches!(device_number(path), Ok(Some(_)))
+}
+
+fn parent(path: &std::path::Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+impl fmt::Display for CopyPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "origin      {} ({}, {})",
+            self.origin.path.display(),
+            self.origin.size,
+            self.origin.kind
+        )?;
+        let target = match &self.request.secondary {
+            SecondaryTarget::Pipe => "standard output".to_owned(),
+            SecondaryTarget::Path(path) => path.display().to_string(),
+        };
+        let format = match (self.request.format, self.request.originals) {
+            (SecondaryFormat::Raw, _) => "raw".to_owned(),
+            (SecondaryFormat::Archive, Originals::Overlay) => {
+                "archive, originals laid over the data".to_owned()
+            }
+            (SecondaryFormat::Archive, Originals::Append) => "archive, originals behind the data".to_owned(),
+        };
+        writeln!(f, "secondary   {target} ({format})")?;
+        write!(f, "segments    {} of {}", self.segment.count_for(self.origin.size), self.segment)?;
+        if let Some(rate) = self.request.rate {
+            write!(f, ", at most {rate}/s")?;
+        }
+        if self.request.verify {
+            write!(f, ", verified afterwards")?;
+        }
+        let Some(live) = &self.live else {
+            return write!(f, "\norigin is at rest: read as it is, nothing is inserted");
+        };
+        let store = &live.store;
+        write!(
+            f,
+            "\nstore       {} in RAM, {} at {}, up to {} in all, chunks of {}{}",
+            store.head_bytes,
+            store.tail_bytes,
+            store.place.path().display(),
+            store.total_bytes_max,
+            store.chunk,
+            if store.keep { ", kept" } else { "" }
+        )?;
+        write!(f, "\nfrozen      ")?;
+        if self.origin.filesystems.is_empty() {
+            write!(f, "no filesystem is mounted from here")?;
+        }
+        for (at, path) in self.origin.filesystems.iter().enumerate() {
+            write!(f, "{}{}", if at == 0 { "" } else { ", " }, path.display())?;
+        }
+        write!(f, " (for at most {:?})", self.request.freeze_budget)?;
+        for step in &live.steps.steps {
+            write!(f, "\nstep        {}", step.name)?;
+        }
+        write!(f, "\nafterwards  the origin's own table is put back: {}", live.table.replace('\n', "; "))
+    }
+}
