@@ -1,10 +1,15 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
+mod archive;
 pub mod copy;
 pub mod hidden;
 pub mod hooks;
+pub mod inspect;
 pub mod job;
 pub mod privilege;
 pub mod request;
+pub mod restore;
 pub mod stack;
+pub mod verify;
 pub mod watchdog;
+

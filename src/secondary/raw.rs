@@ -196,6 +196,12 @@ impl RawTarget {
         placement
     }
 
+    /// The range to be made zero so that `extent` reads as zeros; its end is rounded up as a write's is.
+    pub fn zeroed(&mut self, extent: Extent) -> Extent {
+        self.written = true;
+        Extent::new(extent.start(), self.rounded_end(extent.end())).expect("rounding up keeps a range")
+    }
+
     /// What to read to have `extents` back in the same layout.
     #[must_use]
     pub fn read_back(&self, extents: &[Extent], memory_offset: Bytes) -> Vec<Piece> {

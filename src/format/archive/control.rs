@@ -250,6 +250,13 @@ fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Con
     Ok(Control { facts, extents, base, size: layout.origin_size })
 }
 
+/// True where `block` begins as a control block does: a reader of a pipe tells a frame from the tail
+/// superblock by it. Nothing is checked.
+#[must_use]
+pub fn begins(block: &[u8]) -> bool {
+    block.starts_with(&MAGIC)
+}
+
 /// True where two control blocks of the two sides, each decoded, say the same.
 pub(super) fn same_facts(head: &[u8], tail: &[u8]) -> bool {
     head[FACTS_AT..CRC_AT] == tail[FACTS_AT..CRC_AT]

@@ -14,6 +14,8 @@ pub mod control;
 pub mod error;
 pub mod frame;
 pub mod map;
+#[cfg(test)]
+pub(crate) mod sample;
 pub mod superblock;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,309 @@
+//! Reading archives, for `restore`, `verify` and `inspect`: how frames come from a file or a pipe,
+//! checked and in order, while what is done with them goes on.
+//!
+//! Invariants:
+//! - a user sees a frame only after [`FrameChecker`] accepted it, in the order of the sequence;
+//! - reading ahead takes at most half of the engine's buffers, so its user is never starved;
+//! - the interrupt is polled at least every [`POLL_INTERVAL`], also while a pipe is silent.
+
+mod io;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::IsTerminal as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+pub(super) use self::io::Io;
+use super::request::ArchiveSource;
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
+use crate::copy::engine_config;
+use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control};
+use crate::io::transfer::is_end_of_file;
+use crate::io::{Buffer, Completion, EngineConfig, Piece, Place};
+use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
+
+/// Longest time between two looks at the interrupt.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Buffers at least: one being read while another is being written.
+const BUFFERS_MIN: u16 = 2;
+
+/// What is done with frames.
+pub(super) trait FrameUser {
+    /// An entry of the map, before the map frame that holds it.
+    fn map(&mut self, entry: MapEntry);
+    /// A checked frame, at the front of `buffer`, which is the user's to keep until it gives it back
+    /// to the engine. `seen`: the segments that data frames were seen for.
+    fn frame(
+        &mut self,
+        io: &mut Io<'_>,
+        frame: &CheckedFrame,
+        seen: &SegmentBits,
+        buffer: Buffer,
+    ) -> Result<()>;
+    /// One of the user's own requests has ended.
+    fn completed(&mut self, io: &mut Io<'_>, completion: Completion) -> Result<()>;
+    /// False while the user has enough in flight.
+    fn has_room(&self) -> bool;
+}
+
+/// An archive, opened; its head superblock has been read.
+pub(super) enum Input {
+    /// Can be read at any offset.
+    File(Box<ArchiveFile>),
+    /// Comes once, from front to back.
+    Stream(Stream),
+}
+
+/// See [`Input::Stream`].
+pub(super) struct Stream {
+    file: File,
+    description: String,
+    superblock: Superblock,
+}
+
+impl Input {
+    /// Opens the archive and reads its head superblock; of a file, the tail as well.
+    pub(super) fn open(source: &ArchiveSource, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+        match source {
+            ArchiveSource::Path(path) => Ok(Self::File(Box::new(ArchiveFile::open(path)?))),
+            ArchiveSource::Pipe => {
+                let stdin = std::io::stdin();
+                if stdin.is_terminal() {
+                    return Err(Error::usage("standard input is a terminal, not an archive")
+                        .next("connect a pipe or a file to standard input, or name the archive"));
+                }
+                let fd = stdin
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .io_context(|| "duplicate standard input".to_owned())?;
+                Self::stream(fd, "standard input", interrupt)
+            }
+        }
+    }
+
+    /// Reads an archive from a pipe or anything else that is read from front to back.
+    pub(super) fn stream(fd: OwnedFd, description: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+        let file = File::from(fd);
+        let mut block = [0u8; BLOCK_BYTES];
+        let found = fill(&file, &mut block, description, interrupt)?;
+        let head = if found < BLOCK_BYTES {
+            Err(ArchiveError::Truncated { found, expected: BLOCK_BYTES })
+        } else {
+            Superblock::decode_head(&block)
+        };
+        let superblock = head.map_err(|error| error.at(Block::HeadSuperblock, Bytes::ZERO, description))?;
+        Ok(Self::Stream(Stream { file, description: description.to_owned(), superblock }))
+    }
+
+    pub(super) fn superblock(&self) -> &Superblock {
+        match self {
+            Self::File(archive) => archive.superblock(),
+            Self::Stream(stream) => &stream.superblock,
+        }
+    }
+
+    pub(super) fn description(&self) -> String {
+        match self {
+            Self::File(archive) => archive.path().display().to_string(),
+            Self::Stream(stream) => stream.description.clone(),
+        }
+    }
+
+    /// What the tail superblock claims, where it can be read beforehand.
+    pub(super) fn totals(&self) -> Option<Totals> {
+        match self {
+            Self::File(archive) => Some(*archive.totals()),
+            Self::Stream(_) => None,
+        }
+    }
+
+    /// Shows every frame of the archive to `user`. When this returns, the archive was whole and every
+    /// frame has been seen; the user may still have requests in flight.
+    pub(super) fn read_all(
+        &self,
+        io: &mut Io<'_>,
+        checker: &mut FrameChecker,
+        user: &mut dyn FrameUser,
+    ) -> Result<Totals> {
+        match self {
+            Self::File(archive) => read_file(archive, io, checker, user),
+            Self::Stream(stream) => stream.read(io, checker, user),
+        }
+    }
+}
+
+fn deliver(
+    io: &mut Io<'_>,
+    checker: &mut FrameChecker,
+    user: &mut dyn FrameUser,
+    buffer: Buffer,
+) -> Result<()> {
+    let frame = checker.accept(&buffer, &mut |entry| user.map(entry))?;
+    user.frame(io, &frame, checker.seen(), buffer)
+}
+
+/// Frames that are being read, or have been read before their turn.
+#[derive(Default)]
+struct Ahead {
+    next: u64,
+    pending: HashMap<u64, u64>,
+    ready: BTreeMap<u64, Buffer>,
+}
+
+fn read_file(
+    archive: &ArchiveFile,
+    io: &mut Io<'_>,
+    checker: &mut FrameChecker,
+    user: &mut dyn FrameUser,
+) -> Result<Totals> {
+    let description = archive.path().display().to_string();
+    let handle =
+        archive.file().try_clone().io_context(|| format!("duplicate the handle of {description}"))?;
+    let file = io.engine.add_file(handle.into(), &description)?;
+    let layout = *checker.layout();
+    let end = archive.totals().sequence_end();
+    let length = layout.frame_bytes().as_len();
+    let mut ahead = Ahead::default();
+    while checker.next_sequence() < end {
+        while ahead.next < end && ahead.pending.len() + ahead.ready.len() < io.ahead_max() {
+            let Some(buffer) = io.engine.take_buffer() else { break };
+            let offset = crate::format::archive::frame_offset(ahead.next, layout.segment)
+                .expect("the tail superblock lies behind every frame");
+            let pieces = vec![Piece { range: 0..length, place: Place::At(offset) }];
+            let token = io.read(file, buffer, pieces)?;
+            ahead.pending.insert(token, ahead.next);
+            ahead.next += 1;
+        }
+        if user.has_room()
+            && let Some(buffer) = ahead.ready.remove(&checker.next_sequence())
+        {
+            io.poll()?;
+            deliver(io, checker, user, buffer)?;
+            continue;
+        }
+        let Some(completion) = io.next()? else { return Err(io.out_of_buffers()) };
+        match ahead.pending.remove(&completion.token) {
+            None => user.completed(io, completion)?,
+            Some(sequence) => {
+                completion.result.map_err(|error| read_failed(error, checker))?;
+                ahead.ready.insert(sequence, completion.buffer.expect("a read gives its buffer back"));
+            }
+        }
+    }
+    checker.finish(archive.tail())
+}
+
+/// The archive had its right length when it was opened: one that ends now was cut meanwhile.
+fn read_failed(error: Error, checker: &FrameChecker) -> Error {
+    if is_end_of_file(&error) { checker.truncated(0).with_source(error) } else { error }
+}
+
+impl Stream {
+    fn read(&self, io: &mut Io<'_>, checker: &mut FrameChecker, user: &mut dyn FrameUser) -> Result<Totals> {
+        let length = checker.layout().frame_bytes().as_len();
+        loop {
+            let mut buffer = self.free_buffer(io, user)?;
+            let found = self.fill(&mut buffer[..BLOCK_BYTES], io)?;
+            if found < BLOCK_BYTES {
+                return Err(checker.truncated(found));
+            }
+            if !control::begins(&buffer) {
+                let totals = checker.finish(&buffer[..BLOCK_BYTES])?;
+                let trailing = self.fill(&mut buffer[..1], io)? > 0;
+                io.engine.give_buffer(buffer);
+                return if trailing { Err(self.trailing(checker)) } else { Ok(totals) };
+            }
+            let rest = self.fill(&mut buffer[BLOCK_BYTES..length], io)?;
+            if BLOCK_BYTES + rest < length {
+                return Err(checker.truncated(BLOCK_BYTES + rest));
+            }
+            deliver(io, checker, user, buffer)?;
+        }
+    }
+
+    fn fill(&self, memory: &mut [u8], io: &Io<'_>) -> Result<usize> {
+        fill(&self.file, memory, &self.description, io.interrupt)
+    }
+
+    fn trailing(&self, checker: &FrameChecker) -> Error {
+        let offset = crate::format::archive::frame_offset(checker.next_sequence(), checker.layout().segment)
+            .unwrap_or(Bytes(u64::MAX));
+        ArchiveError::Trailing.at(Block::TailSuperblock, offset, &self.description)
+    }
+
+    /// A buffer for the next frame, and room for what the user does with it. Takes completions on the
+    /// way, so that they do not pile up.
+    fn free_buffer(&self, io: &mut Io<'_>, user: &mut dyn FrameUser) -> Result<Buffer> {
+        while let Some(completion) = io.ended()? {
+            user.completed(io, completion)?;
+        }
+        loop {
+            if user.has_room()
+                && let Some(buffer) = io.engine.take_buffer()
+            {
+                return Ok(buffer);
+            }
+            let Some(completion) = io.next()? else { return Err(io.out_of_buffers()) };
+            user.completed(io, completion)?;
+        }
+    }
+}
+
+/// Reads until `memory` is full or the stream ends; answers the bytes read.
+fn fill(
+    file: &File,
+    memory: &mut [u8],
+    description: &str,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<usize> {
+    let timeout = PollTimeout::try_from(POLL_INTERVAL).expect("50 ms is a time-out that poll takes");
+    let mut done = 0;
+    while done < memory.len() {
+        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(0) | Err(Errno::EINTR) => {
+                interrupt()?;
+                continue;
+            }
+            Ok(_) => {}
+            Err(errno) => return Err(errno).io_context(|| format!("wait for {description}")),
+        }
+        match nix::unistd::read(file, &mut memory[done..]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(Errno::EINTR | Errno::EAGAIN) => interrupt()?,
+            Err(errno) => return Err(errno).io_context(|| format!("read {description}")),
+        }
+    }
+    interrupt()?;
+    Ok(done)
+}
+
+/// An error's state, with what is left added behind what it knew.
+pub(super) fn with_state(error: Error, left: String) -> Error {
+    let state = match error.state_left() {
+        Some(known) => format!("{known}; {left}"),
+        None => left,
+    };
+    error.state(state)
+}
+
+/// The engine for an archive: as a copy's, but a small origin needs no more buffers than segments.
+pub(super) fn engine_config_for(superblock: &Superblock) -> EngineConfig {
+    let config = engine_config(superblock.segment);
+    let segments = superblock.segment.count_for(superblock.origin_size);
+    let wanted = u16::try_from(segments).unwrap_or(u16::MAX).max(BUFFERS_MIN);
+    EngineConfig { buffer_count: config.buffer_count.min(wanted), ..config }
+}
+
+/// For a reader's own limits.
+pub(super) fn too_many(what: String) -> Error {
+    Error::new(ErrorKind::Refused, what)
+}

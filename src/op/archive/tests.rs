@@ -1,0 +1,370 @@
+//! Restore and verify from files and pipes: exactness, and everything that must be refused.
+
+use std::fs::{self, File};
+use std::io::{Seek as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+
+use super::Input;
+use crate::base::{Bytes, Error, ErrorKind, Extent, Result, SegmentSize};
+use crate::copy::progress::Silent;
+use crate::format::archive::sample::Sample;
+use crate::format::archive::{BLOCK_BYTES, frame_offset};
+use crate::op::request::{ArchiveSource, InspectRequest, RestoreRequest};
+use crate::op::{inspect, restore, verify};
+use crate::secondary::archive_read::FrameChecker;
+
+const SEGMENT: u64 = 64 * 1024;
+
+fn extent(start: u64, end: u64) -> Extent {
+    Extent::new(Bytes(start), Bytes(end)).unwrap()
+}
+
+/// Bytes that differ from place to place.
+fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Data, a zero segment, originals over both, and a tail that is no whole sector.
+fn sample() -> Sample {
+    let mut content = noise(Bytes(4 * SEGMENT + 5001).as_len(), 1);
+    content[Bytes(SEGMENT).as_len()..Bytes(2 * SEGMENT).as_len()].fill(0);
+    let end = 4 * SEGMENT + 5001;
+    Sample::new(content)
+        .with_originals(&[extent(0, 4096), extent(SEGMENT + 8192, SEGMENT + 16384)], 0xab)
+        .with_originals(&[extent(2 * SEGMENT - 4096, 2 * SEGMENT + 4096), extent(end - 905, end)], 0xcd)
+}
+
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+    fn put(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+    fn names(&self) -> Vec<String> {
+        let names = fs::read_dir(self.directory.path()).unwrap();
+        names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+}
+
+fn request(archive: &Path, target: &Path) -> RestoreRequest {
+    let archive = ArchiveSource::Path(archive.to_owned());
+    RestoreRequest { archive, target: target.to_owned(), replace: false }
+}
+
+fn restore_file(archive: &Path, target: &Path) -> Result<restore::RestoreReport> {
+    restore::run(&request(archive, target), &Silent, &|| Ok(()))
+}
+
+/// A pipe that a thread fills.
+fn pipe(bytes: Vec<u8>) -> OwnedFd {
+    let (read, write) = nix::unistd::pipe().unwrap();
+    std::thread::spawn(move || {
+        // A reader that gives up early closes the pipe.
+        let _ = File::from(write).write_all(&bytes);
+    });
+    read
+}
+
+fn restore_pipe(bytes: Vec<u8>, target: &Path) -> Result<restore::RestoreReport> {
+    let input = Input::stream(pipe(bytes), "the pipe", &|| Ok(()))?;
+    let request = RestoreRequest { archive: ArchiveSource::Pipe, target: target.to_owned(), replace: false };
+    restore::restore(&input, &request, &Silent, &|| Ok(()))
+}
+
+fn verify_pipe(bytes: Vec<u8>, against: Option<&Path>) -> Result<verify::VerifyReport> {
+    let input = Input::stream(pipe(bytes), "the pipe", &|| Ok(()))?;
+    verify::verify(&input, against, &Silent, &|| Ok(()))
+}
+
+fn verify_file(archive: &Path, against: Option<&Path>) -> Result<verify::VerifyReport> {
+    let request = crate::op::request::VerifyRequest {
+        archive: ArchiveSource::Path(archive.to_owned()),
+        against: against.map(Path::to_owned),
+    };
+    verify::run(&request, &Silent, &|| Ok(()))
+}
+
+fn kind<T>(result: Result<T>) -> ErrorKind {
+    match result {
+        Ok(_) => panic!("must fail"),
+        Err(error) => error.kind(),
+    }
+}
+
+#[test]
+fn an_archive_is_restored_and_verified() {
+    let (place, sample) = (Place::new(), sample());
+    let archive = place.put("a.tdm", &sample.build());
+    let out = place.path("out");
+    let report = restore_file(&archive, &out).unwrap();
+    assert_eq!(report.totals.data_frames, 4);
+    assert_eq!(report.totals.originals_frames, 2);
+    assert!(fs::read(&out).unwrap() == sample.content());
+    restore_pipe(sample.build(), &place.path("piped")).unwrap();
+    assert!(fs::read(place.path("piped")).unwrap() == sample.content());
+    assert_eq!(verify_file(&archive, None).unwrap().totals, report.totals);
+    let against = verify_file(&archive, Some(&out)).unwrap();
+    assert!(against.compared_bytes >= sample.superblock.origin_size);
+    verify_pipe(sample.build(), Some(&out)).unwrap();
+    let inspected = inspect::run(&InspectRequest { archive }, &Silent, &|| Ok(())).unwrap();
+    assert_eq!(inspected.totals, report.totals);
+    assert_eq!(inspected.map.zero_bytes, Bytes(SEGMENT));
+    assert_eq!(inspected.map.entries, 3);
+    assert_eq!(inspected.instant.as_deref(), Some("2023-11-14T22:13:20Z"));
+}
+
+#[test]
+fn a_difference_is_named_to_the_sector() {
+    let (place, sample) = (Place::new(), sample());
+    let archive = place.put("a.tdm", &sample.build());
+    let content = sample.content();
+    // In data, in a zero segment, in an original, in the last byte.
+    for at in [3 * SEGMENT + 700, SEGMENT + 5000, SEGMENT + 9000, 4 * SEGMENT + 5000] {
+        let mut other = content.clone();
+        other[Bytes(at).as_len()] ^= 1;
+        let other = place.put("other", &other);
+        for result in [verify_file(&archive, Some(&other)), verify_pipe(sample.build(), Some(&other))] {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadData);
+            let start = at / 512 * 512;
+            let end = (start + 512).min(4 * SEGMENT + 5001);
+            assert!(
+                error.to_string().contains(&format!("in 1 ranges, {} bytes: {start}..{end}", end - start)),
+                "{error}"
+            );
+        }
+    }
+    let short = place.put("short", &content[1..]);
+    assert_eq!(kind(verify_file(&archive, Some(&short))), ErrorKind::BadData);
+    // What the originals replaced must not count as equal.
+    let fuzzy = place.put("fuzzy", &sample.fuzzy);
+    assert_eq!(kind(verify_file(&archive, Some(&fuzzy))), ErrorKind::BadData);
+}
+
+#[test]
+fn every_cut_is_found_and_leaves_no_file() {
+    let (place, whole) = (Place::new(), sample().build());
+    let out = place.path("out");
+    for cut in (0..whole.len()).step_by(BLOCK_BYTES).chain([1, whole.len() - 1]) {
+        let archive = place.put("cut.tdm", &whole[..cut]);
+        let error = restore_file(&archive, &out).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadData, "cut at {cut}: {error}");
+        assert_eq!(kind(restore_pipe(whole[..cut].to_vec(), &out)), ErrorKind::BadData, "pipe cut at {cut}");
+        assert_eq!(place.names(), ["cut.tdm"], "cut at {cut}");
+    }
+    let mut longer = whole.clone();
+    longer.push(0);
+    let archive = place.put("cut.tdm", &longer);
+    assert_eq!(kind(restore_file(&archive, &out)), ErrorKind::BadData);
+    assert_eq!(kind(restore_pipe(longer, &out)), ErrorKind::BadData);
+    assert_eq!(place.names(), ["cut.tdm"]);
+}
+
+/// The reader without its engine: fast enough to try every byte.
+fn check(bytes: &[u8]) -> Result<()> {
+    use crate::format::archive::Superblock;
+    let superblock = Superblock::decode_head(bytes).map_err(Error::from)?;
+    let mut checker = FrameChecker::new(superblock, "sample");
+    let length = checker.layout().frame_bytes().as_len();
+    let mut rest = &bytes[BLOCK_BYTES..];
+    while rest.len() > BLOCK_BYTES {
+        if rest.len() < length {
+            return Err(checker.truncated(rest.len()));
+        }
+        checker.accept(rest, &mut |_| {})?;
+        rest = &rest[length..];
+    }
+    checker.finish(rest).map(|_| ())
+}
+
+#[test]
+fn every_corrupted_byte_is_found() {
+    // Five frames of three kinds; a frame that passed before is not checked again for later bytes.
+    let sample =
+        Sample::new(noise(Bytes(SEGMENT + 3000).as_len(), 2)).with_originals(&[extent(4096, 8192)], 1);
+    let mut bytes = sample.build();
+    check(&bytes).unwrap();
+    let frame = sample.layout().frame_bytes().as_len();
+    let frames = (bytes.len() - 2 * BLOCK_BYTES) / frame;
+    assert_eq!(frames, 4);
+    for at in 0..bytes.len() {
+        let flip = 1u8 << (at % 8);
+        bytes[at] ^= flip;
+        let error = check(&bytes).map_err(|error| error.kind());
+        assert_eq!(error, Err(ErrorKind::BadData), "byte {at}");
+        bytes[at] ^= flip;
+    }
+}
+
+#[test]
+fn a_corrupted_archive_leaves_no_file() {
+    let (place, bytes) = (Place::new(), sample().build());
+    let out = place.path("out");
+    for at in (17..bytes.len()).step_by(9973) {
+        let mut bad = bytes.clone();
+        bad[at] ^= 0x40;
+        let archive = place.put("bad.tdm", &bad);
+        assert_eq!(kind(restore_file(&archive, &out)), ErrorKind::BadData, "byte {at}");
+        assert_eq!(kind(verify_file(&archive, None)), ErrorKind::BadData, "byte {at}");
+        assert_eq!(kind(restore_pipe(bad, &out)), ErrorKind::BadData, "byte {at}");
+        assert_eq!(place.names(), ["bad.tdm"]);
+    }
+}
+
+#[test]
+fn frames_that_are_moved_doubled_or_left_out_are_found() {
+    let (sample, bytes) = (sample(), sample().build());
+    let segment = SegmentSize::new(Bytes(SEGMENT)).unwrap();
+    let at = |n: u64| frame_offset(n, segment).unwrap().as_len();
+    let (first, second, third) = (&bytes[at(0)..at(1)], &bytes[at(1)..at(2)], &bytes[at(2)..]);
+    let head = &bytes[..BLOCK_BYTES];
+    for wrong in [
+        [head, second, first, third].concat(),
+        [head, first, first, third].concat(),
+        [head, first, third].concat(),
+        [head, first, first, second, third].concat(),
+    ] {
+        assert_eq!(kind(check(&wrong)), ErrorKind::BadData);
+    }
+    // The frames of another archive of the same shape.
+    let mut other = sample;
+    other.superblock.archive = uuid::Uuid::from_u128(99);
+    let other = other.build();
+    let mixed = [head, &other[at(0)..at(1)], second, third].concat();
+    assert_eq!(kind(check(&mixed)), ErrorKind::BadData);
+    // A whole frame less, with a tail that agrees: the map still knows.
+    let lacking = [head, &bytes[at(1)..]].concat();
+    assert_eq!(kind(check(&lacking)), ErrorKind::BadData);
+}
+
+#[test]
+fn what_stands_in_the_way_is_refused() {
+    let (place, sample) = (Place::new(), sample());
+    let archive = place.put("a.tdm", &sample.build());
+    let there = place.put("there", b"theirs");
+    assert_eq!(kind(restore_file(&archive, &there)), ErrorKind::Refused);
+    assert_eq!(fs::read(&there).unwrap(), b"theirs");
+    assert_eq!(kind(restore_file(&archive, place.directory.path())), ErrorKind::Refused);
+    let over = RestoreRequest { replace: true, ..request(&archive, &there) };
+    restore::run(&over, &Silent, &|| Ok(())).unwrap();
+    assert!(fs::read(&there).unwrap() == sample.content());
+    let own = RestoreRequest { replace: true, ..request(&archive, &archive) };
+    assert_eq!(kind(restore::run(&own, &Silent, &|| Ok(()))), ErrorKind::Refused);
+    assert!(fs::read(&archive).unwrap() == sample.build());
+}
+
+#[test]
+fn an_interrupt_leaves_nothing() {
+    let (place, sample) = (Place::new(), sample());
+    let archive = place.put("a.tdm", &sample.build());
+    let stop = || Err(Error::new(ErrorKind::Interrupted, "stopped"));
+    let out = place.path("out");
+    assert_eq!(kind(restore::run(&request(&archive, &out), &Silent, &stop)), ErrorKind::Interrupted);
+    // A silent pipe does not keep the interrupt from being heard.
+    let (read, write) = nix::unistd::pipe().unwrap();
+    let result = Input::stream(read, "the pipe", &stop);
+    assert_eq!(kind(result.map(|_| ())), ErrorKind::Interrupted);
+    drop(write);
+    assert_eq!(place.names(), ["a.tdm"]);
+}
+
+#[test]
+fn the_empty_origin_is_restored() {
+    let (place, sample) = (Place::new(), Sample::new(Vec::new()));
+    let archive = place.put("a.tdm", &sample.build());
+    restore_file(&archive, &place.path("out")).unwrap();
+    assert_eq!(fs::read(place.path("out")).unwrap(), b"");
+    verify_file(&archive, Some(&place.path("out"))).unwrap();
+}
+
+/// A sample drawn at random: parts copied or not, zero or not, originals in any number.
+fn samples() -> impl Strategy<Value = Sample> {
+    let pages = prop::collection::vec((any::<bool>(), any::<bool>()), 1..80);
+    let originals = prop::collection::vec(prop::collection::btree_set(0u64..80, 1..10), 0..4);
+    (pages, originals, 1u64..=4096, any::<bool>(), any::<u64>()).prop_map(
+        |(pages, originals, tail, reversed, seed)| {
+            let size = (Bytes::from_len(pages.len()).get() - 1) * 4096 + tail;
+            let mut content = noise(Bytes(size).as_len(), seed);
+            let mut list: Vec<Extent> = Vec::new();
+            for (page, (copied, zero)) in pages.iter().enumerate() {
+                let start = Bytes::from_len(page).get() * 4096;
+                let end = size.min(start + 4096);
+                if *zero || start / SEGMENT == 1 {
+                    content[Bytes(start).as_len()..Bytes(end).as_len()].fill(0);
+                }
+                if *copied {
+                    match list.last_mut() {
+                        Some(last) if last.end() == Bytes(start) => *last = extent(last.start().get(), end),
+                        _ => list.push(extent(start, end)),
+                    }
+                }
+            }
+            let mut sample = Sample::new(content);
+            sample.block_list = list;
+            sample.reversed = reversed;
+            for (byte, frame) in (1u8..).zip(originals) {
+                // Page-sized extents, some of them neighbours; absent pages get none.
+                let extents: Vec<Extent> = frame
+                    .into_iter()
+                    .filter_map(|page| Extent::new(Bytes(page * 4096), Bytes(size.min(page * 4096 + 4096))))
+                    .filter(|extent| sample.block_list.iter().any(|listed| listed.contains(*extent)))
+                    .collect();
+                if !extents.is_empty() {
+                    sample = sample
+                        .with_originals(&extents, byte.wrapping_mul(if seed % 2 == 0 { 0 } else { 31 }));
+                }
+            }
+            sample
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_archive_is_restored_exactly(sample in samples()) {
+        let place = Place::new();
+        let bytes = sample.build();
+        let archive = place.put("a.tdm", &bytes);
+        let (out, piped) = (place.path("out"), place.path("piped"));
+        restore_file(&archive, &out).unwrap();
+        prop_assert!(fs::read(&out).unwrap() == sample.content());
+        restore_pipe(bytes.clone(), &piped).unwrap();
+        prop_assert!(fs::read(&piped).unwrap() == sample.content());
+        verify_file(&archive, Some(&out)).unwrap();
+        verify_pipe(bytes, Some(&out)).unwrap();
+        inspect::run(&InspectRequest { archive }, &Silent, &|| Ok(())).unwrap();
+    }
+}
+
+#[test]
+fn a_pipe_may_be_a_file_that_was_opened() {
+    let (place, sample) = (Place::new(), sample());
+    let mut file = File::open(place.put("a.tdm", &sample.build())).unwrap();
+    file.rewind().unwrap();
+    let input = Input::stream(file.into(), "the file", &|| Ok(())).unwrap();
+    verify::verify(&input, None, &Silent, &|| Ok(())).unwrap();
+}

@@ -1,0 +1,113 @@
+//! `tidemark inspect`: what is in this archive? Reads both superblocks and the map, no data.
+
+use serde::Serialize;
+
+use super::request::InspectRequest;
+use crate::base::clock::utc_text;
+use crate::base::{Bytes, Result};
+use crate::copy::progress::{Event, Observer, Phase};
+use crate::format::archive::map::MapCursor;
+use crate::format::archive::{
+    ArchiveError, Block, MapEntry, MapState, Superblock, Totals, frame, frame_offset,
+};
+use crate::secondary::archive_read::ArchiveFile;
+use crate::sys::aligned::AlignedBuffer;
+
+/// What the map says, summed up. Sizes in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MapSummary {
+    /// Entries of the map.
+    pub entries: u64,
+    /// Bytes of the origin that data frames hold.
+    pub present_bytes: Bytes,
+    /// Bytes that were copied and are zero.
+    pub zero_bytes: Bytes,
+    /// Bytes that were not copied.
+    pub absent_bytes: Bytes,
+}
+
+impl MapSummary {
+    fn add(&mut self, entry: MapEntry) {
+        self.entries += 1;
+        let sum = match entry.state {
+            MapState::Present => &mut self.present_bytes,
+            MapState::Zero => &mut self.zero_bytes,
+            MapState::Absent => &mut self.absent_bytes,
+        };
+        *sum += entry.extent.length();
+    }
+}
+
+/// What an archive says of itself.
+#[derive(Clone, Debug, Serialize)]
+pub struct InspectReport {
+    /// The archive's name.
+    pub archive: String,
+    /// Its length in bytes.
+    pub archive_bytes: Bytes,
+    /// The format's version.
+    pub version: u32,
+    /// Identity, origin, sizes.
+    pub superblock: Superblock,
+    /// The instant in RFC 3339, where it is within a calendar's reach.
+    pub instant: Option<String>,
+    /// Segments of the origin.
+    pub segments: u64,
+    /// Frames by kind.
+    pub totals: Totals,
+    /// The map.
+    pub map: MapSummary,
+}
+
+/// Reads superblocks and map; the data is not read, so a damaged payload is not found (see `verify`).
+///
+/// # Errors
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for what is no archive, is cut off, or has a
+/// damaged map; I/O errors; whatever the interrupt answers.
+pub fn run(
+    request: &InspectRequest,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<InspectReport> {
+    observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
+    let archive = ArchiveFile::open(&request.archive)?;
+    let superblock = archive.superblock().clone();
+    let totals = *archive.totals();
+    let map = read_map(&archive, interrupt)?;
+    Ok(InspectReport {
+        archive: archive.path().display().to_string(),
+        archive_bytes: archive.length(),
+        version: crate::format::archive::VERSION,
+        instant: utc_text(superblock.instant_utc_ns),
+        segments: superblock.segment.count_for(superblock.origin_size),
+        totals,
+        map,
+        superblock,
+    })
+}
+
+fn read_map(archive: &ArchiveFile, interrupt: &dyn Fn() -> Result<()>) -> Result<MapSummary> {
+    let layout = archive.superblock().layout();
+    let totals = archive.totals();
+    let shown = archive.path().display().to_string();
+    let place = |sequence| frame_offset(sequence, layout.segment).unwrap_or(Bytes(u64::MAX));
+    let mut memory = AlignedBuffer::zeroed(layout.frame_bytes().as_len());
+    let mut cursor = MapCursor::new(layout.origin_size);
+    let mut summary = MapSummary::default();
+    for sequence in totals.first_map()..totals.sequence_end() {
+        interrupt()?;
+        archive.read_frame(sequence, &mut memory)?;
+        let read = frame::open(&layout, sequence, &memory).and_then(|frame| {
+            cursor.read(frame.control.facts.origin_offset, frame.payload, |entry| summary.add(entry))
+        });
+        read.map_err(|error| error.at(Block::Frame(sequence), place(sequence), &shown))?;
+    }
+    let end = totals.sequence_end();
+    let seen = summary.present_bytes.get();
+    let agreed = cursor.finish().and_then(|()| match totals.present_bytes.get() {
+        tail if tail == seen => Ok(()),
+        tail => Err(ArchiveError::Totals { field: "the count of present bytes", tail, seen }),
+    });
+    agreed.map_err(|error| error.at(Block::TailSuperblock, place(end), &shown))?;
+    Ok(summary)
+}

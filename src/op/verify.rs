@@ -1,0 +1,292 @@
+//! `tidemark verify`: is this archive whole, and does it hold what a device or file holds?
+//!
+//! Every block is read and checked. With `--against`, the content is compared byte for byte in one
+//! pass, from a pipe as well: what differs from a data frame is remembered as sectors; an original for
+//! them, which wins over the data, is compared when it comes and settles the question anew.
+//!
+//! Invariants:
+//! - nothing is written anywhere;
+//! - memory: the engine's buffers, one segment of the other side, and at most
+//!   [`DIFFERENCE_RUNS_MAX`] runs of sectors that differ.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::archive::{FrameUser, Input, Io, engine_config_for, too_many};
+use super::request::VerifyRequest;
+use crate::base::limits::DIRECT_IO_ALIGN;
+use crate::base::units::SECTOR_BYTES;
+use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx};
+use crate::copy::progress::{Event, Observer, Phase};
+use crate::extent::ExtentSet;
+use crate::format::archive::{FrameKind, Layout, MapEntry, MapState, OriginalsMode, Superblock, Totals};
+use crate::io::open::{EnginePreference, open_engine};
+use crate::io::{Buffer, Completion};
+use crate::secondary::PAYLOAD_OFFSET;
+use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
+use crate::sys::aligned::AlignedBuffer;
+
+/// Runs of differing sectors that are remembered: some 40 MiB.
+pub const DIFFERENCE_RUNS_MAX: usize = 1 << 20;
+
+/// Differing runs that an error names.
+const DIFFERENCES_SHOWN: usize = 4;
+
+/// What was verified. Sizes in bytes, times in seconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifyReport {
+    /// The archive's name.
+    pub archive: String,
+    /// What it says of itself.
+    pub superblock: Superblock,
+    /// What it holds; counted, and equal to what its tail superblock says.
+    pub totals: Totals,
+    /// What it was compared with.
+    pub against: Option<String>,
+    /// Bytes of the origin that were compared.
+    pub compared_bytes: Bytes,
+    /// The whole verification.
+    pub seconds: f64,
+}
+
+/// Verifies; on success the archive is whole, and equal to what it was compared with.
+///
+/// # Errors
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive, and for a difference;
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where there is nothing to compare with, or too
+/// much differs to be remembered; I/O errors; whatever the interrupt answers.
+pub fn run(
+    request: &VerifyRequest,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<VerifyReport> {
+    observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
+    let input = Input::open(&request.archive, interrupt)?;
+    verify(&input, request.against.as_deref(), observer, interrupt)
+}
+
+/// Verifies what `input` holds.
+pub(super) fn verify(
+    input: &Input,
+    against: Option<&Path>,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<VerifyReport> {
+    let superblock = input.superblock().clone();
+    let mut against = against.map(|path| Against::open(path, &superblock)).transpose()?;
+    let config = engine_config_for(&superblock);
+    let mut engine = open_engine(config, EnginePreference::Auto)?;
+    let mut io = Io::new(engine.as_mut(), config.buffer_count, observer, interrupt);
+    let mut checker = FrameChecker::new(superblock.clone(), &input.description());
+    let total = input.totals().map(|totals| totals.present_bytes + totals.originals_bytes);
+    io.begin_phase(Phase::Verify, total);
+    let mut user = Comparer { against: against.as_mut(), stage: FrameKind::Data };
+    let read = input.read_all(&mut io, &mut checker, &mut user);
+    let read = read.and_then(|totals| user.finish(&mut io, checker.seen()).map(|()| totals));
+    if read.is_err() {
+        io.drain();
+    }
+    let totals = read?;
+    io.report();
+    let report = VerifyReport {
+        archive: input.description(),
+        superblock,
+        totals,
+        against: against.as_ref().map(|against| against.description.clone()),
+        compared_bytes: against.as_ref().map_or(Bytes::ZERO, |against| against.compared),
+        seconds: io.elapsed().as_secs_f64(),
+    };
+    match against {
+        Some(against) => against.judge(&report.archive).map(|()| report),
+        None => Ok(report),
+    }
+}
+
+struct Comparer<'a> {
+    against: Option<&'a mut Against>,
+    stage: FrameKind,
+}
+
+impl FrameUser for Comparer<'_> {
+    fn map(&mut self, entry: MapEntry) {
+        if entry.state == MapState::Absent
+            && let Some(against) = &mut self.against
+        {
+            against.differences.remove(entry.extent);
+        }
+    }
+
+    fn frame(
+        &mut self,
+        io: &mut Io<'_>,
+        frame: &CheckedFrame,
+        seen: &SegmentBits,
+        buffer: Buffer,
+    ) -> Result<()> {
+        if self.stage == FrameKind::Data && frame.facts.kind != FrameKind::Data {
+            self.end_data(io, seen)?;
+        }
+        self.stage = frame.facts.kind;
+        let mut packed = PAYLOAD_OFFSET;
+        for extent in &frame.extents {
+            let at = match frame.facts.kind {
+                FrameKind::Data => PAYLOAD_OFFSET + (extent.start() - frame.facts.origin_offset).as_len(),
+                FrameKind::Originals | FrameKind::Map => packed,
+            };
+            packed += extent.length().as_len();
+            if let Some(against) = &mut self.against {
+                against.compare(*extent, &buffer[at..at + extent.length().as_len()])?;
+            }
+            io.advance(extent.length());
+            io.poll()?;
+        }
+        io.engine.give_buffer(buffer);
+        Ok(())
+    }
+
+    fn completed(&mut self, _io: &mut Io<'_>, completion: Completion) -> Result<()> {
+        unreachable!("verify has no requests of its own, and {} is none of the reader's", completion.token)
+    }
+
+    fn has_room(&self) -> bool {
+        true
+    }
+}
+
+impl Comparer<'_> {
+    /// What no data frame holds is zero, as far as the data goes. The map, which comes last, takes back
+    /// what was not copied at all.
+    fn end_data(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
+        let Some(against) = &mut self.against else { return Ok(()) };
+        let Layout { origin_size, segment, .. } = against.layout;
+        let zeros = AlignedBuffer::zeroed(segment.bytes().as_len());
+        for ix in (0..segment.count_for(origin_size)).map(SegmentIx).filter(|ix| !seen.get(*ix)) {
+            io.poll()?;
+            let start = segment.offset_of(ix).expect("a segment lies within the origin");
+            let end = origin_size.min(start + segment.bytes());
+            let extent = Extent::new(start, end).expect("a segment is never empty");
+            against.compare(extent, &zeros[..extent.length().as_len()])?;
+        }
+        Ok(())
+    }
+
+    /// An archive without a frame ends here.
+    fn finish(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
+        if self.stage == FrameKind::Data { self.end_data(io, seen) } else { Ok(()) }
+    }
+}
+
+/// The other side of a comparison.
+struct Against {
+    file: File,
+    description: String,
+    size: Bytes,
+    layout: Layout,
+    appends: bool,
+    memory: AlignedBuffer,
+    differences: ExtentSet,
+    compared: Bytes,
+}
+
+impl Against {
+    fn open(path: &Path, superblock: &Superblock) -> Result<Self> {
+        let shown = path.display();
+        let kind = std::fs::metadata(path).io_context(|| format!("look at {shown}"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::refused(format!("{shown} is neither a file nor a block device"))
+                .next("compare with a device or a raw file"));
+        }
+        // A device past the page cache, which may hold what the device does not; a file through it,
+        // because it may end anywhere.
+        let flags = if kind.is_block_device() { libc::O_DIRECT } else { 0 };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags | libc::O_CLOEXEC)
+            .open(path)
+            .io_context(|| format!("open {shown}"))?;
+        let size = file.seek(SeekFrom::End(0)).io_context(|| format!("find the size of {shown}"))?;
+        let (size, origin) = (Bytes(size), superblock.origin_size);
+        if size < origin || (kind.is_file() && size != origin) {
+            return Err(Error::bad_data(format!(
+                "{shown} has {} bytes, the archive's origin has {}",
+                size.get(),
+                origin.get()
+            ))
+            .next("compare with the device that the archive was made of or restored to"));
+        }
+        let room = superblock.segment.bytes() + DIRECT_IO_ALIGN + DIRECT_IO_ALIGN;
+        Ok(Self {
+            file,
+            description: shown.to_string(),
+            size,
+            layout: superblock.layout(),
+            appends: superblock.originals == OriginalsMode::Append,
+            memory: AlignedBuffer::zeroed(room.as_len()),
+            differences: ExtentSet::new(),
+            compared: Bytes::ZERO,
+        })
+    }
+
+    /// Compares `extent`, at most a segment, with what the archive holds of it; what was found about
+    /// it before is void.
+    fn compare(&mut self, extent: Extent, expected: &[u8]) -> Result<()> {
+        let start = extent.start().align_down(DIRECT_IO_ALIGN);
+        let end = extent.end().align_up(DIRECT_IO_ALIGN).min(self.size);
+        let memory = &mut self.memory[..(end - start).as_len()];
+        self.file.read_exact_at(memory, start.get()).io_context(|| {
+            format!("read {} bytes at {} of {}", memory.len(), start.get(), self.description)
+        })?;
+        self.compared += extent.length();
+        let found = &memory[(extent.start() - start).as_len()..][..expected.len()];
+        self.differences.remove(extent);
+        if found == expected {
+            return Ok(());
+        }
+        let step = Bytes(SECTOR_BYTES);
+        let sectors = found.chunks(step.as_len()).zip(expected.chunks(step.as_len()));
+        let mut at = extent.start();
+        for (found, expected) in sectors {
+            let end = at + Bytes::from_len(found.len());
+            if found != expected {
+                self.differences.insert(Extent::new(at, end).expect("chunks are never empty"));
+            }
+            at = end;
+        }
+        self.check_limit()
+    }
+
+    fn check_limit(&self) -> Result<()> {
+        if self.differences.run_count() <= DIFFERENCE_RUNS_MAX {
+            return Ok(());
+        }
+        let what =
+            format!("{} differs from the data in more than {DIFFERENCE_RUNS_MAX} places", self.description);
+        if self.appends {
+            // Originals that are still to come might explain all of them.
+            return Err(too_many(what).next("restore the archive to a file and compare that"));
+        }
+        Err(Error::bad_data(what).state("nothing was changed"))
+    }
+
+    fn judge(&self, archive: &str) -> Result<()> {
+        let count = self.differences.run_count();
+        if count == 0 {
+            return Ok(());
+        }
+        let shown: Vec<String> =
+            self.differences.iter().take(DIFFERENCES_SHOWN).map(|run| run.to_string()).collect();
+        let more = if count > DIFFERENCES_SHOWN { ", ..." } else { "" };
+        Err(Error::bad_data(format!(
+            "{} differs from {archive} in {count} ranges, {} bytes: {}{more}",
+            self.description,
+            self.differences.total().get(),
+            shown.join(", ")
+        ))
+        .state("the archive itself is whole; nothing was changed")
+        .next("if the device has been in use since the instant, differences are to be expected"))
+    }
+}
