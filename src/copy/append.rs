@@ -8,7 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::driver::{Driver, Sink};
-use super::overlay::{OriginalsStats, Store, store_pieces};
+use super::overlay::{OriginalsStats, Store, merged, store_piece};
 use super::schedule::Schedule;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Result};
@@ -36,47 +36,40 @@ pub(super) fn run(
 ) -> Result<OriginalsStats> {
     let mut stats = OriginalsStats::default();
     while let Some(batch) = store.next_batch(schedule)? {
-        stats.count += Bytes::from_len(batch.len()).get();
-        stats.bytes += batch.iter().map(|original| original.extent.length()).sum();
+        stats.add(&batch);
         let capacity = schedule.segment().bytes();
         let mut append =
             Append { driver, store: store.file, secondary, sink, reads: HashMap::new(), capacity };
-        append.run_batch(cut(batch, capacity))?;
+        append.run_batch(batch.originals.into())?;
     }
     Ok(stats)
 }
 
-/// Cuts originals that are longer than a frame: a chunk may be larger than a segment.
-fn cut(batch: Vec<Original>, capacity: Bytes) -> VecDeque<Original> {
-    let mut cut = VecDeque::with_capacity(batch.len());
-    for original in batch {
-        let mut at = original.extent.start();
-        while let Some(extent) = Extent::new(at, original.extent.end().min(at + capacity)) {
-            let store_offset = original.store_offset + (at - original.extent.start());
-            cut.push_back(Original { extent, store_offset });
-            at = extent.end();
-        }
-    }
-    cut
-}
-
-/// Takes as many originals from the front of `waiting` as one frame holds. Answers them with their
-/// positions in the buffer.
+/// Takes as many originals from the front of `waiting` as one frame holds, the last one in part.
+/// Answers them with their positions in the buffer.
 fn pack(waiting: &mut VecDeque<Original>, capacity: Bytes, extents_max: usize) -> Vec<(Original, usize)> {
     let mut packed: Vec<(Original, usize)> = Vec::new();
     let mut extents = 0;
     let mut used = Bytes::ZERO;
-    while let Some(original) = waiting.front() {
+    while let Some(original) = waiting.pop_front() {
         let continues = packed.last().is_some_and(|(last, _)| last.extent.end() == original.extent.start());
-        let fits = used + original.extent.length() <= capacity && (continues || extents < extents_max);
+        let start = original.extent.start();
         // A piece that direct I/O must round up would push the next one off its alignment.
-        if !fits || !used.is_aligned(DIRECT_IO_ALIGN) {
+        let room = if used.is_aligned(DIRECT_IO_ALIGN) { capacity - used } else { Bytes::ZERO };
+        let fitting = Extent::with_length(start, room.min(original.extent.length()))
+            .filter(|_| continues || extents < extents_max)
+            .and_then(|extent| original.part(extent));
+        let Some(part) = fitting else {
+            waiting.push_front(original);
             break;
-        }
+        };
         extents += usize::from(!continues);
-        packed.push((*original, PAYLOAD_OFFSET + used.as_len()));
-        used += original.extent.length();
-        waiting.pop_front();
+        packed.push((part, PAYLOAD_OFFSET + used.as_len()));
+        used += part.extent.length();
+        let rest = Extent::new(part.extent.end(), original.extent.end());
+        if let Some(rest) = rest.and_then(|rest| original.part(rest)) {
+            waiting.push_front(rest);
+        }
     }
     packed
 }
@@ -98,17 +91,9 @@ impl Append<'_, '_> {
 
     fn start(&mut self, waiting: &mut VecDeque<Original>, buffer: Buffer) -> Result<()> {
         let packed = pack(waiting, self.capacity, self.secondary.append_extents_max());
-        let mut extents: Vec<Extent> = Vec::new();
-        for (original, _) in &packed {
-            match extents.last_mut() {
-                Some(last) if last.end() == original.extent.start() => {
-                    *last = Extent::new(last.start(), original.extent.end())
-                        .expect("two neighbours are not empty");
-                }
-                _ => extents.push(original.extent),
-            }
-        }
-        let token = self.driver.read(self.store, buffer, store_pieces(packed.into_iter()))?;
+        let extents = merged(packed.iter().map(|(original, _)| original.extent));
+        let pieces = packed.iter().map(|(original, position)| store_piece(original, *position)).collect();
+        let token = self.driver.read(self.store, buffer, pieces)?;
         self.reads.insert(token, extents);
         Ok(())
     }
@@ -155,6 +140,19 @@ mod tests {
         assert_eq!(pack(&mut waiting, Bytes(65536), 9).len(), 1);
         let mut waiting = VecDeque::from([original(0, 65536), original(65536, 4096)]);
         assert_eq!(pack(&mut waiting, Bytes(65536), 9).len(), 1);
-        assert_eq!(cut(vec![original(0, 1 << 20)], Bytes(65536)).len(), 16);
+
+        // One that is longer than a frame continues in the next, behind what is there.
+        let mut waiting = VecDeque::from([original(0, 4096), original(8192, 131_072)]);
+        let frames: Vec<_> = std::iter::from_fn(|| {
+            Some(pack(&mut waiting, Bytes(65536), 9)).filter(|frame| !frame.is_empty())
+        })
+        .collect();
+        let lengths: Vec<u64> = frames
+            .iter()
+            .map(|frame| frame.iter().map(|(part, _)| part.extent.length().get()).sum())
+            .collect();
+        assert_eq!(lengths, [65536, 65536, 4096]);
+        assert_eq!(frames[1][0].0.extent.start(), Bytes(8192 + 61440));
+        assert_eq!(frames[1][0].0.store_offset, Bytes(16384 + 61440));
     }
 }

@@ -11,7 +11,6 @@
 //! - a segment that is read back is checked before anything is laid over it.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
@@ -19,7 +18,8 @@ use super::job::OriginalsProvider;
 use super::origin::{payload, payload_position, zero_gaps};
 use super::schedule::{Schedule, Work};
 use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
-use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx};
+use crate::base::{Bytes, Error, ErrorKind, Result};
+use crate::extent::originals::{arrange, by_segment, total};
 use crate::extent::{Extent, Original};
 use crate::io::{Buffer, Completion, FileIx, Piece, Place};
 use crate::secondary::{Secondary, Segment, is_zero, zero_padding};
@@ -31,6 +31,21 @@ pub struct OriginalsStats {
     pub(super) bytes: Bytes,
 }
 
+impl OriginalsStats {
+    pub(super) fn add(&mut self, batch: &Batch) {
+        self.count += batch.count;
+        self.bytes += total(&batch.originals);
+    }
+}
+
+/// Some of the store's originals, ready to be read.
+pub(super) struct Batch {
+    /// As many as the store named.
+    count: u64,
+    /// Sorted, merged, cut to the block list.
+    pub(super) originals: Vec<Original>,
+}
+
 /// Where originals come from while they are worked through.
 pub(super) struct Store<'a> {
     pub(super) provider: &'a mut dyn OriginalsProvider,
@@ -39,19 +54,23 @@ pub(super) struct Store<'a> {
 
 impl Store<'_> {
     /// The next batch, arranged; None at the end.
-    pub(super) fn next_batch(&mut self, schedule: &Schedule) -> Result<Option<Vec<Original>>> {
+    pub(super) fn next_batch(&mut self, schedule: &Schedule) -> Result<Option<Batch>> {
         let batch = self.provider.next_batch(EXCEPTION_BATCH_MAX)?;
-        if batch.is_empty() { Ok(None) } else { arrange(batch, schedule).map(Some) }
+        if batch.is_empty() {
+            return Ok(None);
+        }
+        let count = Bytes::from_len(batch.len()).get();
+        Ok(Some(Batch { count, originals: arranged(batch, schedule)? }))
     }
 }
 
-/// Sorts a batch by destination, and cuts it to the block list.
+/// Sorts a batch by destination, merges what continues, and cuts it to the block list.
 ///
 /// # Errors
 /// [`ErrorKind::Kernel`] where two originals claim one byte, or one lies behind the origin's end: the
 /// store does not say what it should.
-fn arrange(mut batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> {
-    batch.sort_unstable();
+fn arranged(batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> {
+    let batch = arrange(batch);
     for pair in batch.windows(2) {
         if pair[0].extent.overlaps(pair[1].extent) {
             return Err(nonsense(format!("two originals for {}", pair[1].extent)));
@@ -66,10 +85,7 @@ fn arrange(mut batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original
     }
     let cut = |original: &Original| {
         let original = *original;
-        listed(&original).into_iter().map(move |part| Original {
-            extent: part,
-            store_offset: original.store_offset + (part.start() - original.extent.start()),
-        })
+        listed(&original).into_iter().filter_map(move |part| original.part(part))
     };
     Ok(batch.iter().flat_map(cut).collect())
 }
@@ -79,30 +95,17 @@ fn nonsense(what: String) -> Error {
         .next("this should not happen: keep the store (--keep-store) and report it")
 }
 
-/// What to read from the store so that `originals` lie at `positions` of a buffer: pieces that
-/// continue each other on both sides are merged, ends are rounded up to what direct I/O takes.
-pub(super) fn store_pieces(originals: impl Iterator<Item = (Original, usize)>) -> Vec<Piece> {
-    let mut pieces: Vec<(Range<usize>, Bytes)> = Vec::new();
-    for (original, position) in originals {
-        let length = original.extent.length().align_up(DIRECT_IO_ALIGN).as_len();
-        match pieces.last_mut() {
-            Some((range, offset))
-                if range.end == position
-                    && *offset + Bytes::from_len(range.len()) == original.store_offset =>
-            {
-                range.end += length;
-            }
-            _ => pieces.push((position..position + length, original.store_offset)),
-        }
-    }
-    pieces.into_iter().map(|(range, offset)| Piece { range, place: Place::At(offset) }).collect()
+/// What to read from the store so that an original lies at `position` of a buffer; the end is rounded
+/// up to what direct I/O takes.
+pub(super) fn store_piece(original: &Original, position: usize) -> Piece {
+    let length = original.extent.length().align_up(DIRECT_IO_ALIGN).as_len();
+    Piece { range: position..position + length, place: Place::At(original.store_offset) }
 }
 
-/// The extents of `originals`, adjacent ones merged.
-fn merged(originals: &[Original]) -> Vec<Extent> {
+/// Sorted extents with adjacent ones merged.
+pub(super) fn merged(originals: impl Iterator<Item = Extent>) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
-    for original in originals {
-        let extent = original.extent;
+    for extent in originals {
         match extents.last_mut() {
             Some(last) if last.end() == extent.start() => {
                 *last = Extent::new(last.start(), extent.end()).expect("two neighbours are not empty");
@@ -113,34 +116,10 @@ fn merged(originals: &[Original]) -> Vec<Extent> {
     extents
 }
 
-/// Cuts originals at segment boundaries: a chunk may be larger than a segment.
-fn cut_at_segments(originals: Vec<Original>, schedule: &Schedule) -> Vec<Original> {
-    let segment = schedule.segment();
-    let crosses = |original: &Original| {
-        segment.index_of(original.extent.start()) != segment.index_of(original.extent.end() - Bytes(1))
-    };
-    if !originals.iter().any(crosses) {
-        return originals;
-    }
-    let mut cut = Vec::with_capacity(originals.len());
-    for original in originals {
-        let mut at = original.extent.start();
-        while at < original.extent.end() {
-            let end = original.extent.end().min(at.align_down(segment.bytes()) + segment.bytes());
-            cut.push(Original {
-                extent: Extent::new(at, end).expect("the loop ends at the extent's end"),
-                store_offset: original.store_offset + (at - original.extent.start()),
-            });
-            at = end;
-        }
-    }
-    cut
-}
-
 /// The originals of one segment.
 struct Group {
     work: Work,
-    range: Range<usize>,
+    originals: Vec<Original>,
 }
 
 enum Step {
@@ -156,7 +135,6 @@ struct Overlay<'a, 'd> {
     secondary: &'a mut dyn Secondary,
     sink: &'a mut Sink,
     checksums: &'a mut Checksums,
-    originals: Vec<Original>,
     reads: HashMap<u64, Step>,
 }
 
@@ -171,47 +149,30 @@ pub(super) fn run(
 ) -> Result<OriginalsStats> {
     let mut stats = OriginalsStats::default();
     while let Some(batch) = store.next_batch(schedule)? {
-        stats.count += Bytes::from_len(batch.len()).get();
-        stats.bytes += batch.iter().map(|original| original.extent.length()).sum();
-        let mut overlay = Overlay {
-            driver,
-            store: store.file,
-            secondary,
-            sink,
-            checksums,
-            originals: cut_at_segments(batch, schedule),
-            reads: HashMap::new(),
-        };
-        overlay.run_batch(schedule)?;
+        stats.add(&batch);
+        let mut overlay =
+            Overlay { driver, store: store.file, secondary, sink, checksums, reads: HashMap::new() };
+        overlay.run_batch(&batch.originals, schedule)?;
     }
     Ok(stats)
 }
 
 impl Overlay<'_, '_> {
-    fn run_batch(&mut self, schedule: &Schedule) -> Result<()> {
-        let mut next = 0;
+    fn run_batch(&mut self, originals: &[Original], schedule: &Schedule) -> Result<()> {
+        let mut groups = by_segment(originals, schedule.segment()).peekable();
         loop {
-            while next < self.originals.len() && self.sink.has_room() {
+            while groups.peek().is_some() && self.sink.has_room() {
                 let Some(buffer) = self.driver.engine.take_buffer() else { break };
-                let group = self.group_at(next, schedule);
-                next = group.range.end;
-                self.start(group, buffer)?;
+                let (ix, originals) = groups.next().expect("it was seen");
+                let work = schedule.work(ix).expect("an original was cut to the block list");
+                self.start(Group { work, originals }, buffer)?;
             }
             match self.driver.next(None)? {
                 Some(completion) => self.complete(completion)?,
-                None if next < self.originals.len() => return Err(self.driver.out_of_buffers()),
+                None if groups.peek().is_some() => return Err(self.driver.out_of_buffers()),
                 None => return Ok(()),
             }
         }
-    }
-
-    /// The group that begins with original `first`.
-    fn group_at(&self, first: usize, schedule: &Schedule) -> Group {
-        let segment_of = |original: &Original| schedule.segment().index_of(original.extent.start());
-        let ix: SegmentIx = segment_of(&self.originals[first]);
-        let count = self.originals[first..].partition_point(|original| segment_of(original) == ix);
-        let work = schedule.work(ix).expect("an original was cut to the block list");
-        Group { work, range: first..first + count }
     }
 
     fn segment<'w>(work: &'w Work, crc: Option<u32>, zero: bool) -> Segment<'w> {
@@ -244,10 +205,9 @@ impl Overlay<'_, '_> {
 
     fn fetch(&mut self, group: Group, buffer: Buffer) -> Result<()> {
         let base = group.work.extent.start();
-        let placed = self.originals[group.range.clone()]
-            .iter()
-            .map(|original| (*original, payload_position(base, original.extent.start())));
-        let pieces = store_pieces(placed);
+        let piece =
+            |original: &Original| store_piece(original, payload_position(base, original.extent.start()));
+        let pieces = group.originals.iter().map(piece).collect();
         let token = self.driver.read(self.store, buffer, pieces)?;
         self.reads.insert(token, Step::Fetch(group));
         Ok(())
@@ -278,10 +238,9 @@ impl Overlay<'_, '_> {
     }
 
     fn lay_over(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
-        let originals = &self.originals[group.range.clone()];
         // The last original was read to a whole block; behind the origin's end the payload is zero.
         zero_padding(&mut buffer, payload_position(group.work.extent.start(), group.work.extent.end()));
-        let changed = merged(originals);
+        let changed = merged(group.originals.iter().map(|original| original.extent));
         let (mut crc, mut zero) = (None, false);
         if self.is_whole() {
             let data = payload(&group.work, &buffer);
