@@ -27,7 +27,8 @@ use crate::io::open::{EnginePreference, open_engine};
 use crate::io::{Buffer, Completion, FileIx};
 use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::raw::{RawRequest, RawTarget};
-use crate::secondary::{PAYLOAD_OFFSET, Placement, Secondary as _, Segment, guard};
+use crate::secondary::{PAYLOAD_OFFSET, Placement, Secondary as _, Segment};
+use crate::topology::device_number;
 
 /// Zero requests in flight at most; they carry no buffer that would bound them.
 const ZEROS_IN_FLIGHT_MAX: usize = 64;
@@ -122,7 +123,7 @@ fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>
             .state("it was not touched")
             .next("name another file or a device"));
     }
-    Ok(guard::device_number(path)?.into_iter().collect())
+    Ok(device_number(path)?.into_iter().collect())
 }
 
 fn write_all(input: &Input, io: &mut Io<'_>, target: &mut RawTarget) -> Result<(Totals, Bytes, Bytes)> {
