@@ -2,6 +2,7 @@
 
 mod archive;
 pub mod copy;
+pub mod doctor;
 pub mod hidden;
 pub mod hooks;
 pub mod inspect;

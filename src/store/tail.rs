@@ -132,7 +132,7 @@ impl TailPlace {
     ///
     /// # Errors
     /// I/O errors with the path.
-    pub(super) fn available(&self) -> Result<Bytes> {
+    pub fn available(&self) -> Result<Bytes> {
         if let Self::Device { bytes, .. } = self {
             return Ok(bytes.align_down(DIRECT_IO_ALIGN));
         }
