@@ -13,4 +13,3 @@ pub mod restore;
 pub mod stack;
 pub mod verify;
 pub mod watchdog;
-

@@ -368,3 +368,79 @@ fn a_pipe_may_be_a_file_that_was_opened() {
     let input = Input::stream(file.into(), "the file", &|| Ok(())).unwrap();
     verify::verify(&input, None, &Silent, &|| Ok(())).unwrap();
 }
+
+fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// What tests/golden/archive/README.md says that the golden archive holds.
+fn golden_content() -> Vec<u8> {
+    let size = Bytes(2 * SEGMENT + 5001).as_len();
+    let mut content: Vec<u8> =
+        (0..size.div_ceil(16)).flat_map(|unit| format!("unit{unit:012}").into_bytes()).collect();
+    content.truncate(size);
+    content[40960..49152].fill(0);
+    content[65536..131_072].fill(0);
+    content[4096..8192].fill(b'O');
+    content[73728..77824].fill(b'O');
+    content
+}
+
+#[test]
+fn the_golden_archive_is_read() {
+    let golden = repository("tests/golden/archive/v1.tdm");
+    let bytes = fs::read(&golden).unwrap();
+    assert_eq!(bytes.len(), 303_104);
+    assert_eq!(crate::base::checksum::crc32c(&bytes), 0x8e9c_d0e7, "a golden file is never regenerated");
+    let place = Place::new();
+    let out = place.path("out");
+    let report = restore_file(&golden, &out).unwrap();
+    assert!(fs::read(&out).unwrap() == golden_content());
+    assert_eq!(report.superblock.origin_path, "/dev/mapper/golden");
+    assert_eq!(report.superblock.instant_utc_ns, 1_700_000_000_123_456_789);
+    let inspected = inspect::run(&InspectRequest { archive: golden.clone() }, &Silent, &|| Ok(())).unwrap();
+    assert_eq!((inspected.totals.data_frames, inspected.totals.originals_frames), (2, 1));
+    assert_eq!(inspected.map.absent_bytes, Bytes(8192));
+    assert_eq!(inspected.map.zero_bytes, Bytes(SEGMENT));
+    verify_file(&golden, Some(&out)).unwrap();
+}
+
+/// Runs tests/archive_reader.py, which shares no code with us; answers its exit code.
+fn independent_reader(arguments: &[&std::ffi::OsStr]) -> i32 {
+    let output = std::process::Command::new("python3")
+        .arg(repository("tests/archive_reader.py"))
+        .args(arguments)
+        .output()
+        .expect("python3 is installed by scripts/test");
+    output.status.code().unwrap_or_else(|| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn a_reader_written_from_the_format_alone_agrees() {
+    let place = Place::new();
+    let mut padded = sample();
+    padded.reversed = true;
+    padded.block_list =
+        vec![extent(0, 12288), extent(20480, 3 * SEGMENT), extent(3 * SEGMENT + 512, 4 * SEGMENT + 5001)];
+    let cases = [
+        (fs::read(repository("tests/golden/archive/v1.tdm")).unwrap(), golden_content()),
+        (sample().build(), sample().content()),
+        (padded.build(), padded.content()),
+        (Sample::new(Vec::new()).build(), Vec::new()),
+    ];
+    for (bytes, content) in cases {
+        let (archive, out) = (place.put("a.tdm", &bytes), place.path("out"));
+        assert_eq!(independent_reader(&["extract".as_ref(), archive.as_os_str(), out.as_os_str()]), 0);
+        assert!(fs::read(&out).unwrap() == content);
+    }
+    // And it is no mere copier: what we refuse, it refuses.
+    let bytes = sample().build();
+    for at in [100, 2000, 4096, 4096 + 500, 12345, bytes.len() - 5000, bytes.len() - 4000, bytes.len() - 1] {
+        let mut bad = bytes.clone();
+        bad[at] ^= 4;
+        let archive = place.put("a.tdm", &bad);
+        assert_eq!(independent_reader(&["check".as_ref(), archive.as_os_str()]), 4, "byte {at}");
+    }
+    let archive = place.put("a.tdm", &bytes[..bytes.len() - BLOCK_BYTES]);
+    assert_eq!(independent_reader(&["check".as_ref(), archive.as_os_str()]), 4);
+}

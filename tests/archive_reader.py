@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""An independent reader of Tidemark archives, written from src/format/archive/FORMAT.md alone.
+
+    archive_reader.py extract ARCHIVE OUT     check everything, write what the archive holds to OUT
+    archive_reader.py check ARCHIVE           check everything
+
+Standard library only, no code shared with Tidemark. Exit code 0: whole; 4: bad; 2: usage.
+"""
+
+import struct
+import sys
+
+BLOCK = 4096
+SECTOR = 512
+SUPER_MAGIC = b"TIDEMARK"
+FRAME_MAGIC = b"TDMFRAME"
+KINDS = {1: "data", 2: "originals", 3: "map"}
+DATA, ORIGINALS, MAP = 1, 2, 3
+PRESENT, ZERO, ABSENT = 1, 2, 3
+SEGMENTS_MAX = 4194304
+
+
+class Bad(Exception):
+    """The archive is not what FORMAT.md says."""
+
+
+def need(condition, what):
+    if not condition:
+        raise Bad(what)
+
+
+def crc_tables():
+    """Eight tables, so that eight bytes are taken at a time."""
+    first = []
+    for byte in range(256):
+        value = byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        first.append(value)
+    tables = [first]
+    for _ in range(7):
+        last = tables[-1]
+        tables.append([(value >> 8) ^ first[value & 0xFF] for value in last])
+    return tables
+
+
+TABLES = crc_tables()
+
+
+def crc32c(data):
+    t0, t1, t2, t3, t4, t5, t6, t7 = TABLES
+    crc = 0xFFFFFFFF
+    whole = len(data) // 8 * 8
+    for low, high in struct.iter_unpack("<II", data[:whole]):
+        low ^= crc
+        crc = (
+            t7[low & 0xFF] ^ t6[(low >> 8) & 0xFF] ^ t5[(low >> 16) & 0xFF] ^ t4[low >> 24]
+            ^ t3[high & 0xFF] ^ t2[(high >> 8) & 0xFF] ^ t1[(high >> 16) & 0xFF] ^ t0[high >> 24]
+        )
+    for byte in data[whole:]:
+        crc = (crc >> 8) ^ t0[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+assert crc32c(b"123456789") == 0xE3069283
+
+
+def is_zero(data):
+    return not any(data) if len(data) < 64 else data.count(0) == len(data)
+
+
+def u32(block, at):
+    return struct.unpack_from("<I", block, at)[0]
+
+
+def u64(block, at):
+    return struct.unpack_from("<Q", block, at)[0]
+
+
+def check_crc(block, salt, what):
+    need(u32(block, 4092) == crc32c(salt.encode() + bytes(block[:4092])), what + ": CRC")
+
+
+def text(block, at, size, what):
+    length = struct.unpack_from("<H", block, at)[0]
+    need(length <= size - 2, what + ": length")
+    need(is_zero(block[at + 2 + length : at + size]), what + ": padding")
+    try:
+        return bytes(block[at + 2 : at + 2 + length]).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Bad(what + ": not UTF-8") from error
+
+
+def power_of_two(value, low, high):
+    return low <= value <= high and value & (value - 1) == 0
+
+
+class Superblock:
+    def __init__(self, block, role):
+        name = "head" if role == 1 else "tail"
+        what = name + " superblock"
+        need(len(block) == BLOCK, what + ": cut off")
+        need(block[:8] == SUPER_MAGIC, what + ": magic")
+        check_crc(block, "tidemark superblock " + name, what)
+        need(u32(block, 8) == 1, what + ": version")
+        need(u32(block, 12) == role, what + ": role")
+        self.archive = bytes(block[16:32])
+        self.parent = bytes(block[32:48])
+        self.size = u64(block, 48)
+        self.instant = u64(block, 56)
+        self.chunk = u32(block, 64)
+        self.segment = u32(block, 68)
+        self.originals = u32(block, 72)
+        need(power_of_two(self.chunk, 4096, 1 << 20), what + ": chunk size")
+        need(power_of_two(self.segment, 65536, 1 << 24), what + ": segment size")
+        need(self.originals <= 2, what + ": originals mode")
+        need(-(-self.size // self.segment) <= SEGMENTS_MAX, what + ": origin size")
+        for start, end in ((76, 80), (144, 192), (1536, 4092)):
+            need(is_zero(block[start:end]), what + ": padding")
+        if role == 1:
+            need(is_zero(block[80:144]), what + ": totals")
+        self.totals = struct.unpack_from("<8Q", block, 80)
+        self.tool = text(block, 192, 64, what + ": program")
+        self.name = text(block, 256, 256, what + ": name")
+        self.path = text(block, 512, 1024, what + ": path")
+        self.shared = bytes(block[16:80]) + bytes(block[144:4092])
+
+
+class Frame:
+    def __init__(self, superblock, sequence, data):
+        what = "frame %d" % sequence
+        segment = superblock.segment
+        head, payload, tail = data[:BLOCK], data[BLOCK : BLOCK + segment], data[BLOCK + segment :]
+        need(len(tail) == BLOCK, what + ": cut off")
+        self.kind = u32(head, 12)
+        for block, side, name in ((head, 1, "head"), (tail, 2, "tail")):
+            need(block[:8] == FRAME_MAGIC, what + ": magic of the " + name)
+            need(u32(block, 12) in KINDS, what + ": kind")
+            check_crc(block, "tidemark control %s %s" % (name, KINDS[u32(block, 12)]), what + ": " + name)
+            need(u32(block, 8) == side, what + ": side")
+            need(block[16:32] == superblock.archive, what + ": of another archive")
+            need(u64(block, 32) == sequence, what + ": in the wrong place")
+        need(head[12:4092] == tail[12:4092], what + ": torn")
+        self.offset, length, crc, count = u64(head, 40), u64(head, 48), u32(head, 56), u32(head, 60)
+        need(self.offset < superblock.size, what + ": origin offset")
+        need(1 <= length <= segment, what + ": payload length")
+        need(count <= 500, what + ": extent count")
+        need(is_zero(head[64 + 8 * count : 4092]), what + ": padding")
+        self.payload = payload[:length]
+        need(crc32c(self.payload) == crc, what + ": payload CRC")
+        need(is_zero(payload[length:]), what + ": payload padding")
+        self.extents = self.read_extents(superblock, head, count, what)
+        self.check_kind(superblock, what)
+
+    def read_extents(self, superblock, head, count, what):
+        extents, end = [], self.offset
+        for packed in struct.unpack_from("<%dQ" % count, head, 64):
+            start = self.offset + (packed & ((1 << 40) - 1)) * SECTOR
+            stop = start + (packed >> 40) * SECTOR
+            need(stop - superblock.size < SECTOR, what + ": extent behind the origin's end")
+            stop = min(stop, superblock.size)
+            need(end <= start < stop, what + ": extent out of order")
+            extents.append((start, stop))
+            end = stop
+        return extents
+
+    def check_kind(self, superblock, what):
+        length = len(self.payload)
+        if self.kind == DATA:
+            need(self.offset % superblock.segment == 0, what + ": origin offset")
+            need(length == min(superblock.segment, superblock.size - self.offset), what + ": payload length")
+            need(self.extents and self.extents[-1][1] <= self.offset + length, what + ": extents")
+        elif self.kind == ORIGINALS:
+            need(superblock.originals == 2, what + ": originals in an archive that has none")
+            need(self.offset % SECTOR == 0, what + ": origin offset")
+            need(self.extents and self.extents[0][0] == self.offset, what + ": first extent")
+            need(sum(end - start for start, end in self.extents) == length, what + ": payload length")
+        else:
+            need(not self.extents and length % 24 == 0, what + ": map payload")
+
+
+class Archive:
+    def __init__(self, stream, out):
+        self.stream, self.out = stream, out
+        self.head = Superblock(stream.read(BLOCK), 1)
+        self.counts = {DATA: 0, ORIGINALS: 0, MAP: 0}
+        self.originals_bytes = 0
+        self.present = {}
+        self.map = []
+        self.map_end = 0
+
+    def read(self):
+        if self.out:
+            self.out.truncate(self.head.size)
+        sequence, last = 0, DATA
+        while True:
+            block = self.stream.read(BLOCK)
+            if block[:8] != FRAME_MAGIC:
+                break
+            frame = Frame(self.head, sequence, block + self.stream.read(self.head.segment + BLOCK))
+            need(frame.kind >= last, "frame %d: kind out of order" % sequence)
+            last = frame.kind
+            self.counts[frame.kind] += 1
+            (None, self.data, self.original, self.map_frame)[frame.kind](frame)
+            sequence += 1
+        self.finish(Superblock(block, 2))
+
+    def write(self, start, data):
+        if self.out:
+            self.out.seek(start)
+            self.out.write(data)
+
+    def data(self, frame):
+        need(frame.offset not in self.present, "two data frames for %d" % frame.offset)
+        self.present[frame.offset] = frame.extents
+        for start, end in frame.extents:
+            self.write(start, frame.payload[start - frame.offset : end - frame.offset])
+
+    def original(self, frame):
+        at = 0
+        for start, end in frame.extents:
+            self.write(start, frame.payload[at : at + end - start])
+            at += end - start
+        self.originals_bytes += at
+
+    def map_frame(self, frame):
+        need(frame.offset == self.map_end, "map frame: offset")
+        for start, end, state, reserved in struct.iter_unpack("<QQII", frame.payload):
+            need(start == self.map_end and start < end <= self.head.size, "map: order")
+            need(state in (PRESENT, ZERO, ABSENT) and reserved == 0, "map: state")
+            if state == PRESENT:
+                self.map.append((start, end))
+            self.map_end = end
+
+    def finish(self, tail):
+        need(self.stream.read(1) == b"", "bytes behind the tail superblock")
+        need(tail.shared == self.head.shared, "head and tail superblock differ")
+        need(self.map_end == self.head.size, "map: end")
+        frames = [extent for offset in sorted(self.present) for extent in self.present[offset]]
+        need(merged(frames) == merged(self.map), "map and data frames differ")
+        data, originals, maps = self.counts[DATA], self.counts[ORIGINALS], self.counts[MAP]
+        present = sum(end - start for start, end in frames)
+        expected = (data, originals, maps, data, data + originals, data + originals + maps,
+                    present, self.originals_bytes)
+        need(tail.totals == expected, "totals")
+
+
+def merged(extents):
+    result = []
+    for start, end in extents:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], end)
+        else:
+            result.append((start, end))
+    return result
+
+
+def main(arguments):
+    extract = len(arguments) == 3 and arguments[0] == "extract"
+    if not extract and not (len(arguments) == 2 and arguments[0] == "check"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        with open(arguments[1], "rb") as stream:
+            if extract:
+                with open(arguments[2], "wb") as out:
+                    Archive(stream, out).read()
+            else:
+                Archive(stream, None).read()
+    except Bad as error:
+        print("bad archive: %s" % error, file=sys.stderr)
+        return 4
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
