@@ -5,6 +5,8 @@
 
 pub mod block;
 pub mod engine;
+pub mod faulty;
+pub mod file;
 mod handle;
 pub mod memory;
 pub mod open;
@@ -17,6 +19,8 @@ pub mod uring;
 
 pub use block::{BlockRead, BlockWrite, Durable};
 pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place, Request};
+pub use faulty::{Fault, FaultKind, FaultPlan, FaultTrigger, FaultyBlock, FaultyEngine};
+pub use file::DirectFile;
 pub use memory::{MemoryEngine, MemoryFile};
 pub use open::{EnginePreference, open_engine};
 pub use sync_engine::SyncEngine;

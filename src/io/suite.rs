@@ -384,7 +384,7 @@ pub(super) fn any_batches_give_the_bytes_of_a_vector(make: Make) {
     let step = (prop::bool::weighted(0.2), 0..BLOCKS, 1..=16usize, any::<u64>(), any::<bool>())
         .prop_map(|(zero, start, count, seed, split)| RandomStep { zero, start, count, seed, split });
     let batches = proptest::collection::vec(proptest::collection::vec(step, 1..12), 1..8);
-    let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config { cases: 12, failure_persistence: None, ..Config::default() });
     let folder = folder();
     let path = folder.path().join("file");
     runner.run(&batches, |batches| run_random(make, &path, batches)).unwrap();
