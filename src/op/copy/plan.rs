@@ -124,6 +124,15 @@ impl CopyPlan {
             ))
             .next("use --format raw, or name a file"));
         }
+        if is_same_file(&self.origin.path, path) {
+            return Err(Error::refused(format!(
+                "{} is the origin itself: {}",
+                path.display(),
+                self.origin.path.display()
+            ))
+            .state("nothing was changed")
+            .next("name another file or device"));
+        }
         let topology = Topology::default();
         match device_number(path) {
             Ok(Some(number)) => topology.check_device(number, path, &self.forbidden)?,
@@ -183,6 +192,13 @@ pub(super) fn whole(size: Bytes) -> Vec<crate::extent::Extent> {
 
 fn is_device(path: &std::path::Path) -> bool {
     matches!(device_number(path), Ok(Some(_)))
+}
+
+/// True where both names lead to one file (a device is told apart by its number elsewhere).
+fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let (Ok(one), Ok(other)) = (std::fs::metadata(one), std::fs::metadata(other)) else { return false };
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
 fn parent(path: &std::path::Path) -> PathBuf {
