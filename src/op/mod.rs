@@ -10,6 +10,7 @@ pub mod job;
 pub mod privilege;
 pub mod request;
 pub mod restore;
+pub mod restore_plan;
 pub mod stack;
 pub mod verify;
 pub mod watchdog;
