@@ -1,8 +1,12 @@
 //! The command line as its users see it: what is printed where, and which exit code.
 
-#![allow(clippy::unwrap_used)] // a test panics, and says so
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // a test panics, and prints its seed
 
+#[path = "commands/cold.rs"]
+mod cold;
 #[path = "commands/contract.rs"]
 mod contract;
 #[path = "commands/support.rs"]
 mod support;
+#[path = "commands/terminal.rs"]
+mod terminal;

@@ -11,6 +11,9 @@ use clap_complete::Shell;
 use crate::base::{Bytes, Error, Result};
 
 const ROOT_EXAMPLES: &str = "Examples:
+  tidemark copy /dev/mapper/data /backup/data.tdm
+  tidemark verify data.tdm
+  tidemark restore data.tdm /dev/sdc
   tidemark completions bash > /usr/share/bash-completion/completions/tidemark
   tidemark man /usr/local/share/man/man1";
 
@@ -52,6 +55,14 @@ pub struct Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Copy a live (or resting) device as it is at one instant
+    Copy(CopyArgs),
+    /// Restore an archive to a device or file
+    Restore(RestoreArgs),
+    /// Check every block of an archive, and compare it with a device or file
+    Verify(VerifyArgs),
+    /// Show what an archive holds
+    Inspect(InspectArgs),
     /// Print the completion script for a shell
     #[command(after_help = "Examples:
   tidemark completions bash > /usr/share/bash-completion/completions/tidemark

@@ -3,10 +3,24 @@
 //! The order is the same everywhere: usage errors, refusals, consent, signals, work. Nothing is
 //! changed before consent is given.
 
-use super::args::Command;
+use std::io::{self, IsTerminal};
+
+use serde::Serialize;
+
+use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, VerifyArgs};
 use super::output::Output;
-use super::pages;
-use crate::base::Result;
+use super::progress::observer;
+use super::reports::Human;
+use super::{confirm, interrupt, pages, resolve, stop_on_signals};
+use crate::base::{Error, Result};
+use crate::copy::progress::Silent;
+use crate::op;
+
+/// True where standard output carries an archive.
+#[must_use]
+pub fn stdout_is_data(command: &Command) -> bool {
+    matches!(command, Command::Copy(args) if resolve::is_pipe(args))
+}
 
 /// Carries the command out.
 ///
@@ -14,6 +28,10 @@ use crate::base::Result;
 /// Whatever ends it; the kind decides the exit code.
 pub fn run(command: &Command, output: Output) -> Result<()> {
     match command {
+        Command::Copy(args) => copy(args, output),
+        Command::Restore(args) => restore(args, output),
+        Command::Verify(args) => verify(args, output),
+        Command::Inspect(args) => inspect(args, output),
         Command::Completions { shell } => output.result_text(&pages::completions(*shell)),
         Command::Man { directory: None } => output.result_text(&pages::man_pages()?[0].1),
         Command::Man { directory: Some(directory) } => {
@@ -22,4 +40,83 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Shows the plan where it was asked for (and returns false: nothing more is to be done), and asks
+/// for consent where something is destroyed and `--yes` was not given.
+fn agreed<P: Human + Serialize>(
+    output: Output,
+    command: &str,
+    consent: Consent,
+    destroys: Option<&str>,
+    plan: &P,
+) -> Result<bool> {
+    if consent.dry_run {
+        output.plan(command, plan)?;
+        return Ok(false);
+    }
+    match destroys {
+        Some(destroys) if !consent.yes => {
+            if !confirm::can_ask() {
+                return Err(confirm::needs_yes(destroys));
+            }
+            confirm::ask(&plan.human(), destroys)?;
+        }
+        _ => {}
+    }
+    Ok(true)
+}
+
+fn copy(args: &CopyArgs, output: Output) -> Result<()> {
+    let mut request = resolve::copy(args)?;
+    if resolve::is_pipe(args) && !args.consent.dry_run && io::stdout().is_terminal() {
+        return Err(
+            Error::usage("an archive is not written to a terminal").next("pipe it somewhere, or name a file")
+        );
+    }
+    // Planned as if consent were given, so that whatever else is in the way is said first.
+    request.replace = true;
+    let mut plan = op::copy::plan(&request)?;
+    let destroys = plan.destroys();
+    if !agreed(output, "copy", args.consent, destroys.as_deref(), &plan)? {
+        return Ok(());
+    }
+    // Consent was given for what was seen: what appears from here on is not replaced.
+    plan.request.replace = args.consent.yes || destroys.is_some();
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let outcome = op::copy::run(&plan, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("copy", &outcome)
+}
+
+fn restore(args: &RestoreArgs, output: Output) -> Result<()> {
+    let mut request = resolve::restore(args)?;
+    let destroys = confirm::destroyed_by(&request.target);
+    request.replace |= destroys.is_some();
+    let plan = op::restore_plan::plan(&request, &interrupt)?;
+    if !agreed(output, "restore", args.consent, destroys.as_deref(), &plan)? {
+        return Ok(());
+    }
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let report = op::restore::run(&plan.request, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("restore", &report)
+}
+
+fn verify(args: &VerifyArgs, output: Output) -> Result<()> {
+    let request = resolve::verify(args)?;
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let report = op::verify::run(&request, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("verify", &report)
+}
+
+fn inspect(args: &InspectArgs, output: Output) -> Result<()> {
+    let request = resolve::inspect(args)?;
+    stop_on_signals(output)?;
+    let report = op::inspect::run(&request, &Silent, &interrupt)?;
+    output.answer("inspect", &report)
 }

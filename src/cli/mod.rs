@@ -11,6 +11,7 @@ pub mod meter;
 pub mod output;
 pub mod pages;
 pub mod progress;
+pub mod reports;
 pub mod resolve;
 
 use std::process::ExitCode;
@@ -32,7 +33,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage_exit(&error),
     };
-    let output = Output::new(cli.global, false);
+    let output = Output::new(cli.global, dispatch::stdout_is_data(&cli.command));
     match log::init(cli.global).and_then(|()| dispatch::run(&cli.command, output)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -8,7 +8,6 @@
 //! A failed write of progress is ignored (nobody reads it, the copy goes on); of a result it is an
 //! error.
 
-use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
 
@@ -16,6 +15,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::args::Global;
+use super::reports::Human;
 use crate::base::{Error, Result, ResultExt};
 
 /// Version of the JSON lines: goes up when a reader of the old ones would go wrong.
@@ -99,7 +99,7 @@ impl Output {
     ///
     /// # Errors
     /// The failed write.
-    pub fn report<T: Display + Serialize>(&self, command: &str, report: &T) -> Result<()> {
+    pub fn report<T: Human + Serialize>(&self, command: &str, report: &T) -> Result<()> {
         if self.json || !self.quiet { self.answer(command, report) } else { Ok(()) }
     }
 
@@ -107,7 +107,7 @@ impl Output {
     ///
     /// # Errors
     /// The failed write.
-    pub fn answer<T: Display + Serialize>(&self, command: &str, report: &T) -> Result<()> {
+    pub fn answer<T: Human + Serialize>(&self, command: &str, report: &T) -> Result<()> {
         #[derive(Serialize)]
         struct Body<'a, T> {
             command: &'a str,
@@ -116,7 +116,7 @@ impl Output {
         if self.json {
             self.result_text(&json_line("result", Body { command, report }))
         } else {
-            self.result_text(&with_newline(report.to_string()))
+            self.result_text(&with_newline(report.human()))
         }
     }
 
@@ -124,7 +124,7 @@ impl Output {
     ///
     /// # Errors
     /// The failed write.
-    pub fn plan<T: Display + Serialize>(&self, command: &str, plan: &T) -> Result<()> {
+    pub fn plan<T: Human + Serialize>(&self, command: &str, plan: &T) -> Result<()> {
         #[derive(Serialize)]
         struct Body<'a, T> {
             command: &'a str,
@@ -133,7 +133,7 @@ impl Output {
         if self.json {
             self.result_text(&json_line("plan", Body { command, plan }))
         } else {
-            self.result_text(&with_newline(plan.to_string()))
+            self.result_text(&with_newline(plan.human()))
         }
     }
 

@@ -211,9 +211,19 @@ impl Drop for Bar {
 }
 
 /// One JSON object per line.
+///
+/// The line that says "preparing" waits for the next one: where preparing fails, nothing has begun,
+/// and standard output stays empty.
 struct JsonLines {
     output: Output,
-    state: Mutex<(Meter, Option<Instant>)>,
+    state: Mutex<JsonState>,
+}
+
+#[derive(Default)]
+struct JsonState {
+    meter: Meter,
+    last: Option<Instant>,
+    held: String,
 }
 
 /// What a JSON line adds to the event: the arithmetic that every reader would do again.
@@ -239,26 +249,30 @@ impl Observer for JsonLines {
     fn event(&self, event: &Event) {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        state.0.take(event, now);
+        state.meter.take(event, now);
         let is_progress = matches!(event, Event::Progress { .. });
-        match event {
-            Event::Progress { phase: Phase::Prepare | Phase::Instant, .. } => {}
-            Event::Progress { done, total, .. } if Some(*done) != *total => {
-                if state.1.is_some_and(|last| now - last < JSON_INTERVAL) {
-                    return;
-                }
-                state.1 = Some(now);
+        if let Event::Progress { done, total, .. } = event
+            && Some(*done) != *total
+        {
+            if state.last.is_some_and(|last| now - last < JSON_INTERVAL) {
+                return;
             }
-            _ => {}
+            state.last = Some(now);
         }
+        let meter = &state.meter;
         let (rate, left, store) = if is_progress {
-            (state.0.rate(), state.0.left().map(|left| left.as_secs()), state.0.store().copied())
+            (meter.rate(), meter.left().map(|left| left.as_secs()), meter.store().copied())
         } else {
             (None, None, None)
         };
         let body = JsonEvent { event, rate_bytes_per_second: rate, left_seconds: left, store };
+        let line = json_line("progress", body);
+        if matches!(event, Event::Phase { phase: Phase::Prepare, .. }) {
+            state.held = line;
+            return;
+        }
         // Progress is talk: with nobody left to read it the copy goes on.
-        let _ = self.output.result_text(&json_line("progress", body));
+        let _ = self.output.result_text(&(std::mem::take(&mut state.held) + &line));
     }
 }
 

@@ -15,6 +15,10 @@ struct Row {
 }
 
 const COMMANDS: &[Row] = &[
+    Row { name: "copy", required: &["ORIGIN", "SECONDARY"], missing_input: Some(&["MISSING", "OUT"]) },
+    Row { name: "restore", required: &["ARCHIVE", "TARGET"], missing_input: Some(&["MISSING", "OUT"]) },
+    Row { name: "verify", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
+    Row { name: "inspect", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
     Row { name: "completions", required: &["bash"], missing_input: None },
     Row { name: "man", required: &[], missing_input: None },
 ];

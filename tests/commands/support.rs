@@ -39,3 +39,88 @@ pub fn json_error(ran: &Ran) -> serde_json::Value {
     assert_eq!(value["exit_code"], ran.code.unwrap());
     value
 }
+
+/// A folder of its own for one test, with an origin in it.
+pub struct Bench {
+    pub dir: tempfile::TempDir,
+    pub content: Vec<u8>,
+}
+
+impl Bench {
+    /// An origin of `size` bytes from a printed seed: noise, with a run of zeros in its middle third.
+    pub fn new(size: usize, seed: u64) -> Self {
+        println!("seed {seed}, {size} bytes");
+        let dir = tempfile::Builder::new().prefix("tidemark-test-").tempdir().unwrap();
+        let content = noise(size, seed);
+        std::fs::write(dir.path().join("origin"), &content).unwrap();
+        Self { dir, content }
+    }
+
+    /// The path of `name` in the folder, as an argument.
+    pub fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    pub fn origin(&self) -> String {
+        self.path("origin")
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.dir.path().join(name)).unwrap()
+    }
+
+    /// The folder's files, sorted.
+    pub fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Fails unless the origin is what it was.
+    pub fn assert_origin_untouched(&self) {
+        assert!(self.read("origin") == self.content, "the origin was changed");
+    }
+}
+
+/// xorshift64*: reproducible, and no two 8-byte words alike in any test.
+pub fn noise(size: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = Vec::with_capacity(size + 8);
+    while bytes.len() < size {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        bytes.extend(state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes());
+    }
+    bytes.truncate(size);
+    bytes[size / 3..size / 3 * 2].fill(0);
+    bytes
+}
+
+/// A seed that differs from run to run; the test prints it.
+pub fn random_seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    now.as_secs() ^ (u64::from(now.subsec_nanos()) << 20)
+}
+
+/// Runs and expects success; returns what was printed.
+pub fn ok(arguments: &[&str]) -> Ran {
+    let ran = run(arguments);
+    assert_eq!(ran.code, Some(0), "{arguments:?}: {}{}", ran.stdout, ran.stderr);
+    ran
+}
+
+/// Every line as JSON, each tagged and versioned.
+pub fn json_lines(text: &str) -> Vec<serde_json::Value> {
+    text.lines()
+        .map(|line| {
+            let value: serde_json::Value =
+                serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+            assert_eq!(value["tidemark"], 1, "{line}");
+            assert!(value["type"].is_string(), "{line}");
+            value
+        })
+        .collect()
+}

@@ -1,0 +1,241 @@
+//! Reports as people read them: a few aligned lines, sizes in units, no JSON words.
+
+use std::time::Duration;
+
+use crate::base::Bytes;
+use crate::cli::meter::duration_text;
+use crate::format::archive::{OriginalsMode, Superblock, Totals};
+use crate::op::copy::{CopyOutcome, CopyPlan};
+use crate::op::inspect::InspectReport;
+use crate::op::request::ArchiveSource;
+use crate::op::restore::RestoreReport;
+use crate::op::restore_plan::{RestorePlan, TargetKind};
+use crate::op::verify::VerifyReport;
+
+/// Something that can be shown to a person.
+pub trait Human {
+    /// The text, lines ended by newlines.
+    fn human(&self) -> String;
+}
+
+/// Lines of "name: value", values aligned.
+#[derive(Default)]
+struct Lines(Vec<(&'static str, String)>);
+
+impl Lines {
+    fn add(&mut self, name: &'static str, value: impl ToString) -> &mut Self {
+        self.0.push((name, value.to_string()));
+        self
+    }
+
+    fn finish(&self) -> String {
+        let width = self.0.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
+        let line = |(name, value): &(&str, String)| {
+            let name = format!("{name}:");
+            format!("{name:width$} {value}\n")
+        };
+        self.0.iter().map(line).collect()
+    }
+}
+
+/// "1.5 GiB (1610612736 bytes)".
+fn exact(size: Bytes) -> String {
+    if size.get() < 1024 { format!("{} bytes", size.get()) } else { format!("{size} ({} bytes)", size.get()) }
+}
+
+/// "12 s", with tenths below ten seconds: "1.2 s".
+fn seconds_text(seconds: f64) -> String {
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if time < Duration::from_secs(10) => format!("{seconds:.1} s"),
+        Ok(time) => duration_text(time),
+        Err(_) => "an unknown time".to_owned(),
+    }
+}
+
+/// ", 400 MiB/s", or nothing where it took no time worth a rate.
+fn rate_text(size: Bytes, seconds: f64) -> String {
+    let millis = Duration::try_from_secs_f64(seconds).map_or(0, |time| time.as_millis());
+    match (u128::from(size.get()) * 1000).checked_div(millis).map(u64::try_from) {
+        Some(Ok(rate)) if millis >= 100 => format!(", {}/s", Bytes(rate)),
+        _ => String::new(),
+    }
+}
+
+fn instant_text(superblock: &Superblock) -> String {
+    crate::base::clock::utc_text(superblock.instant_utc_ns).unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn originals_text(mode: OriginalsMode, totals: &Totals) -> String {
+    match mode {
+        OriginalsMode::None => "none: the origin was quiet".to_owned(),
+        OriginalsMode::Overlay => "laid over the data".to_owned(),
+        OriginalsMode::Append => format!("{} behind the data, applied by restore", totals.originals_bytes),
+    }
+}
+
+fn origin_text(superblock: &Superblock) -> String {
+    if superblock.origin_name.is_empty() || superblock.origin_name == superblock.origin_path {
+        superblock.origin_path.clone()
+    } else {
+        format!("{} ({})", superblock.origin_name, superblock.origin_path)
+    }
+}
+
+impl Human for CopyPlan {
+    fn human(&self) -> String {
+        format!("{self}\n")
+    }
+}
+
+impl Human for CopyOutcome {
+    fn human(&self) -> String {
+        let copy = &self.copy;
+        let mut lines = Lines::default();
+        lines
+            .add("copied", format!("{} to {}", self.origin, copy.secondary))
+            .add("size", exact(self.origin_bytes))
+            .add("instant", &self.instant.utc)
+            .add(
+                "data",
+                format!(
+                    "{} and {} of zeros in {}{}",
+                    copy.data_bytes,
+                    copy.zero_bytes,
+                    seconds_text(copy.data_seconds),
+                    rate_text(copy.read_bytes, copy.data_seconds)
+                ),
+            );
+        if let Some(store) = &self.store {
+            let held = &self.instant;
+            lines
+                .add("frozen", format!("{:.1} ms", held.frozen_ms))
+                .add("suspended", format!("{:.1} ms", held.suspended_ms))
+                .add("originals", format!("{}, {}", copy.originals_count, copy.originals_bytes))
+                .add("store", format!("{} used of {}", store.used_bytes, store.total_bytes));
+        }
+        if let Some(kept) = &self.kept_store {
+            lines.add("store kept", kept);
+        }
+        if let Some(verified) = copy.verified_bytes {
+            lines.add("verified", format!("{verified} read again and equal"));
+        }
+        lines.add("took", seconds_text(self.total_seconds));
+        lines.finish()
+    }
+}
+
+impl Human for InspectReport {
+    fn human(&self) -> String {
+        let block = &self.superblock;
+        let mut lines = Lines::default();
+        lines
+            .add("archive", format!("{}, {}", self.archive, exact(self.archive_bytes)))
+            .add("identity", block.archive)
+            .add("format", format!("version {}, written by {}", self.version, block.tool))
+            .add("origin", origin_text(block))
+            .add("origin size", exact(block.origin_size))
+            .add("instant", instant_text(block))
+            .add("segment", format!("{}, {} of them", block.segment, self.segments))
+            .add("chunk", block.chunk)
+            .add("originals", originals_text(block.originals, &self.totals))
+            .add("present", exact(self.map.present_bytes))
+            .add("zero", exact(self.map.zero_bytes))
+            .add("absent", exact(self.map.absent_bytes));
+        if !block.parent.is_nil() {
+            lines.add("continues", block.parent);
+        }
+        lines.finish()
+    }
+}
+
+impl Human for VerifyReport {
+    fn human(&self) -> String {
+        let read = self.totals.present_bytes + self.totals.originals_bytes;
+        let mut text = format!(
+            "{}: every block is good; {read} checked in {}{}\n",
+            self.archive,
+            seconds_text(self.seconds),
+            rate_text(read, self.seconds)
+        );
+        if let Some(against) = &self.against {
+            text.push_str(&format!("{against}: equal, {} compared\n", self.compared_bytes));
+        }
+        text
+    }
+}
+
+impl Human for RestoreReport {
+    fn human(&self) -> String {
+        let block = &self.superblock;
+        let mut lines = Lines::default();
+        lines
+            .add("restored", format!("{} to {}", self.archive, self.target))
+            .add("origin", format!("{}, {}", origin_text(block), exact(block.origin_size)))
+            .add("instant", instant_text(block))
+            .add(
+                "written",
+                format!(
+                    "{} in {}{}",
+                    self.written_bytes,
+                    seconds_text(self.seconds),
+                    rate_text(self.written_bytes, self.seconds)
+                ),
+            );
+        if self.zeroed_bytes > Bytes::ZERO {
+            lines.add("zeroed", self.zeroed_bytes);
+        }
+        lines.finish()
+    }
+}
+
+impl Human for RestorePlan {
+    fn human(&self) -> String {
+        let target = self.request.target.display();
+        let archive = match &self.request.archive {
+            ArchiveSource::Pipe => "standard input".to_owned(),
+            ArchiveSource::Path(path) => path.display().to_string(),
+        };
+        let mut lines = Lines::default();
+        lines.add("restore", archive);
+        if let Some(found) = &self.archive {
+            lines
+                .add(
+                    "origin",
+                    format!("{}, {}", origin_text(&found.superblock), exact(found.superblock.origin_size)),
+                )
+                .add("instant", instant_text(&found.superblock));
+        }
+        lines.add(
+            "to",
+            match self.target_kind {
+                TargetKind::Device => format!("the device {target}, which is overwritten"),
+                TargetKind::ExistingFile => format!("the file {target}, which is replaced once complete"),
+                TargetKind::NewFile => format!("a new file {target}"),
+            },
+        );
+        lines.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_aligned() {
+        let mut lines = Lines::default();
+        lines.add("a", 1).add("longer", "x");
+        assert_eq!(lines.finish(), "a:      1\nlonger: x\n");
+    }
+
+    #[test]
+    fn sizes_and_times_read_well() {
+        assert_eq!(exact(Bytes(0)), "0 bytes");
+        assert_eq!(exact(Bytes::mib(3)), "3 MiB (3145728 bytes)");
+        assert_eq!(seconds_text(1.25), "1.2 s");
+        assert_eq!(seconds_text(75.0), "1 min 15 s");
+        assert_eq!(seconds_text(-1.0), "an unknown time");
+        assert_eq!(rate_text(Bytes::mib(10), 2.0), ", 5 MiB/s");
+        assert_eq!(rate_text(Bytes::mib(10), 0.0), "");
+    }
+}
