@@ -127,6 +127,22 @@ pub trait Journal {
     fn done(&mut self, change: &Change) -> Result<()>;
 }
 
+/// A journal for what can be repeated from any point, and so needs none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoJournal;
+
+impl Journal for NoJournal {
+    fn intend(&mut self, _change: &Change, _index: usize) -> Result<()> {
+        Ok(())
+    }
+    fn intend_undo(&mut self, _change: &Change, _index: usize) -> Result<()> {
+        Ok(())
+    }
+    fn done(&mut self, _change: &Change) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl Change {
     /// A change without steps yet.
     #[must_use]

@@ -48,6 +48,22 @@ impl Job {
         Self::begin_in(Path::new(RUN_DIR), command)
     }
 
+    /// Ends the job after `result`: with the work done or everything put back nothing is left to
+    /// remember; after a failed undo the record stays for `recover`.
+    ///
+    /// # Errors
+    /// `result`'s, else I/O errors.
+    pub fn conclude<T>(self, result: Result<T>) -> Result<T> {
+        match result {
+            Ok(value) => self.finish().map(|()| value),
+            Err(error) if error.failed_undos().is_empty() => Err(match self.finish() {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(undo),
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
     fn begin_in(directory: &Path, command: &str) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
@@ -56,14 +72,17 @@ impl Job {
             .io_context(|| format!("making the directory {}", directory.display()))?;
         let job = new_id();
         let path = lock_path(directory, &job);
+        // Locked under another name first: once it can be found, it is held.
+        let hidden = directory.join(format!("{job}.lock-new"));
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(&path)
-            .io_context(|| format!("making {}", path.display()))?;
+            .open(&hidden)
+            .io_context(|| format!("making {}", hidden.display()))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, errno)| Error::io(format!("locking {}", path.display()), errno.into()))?;
+            .map_err(|(_, errno)| Error::io(format!("locking {}", hidden.display()), errno.into()))?;
+        fs::rename(&hidden, &path).io_context(|| format!("making {}", path.display()))?;
         let record = JobRecord {
             job,
             command: command.to_owned(),
@@ -142,16 +161,21 @@ impl Job {
     }
 
     fn save_change(&mut self, change: &Change, index: usize, undo: bool) -> Result<()> {
-        let (frozen, suspended) = held_at(&change.steps, index, undo);
-        self.record.change = Some(ChangeRecord {
-            name: change.name.clone(),
-            step: index,
-            undo,
-            frozen,
-            suspended,
-            steps: change.steps.iter().map(|step| step.action.to_string()).collect(),
-        });
+        self.record.change = Some(change_record(change, index, undo));
         self.save()
+    }
+}
+
+/// What the journal says while step `index` is being done or taken back.
+pub(super) fn change_record(change: &Change, index: usize, undo: bool) -> ChangeRecord {
+    let (frozen, suspended) = held_at(&change.steps, index, undo);
+    ChangeRecord {
+        name: change.name.clone(),
+        step: index,
+        undo,
+        frozen,
+        suspended,
+        steps: change.steps.iter().map(|step| step.action.to_string()).collect(),
     }
 }
 
@@ -238,7 +262,8 @@ fn find_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
     for entry in entries {
         let name = entry.io_context(|| format!("reading {}", directory.display()))?.file_name();
         let id = name.to_str().and_then(|name| name.split_once('.')).map(|(id, _)| id.to_owned());
-        if let Some(id) = id.filter(|id| is_id(id) && !ids.contains(id)) {
+        let hidden = name.to_str().is_some_and(|name| name.ends_with(".lock-new"));
+        if let Some(id) = id.filter(|id| is_id(id) && !hidden && !ids.contains(id)) {
             ids.push(id);
         }
         if ids.len() > JOBS_MAX {
@@ -246,25 +271,27 @@ fn find_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
         }
     }
     ids.sort();
-    ids.into_iter().map(|id| find_job(directory, id)).collect()
+    ids.into_iter().filter_map(|id| find_job(directory, id).transpose()).collect()
 }
 
-fn find_job(directory: &Path, id: String) -> Result<FoundJob> {
+/// None where the job ended while we looked.
+fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
     let path = lock_path(directory, &id);
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .io_context(|| format!("opening {}", path.display()))?;
+    // A record alone is what a removal leaves that was cut short: then the lock is made anew.
+    let orphan = !path.exists() && record_path(directory, &id).exists();
+    let opened = OpenOptions::new().write(true).create(orphan).truncate(false).mode(0o600).open(&path);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
+    };
     let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Some(lock),
         Err((_, Errno::EWOULDBLOCK)) => None,
         Err((_, errno)) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
     };
     let record = read_record(&record_path(directory, &id));
-    Ok(FoundJob { id, alive: lock.is_none(), record, lock })
+    Ok(Some(FoundJob { id, alive: lock.is_none(), record, lock }))
 }
 
 fn remove_job(directory: &Path, id: &str) -> Result<()> {

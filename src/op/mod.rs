@@ -1,16 +1,20 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
 mod archive;
+pub mod attach;
 pub mod copy;
+pub mod detach;
 pub mod doctor;
 pub mod hidden;
 pub mod hooks;
 pub mod inspect;
 pub mod job;
 pub mod privilege;
+pub mod recover;
 pub mod request;
 pub mod restore;
 pub mod restore_plan;
 pub mod stack;
+pub mod status;
 pub mod verify;
 pub mod watchdog;

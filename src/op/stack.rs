@@ -399,7 +399,7 @@ fn refuse_own_record(job: &Job, filesystems: &[PathBuf]) -> Result<()> {
 }
 
 /// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
-struct Runner<'a> {
+pub(super) struct Runner<'a> {
     dm: &'a Dm,
     budget: Duration,
     interrupt: &'a dyn Fn() -> Result<()>,
@@ -415,7 +415,7 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
+    pub(super) fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
         Self {
             dm,
             budget,
@@ -518,7 +518,18 @@ impl<'a> Runner<'a> {
         result
     }
 
-    fn thaw(&mut self) -> Result<()> {
+    fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
+        if self.files.is_empty() {
+            // Not frozen by us but by a job that died. Opening a directory writes nothing.
+            for path in filesystems {
+                match File::open(path) {
+                    Ok(file) => self.files.push((path.clone(), file)),
+                    // Unmounted since, so not frozen.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
+                }
+            }
+        }
         let mut result = Ok(());
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
@@ -591,7 +602,7 @@ impl Executor for Runner<'_> {
                 result
             }
             Action::Freeze { .. } => self.freeze(),
-            Action::Thaw { .. } => self.thaw(),
+            Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Suspend { device, .. } => self.suspend(action, device),
             Action::Instant => self.instant(),
             Action::Resume { .. } => self.resume(action),

@@ -4,11 +4,16 @@ use crate::harness::Case;
 
 /// The stack's cases.
 pub fn cases() -> Vec<Case> {
-    vec![case("stack_insert").limit_seconds(180)]
+    vec![
+        case("stack_insert", "stack_insert.sh").limit_seconds(180),
+        case("stack_crash", "stack_crash.sh").limit_seconds(900),
+        case("stack_watchdog", "stack_watchdog.sh").limit_seconds(300),
+        case("stack_volume", "stack_volume.sh").commands(&["pvcreate", "lvs"]).limit_seconds(300),
+    ]
 }
 
-fn case(name: &str) -> Case {
-    Case::new(name, format!("{name}.sh"))
+fn case(name: &str, script: &str) -> Case {
+    Case::new(name, script)
         .on_both_kernels()
         .modules(&["dm-snapshot", "ext4"])
         .commands(&["dmsetup", "mkfs.ext4", "fio", "e2fsck"])

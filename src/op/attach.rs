@@ -1,0 +1,344 @@
+//! `tidemark attach`: a raw device becomes a volume, /dev/mapper/NAME, to be mounted from then on.
+//!
+//! The volume is one linear target over the whole device: the same bytes, at the same places, so
+//! that it can be detached at any time and mounted directly again. Order, the crash argument:
+//! 1. the record is written and synced under /var/lib/tidemark/volumes;
+//! 2. the device is made.
+//!
+//! A crash between the two leaves a record without a device: attaching again takes it over.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors, clock};
+use crate::dm::naming::{ROLE_REAL, ROLE_VOLUME, beside};
+use crate::dm::{DeviceIdentity, Dm, Table, Target, Udev, node};
+use crate::format::state::VolumeRecord;
+use crate::topology::Topology;
+use crate::volume::{self, OriginKind};
+
+use super::job::{Job, read_record, write_record};
+
+/// Where records of volumes are.
+pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";
+/// Where systemd looks for units that an administrator made.
+const UNIT_DIR: &str = "/etc/systemd/system";
+/// Longest name of a volume: what its stack adds ("-real") still fits the kernel's 127 bytes.
+const NAME_BYTES_MAX: usize = 64;
+
+/// What attaching came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Attached {
+    /// The volume's name.
+    pub name: String,
+    /// /dev/mapper/NAME.
+    pub path: PathBuf,
+    /// The device beneath, by a path that stays.
+    pub device: PathBuf,
+    /// Its size.
+    pub size: Bytes,
+    /// A line for /etc/fstab, where the filesystem on it is known.
+    pub fstab: String,
+    /// The systemd unit that was written.
+    pub unit: Option<PathBuf>,
+    /// What the user should do next, one command a line.
+    pub next: Vec<String>,
+}
+
+/// Attaches `device` as the volume `name`. Attaching again what is attached already succeeds.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a device that is in use, is no whole number of sectors, or a name that
+/// is taken; [`ErrorKind::Usage`] for a bad name; the kernel's.
+pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached> {
+    super::privilege::require_root("attaching a device")?;
+    check_name(name)?;
+    let meta = fs::metadata(device).io_context(|| format!("looking at {}", device.display()))?;
+    if !meta.file_type().is_block_device() {
+        return Err(Error::usage(format!("{} is not a block device", device.display()))
+            .next("a regular file needs no attaching: copy it as it is"));
+    }
+    let number = DeviceNumber::from_dev(meta.rdev());
+    let dm = Dm::open()?;
+    let stable = stable_path(device, number);
+    if let Some(info) = dm.info(name)? {
+        let table = dm.table(name, crate::dm::Slot::Active)?;
+        let is_it = DeviceIdentity::parse(&info.uuid).is_some_and(|it| it.role == ROLE_VOLUME)
+            && table.is_some_and(|table| table.maps_to(number));
+        if is_it {
+            return finish(name, &stable, Bytes(size_of(&info.number)?), install_unit);
+        }
+        return Err(Error::refused(format!("there is a device-mapper device {name} already"))
+            .state("nothing was changed")
+            .next("choose another --name"));
+    }
+    refuse(device, number)?;
+    let size = create(&dm, name, number, &stable)?;
+    finish(name, &stable, size, install_unit)
+}
+
+/// Makes record and device.
+fn create(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path) -> Result<Bytes> {
+    // The volume's id is the job's: as long as the job lives, recover leaves the half-made volume.
+    let job = Job::begin("attach")?;
+    let id = job.id().to_owned();
+    let result = create_as(dm, name, number, stable, &id);
+    job.conclude(result)
+}
+
+fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str) -> Result<Bytes> {
+    // Held until the device is made: nobody mounts it in between.
+    let exclusive = dm.open_device(number, false, libc::O_EXCL)?;
+    let size = Bytes(size_of(&number)?);
+    let record = VolumeRecord {
+        name: name.to_owned(),
+        id: id.to_owned(),
+        device: stable.display().to_string(),
+        size_bytes: size.get(),
+        attached_utc_ns: clock::utc_now_ns(),
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(VOLUME_DIR)
+        .io_context(|| format!("making the directory {VOLUME_DIR}"))?;
+    write_record(&record_path(name), &record)?;
+    let table = Table::single(
+        size.to_sectors("the device")?,
+        Target::Linear { device: number, offset: Sectors::ZERO },
+    )?;
+    let uuid = DeviceIdentity::new(name, ROLE_VOLUME, id).uuid();
+    // device-mapper opens the device exclusively itself.
+    drop(exclusive);
+    dm.create_active(name, &uuid, &table, Udev::Public).map_err(|error| match forget(name) {
+        Ok(()) => error.state("nothing was changed"),
+        Err(undo) => error.with_failed_undo(undo),
+    })?;
+    Ok(size)
+}
+
+fn finish(name: &str, stable: &Path, size: Bytes, install_unit: bool) -> Result<Attached> {
+    let path = node::mapper_path(name);
+    let mut next = vec![format!("mount {} MOUNT-POINT", path.display())];
+    let unit = if install_unit {
+        let unit = write_unit(name, stable)?;
+        next.push(format!("systemctl daemon-reload && systemctl enable {}", unit_name(name)));
+        Some(unit)
+    } else {
+        None
+    };
+    let fstab =
+        format!("{} MOUNT-POINT auto defaults,x-systemd.requires={} 0 2", path.display(), unit_name(name));
+    next.push(format!("put into /etc/fstab in place of the device's own line: {fstab}"));
+    Ok(Attached { name: name.to_owned(), path, device: stable.to_owned(), size, fstab, unit, next })
+}
+
+/// Letters, digits and `_.-`, not first a dot or dash; not ending like a device of a stack.
+fn check_name(name: &str) -> Result<()> {
+    let bad = |why: &str| {
+        Err(Error::usage(format!("'{name}' cannot be a volume's name: {why}"))
+            .next("use letters, digits, '_', '.' and '-', such as --name data"))
+    };
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return bad(&format!("it has to have 1 to {NAME_BYTES_MAX} characters"));
+    }
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) {
+        return bad("it has other characters than letters, digits, '_', '.' and '-'");
+    }
+    if name.starts_with(['.', '-']) || name == "control" {
+        return bad("it begins with '.' or '-', or is 'control'");
+    }
+    Ok(())
+}
+
+/// A device in use cannot be taken from under its user.
+fn refuse(device: &Path, number: DeviceNumber) -> Result<()> {
+    let topology = Topology::default();
+    if topology.is_read_only(number) {
+        return Err(Error::refused(format!("{} is read-only", device.display()))
+            .next("a device that cannot change is copied as it is; or: blockdev --setrw"));
+    }
+    match volume::resolve(device) {
+        Ok(origin) => match origin.kind {
+            OriginKind::ColdDevice => Ok(()),
+            OriginKind::Live { .. } => Err(Error::refused(format!(
+                "{} is a device-mapper device and needs no attaching",
+                device.display()
+            ))
+            .state("nothing was changed")
+            .next(format!("copy it as it is: tidemark copy {} SECONDARY", device.display()))),
+            OriginKind::ColdFile => Err(Error::usage(format!("{} is not a block device", device.display()))),
+        },
+        Err(error) if error.kind() == ErrorKind::Refused => {
+            Err(error.context(format!("attaching {}", device.display())))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn size_of(number: &DeviceNumber) -> Result<u64> {
+    let path = format!("/sys/dev/block/{number}/size");
+    let text = fs::read_to_string(&path).io_context(|| format!("reading {path}"))?;
+    text.trim()
+        .parse()
+        .ok()
+        .and_then(|sectors| Sectors(sectors).checked_bytes())
+        .map(Bytes::get)
+        .ok_or_else(|| Error::bad_data(format!("{path} holds '{}'", text.trim())))
+}
+
+/// The first of udev's links that leads to the device and does not depend on the order in which
+/// devices were found; the path as it is where there is none.
+fn stable_path(device: &Path, number: DeviceNumber) -> PathBuf {
+    for directory in ["/dev/disk/by-id", "/dev/disk/by-partuuid", "/dev/disk/by-path"] {
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        let mut links: Vec<PathBuf> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| node::is_node_of(path, number))
+            .collect();
+        links.sort();
+        if let Some(link) = links.into_iter().next() {
+            return link;
+        }
+    }
+    fs::canonicalize(device).unwrap_or_else(|_| device.to_owned())
+}
+
+/// Where the record of volume `name` is.
+#[must_use]
+pub fn record_path(name: &str) -> PathBuf {
+    Path::new(VOLUME_DIR).join(format!("{name}.json"))
+}
+
+/// Every volume on record, by name; one whose record cannot be read is an error beside the others.
+///
+/// # Errors
+/// I/O errors of reading the directory.
+pub fn recorded_volumes() -> Result<Vec<Result<VolumeRecord>>> {
+    let entries = match fs::read_dir(VOLUME_DIR) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).io_context(|| format!("reading {VOLUME_DIR}")),
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .collect();
+    paths.sort();
+    Ok(paths.iter().map(|path| read_record(path)).collect())
+}
+
+/// Removes the record of a volume, if there is one.
+pub(super) fn forget(name: &str) -> Result<()> {
+    let path = record_path(name);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).io_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The unit of volume `name`.
+#[must_use]
+pub fn unit_name(name: &str) -> String {
+    format!("tidemark-volume-{name}.service")
+}
+
+/// Writes the unit that attaches the volume at every boot, before local filesystems are mounted.
+fn write_unit(name: &str, device: &Path) -> Result<PathBuf> {
+    let program = std::env::current_exe().io_context(|| "finding this program's own path".to_owned())?;
+    let path = Path::new(UNIT_DIR).join(unit_name(name));
+    let what = || format!("writing {}", path.display());
+    fs::create_dir_all(UNIT_DIR).io_context(what)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        .open(&path)
+        .io_context(what)?;
+    file.write_all(unit_text(name, device, &program).as_bytes()).io_context(what)?;
+    file.sync_all().io_context(what)?;
+    File::open(UNIT_DIR).and_then(|directory| directory.sync_all()).io_context(what)?;
+    Ok(path)
+}
+
+fn unit_text(name: &str, device: &Path, program: &Path) -> String {
+    let device_unit = escape_unit(device);
+    format!(
+        "[Unit]\n\
+         Description=Tidemark volume {name}\n\
+         DefaultDependencies=no\n\
+         BindsTo={device_unit}.device\n\
+         After={device_unit}.device\n\
+         Before=local-fs-pre.target local-fs.target shutdown.target\n\
+         Conflicts=shutdown.target\n\
+         \n\
+         [Service]\n\
+         Type=oneshot\n\
+         RemainAfterExit=yes\n\
+         ExecStart={} attach {} --name {name}\n\
+         \n\
+         [Install]\n\
+         RequiredBy=local-fs-pre.target\n",
+        program.display(),
+        device.display()
+    )
+}
+
+/// A path as systemd writes it in a unit's name: '/' becomes '-', what is not a letter, digit, ':',
+/// '_' or '.' becomes `\xNN` (systemd.unit(5)).
+fn escape_unit(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let mut name = String::new();
+    for (index, byte) in text.trim_matches('/').bytes().enumerate() {
+        match byte {
+            b'/' => name.push('-'),
+            b'.' if index > 0 => name.push('.'),
+            byte if byte.is_ascii_alphanumeric() || b":_".contains(&byte) => name.push(char::from(byte)),
+            byte => name.push_str(&format!("\\x{byte:02x}")),
+        }
+    }
+    name
+}
+
+/// True while a copy has its stack under volume `name`.
+pub(super) fn is_being_copied(dm: &Dm, name: &str) -> Result<bool> {
+    let stack = |info: crate::dm::DeviceInfo| {
+        DeviceIdentity::parse(&info.uuid).is_some_and(|identity| identity.role == ROLE_REAL)
+    };
+    Ok(dm.info(&beside(name, ROLE_REAL, ""))?.is_some_and(stack))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        for good in ["data", "a", "my-vol_1.x", "0"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        let long = "x".repeat(65);
+        for bad in ["", ".", "-x", "a/b", "a b", "control", "ä", "a\n", long.as_str()] {
+            assert_eq!(check_name(bad).unwrap_err().kind(), ErrorKind::Usage, "{bad}");
+        }
+    }
+
+    #[test]
+    fn unit_names_are_escaped_as_systemd_does() {
+        // As systemd-escape --path prints them.
+        assert_eq!(escape_unit(Path::new("/dev/disk/by-id/wwn-0x5000")), "dev-disk-by\\x2did-wwn\\x2d0x5000");
+        assert_eq!(escape_unit(Path::new("/dev/sdb1")), "dev-sdb1");
+        let text = unit_text("data", Path::new("/dev/sdb1"), Path::new("/usr/bin/tidemark"));
+        assert!(text.contains("ExecStart=/usr/bin/tidemark attach /dev/sdb1 --name data\n"));
+        assert!(text.contains("BindsTo=dev-sdb1.device\n"));
+    }
+}

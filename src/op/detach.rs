@@ -1,0 +1,96 @@
+//! `tidemark detach`: a volume becomes a plain device again.
+//!
+//! Refused while anything uses the volume: the device beneath then holds every byte that was written
+//! through it, at the same place. Order: the device goes first, then unit and record, so that a
+//! crash in between leaves at most a record without a device, which detaching again removes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::base::{Error, Result, ResultExt};
+use crate::dm::naming::ROLE_VOLUME;
+use crate::dm::{DeviceIdentity, Dm, Udev};
+use crate::topology::Topology;
+
+use super::attach::{forget, is_being_copied, record_path, unit_name};
+
+/// What detaching came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Detached {
+    /// The volume's name.
+    pub name: String,
+    /// The systemd unit that was removed.
+    pub unit: Option<PathBuf>,
+    /// What the user should do next, one command a line.
+    pub next: Vec<String>,
+}
+
+/// Detaches volume `name`.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) while it is mounted, open or being copied,
+/// or where there is no such volume; the kernel's.
+pub fn detach(name: &str) -> Result<Detached> {
+    super::privilege::require_root("detaching a volume")?;
+    let dm = Dm::open()?;
+    match dm.info(name)? {
+        Some(info) => {
+            if DeviceIdentity::parse(&info.uuid).is_none_or(|identity| identity.role != ROLE_VOLUME) {
+                return Err(Error::refused(format!("{name} is a device that Tidemark did not attach"))
+                    .state("nothing was changed")
+                    .next("'tidemark status' lists the volumes"));
+            }
+            refuse(&dm, name, info.open_count)?;
+            dm.remove(name, Udev::Public)?;
+        }
+        None if record_path(name).exists() => {}
+        None => {
+            return Err(Error::refused(format!("there is no volume {name}"))
+                .next("'tidemark status' lists the volumes"));
+        }
+    }
+    let unit = remove_unit(name)?;
+    forget(name)?;
+    let next = unit.iter().map(|_| "systemctl daemon-reload".to_owned()).collect();
+    Ok(Detached { name: name.to_owned(), unit, next })
+}
+
+fn refuse(dm: &Dm, name: &str, open_count: u32) -> Result<()> {
+    let refused = |why: String| Error::refused(why).state("nothing was changed");
+    if is_being_copied(dm, name)? {
+        return Err(refused(format!("{name} is being copied"))
+            .next("wait for the copy ('tidemark status'); after a crash: 'tidemark recover'"));
+    }
+    let number = dm.info_of(name)?.number;
+    let topology = Topology::default();
+    if let Some(mount) = topology.mounts()?.iter().find(|mount| Topology::is_mount_of(mount, number)) {
+        return Err(refused(format!("{name} is mounted at {}", mount.point.display()))
+            .next(format!("umount {}", mount.point.display())));
+    }
+    if let Some(holder) = topology.holders(number).first() {
+        return Err(refused(format!("{name} is in use by {}", topology.name(*holder)))
+            .next(format!("take {} out of use first", topology.name(*holder))));
+    }
+    if open_count > 0 {
+        return Err(refused(format!("{name} is open in {open_count} place(s)"))
+            .next(format!("see by whom: fuser -v /dev/mapper/{name}")));
+    }
+    Ok(())
+}
+
+fn remove_unit(name: &str) -> Result<Option<PathBuf>> {
+    let path = Path::new("/etc/systemd/system").join(unit_name(name));
+    let link = Path::new("/etc/systemd/system/local-fs-pre.target.requires").join(unit_name(name));
+    let mut removed = None;
+    for file in [&link, &path] {
+        match fs::remove_file(file) {
+            Ok(()) => removed = Some(path.clone()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).io_context(|| format!("removing {}", file.display())),
+        }
+    }
+    Ok(removed)
+}

@@ -1,0 +1,313 @@
+//! Putting back what a dead command left: from the kernel's tables first, its intents second.
+//!
+//! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock.
+//! Nothing of a living job is touched, and attached volumes stay. Order, the crash argument:
+//! 1. let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
+//!    does not come to life), then thaw, for a thaw writes to the device;
+//! 2. give every origin its own table back, from the `real` device, under a watchdog;
+//! 3. remove snapshots, then what they mapped to;
+//! 4. give back RAM disks and loop devices;
+//! 5. remove the records.
+//!
+//! Each part is found anew in what is there, so a recover that dies anywhere can be run again: as
+//! long as a device of a dead job exists, its part is not done.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::base::{DeviceNumber, Error, ErrorKind, Result};
+use crate::dm::naming::{ROLE_KEPT, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
+use crate::format::state::JobRecord;
+
+use super::job::{FoundJob, find_jobs};
+use super::stack::{Runner, restoration};
+
+/// Longest time that an origin may be suspended while its table is put back.
+const BUDGET: Duration = Duration::from_secs(2);
+
+/// A device as the kernel shows it.
+#[derive(Clone, Debug)]
+pub(super) struct SeenDevice {
+    pub(super) name: String,
+    pub(super) uuid: String,
+    pub(super) number: DeviceNumber,
+    pub(super) suspended: bool,
+    pub(super) active: Option<Table>,
+    pub(super) inactive: Option<Table>,
+}
+
+impl SeenDevice {
+    fn identity(&self) -> Option<DeviceIdentity> {
+        DeviceIdentity::parse(&self.uuid)
+    }
+
+    fn is_active_on(&self, number: DeviceNumber) -> bool {
+        self.active.as_ref().is_some_and(|table| table.maps_to(number))
+    }
+
+    fn is_loaded_on(&self, number: DeviceNumber) -> bool {
+        self.inactive.as_ref().is_some_and(|table| table.maps_to(number))
+    }
+}
+
+/// Everything that recovery is decided by.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scene {
+    pub(super) devices: Vec<SeenDevice>,
+    /// Jobs whose lock is held.
+    pub(super) alive: BTreeSet<String>,
+    /// What dead jobs wrote down, where it can be read.
+    pub(super) dead: Vec<JobRecord>,
+}
+
+impl Scene {
+    /// True for a device of a job that is dead; not for volumes and kept stores.
+    fn is_leftover(&self, device: &SeenDevice) -> bool {
+        device.identity().is_some_and(|identity| {
+            let stays = identity.role == ROLE_KEPT || identity.role == ROLE_VOLUME && device.active.is_some();
+            !stays && !self.alive.contains(&identity.id)
+        })
+    }
+
+    fn leftovers(&self) -> Vec<&SeenDevice> {
+        self.devices.iter().filter(|device| self.is_leftover(device)).collect()
+    }
+
+    /// Origins of dead jobs: each with the `real` device that holds its table.
+    fn origins(&self) -> Vec<(&SeenDevice, &SeenDevice)> {
+        let mut found = Vec::new();
+        for real in self.leftovers() {
+            if real.identity().is_none_or(|identity| identity.role != ROLE_REAL) {
+                continue;
+            }
+            let over = self.devices.iter().filter(|device| {
+                !self.is_leftover(device)
+                    && (device.is_active_on(real.number) || device.is_loaded_on(real.number))
+            });
+            found.extend(over.map(|origin| (origin, real)));
+        }
+        found
+    }
+}
+
+/// Step 1 of the module's head.
+pub(super) fn plan_release(scene: &Scene) -> Change {
+    let mut change = Change::new("recover-release");
+    let mut seen = BTreeSet::new();
+    for (origin, _) in scene.origins() {
+        if (origin.inactive.is_some() || origin.suspended) && seen.insert(&origin.name) {
+            change = let_go(change, origin, true);
+        }
+    }
+    for device in scene.leftovers() {
+        if device.suspended && device.active.is_some() && seen.insert(&device.name) {
+            // A store that was being grown: its new table is as good as its old one.
+            change = let_go(change, device, false);
+        }
+    }
+    for record in scene.dead.iter().filter_map(|record| record.change.as_ref()) {
+        for name in &record.suspended {
+            let device = scene.devices.iter().find(|device| device.name == *name && device.suspended);
+            if let Some(device) = device.filter(|device| seen.insert(&device.name)) {
+                change = let_go(change, device, true);
+            }
+        }
+    }
+    let frozen: Vec<PathBuf> = scene
+        .dead
+        .iter()
+        .filter_map(|record| record.change.as_ref())
+        .flat_map(|record| record.frozen.iter().map(PathBuf::from))
+        .collect();
+    if frozen.is_empty() {
+        return change;
+    }
+    change.then(Step::new("thaw", Action::Thaw { filesystems: frozen }))
+}
+
+fn let_go(change: Change, device: &SeenDevice, drop_loaded: bool) -> Change {
+    let name = device.name.clone();
+    let change = if drop_loaded && device.inactive.is_some() {
+        change.then(Step::new("clear", Action::Clear { device: name.clone() }))
+    } else {
+        change
+    };
+    if device.suspended {
+        change.then(Step::new("resume", Action::Resume { device: name, udev: Udev::None }))
+    } else {
+        change
+    }
+}
+
+/// Step 2: one change for every origin that still writes through a stack.
+pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
+    scene
+        .origins()
+        .into_iter()
+        .filter(|(origin, real)| origin.is_active_on(real.number))
+        .filter_map(|(origin, real)| {
+            let mut change = restoration(&origin.name, real.active.as_ref()?);
+            change.name = "recover-restore".to_owned();
+            Some(change)
+        })
+        .collect()
+}
+
+/// Step 3: a change for each device, those that nothing maps to first.
+pub(super) fn plan_remove(scene: &Scene) -> Vec<Change> {
+    let mut left = scene.leftovers();
+    let mut plan = Vec::new();
+    while !left.is_empty() {
+        let free = left.iter().position(|device| {
+            !left.iter().any(|other| other.is_active_on(device.number) || other.is_loaded_on(device.number))
+        });
+        // Nothing maps in a circle; were it so, the kernel says busy and we say it on.
+        let device = left.remove(free.unwrap_or(0));
+        let action = Action::Remove { device: device.name.clone(), udev: Udev::Internal };
+        plan.push(Change::new("recover-remove").then(Step::new("remove", action)));
+    }
+    plan
+}
+
+/// What was put back.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RecoverReport {
+    /// What was done, in words; empty where there was nothing to do.
+    pub done: Vec<String>,
+    /// Jobs that are running and were left alone.
+    pub running: Vec<String>,
+}
+
+/// Where recovery happens: the kernel, or a test's fake of it.
+pub(super) trait Machine {
+    fn scene(&mut self) -> Result<Scene>;
+    fn executor(&mut self) -> &mut dyn Executor;
+}
+
+/// Steps 1 to 3.
+///
+/// # Errors
+/// The first failure, with the others as failed undos; whatever could be done was done.
+pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    let mut errors = Vec::new();
+    let mut run = |machine: &mut dyn Machine, change: Change| {
+        if change.steps.is_empty() {
+            return;
+        }
+        let journal: &mut dyn Journal = &mut NoJournal;
+        match change.run(machine.executor(), journal) {
+            Ok(()) => done.extend(change.steps.iter().map(|step| step.action.to_string())),
+            Err(error) => errors.push(error),
+        }
+    };
+    let release = plan_release(&machine.scene()?);
+    run(machine, release);
+    for change in plan_restore(&machine.scene()?) {
+        run(machine, change);
+    }
+    for change in plan_remove(&machine.scene()?) {
+        run(machine, change);
+    }
+    let mut errors = errors.into_iter();
+    match errors.next() {
+        None => Ok(done),
+        Some(first) => Err(errors
+            .fold(first, Error::with_failed_undo)
+            .next("see who uses the devices (dmsetup ls --tree, fuser), then run 'tidemark recover' again")),
+    }
+}
+
+/// `tidemark recover`.
+///
+/// # Errors
+/// The first failure, with the others as failed undos; can be run again at any time.
+pub fn recover() -> Result<RecoverReport> {
+    super::privilege::require_root("recovering")?;
+    let dm = Dm::open()?;
+    let interrupt = || Ok(());
+    let mut machine = Kernel { dm: &dm, runner: Runner::new(&dm, BUDGET, &interrupt), jobs: Vec::new() };
+    let mut done = recover_devices(&mut machine)?;
+    done.extend(crate::store::release_leftovers()?);
+    let mut report = RecoverReport { done, running: Vec::new() };
+    let jobs = std::mem::take(&mut machine.jobs);
+    for job in jobs {
+        if job.alive {
+            report.running.push(job.id);
+        } else {
+            report.done.push(format!("remove the record of job {}", job.id));
+            job.remove()?;
+        }
+    }
+    Ok(report)
+}
+
+struct Kernel<'a> {
+    dm: &'a Dm,
+    runner: Runner<'a>,
+    /// Found once: the dead ones are locked from then on.
+    jobs: Vec<FoundJob>,
+}
+
+impl Machine for Kernel<'_> {
+    fn scene(&mut self) -> Result<Scene> {
+        // Devices first, jobs second: a job's lock exists before its first device, so a device that
+        // was seen has its lock by now, unless the job is over. Then its devices are gone as well,
+        // which the second look at each shows.
+        let names = self.dm.list()?;
+        if self.jobs.is_empty() {
+            self.jobs = find_jobs()?;
+        }
+        let mut scene = Scene {
+            devices: Vec::new(),
+            alive: self.jobs.iter().filter(|job| job.alive).map(|job| job.id.clone()).collect(),
+            dead: Vec::new(),
+        };
+        for job in self.jobs.iter().filter(|job| !job.alive) {
+            match &job.record {
+                Ok(record) => scene.dead.push(record.clone()),
+                Err(error) if error.kind() == ErrorKind::BadData => {
+                    tracing::warn!("{error}; going by the kernel's tables alone");
+                }
+                Err(_) => {}
+            }
+        }
+        for (name, _) in names {
+            if let Some(device) = look_at(self.dm, &name)? {
+                scene.devices.push(device);
+            }
+        }
+        Ok(scene)
+    }
+
+    fn executor(&mut self) -> &mut dyn Executor {
+        &mut self.runner
+    }
+}
+
+/// A device with its tables; None where it has gone meanwhile.
+fn look_at(dm: &Dm, name: &str) -> Result<Option<SeenDevice>> {
+    let Some(info) = dm.info(name)? else { return Ok(None) };
+    let table = |slot| match dm.table(name, slot) {
+        Err(error) if error.errno() == Some(libc::ENXIO) => Ok(None),
+        // Somebody else's table that breaks our bounds is no concern of ours.
+        Err(error) if error.kind() == ErrorKind::BadData && !info.uuid.starts_with(UUID_PREFIX) => Ok(None),
+        result => result,
+    };
+    Ok(Some(SeenDevice {
+        active: table(Slot::Active)?,
+        inactive: if info.has_inactive { table(Slot::Inactive)? } else { None },
+        name: info.name.clone(),
+        number: info.number,
+        suspended: info.suspended && info.has_active,
+        uuid: info.uuid.clone(),
+    }))
+}
+
+#[cfg(test)]
+#[path = "recover_tests.rs"]
+mod tests;

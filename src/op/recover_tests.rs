@@ -1,0 +1,368 @@
+//! A fake kernel, crashed before and after every action of every change, then recovered.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use super::*;
+use crate::base::ChunkSize;
+use crate::dm::naming::{ROLE_COW, new_id};
+use crate::op::job::change_record;
+use crate::op::stack::{StackRequest, dismantling, insertion};
+
+const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
+const MOUNT: &str = "/srv";
+
+/// Thrown where the process dies.
+struct Crash;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct FakeDevice {
+    uuid: String,
+    number: DeviceNumber,
+    suspended: bool,
+    active: Option<Table>,
+    inactive: Option<Table>,
+}
+
+#[derive(Clone, Debug)]
+struct FakeKernel {
+    devices: BTreeMap<String, FakeDevice>,
+    frozen: BTreeSet<PathBuf>,
+    record: Option<JobRecord>,
+    next_minor: u32,
+    /// Half-actions until the crash; None: never.
+    crash_in: Option<u32>,
+    /// Actions until one fails; None: never.
+    fail_in: Option<u32>,
+}
+
+fn kernel(id: &str) -> FakeKernel {
+    let mut kernel = FakeKernel {
+        devices: BTreeMap::new(),
+        frozen: BTreeSet::new(),
+        record: None,
+        next_minor: 0,
+        crash_in: None,
+        fail_in: None,
+    };
+    let cow_uuid = DeviceIdentity::new("data", ROLE_COW, id).uuid();
+    for (name, uuid, table) in [("data", "LVM-x", OWN), ("data-cow", cow_uuid.as_str(), "0 999 linear 7:0 0")]
+    {
+        kernel.create(name, uuid).unwrap();
+        kernel.devices.get_mut(name).unwrap().active = Some(table.parse().unwrap());
+    }
+    kernel
+}
+
+impl FakeKernel {
+    fn half_action(&mut self) {
+        if let Some(left) = &mut self.crash_in {
+            if *left == 0 {
+                self.crash_in = None;
+                resume_unwind(Box::new(Crash));
+            }
+            *left -= 1;
+        }
+    }
+
+    fn create(&mut self, name: &str, uuid: &str) -> Result<()> {
+        if self.devices.contains_key(name) {
+            return Err(Error::refused(format!("{name} exists")));
+        }
+        self.next_minor += 1;
+        let number = DeviceNumber { major: 253, minor: self.next_minor };
+        let device =
+            FakeDevice { uuid: uuid.to_owned(), number, suspended: false, active: None, inactive: None };
+        self.devices.insert(name.to_owned(), device);
+        Ok(())
+    }
+
+    fn device(&mut self, name: &str) -> Result<&mut FakeDevice> {
+        self.devices.get_mut(name).ok_or_else(|| Error::refused(format!("no device {name}")))
+    }
+
+    fn resolve(&mut self, template: &crate::dm::Template) -> Result<Table> {
+        template.resolve(&mut |name| Ok(self.device(name)?.number))
+    }
+
+    fn remove(&mut self, name: &str) -> Result<()> {
+        let number = self.device(name)?.number;
+        let used = |table: &Option<Table>| table.as_ref().is_some_and(|table| table.maps_to(number));
+        if self.devices.values().any(|device| used(&device.active) || used(&device.inactive)) {
+            return Err(Error::refused(format!("{name} is busy")));
+        }
+        self.devices.remove(name);
+        Ok(())
+    }
+
+    fn act(&mut self, action: &Action) -> Result<()> {
+        match action {
+            Action::Create { device, uuid } => self.create(device, uuid),
+            Action::Load { device, table } => {
+                let table = self.resolve(table)?;
+                self.device(device)?.inactive = Some(table);
+                Ok(())
+            }
+            Action::Clear { device } => {
+                self.device(device)?.inactive = None;
+                Ok(())
+            }
+            Action::Suspend { device, .. } => {
+                let device = self.device(device)?;
+                assert!(!device.suspended, "suspended twice");
+                device.suspended = true;
+                Ok(())
+            }
+            Action::Resume { device, .. } => {
+                let device = self.device(device)?;
+                device.suspended = false;
+                if let Some(table) = device.inactive.take() {
+                    device.active = Some(table);
+                }
+                Ok(())
+            }
+            Action::Remove { device, .. } => self.remove(device),
+            Action::Expect { device, table } => {
+                let table = self.resolve(table)?;
+                assert_eq!(self.device(device)?.active, Some(table));
+                Ok(())
+            }
+            Action::Freeze { filesystems } => {
+                self.frozen.extend(filesystems.iter().cloned());
+                Ok(())
+            }
+            Action::Thaw { filesystems } => {
+                assert!(!self.devices.values().any(|device| device.suspended), "a thaw writes");
+                filesystems.iter().for_each(|path| {
+                    self.frozen.remove(path);
+                });
+                Ok(())
+            }
+            Action::Guard { .. } | Action::Unguard | Action::Dismiss | Action::Instant => Ok(()),
+        }
+    }
+
+    /// What the watchdog does when the command dies.
+    fn watchdog(&mut self) {
+        let data = self.device("data").unwrap();
+        data.inactive = None;
+        data.suspended = false;
+        self.frozen.clear();
+    }
+
+    /// The origin as it was, nothing held, nothing of ours left but the names in `rest`.
+    fn assert_clean(&self, rest: &[&str], what: &str) {
+        let data = &self.devices["data"];
+        assert_eq!(data.active.as_ref().unwrap().to_string(), OWN, "{what}");
+        assert!(!data.suspended && data.inactive.is_none() && self.frozen.is_empty(), "{what}: {self:?}");
+        let mut names: Vec<&str> = self.devices.keys().map(String::as_str).collect();
+        names.retain(|name| *name != "data");
+        assert_eq!(names, rest, "{what}");
+    }
+}
+
+impl Executor for FakeKernel {
+    fn execute(&mut self, action: &Action) -> Result<()> {
+        self.half_action();
+        if let Some(left) = &mut self.fail_in {
+            if *left == 0 {
+                self.fail_in = None;
+                return Err(Error::kernel(format!("{action}"), std::io::Error::other("injected")));
+            }
+            *left -= 1;
+        }
+        self.act(action)?;
+        self.half_action();
+        Ok(())
+    }
+}
+
+impl Machine for FakeKernel {
+    fn scene(&mut self) -> Result<Scene> {
+        Ok(Scene {
+            devices: self
+                .devices
+                .iter()
+                .map(|(name, device)| SeenDevice {
+                    name: name.clone(),
+                    uuid: device.uuid.clone(),
+                    number: device.number,
+                    suspended: device.suspended,
+                    active: device.active.clone(),
+                    inactive: device.inactive.clone(),
+                })
+                .collect(),
+            alive: BTreeSet::new(),
+            dead: self.record.iter().cloned().collect(),
+        })
+    }
+
+    fn executor(&mut self) -> &mut dyn Executor {
+        self
+    }
+}
+
+/// Runs the changes of a whole copy, with the journal in the fake itself.
+fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
+    struct Pair<'a>(&'a mut JobRecord);
+    impl Journal for Pair<'_> {
+        fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
+            self.0.change = Some(change_record(change, index, false));
+            Ok(())
+        }
+        fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()> {
+            self.0.change = Some(change_record(change, index, true));
+            Ok(())
+        }
+        fn done(&mut self, _change: &Change) -> Result<()> {
+            self.0.change = None;
+            Ok(())
+        }
+    }
+    let own: Table = OWN.parse().unwrap();
+    let request = StackRequest {
+        origin: "data".into(),
+        cow: kernel.devices["data-cow"].number,
+        chunk: ChunkSize::default(),
+        filesystems: vec![MOUNT.into()],
+        lock_filesystem: false,
+        budget: Duration::from_secs(2),
+    };
+    let mut record = JobRecord {
+        job: id.to_owned(),
+        command: "copy".into(),
+        process: 1,
+        started_utc_ns: 0,
+        origin: None,
+        change: None,
+        resources: Vec::new(),
+    };
+    let changes =
+        [insertion(&request, &own, id), restoration("data", &own), dismantling("data-snap", "data-real")];
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        changes.iter().try_for_each(|change| change.run(kernel, &mut Pair(&mut record)))
+    }));
+    kernel.record = Some(record);
+    result.unwrap_or_else(|crash| resume_unwind(crash))
+}
+
+fn crashes(run: impl FnOnce()) -> bool {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(()) => false,
+        Err(thrown) if thrown.is::<Crash>() => true,
+        Err(other) => resume_unwind(other),
+    }
+}
+
+#[test]
+fn a_copy_that_is_let_finish_leaves_the_origin_as_it_was() {
+    let id = new_id();
+    let mut kernel = kernel(&id);
+    run_copy(&mut kernel, &id).unwrap();
+    kernel.assert_clean(&["data-cow"], "finished");
+}
+
+#[test]
+fn after_a_crash_anywhere_recover_restores_the_origin_and_leaves_nothing() {
+    let mut points = 0;
+    for crash_in in 0..1000 {
+        for with_watchdog in [false, true] {
+            let id = new_id();
+            let mut kernel = kernel(&id);
+            kernel.crash_in = Some(crash_in);
+            if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
+                assert!(points > 80, "only {points} crashes");
+                return;
+            }
+            points += 1;
+            if with_watchdog {
+                kernel.watchdog();
+            }
+            let what = format!("crash {crash_in}, watchdog {with_watchdog}");
+            recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
+            kernel.assert_clean(&[], &what);
+            assert!(
+                recover_devices(&mut kernel).unwrap().iter().all(|done| done.starts_with("thaw")),
+                "{what}"
+            );
+        }
+    }
+    panic!("the copy never ends");
+}
+
+#[test]
+fn a_recover_that_is_killed_anywhere_can_be_run_again() {
+    for crash_in in 0..1000 {
+        let id = new_id();
+        let mut before = kernel(&id);
+        before.crash_in = Some(crash_in);
+        if !crashes(|| run_copy(&mut before, &id).unwrap()) {
+            return;
+        }
+        for again in 0..1000 {
+            let mut kernel = before.clone();
+            kernel.crash_in = Some(again);
+            let crashed = crashes(|| {
+                recover_devices(&mut kernel).unwrap();
+            });
+            kernel.crash_in = None;
+            let what = format!("crash {crash_in}, then {again}");
+            recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
+            kernel.assert_clean(&[], &what);
+            if !crashed {
+                break;
+            }
+        }
+    }
+    panic!("the copy never ends");
+}
+
+#[test]
+fn a_failure_anywhere_puts_everything_back_or_says_so() {
+    for fail_in in 0..1000 {
+        let id = new_id();
+        let mut kernel = kernel(&id);
+        kernel.fail_in = Some(fail_in);
+        let Err(error) = run_copy(&mut kernel, &id) else {
+            assert!(fail_in > 20, "only {fail_in} failures");
+            return;
+        };
+        assert!(error.state_left().is_some());
+        assert!(!kernel.devices["data"].suspended && kernel.frozen.is_empty(), "failure {fail_in}");
+        if error.failed_undos().is_empty() && error.what().starts_with("insert") {
+            kernel.assert_clean(&["data-cow"], &format!("failure {fail_in}"));
+        }
+        recover_devices(&mut kernel).unwrap();
+        kernel.assert_clean(&[], &format!("failure {fail_in}, recovered"));
+    }
+    panic!("the copy never ends");
+}
+
+#[test]
+fn a_living_job_and_other_peoples_devices_are_left_alone() {
+    let id = new_id();
+    let mut kernel = kernel(&id);
+    kernel.crash_in = Some(40);
+    assert!(crashes(|| run_copy(&mut kernel, &id).unwrap()));
+    kernel.create("other", "LVM-other").unwrap();
+    kernel.device("other").unwrap().suspended = true;
+    let mut scene = kernel.scene().unwrap();
+    scene.dead.clear();
+    scene.alive.insert(id);
+    assert!(plan_release(&scene).steps.is_empty());
+    assert!(plan_restore(&scene).is_empty());
+    assert!(plan_remove(&scene).is_empty());
+}
+
+#[test]
+fn attached_volumes_and_kept_stores_stay() {
+    let id = new_id();
+    let mut kernel = kernel(&id);
+    for (name, role) in [("vol", ROLE_VOLUME), ("kept", ROLE_KEPT)] {
+        kernel.create(name, &DeviceIdentity::new(name, role, &id).uuid()).unwrap();
+        kernel.device(name).unwrap().active = Some(OWN.parse().unwrap());
+    }
+    kernel.create("half", &DeviceIdentity::new("half", ROLE_VOLUME, &id).uuid()).unwrap();
+    recover_devices(&mut kernel).unwrap();
+    kernel.assert_clean(&["kept", "vol"], "kept");
+}

@@ -1,0 +1,198 @@
+//! `tidemark status`: volumes, jobs and stacks, as the kernel and the records have them. Looks only.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::base::{Bytes, DeviceNumber, Result, clock};
+use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::{DeviceIdentity, DeviceInfo, Dm, SnapshotStatus, node};
+use crate::topology::Topology;
+
+use super::attach::recorded_volumes;
+use super::job::find_jobs;
+
+/// Everything there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// Attached volumes, and those on record that are not attached now.
+    pub volumes: Vec<VolumeStatus>,
+    /// Commands in progress, and dead ones that left something.
+    pub jobs: Vec<JobStatus>,
+    /// Snapshot stacks in place.
+    pub stacks: Vec<StackStatus>,
+    /// What is wrong, in words, with what to do.
+    pub warnings: Vec<String>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// /dev/mapper/NAME.
+    pub path: PathBuf,
+    /// The device beneath, as recorded.
+    pub device: Option<String>,
+    /// Its number; None where it is not attached now.
+    pub number: Option<DeviceNumber>,
+    /// Its size.
+    pub size: Option<Bytes>,
+    /// Where it is mounted.
+    pub mounted_at: Vec<PathBuf>,
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct JobStatus {
+    /// Its id.
+    pub id: String,
+    /// Its process lives.
+    pub alive: bool,
+    /// "copy".
+    pub command: Option<String>,
+    /// Its process id.
+    pub process: Option<u32>,
+    /// Start, UTC.
+    pub started: Option<String>,
+    /// The device being copied.
+    pub origin: Option<String>,
+    /// The change in progress, in words.
+    pub step: Option<String>,
+}
+
+/// A stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StackStatus {
+    /// The job that it belongs to.
+    pub job: String,
+    /// The snapshot's device name.
+    pub snapshot: String,
+    /// The device that holds the origin's data.
+    pub below: Option<String>,
+    /// How the snapshot is, and how full its store.
+    pub status: SnapshotStatus,
+}
+
+/// Looks at everything.
+///
+/// # Errors
+/// I/O errors and the kernel's.
+pub fn status() -> Result<Status> {
+    super::privilege::require_root("looking at device-mapper")?;
+    let mut status = Status::default();
+    let ours = match Dm::open() {
+        Ok(dm) => {
+            let ours = dm.list_by_uuid(UUID_PREFIX)?;
+            stacks(&dm, &ours, &mut status)?;
+            ours
+        }
+        // Without device-mapper there can be neither.
+        Err(error) => {
+            status.warnings.push(error.to_string());
+            Vec::new()
+        }
+    };
+    volumes(&ours, &mut status)?;
+    jobs(&ours, &mut status)?;
+    Ok(status)
+}
+
+fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
+    for info in ours {
+        let Some(identity) = DeviceIdentity::parse(&info.uuid) else { continue };
+        if info.suspended && info.has_active {
+            status.warnings.push(format!("{} is suspended: run 'tidemark recover'", info.name));
+        }
+        if identity.role != ROLE_SNAP || !info.has_active {
+            continue;
+        }
+        let below = ours.iter().find(|other| {
+            DeviceIdentity::parse(&other.uuid).is_some_and(|it| it.role == ROLE_REAL && it.id == identity.id)
+        });
+        status.stacks.push(StackStatus {
+            job: identity.id,
+            snapshot: info.name.clone(),
+            below: below.map(|other| other.name.clone()),
+            status: dm.snapshot_status(&info.name)?,
+        });
+    }
+    Ok(())
+}
+
+fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
+    let topology = Topology::default();
+    let mounts = topology.mounts()?;
+    let mut records = Vec::new();
+    for record in recorded_volumes()? {
+        match record {
+            Ok(record) => records.push(record),
+            Err(error) => status.warnings.push(error.to_string()),
+        }
+    }
+    for info in ours {
+        let Some(identity) = DeviceIdentity::parse(&info.uuid) else { continue };
+        if identity.role != ROLE_VOLUME {
+            continue;
+        }
+        let record = records.iter().position(|record| record.name == info.name).map(|at| records.remove(at));
+        status.volumes.push(VolumeStatus {
+            name: info.name.clone(),
+            path: node::mapper_path(&info.name),
+            number: Some(info.number),
+            size: record.as_ref().map(|record| Bytes(record.size_bytes)),
+            device: record.map(|record| record.device),
+            mounted_at: mounts
+                .iter()
+                .filter(|mount| Topology::is_mount_of(mount, info.number))
+                .map(|mount| mount.point.clone())
+                .collect(),
+        });
+    }
+    for record in records {
+        status.volumes.push(VolumeStatus {
+            path: node::mapper_path(&record.name),
+            name: record.name,
+            device: Some(record.device),
+            number: None,
+            size: Some(Bytes(record.size_bytes)),
+            mounted_at: Vec::new(),
+        });
+    }
+    status.volumes.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(())
+}
+
+fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
+    let mut known = Vec::new();
+    for job in find_jobs()? {
+        known.push(job.id.clone());
+        if !job.alive {
+            status.warnings.push(format!("job {} died: run 'tidemark recover'", job.id));
+        }
+        let record = job.record.ok();
+        let change = record.as_ref().and_then(|record| record.change.as_ref());
+        status.jobs.push(JobStatus {
+            id: job.id,
+            alive: job.alive,
+            step: change.and_then(|change| {
+                let step = change.steps.get(change.step)?;
+                Some(format!("{}{}: {step}", change.name, if change.undo { ", taken back" } else { "" }))
+            }),
+            command: record.as_ref().map(|record| record.command.clone()),
+            process: record.as_ref().map(|record| record.process),
+            started: record.as_ref().and_then(|record| clock::utc_text(record.started_utc_ns)),
+            origin: record.and_then(|record| record.origin).map(|origin| origin.device),
+        });
+    }
+    for info in ours {
+        let Some(identity) = DeviceIdentity::parse(&info.uuid) else { continue };
+        let stays = identity.role == ROLE_VOLUME || identity.role == crate::dm::naming::ROLE_KEPT;
+        if !stays && !known.contains(&identity.id) {
+            status
+                .warnings
+                .push(format!("{} was left by a command that died: run 'tidemark recover'", info.name));
+        }
+    }
+    Ok(())
+}

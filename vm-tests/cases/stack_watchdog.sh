@@ -1,0 +1,60 @@
+# A command that stalls in its critical section: the watchdog lets the origin go on within the budget, and the command,
+# awake again, puts everything back. A hook past the budget and a signal end the same way.
+. "$REPO/vm-tests/cases/lib_stack.sh"
+
+make_origin
+start_load
+
+for point in insert.freeze.before insert.freeze.after insert.suspend.after insert.instant.after insert.switch.after \
+    insert.thaw.after restore.suspend.after; do
+    rm -f "$REPORT"
+    TIDEMARK_STALL_AT=$point:6 "$TIDEMARK" __stack "$REPORT" data "$COW" 1000 true /mnt/data </dev/null &
+    pid=$!
+    # Wherever it stalls, no write may wait for as long as the stall lasts.
+    worst=0
+    while kill -0 $pid 2>/dev/null; do
+        start=${EPOCHREALTIME/./}
+        dd if=/dev/zero of=/mnt/data/probe bs=4k count=1 conv=fsync,notrunc status=none
+        took=$(((${EPOCHREALTIME/./} - start) / 1000))
+        [ "$took" -le "$worst" ] || worst=$took
+        sleep 0.1
+    done
+    status=0
+    wait $pid || status=$?
+    note "$point: exit status $status, slowest write $worst ms: $(tail -n 1 "$REPORT")"
+    [ "$worst" -lt 4500 ] || fail "$point: a write took $worst ms"
+    case "$point" in
+        restore.*) assert_same "exit status at $point" "$status" 0 ;;
+        *)
+            assert_same "exit status at $point" "$status" 1
+            grep -q 'freeze budget' "$REPORT" || fail "$point: $(cat "$REPORT")"
+            ;;
+    esac
+    load_goes_on
+    assert_as_before
+    fresh_store
+done
+
+# A hook that overstays is killed, and everything is put back by the command itself.
+assert_status 1 "$TIDEMARK" __stack "$REPORT" data "$COW" 1500 'sleep 30' /mnt/data </dev/null
+load_goes_on
+assert_as_before
+fresh_store
+
+# A signal at the instant: interrupted, and everything put back.
+rm -f /run/started
+"$TIDEMARK" __stack "$REPORT" data "$COW" 20000 'touch /run/started; sleep 30' /mnt/data </dev/null &
+pid=$!
+wait_until 20 test -e /run/started
+kill -TERM $pid
+status=0
+wait $pid || status=$?
+assert_same "exit status after SIGTERM" "$status" 130
+load_goes_on
+assert_as_before
+
+# Whoever died in it, the kernel's log says what the watchdog did.
+dmesg | grep -q 'tidemark watchdog' || fail "the watchdog said nothing"
+stop_load
+umount /mnt/data
+e2fsck -fn "$ORIGIN" || fail "the origin's filesystem is damaged"
