@@ -25,6 +25,8 @@ pub const POLL: Duration = Duration::from_millis(100);
 pub const POLL_HEAD: Duration = Duration::from_millis(40);
 /// Between two attempts to grow after one that failed.
 const GROWTH_PAUSE: Duration = Duration::from_secs(1);
+/// A store that would have been full within this time at its last rate counts as full.
+const FULL_DOUBT: Duration = Duration::from_secs(1);
 /// Failed looks in a row after which the snapshot counts as lost: within a second.
 const STATUS_FAILURES_MAX: u32 = 5;
 
@@ -321,9 +323,11 @@ impl Watch {
 
     fn lost(&self, status: &SnapshotStatus) -> Lost {
         let total = self.store.mapped_bytes();
-        // A store that ends where an area would begin is given up as broken, not as full: the kernel
-        // fails to clear that area.
-        let nearly_full = total.saturating_sub(self.fill.used_bytes) < self.store.chunk().bytes() * 3;
+        // "Overflow" is only said of writes to the snapshot itself; a write to the origin that finds no
+        // room makes the snapshot as invalid as a store that fails does (seen on 6.1 and 6.12). So how
+        // full it was must tell them apart, with what has come since the last look.
+        let since = self.rate.over(FULL_DOUBT).max(self.store.chunk().bytes() * 3);
+        let nearly_full = total.saturating_sub(self.fill.used_bytes) < since;
         match status {
             SnapshotStatus::Overflow => self.full(total),
             SnapshotStatus::Invalid if nearly_full => self.full(total),
@@ -475,6 +479,11 @@ mod tests {
         assert!(lost_after(full, SnapshotStatus::Overflow).contains("full"));
         assert!(lost_after(full, SnapshotStatus::Invalid).contains("full"));
         assert!(lost_after(Bytes::mib(1), SnapshotStatus::Invalid).contains("could not write"));
+        // Filling 10 MiB/s with 0.8 MiB left: full before the next look.
+        let statuses =
+            vec![Ok(active(Bytes::mib(2))), Ok(active(Bytes::kib(3300))), Ok(SnapshotStatus::Invalid)];
+        let (mut fast, _heard) = watch(Fake::new(Bytes::mib(4), false), statuses);
+        assert!(looks(&mut fast, 3).unwrap_err().what.contains("full"));
     }
 
     #[test]

@@ -156,11 +156,12 @@ fn copy_live(
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Made> {
-    let begun = Live::begin(plan, live_plan, observer, interrupt);
-    hook_after(plan, observer);
-    let live = match begun {
+    let live = match Live::begin(plan, live_plan, observer, interrupt) {
         Ok(live) => live,
-        Err(error) => return Err(abandon(secondary, error)),
+        Err(error) => {
+            hook_after(plan, observer);
+            return Err(abandon(secondary, error));
+        }
     };
     let instant = live.stack().times();
     secondary.begin(instant.instant_utc_ns);
@@ -194,7 +195,10 @@ fn copy_below(
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<(CopyReport, StoreFill)> {
-    let (below, monitor, heard) = match open_below(live) {
+    // The monitor first: the store fills, and must grow, while --hook-after runs.
+    let opened = open_below(live);
+    hook_after(plan, observer);
+    let (below, monitor, heard) = match opened {
         Ok(opened) => opened,
         Err(error) => return Err(abandon(secondary, error)),
     };
