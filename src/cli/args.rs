@@ -63,6 +63,11 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Show what an archive holds
     Inspect(InspectArgs),
+    /// Say what this machine lacks for copying live volumes, and how to get it
+    #[command(after_help = "Examples:
+  tidemark doctor
+  tidemark doctor --json")]
+    Doctor,
     /// Print the completion script for a shell
     #[command(after_help = "Examples:
   tidemark completions bash > /usr/share/bash-completion/completions/tidemark

@@ -32,6 +32,11 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
+        Command::Doctor => {
+            let report = op::doctor::run();
+            output.answer("doctor", &report)?;
+            report.verdict()
+        }
         Command::Completions { shell } => output.result_text(&pages::completions(*shell)),
         Command::Man { directory: None } => output.result_text(&pages::man_pages()?[0].1),
         Command::Man { directory: Some(directory) } => {

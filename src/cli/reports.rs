@@ -6,6 +6,7 @@ use crate::base::Bytes;
 use crate::cli::meter::duration_text;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::copy::{CopyOutcome, CopyPlan};
+use crate::op::doctor;
 use crate::op::inspect::InspectReport;
 use crate::op::request::ArchiveSource;
 use crate::op::restore::RestoreReport;
@@ -214,6 +215,33 @@ impl Human for RestorePlan {
             },
         );
         lines.finish()
+    }
+}
+
+impl Human for doctor::Report {
+    fn human(&self) -> String {
+        let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
+        let mut text = String::new();
+        for check in &self.checks {
+            let status = match check.status {
+                doctor::Status::Ok => "ok     ",
+                doctor::Status::Warn => "warn   ",
+                doctor::Status::Missing => "MISSING",
+            };
+            text.push_str(&format!("{status}  {:width$}  {}\n", check.name, check.found));
+            if let Some(remedy) = &check.remedy {
+                text.push_str(&format!(
+                    "{:9}needed for {}\n{:9}to get it: {remedy}\n",
+                    "", check.needed_for, ""
+                ));
+            }
+        }
+        text.push_str(if self.ready {
+            "\nThis machine can copy live volumes.\n"
+        } else {
+            "\nThis machine cannot copy live volumes yet.\n"
+        });
+        text
     }
 }
 

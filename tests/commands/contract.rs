@@ -19,6 +19,7 @@ const COMMANDS: &[Row] = &[
     Row { name: "restore", required: &["ARCHIVE", "TARGET"], missing_input: Some(&["MISSING", "OUT"]) },
     Row { name: "verify", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
     Row { name: "inspect", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
+    Row { name: "doctor", required: &[], missing_input: None },
     Row { name: "completions", required: &["bash"], missing_input: None },
     Row { name: "man", required: &[], missing_input: None },
 ];
@@ -152,6 +153,23 @@ fn a_bad_log_filter_is_a_usage_error() {
     let output = tidemark(&["man"]).env("TIDEMARK_LOG", "a=b=c").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("TIDEMARK_LOG"));
+}
+
+#[test]
+fn doctor_reports_every_check_and_its_verdict() {
+    let text = run(&["doctor"]);
+    let json = run(&["doctor", "--json"]);
+    assert!(matches!(text.code, Some(0 | 3)), "{:?} {}", text.code, text.stderr);
+    assert_eq!(json.code, text.code);
+    let value: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!((value["type"].as_str(), value["command"].as_str()), (Some("result"), Some("doctor")));
+    assert_eq!(value["report"]["ready"], text.code == Some(0));
+    for check in value["report"]["checks"].as_array().unwrap() {
+        assert!(text.stdout.contains(check["name"].as_str().unwrap()), "{check}");
+        if check["status"] != "ok" {
+            assert!(text.stdout.contains(check["remedy"].as_str().unwrap()), "{check}");
+        }
+    }
 }
 
 #[test]
