@@ -137,8 +137,11 @@ fn finish(name: &str, stable: &Path, size: Bytes, install_unit: bool) -> Result<
     Ok(Attached { name: name.to_owned(), path, device: stable.to_owned(), size, fstab, unit, next })
 }
 
-/// Letters, digits and `_.-`, not first a dot or dash; not ending like a device of a stack.
-fn check_name(name: &str) -> Result<()> {
+/// Letters, digits and `_.-`, not first a dot or dash.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] for any other name.
+pub fn check_name(name: &str) -> Result<()> {
     let bad = |why: &str| {
         Err(Error::usage(format!("'{name}' cannot be a volume's name: {why}"))
             .next("use letters, digits, '_', '.' and '-', such as --name data"))
