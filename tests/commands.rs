@@ -10,3 +10,5 @@ mod contract;
 mod support;
 #[path = "commands/terminal.rs"]
 mod terminal;
+#[path = "commands/unprivileged.rs"]
+mod unprivileged;

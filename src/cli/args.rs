@@ -11,6 +11,8 @@ use clap_complete::Shell;
 use crate::base::{Bytes, Error, Result};
 
 const ROOT_EXAMPLES: &str = "Examples:
+  tidemark doctor
+  tidemark attach /dev/sdb1 --name data
   tidemark copy /dev/mapper/data /backup/data.tdm
   tidemark verify data.tdm
   tidemark restore data.tdm /dev/sdc
@@ -55,6 +57,10 @@ pub struct Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make a device a volume, which can be copied while it is mounted
+    Attach(AttachArgs),
+    /// Make a volume an ordinary device again
+    Detach(DetachArgs),
     /// Copy a live (or resting) device as it is at one instant
     Copy(CopyArgs),
     /// Restore an archive to a device or file
@@ -63,6 +69,16 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Show what an archive holds
     Inspect(InspectArgs),
+    /// Show volumes, copies in progress, and what was left behind
+    #[command(after_help = "Examples:
+  tidemark status
+  tidemark status --json")]
+    Status,
+    /// Put back what a killed run left
+    #[command(after_help = "Examples:
+  tidemark recover
+  tidemark recover --json")]
+    Recover,
     /// Say what this machine lacks for copying live volumes, and how to get it
     #[command(after_help = "Examples:
   tidemark doctor
@@ -191,7 +207,7 @@ pub struct AttachArgs {
     /// The volume's name: the device is used as /dev/mapper/NAME from now on
     #[arg(long, value_name = "NAME")]
     pub name: String,
-    /// Write and enable a systemd unit that attaches it at every boot
+    /// Write a systemd unit that attaches it at every boot
     #[arg(long)]
     pub install_unit: bool,
 }

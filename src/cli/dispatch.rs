@@ -28,10 +28,18 @@ pub fn stdout_is_data(command: &Command) -> bool {
 /// Whatever ends it; the kind decides the exit code.
 pub fn run(command: &Command, output: Output) -> Result<()> {
     match command {
+        Command::Attach(args) => {
+            let request = resolve::attach(args)?;
+            let attached = op::attach::attach(&request.device, &request.name, request.install_unit)?;
+            output.report("attach", &attached)
+        }
+        Command::Detach(args) => output.report("detach", &op::detach::detach(&resolve::detach(args)?.name)?),
         Command::Copy(args) => copy(args, output),
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
+        Command::Status => output.answer("status", &op::status::status()?),
+        Command::Recover => recover(output),
         Command::Doctor => {
             let report = op::doctor::run();
             output.answer("doctor", &report)?;
@@ -124,4 +132,10 @@ fn inspect(args: &InspectArgs, output: Output) -> Result<()> {
     stop_on_signals(output)?;
     let report = op::inspect::run(&request, &Silent, &interrupt)?;
     output.answer("inspect", &report)
+}
+
+/// Not to be interrupted halfway: a signal is noted, and the recovery goes on to its end.
+fn recover(output: Output) -> Result<()> {
+    stop_on_signals(output)?;
+    output.report("recover", &op::recover::recover()?)
 }

@@ -4,13 +4,18 @@ use std::time::Duration;
 
 use crate::base::Bytes;
 use crate::cli::meter::duration_text;
+use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
+use crate::op::attach::Attached;
 use crate::op::copy::{CopyOutcome, CopyPlan};
+use crate::op::detach::Detached;
 use crate::op::doctor;
 use crate::op::inspect::InspectReport;
+use crate::op::recover::RecoverReport;
 use crate::op::request::ArchiveSource;
 use crate::op::restore::RestoreReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
+use crate::op::status::{JobStatus, Status, VolumeStatus};
 use crate::op::verify::VerifyReport;
 
 /// Something that can be shown to a person.
@@ -218,6 +223,139 @@ impl Human for RestorePlan {
     }
 }
 
+/// "next: COMMAND" for each.
+fn next_text(next: &[String]) -> String {
+    next.iter().map(|line| format!("next: {line}\n")).collect()
+}
+
+impl Human for Attached {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines
+            .add("attached", format!("{} as {}", self.device.display(), self.path.display()))
+            .add("size", exact(self.size));
+        if let Some(unit) = &self.unit {
+            lines.add("unit", unit.display());
+        }
+        lines.finish() + &next_text(&self.next)
+    }
+}
+
+impl Human for Detached {
+    fn human(&self) -> String {
+        let mut text = format!("detached: {}\n", self.name);
+        if let Some(unit) = &self.unit {
+            text.push_str(&format!("removed:  {}\n", unit.display()));
+        }
+        text + &next_text(&self.next)
+    }
+}
+
+impl Human for RecoverReport {
+    fn human(&self) -> String {
+        let mut text: String = self.done.iter().map(|done| format!("done: {done}\n")).collect();
+        if self.done.is_empty() {
+            text.push_str("nothing was left behind\n");
+        }
+        for job in &self.running {
+            text.push_str(&format!("left alone: job {job}, which is running\n"));
+        }
+        text
+    }
+}
+
+/// Rows with aligned columns; the last column is not padded.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|at| {
+            rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row(cells: &[&str]) -> Vec<String> {
+    cells.iter().map(|cell| (*cell).to_owned()).collect()
+}
+
+fn snapshot_text(status: &SnapshotStatus) -> String {
+    match status {
+        SnapshotStatus::Active { used, total, .. } => {
+            format!("good, store {} of {}", used.bytes(), total.bytes())
+        }
+        SnapshotStatus::Invalid => "INVALID: its store failed".to_owned(),
+        SnapshotStatus::Overflow => "LOST: its store was full".to_owned(),
+        SnapshotStatus::MergeFailed => "merge failed".to_owned(),
+        SnapshotStatus::Unknown => "unknown".to_owned(),
+        SnapshotStatus::Other { text } => text.clone(),
+    }
+}
+
+fn volume_row(volume: &VolumeStatus) -> Vec<String> {
+    let mounted: Vec<String> = volume.mounted_at.iter().map(|path| path.display().to_string()).collect();
+    vec![
+        volume.name.clone(),
+        if volume.number.is_some() { "attached".to_owned() } else { "not attached".to_owned() },
+        volume.size.map_or_else(|| "-".to_owned(), |size| size.to_string()),
+        volume.device.clone().unwrap_or_else(|| "-".to_owned()),
+        if mounted.is_empty() { "-".to_owned() } else { mounted.join(" ") },
+    ]
+}
+
+fn job_row(job: &JobStatus) -> Vec<String> {
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    vec![
+        job.id.clone(),
+        if job.alive { "running".to_owned() } else { "DEAD".to_owned() },
+        or_dash(&job.command),
+        job.process.map_or_else(|| "-".to_owned(), |process| process.to_string()),
+        or_dash(&job.started),
+        or_dash(&job.origin),
+        or_dash(&job.step),
+    ]
+}
+
+impl Human for Status {
+    fn human(&self) -> String {
+        let mut text = String::new();
+        let mut section = |rows: Vec<Vec<String>>| {
+            if rows.len() > 1 {
+                text.push_str(&table(&rows));
+                text.push('\n');
+            }
+        };
+        let mut rows = vec![row(&["VOLUME", "STATE", "SIZE", "DEVICE", "MOUNTED AT"])];
+        rows.extend(self.volumes.iter().map(volume_row));
+        section(rows);
+        let mut rows = vec![row(&["JOB", "STATE", "COMMAND", "PROCESS", "STARTED", "ORIGIN", "STEP"])];
+        rows.extend(self.jobs.iter().map(job_row));
+        section(rows);
+        let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE"])];
+        rows.extend(self.stacks.iter().map(|stack| {
+            let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());
+            vec![stack.snapshot.clone(), stack.job.clone(), below, snapshot_text(&stack.status)]
+        }));
+        section(rows);
+        if text.is_empty() {
+            text.push_str("no volumes, nothing in progress, nothing left behind\n");
+        }
+        for warning in &self.warnings {
+            text.push_str(&format!("warning: {warning}\n"));
+        }
+        text
+    }
+}
+
 impl Human for doctor::Report {
     fn human(&self) -> String {
         let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
@@ -254,6 +392,13 @@ mod tests {
         let mut lines = Lines::default();
         lines.add("a", 1).add("longer", "x");
         assert_eq!(lines.finish(), "a:      1\nlonger: x\n");
+    }
+
+    #[test]
+    fn tables_are_aligned() {
+        let rows = [row(&["A", "LONG", "Z"]), row(&["value", "x", "-"])];
+        assert_eq!(table(&rows), "A      LONG  Z\nvalue  x     -\n");
+        assert_eq!(Status::default().human(), "no volumes, nothing in progress, nothing left behind\n");
     }
 
     #[test]

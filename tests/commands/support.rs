@@ -30,6 +30,10 @@ pub fn run(arguments: &[&str]) -> Ran {
     tidemark(arguments).output().unwrap().into()
 }
 
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
 /// The one JSON line of type `error` that standard error must consist of.
 pub fn json_error(ran: &Ran) -> serde_json::Value {
     assert_eq!(ran.stderr.lines().count(), 1, "one line: {}", ran.stderr);

@@ -1,0 +1,102 @@
+//! What an ordinary user may do, and what is refused by name.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use super::support::{Bench, Ran, is_root, random_seed};
+
+/// The kernel's overflow id, "nobody" almost everywhere.
+const NOBODY: u32 = 65534;
+
+/// A bench that an ordinary user may work in, with a copy of the program that they may run (the build
+/// folder may be out of their reach).
+fn bench_for_everybody(size: usize) -> Bench {
+    let bench = Bench::new(size, random_seed());
+    fs::copy(assert_cmd::cargo::cargo_bin!("tidemark"), bench.path("program")).unwrap();
+    for (name, mode) in [("program", 0o755), ("origin", 0o644), ("", 0o777)] {
+        fs::set_permissions(bench.dir.path().join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    bench
+}
+
+/// Runs as an ordinary user: as nobody for root, as we are for anybody else.
+fn run_as_ordinary(bench: &Bench, arguments: &[&str]) -> Ran {
+    let mut command = Command::new(bench.path("program"));
+    command.args(arguments).env_remove("TIDEMARK_LOG").current_dir(bench.dir.path());
+    if is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    // Another test may have started a process while the copy of the program was being written, which
+    // then holds it open for a moment.
+    for _ in 0..1000 {
+        match command.output() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            output => return output.unwrap().into(),
+        }
+    }
+    panic!("the program stays busy");
+}
+
+#[test]
+fn what_needs_root_is_refused_with_advice() {
+    let bench = bench_for_everybody(1000);
+    for arguments in
+        [vec!["attach", "/dev/null", "--name", "x"], vec!["detach", "x"], vec!["status"], vec!["recover"]]
+    {
+        let ran = run_as_ordinary(&bench, &arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{arguments:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains("needs root") && ran.stderr.contains("sudo"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn usage_errors_come_before_that() {
+    let bench = bench_for_everybody(1000);
+    for arguments in [
+        vec!["attach", "/dev/null"],
+        vec!["attach", "/dev/null", "--name", "a/b"],
+        vec!["detach", "-x"],
+        vec!["status", "surplus"],
+        vec!["recover", "--no-such-option"],
+    ] {
+        let ran = run_as_ordinary(&bench, &arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn files_are_copied_and_restored_by_anybody() {
+    let bench = bench_for_everybody(1 << 20);
+    for arguments in [
+        vec!["copy", "origin", "copy.img", "--verify"],
+        vec!["copy", "origin", "copy.tdm"],
+        vec!["verify", "copy.tdm", "--against", "origin"],
+        vec!["inspect", "copy.tdm"],
+        vec!["restore", "copy.tdm", "back.img"],
+        vec!["copy", "--help"],
+        vec!["man"],
+        vec!["completions", "bash"],
+    ] {
+        let ran = run_as_ordinary(&bench, &arguments);
+        assert_eq!(ran.code, Some(0), "{arguments:?}: {}", ran.stderr);
+    }
+    assert!(bench.read("copy.img") == bench.content);
+    assert!(bench.read("back.img") == bench.content);
+}
+
+#[test]
+fn what_may_not_be_read_is_not_copied() {
+    let bench = bench_for_everybody(1000);
+    fs::set_permissions(bench.origin(), fs::Permissions::from_mode(0o000)).unwrap();
+    if is_root() {
+        chown(bench.origin(), Some(0), Some(0)).unwrap();
+    }
+    let ran = run_as_ordinary(&bench, &["copy", "origin", "copy.img"]);
+    assert!(matches!(ran.code, Some(1 | 3)), "{:?} {}", ran.code, ran.stderr);
+    assert!(ran.stderr.contains("origin") && ran.stderr.contains("ermission"), "{}", ran.stderr);
+    assert_eq!(bench.files(), ["origin", "program"]);
+}
