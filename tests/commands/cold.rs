@@ -1,5 +1,7 @@
 //! Cold copies of regular files, end to end: copy, verify, inspect, restore, compare; and what the
-//! user sees when one of them cannot be done.
+//! user sees when one of them cannot be done. Of the README's promises: 1 (exactness), 5 (no partial
+//! result under the final name), 6 (nothing left behind), 7 (any corruption is detected) and 8
+//! (refusals before changes).
 
 use std::fs;
 use std::io::{Read, Write};
