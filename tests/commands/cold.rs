@@ -209,6 +209,26 @@ fn a_copy_onto_itself_is_refused() {
 }
 
 #[test]
+fn what_is_neither_file_nor_device_is_no_target() {
+    let bench = Bench::new(1000, random_seed());
+    let archive = bench.path("copy.tdm");
+    ok(&["copy", &bench.origin(), &archive]);
+    let pipe = bench.path("pipe");
+    nix::unistd::mkfifo(pipe.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::create_dir(bench.path("directory")).unwrap();
+    let link = bench.path("link");
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    for target in [pipe, bench.path("directory"), link] {
+        for (command, input) in [("copy", bench.origin()), ("restore", archive.clone())] {
+            let ran = run(&[command, &input, &target, "--yes"]);
+            assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{command} {target}: {}", ran.stderr);
+            assert!(ran.stderr.contains(&target), "{command}: {}", ran.stderr);
+        }
+    }
+    assert_eq!(bench.files(), ["copy.tdm", "directory", "link", "origin", "pipe"]);
+}
+
+#[test]
 fn a_corrupted_archive_exits_4_and_leaves_no_file() {
     let bench = Bench::new(300_000, random_seed());
     let good = bench.path("good.tdm");

@@ -133,6 +133,17 @@ impl CopyPlan {
             .state("nothing was changed")
             .next("name another file or device"));
         }
+        if let Ok(found) = std::fs::metadata(path)
+            && !found.is_file()
+            && !is_device(path)
+        {
+            return Err(Error::refused(format!(
+                "{} is neither a block device nor a regular file",
+                path.display()
+            ))
+            .state("nothing was changed")
+            .next("name a device or a file, or - for standard output"));
+        }
         let topology = Topology::default();
         match device_number(path) {
             Ok(Some(number)) => topology.check_device(number, path, &self.forbidden)?,
