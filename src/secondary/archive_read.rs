@@ -105,7 +105,7 @@ impl SegmentPresence {
 }
 
 /// Follows an archive from its head superblock to its tail; see the module's head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FrameChecker {
     superblock: Superblock,
     layout: Layout,

@@ -201,20 +201,35 @@ fn check(bytes: &[u8]) -> Result<()> {
 
 #[test]
 fn every_corrupted_byte_is_found() {
-    // Five frames of three kinds; a frame that passed before is not checked again for later bytes.
     let sample =
         Sample::new(noise(Bytes(SEGMENT + 3000).as_len(), 2)).with_originals(&[extent(4096, 8192)], 1);
     let mut bytes = sample.build();
     check(&bytes).unwrap();
-    let frame = sample.layout().frame_bytes().as_len();
-    let frames = (bytes.len() - 2 * BLOCK_BYTES) / frame;
-    assert_eq!(frames, 4);
+    let (end, frame) = (bytes.len() - BLOCK_BYTES, sample.layout().frame_bytes().as_len());
+    assert_eq!((end - BLOCK_BYTES) / frame, 4, "two data frames, originals, map");
+    // The reader as it stands before each frame: a corrupted byte must be found in its own frame.
+    let mut readers = vec![FrameChecker::new(sample.superblock.clone(), "sample")];
+    for at in (BLOCK_BYTES..end).step_by(frame) {
+        let mut reader = readers.last().unwrap().clone();
+        reader.accept(&bytes[at..], &mut |_| {}).unwrap();
+        readers.push(reader);
+    }
     for at in 0..bytes.len() {
         let flip = 1u8 << (at % 8);
         bytes[at] ^= flip;
-        let error = check(&bytes).map_err(|error| error.kind());
-        assert_eq!(error, Err(ErrorKind::BadData), "byte {at}");
+        let found = if at < BLOCK_BYTES {
+            check(&bytes)
+        } else {
+            let mut reader = readers[(at - BLOCK_BYTES) / frame].clone();
+            let begin = at - (at - BLOCK_BYTES) % frame;
+            if begin == end {
+                reader.finish(&bytes[end..]).map(|_| ())
+            } else {
+                reader.accept(&bytes[begin..], &mut |_| {}).map(|_| ())
+            }
+        };
         bytes[at] ^= flip;
+        assert_eq!(found.map_err(|error| error.kind()), Err(ErrorKind::BadData), "byte {at}");
     }
 }
 
