@@ -112,6 +112,16 @@ impl Archive {
         }
     }
 
+    /// Makes the file as long as it may become: a direct write behind the end of a file waits for all
+    /// others, one within it does not. [`Secondary::seal`] cuts it. Advice: a file system that takes no
+    /// file of that length may still take what is really written.
+    fn lengthen(&self, file: &File) {
+        let length = self.frame_at(Bytes::from_len(self.frames.len()).get()) + BLOCK;
+        if let Err(error) = file.set_len(length.get()) {
+            tracing::debug!(%error, "the archive's file grows as it is written");
+        }
+    }
+
     /// The archive's identity.
     #[must_use]
     pub fn id(&self) -> Uuid {
@@ -312,7 +322,10 @@ impl Secondary for Archive {
 
     fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
         let file = match &self.out {
-            Out::File(partial) => partial.file(),
+            Out::File(partial) => {
+                self.lengthen(partial.file());
+                partial.file()
+            }
             Out::Pipe(file) => file,
         };
         let file = file.try_clone().io_context(|| format!("duplicate the handle of {}", self.description))?;
@@ -426,7 +439,12 @@ impl Secondary for Archive {
     }
 
     fn seal(&mut self) -> Result<()> {
-        Ok(())
+        let Out::File(partial) = &self.out else { return Ok(()) };
+        let length = self.frame_at(self.totals.sequence_end()) + BLOCK;
+        partial
+            .file()
+            .set_len(length.get())
+            .io_context(|| format!("set the length of {} to {}", self.description, length.get()))
     }
 
     fn finish(&mut self) -> Result<()> {
