@@ -36,7 +36,7 @@ pub fn ignore_signal(signal: Signal) -> io::Result<()> {
 /// `vm`.
 ///
 /// `TIDEMARK_CRASH_AT=NAME` (or `NAME:N` for the n-th passage, from 1) kills the process with
-/// SIGKILL; `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there.
+/// SIGKILL; `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there, the first time.
 #[cfg(not(feature = "vm"))]
 #[inline]
 pub fn crash_point(_name: &str) {}
@@ -46,6 +46,8 @@ pub fn crash_point(_name: &str) {}
 pub fn crash_point(name: &str) {
     use std::collections::BTreeMap;
     use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static STALLED: AtomicBool = AtomicBool::new(false);
     static PASSAGES: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
 
     let split = |variable: &str| {
@@ -56,7 +58,9 @@ pub fn crash_point(name: &str) {
         };
         (at == name).then_some(number)
     };
-    if let Some(seconds) = split("TIDEMARK_STALL_AT") {
+    if let Some(seconds) = split("TIDEMARK_STALL_AT")
+        && STALLED.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    {
         std::thread::sleep(std::time::Duration::from_secs(seconds));
     }
     if let Some(wanted) = split("TIDEMARK_CRASH_AT") {
