@@ -256,12 +256,14 @@ impl Stack {
         change.run(&mut runner, job)?;
         let times = runner.times;
         runner.report(origin);
-        let number = dm.info_of(&real)?.number;
+        // Nothing after the change may fail: the stack is in place.
+        let (number, below) = runner.below_found.take().expect("the instant has run, and looked it up");
         let device = Target::SnapshotOrigin { device: number };
+        let origin_table = Table::single(own_table.length(), device);
         Ok(Self {
             origin: origin.to_owned(),
-            below: node::device_path(number)?,
-            origin_table: Table::single(own_table.length(), device)?,
+            below,
+            origin_table: origin_table.expect("one line as long as a table that the kernel has"),
             real,
             snap,
             own_table,
@@ -405,6 +407,7 @@ pub(super) struct Runner<'a> {
     interrupt: &'a dyn Fn() -> Result<()>,
     at_instant: Option<AtInstant<'a>>,
     below: Option<String>,
+    below_found: Option<(DeviceNumber, PathBuf)>,
     watchdog: Option<Watchdog>,
     files: Vec<(PathBuf, File)>,
     frozen_since: Option<Instant>,
@@ -422,6 +425,7 @@ impl<'a> Runner<'a> {
             interrupt,
             at_instant: None,
             below: None,
+            below_found: None,
             watchdog: None,
             files: Vec::new(),
             frozen_since: None,
@@ -572,7 +576,9 @@ impl<'a> Runner<'a> {
         let (Some(below), Some(at_instant)) = (self.below.as_deref(), self.at_instant.as_mut()) else {
             return Ok(());
         };
-        let path = node::device_path(self.dm.info_of(below)?.number)?;
+        let number = self.dm.info_of(below)?.number;
+        let path = node::device_path(number)?;
+        self.below_found = Some((number, path.clone()));
         at_instant(&InstantContext {
             below: &path,
             utc_ns: self.times.instant_utc_ns,

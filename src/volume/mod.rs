@@ -10,6 +10,7 @@
 //! | anything else | refused |
 
 mod mounts;
+mod users;
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -188,8 +189,15 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     let table = dm.table(&name, Slot::Active)?.ok_or_else(|| {
         Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
     })?;
-    for line in table.lines() {
-        refuse_target(&path, &line.target)?;
+    let refusal = table.lines().iter().find_map(|line| refuse_target(&path, &line.target).err());
+    if let Some(refusal) = refusal {
+        // At rest it needs no stack; a snapshot's origin may come to life through its snapshot's user.
+        let has_snapshot = table.lines().iter().any(|line| line.target.kind() == "snapshot-origin");
+        return if info.open_count == 0 && !has_snapshot {
+            plain_device(path, number, topology)
+        } else {
+            Err(refusal)
+        };
     }
     if info.read_only {
         return plain_device(path, number, topology);
@@ -237,6 +245,16 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
 
 fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
     refuse_use(&path, number, topology)?;
+    if let Some(writer) = users::writer_of(&path) {
+        return Err(Error::refused(format!(
+            "{} is open for writing by {} (process {})",
+            path.display(),
+            writer.name,
+            writer.process
+        ))
+        .state("nothing was changed")
+        .next("stop it; to copy the device while it is used, attach it as a volume first"));
+    }
     let mut file =
         OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(&path).map_err(
             |error| match error.raw_os_error() {
