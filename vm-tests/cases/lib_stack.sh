@@ -27,7 +27,7 @@ fresh_store() { dd if=/dev/zero of="$(disk 1)" bs=1M count=1 oflag=direct status
 # Random writes with verification headers, until stop_load: the application.
 start_load() {
     fio --name=load --directory=/mnt/data --size=12m --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
-        --verify=crc32c --do_verify=0 --time_based --runtime=600 --randseed="$SEED" --fallocate=none \
+        --verify=crc32c --do_verify=0 --rate_iops=150 --time_based --runtime=3600 --randseed="$SEED" --fallocate=none \
         >"$ARTIFACTS/fio" 2>&1 &
     LOAD=$!
     wait_until 30 test -s /mnt/data/load.0.0
