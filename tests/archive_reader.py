@@ -2,6 +2,7 @@
 """An independent reader of Tidemark archives, written from src/format/archive/FORMAT.md alone.
 
     archive_reader.py extract ARCHIVE OUT     check everything, write what the archive holds to OUT
+    archive_reader.py extract --data-only ARCHIVE OUT   the same, without laying the originals over the data
     archive_reader.py check ARCHIVE           check everything
 
 Standard library only, no code shared with Tidemark. Exit code 0: whole; 4: bad; 2: usage.
@@ -180,8 +181,8 @@ class Frame:
 
 
 class Archive:
-    def __init__(self, stream, out):
-        self.stream, self.out = stream, out
+    def __init__(self, stream, out, data_only=False):
+        self.stream, self.out, self.data_only = stream, out, data_only
         self.head = Superblock(stream.read(BLOCK), 1)
         self.counts = {DATA: 0, ORIGINALS: 0, MAP: 0}
         self.originals_bytes = 0
@@ -219,7 +220,8 @@ class Archive:
     def original(self, frame):
         at = 0
         for start, end in frame.extents:
-            self.write(start, frame.payload[at : at + end - start])
+            if not self.data_only:
+                self.write(start, frame.payload[at : at + end - start])
             at += end - start
         self.originals_bytes += at
 
@@ -256,6 +258,9 @@ def merged(extents):
 
 
 def main(arguments):
+    data_only = arguments[:2] == ["extract", "--data-only"]
+    if data_only:
+        arguments = ["extract"] + arguments[2:]
     extract = len(arguments) == 3 and arguments[0] == "extract"
     if not extract and not (len(arguments) == 2 and arguments[0] == "check"):
         print(__doc__, file=sys.stderr)
@@ -264,7 +269,7 @@ def main(arguments):
         with open(arguments[1], "rb") as stream:
             if extract:
                 with open(arguments[2], "wb") as out:
-                    Archive(stream, out).read()
+                    Archive(stream, out, data_only).read()
             else:
                 Archive(stream, None).read()
     except Bad as error:

@@ -1,6 +1,7 @@
 //! The list of cases, one module per topic. A script is `NAME.sh` beside them; scripts share code through
 //! `lib*.sh` files here, which they source from `$REPO/vm-tests/cases`.
 
+mod copy;
 mod golden;
 mod harness;
 mod stack;
@@ -12,6 +13,7 @@ pub fn all() -> Vec<Case> {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(golden::cases());
+    cases.extend(copy::cases());
     cases.extend(stack::cases());
     cases
 }

@@ -107,10 +107,14 @@ wait_until() {
     done
 }
 
-# Nothing of Tidemark's is left: no device, no loop device, no zram, no job on record.
+# assert_no_tidemark_left [VOLUME...]: nothing of Tidemark's is left: no device but the attached volumes
+# named, no loop device, no zram, no job on record.
 assert_no_tidemark_left() {
-    local left
+    local left volume
     left=$(dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep '^TIDEMARK-' || true)
+    for volume in "$@"; do
+        left=$(printf '%s' "$left" | grep -v "^TIDEMARK-$volume-volume-[0-9a-f]*:$volume\$" || true)
+    done
     [ -z "$left" ] || fail "device-mapper devices are left: $left"
     left=$(losetup -a | grep -i tidemark || true)
     [ -z "$left" ] || fail "loop devices are left: $left"

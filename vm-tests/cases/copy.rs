@@ -1,0 +1,79 @@
+//! The main job: a copy of a busy device is exact, and what goes wrong harms nothing.
+
+use crate::harness::Case;
+use crate::harness::case::{Cache, Disk};
+
+const MODULES: [&str; 4] = ["dm-snapshot", "loop", "zram", "ext4"];
+const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"];
+
+/// The cases that run `tidemark copy`.
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for filesystem in ["ext4", "xfs"] {
+        for origin in ["volume", "lvm"] {
+            // xfs wants 300 MiB at least.
+            let origin_mib = if filesystem == "xfs" { 304 } else { 96 };
+            let case = main_job(&format!("copy_exactness_{filesystem}_{origin}"), "exactness.sh")
+                .modules(&["xfs"])
+                .commands(&["mkfs.xfs", "xfs_repair", "lvcreate"])
+                .disk_mib(origin_mib)
+                .disk_mib(origin_mib + 8)
+                .disk_mib(3 * origin_mib + 512)
+                .variable("FS", filesystem)
+                .variable("ORIGIN", origin)
+                .limit_seconds(900);
+            cases.push(if filesystem == "ext4" { case.on_both_kernels() } else { case });
+        }
+    }
+    cases.extend([
+        main_job("demo", "demo.sh")
+            .commands(&["python3", "sqlite3"])
+            .disk_mib(256)
+            .disk_mib(256)
+            .disk_mib(1200)
+            .limit_seconds(600),
+        main_job("copy_kernel_judge", "kernel_judge.sh")
+            .on_both_kernels()
+            .commands(&["python3"])
+            .disk_mib(96)
+            .disk_mib(900)
+            .limit_seconds(600),
+        main_job("copy_postgresql", "postgresql.sh")
+            .commands(&["pg_ctlcluster", "setpriv"])
+            .disk_mib(400)
+            .disk_mib(400)
+            .disk_mib(600)
+            .memory_mib(1536)
+            .limit_seconds(900),
+        main_job("copy_lvm_udev", "lvm_udev.sh")
+            .commands(&["lvcreate", "udevadm"])
+            .disk_mib(160)
+            .disk_mib(700)
+            .limit_seconds(600),
+        main_job("copy_faults", "faults.sh")
+            .disk_mib(96)
+            .disk_mib(700)
+            .disk_mib(104)
+            .limit_seconds(900)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev dm-"),
+        main_job("copy_refusals", "refusals.sh")
+            .commands(&["sfdisk", "wipefs", "setpriv"])
+            .disk_mib(96)
+            .disk_mib(300)
+            .disk_mib(48)
+            .limit_seconds(300),
+        main_job("copy_power_cut", "power_cut_before.sh")
+            .on_both_kernels()
+            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 512 })
+            .disk(Disk { bytes: 700 << 20, cache: Cache::Writeback, block_bytes: 512 })
+            .power_cut_at("copying", 500)
+            .then("power_cut_after.sh")
+            .limit_seconds(300),
+    ]);
+    cases
+}
+
+fn main_job(name: &str, script: &str) -> Case {
+    Case::new(name, script).modules(&MODULES).commands(&COMMANDS)
+}

@@ -1,0 +1,78 @@
+# Safety promise 1: the copy equals, byte for byte, what --hook-frozen captured at the instant.
+# Environment: FS (ext4, xfs), ORIGIN (volume, lvm). Five secondaries, random chunk, segment and
+# store sizes from the printed seed.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+origin_disk=$(disk 0)
+raw_disk=$(disk 1)
+scratch_disk=$(disk 2)
+
+case "$ORIGIN" in
+    volume)
+        tidemark attach "$origin_disk" --name data
+        origin=/dev/mapper/data
+        ;;
+    lvm)
+        pvcreate -q -y "$origin_disk"
+        vgcreate -q tidetest "$origin_disk"
+        lvcreate -q -y -Wn -Zn -l 100%FREE -n data tidetest
+        dmsetup mknodes
+        origin=/dev/mapper/tidetest-data
+        ;;
+esac
+table_before=$(dmsetup table "$origin")
+size=$(blockdev --getsize64 "$origin")
+make_filesystem "$FS" "$origin" /mnt/origin
+make_filesystem ext4 "$scratch_disk" /mnt/scratch
+
+one_copy() {
+    local kind=$1 chunk segment ram target=
+    chunk=$(pick "$kind-chunk" 4KiB 8KiB 16KiB 64KiB)
+    segment=$(pick "$kind-segment" 64KiB 256KiB 1MiB 4MiB)
+    ram=$(pick "$kind-ram" 0 1MiB 8MiB)
+    local -a options=(--chunk "$chunk" --segment "$segment" --store /mnt/scratch --store-ram "$ram" --yes
+        --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)")
+    # A copy of a small volume is over in a moment: the rate keeps the load beside it for a while.
+    options+=(--rate "$(pick "$kind-rate" 8MiB 16MiB 32MiB)")
+    [ "$(pick "$kind-verify" 0 1)" = 0 ] || [ "$kind" = pipe ] || options+=(--verify)
+    note "copy: $kind ${options[*]}"
+    rm -f /mnt/scratch/instant /mnt/scratch/copy*
+    case "$kind" in
+        raw-device) target=$raw_disk && tidemark copy "$origin" "$raw_disk" "${options[@]}" ;;
+        raw-file) target=/mnt/scratch/copy.raw && tidemark copy "$origin" "$target" "${options[@]}" ;;
+        overlay) tidemark copy "$origin" /mnt/scratch/copy.tdm --originals overlay "${options[@]}" ;;
+        append) tidemark copy "$origin" /mnt/scratch/copy.tdm --originals append "${options[@]}" ;;
+        pipe) tidemark copy "$origin" - "${options[@]}" >/mnt/scratch/copy.tdm ;;
+    esac
+    load_is_alive
+    if [ -z "$target" ]; then
+        target=/mnt/scratch/copy.restored
+        tidemark verify /mnt/scratch/copy.tdm
+        if [ "$kind" = pipe ]; then
+            tidemark restore - "$target" --yes </mnt/scratch/copy.tdm
+        else
+            tidemark restore /mnt/scratch/copy.tdm "$target" --yes
+        fi
+        tidemark verify /mnt/scratch/copy.tdm --against "$target"
+    fi
+    same_bytes /mnt/scratch/instant "$target" "$size"
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed: $(dmsetup table "$origin")"
+    assert_no_tidemark_left data
+    if [ -b "$target" ]; then
+        filesystem_check "$FS" "$target"
+    else
+        local loop
+        loop=$(losetup --find --show "$target")
+        filesystem_check "$FS" "$loop"
+        losetup -d "$loop"
+    fi
+}
+
+start_load /mnt/origin "$SEED"
+for kind in raw-device raw-file overlay append pipe; do
+    one_copy "$kind"
+done
+stop_load
+umount /mnt/origin
+filesystem_check "$FS" "$origin"

@@ -1,0 +1,81 @@
+# Safety promises 2 and 5 under faults: a clear error, the right exit code, the origin unharmed, no
+# partial result under the final name.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+origin_disk=$(disk 0)
+scratch_disk=$(disk 1)
+fault_disk=$(disk 2)
+tidemark attach "$origin_disk" --name data
+origin=/dev/mapper/data
+make_filesystem ext4 "$origin" /mnt/origin
+make_filesystem ext4 "$scratch_disk" /mnt/scratch
+table_before=$(dmsetup table "$origin")
+sectors=$(blockdev --getsz "$fault_disk")
+start_load /mnt/origin "$SEED"
+
+# expect_failure CODE PATTERN COMMAND...
+expect_failure() {
+    local want=$1 pattern=$2 got=0
+    shift 2
+    "$@" >/run/fault.out 2>/run/fault.err || got=$?
+    cat /run/fault.err
+    [ "$got" = "$want" ] || fail "exit code $got, expected $want: $*"
+    grep -qiE "$pattern" /run/fault.err || fail "the error does not match '$pattern': $*"
+    load_is_alive
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed after: $*"
+    assert_no_tidemark_left data
+    [ -z "$(find /mnt/scratch /mnt/small -name '*.raw' -o -name '*.tdm' -o -name '*partial*' 2>/dev/null)" ] ||
+        fail "something was left after: $* ($(ls -la /mnt/scratch))"
+}
+
+note "secondary full: a small filesystem"
+mkdir -p /mnt/small
+mount -t tmpfs -o size=8m none /mnt/small
+expect_failure 1 'space' tidemark copy "$origin" /mnt/small/copy.raw --yes --store /mnt/scratch --store-ram 0
+expect_failure 1 'space' tidemark copy "$origin" /mnt/small/copy.tdm --yes --store /mnt/scratch
+umount /mnt/small
+
+note "secondary I/O error in the middle"
+dmsetup create --noudevsync faulty --table "0 32768 linear $fault_disk 0
+32768 8 error
+32776 $((sectors - 32776)) linear $fault_disk 32776"
+dmsetup mknodes
+expect_failure 1 'faulty.*(error|EIO)|(error|EIO).*faulty' tidemark copy "$origin" /dev/mapper/faulty --yes --store /mnt/scratch
+dmsetup remove --noudevsync faulty
+
+note "pipe whose reader goes away"
+pipe_copy() { tidemark copy "$origin" - --yes --store /mnt/scratch | head -c 5000000 >/dev/null; return "${PIPESTATUS[0]}"; }
+expect_failure 1 'pipe' pipe_copy
+
+note "origin read error"
+dmsetup create --noudevsync badbelow --table "0 32768 linear $fault_disk 0
+32768 8 error
+32776 $((sectors - 32776)) linear $fault_disk 32776"
+dmsetup mknodes
+dmsetup create --noudevsync badorigin --table "0 $sectors linear /dev/mapper/badbelow 0"
+dmsetup mknodes
+expect_failure 1 'read' tidemark copy /dev/mapper/badorigin /mnt/scratch/bad.raw --yes --store /mnt/scratch
+dmsetup remove --noudevsync badorigin
+dmsetup remove --noudevsync badbelow
+
+note "interrupted: SIGINT and SIGTERM put everything back"
+for signal in INT TERM; do
+    interrupted() {
+        tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 4MiB &
+        local pid=$! status=0
+        sleep 4
+        kill -"$signal" "$pid"
+        wait "$pid" || status=$?
+        return "$status"
+    }
+    expect_failure 130 'interrupt' interrupted
+done
+
+note "a copy works after all that"
+tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 120s \
+    --hook-frozen "$(capture_hook /mnt/scratch/instant)"
+assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
+stop_load
+umount /mnt/origin
+filesystem_check ext4 "$origin"

@@ -1,0 +1,20 @@
+# Power cut, first boot: a copy is under way when the machine dies.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+tidemark attach "$(disk 0)" --name data
+make_filesystem ext4 /dev/mapper/data /mnt/origin
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+cp -a /usr/share/common-licenses /mnt/origin/settled
+(cd /mnt/origin/settled && find . -type f -exec sha256sum {} +) >/mnt/scratch/settled.sums
+sync
+start_load /mnt/origin "$SEED"
+tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 2MiB &
+for _ in $(seq 300); do
+    if dmsetup table /dev/mapper/data | grep -q snapshot-origin; then break; fi
+    sleep 0.1
+done
+dmsetup table /dev/mapper/data | grep -q snapshot-origin || fail "the copy did not begin"
+sleep 3
+load_is_alive
+cut_here copying
