@@ -21,6 +21,10 @@ pub struct Sample {
     pub originals: Vec<(Vec<Extent>, Vec<u8>)>,
     /// Data frames in this order instead of the ascending one.
     pub reversed: bool,
+    /// A lie: the map is made of this block list.
+    pub map_list: Option<Vec<Extent>>,
+    /// A lie: this segment gets no data frame, whatever the map says.
+    pub forgotten: Option<u64>,
 }
 
 impl Sample {
@@ -40,7 +44,15 @@ impl Sample {
             tool: "tidemark sample".to_owned(),
         };
         let block_list = Extent::new(Bytes::ZERO, size).into_iter().collect();
-        Self { superblock, fuzzy: content, block_list, originals: Vec::new(), reversed: false }
+        Self {
+            superblock,
+            fuzzy: content,
+            block_list,
+            originals: Vec::new(),
+            reversed: false,
+            map_list: None,
+            forgotten: None,
+        }
     }
 
     /// Appends one originals frame: `byte` all over `extents`.
@@ -103,7 +115,7 @@ impl Sample {
             data.reverse();
         }
         let mut sequence = 0;
-        for ix in data {
+        for ix in data.into_iter().filter(|ix| self.forgotten != Some(*ix)) {
             let extent = self.segment(ix);
             let valid = self.valid(extent);
             let mut payload = vec![0x99; extent.length().as_len()];
@@ -123,7 +135,8 @@ impl Sample {
             totals.originals_bytes += Bytes::from_len(packed.len());
             sequence += 1;
         }
-        let mut map = entries(&layout, &self.block_list, |SegmentIx(ix)| self.has_frame(ix));
+        let list = self.map_list.as_ref().unwrap_or(&self.block_list);
+        let mut map = entries(&layout, list, |SegmentIx(ix)| self.has_frame(ix));
         let mut payload = vec![0; entries_per_frame(layout.segment) * map::ENTRY_BYTES];
         while let Some((start, length)) = fill(&mut map, &mut payload) {
             push(&mut out, &layout, sequence, FrameKind::Map, start, &payload[..length.as_len()], &[]);

@@ -11,7 +11,7 @@ use super::Input;
 use crate::base::{Bytes, Error, ErrorKind, Extent, Result, SegmentSize};
 use crate::copy::progress::Silent;
 use crate::format::archive::sample::Sample;
-use crate::format::archive::{BLOCK_BYTES, frame_offset};
+use crate::format::archive::{ArchiveError, BLOCK_BYTES, OriginalsMode, frame_offset};
 use crate::op::request::{ArchiveSource, InspectRequest, RestoreRequest};
 use crate::op::{inspect, restore, verify};
 use crate::secondary::archive_read::FrameChecker;
@@ -269,9 +269,48 @@ fn frames_that_are_moved_doubled_or_left_out_are_found() {
     let other = other.build();
     let mixed = [head, &other[at(0)..at(1)], second, third].concat();
     assert_eq!(kind(check(&mixed)), ErrorKind::BadData);
-    // A whole frame less, with a tail that agrees: the map still knows.
-    let lacking = [head, &bytes[at(1)..]].concat();
-    assert_eq!(kind(check(&lacking)), ErrorKind::BadData);
+}
+
+/// Why an archive is refused.
+fn fault(sample: &Sample) -> ArchiveError {
+    use std::error::Error as _;
+    let error = check(&sample.build()).unwrap_err();
+    error.source().unwrap().downcast_ref::<ArchiveError>().unwrap().clone()
+}
+
+#[test]
+fn a_map_that_disagrees_with_the_frames_is_found() {
+    // A frame less, with sequences and totals that agree: only the map knows.
+    let lacking = Sample { forgotten: Some(2), ..sample() };
+    assert_eq!(fault(&lacking), ArchiveError::MapMismatch { origin_offset: 2 * SEGMENT, map: "present" });
+    let whole = extent(0, 4 * SEGMENT + 5001);
+    let cases = [
+        // A segment that has a frame and is absent in the map.
+        (vec![whole], vec![extent(0, 3 * SEGMENT), extent(4 * SEGMENT, 4 * SEGMENT + 5001)]),
+        // As many bytes, elsewhere in the segment.
+        (vec![extent(0, 8192)], vec![extent(4096, 12288)]),
+        (vec![extent(0, 4096), extent(8192, 12288)], vec![extent(0, 8192)]),
+        // Other bytes.
+        (vec![extent(0, 8192)], vec![extent(0, 12288)]),
+    ];
+    for (frames, map) in cases {
+        let sample = Sample::new(noise(whole.end().as_len(), 3));
+        let honest = Sample { block_list: frames, ..sample };
+        check(&honest.build()).unwrap();
+        let lying = Sample { map_list: Some(map.clone()), ..honest };
+        let fault = fault(&lying);
+        assert!(
+            matches!(fault, ArchiveError::MapMismatch { .. } | ArchiveError::Totals { .. }),
+            "{map:?}: {fault}"
+        );
+    }
+}
+
+#[test]
+fn originals_where_none_can_be_are_refused() {
+    let mut lying = sample();
+    lying.superblock.originals = OriginalsMode::Overlay;
+    assert!(matches!(fault(&lying), ArchiveError::Field { .. }));
 }
 
 #[test]

@@ -1,0 +1,32 @@
+//! The golden archive with some bytes changed, through the reader that restore and verify use: either nothing
+//! was changed, or it is refused; never a panic.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use tidemark::format::archive::{BLOCK_BYTES, Superblock};
+use tidemark::secondary::archive_read::FrameChecker;
+
+static GOLDEN: &[u8] = include_bytes!("../../golden/archive/v1.tdm");
+
+fn is_whole(bytes: &[u8]) -> bool {
+    let Ok(head) = Superblock::decode_head(bytes) else { return false };
+    let mut checker = FrameChecker::new(head, "fuzz");
+    let length = checker.layout().frame_bytes().as_len();
+    let mut rest = &bytes[BLOCK_BYTES..];
+    while rest.len() > BLOCK_BYTES {
+        if checker.accept(rest, &mut |_| {}).is_err() {
+            return false;
+        }
+        rest = &rest[length..];
+    }
+    checker.finish(rest).is_ok()
+}
+
+fuzz_target!(|edits: Vec<(u32, u8)>| {
+    let mut bytes = GOLDEN.to_vec();
+    for (at, value) in edits {
+        let at = usize::try_from(at).expect("32 bits fit") % bytes.len();
+        bytes[at] = value;
+    }
+    assert_eq!(is_whole(&bytes), bytes == GOLDEN);
+});
