@@ -211,6 +211,7 @@ fn run(mut watch: Watch, shared: &Shared) {
         match look {
             Ok(fill) => state.fill = fill,
             Err(lost) => {
+                tracing::info!("the snapshot is lost: {}", lost.what);
                 state.lost = Some(lost);
                 return;
             }
