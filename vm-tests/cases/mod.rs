@@ -5,6 +5,7 @@ mod copy;
 mod golden;
 mod harness;
 mod stack;
+mod store;
 
 use crate::harness::Case;
 
@@ -15,5 +16,6 @@ pub fn all() -> Vec<Case> {
     cases.extend(golden::cases());
     cases.extend(copy::cases());
     cases.extend(stack::cases());
+    cases.extend(store::cases());
     cases
 }

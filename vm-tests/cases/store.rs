@@ -1,0 +1,26 @@
+//! The COW store: spilling, growing, failing, filling up, and what a crash leaves of it.
+
+use crate::harness::Case;
+
+/// The store's cases.
+pub fn cases() -> Vec<Case> {
+    vec![
+        // Large enough that the store does not begin with all it can need.
+        case("store_grows").disk_mib(320).disk_mib(1280).memory_mib(1536).limit_seconds(900),
+        case("store_fails")
+            .disk_mib(64)
+            .disk_mib(300)
+            .disk_mib(80)
+            .limit_seconds(900)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev dm-"),
+        case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(900),
+    ]
+}
+
+fn case(name: &str) -> Case {
+    Case::new(name, format!("{name}.sh"))
+        .on_both_kernels()
+        .modules(&["dm-snapshot", "loop", "zram", "ext4"])
+        .commands(&["dmsetup", "losetup", "mkfs.ext4", "fio"])
+}

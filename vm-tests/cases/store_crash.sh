@@ -1,0 +1,43 @@
+# Killed while the store is made, in use, and given back: the writes go on, recover leaves nothing of it.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_store.sh"
+
+make_volume
+start_writes
+# A RAM disk of somebody else's must survive all of it.
+foreign=$(cat /sys/class/zram-control/hot_add)
+echo 1M >"/sys/block/zram$foreign/disksize"
+
+recovers() {
+    writes_go_on
+    tidemark recover
+    assert_same "the table of data" "$(dmsetup table data)" "$TABLE_BEFORE"
+    assert_same "the other's RAM disk" "$(cat "/sys/block/zram$foreign/disksize")" 1048576
+    echo 1 >"/sys/block/zram$foreign/reset"
+    volume_as_before
+    echo 1M >"/sys/block/zram$foreign/disksize"
+}
+
+for at in copy.store.after copy.data.before copy.data.after copy.release.before; do
+    note "killed at $at"
+    assert_status 137 env TIDEMARK_CRASH_AT="$at" \
+        tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 4MiB
+    recovers
+done
+note "killed in the middle"
+tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 2MiB >"$ARTIFACTS/killed" 2>&1 &
+copy=$!
+wait_until 60 sh -c "dmsetup status | grep -qE 'snapshot [0-9]{4,}/'"
+# A store in use is nobody's leftover.
+tidemark recover || true
+grep -q . /run/tidemark/stores/*.json || fail "recover took the record of a store in use"
+kill -0 "$copy" || fail "the copy did not survive recover: $(cat "$ARTIFACTS/killed")"
+kill -KILL "$copy"
+wait "$copy" || true
+recovers
+note "a copy works after all that"
+rm -f /mnt/scratch/.*partial* /mnt/scratch/*partial* /mnt/scratch/copy.raw
+tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch
+echo 1 >"/sys/block/zram$foreign/reset"
+volume_as_before
+stop_writes

@@ -1,0 +1,70 @@
+# A store that is full and cannot grow, and one whose disk fails: noticed at once, a clear error, no result
+# under the final name, and the writes to the origin never see any of it.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_store.sh"
+
+make_volume
+start_writes
+
+# fails_with PATTERN COPY-OPTION...: the copy ends with 1 and says why, and has noticed within a second.
+fails_with() {
+    local pattern=$1 status=0 lost='' noticed='' begin
+    shift
+    begin=$(uptime_now)
+    TIDEMARK_LOG=info tidemark copy "$origin" /mnt/scratch/copy.raw --yes --rate 1MiB "$@" >"$ARTIFACTS/out" 2>&1 &
+    local copy=$!
+    while kill -0 "$copy" 2>/dev/null; do
+        if [ -z "$noticed" ] && grep -q 'the snapshot is lost' "$ARTIFACTS/out"; then noticed=$(uptime_now); fi
+        sleep 0.05
+    done
+    wait "$copy" || status=$?
+    # The kernel's own word and time.
+    lost=$(dmesg | sed -n 's/^\[ *\([0-9.]*\)\].*Invalidating snapshot.*/\1/p' | tail -n 1)
+    note "status $status; lost at ${lost:-?}, noticed at ${noticed:-?}"
+    cat "$ARTIFACTS/out"
+    assert_same "the exit status" "$status" 1
+    grep -qiE "$pattern" "$ARTIFACTS/out" || fail "the error does not match '$pattern'"
+    awk "BEGIN { exit !(${lost:-0} > $begin) }" || fail "the snapshot was not lost: this proves nothing"
+    # A second, and two for the looks of this script on a slow machine.
+    awk "BEGIN { exit !(${noticed:-999999} - $lost < 3) }" || fail "it was not noticed within a second"
+    [ -z "$(find /mnt/scratch -name 'copy*' -o -name '*partial*')" ] || fail "left: $(ls -la /mnt/scratch)"
+    writes_go_on
+    volume_as_before
+}
+
+note "full: as large as it may be"
+fails_with 'store is full.*--store-size|store is full' --store /mnt/scratch --store-size 6MiB --store-ram 0
+note "full: with a RAM head"
+fails_with 'store is full' --store /mnt/scratch --store-size 6MiB --store-ram 2MiB
+note "full: its filesystem has no more space"
+mkdir -p /mnt/small
+truncate -s 28M /mnt/scratch/small.img
+mkfs.ext4 -q /mnt/scratch/small.img
+mount -o loop /mnt/scratch/small.img /mnt/small
+fails_with 'store is full.*(no space|reserve)' --store /mnt/small --store-ram 0 --chunk 64KiB
+umount /mnt/small
+rm /mnt/scratch/small.img
+note "full: a block device"
+fails_with 'store is full' --store "$(disk 2)" --store-size 5MiB --store-ram 0
+
+note "broken: its disk fails"
+sectors=$(blockdev --getsz "$(disk 2)")
+dmsetup create --noudevsync tidemark-test-store --table "0 $sectors linear $(disk 2) 0"
+settle
+store=$(dm_node tidemark-test-store)
+(
+    wait_until 60 sh -c "dmsetup status | grep -qE 'snapshot [0-9]{3,}/'"
+    dmsetup suspend --noflush tidemark-test-store
+    dmsetup load tidemark-test-store --table "0 $sectors error"
+    dmsetup resume tidemark-test-store
+) &
+fails_with 'store failed' --store "$store" --store-ram 0
+dmsetup remove --noudevsync tidemark-test-store
+
+note "refused: on the origin itself"
+assert_status 3 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store "$origin"
+
+note "a copy works after all that"
+tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch
+volume_as_before
+stop_writes
