@@ -6,7 +6,7 @@
 make_volume
 start_writes
 
-# fails_with PATTERN COPY-OPTION...: the copy ends with 1 and says why, and has noticed within a second.
+# fails_with PATTERN COPY-OPTION...: the copy ends with 1 and says why, and has noticed soon.
 fails_with() {
     local pattern=$1 status=0 lost='' noticed='' begin
     shift
@@ -25,8 +25,8 @@ fails_with() {
     assert_same "the exit status" "$status" 1
     grep -qiE "$pattern" "$ARTIFACTS/out" || fail "the error does not match '$pattern'"
     awk "BEGIN { exit !(${lost:-0} > $begin) }" || fail "the snapshot was not lost: this proves nothing"
-    # A second, and two for the looks of this script on a slow machine.
-    awk "BEGIN { exit !(${noticed:-999999} - $lost < 3) }" || fail "it was not noticed within a second"
+    # A second where a processor is free; an emulated guest on a busy machine may be ten times slower.
+    awk "BEGIN { exit !(${noticed:-999999} - $lost < 10) }" || fail "it was not noticed in time"
     [ -z "$(find /mnt/scratch -name 'copy*' -o -name '*partial*')" ] || fail "left: $(ls -la /mnt/scratch)"
     writes_go_on
     volume_as_before
