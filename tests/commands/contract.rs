@@ -2,8 +2,9 @@
 //! sees to it that none is forgotten.
 
 use std::path::Path;
+use std::process::Stdio;
 
-use super::support::{is_root, json_error, run, tidemark};
+use super::support::{is_root, json_error, output, run, spawn, tidemark};
 
 /// A command and what it takes.
 struct Row {
@@ -160,7 +161,7 @@ fn quiet_and_verbose_exclude_each_other() {
 
 #[test]
 fn a_bad_log_filter_is_a_usage_error() {
-    let output = tidemark(&["man"]).env("TIDEMARK_LOG", "a=b=c").output().unwrap();
+    let output = output(tidemark(&["man"]).env("TIDEMARK_LOG", "a=b=c"));
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("TIDEMARK_LOG"));
 }
@@ -211,11 +212,8 @@ fn completions_exist_for_the_common_shells() {
 #[test]
 fn a_result_that_cannot_be_written_is_an_error() {
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let output = std::process::Command::new(assert_cmd::cargo::cargo_bin!("tidemark"))
-        .arg("man")
-        .stdout(full)
-        .output()
-        .unwrap();
+    let child = spawn(tidemark(&["man"]).stdout(full).stderr(Stdio::piped()));
+    let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"));
 }

@@ -1,6 +1,7 @@
 //! Running the command, and made-up data.
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{PoisonError, RwLock};
 
 /// The command with these arguments, nothing on standard input, no log options inherited.
 pub fn tidemark(arguments: &[&str]) -> Command {
@@ -26,8 +27,31 @@ impl From<Output> for Ran {
     }
 }
 
+/// Taken for writing while an origin is written, for reading while a process is started: a process
+/// that another test starts meanwhile holds the open file until its exec, and a file that is open for
+/// writing is rightly refused as an origin (and as a program).
+static STARTING: RwLock<()> = RwLock::new(());
+
+/// Starts it.
+pub fn spawn(command: &mut Command) -> Child {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
+    command.spawn().unwrap()
+}
+
+/// Runs it to its end, output captured.
+pub fn output(command: &mut Command) -> Output {
+    let child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    child.wait_with_output().unwrap()
+}
+
+/// Runs `write` while no process is being started.
+pub fn undisturbed<T>(write: impl FnOnce() -> T) -> T {
+    let _starting = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+    write()
+}
+
 pub fn run(arguments: &[&str]) -> Ran {
-    tidemark(arguments).output().unwrap().into()
+    output(&mut tidemark(arguments)).into()
 }
 
 pub fn is_root() -> bool {
@@ -56,7 +80,7 @@ impl Bench {
         println!("seed {seed}, {size} bytes");
         let dir = tempfile::Builder::new().prefix("tidemark-test-").tempdir().unwrap();
         let content = noise(size, seed);
-        std::fs::write(dir.path().join("origin"), &content).unwrap();
+        undisturbed(|| std::fs::write(dir.path().join("origin"), &content)).unwrap();
         Self { dir, content }
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Stdio};
 use std::thread;
 
-use super::support::{Bench, ok, random_seed, tidemark};
+use super::support::{Bench, ok, random_seed, spawn, tidemark};
 
 /// A pseudo terminal: our side and the command's.
 fn terminal() -> (File, OwnedFd) {
@@ -46,7 +46,7 @@ fn converse(arguments: &[&str], answer: &str, environment: &[(&str, &str)]) -> (
         .stdin(Stdio::from(theirs.try_clone().unwrap()))
         .stdout(Stdio::null())
         .stderr(Stdio::from(theirs));
-    let mut child = command.spawn().unwrap();
+    let mut child = spawn(&mut command);
     drop(command);
     ours.write_all(answer.as_bytes()).unwrap();
     finish(&mut child, &ours)
@@ -105,7 +105,7 @@ fn an_archive_is_not_written_to_a_terminal() {
     let (ours, theirs) = terminal();
     let mut command = tidemark(&["copy", &bench.origin(), "-"]);
     command.stdout(Stdio::from(theirs)).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+    let mut child = spawn(&mut command);
     drop(command);
     let (code, written) = finish(&mut child, &ours);
     assert_eq!((code, written.as_str()), (Some(2), ""));

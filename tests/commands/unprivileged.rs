@@ -3,9 +3,9 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use super::support::{Bench, Ran, is_root, random_seed};
+use super::support::{Bench, Ran, is_root, output, random_seed, undisturbed};
 
 /// The kernel's overflow id, "nobody" almost everywhere.
 const NOBODY: u32 = 65534;
@@ -14,7 +14,7 @@ const NOBODY: u32 = 65534;
 /// folder may be out of their reach).
 fn bench_for_everybody(size: usize) -> Bench {
     let bench = Bench::new(size, random_seed());
-    fs::copy(assert_cmd::cargo::cargo_bin!("tidemark"), bench.path("program")).unwrap();
+    undisturbed(|| fs::copy(assert_cmd::cargo::cargo_bin!("tidemark"), bench.path("program"))).unwrap();
     for (name, mode) in [("program", 0o755), ("origin", 0o644), ("", 0o777)] {
         fs::set_permissions(bench.dir.path().join(name), fs::Permissions::from_mode(mode)).unwrap();
     }
@@ -28,17 +28,7 @@ fn run_as_ordinary(bench: &Bench, arguments: &[&str]) -> Ran {
     if is_root() {
         command.uid(NOBODY).gid(NOBODY);
     }
-    // Another test may have started a process while the copy of the program was being written, which
-    // then holds it open for a moment.
-    for _ in 0..1000 {
-        match command.output() {
-            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
-            output => return output.unwrap().into(),
-        }
-    }
-    panic!("the program stays busy");
+    output(command.stdin(Stdio::null())).into()
 }
 
 #[test]
