@@ -6,8 +6,8 @@ use crate::harness::Case;
 pub fn cases() -> Vec<Case> {
     vec![
         case("stack_insert", "stack_insert.sh").limit_seconds(180),
-        case("stack_crash", "stack_crash.sh").limit_seconds(900),
-        case("stack_watchdog", "stack_watchdog.sh").limit_seconds(300),
+        case("stack_crash", "stack_crash.sh").limit_seconds(1500),
+        case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
         case("stack_volume", "stack_volume.sh").commands(&["pvcreate", "lvs"]).limit_seconds(300),
     ]
 }
