@@ -62,7 +62,8 @@ dmsetup remove --noudevsync badbelow
 note "interrupted: SIGINT and SIGTERM put everything back"
 for signal in INT TERM; do
     interrupted() {
-        tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 4MiB &
+        # A background job of a script ignores SIGINT, and a command keeps that: not this one.
+        env --default-signal=INT tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 4MiB &
         local pid=$! status=0
         sleep 4
         kill -"$signal" "$pid"
