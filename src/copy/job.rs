@@ -92,8 +92,8 @@ pub struct CopyJob<'a> {
     pub observer: &'a dyn Observer,
     /// Polled at least every 100 ms; an error aborts the copy and is what [`run`] answers.
     pub interrupt: &'a dyn Fn() -> Result<()>,
-    /// Asked once, behind everything else and before the secondary gets its name: can what was read
-    /// still be believed? An error abandons the copy.
+    /// Asked behind the last read, before the archive's end is written and again before the secondary
+    /// gets its name: can what was read still be believed? An error abandons the copy.
     pub before_publish: &'a dyn Fn() -> Result<()>,
 }
 
@@ -209,6 +209,8 @@ fn run_phases(
         originals,
         &mut report,
     )?;
+    // What comes now is all that tells a complete stream from a cut one: it cannot be taken back.
+    before_publish()?;
     write_blocks(driver, &mut sink, |memory| secondary.closing(memory))?;
     report.written_bytes = sink.written();
 

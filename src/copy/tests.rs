@@ -305,6 +305,41 @@ fn a_pipe_whose_reader_is_gone_is_said_to_be() {
 }
 
 #[test]
+fn what_cannot_be_believed_is_no_archive_at_the_reader() {
+    let mut setup = Setup::new(&busy_case(false));
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let received = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut reader, &mut bytes).map(|_| bytes)
+    });
+    let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+    let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
+    let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
+    let origin = setup.world.borrow().origin.try_clone().unwrap();
+    let error = run(CopyJob {
+        engine: &mut setup.engine,
+        origin: origin.into(),
+        origin_description: "the origin".to_owned(),
+        origin_size: setup.case.size,
+        block_list: vec![Extent::new(Bytes(0), setup.case.size).unwrap()],
+        segment: SegmentSize::new(setup.case.segment).unwrap(),
+        secondary,
+        originals: None,
+        rate: None,
+        verify: false,
+        observer: &Silent,
+        interrupt: &go_on,
+        before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+    })
+    .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::External);
+    drop(setup);
+    let bytes = received.join().unwrap().unwrap();
+    let end = bytes.len() - 4096;
+    assert!(bytes.len() > 8192 && Superblock::decode_tail(&bytes[end..]).is_err(), "the archive has its end");
+}
+
+#[test]
 fn a_damaged_frame_is_not_laid_over() {
     // The first frame's payload, between the fuzzy copy and the originals: to write a new checksum
     // over it would make the damage look right.
