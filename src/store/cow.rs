@@ -214,6 +214,8 @@ struct Parts {
     head: Option<Head>,
     tail: Tail,
     tail_joined: bool,
+    /// How much of the tail the device's table has, once it has joined.
+    mapped_tail: Bytes,
     record: Record,
 }
 
@@ -257,7 +259,8 @@ impl CowStore {
         });
         match made {
             Ok(number) => {
-                let parts = Mutex::new(Parts { dm, head, tail, tail_joined, record });
+                let mapped_tail = tail.bytes;
+                let parts = Mutex::new(Parts { dm, head, tail, tail_joined, mapped_tail, record });
                 Ok(Self { name, number, origin_bytes: config.origin_bytes, plan, warnings, parts })
             }
             Err(error) => Err(give_back(head, Some(tail), record, error)),
@@ -331,9 +334,10 @@ impl CowStore {
             && !parts.tail.is_device()
         {
             parts.tail.grow(next - head_bytes)?;
-            if parts.tail_joined {
-                parts.load_table(&self.name, true)?;
-            }
+        }
+        // Also what an earlier growth could not load: space that is not mapped does not count.
+        if parts.tail_joined && parts.mapped_tail < parts.tail.bytes {
+            parts.load_joined(&self.name)?;
         }
         let to = parts.mapped();
         Ok((to != from).then_some(Grown { from, to }))
@@ -356,8 +360,9 @@ impl CowStore {
     /// As [`Writing::from_status`] and [`ExceptionReader::open`].
     pub fn exceptions(&self, status: &SnapshotStatus) -> Result<ExceptionReader<'_, StoreDevice>> {
         let writing = Writing::from_status(status, self.plan.chunk, || self.settle())?;
-        // What is mapped now holds all that was committed before now.
-        let size = self.mapped_bytes();
+        // The store may grow while it is read: the bound is what it can ever be, and a read of what is
+        // not there fails by itself.
+        let size = self.plan.total_bytes_max.max(self.mapped_bytes());
         let device = StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name));
         ExceptionReader::open(device, self.plan.chunk, self.origin_bytes, writing)
     }
@@ -409,13 +414,19 @@ impl Parts {
     fn mapped(&self) -> Bytes {
         match &self.head {
             Some(head) if !self.tail_joined => head.bytes,
-            _ => self.total(),
+            head => head.as_ref().map_or(Bytes::ZERO, |head| head.bytes) + self.mapped_tail,
         }
     }
 
     fn join_tail(&mut self, name: &str) -> Result<()> {
-        self.load_table(name, true)?;
+        self.load_joined(name)?;
         self.tail_joined = true;
+        Ok(())
+    }
+
+    fn load_joined(&mut self, name: &str) -> Result<()> {
+        self.load_table(name, true)?;
+        self.mapped_tail = self.tail.bytes;
         Ok(())
     }
 
