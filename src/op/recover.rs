@@ -249,7 +249,7 @@ pub fn recover() -> Result<RecoverReport> {
 struct Kernel<'a> {
     dm: &'a Dm,
     runner: Runner<'a>,
-    /// Found once: the dead ones are locked from then on.
+    /// The dead ones are locked by us from the first look on.
     jobs: Vec<FoundJob>,
 }
 
@@ -259,9 +259,13 @@ impl Machine for Kernel<'_> {
         // was seen has its lock by now, unless the job is over. Then its devices are gone as well,
         // which the second look at each shows.
         let names = self.dm.list()?;
-        if self.jobs.is_empty() {
-            self.jobs = find_jobs()?;
-        }
+        // Jobs anew each time: one that began since the last look must not pass for dead. Those that are
+        // dead stay as they were found, locked by us, which a new look would take for life.
+        self.jobs.retain(|job| !job.alive);
+        let fresh = find_jobs()?;
+        let known = |job: &FoundJob| self.jobs.iter().any(|dead| dead.id == job.id);
+        let fresh: Vec<FoundJob> = fresh.into_iter().filter(|job| !known(job)).collect();
+        self.jobs.extend(fresh);
         let mut scene = Scene {
             devices: Vec::new(),
             alive: self.jobs.iter().filter(|job| job.alive).map(|job| job.id.clone()).collect(),

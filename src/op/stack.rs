@@ -152,7 +152,7 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
                 .undo(resume(origin)),
         )
         .then(step("instant", Action::Instant))
-        .then(undo_switch(step("switch", resume(origin)), origin, own_table))
+        .then(undo_switch(step("switch", resume(origin)), origin, own_table, &filesystems))
         .then(step("thaw", Action::Thaw { filesystems }))
         .then(step("unguard", Action::Unguard))
         .then(step("expect", Action::Expect { device: origin.to_owned(), table: origin_table }))
@@ -160,8 +160,10 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
 
 /// Once the origin uses the new table, going back is a reload of its own, under a watchdog of its
 /// own (the first one may have fired: that may be why we go back).
-fn undo_switch(step: Step, origin: &str, own_table: &Table) -> Step {
-    step.undo(Action::Dismiss)
+/// Filesystems first, while the watchdog that knows of them still stands.
+fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
+    step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
+        .undo(Action::Dismiss)
         .undo(guard(origin, &[]))
         .undo(Action::Load { device: origin.to_owned(), table: own_table.into() })
         .undo(suspend(origin, false, false))
@@ -249,6 +251,11 @@ impl Stack {
             }
         }
         job.set_origin(origin, dm.info_of(origin)?.number, &own_table.to_string())?;
+        if request.lock_filesystem {
+            // What is frozen by its device cannot be named: write everything back now, or the suspension
+            // would do it while writers wait.
+            nix::unistd::sync();
+        }
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.at_instant = Some(at_instant);

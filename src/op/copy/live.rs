@@ -106,7 +106,11 @@ impl Live {
     ///
     /// # Errors
     /// The first failure; what is left is found by `recover`.
-    pub fn end(mut self, keep: bool) -> Result<Option<KeptStore>> {
+    pub fn end(self, keep: bool) -> Result<Option<KeptStore>> {
+        self.release(keep, true)
+    }
+
+    fn release(mut self, keep: bool, all_undone: bool) -> Result<Option<KeptStore>> {
         if let Some(stack) = self.stack.take() {
             stack.remove(&self.dm, &mut self.job)?;
         }
@@ -117,13 +121,17 @@ impl Live {
             Some(Err(_)) => unreachable!("the monitor and the originals, which share the store, have ended"),
         };
         crash_point("copy.release.after");
-        self.job.finish()?;
+        if all_undone {
+            self.job.finish()?;
+        }
         Ok(kept)
     }
 
-    /// As [`Live::end`], behind a failure that goes first.
+    /// As [`Live::end`], behind a failure that goes first. Where an undo has failed already, the job's
+    /// record stays: it alone knows what is still frozen or suspended, and `recover` reads it.
     pub fn put_back_after(self, error: Error) -> Error {
-        match self.end(false) {
+        let all_undone = error.failed_undos().is_empty();
+        match self.release(false, all_undone) {
             Ok(_) => error,
             Err(undo) => error.with_failed_undo(undo),
         }
