@@ -175,6 +175,16 @@ impl Error {
         self
     }
 
+    /// The process's exit code: the kind's, but 130 ("put back") and 3 ("nothing was changed") only
+    /// where that is so: after a failed undo it is 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self.kind() {
+            ErrorKind::Interrupted | ErrorKind::Refused if !self.failed_undos().is_empty() => 1,
+            kind => kind.exit_code(),
+        }
+    }
+
     /// What failed, on what.
     #[must_use]
     pub fn what(&self) -> &str {
@@ -281,5 +291,11 @@ mod tests {
         assert_eq!(ErrorKind::BadData.exit_code(), 4);
         assert_eq!(ErrorKind::Interrupted.exit_code(), 130);
         assert_eq!(ErrorKind::StoreInvalid.exit_code(), 1);
+        for kind in [ErrorKind::Interrupted, ErrorKind::Refused] {
+            let error = Error::new(kind, "stopped");
+            assert_eq!(error.exit_code(), kind.exit_code());
+            let undo = Error::new(ErrorKind::Kernel, "putting back");
+            assert_eq!(error.with_failed_undo(undo).exit_code(), 1, "what is not put back is no 130 or 3");
+        }
     }
 }

@@ -224,7 +224,7 @@ pub fn json_error(error: &Error) -> String {
             undo: undo
                 .map(|undo| Undo { kind: undo.kind().name(), what: undo.to_string(), errno: undo.errno() })
                 .collect(),
-            exit_code: error.kind().exit_code(),
+            exit_code: error.exit_code(),
         },
     )
 }

@@ -3,12 +3,14 @@
 //! A panic while a stack is in place would leave it there: it is caught, the stack is taken away,
 //! and the panic goes on.
 
+use std::cell::Cell;
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -16,7 +18,8 @@ use super::cold::ColdOrigin;
 use super::live::Live;
 use super::originals::StoreOriginals;
 use super::plan::{CopyPlan, LivePlan, whole};
-use crate::base::{Bytes, Error, Result, ResultExt as _, clock};
+use crate::base::clock::{self, Stopwatch};
+use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 use crate::copy::{self, CopyJob, CopyReport, OriginalsProvider, engine_config};
 use crate::dm::Dm;
@@ -63,7 +66,7 @@ pub struct InstantReport {
 
 impl From<HoldTimes> for InstantReport {
     fn from(times: HoldTimes) -> Self {
-        let ms = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         Self {
             utc: clock::utc_text(times.instant_utc_ns).unwrap_or_default(),
             synced_ms: ms(times.synced),
@@ -104,7 +107,7 @@ pub fn run(
         Some(live) => copy_live(plan, live, secondary, observer, interrupt),
         None => {
             let made = copy_cold(plan, secondary, observer, interrupt);
-            hook_after(plan, observer);
+            hook_after(plan, observer, interrupt);
             made
         }
     };
@@ -138,13 +141,27 @@ fn abandon(mut secondary: Box<dyn Secondary>, error: Error) -> Error {
     }
 }
 
+/// How long `--hook-after` may go on once the copy is to stop: it undoes what `--hook-before` did.
+const HOOK_AFTER_GRACE: Duration = Duration::from_secs(10);
+
 /// Runs `--hook-after` once the origin goes on, whatever came of the instant: what --hook-before
-/// prepared must be undone. Its failure does not undo the copy.
-fn hook_after(plan: &CopyPlan, observer: &dyn Observer) {
+/// prepared must be undone. Its failure does not undo the copy. Where `stop` says that the copy is to
+/// end (a signal, a lost snapshot), a hook that does not return is killed after a grace.
+fn hook_after(plan: &CopyPlan, observer: &dyn Observer, stop: &dyn Fn() -> Result<()>) {
     let Some(command) = &plan.request.hooks.after else { return };
     let hook =
         Hook { option: "--hook-after", command, origin: &plan.origin.path, below: None, deadline: None };
-    if let Err(error) = hook.run(&|| Ok(())) {
+    let stopped = Cell::new(None);
+    let patience = || match (stop(), stopped.get()) {
+        (Ok(()), _) => Ok(()),
+        (Err(_), None) => {
+            stopped.set(Some(Stopwatch::start()));
+            Ok(())
+        }
+        (Err(error), Some(since)) if since.elapsed() >= HOOK_AFTER_GRACE => Err(error),
+        (Err(_), Some(_)) => Ok(()),
+    };
+    if let Err(error) = hook.run(&patience) {
         observer.event(&Event::Warning { text: error.to_string() });
     }
 }
@@ -159,7 +176,7 @@ fn copy_live(
     let live = match Live::begin(plan, live_plan, observer, interrupt) {
         Ok(live) => live,
         Err(error) => {
-            hook_after(plan, observer);
+            hook_after(plan, observer, interrupt);
             return Err(abandon(secondary, error));
         }
     };
@@ -196,11 +213,12 @@ fn copy_below(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<(CopyReport, StoreFill)> {
     // The monitor first: the store fills, and must grow, while --hook-after runs.
-    let opened = open_below(live);
-    hook_after(plan, observer);
-    let (below, monitor, heard) = match opened {
+    let (below, monitor, heard) = match open_below(live) {
         Ok(opened) => opened,
-        Err(error) => return Err(abandon(secondary, error)),
+        Err(error) => {
+            hook_after(plan, observer, interrupt);
+            return Err(abandon(secondary, error));
+        }
     };
     let relay = || {
         for event in heard.try_iter() {
@@ -211,6 +229,7 @@ fn copy_below(
         relay();
         interrupt().and_then(|()| monitor.check())
     };
+    hook_after(plan, observer, &stop);
     let mut originals = StoreOriginals::new(live, &monitor, live_plan.config.chunk, plan.origin.size);
     let before_publish =
         || StoreOriginals::new(live, &monitor, live_plan.config.chunk, plan.origin.size).check_valid();
