@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
-use crate::topology::{Topology, device_number};
+use crate::topology::{Ground, Topology, device_number};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, read-only, or part of
@@ -61,10 +61,21 @@ impl Topology {
                 error
             }
         })?;
-        let Some(device) = self.filesystem_device(DeviceNumber::from_dev(metadata.dev()), directory) else {
-            return Ok(());
-        };
-        self.check_filesystem(device, &format!("the filesystem of {}", directory.display()), forbidden)
+        let full = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        let what = format!("the filesystem of {}", directory.display());
+        match self.ground(DeviceNumber::from_dev(metadata.dev()), &full) {
+            Ground::Devices(devices) => {
+                devices.iter().try_for_each(|device| self.check_filesystem(*device, &what, forbidden))
+            }
+            Ground::Elsewhere => Ok(()),
+            Ground::Unknown(_) if forbidden.is_empty() => Ok(()),
+            Ground::Unknown(kind) => Err(Error::refused(format!(
+                "{what} is of the kind {kind}, which does not say on which devices it lies: they may be the \
+                 origin's"
+            ))
+            .state("nothing was written")
+            .next("choose a filesystem that lies on a block device, or - to send the copy elsewhere")),
+        }
     }
 
     /// Refuses what lies on the filesystem of `device`, named `what`, if that belongs to a

@@ -15,6 +15,33 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 /// sysfs says ends.
 const STACK_DEVICES_MAX: usize = 4096;
 
+/// Filesystems without a block device of this machine beneath them: in memory, or another's.
+const NO_LOCAL_DEVICE: [&str; 12] = [
+    "tmpfs",
+    "ramfs",
+    "devtmpfs",
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "virtiofs",
+    "ceph",
+    "afs",
+    "fuse.sshfs",
+];
+
+/// What a filesystem lies on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ground {
+    /// These block devices.
+    Devices(Vec<DeviceNumber>),
+    /// Memory, or another machine.
+    Elsewhere,
+    /// A filesystem of this kind that does not say (overlay, zfs, fuse).
+    Unknown(String),
+}
+
 /// A view of the block devices; `root` is "/" except in tests.
 #[derive(Clone, Debug)]
 pub struct Topology {
@@ -101,8 +128,13 @@ impl Topology {
                 Ok(file) if file.file_type().is_block_device() => {
                     beneath.push(DeviceNumber::from_dev(file.rdev()))
                 }
-                Ok(file) => beneath
-                    .extend(self.filesystem_device(DeviceNumber::from_dev(file.dev()), Path::new(path))),
+                Ok(file) => {
+                    if let Ground::Devices(devices) =
+                        self.ground(DeviceNumber::from_dev(file.dev()), Path::new(path))
+                    {
+                        beneath.extend(devices);
+                    }
+                }
                 Err(_) => {}
             }
         }
@@ -125,15 +157,15 @@ impl Topology {
             .collect()
     }
 
-    /// The block device beneath the filesystem of `path`, whose `st_dev` is `st_dev`. Filesystems
-    /// such as btrfs show an anonymous number there; their mount's source names the device.
+    /// What the filesystem of `path`, whose `st_dev` is `st_dev`, lies on. Some (btrfs) show an
+    /// anonymous number there; their mount's source names a device, and sysfs the others.
     #[must_use]
-    pub fn filesystem_device(&self, st_dev: DeviceNumber, path: &Path) -> Option<DeviceNumber> {
+    pub fn ground(&self, st_dev: DeviceNumber, path: &Path) -> Ground {
         if self.node(st_dev).exists() {
-            return Some(st_dev);
+            return Ground::Devices(vec![st_dev]);
         }
         let mut best: Option<Mount> = None;
-        for mount in self.mounts().ok()? {
+        for mount in self.mounts().unwrap_or_default() {
             let deeper = best
                 .as_ref()
                 .is_none_or(|best| mount.point.components().count() >= best.point.components().count());
@@ -141,7 +173,28 @@ impl Topology {
                 best = Some(mount);
             }
         }
-        device_number(&best?.source).ok().flatten()
+        let Some(mount) = best else { return Ground::Unknown("unknown".to_owned()) };
+        match device_number(&mount.source).ok().flatten() {
+            Some(device) => {
+                let mut devices = self.btrfs_beside(device);
+                devices.push(device);
+                Ground::Devices(devices)
+            }
+            None if NO_LOCAL_DEVICE.contains(&mount.kind.as_str()) => Ground::Elsewhere,
+            None => Ground::Unknown(mount.kind),
+        }
+    }
+
+    /// The other devices of the mounted btrfs that `device` is a part of, itself included; none where
+    /// it is no part of one.
+    #[must_use]
+    pub fn btrfs_beside(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        let Ok(filesystems) = fs::read_dir(self.root.join("sys/fs/btrfs")) else { return Vec::new() };
+        filesystems
+            .flatten()
+            .map(|entry| self.numbers_in(&entry.path().join("devices")))
+            .find(|devices| devices.contains(&device))
+            .unwrap_or_default()
     }
 
     /// The devices that hold `device` directly: device-mapper, md, and the like.

@@ -23,7 +23,7 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::naming::{ROLE_VOLUME, UUID_PREFIX};
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
-use crate::topology::Topology;
+use crate::topology::{Ground, Topology};
 
 pub use mounts::{Frozen, filesystems_on};
 
@@ -114,14 +114,24 @@ pub fn resolve(typed: &Path) -> Result<Origin> {
 
 /// A path as typed, or the attached volume of that name.
 fn find(typed: &Path) -> Result<PathBuf> {
+    // "./data" is a path; "data" may be either.
+    let volume = Path::new("/dev/mapper").join(typed);
+    let is_word = typed.parent() == Some(Path::new(""));
+    let is_volume = is_word && volume.exists();
     if typed.exists() {
+        if is_volume {
+            return Err(Error::refused(format!(
+                "'{}' is both a file here and the device {}",
+                typed.display(),
+                volume.display()
+            ))
+            .state("nothing was changed")
+            .next(format!("write ./{} or {}", typed.display(), volume.display())));
+        }
         return Ok(typed.to_owned());
     }
-    if typed.components().count() == 1 {
-        let volume = Path::new("/dev/mapper").join(typed);
-        if volume.exists() {
-            return Ok(volume);
-        }
+    if is_volume {
+        return Ok(volume);
     }
     let cause = fs::metadata(typed).err().unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
     Err(Error::io(format!("looking at {}", typed.display()), cause)
@@ -324,17 +334,30 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
 /// The devices that the filesystem or device at `path` lies on, down to the disks.
 ///
 /// # Errors
-/// I/O errors of stat.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where that cannot be told, I/O errors of
+/// stat.
 pub fn devices_below_path(path: &Path) -> Result<Vec<DeviceNumber>> {
     let topology = Topology::default();
     let meta = fs::metadata(path).io_context(|| format!("looking at {}", path.display()))?;
-    let top = if meta.file_type().is_block_device() {
-        Some(DeviceNumber::from_dev(meta.rdev()))
+    let own = DeviceNumber::from_dev(meta.rdev());
+    let full = fs::canonicalize(path).io_context(|| format!("resolving {}", path.display()))?;
+    let ground = if meta.file_type().is_block_device() {
+        Ground::Devices(vec![own])
     } else {
-        let full = fs::canonicalize(path).io_context(|| format!("resolving {}", path.display()))?;
-        topology.filesystem_device(DeviceNumber::from_dev(meta.dev()), &full)
+        topology.ground(DeviceNumber::from_dev(meta.dev()), &full)
     };
-    Ok(top.map(|top| topology.stack(top).into_iter().collect()).unwrap_or_default())
+    match ground {
+        Ground::Devices(tops) => Ok(tops.into_iter().flat_map(|top| topology.stack(top)).collect()),
+        Ground::Elsewhere => Ok(Vec::new()),
+        // Not knowing must not pass for "not on the origin": a store there would wait for itself.
+        Ground::Unknown(kind) => Err(Error::refused(format!(
+            "the filesystem of {} is of the kind {kind}, which does not say on which devices it lies: they may \
+             be the origin's",
+            path.display()
+        ))
+        .state("nothing was changed")
+        .next("name a directory on an ordinary filesystem of another device, or a block device, with --store")),
+    }
 }
 
 /// The devices above `device`, itself included: what stops when it is suspended.

@@ -7,11 +7,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
-use crate::base::{DeviceNumber, Result};
+use crate::base::{DeviceNumber, Error, Result};
 use crate::topology::{Mount, Topology, device_number};
 
 /// Filesystem types that cannot be frozen: read-only by nature.
 const NEVER_WRITTEN: [&str; 4] = ["iso9660", "squashfs", "erofs", "udf"];
+
+/// Filesystem types that keep more than one device, or hide theirs.
+const NEVER_FROZEN: [&str; 3] = ["btrfs", "bcachefs", "zfs"];
 
 /// The filesystems on an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +39,7 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
     let mut found = Frozen::default();
     let swaps = topology.swaps()?;
     for device in topology.above(origin) {
+        refuse_unfrozen(device, topology, &mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
             .filter(|mount| {
@@ -63,6 +67,25 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
     found.points.sort_by_key(|point| std::cmp::Reverse(order(point)));
     found.points.dedup();
     Ok(found)
+}
+
+/// Filesystems that span devices, or that a freeze does not reach through one of them, have no
+/// instant that a copy of one device could show.
+fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) -> Result<()> {
+    let mounted = mounts
+        .iter()
+        .find(|mount| Topology::is_mount_of(mount, device) && NEVER_FROZEN.contains(&mount.kind.as_str()));
+    let kind = match mounted {
+        Some(mount) => mount.kind.as_str(),
+        None if !topology.btrfs_beside(device).is_empty() => "btrfs",
+        None => return Ok(()),
+    };
+    Err(Error::refused(format!(
+        "{} holds a mounted {kind}, which cannot be frozen through its device",
+        topology.name(device)
+    ))
+    .state("nothing was changed")
+    .next(format!("unmount it for the copy, or use {kind}'s own snapshots and send")))
 }
 
 /// The mount point still leads to this very filesystem: nothing is mounted over it.

@@ -50,10 +50,7 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(160)
             .disk_mib(700)
             .limit_seconds(600),
-        main_job("copy_killed", "copy_killed.sh")
-            .disk_mib(96)
-            .disk_mib(700)
-            .limit_seconds(600),
+        main_job("copy_killed", "copy_killed.sh").disk_mib(96).disk_mib(700).limit_seconds(600),
         main_job("copy_faults", "faults.sh")
             .disk_mib(96)
             .disk_mib(700)

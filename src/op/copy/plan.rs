@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::segment_size_for;
 use crate::dm::{Change, Dm, Slot, Table, naming};
@@ -66,15 +67,44 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name)?),
-        OriginKind::ColdDevice | OriginKind::ColdFile => None,
+        OriginKind::ColdDevice | OriginKind::ColdFile => {
+            refuse_live_options(request, &origin)?;
+            None
+        }
     };
     let plan = CopyPlan { request: request.clone(), origin, segment, live, forbidden };
     plan.check_secondary()?;
     Ok(plan)
 }
 
+/// What only a live origin has a use for must not be ignored in silence.
+fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
+    let option = match request {
+        CopyRequest { hooks, .. } if hooks.frozen.is_some() => "--hook-frozen",
+        CopyRequest { store, .. } if store.keep => "--keep-store",
+        _ => return Ok(()),
+    };
+    Err(Error::usage(format!(
+        "{option} has no meaning for {}, a {}: nothing is frozen and no store is made",
+        origin.path.display(),
+        origin.kind
+    ))
+    .state("nothing was changed")
+    .next(format!("leave {option} away, or attach the device and copy the volume")))
+}
+
 fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LivePlan> {
     require_root("copying a live device")?;
+    if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
+        // The store's blocks are 4 KiB, and the kernel wants the snapshot to end on one.
+        return Err(Error::refused(format!(
+            "{} has {} bytes, which is no multiple of {DIRECT_IO_ALIGN}: the kernel puts no snapshot under it",
+            origin.path.display(),
+            origin.size.get()
+        ))
+        .state("nothing was changed")
+        .next("copy it while it is not in use, or make the volume or partition end on a multiple of 4 KiB"));
+    }
     let dm = Dm::open()?;
     let number = dm.info_of(name)?.number;
     let table = own_table(&dm, name)?;
@@ -152,10 +182,10 @@ impl CopyPlan {
         Ok(())
     }
 
-    /// True where a device, or a file that exists, would lose what it holds: what it is.
+    /// What would lose what it holds: a secondary that exists, a device given to the store.
     #[must_use]
     pub fn destroys(&self) -> Option<String> {
-        match &self.request.secondary {
+        let secondary = match &self.request.secondary {
             SecondaryTarget::Path(path) if is_device(path) => {
                 Some(format!("Everything on the device {} will be overwritten", path.display()))
             }
@@ -163,6 +193,16 @@ impl CopyPlan {
                 Some(format!("The file {} will be replaced", path.display()))
             }
             _ => None,
+        };
+        let store = match self.live.as_ref().map(|live| &live.store.place) {
+            Some(TailPlace::Device { path, .. }) => {
+                Some(format!("Everything on the store's device {} will be overwritten", path.display()))
+            }
+            _ => None,
+        };
+        match (secondary, store) {
+            (Some(secondary), Some(store)) => Some(format!("{secondary}. {store}")),
+            (secondary, store) => secondary.or(store),
         }
     }
 
