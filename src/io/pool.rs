@@ -27,7 +27,7 @@ impl Pool {
             )));
         }
         let length = config.buffer_bytes.as_len();
-        Ok((0..config.buffer_count).map(|_| AlignedBuffer::zeroed(length)).collect())
+        Ok(AlignedBuffer::pool(usize::from(config.buffer_count), length))
     }
 
     /// All of `memory` free, numbered in order.

@@ -2,8 +2,14 @@
 //!
 //! A buffer also carries its registration with a ring, which only [`ring`](super::ring) can set: a
 //! new buffer at an old address is never taken for the one that was registered there.
+//!
+//! A pool's buffers lie side by side in one mapping that asks for huge pages: memory that is
+//! contiguous goes to the disk in requests as large as the disk takes, where scattered 4 KiB pages
+//! run into its limit of segments (virtio: 254) at half a MiB.
 
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 use aligned_vec::{AVec, ConstAlign};
 
@@ -17,10 +23,80 @@ pub(super) struct Registration {
     pub(super) index: u16,
 }
 
+/// Size and alignment of a huge page on the architectures that have one of this size; elsewhere no
+/// more than a generous alignment.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// An anonymous mapping, unmapped with its last buffer.
+#[derive(Debug)]
+struct Region {
+    start: NonNull<libc::c_void>,
+    length: usize,
+}
+
+// SAFETY: a region is an address and a length; its memory is reached only through buffers, each of
+// which alone owns its part (see `AlignedBuffer::pool`).
+unsafe impl Send for Region {}
+// SAFETY: as above; a shared region gives no access to its memory.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// `length` zero bytes on huge pages where the kernel has some; None where it maps nothing.
+    fn map(length: usize) -> Option<Self> {
+        // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no memory
+        // that exists.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let region = Self { start: NonNull::new(start)?, length };
+        // Only advice: without huge pages all is right, and requests are smaller.
+        // SAFETY: the range is the mapping just made.
+        let _ = unsafe { libc::madvise(region.start.as_ptr(), length, libc::MADV_HUGEPAGE) };
+        Some(region)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and the last buffer that pointed into it is gone. Its result
+        // could only say that the range is none of ours, which would be a broken invariant.
+        let result = unsafe { libc::munmap(self.start.as_ptr(), self.length) };
+        debug_assert_eq!(result, 0);
+    }
+}
+
+#[derive(Debug)]
+enum Memory {
+    Own(AVec<u8, ConstAlign<BUFFER_ALIGN>>),
+    /// `length` bytes from `start`, a part of `region` that no other buffer has.
+    Part {
+        start: NonNull<u8>,
+        length: usize,
+        /// Keeps the mapping.
+        _region: Arc<Region>,
+    },
+}
+
+// SAFETY: a part is owned by its buffer alone, like the vector's memory, and the region it keeps is
+// Send and Sync.
+unsafe impl Send for Memory {}
+// SAFETY: as above: a shared buffer gives shared access to its own part only.
+unsafe impl Sync for Memory {}
+
 /// A zeroed, 4 KiB-aligned buffer whose address and length never change.
 #[derive(Debug)]
 pub struct AlignedBuffer {
-    memory: AVec<u8, ConstAlign<BUFFER_ALIGN>>,
+    memory: Memory,
     registration: Option<Registration>,
 }
 
@@ -30,7 +106,34 @@ impl AlignedBuffer {
     pub fn zeroed(length: usize) -> Self {
         let mut memory = AVec::with_capacity(BUFFER_ALIGN, length);
         memory.resize(length, 0);
-        Self { memory, registration: None }
+        Self { memory: Memory::Own(memory), registration: None }
+    }
+
+    /// `count` buffers of `length` zero bytes each, side by side (see the module's head).
+    ///
+    /// # Panics
+    /// Where `length` is no positive multiple of [`BUFFER_ALIGN`] or all of them do not fit the
+    /// address space: the caller bounds both.
+    #[must_use]
+    pub fn pool(count: usize, length: usize) -> Vec<Self> {
+        assert!(length > 0 && length.is_multiple_of(BUFFER_ALIGN), "buffers of {length} bytes");
+        let total = count.checked_mul(length).and_then(|total| total.checked_add(HUGE_PAGE));
+        let total = total.expect("a pool fits the address space");
+        let Some(region) = Region::map(total).map(Arc::new) else {
+            return (0..count).map(|_| Self::zeroed(length)).collect();
+        };
+        // To the first huge page: at most HUGE_PAGE - 1 bytes, which `total` has to spare. The mapping
+        // itself begins on a page, so every buffer does.
+        let lead = region.start.as_ptr().addr().next_multiple_of(HUGE_PAGE) - region.start.as_ptr().addr();
+        (0..count)
+            .map(|index| {
+                // SAFETY: lead + (index + 1) * length <= total, so the part lies within the mapping;
+                // parts of different indexes do not overlap.
+                let start = unsafe { region.start.cast::<u8>().add(lead + index * length) };
+                let memory = Memory::Part { start, length, _region: Arc::clone(&region) };
+                Self { memory, registration: None }
+            })
+            .collect()
     }
 
     pub(super) fn registration(&self) -> Option<Registration> {
@@ -45,12 +148,47 @@ impl AlignedBuffer {
 impl Deref for AlignedBuffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.memory
+        match &self.memory {
+            Memory::Own(memory) => memory,
+            // SAFETY: the part is mapped as long as `_region` lives, zeroed by the kernel and so
+            // initialized, and owned by this buffer alone, of which `self` is a shared borrow.
+            Memory::Part { start, length, .. } => unsafe {
+                std::slice::from_raw_parts(start.as_ptr(), *length)
+            },
+        }
     }
 }
 
 impl DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory
+        match &mut self.memory {
+            Memory::Own(memory) => memory,
+            // SAFETY: as in `deref`, with a unique borrow.
+            Memory::Part { start, length, .. } => unsafe {
+                std::slice::from_raw_parts_mut(start.as_ptr(), *length)
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pools_buffers_are_zero_aligned_and_apart() {
+        let mut buffers = AlignedBuffer::pool(5, 3 * BUFFER_ALIGN);
+        for (index, buffer) in (1u8..).zip(&mut buffers) {
+            assert_eq!(buffer.as_ptr().addr() % BUFFER_ALIGN, 0);
+            assert!(buffer.iter().all(|byte| *byte == 0));
+            buffer.fill(index);
+        }
+        // One that outlives the others keeps the mapping.
+        let last = buffers.pop().unwrap();
+        for (index, buffer) in (1u8..).zip(&buffers) {
+            assert!(buffer.len() == 3 * BUFFER_ALIGN && buffer.iter().all(|byte| *byte == index));
+        }
+        drop(buffers);
+        assert!(std::thread::spawn(move || last.iter().all(|byte| *byte == 5)).join().unwrap());
     }
 }
