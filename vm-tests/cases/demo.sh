@@ -3,6 +3,5 @@
 mkfs.ext4 -q -F "$(disk 2)"
 mkdir -p /mnt/demo
 mount "$(disk 2)" /mnt/demo
-export NO_COLOR=${DEMO_PLAIN:-}
 "$REPO/scripts/demo-proof" "$(disk 0)" "$(disk 1)" /mnt/demo
 assert_no_tidemark_left
