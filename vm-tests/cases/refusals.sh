@@ -34,7 +34,11 @@ note "whole disk with a mounted partition"
 wipefs -qa "$a"
 printf 'label: gpt\nsize=20MiB\nsize=20MiB\n' | sfdisk -q "$a"
 blockdev --rereadpt "$a" 2>/dev/null || true
-part=$(echo "${a}"1 "${a}"p1 | tr ' ' '\n' | while read -r p; do [ -b "$p" ] && echo "$p"; done | head -n 1)
+part=
+for candidate in "${a}1" "${a}p1"; do
+    if [ -b "$candidate" ]; then part=$candidate; fi
+done
+[ -n "$part" ] || fail "the kernel shows no partition on $a"
 make_filesystem ext4 "$part" /mnt/a
 refused 'partition|mounted' tidemark copy "$a" "$b" --yes
 refused 'mounted' tidemark copy "$part" "$b" --yes
