@@ -28,7 +28,8 @@ sleep 5
 raw_disk=$(disk 1)
 tidemark copy /dev/mapper/data "$raw_disk" --yes --store /mnt/scratch --rate 16MiB --verify
 kill -0 "$load" || { cat /run/pgbench.log; fail "pgbench ended during the copy"; }
-kill -INT "$load"
+# A background job of a script ignores SIGINT.
+kill -TERM "$load"
 wait "$load" || true
 if grep -iE 'error|fatal|aborted|failed' /run/pgbench.log; then fail "pgbench saw an error"; fi
 if grep -E 'ERROR|FATAL|PANIC' /run/pg/log; then fail "the live server saw an error"; fi
