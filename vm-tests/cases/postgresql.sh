@@ -31,7 +31,7 @@ kill -0 "$load" || { cat /run/pgbench.log; fail "pgbench ended during the copy";
 # A background job of a script ignores SIGINT.
 kill -TERM "$load"
 wait "$load" || true
-if grep -iE 'error|fatal|aborted|failed' /run/pgbench.log; then fail "pgbench saw an error"; fi
+if grep -iE 'error|fatal|aborted|[1-9][0-9]* failed' /run/pgbench.log; then fail "pgbench saw an error"; fi
 if grep -E 'ERROR|FATAL|PANIC' /run/pg/log; then fail "the live server saw an error"; fi
 server stop /mnt/pg/data /run/pg 5432
 umount /mnt/pg
