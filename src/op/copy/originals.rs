@@ -3,24 +3,22 @@
 use std::os::fd::OwnedFd;
 
 use super::live::Live;
-use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result};
+use crate::base::{Error, ErrorKind, Result};
 use crate::copy::OriginalsProvider;
 use crate::extent::Original;
-use crate::store::{ExceptionReader, Monitor, StoreDevice, Writing};
+use crate::store::{ExceptionReader, Monitor, StoreDevice};
 
 /// The originals of a copy in progress.
 pub struct StoreOriginals<'a> {
     live: &'a Live,
     monitor: &'a Monitor,
-    chunk: ChunkSize,
-    origin_size: Bytes,
     reader: Option<ExceptionReader<'a, StoreDevice>>,
 }
 
 impl<'a> StoreOriginals<'a> {
     /// For the copy that `live` holds the origin for.
-    pub fn new(live: &'a Live, monitor: &'a Monitor, chunk: ChunkSize, origin_size: Bytes) -> Self {
-        Self { live, monitor, chunk, origin_size, reader: None }
+    pub fn new(live: &'a Live, monitor: &'a Monitor) -> Self {
+        Self { live, monitor, reader: None }
     }
 }
 
@@ -31,10 +29,8 @@ impl OriginalsProvider for StoreOriginals<'_> {
         self.check_valid()?;
         let store = self.live.store();
         let status = self.live.stack().snapshot_status(self.live.dm())?;
-        let writing = Writing::from_status(&status, self.chunk, move || store.settle())?;
-        // Two descriptors: the engine owns one, the list of exceptions is read through the other.
-        let list = StoreDevice::new(store.open_direct()?, store.mapped_bytes(), store.name());
-        self.reader = Some(ExceptionReader::open(list, self.chunk, self.origin_size, writing)?);
+        // Two descriptors: the list of exceptions is read through one, the engine owns the other.
+        self.reader = Some(store.exceptions(&status)?);
         Ok((store.open_direct()?, store.name().to_owned()))
     }
 

@@ -183,8 +183,7 @@ fn copy_live(
     let instant = live.stack().times();
     secondary.begin(instant.instant_utc_ns);
     crash_point("copy.data.before");
-    let copied =
-        catch_unwind(AssertUnwindSafe(|| copy_below(plan, live_plan, &live, secondary, observer, interrupt)));
+    let copied = catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, secondary, observer, interrupt)));
     crash_point("copy.data.after");
     match copied {
         Ok(Ok((copy, store))) => {
@@ -206,7 +205,6 @@ fn copy_live(
 /// The copy proper, with the monitor beside it; both have ended when this returns.
 fn copy_below(
     plan: &CopyPlan,
-    live_plan: &LivePlan,
     live: &Live,
     secondary: Box<dyn Secondary>,
     observer: &dyn Observer,
@@ -230,9 +228,8 @@ fn copy_below(
         interrupt().and_then(|()| monitor.check())
     };
     hook_after(plan, observer, &stop);
-    let mut originals = StoreOriginals::new(live, &monitor, live_plan.config.chunk, plan.origin.size);
-    let before_publish =
-        || StoreOriginals::new(live, &monitor, live_plan.config.chunk, plan.origin.size).check_valid();
+    let mut originals = StoreOriginals::new(live, &monitor);
+    let before_publish = || StoreOriginals::new(live, &monitor).check_valid();
     let report = copy_with(
         plan,
         below,
