@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::OriginalsProvider;
+use super::{OriginalsProvider, Releases};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::extent::{Extent, Original};
 use crate::io::engine::EngineConfig;
@@ -282,6 +282,10 @@ pub struct World {
     /// What the origin held at the instant.
     pub image: Vec<u8>,
     preserved: BTreeMap<u64, Original>,
+    /// Where new originals were preserved since somebody looked.
+    recent: Vec<Bytes>,
+    /// Ranges that are written without anything being preserved.
+    linear: Vec<Extent>,
     store_end: Bytes,
     rng: Rng,
     /// Percent of steps that write.
@@ -322,6 +326,8 @@ impl World {
             chunk,
             image,
             preserved: BTreeMap::new(),
+            recent: Vec::new(),
+            linear: Vec::new(),
             store_end,
             rng,
             busy,
@@ -346,7 +352,9 @@ impl World {
     fn write_chunk(&mut self, chunk: u64) {
         let start = self.chunk * chunk;
         let extent = Extent::new(start, self.size.min(start + self.chunk)).unwrap();
-        if !self.preserved.contains_key(&chunk) {
+        let is_linear = self.linear.iter().any(|linear| linear.contains(extent));
+        if !is_linear && !self.preserved.contains_key(&chunk) {
+            self.recent.push(start);
             let mut held = vec![0u8; extent.length().as_len()];
             self.origin.read_exact_at(&mut held, start.get()).unwrap();
             // The store's chunk is whole, whatever is behind the origin's end.
@@ -368,6 +376,28 @@ impl World {
 
     pub fn preserved_count(&self) -> usize {
         self.preserved.len()
+    }
+}
+
+/// Gives a world's origin back.
+pub struct WorldReleases {
+    pub world: Rc<RefCell<World>>,
+    /// Percent of looks that find a slow release.
+    pub slow: u64,
+}
+
+impl Releases for WorldReleases {
+    fn release(&mut self, region: Extent) -> Result<()> {
+        self.world.borrow_mut().linear.push(region);
+        // The application makes use of it at once.
+        self.world.borrow_mut().step();
+        Ok(())
+    }
+    fn recent(&mut self) -> Vec<Bytes> {
+        std::mem::take(&mut self.world.borrow_mut().recent)
+    }
+    fn was_slow(&mut self) -> bool {
+        self.world.borrow_mut().rng.chance(self.slow)
     }
 }
 

@@ -6,12 +6,13 @@
 //! - at most one write to a stream is in flight;
 //! - a buffer is given back to the engine when its last use has completed.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use super::progress::{Event, Observer, Phase};
 use crate::base::clock::Stopwatch;
-use crate::base::{Bytes, Error, ErrorKind, Result};
+use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx};
+use crate::extent::Extent;
 use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Request};
 use crate::secondary::Placement;
 
@@ -168,14 +169,21 @@ impl<'a> Driver<'a> {
     }
 }
 
+/// What a write is a part of; None where nobody asks when it has landed.
+type Tag = Option<SegmentIx>;
+
 /// Writes what a secondary laid out; see the module's head.
 pub struct Sink {
     pub(super) file: FileIx,
     stream: bool,
     /// Writes to a stream that wait for their turn.
-    waiting: VecDeque<(Buffer, Vec<Piece>)>,
-    writes: HashSet<u64>,
-    zeros: HashSet<u64>,
+    waiting: VecDeque<(Buffer, Vec<Piece>, Tag)>,
+    writes: HashMap<u64, Tag>,
+    zeros: HashMap<u64, Tag>,
+    /// Segments of which something is under way, and in how many parts.
+    parts: HashMap<SegmentIx, usize>,
+    /// Segments of which everything has been written, in order of completion.
+    landed: VecDeque<SegmentIx>,
     written: Bytes,
 }
 
@@ -185,8 +193,10 @@ impl Sink {
             file,
             stream,
             waiting: VecDeque::new(),
-            writes: HashSet::new(),
-            zeros: HashSet::new(),
+            writes: HashMap::new(),
+            zeros: HashMap::new(),
+            parts: HashMap::new(),
+            landed: VecDeque::new(),
             written: Bytes::ZERO,
         }
     }
@@ -211,10 +221,45 @@ impl Sink {
         buffer: Buffer,
         placement: Placement,
     ) -> Result<()> {
+        self.put_tagged(driver, buffer, placement, None)
+    }
+
+    /// As [`Sink::put`], and tells by [`Sink::take_landed`] when all of it has been written.
+    pub(super) fn put_segment(
+        &mut self,
+        driver: &mut Driver<'_>,
+        buffer: Buffer,
+        placement: Placement,
+        ix: SegmentIx,
+    ) -> Result<()> {
+        let parts = placement.zeros.len() + usize::from(!placement.pieces.is_empty());
+        if parts == 0 {
+            self.landed.push_back(ix);
+        } else {
+            self.parts.insert(ix, parts);
+        }
+        self.put_tagged(driver, buffer, placement, Some(ix))
+    }
+
+    /// Submits a range to be made zero.
+    pub(super) fn put_zeros(&mut self, driver: &mut Driver<'_>, extent: Extent) -> Result<()> {
+        self.zero(driver, extent, None)
+    }
+
+    /// A segment that has been written wholly since the last call.
+    pub(super) fn take_landed(&mut self) -> Option<SegmentIx> {
+        self.landed.pop_front()
+    }
+
+    fn put_tagged(
+        &mut self,
+        driver: &mut Driver<'_>,
+        buffer: Buffer,
+        placement: Placement,
+        tag: Tag,
+    ) -> Result<()> {
         for extent in placement.zeros {
-            let token = driver.token();
-            driver.engine.submit(Request::Zero { token, file: self.file, extent })?;
-            self.zeros.insert(token);
+            self.zero(driver, extent, tag)?;
         }
         if placement.pieces.is_empty() {
             driver.engine.give_buffer(buffer);
@@ -222,16 +267,23 @@ impl Sink {
         }
         self.written += placement.pieces.iter().map(|piece| Bytes::from_len(piece.range.len())).sum();
         if self.stream && !self.writes.is_empty() {
-            self.waiting.push_back((buffer, placement.pieces));
+            self.waiting.push_back((buffer, placement.pieces, tag));
             return Ok(());
         }
-        self.write(driver, buffer, placement.pieces)
+        self.write(driver, buffer, placement.pieces, tag)
     }
 
-    fn write(&mut self, driver: &mut Driver<'_>, buffer: Buffer, pieces: Vec<Piece>) -> Result<()> {
+    fn zero(&mut self, driver: &mut Driver<'_>, extent: Extent, tag: Tag) -> Result<()> {
+        let token = driver.token();
+        driver.engine.submit(Request::Zero { token, file: self.file, extent })?;
+        self.zeros.insert(token, tag);
+        Ok(())
+    }
+
+    fn write(&mut self, driver: &mut Driver<'_>, buffer: Buffer, pieces: Vec<Piece>, tag: Tag) -> Result<()> {
         let token = driver.token();
         driver.engine.submit(Request::Write { token, file: self.file, buffer, pieces })?;
-        self.writes.insert(token);
+        self.writes.insert(token, tag);
         Ok(())
     }
 
@@ -241,20 +293,32 @@ impl Sink {
         driver: &mut Driver<'_>,
         completion: Completion,
     ) -> Result<Option<Completion>> {
-        if !self.writes.remove(&completion.token) && !self.zeros.remove(&completion.token) {
+        let token = completion.token;
+        let Some(tag) = self.writes.remove(&token).or_else(|| self.zeros.remove(&token)) else {
             return Ok(Some(completion));
-        }
+        };
         if let Some(buffer) = completion.buffer {
             driver.engine.give_buffer(buffer);
         }
         completion.result.map_err(|error| self.explain(error))?;
+        self.note_landed(tag);
         if self.stream
             && self.writes.is_empty()
-            && let Some((buffer, pieces)) = self.waiting.pop_front()
+            && let Some((buffer, pieces, tag)) = self.waiting.pop_front()
         {
-            self.write(driver, buffer, pieces)?;
+            self.write(driver, buffer, pieces, tag)?;
         }
         Ok(None)
+    }
+
+    fn note_landed(&mut self, tag: Tag) {
+        let Some(ix) = tag else { return };
+        let left = self.parts.get_mut(&ix).expect("a tagged write is a part of its segment");
+        *left -= 1;
+        if *left == 0 {
+            self.parts.remove(&ix);
+            self.landed.push_back(ix);
+        }
     }
 
     fn explain(&self, error: Error) -> Error {
@@ -275,9 +339,15 @@ impl Sink {
     pub(super) fn flush(&mut self, driver: &mut Driver<'_>) -> Result<()> {
         while !self.is_idle() {
             let Some(completion) = driver.next(None)? else { break };
-            if let Some(stray) = self.complete(driver, completion)? {
-                unreachable!("token {} is not the sink's, and nothing else is in flight", stray.token);
-            }
+            self.take(driver, completion)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a completion where nothing but the sink's is in flight.
+    pub(super) fn take(&mut self, driver: &mut Driver<'_>, completion: Completion) -> Result<()> {
+        if let Some(stray) = self.complete(driver, completion)? {
+            unreachable!("token {} is not the sink's, and nothing else is in flight", stray.token);
         }
         Ok(())
     }

@@ -4,19 +4,25 @@
 //! Invariants:
 //! - each byte of the block list is read once;
 //! - reads and writes of different segments overlap, bounded by the engine's buffers;
-//! - when [`run`] returns, no read of the origin is in flight and none will follow.
+//! - a region is released after the last of its segments has been written and noted as placed, so
+//!   nothing will read it from the origin again: not this process, and not one that goes on after it;
+//! - when [`run`] returns, no read of the origin is in flight and none will follow, and every segment is
+//!   on the secondary.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
+use super::job::{Progress, Releases};
 use super::origin::{Origin, payload};
+use super::placed::PlacedSet;
 use super::progress::Phase;
+use super::regions::{Order, Regions};
 use super::schedule::{Schedule, Work};
 use super::throttle::Throttle;
 use crate::base::{Bytes, Result, SegmentIx};
 use crate::io::Buffer;
-use crate::secondary::{Secondary, Segment, is_zero};
+use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
 /// What the fuzzy copy did.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,15 +32,28 @@ pub struct FuzzyStats {
     pub(super) segments: u64,
 }
 
+/// What is copied, in which order, and who is told.
+pub(super) struct Plan<'a, 'p> {
+    pub(super) origin: &'a Origin,
+    pub(super) schedule: &'a Schedule,
+    pub(super) region: Bytes,
+    pub(super) order: Order,
+    /// What an earlier process has placed.
+    pub(super) placed: &'a PlacedSet,
+    pub(super) releases: Option<&'p mut dyn Releases>,
+    pub(super) progress: Option<&'p mut dyn Progress>,
+}
+
 /// A segment that has been read.
 struct Filled {
     work: Work,
     buffer: Buffer,
 }
 
-struct Fuzzy<'a, 'd> {
+struct Fuzzy<'a, 'p, 'd> {
     driver: &'a mut Driver<'d>,
-    origin: &'a Origin,
+    plan: Plan<'a, 'p>,
+    regions: Regions<'a>,
     secondary: &'a mut dyn Secondary,
     sink: &'a mut Sink,
     checksums: &'a mut Checksums,
@@ -42,33 +61,39 @@ struct Fuzzy<'a, 'd> {
     /// For an ordered secondary: the segments being read, and those that wait for an earlier one.
     order: VecDeque<SegmentIx>,
     early: BTreeMap<SegmentIx, Filled>,
+    /// Segments being written.
+    placing: HashMap<SegmentIx, PlacedSegment>,
     stats: FuzzyStats,
 }
 
-/// Copies everything in `schedule`; see the module's head.
+/// Copies everything in the plan's schedule that is not placed yet; see the module's head.
 pub(super) fn run(
     driver: &mut Driver<'_>,
-    origin: &Origin,
-    schedule: &Schedule,
+    plan: Plan<'_, '_>,
     secondary: &mut dyn Secondary,
     sink: &mut Sink,
     checksums: &mut Checksums,
     throttle: &mut Throttle,
 ) -> Result<FuzzyStats> {
+    let schedule = plan.schedule;
     driver.begin_phase(Phase::Data, Some(schedule.total()));
+    driver.advance(plan.placed.bytes(schedule));
+    let regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
     let mut fuzzy = Fuzzy {
         driver,
-        origin,
+        plan,
+        regions,
         secondary,
         sink,
         checksums,
         reads: HashMap::new(),
         order: VecDeque::new(),
         early: BTreeMap::new(),
+        placing: HashMap::new(),
         stats: FuzzyStats::default(),
     };
-    let mut works = schedule.works();
-    let mut pending = works.next();
+    fuzzy.settle()?;
+    let mut pending = fuzzy.next_work();
     loop {
         let mut pause = None;
         while let Some(work) = pending.take() {
@@ -87,7 +112,7 @@ pub(super) fn run(
                 break;
             }
             fuzzy.start(work, buffer)?;
-            pending = works.next();
+            pending = fuzzy.next_work();
         }
         match fuzzy.driver.next(pause)? {
             Some(completion) => fuzzy.complete(completion)?,
@@ -100,23 +125,57 @@ pub(super) fn run(
     Ok(fuzzy.stats)
 }
 
-impl Fuzzy<'_, '_> {
+impl Fuzzy<'_, '_, '_> {
+    /// The next segment, of the region that is due.
+    fn next_work(&mut self) -> Option<Work> {
+        if self.regions.is_at_boundary()
+            && let Some(releases) = self.plan.releases.as_deref_mut()
+        {
+            if self.regions.order() == Order::Hot {
+                self.regions.heat(&releases.recent());
+            }
+            if releases.was_slow() {
+                self.regions.enlarge();
+            }
+        }
+        let placed = self.plan.placed;
+        self.regions.next(&|ix| placed.contains(ix))
+    }
+
+    /// Notes what has landed since the last call, then releases the regions that are done by it: in this
+    /// order, because what is released must never be read from the origin again.
+    fn settle(&mut self) -> Result<()> {
+        while let Some(ix) = self.sink.take_landed() {
+            let segment = self.placing.remove(&ix).expect("what lands was placed");
+            if let Some(progress) = self.plan.progress.as_deref_mut() {
+                progress.placed(&segment)?;
+            }
+            self.regions.placed(ix);
+        }
+        while let Some(region) = self.regions.take_done() {
+            if let Some(releases) = self.plan.releases.as_deref_mut() {
+                releases.release(region)?;
+            }
+        }
+        Ok(())
+    }
+
     fn start(&mut self, work: Work, mut buffer: Buffer) -> Result<()> {
-        self.origin.prepare(&work, &mut buffer);
-        let pieces = self.origin.pieces(&work);
+        self.plan.origin.prepare(&work, &mut buffer);
+        let pieces = self.plan.origin.pieces(&work);
         if self.secondary.is_ordered() {
             self.order.push_back(work.ix);
         }
         if pieces.is_empty() {
             return self.filled(Filled { work, buffer });
         }
-        let token = self.driver.read(self.origin.file, buffer, pieces)?;
+        let token = self.driver.read(self.plan.origin.file, buffer, pieces)?;
         self.reads.insert(token, work);
         Ok(())
     }
 
     fn complete(&mut self, completion: crate::io::Completion) -> Result<()> {
-        let Some(completion) = self.sink.complete(self.driver, completion)? else { return Ok(()) };
+        let Some(completion) = self.sink.complete(self.driver, completion)? else { return self.settle() };
         let work = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
         completion.result.map_err(|error| error.context("reading the origin failed"))?;
         let buffer = completion.buffer.expect("a read gives its buffer back");
@@ -154,8 +213,11 @@ impl Fuzzy<'_, '_> {
         }
         let segment = Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero };
         let placement = self.secondary.place(&segment, &mut buffer)?;
-        self.sink.put(self.driver, buffer, placement)?;
+        let frame = self.secondary.frame_number(work.ix);
+        self.placing.insert(work.ix, PlacedSegment { ix: work.ix, frame, crc, zero });
+        self.sink.put_segment(self.driver, buffer, placement, work.ix)?;
         self.driver.advance(bytes);
-        Ok(())
+        // A segment of zeros may have landed without a write.
+        self.settle()
     }
 }

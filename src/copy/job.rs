@@ -15,7 +15,9 @@ use super::driver::{Driver, Sink};
 use super::fuzzy::{self, FuzzyStats};
 use super::origin::Origin;
 use super::overlay::{self, OriginalsStats, Store};
-use super::progress::{Observer, Phase};
+use super::placed::PlacedSet;
+use super::progress::{Observer, Phase, Silent};
+use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, verify};
@@ -24,10 +26,14 @@ use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::extent::{Extent, Original};
 use crate::io::Engine;
 use crate::io::engine::EngineConfig;
-use crate::secondary::Secondary;
+use crate::secondary::{PlacedSegment, Secondary};
 
 /// Buffers at most: more than this many transfers in flight gain nothing on any device.
 const BUFFER_COUNT_MAX: u64 = 128;
+
+/// Ranges outside the block list are made zero in pieces of this size at most, so that an interrupt is
+/// heard between them.
+const ABSENT_STEP: Bytes = Bytes::mib(256);
 
 /// Buffers at least: one being read while another is being written.
 const BUFFER_COUNT_MIN: u64 = 2;
@@ -66,6 +72,43 @@ pub trait OriginalsProvider {
     fn check_valid(&mut self) -> Result<()>;
 }
 
+/// Who keeps the note of what is on the secondary, for a process that goes on after this one.
+pub trait Progress {
+    /// All of `segment` has been written.
+    ///
+    /// # Errors
+    /// I/O errors; they end the copy.
+    fn placed(&mut self, segment: &PlacedSegment) -> Result<()>;
+    /// Every segment is placed; originals come now, and change segments that are placed.
+    ///
+    /// # Errors
+    /// I/O errors; they end the copy.
+    fn originals_begun(&mut self) -> Result<()>;
+}
+
+/// Who gives the origin back, region by region: what `op` does with device-mapper.
+pub trait Releases {
+    /// Nothing will read `region` from the origin again: its writes need not be preserved any more. What
+    /// of it was preserved stays in the store. Does not wait.
+    ///
+    /// # Errors
+    /// Of an earlier release that failed in a way that voids the copy.
+    fn release(&mut self, region: Extent) -> Result<()>;
+    /// Where on the origin exceptions have appeared since the last call: a hint, never an error.
+    fn recent(&mut self) -> Vec<Bytes>;
+    /// True where a release since the last call has held the origin for longer than it should.
+    fn was_slow(&mut self) -> bool;
+}
+
+/// What an earlier process, which died, has done of the copy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResumePoint {
+    /// Segments on the secondary; none of them twice.
+    pub placed: Vec<PlacedSegment>,
+    /// It had begun to lay originals over them.
+    pub originals_begun: bool,
+}
+
 /// A copy to be made.
 pub struct CopyJob<'a> {
     /// Fresh, made for [`engine_config`].
@@ -80,10 +123,20 @@ pub struct CopyJob<'a> {
     pub block_list: Vec<Extent>,
     /// Unit of copying.
     pub segment: SegmentSize,
+    /// Unit of release; see [`region_size_for`].
+    pub region: Bytes,
+    /// The order of the regions.
+    pub order: Order,
     /// Where to; opened, checked, and told the instant.
     pub secondary: Box<dyn Secondary>,
     /// The originals; None for a cold copy.
     pub originals: Option<&'a mut dyn OriginalsProvider>,
+    /// Who gives regions back; None where nothing is preserved.
+    pub releases: Option<&'a mut dyn Releases>,
+    /// Who keeps the note of what is placed; None where nobody could go on.
+    pub progress: Option<&'a mut dyn Progress>,
+    /// Where an earlier process stopped; the secondary was reopened accordingly.
+    pub resumed: Option<ResumePoint>,
     /// Bytes per second read from the origin at most.
     pub rate: Option<Bytes>,
     /// Re-read the secondary and compare checksums.
@@ -97,6 +150,46 @@ pub struct CopyJob<'a> {
     pub before_publish: &'a dyn Fn() -> Result<()>,
 }
 
+fn go_on() -> Result<()> {
+    Ok(())
+}
+
+impl<'a> CopyJob<'a> {
+    /// A copy of all of an origin at rest that nobody watches, from its beginning: the fields that differ
+    /// are set afterwards.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an origin too large for the segment size.
+    pub fn new(
+        engine: &'a mut dyn Engine,
+        origin: OwnedFd,
+        origin_size: Bytes,
+        segment: SegmentSize,
+        secondary: Box<dyn Secondary>,
+    ) -> Result<Self> {
+        Ok(Self {
+            engine,
+            origin,
+            origin_description: "the origin".to_owned(),
+            origin_size,
+            block_list: Extent::new(Bytes::ZERO, origin_size).into_iter().collect(),
+            segment,
+            region: region_size_for(origin_size, segment, None)?,
+            order: Order::Physical,
+            secondary,
+            originals: None,
+            releases: None,
+            progress: None,
+            resumed: None,
+            rate: None,
+            verify: false,
+            observer: &Silent,
+            interrupt: &go_on,
+            before_publish: &go_on,
+        })
+    }
+}
+
 /// What a copy did. Sizes in bytes, times in seconds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct CopyReport {
@@ -108,6 +201,10 @@ pub struct CopyReport {
     pub segment_bytes: Bytes,
     /// Segments copied.
     pub segment_count: u64,
+    /// Segments that an earlier process had copied.
+    pub resumed_segment_count: u64,
+    /// Bytes of the origin that are not in the block list.
+    pub absent_bytes: Bytes,
     /// Bytes read from the origin.
     pub read_bytes: Bytes,
     /// Of those, in segments that were not all zero.
@@ -143,17 +240,25 @@ pub struct CopyReport {
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a failed verification, whatever the
 /// interrupt and the originals provider answer.
 pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
-    let CopyJob { engine, mut secondary, observer, interrupt, originals, before_publish, .. } = job;
+    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, .. } = job;
     let mut driver = Driver::new(engine, observer, interrupt);
+    let resumed = job.resumed.unwrap_or_default();
     let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
+        placed: PlacedSet::new(&resumed.placed, schedule.segment_count()),
+        resumed,
         schedule,
-        origin: job.origin,
+        region: job.region,
+        order: job.order,
         origin_description: job.origin_description,
         rate: job.rate,
         verify: job.verify,
+        originals: job.originals,
+        releases: job.releases,
+        progress: job.progress,
     });
+    let origin = job.origin;
     let outcome =
-        plan.and_then(|plan| run_phases(&mut driver, plan, secondary.as_mut(), originals, before_publish));
+        plan.and_then(|plan| run_phases(&mut driver, plan, origin, secondary.as_mut(), before_publish));
     outcome.map_err(|error| {
         driver.drain(secondary.is_stream());
         match secondary.abandon() {
@@ -169,46 +274,48 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     })
 }
 
-/// The parts of a job that are plain values, checked.
-struct Plan {
+/// The parts of a job that are plain values, checked, and those who take part in it.
+struct Plan<'a> {
     schedule: Schedule,
-    origin: OwnedFd,
+    region: Bytes,
+    order: Order,
     origin_description: String,
     rate: Option<Bytes>,
     verify: bool,
+    resumed: ResumePoint,
+    placed: PlacedSet,
+    originals: Option<&'a mut dyn OriginalsProvider>,
+    releases: Option<&'a mut dyn Releases>,
+    progress: Option<&'a mut dyn Progress>,
 }
 
 fn run_phases(
     driver: &mut Driver<'_>,
-    plan: Plan,
+    mut plan: Plan<'_>,
+    origin: OwnedFd,
     secondary: &mut dyn Secondary,
-    originals: Option<&mut dyn OriginalsProvider>,
     before_publish: &dyn Fn() -> Result<()>,
 ) -> Result<CopyReport> {
     if plan.verify && secondary.is_stream() {
         return Err(Error::usage("what was sent to standard output cannot be read back")
             .next("leave --verify away, and run tidemark verify where the archive arrives"));
     }
-    let schedule = plan.schedule;
-    let mut checksums = Checksums::new(schedule.segment_count(), schedule.segment().bytes(), plan.verify);
-    let origin = Origin::open(driver.engine, plan.origin, &plan.origin_description, schedule.size())?;
+    let origin = Origin::open(driver.engine, origin, &plan.origin_description, plan.schedule.size())?;
+    let mut checksums =
+        Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), plan.verify);
+    checksums.resume(&plan.resumed);
     let mut sink = Sink::new(secondary.attach(driver.engine)?, secondary.is_stream());
     let mut report = CopyReport {
         engine: driver.engine.name(),
         secondary: secondary.description().to_owned(),
-        segment_bytes: schedule.segment().bytes(),
+        segment_bytes: plan.schedule.segment().bytes(),
+        resumed_segment_count: plan.placed.count(),
+        absent_bytes: plan.schedule.size() - plan.schedule.total(),
         ..CopyReport::default()
     };
     write_blocks(driver, &mut sink, |memory| secondary.opening(memory))?;
-    copy_and_lay_over(
-        driver,
-        &Copying { schedule: &schedule, origin: &origin, rate: plan.rate },
-        secondary,
-        &mut sink,
-        &mut checksums,
-        originals,
-        &mut report,
-    )?;
+    copy_and_lay_over(driver, &mut plan, &origin, secondary, &mut sink, &mut checksums, &mut report)?;
+    zero_absent(driver, &plan.schedule, secondary, &mut sink)?;
     // What comes now is all that tells a complete stream from a cut one: it cannot be taken back.
     before_publish()?;
     write_blocks(driver, &mut sink, |memory| secondary.closing(memory))?;
@@ -218,7 +325,7 @@ fn run_phases(
     if plan.verify {
         driver.sync(sink.file)?;
         secondary.forget_cache();
-        report.verified_bytes = Some(verify::run(driver, &schedule, secondary, sink.file, &checksums)?);
+        report.verified_bytes = Some(verify::run(driver, &plan.schedule, secondary, sink.file, &checksums)?);
         report.verify_seconds = (driver.now() - begin).as_secs_f64();
     }
     let begin = driver.now();
@@ -231,13 +338,6 @@ fn run_phases(
     Ok(report)
 }
 
-/// What [`copy_and_lay_over`] reads.
-struct Copying<'a> {
-    schedule: &'a Schedule,
-    origin: &'a Origin,
-    rate: Option<Bytes>,
-}
-
 /// The fuzzy copy, then the originals.
 ///
 /// Why the result is exact. A read below the snapshot returns newer data for a chunk only if a write
@@ -246,37 +346,79 @@ struct Copying<'a> {
 /// the store by the time the reading is done. The store is read AFTER the last read of the origin has
 /// completed: `fuzzy::run` returns only then, and `open` is what makes the store readable. That order
 /// is the whole argument; it is kept here and nowhere else.
+///
+/// Why a region may be released before its originals are on the secondary. After its release the origin
+/// is written there without anything being preserved; but it was read for the last time before, so what
+/// those writes change is in no read. What had been preserved until then is exactly what the reads of the
+/// region can have got wrong, and it stays in the store, which forgets nothing, until it is laid over. The
+/// application is spared from that moment on, and not only after a round of originals for each region.
 fn copy_and_lay_over(
     driver: &mut Driver<'_>,
-    copying: &Copying<'_>,
+    plan: &mut Plan<'_>,
+    origin: &Origin,
     secondary: &mut dyn Secondary,
     sink: &mut Sink,
     checksums: &mut Checksums,
-    originals: Option<&mut dyn OriginalsProvider>,
     report: &mut CopyReport,
 ) -> Result<()> {
-    let mut throttle = Throttle::new(copying.rate);
+    let mut throttle = Throttle::new(plan.rate);
     let begin = driver.now();
-    let stats =
-        fuzzy::run(driver, copying.origin, copying.schedule, secondary, sink, checksums, &mut throttle)?;
+    let copying = fuzzy::Plan {
+        origin,
+        schedule: &plan.schedule,
+        region: plan.region,
+        order: plan.order,
+        placed: &plan.placed,
+        releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
+        progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn Progress),
+    };
+    let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut throttle)?;
     report.add_data(stats, driver.now() - begin);
 
     // The barrier: no read of the origin is in flight any more.
-    let Some(provider) = originals else { return Ok(()) };
+    let Some(provider) = plan.originals.take() else { return Ok(()) };
+    if let Some(progress) = plan.progress.as_deref_mut() {
+        progress.originals_begun()?;
+    }
     let begin = driver.now();
     driver.begin_phase(Phase::Originals, None);
     let (store, description) = provider.open()?;
     let file = driver.engine.add_file(store, &description)?;
     let mut store = Store { provider, file };
     let stats = if secondary.appends() {
-        append::run(driver, &mut store, copying.schedule, secondary, sink)?
+        append::run(driver, &mut store, &plan.schedule, secondary, sink)?
     } else {
-        overlay::run(driver, &mut store, copying.schedule, secondary, sink, checksums)?
+        overlay::run(driver, &mut store, &plan.schedule, secondary, sink, checksums)?
     };
     store.provider.check_valid()?;
     driver.end_phase();
     report.add_originals(stats, driver.now() - begin);
     Ok(())
+}
+
+/// What is outside the block list reads as zeros on the secondary, whatever it held before.
+fn zero_absent(
+    driver: &mut Driver<'_>,
+    schedule: &Schedule,
+    secondary: &mut dyn Secondary,
+    sink: &mut Sink,
+) -> Result<()> {
+    for gap in schedule.gaps() {
+        let mut rest = Some(gap);
+        while let Some(extent) = rest {
+            let end = extent.end().min(extent.start() + ABSENT_STEP);
+            rest = Extent::new(end, extent.end());
+            let step = Extent::new(extent.start(), end).expect("a step of a gap is not empty");
+            for zeros in secondary.absent(&[step]).zeros {
+                while !sink.has_room() {
+                    let Some(completion) = driver.next(None)? else { break };
+                    sink.take(driver, completion)?;
+                }
+                sink.put_zeros(driver, zeros)?;
+            }
+        }
+    }
+    sink.flush(driver)
 }
 
 /// Writes blocks made by `make` until there is no more, one after the other.

@@ -11,12 +11,15 @@ mod fuzzy;
 pub mod job;
 mod origin;
 mod overlay;
+mod placed;
 pub mod progress;
+pub mod regions;
 pub mod schedule;
 #[cfg(test)]
 mod tests;
 mod throttle;
 mod verify;
 
-pub use job::{CopyJob, CopyReport, OriginalsProvider, engine_config, run};
+pub use job::{CopyJob, CopyReport, OriginalsProvider, Progress, Releases, ResumePoint, engine_config, run};
+pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

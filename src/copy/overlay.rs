@@ -233,8 +233,9 @@ impl Overlay<'_, '_> {
     }
 
     fn check(&self, work: &Work, memory: &[u8]) -> Result<()> {
-        self.secondary.check_stored(&Self::segment(work, self.checksums.get(work.ix), false), memory)?;
-        check_crc(self.checksums, work, memory, self.secondary.description())
+        let expected = self.checksums.before_overlay(work.ix);
+        self.secondary.check_stored(&Self::segment(work, expected, false), memory)?;
+        check_crc(self.checksums, expected, work, memory, self.secondary.description())
     }
 
     fn lay_over(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
@@ -258,9 +259,15 @@ impl Overlay<'_, '_> {
     }
 }
 
-/// Compares a payload that was read back with the checksum kept for it, if any.
-pub(super) fn check_crc(checksums: &Checksums, work: &Work, memory: &[u8], secondary: &str) -> Result<()> {
-    let Some(expected) = checksums.get(work.ix) else { return Ok(()) };
+/// Compares a payload that was read back with the checksum that it must have, if any.
+pub(super) fn check_crc(
+    checksums: &Checksums,
+    expected: Option<u32>,
+    work: &Work,
+    memory: &[u8],
+    secondary: &str,
+) -> Result<()> {
+    let Some(expected) = expected else { return Ok(()) };
     let data = payload(work, memory);
     let found = checksums.of(data, is_zero(data));
     if found == expected {

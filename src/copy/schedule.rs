@@ -81,6 +81,16 @@ impl Schedule {
         self.extents.iter().map(|extent| extent.length()).sum()
     }
 
+    /// The ranges that are not in the block list, in order.
+    pub fn gaps(&self) -> impl Iterator<Item = Extent> + '_ {
+        let ends = self.extents.iter().map(|extent| extent.end());
+        let starts = self.extents.iter().map(|extent| extent.start());
+        std::iter::once(Bytes::ZERO)
+            .chain(ends)
+            .zip(starts.chain(std::iter::once(self.size)))
+            .filter_map(|(start, end)| Extent::new(start, end))
+    }
+
     /// The segments that hold a part of the block list, in order.
     pub fn works(&self) -> impl Iterator<Item = Work> + '_ {
         let mut next = Bytes::ZERO;
@@ -210,7 +220,11 @@ mod tests {
                     }
                 }
             }
-            prop_assert_eq!(merged, extents);
+            prop_assert_eq!(&merged, &extents);
+            let mut all: Vec<Extent> = merged.into_iter().chain(schedule.gaps()).collect();
+            all.sort_by_key(|extent| extent.start());
+            prop_assert_eq!(all.iter().map(|extent| extent.length()).sum::<Bytes>(), size);
+            prop_assert!(all.windows(2).all(|pair| pair[0].end() == pair[1].start()));
         }
     }
 }

@@ -8,9 +8,10 @@ use std::rc::Rc;
 
 use proptest::prelude::*;
 
-use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider};
+use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases};
 use super::progress::{Event, Observer, Phase, Silent};
-use super::{CopyJob, CopyReport, engine_config, run};
+use super::schedule::Schedule;
+use super::{CopyJob, CopyReport, Order, Releases, engine_config, run};
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
 use crate::format::archive::map::MapCursor;
@@ -31,22 +32,44 @@ struct Case {
     buffers: u16,
     batch_max: usize,
     busy: u64,
+    /// Segments of a region; None where nothing is released.
+    region: Option<u64>,
+    hot: bool,
+    /// Percent of releases that are slow.
+    slow: u64,
     verify: bool,
     seed: u64,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    (1u64..1_500_000, 12u32..18, 16u32..20, 2u16..9, 1usize..200, 0u64..95, any::<bool>(), any::<u64>())
-        .prop_map(|(size, chunk, segment, buffers, batch_max, busy, verify, seed)| Case {
+    let sizes = (1u64..1_500_000, 12u32..17, 16u32..20, 2u16..9);
+    let order = (prop::option::of(1u64..5), any::<bool>(), 0u64..100);
+    (sizes, order, 1usize..200, 0u64..95, any::<bool>(), any::<u64>()).prop_map(
+        |((size, chunk, segment, buffers), (region, hot, slow), batch_max, busy, verify, seed)| Case {
             size: Bytes(size),
             chunk: Bytes(1 << chunk),
             segment: Bytes(1 << segment),
             buffers,
             batch_max,
             busy,
+            region,
+            hot,
+            slow,
             verify,
             seed,
-        })
+        },
+    )
+}
+
+/// A copy of all of a world's origin, without its originals.
+fn job<'a>(
+    engine: &'a mut ChaosEngine,
+    origin: fs::File,
+    case: &Case,
+    secondary: Box<dyn Secondary>,
+) -> CopyJob<'a> {
+    let segment = SegmentSize::new(case.segment).unwrap();
+    CopyJob::new(engine, origin.into(), case.size, segment, secondary).unwrap()
 }
 
 struct Setup {
@@ -107,20 +130,17 @@ impl Setup {
         let mut provider =
             WorldProvider { world: self.world.clone(), batch_max: self.case.batch_max, invalid };
         let origin = self.world.borrow().origin.try_clone().unwrap();
+        let mut releases = WorldReleases { world: self.world.clone(), slow: self.case.slow };
+        let released = self.case.region.is_some();
         run(CopyJob {
-            engine: &mut self.engine,
-            origin: origin.into(),
-            origin_description: "the origin".to_owned(),
-            origin_size: self.case.size,
-            block_list: vec![Extent::new(Bytes(0), self.case.size).unwrap()],
-            segment: SegmentSize::new(self.case.segment).unwrap(),
-            secondary,
+            region: self.case.segment * self.case.region.unwrap_or(1),
+            order: if self.case.hot { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
-            rate: None,
+            releases: released.then_some(&mut releases as &mut dyn Releases),
             verify: self.case.verify,
             observer,
             interrupt,
-            before_publish: &|| Ok(()),
+            ..job(&mut self.engine, origin, &self.case, secondary)
         })
     }
 
@@ -317,19 +337,8 @@ fn what_cannot_be_believed_is_no_archive_at_the_reader() {
     let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
-        engine: &mut setup.engine,
-        origin: origin.into(),
-        origin_description: "the origin".to_owned(),
-        origin_size: setup.case.size,
-        block_list: vec![Extent::new(Bytes(0), setup.case.size).unwrap()],
-        segment: SegmentSize::new(setup.case.segment).unwrap(),
-        secondary,
-        originals: None,
-        rate: None,
-        verify: false,
-        observer: &Silent,
-        interrupt: &go_on,
         before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+        ..job(&mut setup.engine, origin, &setup.case, secondary)
     })
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::External);
@@ -374,6 +383,9 @@ fn busy_case(verify: bool) -> Case {
         buffers: 4,
         batch_max: 50,
         busy: 70,
+        region: None,
+        hot: false,
+        slow: 10,
         verify,
         seed: 7,
     }
@@ -438,19 +450,9 @@ fn an_interrupt_ends_the_copy() {
     // The throttle makes the copy last longer than the poll interval.
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
-        engine: &mut setup.engine,
-        origin: origin.into(),
-        origin_description: "the origin".to_owned(),
-        origin_size: setup.case.size,
-        block_list: vec![Extent::new(Bytes(0), setup.case.size).unwrap()],
-        segment: SegmentSize::new(setup.case.segment).unwrap(),
-        secondary,
-        originals: None,
         rate: Some(Bytes(10_000)),
-        verify: false,
-        observer: &Silent,
         interrupt: &interrupt,
-        before_publish: &|| Ok(()),
+        ..job(&mut setup.engine, origin, &setup.case, secondary)
     })
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Interrupted);
@@ -465,19 +467,8 @@ fn what_cannot_be_believed_gets_no_name() {
     let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
-        engine: &mut setup.engine,
-        origin: origin.into(),
-        origin_description: "the origin".to_owned(),
-        origin_size: setup.case.size,
-        block_list: vec![Extent::new(Bytes(0), setup.case.size).unwrap()],
-        segment: SegmentSize::new(setup.case.segment).unwrap(),
-        secondary,
-        originals: None,
-        rate: None,
-        verify: false,
-        observer: &Silent,
-        interrupt: &go_on,
         before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+        ..job(&mut setup.engine, origin, &setup.case, secondary)
     })
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::External);
@@ -516,20 +507,20 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
         secondary.begin(0);
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 99, invalid: false };
+        // What is not listed is free: nothing of it is preserved.
+        let schedule = Schedule::new(block_list.clone(), case.size, SegmentSize::new(case.segment).unwrap());
+        let mut releases = WorldReleases { world: setup.world.clone(), slow: 30 };
+        for gap in schedule.unwrap().gaps() {
+            releases.release(gap).unwrap();
+        }
         run(CopyJob {
-            engine: &mut setup.engine,
-            origin: origin.into(),
-            origin_description: "the origin".to_owned(),
-            origin_size: case.size,
             block_list: block_list.clone(),
-            segment: SegmentSize::new(case.segment).unwrap(),
-            secondary,
+            region: case.segment * (1 + seed % 3),
+            order: if seed % 2 == 0 { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
-            rate: None,
+            releases: Some(&mut releases),
             verify: true,
-            observer: &Silent,
-            interrupt: &go_on,
-            before_publish: &|| Ok(()),
+            ..job(&mut setup.engine, origin, &case, secondary)
         })
         .unwrap();
         let mut expected = vec![0u8; case.size.as_len()];

@@ -113,7 +113,7 @@ impl Verify<'_, '_> {
     }
 
     fn compare(&mut self, work: &Work, memory: &[u8]) -> Result<()> {
-        check_crc(self.checksums, work, memory, self.secondary.description())?;
+        check_crc(self.checksums, self.checksums.get(work.ix), work, memory, self.secondary.description())?;
         self.bytes += Bytes::from_len(payload(work, memory).len());
         self.driver.advance(work.valid_bytes());
         Ok(())

@@ -103,6 +103,19 @@ pub struct Segment<'a> {
     pub zero: bool,
 }
 
+/// A segment that is on the secondary: what a later process needs to go on where this one stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlacedSegment {
+    /// Its index.
+    pub ix: SegmentIx,
+    /// Its data frame's sequence; None where it has none (a raw secondary, a segment of zeros).
+    pub frame: Option<u64>,
+    /// CRC-32C of its payload, where checksums are kept.
+    pub crc: Option<u32>,
+    /// It is all zero.
+    pub zero: bool,
+}
+
 /// What the engine shall do for one buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
@@ -118,7 +131,7 @@ pub struct Placement {
 pub trait Secondary: Send {
     /// The secondary's name in messages.
     fn description(&self) -> &str;
-    /// True where segments must be placed in the order of their index.
+    /// True where segments must be placed in the order in which they were handed out.
     fn is_ordered(&self) -> bool {
         false
     }
@@ -155,6 +168,17 @@ pub trait Secondary: Send {
     /// # Errors
     /// What the format cannot express.
     fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement>;
+    /// The sequence of a segment's data frame, once it was placed; None where it has none.
+    fn frame_number(&self, ix: SegmentIx) -> Option<u64> {
+        let _ = ix;
+        None
+    }
+    /// Ranges of the origin that are not copied, and must read as zeros on the secondary: what is to be
+    /// made zero for that. Sorted, disjoint.
+    fn absent(&mut self, extents: &[Extent]) -> Placement {
+        let _ = extents;
+        Placement::default()
+    }
     /// What to read, and to where in a buffer, to have the segment back; None where nothing was
     /// stored because it is zero.
     fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>>;

@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::cold::ColdOrigin;
 use super::live::Live;
 use super::originals::StoreOriginals;
-use super::plan::{CopyPlan, LivePlan, whole};
+use super::plan::{CopyPlan, LivePlan};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
@@ -328,19 +328,16 @@ fn copy_with(
         Ok(engine) => engine,
         Err(error) => return Err(abandon(secondary, error)),
     };
+    let origin_size = plan.origin.size;
+    let job = CopyJob::new(engine.as_mut(), origin, origin_size, plan.segment, secondary)?;
     copy::run(CopyJob {
-        engine: engine.as_mut(),
-        origin,
         origin_description: plan.origin.path.display().to_string(),
-        origin_size: plan.origin.size,
-        block_list: whole(plan.origin.size),
-        segment: plan.segment,
-        secondary,
         originals: originals.map(|it| it as &mut dyn OriginalsProvider),
         rate: plan.request.rate,
         verify: plan.request.verify,
         observer: watch.observer,
         interrupt: watch.interrupt,
         before_publish: watch.before_publish,
+        ..job
     })
 }

@@ -1,0 +1,370 @@
+//! In which order is the origin copied, and when is a region of it done?
+//!
+//! A region is a run of segments that is released together: once every segment of it is on the
+//! secondary, the origin's writes there need not be preserved any more. The origin is cut into *units*
+//! of a fixed number of segments; a region is a unit, or a run of neighbouring ones once releases have
+//! turned out to be slow ([`Regions::enlarge`]).
+//!
+//! | order | which region comes next |
+//! |---|---|
+//! | physical | the next one on the origin |
+//! | hot | the one that has received the most new exceptions lately, else the next one on the origin |
+//!
+//! Invariants, whatever the order and however often regions are enlarged:
+//! - every segment that holds a part of the block list is handed out exactly once, those of one region
+//!   in their order on the origin;
+//! - a region is reported done exactly once, after the last of its segments was reported placed;
+//!   the regions reported are disjoint, and together they cover the origin.
+//!
+//! Pure: no I/O, no clock. Memory: a few words for each of at most [`UNITS_MAX`] units.
+
+use std::collections::VecDeque;
+
+use serde::Serialize;
+
+use super::schedule::{Schedule, Work};
+use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
+use crate::extent::Extent;
+
+/// Units that an origin is cut into at most: each release is a reload of the origin's table.
+pub const UNITS_MAX: u64 = 4096;
+
+/// Units that an origin is cut into where nothing is said.
+const UNITS_DEFAULT: u64 = 128;
+
+/// Smallest unit by default: below this a release costs more than the writes that it spares.
+const REGION_BYTES_MIN: Bytes = Bytes::mib(4);
+
+/// Largest unit by default: writes to what was copied long ago must not go on being preserved.
+const REGION_BYTES_MAX: Bytes = Bytes::gib(1);
+
+/// Share of a unit's heat that is left after each look: what was hot a while ago is not hot now.
+const HEAT_KEPT: u64 = 2;
+
+/// The order in which regions are copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// As they lie on the origin.
+    #[default]
+    Physical,
+    /// First what is being written most.
+    Hot,
+}
+
+/// The size of a unit for an origin: what was asked for, rounded up to whole segments, else a share of
+/// the origin.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the one asked for gives more than
+/// [`UNITS_MAX`] units; the error says which to use.
+pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<Bytes>) -> Result<Bytes> {
+    let smallest = Bytes(origin.get().div_ceil(UNITS_MAX)).align_up(segment.bytes()).max(segment.bytes());
+    match requested {
+        Some(size) if size.align_up(segment.bytes()) < smallest => Err(Error::usage(format!(
+            "regions of {size} are too small for an origin of {origin} with segments of {segment}: there are \
+             at most {UNITS_MAX}"
+        ))
+        .next(format!("use --region {}KiB or leave --region away", smallest.get() / 1024))),
+        Some(size) => Ok(size.align_up(segment.bytes())),
+        None => Ok(Bytes(origin.get() / UNITS_DEFAULT)
+            .max(REGION_BYTES_MIN)
+            .min(REGION_BYTES_MAX)
+            .align_up(segment.bytes())
+            .max(smallest)),
+    }
+}
+
+/// A unit.
+#[derive(Clone, Copy, Debug)]
+struct Unit {
+    /// Its segments were handed out, or are about to be.
+    begun: bool,
+    /// Segments of it that are not on the secondary yet.
+    left: u64,
+    heat: u64,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Regions<'a> {
+    schedule: &'a Schedule,
+    order: Order,
+    /// Segments of a unit.
+    unit_segments: u64,
+    units: Vec<Unit>,
+    /// Units of a region from now on.
+    run: usize,
+    /// Segments of the region at hand that are to be handed out.
+    current: std::ops::Range<u64>,
+    /// Regions being copied: units and segments left.
+    open: VecDeque<(std::ops::Range<usize>, u64)>,
+    /// Regions that are done and were not taken yet.
+    done: VecDeque<Extent>,
+}
+
+impl<'a> Regions<'a> {
+    /// For what `schedule` holds, in units of `unit` bytes (see [`region_size_for`]). Units in which
+    /// `is_placed` says that all of the schedule's segments are on the secondary already are done at once;
+    /// a placed segment is not handed out again.
+    pub fn new(
+        schedule: &'a Schedule,
+        unit: Bytes,
+        order: Order,
+        is_placed: &dyn Fn(SegmentIx) -> bool,
+    ) -> Self {
+        let unit_segments = (unit.get() / schedule.segment().bytes().get()).max(1);
+        let count = Bytes(schedule.segment_count().div_ceil(unit_segments)).as_len();
+        let mut units = vec![Unit { begun: false, left: 0, heat: 0 }; count];
+        for work in schedule.works().filter(|work| !is_placed(work.ix)) {
+            units[Bytes(work.ix.get() / unit_segments).as_len()].left += 1;
+        }
+        let mut this = Self {
+            schedule,
+            order,
+            unit_segments,
+            units,
+            run: 1,
+            current: 0..0,
+            open: VecDeque::new(),
+            done: VecDeque::new(),
+        };
+        // What holds nothing to be copied is done before it is begun; runs of it are one region.
+        let mut at = 0;
+        while at < count {
+            let end = (at..count).find(|ix| this.units[*ix].left > 0).unwrap_or(count);
+            this.units[at..end].iter_mut().for_each(|unit| unit.begun = true);
+            this.done.extend(this.extent_of(&(at..end)));
+            at = end.max(at + 1);
+            while at < count && this.units[at].left > 0 {
+                at += 1;
+            }
+        }
+        this
+    }
+
+    /// Regions not handed out wholly are larger from now on: twice as many units.
+    pub fn enlarge(&mut self) {
+        self.run = (self.run * 2).min(self.units.len().max(1));
+    }
+
+    /// Bytes of a region from now on.
+    #[must_use]
+    pub fn region_bytes(&self) -> Bytes {
+        self.schedule.segment().bytes() * self.unit_segments * Bytes::from_len(self.run).get()
+    }
+
+    /// Notes where new exceptions have appeared since the last look. Without use for [`Order::Physical`].
+    pub fn heat(&mut self, offsets: &[Bytes]) {
+        for unit in &mut self.units {
+            unit.heat /= HEAT_KEPT;
+        }
+        let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
+        for offset in offsets {
+            let index = Bytes(offset.get() / unit_bytes.get()).as_len();
+            if let Some(unit) = self.units.get_mut(index) {
+                // So that one new exception is more than none after the halving.
+                unit.heat = unit.heat.saturating_add(HEAT_KEPT);
+            }
+        }
+    }
+
+    /// True where the next segment would be the first of another region: the time to look for heat.
+    #[must_use]
+    pub fn is_at_boundary(&self) -> bool {
+        self.current.is_empty()
+    }
+
+    /// The order.
+    #[must_use]
+    pub fn order(&self) -> Order {
+        self.order
+    }
+
+    /// The next segment to be copied, where `is_placed` does not say that it is copied already.
+    pub fn next(&mut self, is_placed: &dyn Fn(SegmentIx) -> bool) -> Option<Work> {
+        loop {
+            while let Some(index) = self.current.next() {
+                let work = self.schedule.work(SegmentIx(index)).filter(|work| !is_placed(work.ix));
+                if work.is_some() {
+                    return work;
+                }
+            }
+            let first = self.next_unit()?;
+            let end = (first + 1..(first + self.run).min(self.units.len()))
+                .find(|ix| self.units[*ix].begun)
+                .unwrap_or((first + self.run).min(self.units.len()));
+            self.begin(first..end);
+        }
+    }
+
+    fn next_unit(&self) -> Option<usize> {
+        let waiting = self.units.iter().enumerate().filter(|(_, unit)| !unit.begun);
+        match self.order {
+            Order::Physical => waiting.map(|(ix, _)| ix).next(),
+            // The first of those that are equally hot.
+            Order::Hot => waiting
+                .max_by(|one, other| one.1.heat.cmp(&other.1.heat).then(other.0.cmp(&one.0)))
+                .map(|(ix, _)| ix),
+        }
+    }
+
+    fn begin(&mut self, units: std::ops::Range<usize>) {
+        let mut left = 0;
+        for unit in &mut self.units[units.clone()] {
+            unit.begun = true;
+            left += unit.left;
+        }
+        let segment = |unit: usize| Bytes::from_len(unit).get() * self.unit_segments;
+        self.current = segment(units.start)..segment(units.end).min(self.schedule.segment_count());
+        self.open.push_back((units, left));
+    }
+
+    /// Notes that a segment is on the secondary.
+    ///
+    /// # Panics
+    /// For a segment that was not handed out, or that was reported before: a broken invariant.
+    pub fn placed(&mut self, ix: SegmentIx) {
+        let unit = Bytes(ix.get() / self.unit_segments).as_len();
+        let at = self
+            .open
+            .iter()
+            .position(|(units, _)| units.contains(&unit))
+            .expect("a segment that is placed was handed out with its region");
+        self.open[at].1 -= 1;
+        if self.open[at].1 == 0 {
+            let (units, _) = self.open.remove(at).expect("it was found there");
+            self.done.extend(self.extent_of(&units));
+        }
+    }
+
+    /// A region that is done: nothing will read it from the origin again.
+    pub fn take_done(&mut self) -> Option<Extent> {
+        self.done.pop_front()
+    }
+
+    /// Units that are not begun.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.units.iter().filter(|unit| !unit.begun).count()
+    }
+
+    fn extent_of(&self, units: &std::ops::Range<usize>) -> Option<Extent> {
+        let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
+        let offset = |unit: usize| (unit_bytes * Bytes::from_len(unit).get()).min(self.schedule.size());
+        Extent::new(offset(units.start), offset(units.end))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::copy::chaos::Rng;
+
+    fn segment() -> SegmentSize {
+        SegmentSize::new(Bytes::kib(64)).unwrap()
+    }
+
+    #[test]
+    fn sizes_follow_the_origin_and_the_request() {
+        let size = |origin, requested| region_size_for(origin, segment(), requested);
+        assert_eq!(size(Bytes::mib(96), None).unwrap(), Bytes::mib(4));
+        assert_eq!(size(Bytes::gib(64), None).unwrap(), Bytes::mib(512));
+        assert_eq!(size(Bytes::gib(1024), None).unwrap(), Bytes::gib(1));
+        assert_eq!(size(Bytes::gib(8192), None).unwrap(), Bytes::gib(2));
+        assert_eq!(size(Bytes::mib(96), Some(Bytes(1))).unwrap(), segment().bytes());
+        let error = size(Bytes::gib(1), Some(Bytes::kib(64))).unwrap_err();
+        assert_eq!(error.next_step(), Some("use --region 256KiB or leave --region away"));
+    }
+
+    #[test]
+    fn what_is_hot_comes_first_and_cools_down() {
+        let schedule =
+            Schedule::new(vec![Extent::new(Bytes(0), Bytes::mib(1)).unwrap()], Bytes::mib(1), segment())
+                .unwrap();
+        let never = |_| false;
+        let mut regions = Regions::new(&schedule, Bytes::kib(128), Order::Hot, &never);
+        let unit = |work: Work| work.ix.get() / 2;
+        assert_eq!(unit(regions.next(&never).unwrap()), 0);
+        assert_eq!(unit(regions.next(&never).unwrap()), 0);
+        regions.heat(&[Bytes::kib(900), Bytes::kib(300), Bytes::kib(910)]);
+        assert_eq!(unit(regions.next(&never).unwrap()), 7);
+        assert_eq!(unit(regions.next(&never).unwrap()), 7);
+        // Two new ones are more than what one is after it has cooled down, and the first of equals wins.
+        regions.heat(&[Bytes::kib(700), Bytes::kib(800)]);
+        assert_eq!(unit(regions.next(&never).unwrap()), 5);
+    }
+
+    proptest! {
+        /// Every order, under any heat, growth of regions and order of completion: each needed byte once,
+        /// and a region is done only when all of it is placed.
+        #[test]
+        fn every_order_copies_each_needed_byte_exactly_once(
+            pages in prop::collection::vec(any::<bool>(), 1..400),
+            unit in 1u64..9,
+            hot in any::<bool>(),
+            placed in prop::collection::btree_set(0u64..25, 0..20),
+            seed in any::<u64>(),
+        ) {
+            let size = Bytes::from_len(pages.len()) * 4096;
+            let listed: Vec<Extent> = pages
+                .iter()
+                .enumerate()
+                .filter(|(_, listed)| **listed)
+                .map(|(page, _)| Extent::with_length(Bytes::from_len(page) * 4096, Bytes(4096)).unwrap())
+                .collect();
+            let schedule = Schedule::new(listed, size, segment()).unwrap();
+            let order = if hot { Order::Hot } else { Order::Physical };
+            let is_placed = |ix: SegmentIx| placed.contains(&ix.get());
+            let mut regions = Regions::new(&schedule, segment().bytes() * unit, order, &is_placed);
+            let mut rng = Rng(seed);
+            let mut flying: Vec<Work> = Vec::new();
+            let mut landed: BTreeSet<u64> = placed.clone();
+            let mut seen = vec![0u32; pages.len()];
+            let mut released = vec![0u32; pages.len()];
+            let mut more = true;
+            while more || !flying.is_empty() {
+                if rng.chance(10) {
+                    regions.enlarge();
+                }
+                if rng.chance(30) {
+                    let heat: Vec<Bytes> = (0..rng.below(20)).map(|_| Bytes(rng.below(size.get()))).collect();
+                    regions.heat(&heat);
+                }
+                if more && rng.chance(60) {
+                    match regions.next(&is_placed) {
+                        Some(work) => {
+                            for part in &work.valid {
+                                for page in part.start().get() / 4096..part.end().get() / 4096 {
+                                    seen[Bytes(page).as_len()] += 1;
+                                }
+                            }
+                            flying.push(work);
+                        }
+                        None => more = false,
+                    }
+                } else if !flying.is_empty() {
+                    let work = flying.swap_remove(rng.index(flying.len()));
+                    landed.insert(work.ix.get());
+                    regions.placed(work.ix);
+                }
+                while let Some(region) = regions.take_done() {
+                    for page in region.start().get() / 4096..region.end().get() / 4096 {
+                        released[Bytes(page).as_len()] += 1;
+                        let ok = !pages[Bytes(page).as_len()] || landed.contains(&(page / 16));
+                        prop_assert!(ok, "page {} is released and not placed", page);
+                    }
+                }
+            }
+            for (page, listed) in pages.iter().enumerate() {
+                let resumed = placed.contains(&(Bytes::from_len(page).get() / 16));
+                prop_assert_eq!(seen[page], u32::from(*listed && !resumed), "page {}", page);
+                prop_assert_eq!(released[page], 1, "page {}", page);
+            }
+        }
+    }
+}
