@@ -10,7 +10,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
+use crate::topology::Topology;
 
 /// An origin at rest, open for reading.
 pub struct ColdOrigin {
@@ -25,7 +26,7 @@ enum Witness {
     /// Size, modification and change time of a file.
     File { size: u64, modified: (i64, i64), changed: (i64, i64) },
     /// Writes completed and sectors written, from the device's statistics.
-    Device { writes: u64, sectors: u64 },
+    Device { writes: u64, sectors: Sectors },
     /// The kernel keeps no statistics of this device.
     None,
 }
@@ -95,15 +96,9 @@ impl Witness {
                 changed: (meta.ctime(), meta.ctime_nsec()),
             });
         };
-        // Documentation/block/stat.rst: field 5 is write I/Os, field 7 sectors written.
-        let Ok(text) = std::fs::read_to_string(format!("/sys/dev/block/{device}/stat")) else {
-            return Ok(Self::None);
-        };
-        let field =
-            |index: usize| text.split_ascii_whitespace().nth(index).and_then(|word| word.parse().ok());
-        Ok(match (field(4), field(6)) {
-            (Some(writes), Some(sectors)) => Self::Device { writes, sectors },
-            _ => Self::None,
+        Ok(match Topology::default().disk_stat(device) {
+            Some(stat) => Self::Device { writes: stat.writes, sectors: stat.sectors_written },
+            None => Self::None,
         })
     }
 }

@@ -1,0 +1,203 @@
+//! How long do the reads and writes of a device take? From the kernel's own counters.
+//!
+//! `/sys/dev/block/M:m/stat` (Documentation/block/stat.rst) counts, since the device was made, I/Os,
+//! sectors and the time that each kind of I/O has waited; the difference of two looks is the mean
+//! latency between them. Reading it costs the device nothing. The counts are 64 bits wide on the hosts
+//! that we run on; the milliseconds are 32 ("%u") and wrap, and are subtracted accordingly.
+//!
+//! Two limits of the source. With `queue/iostats` at 0 the counters stand still: [`Topology::keeps_stats`]
+//! tells that apart from a device at rest. And the time of a device without a queue of its own (all of
+//! device-mapper) is counted in the scheduler's ticks, 1 to 10 ms each: right on the average of many
+//! I/Os, coarse for a few.
+
+use std::fs;
+use std::time::Duration;
+
+use super::Topology;
+use crate::base::{DeviceNumber, Sectors};
+
+/// The counters of a device at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskStat {
+    /// Reads completed.
+    pub reads: u64,
+    /// Time that they waited, summed, milliseconds; wraps.
+    pub read_ticks_ms: u32,
+    /// Writes completed.
+    pub writes: u64,
+    /// Sectors written.
+    pub sectors_written: Sectors,
+    /// Time that they waited, summed, milliseconds; wraps.
+    pub write_ticks_ms: u32,
+    /// I/Os issued and not completed.
+    pub in_flight: u64,
+}
+
+/// What a device did between two looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interval {
+    /// Reads completed.
+    pub reads: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Time that these reads and writes waited, summed.
+    pub waited: Duration,
+    /// I/Os issued and not completed at its end.
+    pub in_flight: u64,
+}
+
+impl Interval {
+    /// Mean time from an I/O's issue to its completion; None where none was completed.
+    #[must_use]
+    pub fn mean_latency(&self) -> Option<Duration> {
+        let count = u128::from(self.reads) + u128::from(self.writes);
+        let mean = self.waited.as_nanos().checked_div(count)?;
+        Some(Duration::from_nanos(u64::try_from(mean).unwrap_or(u64::MAX)))
+    }
+}
+
+impl DiskStat {
+    /// Reads the text of a `stat` file; None where it is none. Kernels before 4.18 and 5.5 have fewer
+    /// fields at the end, later ones may have more.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut fields = [0u64; 9];
+        let mut words = text.split_ascii_whitespace();
+        for field in &mut fields {
+            *field = words.next()?.parse().ok()?;
+        }
+        let [reads, _, _, read_ticks, writes, _, sectors_written, write_ticks, in_flight] = fields;
+        Some(Self {
+            reads,
+            read_ticks_ms: u32::try_from(read_ticks).ok()?,
+            writes,
+            sectors_written: Sectors(sectors_written),
+            write_ticks_ms: u32::try_from(write_ticks).ok()?,
+            in_flight,
+        })
+    }
+
+    /// What was done since `earlier`; None where the counts have gone back: another device by the same
+    /// number.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Option<Interval> {
+        let ms = |now: u32, then: u32| u64::from(now.wrapping_sub(then));
+        let waited =
+            ms(self.read_ticks_ms, earlier.read_ticks_ms) + ms(self.write_ticks_ms, earlier.write_ticks_ms);
+        Some(Interval {
+            reads: self.reads.checked_sub(earlier.reads)?,
+            writes: self.writes.checked_sub(earlier.writes)?,
+            waited: Duration::from_millis(waited),
+            in_flight: self.in_flight,
+        })
+    }
+}
+
+impl Topology {
+    /// The counters of `device`; None where the kernel has none.
+    #[must_use]
+    pub fn disk_stat(&self, device: DeviceNumber) -> Option<DiskStat> {
+        DiskStat::parse(&fs::read_to_string(self.node(device).join("stat")).ok()?)
+    }
+
+    /// False where the kernel was told to keep no statistics of `device`. (Device-mapper honours that
+    /// since 6.0; before, it counts all the same, and the answer here is a pessimist's.)
+    #[must_use]
+    pub fn keeps_stats(&self, device: DeviceNumber) -> bool {
+        let node = self.node(device);
+        let told = ["queue", "../queue"]
+            .iter()
+            .find_map(|queue| fs::read_to_string(node.join(queue).join("iostats")).ok());
+        told.is_none_or(|text| text.trim() != "0")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::topology::tests::{dev, machine};
+
+    /// As a 6.12 kernel prints it.
+    const STAT: &str = "  122146    54419 163813748   352915   119108    49274 150922129   554402        \
+                        3    98636   917116     9158       41 135950576     9733     1749       65\n";
+
+    #[test]
+    fn the_fields_are_where_the_kernel_puts_them() {
+        let expected = DiskStat {
+            reads: 122_146,
+            read_ticks_ms: 352_915,
+            writes: 119_108,
+            sectors_written: Sectors(150_922_129),
+            write_ticks_ms: 554_402,
+            in_flight: 3,
+        };
+        assert_eq!(DiskStat::parse(STAT), Some(expected));
+        let oldest: Vec<&str> = STAT.split_whitespace().take(11).collect();
+        assert_eq!(DiskStat::parse(&oldest.join(" ")), Some(expected));
+        for bad in ["", "1 2 3", "a b c d e f g h i", "1 2 3 4 5 6 7 8 -9", "1 2 3 4294967296 5 6 7 8 9"] {
+            assert_eq!(DiskStat::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_mean_needs_an_io() {
+        let stat = DiskStat::parse(STAT).unwrap();
+        assert_eq!(stat.since(&stat).unwrap().mean_latency(), None);
+        let later = DiskStat {
+            reads: stat.reads + 3,
+            writes: stat.writes + 1,
+            read_ticks_ms: stat.read_ticks_ms + 2,
+            write_ticks_ms: stat.write_ticks_ms + 8,
+            ..stat
+        };
+        let interval = later.since(&stat).unwrap();
+        assert_eq!(interval.mean_latency(), Some(Duration::from_micros(2500)));
+        assert_eq!(interval.in_flight, 3);
+        assert_eq!(stat.since(&later), None, "another device");
+    }
+
+    #[test]
+    fn a_device_without_statistics_is_told_from_one_at_rest() {
+        let (keep, topology) = machine();
+        let disk = keep.path().join("sys/devices/sda");
+        assert!(topology.keeps_stats(dev(8, 0)), "a kernel that does not say keeps them");
+        assert_eq!(topology.disk_stat(dev(8, 0)), None);
+        fs::write(disk.join("stat"), STAT).unwrap();
+        assert_eq!(topology.disk_stat(dev(8, 0)), DiskStat::parse(STAT));
+        fs::create_dir(disk.join("queue")).unwrap();
+        for (text, keeps) in [("1\n", true), ("0\n", false)] {
+            fs::write(disk.join("queue/iostats"), text).unwrap();
+            assert_eq!(topology.keeps_stats(dev(8, 0)), keeps);
+            assert_eq!(topology.keeps_stats(dev(8, 1)), keeps, "a partition has its disk's queue");
+        }
+    }
+
+    proptest! {
+        /// Against sums of wide numbers: whatever is done between two looks comes out, also where the
+        /// milliseconds wrap.
+        #[test]
+        fn differences_survive_the_wrap(
+            start: u32, other: u32, ios in 0u64..1 << 40, read_ms in 0u32..1 << 31, write_ms in 0u32..1 << 31,
+        ) {
+            let then = DiskStat { read_ticks_ms: start, write_ticks_ms: other, ..DiskStat::default() };
+            let wrap = |from: u32, by: u32| {
+                u32::try_from((u64::from(from) + u64::from(by)) % (1 << 32)).unwrap()
+            };
+            let now = DiskStat {
+                reads: ios,
+                read_ticks_ms: wrap(start, read_ms),
+                write_ticks_ms: wrap(other, write_ms),
+                ..then
+            };
+            let waited = Duration::from_millis(u64::from(read_ms) + u64::from(write_ms));
+            prop_assert_eq!(now.since(&then).unwrap().waited, waited);
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in any::<String>()) {
+            let _ = DiskStat::parse(&text);
+        }
+    }
+}
