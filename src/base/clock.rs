@@ -22,6 +22,21 @@ pub fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S
     serializer.serialize_f64(time.as_secs_f64())
 }
 
+/// As [`seconds`], null where there is none.
+///
+/// # Errors
+/// The serializer's.
+#[allow(clippy::ref_option)] // what serde calls
+pub fn seconds_if_known<S: serde::Serializer>(
+    time: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => seconds(time, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
 /// Measures a duration from its creation.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopwatch(Instant);

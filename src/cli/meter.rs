@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::base::Bytes;
-use crate::copy::progress::{Event, Phase, StoreFill};
+use crate::copy::progress::{Event, Phase, SegmentCount, StoreFill};
 
 /// The rate is measured over this much of the recent past: shorter jumps, longer lags.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
@@ -14,13 +14,38 @@ const RATE_WINDOW: Duration = Duration::from_secs(10);
 /// Samples kept for the rate; more frequent events replace the newest one.
 const SAMPLE_COUNT_MAX: usize = 64;
 
+/// What has been released so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// Regions released.
+    pub regions: u64,
+    /// Regions in all.
+    pub total: u64,
+    /// The longest that a release has held the origin.
+    pub longest_stall: Duration,
+}
+
+/// How the applications fare on the origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Latency {
+    /// Mean of their reads and writes now, where there are any.
+    pub origin: Option<Duration>,
+    /// Without the copier, where known.
+    pub baseline: Option<Duration>,
+    /// What the copier is allowed therefore, bytes per second; None: no limit.
+    pub allowed: Option<Bytes>,
+}
+
 /// What is known about a running copy.
 #[derive(Debug, Default)]
 pub struct Meter {
     phase: Option<Phase>,
     done: Bytes,
     total: Option<Bytes>,
+    segments: Option<SegmentCount>,
     store: Option<StoreFill>,
+    released: Option<Released>,
+    latency: Option<Latency>,
     samples: VecDeque<(Instant, Bytes)>,
 }
 
@@ -32,18 +57,27 @@ impl Meter {
                 self.phase = Some(*phase);
                 self.done = Bytes::ZERO;
                 self.total = *total;
+                self.segments = None;
                 self.samples.clear();
                 self.samples.push_back((now, Bytes::ZERO));
             }
-            Event::Progress { phase, done, total } => {
+            Event::Progress { phase, done, total, segments } => {
                 if self.phase != Some(*phase) {
                     self.take(&Event::Phase { phase: *phase, total: *total }, now);
                 }
                 self.done = *done;
                 self.total = total.or(self.total);
+                self.segments = *segments;
                 self.sample(now);
             }
             Event::Store(fill) => self.store = Some(*fill),
+            Event::Regions { released, total, longest_stall, .. } => {
+                self.released =
+                    Some(Released { regions: *released, total: *total, longest_stall: *longest_stall });
+            }
+            Event::Latency { origin, baseline, rate } => {
+                self.latency = Some(Latency { origin: *origin, baseline: *baseline, allowed: *rate });
+            }
             Event::Instant { .. } | Event::Note { .. } | Event::Warning { .. } => {}
         }
     }
@@ -85,6 +119,24 @@ impl Meter {
         self.store.as_ref()
     }
 
+    /// The segments, in the phase that has them.
+    #[must_use]
+    pub fn segments(&self) -> Option<SegmentCount> {
+        self.segments
+    }
+
+    /// The regions, once one was released.
+    #[must_use]
+    pub fn released(&self) -> Option<&Released> {
+        self.released.as_ref()
+    }
+
+    /// The origin's latency, once measured.
+    #[must_use]
+    pub fn latency(&self) -> Option<&Latency> {
+        self.latency.as_ref()
+    }
+
     /// Bytes per second over the recent past; None before two moments are known.
     #[must_use]
     pub fn rate(&self) -> Option<Bytes> {
@@ -122,10 +174,58 @@ pub fn phase_text(phase: Phase) -> &'static str {
     }
 }
 
-/// "store 12 MiB of 1 GiB, 3012 exceptions".
+/// "store 12 MiB of 1 GiB (RAM 4 MiB, disk 8 MiB), 3012 exceptions, 40/s".
 #[must_use]
 pub fn store_text(fill: &StoreFill) -> String {
-    format!("store {} of {}, {} exceptions", fill.used_bytes, fill.total_bytes, fill.exceptions)
+    format!(
+        "store {} of {} (RAM {}, disk {}), {} exceptions, {}/s",
+        fill.used_bytes,
+        fill.total_bytes,
+        fill.ram_used_bytes,
+        fill.disk_used_bytes,
+        fill.exceptions,
+        fill.exceptions_per_second
+    )
+}
+
+/// "5 of 16 regions released, longest stall 12.3 ms".
+#[must_use]
+pub fn released_text(released: &Released) -> String {
+    format!(
+        "{} of {} regions released, longest stall {}",
+        released.regions,
+        released.total,
+        latency_text(released.longest_stall)
+    )
+}
+
+/// "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s"; what is not known is left
+/// out, and an origin without applications is "idle".
+#[must_use]
+pub fn origin_text(latency: &Latency) -> String {
+    let mut text = match latency.origin {
+        Some(origin) => format!("origin {} per I/O", latency_text(origin)),
+        None => "origin idle".to_owned(),
+    };
+    if let (Some(_), Some(baseline)) = (latency.origin, latency.baseline) {
+        text.push_str(&format!(" ({} undisturbed)", latency_text(baseline)));
+    }
+    if let Some(allowed) = latency.allowed {
+        text.push_str(&format!(", copier at most {allowed}/s"));
+    }
+    text
+}
+
+/// "820 us", "1.2 ms", "340 ms", "2.5 s": three digits at most, for what takes less than minutes.
+#[must_use]
+pub fn latency_text(time: Duration) -> String {
+    let micros = time.as_micros();
+    match micros {
+        0..1_000 => format!("{micros} us"),
+        1_000..100_000 => format!("{}.{} ms", micros / 1_000, micros / 100 % 10),
+        100_000..1_000_000 => format!("{} ms", micros / 1_000),
+        _ => format!("{}.{} s", micros / 1_000_000, micros / 100_000 % 10),
+    }
 }
 
 /// "42 s", "3 min 5 s", "2 h 10 min".
@@ -144,7 +244,7 @@ mod tests {
     use super::*;
 
     fn progress(done: u64) -> Event {
-        Event::Progress { phase: Phase::Data, done: Bytes(done), total: Some(Bytes(1000)) }
+        Event::Progress { phase: Phase::Data, done: Bytes(done), total: Some(Bytes(1000)), segments: None }
     }
 
     #[test]
@@ -182,9 +282,70 @@ mod tests {
     }
 
     #[test]
+    fn what_is_told_is_kept_and_worded() {
+        let now = Instant::now();
+        let mut meter = Meter::default();
+        assert!(meter.segments().is_none() && meter.released().is_none() && meter.latency().is_none());
+        let segments = Some(SegmentCount { done: 3, total: 8 });
+        meter.take(&Event::Progress { phase: Phase::Data, done: Bytes(1), total: None, segments }, now);
+        assert_eq!(meter.segments(), segments);
+        meter.take(
+            &Event::Regions {
+                released: 5,
+                total: 16,
+                released_bytes: Bytes::gib(5),
+                stall: Duration::from_millis(1),
+                longest_stall: Duration::from_micros(12_345),
+            },
+            now,
+        );
+        assert_eq!(
+            released_text(meter.released().unwrap()),
+            "5 of 16 regions released, longest stall 12.3 ms"
+        );
+        let (origin, baseline) = (Some(Duration::from_micros(1234)), Some(Duration::from_micros(820)));
+        for (origin, baseline, rate, text) in [
+            (
+                origin,
+                baseline,
+                Some(Bytes::mib(100)),
+                "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s",
+            ),
+            (origin, None, None, "origin 1.2 ms per I/O"),
+            (None, baseline, None, "origin idle"),
+        ] {
+            meter.take(&Event::Latency { origin, baseline, rate }, now);
+            assert_eq!(origin_text(meter.latency().unwrap()), text);
+        }
+        let fill = StoreFill {
+            used_bytes: Bytes::mib(12),
+            total_bytes: Bytes::gib(1),
+            ram_used_bytes: Bytes::mib(4),
+            disk_used_bytes: Bytes::mib(8),
+            exceptions: 3012,
+            exceptions_per_second: 40,
+            ..StoreFill::default()
+        };
+        assert_eq!(store_text(&fill), "store 12 MiB of 1 GiB (RAM 4 MiB, disk 8 MiB), 3012 exceptions, 40/s");
+        meter.take(&Event::Phase { phase: Phase::Originals, total: None }, now);
+        assert_eq!(meter.segments(), None, "segments are the data phase's");
+        assert!(meter.released().is_some(), "releases go on");
+    }
+
+    #[test]
     fn times_read_well() {
         for (seconds, text) in [(0, "0 s"), (61, "1 min 1 s"), (7800, "2 h 10 min")] {
             assert_eq!(duration_text(Duration::from_secs(seconds)), text);
+        }
+        for (micros, text) in [
+            (0, "0 us"),
+            (999, "999 us"),
+            (1_000, "1.0 ms"),
+            (99_999, "99.9 ms"),
+            (340_500, "340 ms"),
+            (2_549_000, "2.5 s"),
+        ] {
+            assert_eq!(latency_text(Duration::from_micros(micros)), text);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
-use super::meter::{Meter, duration_text, phase_text, store_text};
+use super::meter::{Meter, duration_text, origin_text, phase_text, released_text, store_text};
 use super::output::{Output, json_line, set_bar, stderr_has_colour, talk};
 use crate::base::{Bytes, clock};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
@@ -86,7 +86,7 @@ impl Observer for PlainLines {
                     talk(&plain_line(&state.0));
                 }
             }
-            Event::Store(_) => {}
+            Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {}
             Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
             Event::Note { text } => talk(&format!("{text}\n")),
             Event::Warning { text } => talk(&format!("warning: {text}\n")),
@@ -109,25 +109,39 @@ fn plain_line(meter: &Meter) -> String {
     if let Some(left) = meter.left() {
         line.push_str(&format!(", {} left", duration_text(left)));
     }
-    if let Some(fill) = meter.store() {
-        line.push_str(&format!(", {}", store_text(fill)));
+    if let Some(segments) = meter.segments() {
+        line.push_str(&format!(", {} of {} segments", segments.done, segments.total));
+    }
+    for text in beneath(meter).into_iter().flatten() {
+        line.push_str(&format!(", {text}"));
     }
     line.push('\n');
     line
 }
 
-/// A bar on the terminal, and beneath it a line for the store once there is one.
+/// The lines beneath the bar: the store, what was released, and how the applications fare; each once
+/// there is something to say. Each fits a terminal of 80 columns.
+type Beneath = [Option<String>; 3];
+
+/// What the bar's template calls them.
+const BENEATH_KEYS: [&str; 3] = ["store_fill", "releases", "origin"];
+
+fn beneath(meter: &Meter) -> Beneath {
+    [meter.store().map(store_text), meter.released().map(released_text), meter.latency().map(origin_text)]
+}
+
+/// A bar on the terminal, and lines beneath it.
 struct Bar {
     meter: Mutex<Meter>,
     bar: ProgressBar,
-    store: Arc<Mutex<String>>,
+    beneath: Arc<Mutex<Beneath>>,
 }
 
 impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(BAR_HZ));
         set_bar(Some(bar.clone()));
-        Self { meter: Mutex::default(), bar, store: Arc::default() }
+        Self { meter: Mutex::default(), bar, beneath: Arc::default() }
     }
 
     fn style(&self, meter: &Meter) -> ProgressStyle {
@@ -138,15 +152,34 @@ impl Bar {
             (false, true) => "{prefix:>10.bold} {spinner} {wide_msg}",
             (false, false) => "{prefix:>10} {spinner} {wide_msg}",
         };
-        let second = if meter.store().is_some() { "\n{store_fill}" } else { "" };
-        let store = Arc::clone(&self.store);
-        ProgressStyle::with_template(&format!("{first}{second}"))
+        let mut template = first.to_owned();
+        for (key, text) in BENEATH_KEYS.iter().zip(&*lock(&self.beneath)) {
+            if text.is_some() {
+                template.push_str(&format!("\n{:>10} {{{key}}}", ""));
+            }
+        }
+        let mut style = ProgressStyle::with_template(&template)
             .expect("the templates are constants")
-            .progress_chars("=> ")
-            .with_key("store_fill", move |_: &ProgressState, out: &mut dyn fmt::Write| {
+            .progress_chars("=> ");
+        for (at, key) in BENEATH_KEYS.into_iter().enumerate() {
+            let beneath = Arc::clone(&self.beneath);
+            style = style.with_key(key, move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                let lines = lock(&beneath);
                 // A String cannot refuse.
-                let _ = out.write_str(&lock(&store));
-            })
+                let _ = out.write_str(lines.get(at).and_then(Option::as_deref).unwrap_or_default());
+            });
+        }
+        style
+    }
+
+    /// Takes over what stands beneath the bar; a line that was not there before needs another template.
+    fn draw_beneath(&self, meter: &Meter) {
+        let new = beneath(meter);
+        let old = std::mem::replace(&mut *lock(&self.beneath), new.clone());
+        if old.iter().map(Option::is_some).ne(new.iter().map(Option::is_some)) {
+            self.bar.set_style(self.style(meter));
+        }
+        self.draw(meter);
     }
 
     fn draw(&self, meter: &Meter) {
@@ -188,14 +221,7 @@ impl Observer for Bar {
                 self.draw(&meter);
             }
             Event::Progress { .. } => self.draw(&meter),
-            Event::Store(fill) => {
-                let text = format!("{:>10} {}", "", store_text(fill));
-                let first = std::mem::replace(&mut *lock(&self.store), text).is_empty();
-                if first {
-                    self.bar.set_style(self.style(&meter));
-                }
-                self.draw(&meter);
-            }
+            Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => self.draw_beneath(&meter),
             Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
             Event::Note { text } => talk(&format!("{text}\n")),
             Event::Warning { text } => talk(&format!("warning: {text}\n")),
@@ -279,6 +305,7 @@ impl Observer for JsonLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::copy::progress::SegmentCount;
 
     #[test]
     fn a_plain_line_says_it_all() {
@@ -289,15 +316,23 @@ mod tests {
         let fill = StoreFill {
             used_bytes: Bytes::mib(1),
             total_bytes: Bytes::gib(1),
+            ram_used_bytes: Bytes::mib(1),
             exceptions: 7,
             ..StoreFill::default()
         };
-        meter.take(&Event::Store(fill), start);
-        let progress = Event::Progress { phase: Phase::Data, done: Bytes::mib(20), total };
+        let segments = Some(SegmentCount { done: 20, total: 100 });
+        let progress = Event::Progress { phase: Phase::Data, done: Bytes::mib(20), total, segments };
         meter.take(&progress, start + Duration::from_secs(2));
+        let copying = "copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, 20 of 100 segments";
+        assert_eq!(plain_line(&meter), format!("{copying}\n"));
+        meter.take(&Event::Store(fill), start);
+        let store = "store 1 MiB of 1 GiB (RAM 1 MiB, disk 0 B), 7 exceptions, 0/s";
+        assert_eq!(plain_line(&meter), format!("{copying}, {store}\n"));
+        let (origin, rate) = (Some(Duration::from_millis(2)), Some(Bytes::mib(10)));
+        meter.take(&Event::Latency { origin, baseline: None, rate }, start);
         assert_eq!(
             plain_line(&meter),
-            "copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, store 1 MiB of 1 GiB, 7 exceptions\n"
+            format!("{copying}, {store}, origin 2.0 ms per I/O, copier at most 10 MiB/s\n")
         );
         assert_eq!(bar_message(&meter), "20 MiB of 100 MiB, 10 MiB/s, 8 s left");
     }
@@ -306,8 +341,9 @@ mod tests {
     fn every_event_is_a_json_object() {
         for event in [
             Event::Phase { phase: Phase::Data, total: None },
-            Event::Progress { phase: Phase::Data, done: Bytes(1), total: Some(Bytes(2)) },
+            Event::Progress { phase: Phase::Data, done: Bytes(1), total: Some(Bytes(2)), segments: None },
             Event::Store(StoreFill::default()),
+            Event::Latency { origin: None, baseline: None, rate: None },
             Event::Instant { utc_ns: 1, frozen: Duration::ZERO, suspended: Duration::ZERO },
             Event::Note { text: "n".into() },
             Event::Warning { text: "w".into() },
@@ -319,5 +355,36 @@ mod tests {
             assert_eq!(value["type"], "progress", "{value}");
             assert!(value["event"].is_string(), "{value}");
         }
+    }
+
+    #[test]
+    fn numbers_are_named_in_json() {
+        let value = |event: Event| -> serde_json::Value { serde_json::to_value(event).unwrap() };
+        let segments = Some(SegmentCount { done: 3, total: 8 });
+        let progress = Event::Progress { phase: Phase::Data, done: Bytes(1), total: None, segments };
+        assert_eq!(
+            value(progress),
+            serde_json::json!({
+                "event": "progress", "phase": "data", "done": 1, "total": null,
+                "segments_done": 3, "segments_total": 8,
+            })
+        );
+        let (stall, longest_stall) = (Duration::from_millis(250), Duration::from_millis(500));
+        assert_eq!(
+            value(Event::Regions { released: 1, total: 4, released_bytes: Bytes(64), stall, longest_stall }),
+            serde_json::json!({
+                "event": "regions", "released": 1, "total": 4, "released_bytes": 64,
+                "stall_seconds": 0.25, "longest_stall_seconds": 0.5,
+            })
+        );
+        assert_eq!(
+            value(Event::Latency { origin: Some(stall), baseline: None, rate: Some(Bytes(7)) }),
+            serde_json::json!({
+                "event": "latency", "origin_seconds": 0.25, "baseline_seconds": null,
+                "allowed_bytes_per_second": 7,
+            })
+        );
+        let fill = value(Event::Store(StoreFill { ram_used_bytes: Bytes(5), ..StoreFill::default() }));
+        assert_eq!((&fill["ram_used_bytes"], &fill["exceptions_per_second"]), (&5.into(), &0.into()));
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use super::progress::{Event, Observer, Phase};
+use super::progress::{Event, Observer, Phase, SegmentCount};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx};
 use crate::extent::Extent;
@@ -40,6 +40,7 @@ pub struct Driver<'a> {
     phase: Phase,
     done: Bytes,
     total: Option<Bytes>,
+    segments: Option<SegmentCount>,
 }
 
 impl<'a> Driver<'a> {
@@ -59,6 +60,7 @@ impl<'a> Driver<'a> {
             phase: Phase::Data,
             done: Bytes::ZERO,
             total: None,
+            segments: None,
         }
     }
 
@@ -71,7 +73,13 @@ impl<'a> Driver<'a> {
         self.phase = phase;
         self.done = Bytes::ZERO;
         self.total = total;
+        self.segments = None;
         self.observer.event(&Event::Phase { phase, total });
+    }
+
+    /// From here on in this phase each [`Driver::advance`] is one segment.
+    pub(super) fn count_segments(&mut self, done: u64, total: u64) {
+        self.segments = Some(SegmentCount { done, total });
     }
 
     pub(super) fn end_phase(&mut self) {
@@ -80,6 +88,9 @@ impl<'a> Driver<'a> {
 
     pub(super) fn advance(&mut self, bytes: Bytes) {
         self.done += bytes;
+        if let Some(segments) = &mut self.segments {
+            segments.done += 1;
+        }
         if self.now().saturating_sub(self.reported) >= PROGRESS_INTERVAL {
             self.report_progress();
         }
@@ -87,7 +98,12 @@ impl<'a> Driver<'a> {
 
     fn report_progress(&mut self) {
         self.reported = self.now();
-        self.observer.event(&Event::Progress { phase: self.phase, done: self.done, total: self.total });
+        self.observer.event(&Event::Progress {
+            phase: self.phase,
+            done: self.done,
+            total: self.total,
+            segments: self.segments,
+        });
     }
 
     fn token(&mut self) -> u64 {

@@ -78,6 +78,7 @@ pub(super) fn run(
     let schedule = plan.schedule;
     driver.begin_phase(Phase::Data, Some(schedule.total()));
     driver.advance(plan.placed.bytes(schedule));
+    driver.count_segments(plan.placed.count(), schedule.work_count());
     let regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
     let mut fuzzy = Fuzzy {
         driver,

@@ -81,6 +81,20 @@ impl Schedule {
         self.extents.iter().map(|extent| extent.length()).sum()
     }
 
+    /// How many segments [`Schedule::works`] gives, without making them.
+    #[must_use]
+    pub fn work_count(&self) -> u64 {
+        let mut next = SegmentIx(0);
+        let mut count = 0;
+        for extent in &self.extents {
+            let end = self.segment.count_for(extent.end());
+            let start = self.segment.index_of(extent.start()).max(next);
+            count += end.saturating_sub(start.get());
+            next = next.max(SegmentIx(end));
+        }
+        count
+    }
+
     /// The ranges that are not in the block list, in order.
     pub fn gaps(&self) -> impl Iterator<Item = Extent> + '_ {
         let ends = self.extents.iter().map(|extent| extent.end());
@@ -221,6 +235,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(&merged, &extents);
+            prop_assert_eq!(schedule.work_count(), u64::try_from(schedule.works().count()).unwrap());
             let mut all: Vec<Extent> = merged.into_iter().chain(schedule.gaps()).collect();
             all.sort_by_key(|extent| extent.start());
             prop_assert_eq!(all.iter().map(|extent| extent.length()).sum::<Bytes>(), size);

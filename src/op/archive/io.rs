@@ -83,7 +83,12 @@ impl<'a> Io<'a> {
     /// Tells the observer how far the phase is.
     pub(in crate::op) fn report(&mut self) {
         self.reported = self.elapsed();
-        self.observer.event(&Event::Progress { phase: self.phase, done: self.done, total: self.total });
+        self.observer.event(&Event::Progress {
+            phase: self.phase,
+            done: self.done,
+            total: self.total,
+            segments: None,
+        });
     }
 
     /// Hears the interrupt where it is time to.

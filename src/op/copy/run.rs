@@ -274,12 +274,22 @@ fn tell(observer: &dyn Observer, event: StoreEvent) {
 }
 
 fn progress_of(fill: Fill) -> StoreFill {
+    // The kernel allocates from the front, and the head is in front.
+    let ram_used_bytes = fill.used_bytes.min(fill.ram_bytes);
+    // What fills the store are exceptions and their entries, in a fixed proportion.
+    let exceptions_per_second = (u128::from(fill.fill_bytes_per_second) * u128::from(fill.exceptions))
+        .checked_div(u128::from(fill.used_bytes.get()))
+        .and_then(|rate| u64::try_from(rate).ok())
+        .unwrap_or(0);
     StoreFill {
         used_bytes: fill.used_bytes,
         total_bytes: fill.total_bytes,
         ram_bytes: fill.ram_bytes,
+        ram_used_bytes,
+        disk_used_bytes: fill.used_bytes - ram_used_bytes,
         exceptions: fill.exceptions,
         fill_bytes_per_second: fill.fill_bytes_per_second,
+        exceptions_per_second,
     }
 }
 
