@@ -4,4 +4,5 @@
 pub mod archive;
 mod bytes;
 pub mod exception_store;
+pub mod progress;
 pub mod state;

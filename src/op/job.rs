@@ -2,7 +2,8 @@
 //!
 //! `/run/tidemark/<id>.lock` is locked (flock) from the job's beginning to the process's end, however
 //! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
-//! record (see the state format). Crash argument of a record's replacement:
+//! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](super::journal) of a
+//! copy's segments, which ends with the job. Crash argument of a record's replacement:
 //! 1. the new record is written under a temporary name and synced;
 //! 2. it is renamed over the old one;
 //! 3. the directory is synced.
@@ -101,6 +102,12 @@ impl Job {
     #[must_use]
     pub fn id(&self) -> &str {
         &self.record.job
+    }
+
+    /// Where the journal of its segments is, if it makes one.
+    #[must_use]
+    pub fn segments_path(&self) -> PathBuf {
+        segments_path(&self.directory, &self.record.job)
     }
 
     /// Notes what is being copied.
@@ -231,6 +238,12 @@ pub struct FoundJob {
 }
 
 impl FoundJob {
+    /// Where the journal of its segments is, if it made one.
+    #[must_use]
+    pub fn segments_path(&self) -> PathBuf {
+        segments_path(Path::new(RUN_DIR), &self.id)
+    }
+
     /// Removes the record and the lock of a dead job, once everything it made is gone.
     ///
     /// # Errors
@@ -296,8 +309,8 @@ fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
 
 fn remove_job(directory: &Path, id: &str) -> Result<()> {
     // The lock last: as long as it exists the job can be found.
-    for path in [temporary(&record_path(directory, id)), record_path(directory, id), lock_path(directory, id)]
-    {
+    let record = record_path(directory, id);
+    for path in [segments_path(directory, id), temporary(&record), record, lock_path(directory, id)] {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).io_context(|| format!("removing {}", path.display()));
@@ -345,6 +358,10 @@ fn lock_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.lock"))
 }
 
+fn segments_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.segments"))
+}
+
 fn temporary(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
@@ -375,6 +392,7 @@ mod tests {
         let mut job = Job::begin_in(dir.path(), "copy").unwrap();
         job.note_resource("loop", Path::new("/dev/loop7")).unwrap();
         job.forget_resource(Path::new("/dev/loop7")).unwrap();
+        fs::write(job.segments_path(), b"").unwrap();
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -9,6 +9,7 @@ pub mod hidden;
 pub mod hooks;
 pub mod inspect;
 pub mod job;
+pub mod journal;
 pub mod privilege;
 pub mod recover;
 pub mod request;

@@ -26,6 +26,8 @@ pub mod partial;
 pub mod raw;
 
 pub use crate::format::archive::OriginalsMode;
+/// A segment whose write has completed, as the journal of segments notes it.
+pub use crate::format::progress::PlacedSegment;
 
 /// Where a segment's payload begins in a buffer: behind the room for a control block.
 pub const PAYLOAD_OFFSET: usize = 4096;

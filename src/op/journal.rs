@@ -1,0 +1,371 @@
+//! Which segments of a copy are safely on the secondary? The journal of segments, in a file beside the
+//! job's record (see [`format::progress`](crate::format::progress)).
+//!
+//! Invariants:
+//! - a record is appended only after the segment's write has completed, with one write(2) for each
+//!   call; nothing is buffered, so what a call answered survives SIGKILL;
+//! - nothing is synced: the journal outlives the process, and a copy never outlives the host;
+//! - after a failed append every later one fails, and the file ends with its last whole record.
+//!
+//! Must not decide what a resumed copy does with it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, SegmentIx};
+use crate::format::progress::{Follower, HEADER_BYTES, Header, RECORD_BYTES, RECORD_COUNT_MAX, Record};
+use crate::secondary::PlacedSegment;
+
+/// Records read in one go.
+const READ_RECORDS: usize = 4096;
+
+/// What a journal says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalContent {
+    /// The copy that it belongs to.
+    pub header: Header,
+    /// Each segment once, with its last record.
+    pub placed: Vec<PlacedSegment>,
+    /// Originals may have been laid over some of them.
+    pub originals_begun: bool,
+    /// Where the good records end; what is behind is torn.
+    pub length: Bytes,
+}
+
+/// A journal open for appending; see the module's head.
+#[derive(Debug)]
+pub struct SegmentJournal {
+    file: File,
+    path: PathBuf,
+    header: Header,
+    /// The number of the next record.
+    next: u64,
+    /// errno of the first failed append.
+    failed: Option<i32>,
+}
+
+impl SegmentJournal {
+    /// Makes a journal at `path`, where nothing is yet.
+    ///
+    /// # Errors
+    /// I/O errors; [`ErrorKind::BadData`] for a header with facts that cannot be.
+    pub fn create(path: &Path, header: &Header) -> Result<Self> {
+        let block = header.encode()?;
+        let mut file = options()
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .io_context(|| format!("make the journal of segments {}", path.display()))?;
+        // Killed in between: a journal without a header, which is refused; nothing was placed yet.
+        file.write_all(&block).io_context(|| format!("write {}", path.display()))?;
+        Ok(Self { file, path: path.to_owned(), header: header.clone(), next: 0, failed: None })
+    }
+
+    /// Opens the journal of a copy that died, to go on with it: a torn end is cut off.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn open(path: &Path) -> Result<(Self, JournalContent)> {
+        let file = open(path)?;
+        let content = read_from(&file, path)?;
+        file.set_len(content.length.get())
+            .io_context(|| format!("cut the torn end off {}", path.display()))?;
+        let records = (content.length.as_len() - HEADER_BYTES) / RECORD_BYTES;
+        let next = Bytes::from_len(records).get();
+        let journal =
+            Self { file, path: path.to_owned(), header: content.header.clone(), next, failed: None };
+        Ok((journal, content))
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The copy that it belongs to.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Notes that a segment's write has completed.
+    ///
+    /// # Errors
+    /// As [`SegmentJournal::append`].
+    pub fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
+        self.append(std::slice::from_ref(segment))
+    }
+
+    /// Notes that the writes of all these segments have completed.
+    ///
+    /// # Errors
+    /// I/O errors: from then on the copy cannot be resumed from here, and nothing may be released that
+    /// was not noted before. [`ErrorKind::BadData`] for segments that cannot be.
+    pub fn append(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        let mut records = segments.iter().map(|segment| Record::Placed(*segment));
+        self.write(&mut records)
+    }
+
+    /// Notes that originals may be laid over the data from now on.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn originals_begun(&mut self) -> Result<()> {
+        self.write(&mut std::iter::once(Record::OriginalsBegun))
+    }
+
+    fn write(&mut self, records: &mut dyn Iterator<Item = Record>) -> Result<()> {
+        if let Some(errno) = self.failed {
+            return Err(self.failure(io::Error::from_raw_os_error(errno)));
+        }
+        let mut bytes = Vec::new();
+        let mut next = self.next;
+        for record in records {
+            if next >= RECORD_COUNT_MAX {
+                let what = format!(
+                    "{} has {RECORD_COUNT_MAX} records, the most that one holds",
+                    self.path.display()
+                );
+                return Err(Error::refused(what).next("copy again from the beginning"));
+            }
+            bytes.extend(self.header.encode_record(next, &record)?);
+            next += 1;
+        }
+        let end = Bytes::from_len(HEADER_BYTES) + Bytes::from_len(RECORD_BYTES) * self.next;
+        if let Err(error) = self.file.write_all_at(&bytes, end.get()) {
+            self.failed = Some(error.raw_os_error().unwrap_or(libc::EIO));
+            // A part of it may be there: a reader would take it for a torn end, but only if it is the end.
+            if let Err(error) = self.file.set_len(end.get()) {
+                tracing::warn!(path = %self.path.display(), %error, "a torn journal could not be cut");
+            }
+            return Err(self.failure(error));
+        }
+        self.next = next;
+        Ok(())
+    }
+
+    fn failure(&self, error: io::Error) -> Error {
+        Error::io(format!("append to the journal of segments {}", self.path.display()), error)
+            .next("make room below /run; until then the copy goes on only if it need not be resumed")
+    }
+}
+
+/// What the journal at `path` says; nothing is changed.
+///
+/// # Errors
+/// I/O errors; [`ErrorKind::BadData`] for one that is not right in more than a torn end.
+pub fn read(path: &Path) -> Result<JournalContent> {
+    read_from(&open(path)?, path)
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    options
+}
+
+fn open(path: &Path) -> Result<File> {
+    options().open(path).map_err(|error| {
+        let missing = error.kind() == io::ErrorKind::NotFound;
+        let error = Error::io(format!("open the journal of segments {}", path.display()), error);
+        if missing {
+            error.with_kind(ErrorKind::Refused).next("run tidemark recover, and copy again")
+        } else {
+            error
+        }
+    })
+}
+
+fn read_from(file: &File, path: &Path) -> Result<JournalContent> {
+    let mut input = file;
+    let mut memory = vec![0; READ_RECORDS * RECORD_BYTES];
+    let found = fill(&mut input, &mut memory[..HEADER_BYTES], path)?;
+    let named = |error: Error| {
+        error
+            .context(path.display().to_string())
+            .next("the copy cannot be resumed: run tidemark recover, and copy again")
+    };
+    let header = Header::decode(&memory[..found]).map_err(named)?;
+    let mut follower = Follower::new(&header);
+    let mut latest = Latest::new(header.segment_count());
+    loop {
+        // Bounded: the follower refuses more than RECORD_COUNT_MAX records.
+        let found = fill(&mut input, &mut memory, path)?;
+        let blocks = memory[..found].chunks_exact(RECORD_BYTES);
+        let rest = blocks.remainder();
+        for block in blocks {
+            let block = block.try_into().expect("chunks_exact gives whole records");
+            if let Some(Record::Placed(segment)) = follower.take(block).map_err(named)? {
+                latest.note(segment);
+            }
+        }
+        follower.end(rest).map_err(named)?;
+        if found < memory.len() {
+            break;
+        }
+    }
+    let length = Bytes::from_len(HEADER_BYTES) + Bytes::from_len(RECORD_BYTES) * follower.good();
+    let originals_begun = follower.originals_begun();
+    Ok(JournalContent { header, placed: latest.placed, originals_begun, length })
+}
+
+/// Reads until `memory` is full or the file ends.
+fn fill(file: &mut &File, memory: &mut [u8], path: &Path) -> Result<usize> {
+    let mut done = 0;
+    while done < memory.len() {
+        match file.read(&mut memory[done..]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::io(format!("read {}", path.display()), error)),
+        }
+    }
+    Ok(done)
+}
+
+/// Each segment's last record.
+struct Latest {
+    placed: Vec<PlacedSegment>,
+    /// For each segment its place in `placed` plus one, or 0 for none.
+    places: Vec<u32>,
+}
+
+impl Latest {
+    fn new(count: u64) -> Self {
+        Self { placed: Vec::new(), places: vec![0; Bytes(count).as_len()] }
+    }
+
+    fn note(&mut self, segment: PlacedSegment) {
+        let SegmentIx(ix) = segment.ix;
+        let place = &mut self.places[Bytes(ix).as_len()];
+        match usize::try_from(*place).expect("32 bits fit usize on Linux").checked_sub(1) {
+            Some(place) => self.placed[place] = segment,
+            None => {
+                self.placed.push(segment);
+                *place = u32::try_from(self.placed.len()).expect("at most SEGMENT_COUNT_MAX segments");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::base::SegmentSize;
+    use crate::format::progress::ProgressForm;
+
+    fn header() -> Header {
+        Header {
+            job: Uuid::from_u128(7),
+            form: ProgressForm::Archive,
+            archive: Some(Uuid::from_u128(8)),
+            origin_size: Bytes::mib(1),
+            segment: SegmentSize::new(SegmentSize::MIN).unwrap(),
+            instant_ns: 9,
+        }
+    }
+
+    fn segment(ix: u64, crc: u32) -> PlacedSegment {
+        PlacedSegment { ix: SegmentIx(ix), frame: Some(ix), crc: Some(crc), zero: false }
+    }
+
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("0123.segments");
+        (directory, path)
+    }
+
+    #[test]
+    fn what_was_noted_is_read_while_the_writer_goes_on() {
+        let (_keep, path) = place();
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        assert!(SegmentJournal::create(&path, &header()).is_err(), "one journal for one job");
+        journal.placed(&segment(3, 1)).unwrap();
+        assert_eq!(read(&path).unwrap().placed, [segment(3, 1)]);
+        journal.append(&[segment(4, 1), segment(5, 1)]).unwrap();
+        journal.append(&[]).unwrap();
+        assert!(!read(&path).unwrap().originals_begun);
+        journal.originals_begun().unwrap();
+        let content = read(&path).unwrap();
+        assert_eq!(content.placed, [segment(3, 1), segment(4, 1), segment(5, 1)]);
+        assert!(content.originals_begun);
+        assert_eq!(content.header, header());
+    }
+
+    #[test]
+    fn a_torn_end_is_cut_off_and_the_journal_goes_on() {
+        let (_keep, path) = place();
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        journal.append(&[segment(0, 1), segment(1, 1)]).unwrap();
+        drop(journal);
+        let whole = fs::read(&path).unwrap();
+        for cut in HEADER_BYTES..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let (mut journal, content) = SegmentJournal::open(&path).unwrap();
+            let kept = (cut - HEADER_BYTES) / RECORD_BYTES;
+            assert_eq!(content.placed, [segment(0, 1), segment(1, 1)][..kept], "cut at {cut}");
+            journal.placed(&segment(2, 5)).unwrap();
+            let placed = read(&path).unwrap().placed;
+            assert_eq!((placed.len(), placed[kept]), (kept + 1, segment(2, 5)), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn damage_before_the_end_and_a_missing_file_are_refused() {
+        let (_keep, path) = place();
+        assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::Refused);
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        journal.append(&[segment(0, 1), segment(1, 1)]).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[HEADER_BYTES] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        let error = SegmentJournal::open(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadData);
+        assert!(error.next_step().is_some());
+        assert_eq!(fs::read(&path).unwrap(), bytes, "what is refused is not changed");
+        fs::write(&path, b"").unwrap();
+        assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::BadData);
+    }
+
+    #[test]
+    fn after_a_failed_append_there_is_no_other() {
+        let (_keep, path) = place();
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        journal.placed(&segment(0, 1)).unwrap();
+        let before = fs::read(&path).unwrap();
+        journal.file = File::open(&path).unwrap();
+        assert_eq!(journal.placed(&segment(1, 1)).unwrap_err().errno(), Some(libc::EBADF));
+        journal.file = options().open(&path).unwrap();
+        assert_eq!(journal.originals_begun().unwrap_err().errno(), Some(libc::EBADF));
+        assert_eq!(fs::read(&path).unwrap(), before);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..Default::default() })]
+        #[test]
+        fn the_last_record_of_a_segment_counts(
+            batches in prop::collection::vec(prop::collection::vec((0u64..16, any::<u32>()), 0..700), 0..30),
+        ) {
+            let (_keep, path) = place();
+            let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+            let mut model = BTreeMap::new();
+            for batch in batches {
+                let batch: Vec<PlacedSegment> = batch.into_iter().map(|(ix, crc)| segment(ix, crc)).collect();
+                model.extend(batch.iter().map(|segment| (segment.ix, *segment)));
+                journal.append(&batch).unwrap();
+            }
+            let mut placed = read(&path).unwrap().placed;
+            placed.sort_by_key(|segment| segment.ix);
+            prop_assert_eq!(placed, model.into_values().collect::<Vec<_>>());
+        }
+    }
+}
