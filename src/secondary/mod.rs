@@ -26,7 +26,7 @@ pub mod partial;
 pub mod raw;
 
 pub use crate::format::archive::OriginalsMode;
-/// A segment whose write has completed, as the journal of segments notes it.
+/// A segment that is on the secondary: what a later process needs to go on where this one stopped.
 pub use crate::format::progress::PlacedSegment;
 
 /// Where a segment's payload begins in a buffer: behind the room for a control block.
@@ -102,19 +102,6 @@ pub struct Segment<'a> {
     /// CRC-32C of the payload (`extent.length()` bytes), where checksums are kept.
     pub crc: Option<u32>,
     /// The payload is known to be all zero.
-    pub zero: bool,
-}
-
-/// A segment that is on the secondary: what a later process needs to go on where this one stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PlacedSegment {
-    /// Its index.
-    pub ix: SegmentIx,
-    /// Its data frame's sequence; None where it has none (a raw secondary, a segment of zeros).
-    pub frame: Option<u64>,
-    /// CRC-32C of its payload, where checksums are kept.
-    pub crc: Option<u32>,
-    /// It is all zero.
     pub zero: bool,
 }
 

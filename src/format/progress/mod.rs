@@ -85,7 +85,7 @@ pub enum Record {
 pub struct PlacedSegment {
     /// The segment.
     pub ix: SegmentIx,
-    /// Its data frame, in an archive.
+    /// Its data frame's sequence; None where it has none (a raw secondary, a segment of zeros).
     pub frame: Option<u64>,
     /// CRC-32C of its payload, where one was kept.
     pub crc: Option<u32>,
