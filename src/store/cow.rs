@@ -31,6 +31,7 @@ use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
 
 use super::exceptions::{ExceptionReader, StoreDevice, Writing};
+use super::follow::Follower;
 use super::head::{Head, memory_available};
 use super::record::{RECORD_DIR, Record};
 use super::size::{self, FillRate};
@@ -360,11 +361,23 @@ impl CowStore {
     /// As [`Writing::from_status`] and [`ExceptionReader::open`].
     pub fn exceptions(&self, status: &SnapshotStatus) -> Result<ExceptionReader<'_, StoreDevice>> {
         let writing = Writing::from_status(status, self.plan.chunk, || self.settle())?;
-        // The store may grow while it is read: the bound is what it can ever be, and a read of what is
-        // not there fails by itself.
+        ExceptionReader::open(self.device_to_read()?, self.plan.chunk, self.origin_bytes, writing)
+    }
+
+    /// Follows the exceptions as they appear: a hint for the order of copying, see
+    /// [`follow`](super::follow).
+    ///
+    /// # Errors
+    /// As [`CowStore::open_direct`].
+    pub fn follower(&self) -> Result<Follower> {
+        Ok(Follower::new(self.device_to_read()?, self.plan.chunk, self.origin_bytes))
+    }
+
+    /// The store may grow while it is read: the bound is what it can ever be, and a read of what is
+    /// not there fails by itself.
+    fn device_to_read(&self) -> Result<StoreDevice> {
         let size = self.plan.total_bytes_max.max(self.mapped_bytes());
-        let device = StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name));
-        ExceptionReader::open(device, self.plan.chunk, self.origin_bytes, writing)
+        Ok(StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name)))
     }
 
     /// True where the store cannot become any larger.

@@ -39,11 +39,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use crate::base::limits::EXCEPTION_BATCH_MAX;
-use crate::base::{Bytes, ChunkIx, ChunkSize, Error, ErrorKind, Result, ResultExt};
+use crate::base::{Bytes, ChunkIx, ChunkSize, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::dm::SnapshotStatus;
 use crate::extent::Original;
 use crate::format::exception_store::{
-    Bounds, ENTRY_BYTES, Entry, Header, StoreError, area_offset, decode_area,
+    Bounds, ENTRY_BYTES, Entry, Header, StoreError, area_offset, decode_area, listed_entries,
 };
 use crate::io::BlockRead;
 use crate::sys::aligned::AlignedBuffer;
@@ -79,18 +79,21 @@ impl<'a> Writing<'a> {
         let SnapshotStatus::Active { metadata, .. } = status else {
             return Err(Error::new(ErrorKind::StoreInvalid, "the snapshot is no longer valid"));
         };
-        // The kernel counts the header and all areas up to the current one.
-        let chunks = metadata.get() / chunk.sectors().get();
-        match chunks.checked_sub(2) {
-            Some(current_area) if metadata.get().is_multiple_of(chunk.sectors().get()) => {
-                Ok(Self::Kernel { current_area, settle: Box::new(settle) })
-            }
-            _ => Err(Error::new(
+        match current_area(*metadata, chunk) {
+            Some(current_area) => Ok(Self::Kernel { current_area, settle: Box::new(settle) }),
+            None => Err(Error::new(
                 ErrorKind::Kernel,
                 format!("the snapshot's status speaks of {metadata} of metadata with chunks of {chunk}"),
             )),
         }
     }
+}
+
+/// The area that the kernel is filling, from its count of metadata: the header and all areas up to that
+/// one. None for a count that cannot be one of a store with this chunk.
+pub(super) fn current_area(metadata: Sectors, chunk: ChunkSize) -> Option<u64> {
+    let unit = chunk.sectors().get();
+    (metadata.get() / unit).checked_sub(2).filter(|_| metadata.get().is_multiple_of(unit))
 }
 
 /// Reads exceptions, area by area. See the module's head.
@@ -201,10 +204,10 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
         }
         // The one area that may be being written: see the module's head. The order of these three
         // lines is the argument.
-        let count = used_entries(&self.buffer);
+        let count = listed_entries(&self.buffer).count();
         settle()?;
         self.device.read_at(&mut self.buffer, offset)?;
-        if used_entries(&self.buffer) < count {
+        if listed_entries(&self.buffer).count() < count {
             return Err(self.bad("entries that were there have gone"));
         }
         self.buffer[count * ENTRY_BYTES..].fill(0);
@@ -230,14 +233,6 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
 
 fn bad_store(error: StoreError) -> Error {
     Error::from(error).with_kind(ErrorKind::BadData)
-}
-
-/// Entries before the first that ends the list, whatever they say.
-fn used_entries(area: &[u8]) -> usize {
-    let store_chunk = ENTRY_BYTES / 2..ENTRY_BYTES;
-    area.chunks_exact(ENTRY_BYTES)
-        .take_while(|entry| entry[store_chunk.clone()].iter().any(|byte| *byte != 0))
-        .count()
 }
 
 /// Which origin chunks have been named.

@@ -9,6 +9,7 @@
 //! | [`cow`] | the store itself: made, grown, settled, given back or kept |
 //! | [`monitor`] | is the snapshot still valid, and is there room ahead of it |
 //! | [`exceptions`] | which originals does the store hold |
+//! | [`follow`] | where is the origin being written now (a hint) |
 //!
 //! Invariants:
 //! - the origin never waits for Tidemark: growth only ever makes the store larger, and where it
@@ -22,14 +23,18 @@
 
 pub mod cow;
 pub mod exceptions;
+pub mod follow;
 mod head;
 pub mod monitor;
 mod record;
+#[cfg(test)]
+mod simulator;
 pub mod size;
 pub mod tail;
 
 pub use cow::{CowStore, Grown, KeptStore, StoreConfig, StorePlan};
 pub use exceptions::{ExceptionReader, StoreDevice, Writing};
+pub use follow::Follower;
 pub use monitor::{Fill, Monitor, StoreEvent};
 pub use record::release_leftovers;
 pub use tail::TailPlace;

@@ -214,6 +214,15 @@ pub fn decode_area(block: &[u8], skip: usize, bounds: &Bounds) -> Result<AreaEnt
     Ok(area)
 }
 
+/// The entries at the front of a metadata area up to the first that ends the list, whatever they say:
+/// nothing is checked. For hints, and for counting.
+pub fn listed_entries(block: &[u8]) -> impl Iterator<Item = Entry> + '_ {
+    block
+        .chunks_exact(ENTRY_BYTES)
+        .map(|slot| Entry { old: ChunkIx(get_u64(slot, 0)), new: ChunkIx(get_u64(slot, 8)) })
+        .take_while(|entry| entry.new != ChunkIx::ZERO)
+}
+
 /// Writes a metadata area as the kernel does: `entries`, then zeros. For simulated stores.
 ///
 /// # Errors
