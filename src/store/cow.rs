@@ -387,6 +387,12 @@ impl CowStore {
         parts.tail_joined && (parts.tail.is_device() || parts.total() >= self.plan.total_bytes_max)
     }
 
+    /// False for a store that has room for every chunk of the origin: it never runs out.
+    #[must_use]
+    pub fn can_fill_up(&self) -> bool {
+        size::worst_case(self.origin_bytes, self.plan.chunk).is_ok_and(|worst| self.mapped_bytes() < worst)
+    }
+
     /// Gives everything back, once no snapshot uses the store any more. With `keep`, a store that
     /// was made to be kept stays, durable; without, its file is removed.
     ///

@@ -4,7 +4,8 @@
 //! rate at which it fills, and remembers why a snapshot was lost. Invariants: a lost snapshot is
 //! noticed within a second; nothing here ever makes the origin wait (growing swaps the table of the
 //! store alone, for milliseconds); a growth that fails is said once and tried again every second,
-//! while the copy goes on with what there is.
+//! while the copy goes on with what there is. That room is running out for good is said before it is too
+//! late to hold the origin ([`Monitor::is_short`]); whether it is held is not decided here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,16 +18,20 @@ use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, ResultExt};
 use crate::dm::SnapshotStatus;
 
 use super::cow::{CowStore, Grown};
-use super::size::FillRate;
+use super::size::{self, FillRate};
 
 /// Between two looks.
 pub const POLL: Duration = Duration::from_millis(100);
 /// Between two looks while the store is only its RAM head, which fills fastest.
 pub const POLL_HEAD: Duration = Duration::from_millis(40);
+/// Between two looks while a store that cannot grow has little left.
+pub const POLL_SHORT: Duration = Duration::from_millis(10);
 /// Between two attempts to grow after one that failed.
 const GROWTH_PAUSE: Duration = Duration::from_secs(1);
 /// A store that would have been full within this time at its last rate counts as full.
 const FULL_DOUBT: Duration = Duration::from_secs(1);
+/// Exceptions are counted over this long for their number per second.
+const COUNT_TIME: Duration = Duration::from_secs(1);
 /// Failed looks in a row after which the snapshot counts as lost: within a second.
 const STATUS_FAILURES_MAX: u32 = 5;
 
@@ -39,8 +44,14 @@ pub struct Fill {
     pub total_bytes: Bytes,
     /// Of those, the RAM head.
     pub ram_bytes: Bytes,
+    /// Of those in use, in the RAM head: it is filled first.
+    pub used_ram_bytes: Bytes,
+    /// Of those in use, on disk.
+    pub used_disk_bytes: Bytes,
     /// Exceptions.
     pub exceptions: u64,
+    /// New exceptions per second, over about the last second.
+    pub exceptions_per_second: u64,
     /// How fast it fills, bytes per second.
     pub fill_bytes_per_second: u64,
 }
@@ -71,6 +82,8 @@ pub trait Growing: Send + Sync {
     fn ram_bytes(&self) -> Bytes;
     /// See [`CowStore::is_at_its_largest`].
     fn is_at_its_largest(&self) -> bool;
+    /// See [`CowStore::can_fill_up`].
+    fn can_fill_up(&self) -> bool;
     /// Unit of copy-on-write.
     fn chunk(&self) -> ChunkSize;
 }
@@ -90,6 +103,9 @@ impl Growing for CowStore {
     }
     fn is_at_its_largest(&self) -> bool {
         Self::is_at_its_largest(self)
+    }
+    fn can_fill_up(&self) -> bool {
+        Self::can_fill_up(self)
     }
     fn chunk(&self) -> ChunkSize {
         self.plan().chunk
@@ -115,6 +131,7 @@ struct State {
     stop: bool,
     lost: Option<Lost>,
     fill: Fill,
+    short: bool,
 }
 
 impl Shared {
@@ -170,6 +187,16 @@ impl Monitor {
         self.shared.lock().fill
     }
 
+    /// True while the store is about to be full and cannot grow: it is as large as it may be, or its place
+    /// has no more space, and what is free would not last [`SHORT_LEAD`](size::SHORT_LEAD) at the measured
+    /// rate (see [`size::is_short`]). Writes to the origin that come now may cost the snapshot. Known
+    /// within [`POLL_SHORT`] once it is near; of a store that has room again (the tail's filesystem was
+    /// cleared) within a second.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.shared.lock().short
+    }
+
     /// Stops and answers the last fill seen. A lost snapshot that nobody has asked for yet is still
     /// known to [`Monitor::check`] before this.
     pub fn stop(mut self) -> Fill {
@@ -207,7 +234,9 @@ fn run(mut watch: Watch, shared: &Shared) {
             })
         });
         let poll = watch.poll();
+        let short = watch.is_short();
         let mut state = shared.lock();
+        state.short = short;
         match look {
             Ok(fill) => state.fill = fill,
             Err(lost) => {
@@ -233,6 +262,8 @@ struct Watch {
     events: Box<dyn Fn(StoreEvent) + Send>,
     rate: FillRate,
     fill: Fill,
+    /// Exceptions of a while ago, and when.
+    counted: Option<(Duration, u64)>,
     status_failures: u32,
     /// The failure that was said, and when the next attempt is due.
     growth_failed: Option<(String, Duration)>,
@@ -250,14 +281,43 @@ impl Watch {
             events,
             rate: FillRate::default(),
             fill: Fill::default(),
+            counted: None,
             status_failures: 0,
             growth_failed: None,
         }
     }
 
     fn poll(&self) -> Duration {
-        let head_alone = self.store.mapped_bytes() < self.store.total_bytes();
+        let mapped = self.store.mapped_bytes();
+        let near = size::is_nearly_short(mapped, self.fill.used_bytes, self.store.chunk(), &self.rate);
+        if near && self.may_run_out() {
+            return POLL_SHORT;
+        }
+        let head_alone = mapped < self.store.total_bytes();
         if head_alone { POLL_HEAD } else { POLL }
+    }
+
+    /// True for a store that cannot grow and has less than everything that can be written needs.
+    fn may_run_out(&self) -> bool {
+        let may_grow = self.growth_failed.is_none() && !self.store.is_at_its_largest();
+        !may_grow && self.store.can_fill_up()
+    }
+
+    fn is_short(&self) -> bool {
+        let mapped = self.store.mapped_bytes();
+        self.may_run_out() && size::is_short(mapped, self.fill.used_bytes, self.store.chunk(), &self.rate)
+    }
+
+    /// Exceptions per second, `now` that there are `exceptions`.
+    fn count(&mut self, now: Duration, exceptions: u64) -> u64 {
+        let (since, before) = *self.counted.get_or_insert((now, exceptions));
+        let passed = now.saturating_sub(since);
+        if passed < COUNT_TIME {
+            return self.fill.exceptions_per_second;
+        }
+        self.counted = Some((now, exceptions));
+        let per_second = u128::from(exceptions.saturating_sub(before)) * 1000 / passed.as_millis().max(1);
+        u64::try_from(per_second).unwrap_or(u64::MAX)
     }
 
     /// One look, `now` after the first.
@@ -284,11 +344,16 @@ impl Watch {
         };
         self.rate.observe(now, used);
         self.grow(now, used);
+        let exceptions = used.saturating_sub(metadata).get() / self.store.chunk().bytes().get();
+        let ram_bytes = self.store.ram_bytes();
         let fill = Fill {
             used_bytes: used,
             total_bytes: self.store.total_bytes(),
-            ram_bytes: self.store.ram_bytes(),
-            exceptions: used.saturating_sub(metadata).get() / self.store.chunk().bytes().get(),
+            ram_bytes,
+            used_ram_bytes: used.min(ram_bytes),
+            used_disk_bytes: used.saturating_sub(ram_bytes),
+            exceptions,
+            exceptions_per_second: self.count(now, exceptions),
             fill_bytes_per_second: self.rate.per_second(),
         };
         if fill != self.fill {
@@ -381,11 +446,16 @@ mod tests {
         total: Mutex<Bytes>,
         limit: Bytes,
         fails: bool,
+        worst: Bytes,
     }
 
     impl Fake {
         fn new(limit: Bytes, fails: bool) -> Arc<Self> {
-            Arc::new(Self { total: Mutex::new(Bytes::mib(4)), limit, fails })
+            Self::for_origin(limit, fails, Bytes::gib(1))
+        }
+
+        fn for_origin(limit: Bytes, fails: bool, worst: Bytes) -> Arc<Self> {
+            Arc::new(Self { total: Mutex::new(Bytes::mib(4)), limit, fails, worst })
         }
     }
 
@@ -409,10 +479,13 @@ mod tests {
             self.total_bytes()
         }
         fn ram_bytes(&self) -> Bytes {
-            Bytes::ZERO
+            Bytes::kib(512)
         }
         fn is_at_its_largest(&self) -> bool {
             self.total_bytes() >= self.limit
+        }
+        fn can_fill_up(&self) -> bool {
+            self.total_bytes() < self.worst
         }
         fn chunk(&self) -> ChunkSize {
             ChunkSize::default()
@@ -467,6 +540,60 @@ mod tests {
         assert!(lost.what.contains("no space left"), "{}", lost.what);
         let warnings = heard.try_iter().filter(|event| matches!(event, StoreEvent::Warning(_))).count();
         assert_eq!(warnings, 1);
+    }
+
+    #[test]
+    fn ram_is_used_before_the_disk_and_exceptions_are_counted_per_second() {
+        let statuses = (0..=20).map(|look| Ok(active(Bytes::kib(8 + 40 * look)))).collect();
+        let (mut watch, _heard) = watch(Fake::new(Bytes::mib(9), false), statuses);
+        let fill = looks(&mut watch, 21).unwrap();
+        // Ten every tenth of a second.
+        assert_eq!((fill.exceptions, fill.exceptions_per_second), (200, 100));
+        assert_eq!((fill.used_ram_bytes, fill.used_disk_bytes), (Bytes::kib(512), Bytes::kib(808 - 512)));
+        assert_eq!(fill.used_bytes, fill.used_ram_bytes + fill.used_disk_bytes);
+    }
+
+    #[test]
+    fn a_store_that_cannot_grow_is_short_before_it_is_full() {
+        let (plenty, little) = (Bytes::mib(1), Bytes::mib(4) - Bytes::kib(400));
+        let short_after = |store: Arc<Fake>, used: &[Bytes]| {
+            let statuses = used.iter().map(|used| Ok(active(*used))).collect();
+            let (mut watch, _heard) = watch(store, statuses);
+            looks(&mut watch, used.len() as u64).unwrap();
+            (watch.is_short(), watch.poll())
+        };
+        // As large as it may be, or its place full.
+        for store in [|| Fake::new(Bytes::mib(4), false), || Fake::new(Bytes::mib(9), true)] {
+            assert_eq!(short_after(store(), &[plenty, plenty]), (false, POLL));
+            assert_eq!(short_after(store(), &[little]), (true, POLL_SHORT));
+        }
+        // 10 MiB/s: what is free lasts less than half a second, or one of them, or a minute.
+        let largest = || Fake::new(Bytes::mib(4), false);
+        assert_eq!(short_after(largest(), &[Bytes::ZERO, Bytes::mib(1)]), (true, POLL_SHORT));
+        assert_eq!(short_after(largest(), &[Bytes::ZERO, Bytes::kib(300)]), (false, POLL_SHORT));
+        assert_eq!(short_after(largest(), &[Bytes::ZERO, Bytes::kib(4)]), (false, POLL));
+        // It grows, or it can hold every chunk of the origin.
+        assert_eq!(short_after(Fake::new(Bytes::mib(9), false), &[little]), (false, POLL));
+        let whole = Fake::for_origin(Bytes::mib(4), false, Bytes::mib(4));
+        assert_eq!(short_after(whole, &[Bytes::ZERO, little]), (false, POLL));
+    }
+
+    #[test]
+    fn shortness_is_known_to_who_asks_and_ends_when_it_grows() {
+        let store = Fake::new(Bytes::mib(4), false);
+        let used = Bytes::mib(4) - Bytes::kib(64);
+        let monitor =
+            Monitor::start(Arc::clone(&store) as Arc<dyn Growing>, move || Ok(active(used)), |_| {}).unwrap();
+        let wait_for = |short: bool| {
+            let begin = Instant::now();
+            while monitor.is_short() != short {
+                assert!(begin.elapsed() < Duration::from_secs(5), "not noticed");
+                thread::sleep(Duration::from_millis(5));
+            }
+        };
+        wait_for(true);
+        *store.total.lock().unwrap() = Bytes::mib(6);
+        wait_for(false);
     }
 
     #[test]

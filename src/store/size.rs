@@ -1,7 +1,9 @@
 //! How large must a store be, now and at most? Pure arithmetic, no I/O.
 //!
 //! Invariants: sizes are multiples of [`STORE_UNIT`]; a growth never exceeds the largest size; the
-//! worst case is exact: a store of that size cannot fill up, whatever is written to the origin.
+//! worst case is exact: a store of that size cannot fill up, whatever is written to the origin; the RAM
+//! head that is taken by default is never more than a [`HEAD_SHARE`]-th of the memory that is available
+//! without swapping, nor more than [`HEAD_DEFAULT_MAX`].
 
 use std::time::Duration;
 
@@ -54,8 +56,22 @@ pub const FREE_FLOOR: Bytes = Bytes::mib(64);
 /// Smallest growth step: each costs a pause of milliseconds in the store's writes.
 pub const GROWTH_STEP_MIN: Bytes = Bytes::mib(128);
 
-/// A fall of the fill rate is believed by this share per sample; a rise at once.
-const RATE_DECAY: f64 = 0.1;
+/// A store that cannot grow is short when what is free in it would last less than this: time for a look
+/// and for the suspension of the origin.
+pub const SHORT_LEAD: Duration = Duration::from_millis(500);
+/// Free space below which it is short however slow the filling: one chunk for each of this many writes
+/// that may come before the next look...
+pub const SHORT_CHUNKS: u64 = 256;
+/// ...but at most this part of the store, so that small ones and large chunks leave some to be used.
+pub const SHORT_SHARE: u64 = 8;
+/// It is looked at more often when it has less than this many times what makes it short.
+pub const SHORT_NEAR: u64 = 4;
+
+/// What is kept of a measured fill rate in [`RATE_TIME`] when nothing is filled; a rise is believed at
+/// once.
+const RATE_KEPT: f64 = 0.9;
+/// See [`RATE_KEPT`].
+const RATE_TIME: Duration = Duration::from_millis(100);
 
 /// Entries of 16 bytes in a metadata area of one chunk.
 fn entries_per_area(chunk: ChunkSize) -> u64 {
@@ -125,7 +141,8 @@ impl FillRate {
             self.bytes_per_second = if now > self.bytes_per_second {
                 now
             } else {
-                self.bytes_per_second + (now - self.bytes_per_second) * RATE_DECAY
+                let kept = RATE_KEPT.powf(seconds / RATE_TIME.as_secs_f64());
+                now + (self.bytes_per_second - now) * kept
             };
         }
         self.last = Some((at, used));
@@ -179,6 +196,26 @@ pub fn next_total(total: Bytes, used: Bytes, total_max: Bytes, rate: &FillRate) 
     (next > total).then_some(next)
 }
 
+/// Free space of a store of `total` bytes below which it is short, if it cannot grow.
+fn short_below(total: Bytes, chunk: ChunkSize, rate: &FillRate) -> Bytes {
+    let floor = (chunk.bytes() * SHORT_CHUNKS).min(Bytes(total.get() / SHORT_SHARE));
+    rate.over(SHORT_LEAD).max(floor)
+}
+
+/// True where a store of `total` bytes that cannot grow will soon be full: what is free would not last
+/// [`SHORT_LEAD`], or is less than writes in flight may need.
+#[must_use]
+pub fn is_short(total: Bytes, used: Bytes, chunk: ChunkSize, rate: &FillRate) -> bool {
+    total.saturating_sub(used) < short_below(total, chunk, rate)
+}
+
+/// True where that is near: it is worth looking more often.
+#[must_use]
+pub fn is_nearly_short(total: Bytes, used: Bytes, chunk: ChunkSize, rate: &FillRate) -> bool {
+    let near = short_below(total, chunk, rate).get().saturating_mul(SHORT_NEAR);
+    total.saturating_sub(used) < Bytes(near)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,6 +244,33 @@ mod tests {
             prop_assert!(have == STORE_BYTES_MIN || have.get() < exact + STORE_UNIT.get());
         }
 
+        /// Whatever the rate: a store that is not short has room for it and for the writes in flight, one
+        /// that is was said to be near before, and one with nothing free is short.
+        #[test]
+        fn a_store_is_short_in_time(
+            total in 1u64..1 << 40, part in 0.0f64..=1.0, rate in 0u64..1 << 34, shift in 12u32..21
+        ) {
+            let (total, chunk) = (Bytes(total), ChunkSize::new(Bytes(1 << shift)).unwrap());
+            let used = whole(approximate(total) * part).min(total);
+            let mut fill = FillRate::default();
+            fill.observe(Duration::ZERO, Bytes::ZERO);
+            fill.observe(Duration::from_secs(1), Bytes(rate));
+            let free = total - used;
+            let floor = (256 << shift).min(total.get() / 8);
+            let expected = free.get() < floor || free.get() < rate / 2;
+            prop_assert_eq!(is_short(total, used, chunk, &fill), expected);
+            prop_assert!(!expected || is_nearly_short(total, used, chunk, &fill));
+            prop_assert!(is_short(total, total, chunk, &fill) || total.get() < 8);
+            prop_assert!(rate > 0 || !is_short(total, Bytes::ZERO, chunk, &fill));
+        }
+
+        #[test]
+        fn the_default_head_is_never_more_than_its_share(available: u64) {
+            let head = head_default(Bytes(available));
+            prop_assert!(head.get() <= available / HEAD_SHARE && head <= HEAD_DEFAULT_MAX);
+            prop_assert!(head == Bytes::ZERO || head >= HEAD_DEFAULT_MIN && head.is_aligned(STORE_UNIT));
+        }
+
         #[test]
         fn growth_is_bounded_and_aligned(
             total in 1u64..1 << 20, used in 0u64..1 << 20, more in 0u64..1 << 20, rate in 0u64..1 << 40
@@ -232,6 +296,16 @@ mod tests {
         assert_eq!(rate.per_second(), Bytes::mib(100).get());
         rate.observe(Duration::from_millis(200), Bytes::mib(10));
         assert_eq!(rate.per_second(), Bytes::mib(90).get());
+        // Looking more often does not make it fall faster.
+        let mut often = rate;
+        for at in 21..=30 {
+            often.observe(Duration::from_millis(at * 10), Bytes::mib(10));
+        }
+        rate.observe(Duration::from_millis(300), Bytes::mib(10));
+        assert!(often.per_second().abs_diff(rate.per_second()) < 1000, "{often:?} {rate:?}");
+        let mut rate = often;
+        rate.bytes_per_second = approximate(Bytes::mib(90));
+        rate.last = Some((Duration::from_millis(200), Bytes::mib(10)));
         // The same moment twice is no sample.
         rate.observe(Duration::from_millis(200), Bytes::mib(20));
         assert_eq!(rate.per_second(), Bytes::mib(90).get());
