@@ -8,6 +8,7 @@ pub mod change;
 pub mod context;
 pub mod naming;
 pub mod node;
+pub mod origin_table;
 pub mod status;
 pub mod table;
 pub mod target;
