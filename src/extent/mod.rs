@@ -4,6 +4,7 @@
 //! unless its type says otherwise.
 
 mod block_list;
+pub mod free;
 pub mod originals;
 mod set;
 #[cfg(test)]
