@@ -7,6 +7,7 @@ pub mod aligned;
 pub mod block;
 pub mod dm_ioctl;
 pub mod freeze;
+pub mod fsmap;
 pub mod loop_device;
 pub mod process;
 pub mod ring;
