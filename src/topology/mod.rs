@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 
 /// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
 /// sysfs says ends.
@@ -204,6 +204,27 @@ impl Topology {
     #[must_use]
     pub fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         self.numbers_in(&self.node(device).join("holders"))
+    }
+
+    /// The loop devices that show `device`, each with where it begins and, if it ends before the device
+    /// does, its length. They are not among its holders. One that was set up through a node which is no
+    /// longer there, or which another mount namespace has, is not found.
+    #[must_use]
+    pub fn loops_over(&self, device: DeviceNumber) -> Vec<(DeviceNumber, Bytes, Option<Bytes>)> {
+        let Ok(entries) = fs::read_dir(self.root.join("sys/block")) else { return Vec::new() };
+        let found = entries.flatten().filter_map(|entry| {
+            let node = entry.path();
+            let file = fs::read_to_string(node.join("loop/backing_file")).ok()?;
+            let is_it =
+                device_number(Path::new(file.trim_end_matches('\n'))).is_ok_and(|it| it == Some(device));
+            let number = |name: &str| {
+                let text = fs::read_to_string(node.join("loop").join(name)).ok()?;
+                text.trim().parse().ok().map(Bytes)
+            };
+            let length = number("sizelimit").filter(|length| *length != Bytes::ZERO);
+            is_it.then_some((number_file(&node.join("dev"))?, number("offset").unwrap_or_default(), length))
+        });
+        found.collect()
     }
 
     /// Every device above `device`, itself included: its partitions, whoever holds them, and so on.

@@ -9,6 +9,8 @@
 //! | a device or file that nobody has open for writing | at rest, as it is |
 //! | anything else | refused |
 
+pub mod free;
+mod layers;
 mod mounts;
 mod users;
 
