@@ -20,7 +20,9 @@ use serde::Serialize;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::dm::naming::{ROLE_KEPT, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
-use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
+use crate::dm::{
+    Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev, origin_table,
+};
 use crate::format::state::JobRecord;
 
 use super::job::{FoundJob, find_jobs};
@@ -84,13 +86,37 @@ impl Scene {
             if real.identity().is_none_or(|identity| identity.role != ROLE_REAL) {
                 continue;
             }
-            let over = self.devices.iter().filter(|device| {
-                !self.is_leftover(device)
-                    && (device.is_active_on(real.number) || device.is_loaded_on(real.number))
-            });
+            let over = self
+                .devices
+                .iter()
+                .filter(|device| !self.is_leftover(device) && self.is_origin_over(device, real));
             found.extend(over.map(|origin| (origin, real)));
         }
         found
+    }
+
+    /// True where a table of `device`, in use or loaded, is one that a copy gives its origin, over
+    /// `real`, and the record does not say that the origin was another. Others may map to `real` too
+    /// (somebody looks at it through a device of his own): they are not ours to change, and `real`, being
+    /// in use, is not removed.
+    fn is_origin_over(&self, device: &SeenDevice, real: &SeenDevice) -> bool {
+        let tables = [&device.active, &device.inactive].into_iter().flatten();
+        let mut ours = tables.filter(|table| origin_table::is_over(table, real.number)).peekable();
+        if ours.peek().is_none() {
+            return false;
+        }
+        let Some(identity) = real.identity() else { return false };
+        let record = self.dead.iter().find(|record| record.job == identity.id);
+        match record.and_then(|record| record.origin.as_ref()) {
+            // By number: it stays while the device does, and somebody may have renamed it.
+            Some(origin) => origin.number == device.number,
+            // Nobody but a copy maps to `real` by snapshot-origin. A table that is linear throughout, all of it
+            // released, could be anybody's: then the name says it, as far as it is in the UUID.
+            None => {
+                ours.any(|table| !origin_table::preserved(table, real.number).is_empty())
+                    || DeviceIdentity::new(&device.name, ROLE_REAL, &identity.id).volume == identity.volume
+            }
+        }
     }
 }
 
@@ -148,7 +174,9 @@ pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
     scene
         .origins()
         .into_iter()
-        .filter(|(origin, real)| origin.is_active_on(real.number))
+        .filter(|(origin, real)| {
+            origin.active.as_ref().is_some_and(|table| origin_table::is_over(table, real.number))
+        })
         .filter_map(|(origin, real)| {
             let mut change = restoration(&origin.name, real.active.as_ref()?);
             change.name = "recover-restore".to_owned();

@@ -5,7 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::*;
 use crate::base::ChunkSize;
+use crate::dm::Template;
 use crate::dm::naming::{ROLE_COW, new_id};
+use crate::format::state::OriginRecord;
 use crate::op::job::change_record;
 use crate::op::stack::{StackRequest, dismantling, insertion};
 
@@ -202,6 +204,21 @@ impl Machine for FakeKernel {
     }
 }
 
+/// Ranges of the origin go back to linear while it is being copied.
+fn release(table: &str) -> Change {
+    let device = || "data".to_owned();
+    let clear = Action::Clear { device: device() };
+    let resume = Action::Resume { device: device(), udev: Udev::None };
+    let suspend = Action::Suspend { device: device(), flush: false, lock_filesystem: false };
+    Change::new("release")
+        .then(
+            Step::new("load", Action::Load { device: device(), table: Template::new(table) })
+                .undo(clear.clone()),
+        )
+        .then(Step::new("suspend", suspend).undo(clear).undo(resume.clone()))
+        .then(Step::new("switch", resume))
+}
+
 /// Runs the changes of a whole copy, with the journal in the fake itself.
 fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     struct Pair<'a>(&'a mut JobRecord);
@@ -233,12 +250,21 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
         command: "copy".into(),
         process: 1,
         started_utc_ns: 0,
-        origin: None,
+        origin: Some(OriginRecord {
+            device: "data".into(),
+            number: kernel.devices["data"].number,
+            table: OWN.into(),
+        }),
         change: None,
         resources: Vec::new(),
     };
-    let changes =
-        [insertion(&request, &own, id), restoration("data", &own), dismantling("data-snap", "data-real")];
+    let changes = [
+        insertion(&request, &own, id),
+        release("0 4096 linear {data-real} 0\n4096 4096 snapshot-origin {data-real}"),
+        release("0 8192 linear {data-real} 0"),
+        restoration("data", &own),
+        dismantling("data-snap", "data-real"),
+    ];
     let result = catch_unwind(AssertUnwindSafe(|| {
         changes.iter().try_for_each(|change| change.run(kernel, &mut Pair(&mut record)))
     }));
@@ -367,4 +393,120 @@ fn attached_volumes_and_kept_stores_stay() {
     kernel.create("half", &DeviceIdentity::new("half", ROLE_VOLUME, &id).uuid()).unwrap();
     recover_devices(&mut kernel).unwrap();
     kernel.assert_clean(&["kept", "vol"], "kept");
+}
+
+#[test]
+fn the_kernels_tables_are_enough_where_the_record_is_lost() {
+    for crash_in in 0..1000 {
+        let id = new_id();
+        let mut kernel = kernel(&id);
+        kernel.crash_in = Some(crash_in);
+        if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
+            return;
+        }
+        kernel.watchdog();
+        kernel.record = None;
+        recover_devices(&mut kernel).unwrap_or_else(|error| panic!("crash {crash_in}: {error}"));
+        kernel.assert_clean(&[], &format!("crash {crash_in}"));
+    }
+    panic!("the copy never ends");
+}
+
+/// A copy killed with `table` in its origin.
+fn killed_with(table: &str, id: &str) -> FakeKernel {
+    let mut kernel = kernel(id);
+    let uuid = DeviceIdentity::new("data", ROLE_REAL, id).uuid();
+    kernel.act(&Action::Create { device: "data-real".into(), uuid }).unwrap();
+    kernel.device("data-real").unwrap().active = Some(OWN.parse().unwrap());
+    let table = kernel.resolve(&Template::new(table)).unwrap();
+    kernel.device("data").unwrap().active = Some(table);
+    kernel.record = Some(JobRecord {
+        job: id.to_owned(),
+        command: "copy".into(),
+        process: 1,
+        started_utc_ns: 0,
+        origin: Some(OriginRecord {
+            device: "data".into(),
+            number: kernel.devices["data"].number,
+            table: OWN.into(),
+        }),
+        change: None,
+        resources: Vec::new(),
+    });
+    kernel
+}
+
+#[test]
+fn a_strangers_device_over_ours_is_not_touched() {
+    let origins = [
+        "0 8192 snapshot-origin {data-real}",
+        "0 8 snapshot-origin {data-real}\n8 8184 linear {data-real} 8",
+        "0 8192 linear {data-real} 0",
+    ];
+    let strangers =
+        ["0 8192 linear {data-real} 0", "0 8 linear {data-real} 4096", "0 8 striped 1 8 {data-real} 0"];
+    for (origin, stranger) in origins.iter().flat_map(|it| strangers.iter().map(move |other| (it, other))) {
+        for (is_recorded, is_suspended) in [(true, false), (true, true), (false, false), (false, true)] {
+            let what =
+                format!("{origin} beside {stranger}, recorded: {is_recorded}, suspended: {is_suspended}");
+            let id = new_id();
+            let mut kernel = killed_with(origin, &id);
+            kernel.create("look", "").unwrap();
+            let table = kernel.resolve(&Template::new(*stranger)).unwrap();
+            let look = kernel.device("look").unwrap();
+            (look.active, look.inactive) = (Some(table.clone()), Some(table));
+            look.suspended = is_suspended;
+            let before = look.clone();
+            if !is_recorded {
+                kernel.record = None;
+            }
+            // It keeps `real` in use, which is said; everything else is done.
+            let error = recover_devices(&mut kernel).unwrap_err();
+            assert!(error.to_string().contains("data-real is busy"), "{what}: {error}");
+            assert_eq!(kernel.devices["look"], before, "{what}");
+            kernel.assert_clean(&["data-real", "look"], &what);
+            kernel.remove("look").unwrap();
+            recover_devices(&mut kernel).unwrap();
+            kernel.assert_clean(&[], &what);
+        }
+    }
+}
+
+#[test]
+fn an_origin_that_was_renamed_is_known_by_its_number() {
+    for table in
+        ["0 8192 linear {data-real} 0", "0 8 linear {data-real} 0\n8 8184 snapshot-origin {data-real}"]
+    {
+        let id = new_id();
+        let mut kernel = killed_with(table, &id);
+        let data = kernel.devices.remove("data").unwrap();
+        kernel.devices.insert("renamed".into(), data);
+        recover_devices(&mut kernel).unwrap();
+        let data = kernel.devices.remove("renamed").unwrap();
+        kernel.devices.insert("data".into(), data);
+        kernel.assert_clean(&[], table);
+    }
+}
+
+#[test]
+fn a_table_that_no_copy_makes_is_left_to_whoever_made_it() {
+    for table in [
+        "0 8192 linear {data-real} 8",
+        "0 8 striped 1 8 {data-real} 0\n8 8184 snapshot-origin {data-real}",
+        "0 8 linear 8:48 0\n8 8184 snapshot-origin {data-real}",
+    ] {
+        for is_recorded in [true, false] {
+            let id = new_id();
+            let mut kernel = killed_with(table, &id);
+            let data = kernel.device("data").unwrap();
+            (data.inactive, data.suspended) = (data.active.clone(), true);
+            let before = data.clone();
+            if !is_recorded {
+                kernel.record = None;
+            }
+            let error = recover_devices(&mut kernel).unwrap_err();
+            assert!(error.to_string().contains("data-real is busy"), "{table}: {error}");
+            assert_eq!(kernel.devices["data"], before, "{table}");
+        }
+    }
 }
