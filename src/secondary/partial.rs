@@ -134,11 +134,8 @@ impl PartialFile {
             Err(nix::errno::Errno::EEXIST) => return Err(exists(&self.target)),
             // Filesystems without the flag (some network ones): a hard link never replaces either.
             Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
-                match fs::hard_link(&self.partial, &self.target) {
-                    Ok(()) => {
-                        return fs::remove_file(&self.partial)
-                            .io_context(|| format!("remove {}", self.partial.display()));
-                    }
+                match link_and_remove(&self.partial, &self.target, |partial| fs::remove_file(partial)) {
+                    Ok(()) => return Ok(()),
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                         return Err(exists(&self.target));
                     }
@@ -163,6 +160,24 @@ impl PartialFile {
             .io_context(|| format!("remove the partial file {}", self.partial.display()))?;
         Ok(format!("the partial file was removed, nothing was written to {}", self.target.display()))
     }
+}
+
+/// Gives a file its second name, the final one, and takes the first. Once it has the final name the copy
+/// is complete: a first name that stays is an untidiness, and no reason to call the copy failed.
+fn link_and_remove(
+    partial: &Path,
+    target: &Path,
+    remove: impl FnOnce(&Path) -> io::Result<()>,
+) -> io::Result<()> {
+    fs::hard_link(partial, target)?;
+    if let Err(error) = remove(partial) {
+        tracing::warn!(
+            "{} is complete, but its other name {} could not be removed ({error}): remove it",
+            target.display(),
+            partial.display()
+        );
+    }
+    Ok(())
 }
 
 impl Drop for PartialFile {
@@ -310,5 +325,18 @@ mod tests {
         assert_eq!(fs::metadata(&real).unwrap().len(), 3);
         let error = PartialFile::create(directory.path(), true).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn a_complete_copy_is_not_failed_by_its_other_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let (partial, target) = (directory.path().join("partial"), directory.path().join("out"));
+        fs::write(&partial, b"whole").unwrap();
+        link_and_remove(&partial, &target, |_| Err(io::ErrorKind::PermissionDenied.into())).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"whole");
+        assert_eq!(
+            link_and_remove(&partial, &target, |_| Ok(())).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
     }
 }
