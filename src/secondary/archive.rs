@@ -1,13 +1,17 @@
 //! An archive, in a file or down a pipe: framed segments (see [`crate::format::archive`]).
 //!
 //! Invariants:
-//! - data frames are numbered in the order of their segments; a segment of zeros has none, unless an
-//!   original changes it later: then its frame comes behind the others;
+//! - data frames are numbered in the order in which their segments are placed, which may be any
+//!   ([`frames`](super::frames)); a segment of zeros has none, unless an original changes it later (then
+//!   its frame comes behind the others) or its number was given out by a copy that was killed;
 //! - a frame that was changed is written again whole, with both its control blocks, where it was;
 //! - the tail superblock is the last block written: an archive without it is not complete, whatever
 //!   happened to its writer;
 //! - an archive file has its name only when it is complete; a pipe has no such protection, its reader
 //!   has the tail superblock.
+//!
+//! A copy that was killed is gone on with by [`Archive::reopen`]: the same identity and instant, the data
+//! frames where they are, and everything behind them (originals, map, tail superblock) made anew.
 //!
 //! Memory: four bytes for each segment.
 
@@ -19,10 +23,13 @@ use std::path::Path;
 
 use uuid::Uuid;
 
+use super::archive_read::SegmentBits;
+use super::frames::Frames;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
-    OriginalsMode, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, Target, directory_of,
+    OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
+    directory_of,
 };
 use crate::base::checksum::crc32c;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx};
@@ -57,9 +64,12 @@ pub struct Archive {
     superblock: Superblock,
     layout: Layout,
     block_list: Vec<Extent>,
-    /// For each segment the sequence of its data frame plus one, or 0 for none.
-    frames: Vec<u32>,
-    totals: Totals,
+    frames: Frames,
+    /// What there is so far, but for the data frames, which `frames` counts.
+    rest: Totals,
+    /// A process died while it laid originals over the data: any data frame may be torn, except those
+    /// that this process has laid originals over.
+    mended: Option<SegmentBits>,
     head_written: bool,
     closing: Closing,
 }
@@ -98,17 +108,72 @@ impl Archive {
             originals: request.originals,
             tool: concat!("tidemark ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
-        let count = Bytes(request.segment.count_for(request.origin.size)).as_len();
+        let count = request.segment.count_for(request.origin.size);
         Self {
             out,
             description,
             layout: superblock.layout(),
             superblock,
             block_list: request.block_list.clone(),
-            frames: vec![0; count],
-            totals: Totals::default(),
+            frames: Frames::new(count),
+            rest: Totals::default(),
+            mended: None,
             head_written: false,
             closing: Closing::Map(0),
+        }
+    }
+
+    /// Opens the file of a copy that was killed, to go on with it.
+    ///
+    /// # Errors
+    /// Refusals, also where the partial file is gone or is not ours; a pipe, which cannot be gone on with;
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does not fit the request.
+    pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Self> {
+        let (Target::Path(path), Some(archive)) = (&request.target, state.archive) else {
+            return Err(Error::refused("what was sent to standard output cannot be gone on with")
+                .state("nothing was written")
+                .next("run tidemark recover, and copy again"));
+        };
+        let count = request.segment.count_for(request.origin.size);
+        let frames = Frames::rebuilt(count, &state.placed)?;
+        let present = |ix: SegmentIx| {
+            let start = request.segment.offset_of(ix).expect("a segment lies within the origin");
+            let end = request.origin.size.min(start + request.segment.bytes());
+            let extent = Extent::new(start, end).expect("a segment is never empty");
+            let at = request.block_list.partition_point(|listed| listed.end() <= start);
+            let parts = request.block_list[at..].iter().map_while(move |part| part.intersection(extent));
+            parts.map(Extent::length).sum::<Bytes>()
+        };
+        let framed = state.placed.iter().filter(|segment| segment.frame.is_some());
+        let present_bytes = framed.map(|segment| present(segment.ix)).sum();
+        Topology::default().check_file(directory_of(path), &request.forbidden)?;
+        // Last: what refuses before this leaves the partial file to a later attempt.
+        let partial = PartialFile::reopen(state.partial.as_deref(), path, request.replace)?;
+        let mut reopened = Self::new(Out::File(partial), path.display().to_string(), request);
+        reopened.superblock.archive = archive;
+        reopened.superblock.instant_utc_ns = state.instant_ns;
+        // The head superblock is written once more: the same bytes, whether it was written or not.
+        reopened.layout = reopened.superblock.layout();
+        reopened.frames = frames;
+        reopened.rest.present_bytes = present_bytes;
+        reopened.mended = state.originals_begun.then(|| SegmentBits::new(count));
+        Ok(reopened)
+    }
+
+    /// What there is so far.
+    fn totals(&self) -> Totals {
+        Totals { data_frames: self.frames.end(), ..self.rest }
+    }
+
+    /// Nothing may come behind the data while a data frame is missing.
+    fn check_data_is_whole(&self) -> Result<()> {
+        match self.frames.gap_count() {
+            0 => Ok(()),
+            gaps => Err(Error::bad_data(format!(
+                "{} lacks {gaps} data frames: the journal of segments is of another copy",
+                self.description
+            ))
+            .next("run tidemark recover, and copy again")),
         }
     }
 
@@ -116,16 +181,10 @@ impl Archive {
     /// others, one within it does not. [`Secondary::seal`] cuts it. Advice: a file system that takes no
     /// file of that length may still take what is really written.
     fn lengthen(&self, file: &File) {
-        let length = self.frame_at(Bytes::from_len(self.frames.len()).get()) + BLOCK;
+        let length = self.frame_at(self.frames.segment_count()) + BLOCK;
         if let Err(error) = file.set_len(length.get()) {
             tracing::debug!(%error, "the archive's file grows as it is written");
         }
-    }
-
-    /// The archive's identity.
-    #[must_use]
-    pub fn id(&self) -> Uuid {
-        self.superblock.archive
     }
 
     fn place_at(&self, offset: Bytes) -> Place {
@@ -150,10 +209,6 @@ impl Archive {
             pieces: vec![Piece { range: 0..BLOCK.as_len(), place: self.place_at(offset) }],
             zeros: vec![],
         }
-    }
-
-    fn frame_of(&self, ix: SegmentIx) -> Option<u64> {
-        u64::from(self.frames[Bytes(ix.get()).as_len()]).checked_sub(1)
     }
 
     /// An encoder's refusal: facts that the format cannot hold.
@@ -186,12 +241,9 @@ impl Archive {
 
     /// The next data frame, for a segment that has none.
     fn new_data_frame(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
-        let sequence = self.totals.data_frames;
-        let placement = self.data_frame(sequence, segment, memory)?;
-        self.totals.data_frames += 1;
-        self.totals.present_bytes += segment.valid.iter().map(|extent| extent.length()).sum();
-        self.frames[Bytes(segment.ix.get()).as_len()] = u32::try_from(self.totals.data_frames)
-            .expect("there are at most SEGMENT_COUNT_MAX data frames, one for each segment");
+        let placement = self.data_frame(self.frames.next(), segment, memory)?;
+        self.frames.give(segment.ix);
+        self.rest.present_bytes += segment.valid.iter().map(|extent| extent.length()).sum();
         Ok(placement)
     }
 
@@ -200,15 +252,15 @@ impl Archive {
         // From the beginning for each frame: a map frame holds thousands of entries, and an archive
         // has few of them.
         let mut entries =
-            map::entries(&self.layout, &self.block_list, |ix| self.frame_of(ix).is_some()).skip(skip);
+            map::entries(&self.layout, &self.block_list, |ix| self.frames.get(ix).is_some()).skip(skip);
         let Some((start, used)) = map::fill(&mut entries, payload) else {
             return Ok(None);
         };
         drop(entries);
         let crc = crc32c(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
-        let sequence = self.totals.sequence_end();
+        let sequence = self.totals().sequence_end();
         let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, crc), memory)?;
-        self.totals.map_frames += 1;
+        self.rest.map_frames += 1;
         self.closing = Closing::Map(skip + used.as_len() / map::ENTRY_BYTES);
         Ok(Some(placement))
     }
@@ -225,13 +277,13 @@ impl Archive {
     fn check_superblock(&self, tail: bool, memory: &[u8]) -> Result<()> {
         let block = &memory[..BLOCK.as_len()];
         let (which, offset) = if tail {
-            (Block::TailSuperblock, self.frame_at(self.totals.sequence_end()))
+            (Block::TailSuperblock, self.frame_at(self.totals().sequence_end()))
         } else {
             (Block::HeadSuperblock, Bytes::ZERO)
         };
         let same = if tail {
             Superblock::decode_tail(block)
-                .map(|(superblock, totals)| superblock == self.superblock && totals == self.totals)
+                .map(|(superblock, totals)| superblock == self.superblock && totals == self.totals())
         } else {
             Superblock::decode_head(block).map(|superblock| superblock == self.superblock)
         };
@@ -252,6 +304,14 @@ fn open_file(path: &Path, request: &SecondaryRequest) -> Result<PartialFile> {
     }
     Topology::default().check_file(directory_of(path), &request.forbidden)?;
     PartialFile::create(path, request.replace)
+}
+
+/// True for what a mixture of two frames of the same number can show.
+fn is_mixture(error: &ArchiveError) -> bool {
+    matches!(
+        error,
+        ArchiveError::BlockChecksum { .. } | ArchiveError::Torn | ArchiveError::PayloadChecksum { .. }
+    )
 }
 
 fn open_pipe(request: &SecondaryRequest) -> Result<File> {
@@ -342,16 +402,36 @@ impl Secondary for Archive {
     }
 
     fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
-        if segment.zero { Ok(Placement::default()) } else { self.new_data_frame(segment, memory) }
+        let needs_none = segment.zero && !self.frames.is_wanted();
+        if needs_none { Ok(Placement::default()) } else { self.new_data_frame(segment, memory) }
+    }
+
+    fn frame_number(&self, ix: SegmentIx) -> Option<u64> {
+        self.frames.get(ix)
     }
 
     fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>> {
-        self.frame_of(segment.ix).map(|sequence| vec![self.frame_piece(sequence)])
+        self.frames.get(segment.ix).map(|sequence| vec![self.frame_piece(sequence)])
     }
 
+    /// Where a process died while it laid originals over the data, a frame may be torn: some blocks of it
+    /// as they were, others as they were to become. It is accepted all the same, to have all its originals
+    /// laid over it again. Why that gives the right payload: the two frames differ in their control blocks,
+    /// which are written anew, and in the payload only within extents of originals. The store has kept
+    /// every original, each is laid over again in this run, and so each byte in which the two differ is
+    /// set to what it was at the instant; every other byte is the same in both. A frame that is rewritten
+    /// by this process is not accepted torn any more, and a fault that no such mixture has (another magic,
+    /// number or archive) never is.
     fn check_stored(&self, segment: &Segment<'_>, memory: &[u8]) -> Result<()> {
-        let Some(sequence) = self.frame_of(segment.ix) else { return Ok(()) };
-        let frame = self.check_frame(sequence, memory)?;
+        let Some(sequence) = self.frames.get(segment.ix) else { return Ok(()) };
+        let may_be_torn = self.mended.as_ref().is_some_and(|mended| !mended.get(segment.ix));
+        let frame = match frame::open(&self.layout, sequence, memory) {
+            Err(error) if may_be_torn && is_mixture(&error) => {
+                tracing::info!(sequence, %error, "a data frame is torn: its originals are laid over it again");
+                return Ok(());
+            }
+            opened => opened.map_err(|error| self.bad(sequence, error))?,
+        };
         let facts = frame.control.facts;
         if facts.kind != FrameKind::Data || facts.origin_offset != segment.extent.start() {
             let error = ArchiveError::Field { field: "the origin offset", value: facts.origin_offset.get() };
@@ -369,7 +449,10 @@ impl Secondary for Archive {
         _changed: &[Extent],
         memory: &mut [u8],
     ) -> Result<Placement> {
-        match self.frame_of(segment.ix) {
+        if let Some(mended) = &mut self.mended {
+            mended.set(segment.ix);
+        }
+        match self.frames.get(segment.ix) {
             Some(sequence) => self.data_frame(sequence, segment, memory),
             None if segment.zero => Ok(Placement::default()),
             None => self.new_data_frame(segment, memory),
@@ -381,17 +464,19 @@ impl Secondary for Archive {
     }
 
     fn append(&mut self, originals: &[Extent], memory: &mut [u8]) -> Result<Placement> {
+        self.check_data_is_whole()?;
         let bytes: Bytes = originals.iter().map(|extent| extent.length()).sum();
         let start = originals.first().expect("a frame of originals holds one at least").start();
         let crc = crc32c(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
-        let sequence = self.totals.first_map();
+        let sequence = self.totals().first_map();
         let placement = self.frame(FrameKind::Originals, sequence, originals, (start, bytes, crc), memory)?;
-        self.totals.originals_frames += 1;
-        self.totals.originals_bytes += bytes;
+        self.rest.originals_frames += 1;
+        self.rest.originals_bytes += bytes;
         Ok(placement)
     }
 
     fn closing(&mut self, memory: &mut [u8]) -> Result<Option<Placement>> {
+        self.check_data_is_whole()?;
         if let Closing::Map(skip) = self.closing {
             if let Some(placement) = self.map_frame(skip, memory)? {
                 return Ok(Some(placement));
@@ -402,34 +487,48 @@ impl Secondary for Archive {
             return Ok(None);
         }
         self.closing = Closing::Done;
-        self.superblock.encode_tail(&self.totals, memory).map_err(|error| self.unfit(error))?;
-        Ok(Some(self.block(self.frame_at(self.totals.sequence_end()))))
+        self.superblock.encode_tail(&self.totals(), memory).map_err(|error| self.unfit(error))?;
+        Ok(Some(self.block(self.frame_at(self.totals().sequence_end()))))
     }
 
     /// The head superblock, the originals and map frames, the tail superblock.
     fn extra(&self, unit: u64) -> Option<Vec<Piece>> {
-        let frames = self.totals.originals_frames + self.totals.map_frames;
+        let frames = self.totals().originals_frames + self.totals().map_frames;
         match unit {
             0 => Some(self.block(Bytes::ZERO).pieces),
-            unit if unit <= frames => Some(vec![self.frame_piece(self.totals.data_frames + unit - 1)]),
-            unit if unit == frames + 1 => Some(self.block(self.frame_at(self.totals.sequence_end())).pieces),
+            unit if unit <= frames => Some(vec![self.frame_piece(self.totals().data_frames + unit - 1)]),
+            unit if unit == frames + 1 => {
+                Some(self.block(self.frame_at(self.totals().sequence_end())).pieces)
+            }
             _ => None,
         }
     }
 
     fn check_extra(&self, unit: u64, memory: &[u8]) -> Result<()> {
-        let frames = self.totals.originals_frames + self.totals.map_frames;
+        let frames = self.totals().originals_frames + self.totals().map_frames;
         if unit == 0 || unit > frames {
             return self.check_superblock(unit > 0, memory);
         }
-        let sequence = self.totals.data_frames + unit - 1;
+        let sequence = self.totals().data_frames + unit - 1;
         let frame = self.check_frame(sequence, memory)?;
-        let expected = if sequence < self.totals.first_map() { FrameKind::Originals } else { FrameKind::Map };
+        let expected =
+            if sequence < self.totals().first_map() { FrameKind::Originals } else { FrameKind::Map };
         if frame.control.facts.kind == expected {
             return Ok(());
         }
         let error = ArchiveError::KindOrder { found: frame.control.facts.kind, before: expected };
         Err(self.bad(sequence, error))
+    }
+
+    fn partial_path(&self) -> Option<&Path> {
+        match &self.out {
+            Out::File(partial) => Some(partial.partial()),
+            Out::Pipe(_) => None,
+        }
+    }
+
+    fn archive_id(&self) -> Option<Uuid> {
+        Some(self.superblock.archive)
     }
 
     fn forget_cache(&self) {
@@ -440,7 +539,7 @@ impl Secondary for Archive {
 
     fn seal(&mut self) -> Result<()> {
         let Out::File(partial) = &self.out else { return Ok(()) };
-        let length = self.frame_at(self.totals.sequence_end()) + BLOCK;
+        let length = self.frame_at(self.totals().sequence_end()) + BLOCK;
         partial
             .file()
             .set_len(length.get())

@@ -14,6 +14,8 @@
 
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
@@ -21,9 +23,12 @@ use crate::io::{Engine, FileIx, Piece};
 
 pub mod archive;
 pub mod archive_read;
+mod frames;
 pub mod guard;
 pub mod partial;
 pub mod raw;
+#[cfg(test)]
+mod resume_tests;
 
 pub use crate::format::archive::OriginalsMode;
 /// A segment that is on the secondary: what a later process needs to go on where this one stopped.
@@ -105,6 +110,21 @@ pub struct Segment<'a> {
     pub zero: bool,
 }
 
+/// What a copy that was killed has left, as far as [`reopen`] needs it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resumed {
+    /// The instant: UTC, nanoseconds since 1970.
+    pub instant_ns: u64,
+    /// The archive's identity; None for a raw secondary.
+    pub archive: Option<Uuid>,
+    /// Where the partial file is; None for a device.
+    pub partial: Option<PathBuf>,
+    /// The segments on the secondary, each once.
+    pub placed: Vec<PlacedSegment>,
+    /// Originals may have been laid over them.
+    pub originals_begun: bool,
+}
+
 /// What the engine shall do for one buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
@@ -120,7 +140,9 @@ pub struct Placement {
 pub trait Secondary: Send {
     /// The secondary's name in messages.
     fn description(&self) -> &str;
-    /// True where segments must be placed in the order in which they were handed out.
+    /// True where segments are placed in the order in which they were handed out, whatever order that
+    /// is. No form needs it for being right, because a frame says which segment it holds; an archive that
+    /// is written so reads back along the origin as it was copied.
     fn is_ordered(&self) -> bool {
         false
     }
@@ -160,6 +182,14 @@ pub trait Secondary: Send {
     /// The sequence of a segment's data frame, once it was placed; None where it has none.
     fn frame_number(&self, ix: SegmentIx) -> Option<u64> {
         let _ = ix;
+        None
+    }
+    /// Where the bytes are until the copy is complete: a partial file. None for a device or a pipe.
+    fn partial_path(&self) -> Option<&Path> {
+        None
+    }
+    /// The archive's identity; None for a raw secondary.
+    fn archive_id(&self) -> Option<Uuid> {
         None
     }
     /// Ranges of the origin that are not copied, and must read as zeros on the secondary: what is to be
@@ -257,6 +287,22 @@ pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
             Ok(Box::new(raw::RawTarget::open(path, &raw::RawRequest::from(request))?))
         }
         (_, Form::Archive) => Ok(Box::new(archive::Archive::open(request)?)),
+    }
+}
+
+/// Opens the secondary of a copy that was killed, to go on with it: what is on it stays. The same checks
+/// as for [`open`], of which `request` is the same again. After an error a partial file is still there.
+///
+/// # Errors
+/// As [`open`]; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a pipe, and where the partial
+/// file is gone or not ours; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does
+/// not fit `request`.
+pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Box<dyn Secondary>> {
+    match (&request.target, request.form) {
+        (Target::Path(path), Form::Raw) => {
+            Ok(Box::new(raw::RawTarget::reopen(path, &raw::RawRequest::from(request), state)?))
+        }
+        _ => Ok(Box::new(archive::Archive::reopen(request, state)?)),
     }
 }
 

@@ -6,15 +6,15 @@
 //! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final
 //!   name or a complete file under it;
 //! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
-//!   name only.
+//!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]).
 //!
-//! Must not look at the bytes, and never writes to a file that it did not create.
+//! Must not look at the bytes, and never writes to or removes a file that was not made here.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
@@ -29,9 +29,16 @@ pub struct PartialFile {
     target: PathBuf,
     directory: PathBuf,
     replace: bool,
+    /// Nothing of ours is under the partial name any more, or it is to stay.
     published: bool,
     direct: bool,
 }
+
+/// Between the final name and the id, in a partial file's name.
+const INFIX: &str = ".tidemark-partial.";
+
+/// Hexadecimal digits of the id.
+const ID_LENGTH: usize = 12;
 
 impl PartialFile {
     /// Creates the partial file beside `target`, with direct I/O where the filesystem takes it.
@@ -40,34 +47,61 @@ impl PartialFile {
     /// [`ErrorKind::Refused`] where `target` exists and `replace` is false, or is neither absent nor
     /// a regular file; [`ErrorKind::Usage`] where it names no file; I/O errors otherwise.
     pub fn create(target: &Path, replace: bool) -> Result<Self> {
-        let target = resolve(target)?;
-        match fs::symlink_metadata(&target) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io(format!("look at {}", target.display()), error)),
-            Ok(found) if !found.is_file() => {
-                return Err(Error::refused(format!("{} exists and is not a regular file", target.display()))
-                    .next("name a file that does not exist yet, a block device, or - for standard output"));
-            }
-            Ok(_) if !replace => return Err(exists(&target)),
-            Ok(_) => {}
-        }
-        let (Some(directory), Some(name)) = (target.parent(), target.file_name()) else {
-            return Err(Error::usage(format!("{} does not name a file", target.display())));
-        };
+        let (target, directory, name) = look_at_target(target, replace)?;
+        let id = &uuid::Uuid::new_v4().simple().to_string()[..ID_LENGTH];
         let mut partial_name = OsString::from(".");
         partial_name.push(name);
-        partial_name.push(format!(".tidemark-partial.{}", &uuid::Uuid::new_v4().simple().to_string()[..12]));
+        partial_name.push(format!("{INFIX}{id}"));
         let partial = directory.join(partial_name);
         let (file, direct) = open_direct_or_buffered(&partial)?;
-        Ok(Self {
-            file,
-            directory: directory.to_path_buf(),
-            partial,
-            target: target.clone(),
-            replace,
-            published: false,
-            direct,
-        })
+        Ok(Self { file, directory, partial, target, replace, published: false, direct })
+    }
+
+    /// Opens the partial file that a killed process has left beside `target`, as it is. After an error
+    /// it is still there.
+    ///
+    /// # Errors
+    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, gone, or not a
+    /// file that we have made for `target`.
+    pub fn reopen(partial: Option<&Path>, target: &Path, replace: bool) -> Result<Self> {
+        let (target, directory, name) = look_at_target(target, replace)?;
+        let Some(partial) = partial else {
+            return Err(cannot_go_on(format!("no partial file is recorded for {}", target.display())));
+        };
+        let partial = partial.to_owned();
+        let shown = partial.display();
+        if partial.parent() != Some(&directory) || partial_of(&partial) != Some(name.as_bytes()) {
+            return Err(cannot_go_on(format!("{shown} is no partial file of {}", target.display())));
+        }
+        let open = |flags: i32| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(flags | libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(&partial)
+        };
+        let opened = match open(libc::O_DIRECT) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0).map(|file| (file, false)),
+            opened => opened.map(|file| (file, true)),
+        };
+        let (file, direct) = match opened {
+            Ok(opened) => opened,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(cannot_go_on(format!("the partial file {shown} is gone")));
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+                return Err(cannot_go_on(format!("{shown} is a symbolic link, not our partial file")));
+            }
+            Err(error) => return Err(Error::io(format!("open the partial file {shown}"), error)),
+        };
+        let found = file.metadata().io_context(|| format!("look at {shown}"))?;
+        if !is_ours(&found) {
+            return Err(cannot_go_on(format!(
+                "{shown} is not the file that we have made: it is no regular file, another user's, or has a \
+                 second name"
+            )));
+        }
+        Ok(Self { file, directory, partial, target, replace, published: false, direct })
     }
 
     /// The open file, for reading and writing.
@@ -147,6 +181,11 @@ impl PartialFile {
         Err(Error::io(format!("rename {} to {}", self.partial.display(), self.target.display()), error))
     }
 
+    /// Leaves the file under its partial name, for a later attempt.
+    pub(super) fn leave(&mut self) {
+        self.published = true;
+    }
+
     /// Removes the partial file; answers the state that is left, for an error's text.
     ///
     /// # Errors
@@ -180,6 +219,50 @@ fn link_and_remove(
     Ok(())
 }
 
+/// The final name in the name of a partial file; None for a file that is named otherwise.
+fn partial_of(path: &Path) -> Option<&[u8]> {
+    let name = path.file_name()?.as_bytes().strip_prefix(b".")?;
+    let (rest, id) = name.split_at_checked(name.len().checked_sub(ID_LENGTH)?)?;
+    let name = rest.strip_suffix(INFIX.as_bytes())?;
+    let is_id = id.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    (is_id && !name.is_empty()).then_some(name)
+}
+
+/// A file as we make them: regular, our user's, with one name.
+fn is_ours(found: &fs::Metadata) -> bool {
+    found.is_file() && found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() == 1
+}
+
+/// Removes a partial file that a killed process has left; answers whether it was there. Its path comes
+/// from the job's record; the name is looked at so that a record can never name somebody's file. Where
+/// the copy got its final name before the process died, only this other name of it is taken away.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a path that is not a partial file of ours; I/O errors.
+pub fn remove_leftover(path: &Path) -> Result<bool> {
+    let shown = path.display();
+    let refused = |why: &str| {
+        Error::refused(format!("{shown} is no partial file of ours: {why}"))
+            .state("it was not touched")
+            .next("look at it, and remove it yourself if it is not needed")
+    };
+    if partial_of(path).is_none() {
+        return Err(refused("it has another name"));
+    }
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(Error::io(format!("look at {shown}"), error)),
+        Ok(found) if !found.is_file() => return Err(refused("it is no regular file")),
+        Ok(_) => {}
+    }
+    fs::remove_file(path).io_context(|| format!("remove the partial file {shown}"))?;
+    Ok(true)
+}
+
+fn cannot_go_on(what: String) -> Error {
+    Error::refused(what).state("nothing was written").next("run tidemark recover, and copy again")
+}
+
 impl Drop for PartialFile {
     fn drop(&mut self) {
         if !self.published
@@ -194,6 +277,26 @@ fn exists(target: &Path) -> Error {
     Error::refused(format!("{} exists", target.display()))
         .state("it was not touched")
         .next("remove it, choose another name, or give --yes to have it replaced when the copy is complete")
+}
+
+/// The target's real path, its directory, and its name; refused where it cannot be made or replaced.
+fn look_at_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsString)> {
+    let target = resolve(target)?;
+    match fs::symlink_metadata(&target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::io(format!("look at {}", target.display()), error)),
+        Ok(found) if !found.is_file() => {
+            return Err(Error::refused(format!("{} exists and is not a regular file", target.display()))
+                .next("name a file that does not exist yet, a block device, or - for standard output"));
+        }
+        Ok(_) if !replace => return Err(exists(&target)),
+        Ok(_) => {}
+    }
+    let (Some(directory), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(Error::usage(format!("{} does not name a file", target.display())));
+    };
+    let (directory, name) = (directory.to_owned(), name.to_owned());
+    Ok((target, directory, name))
 }
 
 /// Follows a symbolic link at the end of `target`, so that the file it names is the one replaced.
@@ -325,6 +428,101 @@ mod tests {
         assert_eq!(fs::metadata(&real).unwrap().len(), 3);
         let error = PartialFile::create(directory.path(), true).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    fn reopen(partial: &Path, target: &Path) -> Result<PartialFile> {
+        PartialFile::reopen(Some(partial), target, false)
+    }
+
+    #[test]
+    fn a_killed_process_s_file_is_gone_on_with() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        let mut partial = PartialFile::create(&target, false).unwrap();
+        let path = partial.partial().to_owned();
+        fs::write(&path, b"so far").unwrap();
+        partial.leave();
+        drop(partial);
+        let mut again = reopen(&path, &target).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"so far");
+        again.publish().unwrap();
+        assert_eq!(names(directory.path()), ["out"]);
+        assert_eq!(fs::read(&target).unwrap(), b"so far");
+        let error = reopen(&path, &directory.path().join("other")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn only_our_own_partial_file_of_that_target_is_reopened() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        let path = directory.path().join(".out.tidemark-partial.0123456789ab");
+        let refused = |partial: &Path, target: &Path| {
+            let error = reopen(partial, target).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+            assert!(error.next_step().is_some());
+        };
+        refused(&path, &target);
+        assert_eq!(PartialFile::reopen(None, &target, false).unwrap_err().kind(), ErrorKind::Refused);
+        let other = directory.path().join("theirs");
+        fs::write(&other, b"theirs").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        refused(&path, &target);
+        fs::remove_file(&path).unwrap();
+        fs::hard_link(&other, &path).unwrap();
+        refused(&path, &target);
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        refused(&path, &target);
+        fs::remove_file(&path).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            fs::write(&path, b"").unwrap();
+            std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
+            refused(&path, &target);
+            std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        }
+        fs::write(&path, b"ours").unwrap();
+        refused(&path, &directory.path().join("other"));
+        refused(&path, &directory.path().join("sub/out"));
+        refused(&other, &target);
+        // What was refused is still there, and good.
+        reopen(&path, &target).unwrap().leave();
+        fs::write(&target, b"appeared").unwrap();
+        refused(&path, &target);
+        assert_eq!(names(directory.path()), [".out.tidemark-partial.0123456789ab", "out", "theirs"]);
+    }
+
+    #[test]
+    fn only_a_partial_file_is_removed_as_a_leftover() {
+        let directory = tempfile::tempdir().unwrap();
+        let put = |name: &str| {
+            let path = directory.path().join(name);
+            fs::write(&path, b"x").unwrap();
+            path
+        };
+        for name in [
+            "out",
+            ".tidemark-partial.0123456789ab",
+            "out.tidemark-partial.0123456789ab",
+            ".out.tidemark-partial.0123456789a",
+            ".out.tidemark-partial.0123456789abc",
+            ".out.tidemark-partial.0123456789aB",
+            ".out.partial.0123456789ab",
+            ".o",
+        ] {
+            let path = put(name);
+            assert_eq!(remove_leftover(&path).unwrap_err().kind(), ErrorKind::Refused, "{name}");
+            assert!(path.exists(), "{name}");
+        }
+        let path = put(".o.tidemark-partial.0123456789ab");
+        assert!(remove_leftover(&path).unwrap());
+        assert!(!path.exists());
+        assert!(!remove_leftover(&path).unwrap());
+        fs::create_dir(&path).unwrap();
+        assert_eq!(remove_leftover(&path).unwrap_err().kind(), ErrorKind::Refused);
+        fs::remove_dir(&path).unwrap();
+        std::os::unix::fs::symlink(directory.path().join("out"), &path).unwrap();
+        assert_eq!(remove_leftover(&path).unwrap_err().kind(), ErrorKind::Refused);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use super::partial::PartialFile;
 use super::{
-    Form, PAYLOAD_OFFSET, Placement, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
+    Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
     zero_padding,
 };
 use crate::base::limits::DIRECT_IO_ALIGN;
@@ -63,6 +63,8 @@ pub struct RawTarget {
     /// Unit to which the end of the last write is rounded up.
     block: Bytes,
     written: bool,
+    /// Something may have been written anywhere before: see [`RawTarget::reopen`].
+    reopened: bool,
 }
 
 impl RawTarget {
@@ -71,16 +73,42 @@ impl RawTarget {
     /// # Errors
     /// Refusals (see [`guard`](super::guard)), I/O errors.
     pub fn open(path: &Path, request: &RawRequest) -> Result<Self> {
-        let metadata = match std::fs::metadata(path) {
-            Ok(metadata) => Some(metadata),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::io(format!("look at {}", path.display()), error)),
-        };
-        if metadata.is_some_and(|metadata| metadata.file_type().is_block_device()) {
-            Self::open_device(path, request)
-        } else {
-            Self::open_file(path, request)
+        if is_block_device(path)? { Self::open_device(path, request) } else { Self::open_file(path, request) }
+    }
+
+    /// Opens the target of a copy that was killed, to go on with it: what is on it stays.
+    ///
+    /// A segment that was being written may be there in part, and read as zeros when it is copied again:
+    /// so zeros are written to a file too, instead of being left out.
+    ///
+    /// # Errors
+    /// As [`RawTarget::open`]; a refusal where the partial file is gone or not ours.
+    pub fn reopen(path: &Path, request: &RawRequest, state: &Resumed) -> Result<Self> {
+        let device = is_block_device(path)?;
+        if device != state.partial.is_none() || state.archive.is_some() {
+            let was = if state.partial.is_none() { "a device" } else { "a file" };
+            return Err(Error::refused(format!(
+                "{} is not what the copy was made to: {was}",
+                path.display()
+            ))
+            .state("nothing was written")
+            .next("connect what the copy was made to, or run tidemark recover and copy again"));
         }
+        let mut target = if device {
+            Self::open_device(path, request)?
+        } else {
+            Topology::default().check_file(directory_of(path), &request.forbidden)?;
+            let mut partial = PartialFile::reopen(state.partial.as_deref(), path, request.replace)?;
+            // It has its exact length where the process died between the seal and the final name.
+            if let Err(error) = set_rounded_length(&partial, request.size) {
+                partial.leave();
+                return Err(error);
+            }
+            Self::over_partial(partial, path, request)
+        };
+        target.written = true;
+        target.reopened = true;
+        Ok(target)
     }
 
     fn open_device(path: &Path, request: &RawRequest) -> Result<Self> {
@@ -121,23 +149,26 @@ impl RawTarget {
             size: request.size,
             block: Bytes(topology.logical_block_bytes(device)),
             written: false,
+            reopened: false,
         })
     }
 
     fn open_file(path: &Path, request: &RawRequest) -> Result<Self> {
         Topology::default().check_file(directory_of(path), &request.forbidden)?;
         let partial = PartialFile::create(path, request.replace)?;
-        let length = request.size.align_up(DIRECT_IO_ALIGN);
-        partial.file().set_len(length.get()).io_context(|| {
-            format!("set the length of {} to {}", partial.partial().display(), length.get())
-        })?;
-        Ok(Self {
+        set_rounded_length(&partial, request.size)?;
+        Ok(Self::over_partial(partial, path, request))
+    }
+
+    fn over_partial(partial: PartialFile, path: &Path, request: &RawRequest) -> Self {
+        Self {
             description: path.display().to_string(),
             kind: Kind::File(partial),
             size: request.size,
             block: DIRECT_IO_ALIGN,
             written: false,
-        })
+            reopened: false,
+        }
     }
 
     /// True for a block device.
@@ -188,7 +219,7 @@ impl RawTarget {
                         range: position(memory_offset, run.start())..position(memory_offset, end),
                         place: Place::At(run.start()),
                     });
-                } else if self.is_device() || !fresh {
+                } else if self.is_device() || !fresh || self.reopened {
                     placement.zeros.extend(Extent::new(run.start(), end));
                 }
             }
@@ -211,6 +242,22 @@ impl RawTarget {
             place: Place::At(extent.start()),
         };
         extents.iter().map(piece).collect()
+    }
+}
+
+fn set_rounded_length(partial: &PartialFile, size: Bytes) -> Result<()> {
+    let length = size.align_up(DIRECT_IO_ALIGN).get();
+    partial
+        .file()
+        .set_len(length)
+        .io_context(|| format!("set the length of {} to {length}", partial.partial().display()))
+}
+
+fn is_block_device(path: &Path) -> Result<bool> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(metadata.file_type().is_block_device()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(format!("look at {}", path.display()), error)),
     }
 }
 
@@ -288,6 +335,22 @@ impl Secondary for RawTarget {
 
     fn overlay(&mut self, segment: &Segment<'_>, changed: &[Extent], memory: &mut [u8]) -> Result<Placement> {
         Ok(self.lay_out(changed, segment.extent.start(), false, memory))
+    }
+
+    fn partial_path(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::Device(_) => None,
+            Kind::File(partial) => Some(partial.partial()),
+        }
+    }
+
+    /// A device holds what it held; a new file reads as zeros where nothing is written.
+    fn absent(&mut self, extents: &[Extent]) -> Placement {
+        if !self.is_device() {
+            return Placement::default();
+        }
+        let zeros = extents.iter().map(|extent| self.zeroed(*extent)).collect();
+        Placement { pieces: Vec::new(), zeros }
     }
 
     fn forget_cache(&self) {

@@ -1,0 +1,187 @@
+//! Which data frame of an archive holds which segment?
+//!
+//! Invariants:
+//! - a frame holds one segment, and a segment has one frame at most;
+//! - numbers are given out without gaps, the lowest first. A copy that was killed leaves gaps: numbers
+//!   that were given to segments whose writes had not completed. They are given out again first.
+//!
+//! Why every gap is filled before the data ends: the number of a gap was given to a segment that is not
+//! placed, and no two gaps to the same one. So at least as many segments are still to be placed as there
+//! are gaps, as long as each of them takes a number, even one that has become all zero; and that is what
+//! [`Frames::is_wanted`] is for. A later kill keeps it so: what it leaves unplaced has numbers of its own.
+//!
+//! Memory: four bytes for each segment, and eight for each gap. Pure.
+
+use std::collections::BTreeSet;
+
+use super::PlacedSegment;
+use crate::base::{Bytes, Error, Result, SegmentIx};
+
+/// See the module's head.
+#[derive(Clone, Debug)]
+pub(super) struct Frames {
+    /// For each segment its frame's number plus one, or 0 for none.
+    of: Vec<u32>,
+    /// Numbers below `end` that hold no segment.
+    gaps: BTreeSet<u64>,
+    /// Behind the highest number given out.
+    end: u64,
+}
+
+impl Frames {
+    /// For `count` segments (at most `SEGMENT_COUNT_MAX`), none of which has a frame.
+    pub(super) fn new(count: u64) -> Self {
+        Self { of: vec![0; Bytes(count).as_len()], gaps: BTreeSet::new(), end: 0 }
+    }
+
+    /// As a killed copy has left them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `placed` cannot be: a segment or
+    /// frame out of range, or one frame for two segments.
+    pub(super) fn rebuilt(count: u64, placed: &[PlacedSegment]) -> Result<Self> {
+        let bad = |what: String| {
+            Error::bad_data(format!("the journal of segments does not fit an archive: {what}"))
+                .state("nothing was written")
+                .next("run tidemark recover, and copy again")
+        };
+        let mut frames = Self::new(count);
+        let mut taken = vec![false; Bytes(count).as_len()];
+        for segment in placed {
+            let ix = segment.ix.get();
+            if ix >= count || segment.frame.is_some_and(|frame| frame >= count) {
+                return Err(bad(format!("segment {ix} of {count} in frame {:?}", segment.frame)));
+            }
+            let Some(frame) = segment.frame else {
+                if segment.zero {
+                    continue;
+                }
+                return Err(bad(format!("segment {ix} is not zero and has no frame")));
+            };
+            if std::mem::replace(&mut taken[Bytes(frame).as_len()], true) || frames.get(segment.ix).is_some()
+            {
+                return Err(bad(format!("frame {frame} or segment {ix} appears twice")));
+            }
+            frames.set(segment.ix, frame);
+            frames.end = frames.end.max(frame + 1);
+        }
+        let free = (0..frames.end).filter(|frame| !taken[Bytes(*frame).as_len()]);
+        frames.gaps = free.collect();
+        Ok(frames)
+    }
+
+    fn set(&mut self, ix: SegmentIx, frame: u64) {
+        self.of[Bytes(ix.get()).as_len()] = u32::try_from(frame + 1)
+            .expect("there are at most SEGMENT_COUNT_MAX data frames, one for each segment");
+    }
+
+    /// Segments of the origin.
+    pub(super) fn segment_count(&self) -> u64 {
+        Bytes::from_len(self.of.len()).get()
+    }
+
+    /// The segment's frame.
+    pub(super) fn get(&self, ix: SegmentIx) -> Option<u64> {
+        u64::from(self.of[Bytes(ix.get()).as_len()]).checked_sub(1)
+    }
+
+    /// True where the next segment must take a frame, whatever it holds.
+    pub(super) fn is_wanted(&self) -> bool {
+        !self.gaps.is_empty()
+    }
+
+    /// The number that [`Frames::give`] gives next.
+    pub(super) fn next(&self) -> u64 {
+        self.gaps.first().copied().unwrap_or(self.end)
+    }
+
+    /// Gives a segment that has no frame the next one.
+    pub(super) fn give(&mut self, ix: SegmentIx) {
+        debug_assert!(self.get(ix).is_none());
+        match self.gaps.pop_first() {
+            Some(gap) => self.set(ix, gap),
+            None => {
+                self.set(ix, self.end);
+                self.end += 1;
+            }
+        }
+    }
+
+    /// Behind the last data frame; gaps below it count.
+    pub(super) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Numbers that hold no segment.
+    pub(super) fn gap_count(&self) -> usize {
+        self.gaps.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::base::ErrorKind;
+
+    fn placed(ix: u64, frame: Option<u64>, zero: bool) -> PlacedSegment {
+        PlacedSegment { ix: SegmentIx(ix), frame, crc: None, zero }
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_is_refused() {
+        for wrong in [
+            vec![placed(4, Some(0), false)],
+            vec![placed(0, Some(4), false)],
+            vec![placed(0, None, false)],
+            vec![placed(0, Some(1), false), placed(1, Some(1), false)],
+            vec![placed(0, Some(1), false), placed(0, Some(2), false)],
+        ] {
+            let error = Frames::rebuilt(4, &wrong).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadData, "{wrong:?}");
+        }
+        let frames = Frames::rebuilt(4, &[placed(3, Some(2), false), placed(1, None, true)]).unwrap();
+        assert_eq!((frames.next(), frames.end(), frames.gap_count()), (0, 3, 2));
+    }
+
+    proptest! {
+        /// Copies that are killed again and again, each with writes that did not complete and with
+        /// segments that are zero in one run and not in the next: no number is left out or given twice.
+        #[test]
+        fn every_gap_is_filled_before_the_data_ends(
+            count in 1u64..40,
+            runs in prop::collection::vec(prop::collection::vec((any::<bool>(), any::<bool>()), 0..40), 0..6),
+            zeros in prop::collection::vec(any::<bool>(), 40),
+        ) {
+            let mut journal: Vec<PlacedSegment> = Vec::new();
+            let unplaced = |journal: &[PlacedSegment]| -> Vec<u64> {
+                (0..count).filter(|ix| !journal.iter().any(|placed| placed.ix.get() == *ix)).collect()
+            };
+            let give = |frames: &mut Frames, ix: u64, zero: bool| {
+                if !zero || frames.is_wanted() {
+                    frames.give(SegmentIx(ix));
+                }
+                placed(ix, frames.get(SegmentIx(ix)), zero)
+            };
+            for run in runs {
+                let mut frames = Frames::rebuilt(count, &journal).unwrap();
+                let todo = unplaced(&journal);
+                for (ix, (zero, completed)) in todo.into_iter().rev().zip(run) {
+                    let segment = give(&mut frames, ix, zero);
+                    if completed {
+                        journal.push(segment);
+                    }
+                }
+            }
+            let mut frames = Frames::rebuilt(count, &journal).unwrap();
+            for (ix, zero) in unplaced(&journal).into_iter().zip(zeros) {
+                journal.push(give(&mut frames, ix, zero));
+            }
+            prop_assert_eq!(frames.gap_count(), 0);
+            let mut numbers: Vec<u64> = journal.iter().filter_map(|placed| placed.frame).collect();
+            numbers.sort_unstable();
+            prop_assert_eq!(numbers, (0..frames.end()).collect::<Vec<_>>());
+        }
+    }
+}

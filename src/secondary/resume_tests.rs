@@ -1,0 +1,577 @@
+//! Copies that are killed again and again and gone on with, block by block: whatever was in flight is
+//! torn, segments are placed in any order, and the origin changes meanwhile. The copier is played here, in
+//! the simplest way; the bytes go to the real files.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::archive_read::FrameChecker;
+use super::*;
+use crate::base::ErrorKind;
+use crate::base::checksum::crc32c;
+use crate::extent::ExtentSet;
+use crate::format::archive::{BLOCK_BYTES, FrameKind, Superblock};
+use crate::io::Place;
+use crate::sys::block::punch_hole;
+
+const SEGMENT: u64 = 65536;
+const CHUNK: u64 = 4096;
+const INSTANT: u64 = 1_700_000_000_000_000_000;
+
+/// xorshift64*.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % u64::try_from(limit).unwrap()).unwrap()
+    }
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for at in (1..items.len()).rev() {
+            items.swap(at, self.below(at + 1));
+        }
+    }
+    fn block(&mut self) -> Vec<u8> {
+        let byte = u8::try_from(self.next() % 3).unwrap();
+        (0..CHUNK).map(|at| if byte == 0 { 0 } else { byte ^ u8::try_from(at * 7 % 256).unwrap() }).collect()
+    }
+}
+
+fn range(extent: Extent) -> std::ops::Range<usize> {
+    extent.start().as_len()..extent.end().as_len()
+}
+
+/// An origin under a writing application, and the copy of it.
+struct World {
+    directory: tempfile::TempDir,
+    rng: Rng,
+    /// What it held at the instant.
+    image: Vec<u8>,
+    /// What it holds now.
+    now: Vec<u8>,
+    /// Chunks whose originals are in the store.
+    preserved: BTreeSet<usize>,
+    block_list: Vec<Extent>,
+    form: Form,
+    originals: OriginalsMode,
+    /// The journal.
+    placed: Vec<PlacedSegment>,
+    originals_begun: bool,
+    archive: Option<Uuid>,
+    partial: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    size: usize,
+    seed: u64,
+    form: Form,
+    append: bool,
+    gaps: bool,
+    kills: u8,
+}
+
+/// The process is killed.
+struct Killed;
+
+impl World {
+    fn new(case: &Case) -> Self {
+        let mut rng = Rng(case.seed | 1);
+        let mut image = Vec::new();
+        while image.len() < case.size {
+            // Whole segments of zeros too.
+            let block = if image.len() / 65536 % 3 == 1 { vec![0; 4096] } else { rng.block() };
+            image.extend(block);
+        }
+        image.truncate(case.size);
+        let end = Bytes::from_len(case.size);
+        let all = Extent::new(Bytes::ZERO, end).unwrap();
+        let mut listed = ExtentSet::from_iter([all]);
+        for _ in 0..if case.gaps { 12 } else { 0 } {
+            let start = Bytes::from_len(rng.below(case.size)).align_down(Bytes(CHUNK));
+            let gap = Extent::new(start, start + Bytes(CHUNK) * (1 + rng.next() % 20)).unwrap();
+            listed.remove(gap);
+        }
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            rng,
+            now: image.clone(),
+            image,
+            preserved: BTreeSet::new(),
+            block_list: listed.iter().collect(),
+            form: case.form,
+            originals: if case.append && case.form == Form::Archive {
+                OriginalsMode::Append
+            } else {
+                OriginalsMode::Overlay
+            },
+            placed: Vec::new(),
+            originals_begun: false,
+            archive: None,
+            partial: None,
+        }
+    }
+
+    fn size(&self) -> Bytes {
+        Bytes::from_len(self.image.len())
+    }
+
+    fn request(&self) -> SecondaryRequest {
+        SecondaryRequest {
+            target: Target::Path(self.directory.path().join("out")),
+            form: self.form,
+            originals: self.originals,
+            replace: false,
+            verify: false,
+            forbidden: Vec::new(),
+            origin: OriginIdentity { name: "data".into(), path: "/dev/data".into(), size: self.size() },
+            segment: SegmentSize::new(Bytes(SEGMENT)).unwrap(),
+            chunk: ChunkSize::new(Bytes(CHUNK)).unwrap(),
+            block_list: self.block_list.clone(),
+        }
+    }
+
+    fn resumed(&self) -> Resumed {
+        Resumed {
+            instant_ns: INSTANT,
+            archive: self.archive,
+            partial: self.partial.clone(),
+            placed: self.placed.clone(),
+            originals_begun: self.originals_begun,
+        }
+    }
+
+    /// The application writes some chunks; their originals go to the store first.
+    fn write_somewhere(&mut self) {
+        for _ in 0..self.rng.below(6) {
+            let chunk = self.rng.below(self.image.len().div_ceil(4096));
+            let block = self.rng.block();
+            let start = chunk * 4096;
+            let end = self.image.len().min(start + 4096);
+            self.now[start..end].copy_from_slice(&block[..end - start]);
+            self.preserved.insert(chunk);
+        }
+    }
+
+    fn extent(&self, ix: u64) -> Extent {
+        Extent::new(Bytes(ix * SEGMENT), self.size().min(Bytes((ix + 1) * SEGMENT))).unwrap()
+    }
+
+    fn valid(&self, extent: Extent) -> Vec<Extent> {
+        self.block_list.iter().filter_map(|listed| listed.intersection(extent)).collect()
+    }
+
+    fn file(&self) -> File {
+        OpenOptions::new().read(true).write(true).open(self.partial.as_ref().unwrap()).unwrap()
+    }
+
+    /// Writes a placement; torn: each sector of it, or not.
+    fn write(&mut self, placement: &Placement, memory: &[u8], torn: bool) {
+        let file = self.file();
+        for extent in &placement.zeros {
+            if !torn || self.rng.below(2) == 0 {
+                punch_hole(&file, extent.start(), extent.length()).unwrap();
+            }
+        }
+        for piece in &placement.pieces {
+            let Place::At(at) = piece.place else { panic!("a file has offsets") };
+            for (n, sector) in (0u64..).zip(memory[piece.range.clone()].chunks(512)) {
+                if !torn || self.rng.below(2) == 0 {
+                    file.write_all_at(sector, at.get() + n * 512).unwrap();
+                }
+            }
+        }
+    }
+
+    fn read(&self, pieces: &[Piece], memory: &mut [u8]) {
+        let file = self.file();
+        for piece in pieces {
+            let Place::At(at) = piece.place else { panic!("a file has offsets") };
+            file.read_exact_at(&mut memory[piece.range.clone()], at.get()).unwrap();
+        }
+    }
+
+    fn memory() -> Vec<u8> {
+        vec![0; usize::try_from(SEGMENT).unwrap() + 2 * BLOCK_BYTES]
+    }
+
+    fn blocks(&mut self, mut next: impl FnMut(&mut [u8]) -> Result<Option<Placement>>) {
+        let mut memory = Self::memory();
+        while let Some(placement) = next(&mut memory).unwrap() {
+            self.write(&placement, &memory, false);
+        }
+    }
+
+    /// The fuzzy copy of what is not placed, in any order; killed after `steps`.
+    fn data(&mut self, secondary: &mut dyn Secondary, mut steps: usize) -> Result<(), Killed> {
+        let count = self.size().get().div_ceil(SEGMENT);
+        let mut todo: Vec<u64> =
+            (0..count).filter(|ix| !self.placed.iter().any(|placed| placed.ix.get() == *ix)).collect();
+        todo.retain(|ix| !self.valid(self.extent(*ix)).is_empty());
+        self.rng.shuffle(&mut todo);
+        for ix in todo {
+            self.write_somewhere();
+            let extent = self.extent(ix);
+            let valid = self.valid(extent);
+            let mut memory = Self::memory();
+            for part in &valid {
+                let at = PAYLOAD_OFFSET + (part.start() - extent.start()).as_len();
+                memory[at..at + part.length().as_len()].copy_from_slice(&self.now[range(*part)]);
+            }
+            let payload = memory[PAYLOAD_OFFSET..][..extent.length().as_len()].to_vec();
+            let (crc, zero) = (crc32c(&payload), is_zero(&payload));
+            let ix = SegmentIx(ix);
+            let segment = Segment { ix, extent, valid: &valid, crc: Some(crc), zero };
+            let placement = secondary.place(&segment, &mut memory).unwrap();
+            // What is being written when the process dies may be torn, and is not noted.
+            let in_flight = steps < 4 && self.rng.below(2) == 0;
+            self.write(&placement, &memory, in_flight);
+            if !in_flight {
+                let mut back = Self::memory();
+                if let Some(pieces) = secondary.stored(&segment) {
+                    self.read(&pieces, &mut back);
+                    secondary.check_stored(&segment, &back).unwrap();
+                }
+                assert!(
+                    back[PAYLOAD_OFFSET..][..payload.len()] == payload,
+                    "segment {} is not there",
+                    ix.get()
+                );
+                let frame = secondary.frame_number(ix);
+                self.placed.push(PlacedSegment { ix, frame, crc: Some(crc), zero });
+            }
+            match steps.checked_sub(1) {
+                Some(left) => steps = left,
+                None => return Err(Killed),
+            }
+        }
+        // The copier waits for the last write before the originals begin.
+        let all = self.placed.len();
+        let listed = (0..count).filter(|ix| !self.valid(self.extent(*ix)).is_empty()).count();
+        if all < listed { Err(Killed) } else { Ok(()) }
+    }
+
+    /// The originals of each segment, cut to the block list.
+    fn originals(&self) -> Vec<(u64, Vec<Extent>)> {
+        let chunk = |chunk: &usize| {
+            let start = Bytes::from_len(*chunk) * CHUNK;
+            Extent::new(start, self.size().min(start + Bytes(CHUNK))).unwrap()
+        };
+        let all: ExtentSet = self.preserved.iter().map(chunk).flat_map(|extent| self.valid(extent)).collect();
+        let count = self.size().get().div_ceil(SEGMENT);
+        (0..count)
+            .map(|ix| (ix, all.intersection_with(self.extent(ix)).collect::<Vec<_>>()))
+            .filter(|(_, extents)| !extents.is_empty())
+            .collect()
+    }
+
+    fn overlay(&mut self, secondary: &mut dyn Secondary, mut steps: usize) -> Result<(), Killed> {
+        // A segment's originals may come in two batches.
+        let mut batches: [Vec<(u64, Vec<Extent>)>; 2] = [Vec::new(), Vec::new()];
+        for (ix, mut extents) in self.originals() {
+            self.rng.shuffle(&mut extents);
+            let mut second = extents.split_off(self.rng.below(extents.len() + 1));
+            extents.sort();
+            second.sort();
+            for (batch, extents) in batches.iter_mut().zip([extents, second]) {
+                if !extents.is_empty() {
+                    batch.push((ix, extents));
+                }
+            }
+        }
+        for (ix, changed) in batches.into_iter().flatten() {
+            let extent = self.extent(ix);
+            let valid = self.valid(extent);
+            let mut segment = Segment { ix: SegmentIx(ix), extent, valid: &valid, crc: None, zero: false };
+            let mut memory = Self::memory();
+            if secondary.is_framed()
+                && let Some(pieces) = secondary.stored(&segment)
+            {
+                self.read(&pieces, &mut memory);
+                secondary.check_stored(&segment, &memory).unwrap();
+            }
+            for original in &changed {
+                let at = PAYLOAD_OFFSET + (original.start() - extent.start()).as_len();
+                memory[at..at + original.length().as_len()].copy_from_slice(&self.image[range(*original)]);
+            }
+            let payload = &memory[PAYLOAD_OFFSET..][..extent.length().as_len()];
+            if secondary.is_framed() {
+                (segment.crc, segment.zero) = (Some(crc32c(payload)), is_zero(payload));
+            }
+            let placement = secondary.overlay(&segment, &changed, &mut memory).unwrap();
+            let in_flight = steps < 4 && self.rng.below(2) == 0;
+            self.write(&placement, &memory, in_flight);
+            if in_flight && steps == 0 {
+                return Err(Killed);
+            }
+            if in_flight {
+                // The next batch would wait for it: it did complete.
+                self.write(&placement, &memory, false);
+            }
+            match steps.checked_sub(1) {
+                Some(left) => steps = left,
+                None => return Err(Killed),
+            }
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, secondary: &mut dyn Secondary, mut steps: usize) -> Result<(), Killed> {
+        for (_, extents) in self.originals() {
+            let mut memory = Self::memory();
+            let mut at = PAYLOAD_OFFSET;
+            for extent in &extents {
+                memory[at..at + extent.length().as_len()].copy_from_slice(&self.image[range(*extent)]);
+                at += extent.length().as_len();
+            }
+            let placement = secondary.append(&extents, &mut memory).unwrap();
+            self.write(&placement, &memory, steps == 0);
+            match steps.checked_sub(1) {
+                Some(left) => steps = left,
+                None => return Err(Killed),
+            }
+        }
+        Ok(())
+    }
+
+    /// One process: from where the last one was killed to `steps` further on, or to the end.
+    fn run(&mut self, steps: usize) -> Result<(), Killed> {
+        let mut secondary = match self.partial {
+            None => open(&self.request()).unwrap(),
+            Some(_) => reopen(&self.request(), &self.resumed()).unwrap(),
+        };
+        secondary.begin(INSTANT);
+        self.partial = secondary.partial_path().map(std::path::Path::to_owned);
+        if self.archive.is_some() {
+            assert_eq!(secondary.archive_id(), self.archive, "another identity");
+        }
+        self.archive = secondary.archive_id();
+        self.blocks(|memory| secondary.opening(memory));
+        let result = self.phases(secondary.as_mut(), steps);
+        if result.is_err() {
+            // SIGKILL: nobody cleans up.
+            std::mem::forget(secondary);
+        }
+        result
+    }
+
+    fn phases(&mut self, secondary: &mut dyn Secondary, steps: usize) -> Result<(), Killed> {
+        self.data(secondary, steps)?;
+        self.originals_begun = true;
+        if secondary.appends() {
+            self.append(secondary, steps / 2)?;
+        } else {
+            self.overlay(secondary, steps / 2)?;
+        }
+        if self.rng.below(steps) == 0 {
+            return Err(Killed);
+        }
+        self.blocks(|memory| secondary.closing(memory));
+        if self.rng.below(steps) == 0 {
+            return Err(Killed);
+        }
+        secondary.seal().unwrap();
+        if self.rng.below(steps) == 0 {
+            return Err(Killed);
+        }
+        secondary.finish().unwrap();
+        Ok(())
+    }
+
+    /// What the copy must hold: absent ranges are zeros.
+    fn expected(&self) -> Vec<u8> {
+        let mut expected = vec![0; self.image.len()];
+        for extent in &self.block_list {
+            expected[range(*extent)].copy_from_slice(&self.image[range(*extent)]);
+        }
+        expected
+    }
+
+    fn found(&self) -> Vec<u8> {
+        let bytes = fs::read(self.directory.path().join("out")).unwrap();
+        match self.form {
+            Form::Raw => bytes,
+            Form::Archive => extract(&bytes, self.archive.unwrap()),
+        }
+    }
+}
+
+/// The content of an archive, checked from end to end.
+fn extract(bytes: &[u8], archive: Uuid) -> Vec<u8> {
+    let superblock = Superblock::decode_head(bytes).unwrap();
+    assert_eq!((superblock.archive, superblock.instant_utc_ns), (archive, INSTANT));
+    let mut content = vec![0; superblock.origin_size.as_len()];
+    let mut checker = FrameChecker::new(superblock, "out");
+    let length = checker.layout().frame_bytes().as_len();
+    let mut rest = &bytes[BLOCK_BYTES..];
+    while rest.len() > BLOCK_BYTES {
+        let frame = checker.accept(rest, &mut |_| {}).unwrap();
+        let mut packed = PAYLOAD_OFFSET;
+        for extent in &frame.extents {
+            let at = match frame.facts.kind {
+                FrameKind::Data => PAYLOAD_OFFSET + (extent.start() - frame.facts.origin_offset).as_len(),
+                FrameKind::Originals | FrameKind::Map => packed,
+            };
+            packed += extent.length().as_len();
+            content[range(*extent)].copy_from_slice(&rest[at..at + extent.length().as_len()]);
+        }
+        rest = &rest[length..];
+    }
+    checker.finish(rest).unwrap();
+    content
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    (1usize..700_000, any::<u64>(), any::<bool>(), any::<bool>(), any::<bool>(), 0u8..7).prop_map(
+        |(size, seed, raw, append, gaps, kills)| Case {
+            size,
+            seed,
+            form: if raw { Form::Raw } else { Form::Archive },
+            append,
+            gaps,
+            kills,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_copy_that_is_killed_again_and_again_is_the_image_at_the_instant(case in cases()) {
+        let mut world = World::new(&case);
+        for _ in 0..case.kills {
+            let steps = 1 + world.rng.below(14);
+            if world.run(steps).is_ok() {
+                break;
+            }
+        }
+        if !world.directory.path().join("out").exists() {
+            prop_assert!(world.run(usize::MAX / 2).is_ok());
+        }
+        prop_assert!(world.found() == world.expected());
+        prop_assert_eq!(fs::read_dir(world.directory.path()).unwrap().count(), 1, "nothing else is left");
+    }
+}
+
+fn case(form: Form) -> Case {
+    Case { size: 500_000, seed: 5, form, append: false, gaps: true, kills: 0 }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_partial_file_stays() {
+    for form in [Form::Raw, Form::Archive] {
+        let mut world = World::new(&case(form));
+        assert!(world.run(3).is_err());
+        let before = fs::read(world.partial.as_ref().unwrap()).unwrap();
+        let kind = |request: &SecondaryRequest, state: &Resumed| match reopen(request, state) {
+            Ok(_) => panic!("it was reopened"),
+            Err(error) => error.kind(),
+        };
+        let (request, state) = (world.request(), world.resumed());
+        let gone = Resumed { partial: Some(world.directory.path().join("gone")), ..state.clone() };
+        assert_eq!(kind(&request, &gone), ErrorKind::Refused);
+        assert_eq!(kind(&request, &Resumed { partial: None, ..state.clone() }), ErrorKind::Refused);
+        let other = Resumed {
+            archive: if form == Form::Raw { Some(Uuid::from_u128(1)) } else { None },
+            ..state.clone()
+        };
+        assert_eq!(kind(&request, &other), ErrorKind::Refused);
+        if form == Form::Archive {
+            let pipe = SecondaryRequest { target: Target::Pipe, ..request.clone() };
+            assert_eq!(kind(&pipe, &state), ErrorKind::Refused);
+            let mut twice = state.clone();
+            twice.placed.extend(state.placed.clone());
+            assert_eq!(kind(&request, &twice), ErrorKind::BadData);
+        }
+        assert!(fs::read(world.partial.as_ref().unwrap()).unwrap() == before);
+        assert!(world.run(usize::MAX / 2).is_ok());
+        assert!(world.found() == world.expected());
+    }
+}
+
+#[test]
+fn what_was_in_flight_and_reads_as_zeros_now_is_zero_on_a_raw_file() {
+    let mut world = World::new(&Case { gaps: false, ..case(Form::Raw) });
+    let extent = world.extent(0);
+    let valid = [extent];
+    for byte in [7, 0] {
+        let mut secondary = match byte {
+            7 => open(&world.request()).unwrap(),
+            _ => reopen(&world.request(), &world.resumed()).unwrap(),
+        };
+        world.partial = secondary.partial_path().map(std::path::Path::to_owned);
+        let mut memory = World::memory();
+        memory.fill(byte);
+        let segment = Segment { ix: SegmentIx::ZERO, extent, valid: &valid, crc: None, zero: byte == 0 };
+        let placement = secondary.place(&segment, &mut memory).unwrap();
+        world.write(&placement, &memory, false);
+        std::mem::forget(secondary);
+    }
+    let mut found = vec![1; extent.length().as_len()];
+    world.file().read_exact_at(&mut found, 0).unwrap();
+    assert!(is_zero(&found));
+}
+
+#[test]
+fn an_archive_that_lacks_a_data_frame_is_not_ended() {
+    let mut world = World::new(&case(Form::Archive));
+    assert!(world.run(5).is_err());
+    // A journal that lacks a segment in the middle, and a copier that takes it for copied.
+    let state = world.resumed();
+    let inner = state.placed.iter().position(|placed| placed.frame == Some(0)).unwrap();
+    let mut lacking = state;
+    lacking.placed.remove(inner);
+    let mut secondary = reopen(&world.request(), &lacking).unwrap();
+    let error = secondary.closing(&mut World::memory()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadData);
+    let original = Extent::new(Bytes::ZERO, Bytes(CHUNK)).unwrap();
+    assert_eq!(secondary.append(&[original], &mut World::memory()).unwrap_err().kind(), ErrorKind::BadData);
+}
+
+#[test]
+fn only_what_an_overlay_may_have_torn_is_accepted() {
+    let mut world = World::new(&Case { gaps: false, ..case(Form::Archive) });
+    let mut secondary = open(&world.request()).unwrap();
+    secondary.begin(INSTANT);
+    world.partial = secondary.partial_path().map(std::path::Path::to_owned);
+    world.archive = secondary.archive_id();
+    assert!(world.data(secondary.as_mut(), usize::MAX).is_ok());
+    std::mem::forget(secondary);
+    let ix = world.placed.iter().find(|placed| placed.frame.is_some()).unwrap().ix;
+    let extent = world.extent(ix.get());
+    let valid = [extent];
+    let segment = Segment { ix, extent, valid: &valid, crc: None, zero: false };
+    let check = |state: &Resumed, at: usize, flip: u8, mended: bool| {
+        let mut secondary = reopen(&world.request(), state).unwrap();
+        let mut memory = World::memory();
+        world.read(&secondary.stored(&segment).unwrap(), &mut memory);
+        if mended {
+            let segment = Segment { crc: Some(0), ..segment };
+            secondary.overlay(&segment, &[extent], &mut World::memory()).unwrap();
+        }
+        memory[at] ^= flip;
+        let checked = secondary.check_stored(&segment, &memory);
+        std::mem::forget(secondary);
+        checked.map_err(|error| error.kind())
+    };
+    let data = world.resumed();
+    let begun = Resumed { originals_begun: true, ..data.clone() };
+    let torn = [PAYLOAD_OFFSET + 5, 100, PAYLOAD_OFFSET + 65536 + 100];
+    for at in torn {
+        assert_eq!(check(&data, at, 1, false), Err(ErrorKind::BadData), "no originals had begun: {at}");
+        assert_eq!(check(&begun, at, 1, false), Ok(()), "{at}");
+        assert_eq!(check(&begun, at, 1, true), Err(ErrorKind::BadData), "mended: {at}");
+        assert_eq!(check(&begun, at, 0, true), Ok(()));
+    }
+    assert_eq!(check(&begun, 0, 1, false), Err(ErrorKind::BadData), "the magic number is never torn");
+}
