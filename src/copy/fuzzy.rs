@@ -73,7 +73,7 @@ pub(super) fn run(
     secondary: &mut dyn Secondary,
     sink: &mut Sink,
     checksums: &mut Checksums,
-    throttle: &mut Throttle,
+    throttle: &mut Throttle<'_>,
 ) -> Result<FuzzyStats> {
     let schedule = plan.schedule;
     driver.begin_phase(Phase::Data, Some(schedule.total()));
@@ -106,7 +106,7 @@ pub(super) fn run(
                 pending = Some(work);
                 break;
             };
-            pause = throttle.take(work.valid_bytes(), fuzzy.driver.now());
+            pause = throttle.take(work.valid_bytes(), fuzzy.driver.now(), fuzzy.reads.len());
             if pause.is_some() {
                 fuzzy.driver.engine.give_buffer(buffer);
                 pending = Some(work);

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
 use super::fuzzy::{self, FuzzyStats};
+use super::impact::ImpactWatch;
 use super::origin::Origin;
 use super::overlay::{self, OriginalsStats, Store};
 use super::placed::PlacedSet;
@@ -139,6 +140,8 @@ pub struct CopyJob<'a> {
     pub resumed: Option<ResumePoint>,
     /// Bytes per second read from the origin at most.
     pub rate: Option<Bytes>,
+    /// How to see, and how far to spare, the applications on the origin; None where there are none.
+    pub impact: Option<ImpactWatch>,
     /// Re-read the secondary and compare checksums.
     pub verify: bool,
     /// Is told how it goes.
@@ -182,6 +185,7 @@ impl<'a> CopyJob<'a> {
             progress: None,
             resumed: None,
             rate: None,
+            impact: None,
             verify: false,
             observer: &Silent,
             interrupt: &go_on,
@@ -250,7 +254,7 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         region: job.region,
         order: job.order,
         origin_description: job.origin_description,
-        rate: job.rate,
+        throttle: Throttle::new(job.rate, job.impact, observer),
         verify: job.verify,
         originals: job.originals,
         releases: job.releases,
@@ -280,7 +284,7 @@ struct Plan<'a> {
     region: Bytes,
     order: Order,
     origin_description: String,
-    rate: Option<Bytes>,
+    throttle: Throttle<'a>,
     verify: bool,
     resumed: ResumePoint,
     placed: PlacedSet,
@@ -361,7 +365,6 @@ fn copy_and_lay_over(
     checksums: &mut Checksums,
     report: &mut CopyReport,
 ) -> Result<()> {
-    let mut throttle = Throttle::new(plan.rate);
     let begin = driver.now();
     let copying = fuzzy::Plan {
         origin,
@@ -372,7 +375,7 @@ fn copy_and_lay_over(
         releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
         progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn Progress),
     };
-    let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut throttle)?;
+    let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut plan.throttle)?;
     report.add_data(stats, driver.now() - begin);
 
     // The barrier: no read of the origin is in flight any more.

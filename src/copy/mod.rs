@@ -8,6 +8,7 @@ mod chaos;
 mod checksums;
 mod driver;
 mod fuzzy;
+pub mod impact;
 pub mod job;
 mod origin;
 mod overlay;
@@ -20,6 +21,7 @@ mod tests;
 mod throttle;
 mod verify;
 
+pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
 pub use job::{CopyJob, CopyReport, OriginalsProvider, Progress, Releases, ResumePoint, engine_config, run};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

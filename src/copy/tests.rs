@@ -5,13 +5,17 @@ use std::cell::{Cell, RefCell};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases};
 use super::progress::{Event, Observer, Phase, Silent};
 use super::schedule::Schedule;
-use super::{CopyJob, CopyReport, Order, Releases, engine_config, run};
+use super::{
+    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, Releases, engine_config,
+    run,
+};
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
 use crate::format::archive::map::MapCursor;
@@ -77,6 +81,8 @@ struct Setup {
     world: Rc<RefCell<World>>,
     engine: ChaosEngine,
     case: Case,
+    rate: Option<Bytes>,
+    impact: Option<ImpactWatch>,
 }
 
 impl Setup {
@@ -88,6 +94,8 @@ impl Setup {
             engine: ChaosEngine::new(config, case.seed ^ 1, Some(world.clone())),
             world,
             case: case.clone(),
+            rate: None,
+            impact: None,
         }
     }
 
@@ -137,6 +145,8 @@ impl Setup {
             order: if self.case.hot { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
             releases: released.then_some(&mut releases as &mut dyn Releases),
+            rate: self.rate,
+            impact: self.impact.take(),
             verify: self.case.verify,
             observer,
             interrupt,
@@ -308,6 +318,41 @@ proptest! {
         let (image, _) = extract(&received.join().unwrap().unwrap());
         assert_same(&image, &world.borrow().image);
     }
+}
+
+/// An origin whose applications are slow as soon as they are looked at.
+struct Slow(u64);
+
+impl LatencyProbe for Slow {
+    fn sample(&mut self) -> Option<LatencySample> {
+        self.0 += 1;
+        let waited = Duration::from_millis(100 * self.0);
+        Some(LatencySample { ios: 100, waited, in_flight: 1 })
+    }
+}
+
+#[test]
+fn a_copy_that_gives_way_is_the_image_at_the_instant() {
+    #[derive(Default)]
+    struct Told(std::sync::atomic::AtomicU32);
+    impl Observer for Told {
+        fn event(&self, event: &Event) {
+            if matches!(event, Event::Latency { origin: Some(_), baseline: Some(_), .. }) {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+    }
+    let mut setup = Setup::new(&busy_case(true));
+    let watch =
+        ImpactWatch { impact: Impact::Low, before: Some(Duration::from_millis(1)), probe: Box::new(Slow(0)) };
+    // Two seconds: long enough for the copier to hold its breath in the middle.
+    (setup.impact, setup.rate) = (Some(watch), Some(Bytes(setup.case.size.get() / 2)));
+    let told = Told::default();
+    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    setup.copy_watched(secondary, &go_on, false, &told).unwrap();
+    assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &setup.world.borrow().image);
+    setup.check_economy();
+    assert!((2..=6).contains(&told.0.into_inner()), "twice a second, for two seconds");
 }
 
 #[test]
