@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use crate::base::{Bytes, Error, Result};
+use crate::copy::Impact;
 
 const ROOT_EXAMPLES: &str = "Examples:
   tidemark doctor
@@ -146,6 +147,9 @@ pub struct CopyArgs {
     /// Copy at most this many bytes per second
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub rate: Option<Bytes>,
+    /// How much the applications on the origin may feel: how far the copier gives way to them
+    #[arg(long, value_enum, default_value_t = ImpactArg::from(Impact::DEFAULT))]
+    pub impact: ImpactArg,
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
@@ -193,6 +197,37 @@ pub enum OriginalsArg {
     Overlay,
     /// Put originals behind the data (archives only)
     Append,
+}
+
+/// `--impact`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImpactArg {
+    /// Their I/O takes at most a quarter longer than without the copier
+    Low,
+    /// It takes at most twice as long
+    Medium,
+    /// The copier reads as fast as it can
+    None,
+}
+
+impl From<Impact> for ImpactArg {
+    fn from(impact: Impact) -> Self {
+        match impact {
+            Impact::Low => Self::Low,
+            Impact::Medium => Self::Medium,
+            Impact::None => Self::None,
+        }
+    }
+}
+
+impl From<ImpactArg> for Impact {
+    fn from(impact: ImpactArg) -> Self {
+        match impact {
+            ImpactArg::Low => Self::Low,
+            ImpactArg::Medium => Self::Medium,
+            ImpactArg::None => Self::None,
+        }
+    }
 }
 
 /// `tidemark attach`.

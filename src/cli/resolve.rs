@@ -58,6 +58,7 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         chunk,
         segment,
         rate: args.rate,
+        impact: args.impact.into(),
         verify: args.verify,
         freeze_budget: args.freeze_budget,
         hooks: Hooks {
@@ -265,6 +266,19 @@ mod tests {
         ] {
             let error = copy(&parse(line)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_impact_is_what_was_asked_for() {
+        use crate::copy::Impact;
+        for (line, impact) in [
+            ("data out.img", Impact::DEFAULT),
+            ("data out.img --impact low", Impact::Low),
+            ("data out.img --impact medium", Impact::Medium),
+            ("data out.img --impact none --rate 1M", Impact::None),
+        ] {
+            assert_eq!(copy(&parse(line)).unwrap().impact, impact, "{line}");
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::base::{Bytes, ChunkSize, SegmentSize};
+use crate::copy::Impact;
 
 /// The form of the secondary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -83,6 +84,8 @@ pub struct CopyRequest {
     pub segment: Option<SegmentSize>,
     /// Bytes per second at most.
     pub rate: Option<Bytes>,
+    /// How much the applications on a live origin may feel. (On one at rest there are none.)
+    pub impact: Impact,
     /// Re-read the secondary and compare checksums.
     pub verify: bool,
     /// Longest time that filesystems may be frozen or the origin suspended.

@@ -9,7 +9,9 @@
 //! are put back here; what cannot be is reported with the error and left to `recover`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::latency::OriginProbe;
 use super::plan::{CopyPlan, LivePlan};
 use crate::base::{Error, Result};
 use crate::copy::progress::{Event, Observer, Phase};
@@ -26,6 +28,8 @@ pub struct Live {
     job: Job,
     store: Option<Arc<CowStore>>,
     stack: Option<Stack>,
+    probe: Option<OriginProbe>,
+    latency_before: Option<Duration>,
 }
 
 impl Live {
@@ -39,7 +43,15 @@ impl Live {
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
-        let mut this = Self { dm: Dm::open()?, job: Job::begin("copy")?, store: None, stack: None };
+        let mut this = Self {
+            dm: Dm::open()?,
+            job: Job::begin("copy")?,
+            store: None,
+            stack: None,
+            // While the store is made, the origin is watched: how it is before the instant.
+            probe: plan.origin.number.and_then(OriginProbe::new),
+            latency_before: None,
+        };
         match this.make(plan, live, observer, interrupt) {
             Ok(()) => Ok(this),
             Err(error) => Err(this.put_back_after(error)),
@@ -62,6 +74,7 @@ impl Live {
             observer.event(&Event::Warning { text: warning.clone() });
         }
         interrupt()?;
+        self.latency_before = self.probe.as_mut().and_then(OriginProbe::mean);
         observer.event(&Event::Phase { phase: Phase::Instant, total: None });
         let request = StackRequest { cow: store.number(), ..live.stack.clone() };
         let mut at_instant = |instant: &InstantContext<'_>| match &plan.request.hooks.frozen {
@@ -94,6 +107,16 @@ impl Live {
     /// The stack.
     pub fn stack(&self) -> &Stack {
         self.stack.as_ref().expect("begin() returned only after it made the stack")
+    }
+
+    /// Sees how the applications on the origin fare; None where the kernel does not tell.
+    pub fn probe(&self) -> Option<OriginProbe> {
+        self.probe.clone()
+    }
+
+    /// Their mean latency before the instant, where there was enough to measure one.
+    pub fn latency_before(&self) -> Option<Duration> {
+        self.latency_before
     }
 
     /// Device-mapper, for asking after the snapshot.

@@ -6,6 +6,7 @@
 //! | [`run`] | does it: opens the secondary, makes the copy, reports |
 //! | [`cold`] | the origin is at rest: held and watched while it is read |
 //! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
+//! | [`latency`] | how the applications on the origin fare |
 //! | [`originals`] | shows the COW store to the copier |
 //!
 //! Invariants:
@@ -15,6 +16,7 @@
 //! - the secondary's final name appears only after the snapshot was seen valid behind the last read.
 
 mod cold;
+mod latency;
 mod live;
 mod originals;
 pub mod plan;

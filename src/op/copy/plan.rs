@@ -301,6 +301,7 @@ impl fmt::Display for CopyPlan {
             store.chunk,
             if store.keep { ", kept" } else { "" }
         )?;
+        write!(f, "\nimpact      {}", self.request.impact)?;
         write!(f, "\nfrozen      ")?;
         if self.origin.filesystems.is_empty() {
             write!(f, "no filesystem is mounted from here")?;

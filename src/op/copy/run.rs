@@ -21,7 +21,7 @@ use super::plan::{CopyPlan, LivePlan};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
-use crate::copy::{self, CopyJob, CopyReport, OriginalsProvider, engine_config};
+use crate::copy::{self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider, engine_config};
 use crate::dm::Dm;
 use crate::io::{EnginePreference, open_engine};
 use crate::op::hooks::Hook;
@@ -229,11 +229,20 @@ fn copy_below(
     };
     hook_after(plan, observer, &stop);
     let mut originals = StoreOriginals::new(live, &monitor);
+    let impact = live.probe().map(|probe| ImpactWatch {
+        impact: plan.request.impact,
+        before: live.latency_before(),
+        probe: Box::new(probe),
+    });
+    if impact.is_none() && plan.request.impact != Impact::None {
+        observer.event(&Event::Note { text: blind_text(plan) });
+    }
     let before_publish = || StoreOriginals::new(live, &monitor).check_valid();
     let report = copy_with(
         plan,
         below,
         Some(&mut originals),
+        impact,
         secondary,
         &Watch { observer, interrupt: &stop, before_publish: &before_publish },
     );
@@ -241,6 +250,14 @@ fn copy_below(
     let fill = progress_of(monitor.stop());
     relay();
     Ok((report?, fill))
+}
+
+fn blind_text(plan: &CopyPlan) -> String {
+    format!(
+        "the kernel keeps no statistics of {} (queue/iostats is 0): --impact cannot see how its applications \
+         fare, and the copier does not give way",
+        plan.origin.path.display()
+    )
 }
 
 /// The device beneath, the store's monitor, and what the monitor tells.
@@ -274,22 +291,15 @@ fn tell(observer: &dyn Observer, event: StoreEvent) {
 }
 
 fn progress_of(fill: Fill) -> StoreFill {
-    // The kernel allocates from the front, and the head is in front.
-    let ram_used_bytes = fill.used_bytes.min(fill.ram_bytes);
-    // What fills the store are exceptions and their entries, in a fixed proportion.
-    let exceptions_per_second = (u128::from(fill.fill_bytes_per_second) * u128::from(fill.exceptions))
-        .checked_div(u128::from(fill.used_bytes.get()))
-        .and_then(|rate| u64::try_from(rate).ok())
-        .unwrap_or(0);
     StoreFill {
         used_bytes: fill.used_bytes,
         total_bytes: fill.total_bytes,
         ram_bytes: fill.ram_bytes,
-        ram_used_bytes,
-        disk_used_bytes: fill.used_bytes - ram_used_bytes,
+        ram_used_bytes: fill.used_ram_bytes,
+        disk_used_bytes: fill.used_disk_bytes,
         exceptions: fill.exceptions,
         fill_bytes_per_second: fill.fill_bytes_per_second,
-        exceptions_per_second,
+        exceptions_per_second: fill.exceptions_per_second,
     }
 }
 
@@ -316,7 +326,7 @@ fn copy_cold(
         Err(error) => return Err(abandon(secondary, error)),
     };
     let watch = Watch { observer, interrupt, before_publish: &before_publish };
-    let copy = copy_with(plan, origin, None, secondary, &watch)?;
+    let copy = copy_with(plan, origin, None, None, secondary, &watch)?;
     Ok(Made { instant, copy, store: None, kept: None })
 }
 
@@ -331,6 +341,7 @@ fn copy_with(
     plan: &CopyPlan,
     origin: OwnedFd,
     originals: Option<&mut StoreOriginals<'_>>,
+    impact: Option<ImpactWatch>,
     secondary: Box<dyn Secondary>,
     watch: &Watch<'_>,
 ) -> Result<CopyReport> {
@@ -344,6 +355,7 @@ fn copy_with(
         origin_description: plan.origin.path.display().to_string(),
         originals: originals.map(|it| it as &mut dyn OriginalsProvider),
         rate: plan.request.rate,
+        impact,
         verify: plan.request.verify,
         observer: watch.observer,
         interrupt: watch.interrupt,
