@@ -63,7 +63,7 @@ pub enum Command {
     /// Make a volume an ordinary device again
     Detach(DetachArgs),
     /// Copy a live (or resting) device as it is at one instant
-    Copy(CopyArgs),
+    Copy(Box<CopyArgs>),
     /// Restore an archive to a device or file
     Restore(RestoreArgs),
     /// Check every block of an archive, and compare it with a device or file
@@ -138,12 +138,28 @@ pub struct CopyArgs {
     /// Keep the COW store after the copy (without a RAM head)
     #[arg(long, help_heading = "COW store")]
     pub keep_store: bool,
+    /// Where the store is about to fill and cannot grow: give up the copy, or hold the origin's writers in
+    /// short slices until the copier has caught up
+    #[arg(long, value_enum, default_value = "abort", help_heading = "COW store")]
+    pub on_full: OnFullArg,
+    /// Longest time that writers are held in all by --on-full hold
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "30s", help_heading = "COW store")]
+    pub hold_budget: Duration,
     /// Unit of copy-on-write, a power of two [default: 4KiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub chunk: Option<Bytes>,
     /// Unit of copying and framing, a power of two [default: 1MiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub segment: Option<Bytes>,
+    /// Copy free space of mounted filesystems as well, and preserve it
+    #[arg(long)]
+    pub all: bool,
+    /// Copy regions as they lie on the origin, or first those that are being written most
+    #[arg(long, value_enum, default_value = "physical")]
+    pub order: OrderArg,
+    /// Unit in which the origin is released from copy-on-write as it is copied [default: a 128th of it]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
+    pub region: Option<Bytes>,
     /// Copy at most this many bytes per second
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub rate: Option<Bytes>,
@@ -188,6 +204,24 @@ pub enum FormatArg {
     Raw,
     /// Checksummed segments, sparse, restored by `tidemark restore`
     Archive,
+}
+
+/// `--order`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OrderArg {
+    /// As they lie on the origin
+    Physical,
+    /// First those that are being written most
+    Hot,
+}
+
+/// `--on-full`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnFullArg {
+    /// Give up the copy; the origin goes on
+    Abort,
+    /// Hold the origin's writers in short slices
+    Hold,
 }
 
 /// `--originals`.

@@ -7,6 +7,7 @@ use crate::cli::meter::duration_text;
 use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::attach::Attached;
+use crate::op::copy::run::SkippedReport;
 use crate::op::copy::{CopyOutcome, CopyPlan};
 use crate::op::detach::Detached;
 use crate::op::doctor;
@@ -93,6 +94,13 @@ impl Human for CopyPlan {
     }
 }
 
+fn skipped_text(skipped: &SkippedReport) -> String {
+    if skipped.bytes == Bytes::ZERO {
+        return "copied with the rest".to_owned();
+    }
+    format!("{} in {} ranges, neither copied nor preserved", skipped.bytes, skipped.ranges)
+}
+
 impl Human for CopyOutcome {
     fn human(&self) -> String {
         let copy = &self.copy;
@@ -116,8 +124,27 @@ impl Human for CopyOutcome {
             lines
                 .add("frozen", format!("{:.1} ms", held.frozen_ms))
                 .add("suspended", format!("{:.1} ms", held.suspended_ms))
+                .add("free space", skipped_text(&self.skipped))
                 .add("originals", format!("{}, {}", copy.originals_count, copy.originals_bytes))
                 .add("store", format!("{} used of {}", store.used_bytes, store.total_bytes));
+        }
+        if let Some(release) = &self.release {
+            lines.add(
+                "released",
+                format!(
+                    "{} in {} steps, {:.1} ms at most",
+                    release.released_bytes,
+                    release.releases,
+                    release.longest_stall.as_secs_f64() * 1000.0
+                ),
+            );
+            if release.holds > 0 {
+                let held = seconds_text(release.held.as_secs_f64());
+                lines.add(
+                    "held",
+                    format!("{held} in {} slices, because the store was about to fill", release.holds),
+                );
+            }
         }
         if let Some(kept) = &self.kept_store {
             lines.add("store kept", kept);

@@ -5,12 +5,14 @@
 use std::path::{Path, PathBuf};
 
 use super::args::{
-    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, OriginalsArg, RestoreArgs, VerifyArgs,
+    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, OnFullArg, OrderArg, OriginalsArg, RestoreArgs,
+    VerifyArgs,
 };
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
+use crate::copy::Order;
 use crate::op::attach::check_name;
 use crate::op::request::{
-    ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, Originals,
+    ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals,
     RestoreRequest, SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
 };
 
@@ -49,6 +51,7 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
             .next("make the segment at least as large as the chunk"));
     }
     nonzero(args.rate, "--rate")?;
+    nonzero(args.region, "--region")?;
     Ok(CopyRequest {
         origin: args.origin.clone(),
         secondary: target_of(&args.secondary),
@@ -57,6 +60,17 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         store: store_of(args)?,
         chunk,
         segment,
+        region: args.region,
+        order: match args.order {
+            OrderArg::Physical => Order::Physical,
+            OrderArg::Hot => Order::Hot,
+        },
+        all: args.all,
+        on_full: match args.on_full {
+            OnFullArg::Abort => OnFull::Abort,
+            OnFullArg::Hold => OnFull::Hold,
+        },
+        hold_budget: args.hold_budget,
         rate: args.rate,
         impact: args.impact.into(),
         verify: args.verify,

@@ -20,14 +20,16 @@
 
 use std::collections::VecDeque;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::schedule::{Schedule, Work};
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
 
-/// Units that an origin is cut into at most: each release is a reload of the origin's table.
-pub const UNITS_MAX: u64 = 4096;
+/// Units that an origin is cut into at most. What is released in any order is then at most half as many
+/// runs, so that the origin's table can always name all of them: a range that was released must never be
+/// preserved again, for the store would take what is there now for the instant's.
+pub const UNITS_MAX: u64 = 1024;
 
 /// Units that an origin is cut into where nothing is said.
 const UNITS_DEFAULT: u64 = 128;
@@ -42,7 +44,7 @@ const REGION_BYTES_MAX: Bytes = Bytes::gib(1);
 const HEAT_KEPT: u64 = 2;
 
 /// The order in which regions are copied.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// As they lie on the origin.
@@ -184,7 +186,7 @@ impl<'a> Regions<'a> {
     /// The next segment to be copied, where `is_placed` does not say that it is copied already.
     pub fn next(&mut self, is_placed: &dyn Fn(SegmentIx) -> bool) -> Option<Work> {
         loop {
-            while let Some(index) = self.current.next() {
+            for index in self.current.by_ref() {
                 let work = self.schedule.work(SegmentIx(index)).filter(|work| !is_placed(work.ix));
                 if work.is_some() {
                     return work;
@@ -274,11 +276,11 @@ mod tests {
         let size = |origin, requested| region_size_for(origin, segment(), requested);
         assert_eq!(size(Bytes::mib(96), None).unwrap(), Bytes::mib(4));
         assert_eq!(size(Bytes::gib(64), None).unwrap(), Bytes::mib(512));
-        assert_eq!(size(Bytes::gib(1024), None).unwrap(), Bytes::gib(1));
-        assert_eq!(size(Bytes::gib(8192), None).unwrap(), Bytes::gib(2));
-        assert_eq!(size(Bytes::mib(96), Some(Bytes(1))).unwrap(), segment().bytes());
+        assert_eq!(size(Bytes::gib(1000), None).unwrap(), Bytes::gib(1));
+        assert_eq!(size(Bytes::gib(2048), None).unwrap(), Bytes::gib(2));
+        assert_eq!(size(Bytes::mib(48), Some(Bytes(1))).unwrap(), segment().bytes());
         let error = size(Bytes::gib(1), Some(Bytes::kib(64))).unwrap_err();
-        assert_eq!(error.next_step(), Some("use --region 256KiB or leave --region away"));
+        assert_eq!(error.next_step(), Some("use --region 1024KiB or leave --region away"));
     }
 
     #[test]

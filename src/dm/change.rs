@@ -36,6 +36,9 @@ pub enum Action {
     Create { device: String, uuid: String },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
+    /// Load a table that is made only then: `over` is what it maps to, and its writes are preserved
+    /// wherever somebody needs what is there.
+    LoadOver { device: String, over: String },
     /// Drop the device's inactive table, if any.
     Clear { device: String },
     /// Hold the device's I/O; `flush` waits for what is queued.
@@ -46,6 +49,8 @@ pub enum Action {
     Remove { device: String, udev: Udev },
     /// Fail unless the device's active table is this one.
     Expect { device: String, table: Template },
+    /// Fail unless the device's active table is the one that [`Action::LoadOver`] made.
+    ExpectOver { device: String },
     /// Sync, then freeze filesystems, all or none.
     Freeze { filesystems: Vec<PathBuf> },
     /// Thaw what [`Action::Freeze`] froze.
@@ -276,7 +281,9 @@ impl Dm {
                     format!("the table of {device} is '{found}' instead of '{table}'"),
                 ))
             }
-            Action::Freeze { .. }
+            Action::LoadOver { .. }
+            | Action::ExpectOver { .. }
+            | Action::Freeze { .. }
             | Action::Thaw { .. }
             | Action::Guard { .. }
             | Action::Unguard
@@ -298,6 +305,9 @@ impl fmt::Display for Action {
             Self::Load { device, table } => {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }
+            Self::LoadOver { device, over } => {
+                write!(f, "load into {device}: snapshot-origin over {over}, linear where nothing is in use")
+            }
             Self::Clear { device } => write!(f, "drop the inactive table of {device}"),
             Self::Suspend { device, flush, lock_filesystem } => {
                 write!(f, "suspend {device}")?;
@@ -311,7 +321,9 @@ impl fmt::Display for Action {
             }
             Self::Resume { device, .. } => write!(f, "resume {device}"),
             Self::Remove { device, .. } => write!(f, "remove device {device}"),
-            Self::Expect { device, .. } => write!(f, "check the table of {device}"),
+            Self::Expect { device, .. } | Self::ExpectOver { device } => {
+                write!(f, "check the table of {device}")
+            }
             Self::Freeze { filesystems } => write!(f, "freeze {}", paths(filesystems)),
             Self::Thaw { filesystems } => write!(f, "thaw {}", paths(filesystems)),
             Self::Guard { device, .. } => write!(f, "start the watchdog over {device}"),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::sys::dm_ioctl::{self, Ask, Call, Reply, SuspendFlags};
 
@@ -382,26 +383,35 @@ impl Dm {
         Ok(number)
     }
 
-    /// Replaces the table of a device in use, writes in flight completing first: load, suspend
-    /// (nothing flushed, no filesystem frozen), resume. Where the suspension fails the new table is
-    /// dropped; where the resume fails it is tried once more with the old table.
+    /// Replaces the table of a device in use, I/O in flight completing first, by a load and *one* call: the
+    /// resume of a device that is not suspended suspends it (nothing flushed, no filesystem frozen), swaps
+    /// the tables and resumes it in itself (`do_resume` in Linux `drivers/md/dm-ioctl.c`). So there is no
+    /// moment at which our death would leave the device suspended. A device that is suspended gets the table
+    /// and goes on. Where the swap fails the loaded table is dropped.
+    ///
+    /// Answers how long the swap took: the longest that I/O can have been held.
     ///
     /// # Errors
-    /// The first failure, with a failed undo.
-    pub fn reload(&self, name: &str, table: &Table) -> Result<()> {
+    /// The first failure, with a failed undo; the device goes on with the table it had.
+    pub fn swap(&self, name: &str, table: &Table) -> Result<Duration> {
         self.load(name, table)?;
-        let quick = SuspendFlags { flush: false, lock_filesystem: false };
-        let error = match self.suspend(name, quick) {
-            Ok(()) => match self.resume(name, Udev::None) {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
-            },
-            Err(error) => error,
-        };
-        Err(match self.clear(name).and_then(|()| self.resume(name, Udev::None)) {
-            Ok(()) => error.state(format!("{name} keeps the table it had")),
-            Err(undo) => error.with_failed_undo(undo),
-        })
+        let mut attempt = 1;
+        loop {
+            let watch = Stopwatch::start();
+            match self.resume(name, Udev::None) {
+                Ok(()) => return Ok(watch.elapsed()),
+                // A signal ended the wait for I/O in flight.
+                Err(error) if error.errno() == Some(libc::EINTR) && attempt < SUSPEND_ATTEMPTS => {
+                    attempt += 1
+                }
+                Err(error) => {
+                    return Err(match self.clear(name) {
+                        Ok(()) => error.state(format!("{name} keeps the table it had")),
+                        Err(undo) => error.with_failed_undo(undo),
+                    });
+                }
+            }
+        }
     }
 
     /// Makes /dev/mapper/NAME where udevd does not run (see [`node`]).

@@ -80,6 +80,7 @@ mod trial {
             filesystems: mounts.iter().map(PathBuf::from).collect(),
             lock_filesystem: false,
             budget: Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?),
+            all: false,
         };
         let dm = Dm::open()?;
         let mut job = Job::begin("trial")?;

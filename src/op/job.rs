@@ -22,7 +22,8 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
 use crate::dm::naming::{is_id, new_id};
 use crate::dm::{Action, Change, Journal, Step};
 use crate::format::state::{
-    ChangeRecord, JobRecord, OriginRecord, RECORD_BYTES_MAX, Record, ResourceRecord, decode, encode,
+    ChangeRecord, CopyRecord, JobRecord, OriginRecord, RECORD_BYTES_MAX, Record, ResourceRecord, decode,
+    encode,
 };
 
 /// Where jobs are.
@@ -92,6 +93,7 @@ impl Job {
             origin: None,
             change: None,
             resources: Vec::new(),
+            copy: None,
         };
         let job = Self { record, directory: directory.to_owned(), _lock: lock };
         job.save()?;
@@ -118,6 +120,55 @@ impl Job {
         self.record.origin =
             Some(OriginRecord { device: device.to_owned(), number, table: table.to_owned() });
         self.save()
+    }
+
+    /// Goes on with a dead job as this process's own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a living one; its record's, where that
+    /// cannot be read; I/O errors.
+    pub fn take_over(found: FoundJob) -> Result<Self> {
+        Self::take_over_in(Path::new(RUN_DIR), found)
+    }
+
+    fn take_over_in(directory: &Path, found: FoundJob) -> Result<Self> {
+        let Some(lock) = found.lock else {
+            return Err(Error::refused(format!("job {} is running", found.id)).state("nothing was changed"));
+        };
+        let mut record = found.record?;
+        record.process = std::process::id();
+        let job = Self { record, directory: directory.to_owned(), _lock: lock };
+        job.save()?;
+        Ok(job)
+    }
+
+    /// Its record.
+    #[must_use]
+    pub fn record(&self) -> &JobRecord {
+        &self.record
+    }
+
+    /// Notes what another process needs to go on with the copy.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_copy(&mut self, copy: CopyRecord) -> Result<()> {
+        self.record.copy = Some(copy);
+        self.save()
+    }
+
+    /// Notes that --hook-after has been run.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_hook_after_done(&mut self) -> Result<()> {
+        match &mut self.record.copy {
+            None => Ok(()),
+            Some(copy) => {
+                copy.hook_after_done = true;
+                self.save()
+            }
+        }
     }
 
     /// Notes something that must be taken down if we die: call it *before* making the thing where
@@ -393,6 +444,23 @@ mod tests {
         job.note_resource("loop", Path::new("/dev/loop7")).unwrap();
         job.forget_resource(Path::new("/dev/loop7")).unwrap();
         fs::write(job.segments_path(), b"").unwrap();
+        job.finish().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_dead_job_can_be_taken_over_and_a_living_one_cannot() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job::begin_in(dir.path(), "copy").unwrap();
+        fs::write(job.segments_path(), "x").unwrap();
+        let found = find_jobs_in(dir.path()).unwrap().remove(0);
+        assert_eq!(Job::take_over_in(dir.path(), found).unwrap_err().kind(), crate::base::ErrorKind::Refused);
+        let id = job.id().to_owned();
+        drop(job);
+        let found = find_jobs_in(dir.path()).unwrap().remove(0);
+        let job = Job::take_over_in(dir.path(), found).unwrap();
+        assert_eq!(job.id(), id);
+        assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

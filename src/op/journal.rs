@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, SegmentIx};
+use crate::copy::Progress;
 use crate::format::progress::{Follower, HEADER_BYTES, Header, RECORD_BYTES, RECORD_COUNT_MAX, Record};
 use crate::secondary::PlacedSegment;
 
@@ -150,6 +151,15 @@ impl SegmentJournal {
     fn failure(&self, error: io::Error) -> Error {
         Error::io(format!("append to the journal of segments {}", self.path.display()), error)
             .next("make room below /run; until then the copy goes on only if it need not be resumed")
+    }
+}
+
+impl Progress for SegmentJournal {
+    fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
+        Self::placed(self, segment)
+    }
+    fn originals_begun(&mut self) -> Result<()> {
+        Self::originals_begun(self)
     }
 }
 

@@ -105,6 +105,17 @@ impl FakeKernel {
                 self.device(device)?.inactive = Some(table);
                 Ok(())
             }
+            // A part of the origin is free.
+            Action::LoadOver { device, over } => {
+                let text = format!("0 4096 linear {{{over}}} 0\n4096 4096 snapshot-origin {{{over}}}");
+                let table = self.resolve(&Template::new(text))?;
+                self.device(device)?.inactive = Some(table);
+                Ok(())
+            }
+            Action::ExpectOver { device } => {
+                assert!(self.device(device)?.active.as_ref().is_some_and(|table| table.lines().len() == 2));
+                Ok(())
+            }
             Action::Clear { device } => {
                 self.device(device)?.inactive = None;
                 Ok(())
@@ -244,6 +255,7 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
         filesystems: vec![MOUNT.into()],
         lock_filesystem: false,
         budget: Duration::from_secs(2),
+        all: false,
     };
     let mut record = JobRecord {
         job: id.to_owned(),
@@ -257,6 +269,7 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
         }),
         change: None,
         resources: Vec::new(),
+        copy: None,
     };
     let changes = [
         insertion(&request, &own, id),
@@ -432,6 +445,7 @@ fn killed_with(table: &str, id: &str) -> FakeKernel {
         }),
         change: None,
         resources: Vec::new(),
+        copy: None,
     });
     kernel
 }

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::copy::Impact;
+use crate::copy::Order;
 
 /// The form of the secondary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SecondaryFormat {
     /// Byte for byte.
@@ -19,7 +20,7 @@ pub enum SecondaryFormat {
 }
 
 /// What happens with originals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Originals {
     /// Written over the fuzzy data.
@@ -29,7 +30,7 @@ pub enum Originals {
 }
 
 /// Where the secondary is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SecondaryTarget {
     /// Standard output.
@@ -38,8 +39,19 @@ pub enum SecondaryTarget {
     Path(PathBuf),
 }
 
+/// What happens where the store is about to fill and cannot grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// The snapshot is lost, and with it the copy; the origin goes on.
+    #[default]
+    Abort,
+    /// The origin is suspended in bounded slices until the copier has caught up.
+    Hold,
+}
+
 /// Where the COW store's tail is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StoreRequest {
     /// A directory (a file is made in it), a file to be made, or a block device; default
@@ -55,7 +67,7 @@ pub struct StoreRequest {
 }
 
 /// Commands run around the instant with `sh -c`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hooks {
     /// Before anything is frozen; a failure aborts the copy.
     pub before: Option<String>,
@@ -66,7 +78,7 @@ pub struct Hooks {
 }
 
 /// `tidemark copy`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CopyRequest {
     /// A volume's name, a device or a regular file.
     pub origin: PathBuf,
@@ -82,6 +94,16 @@ pub struct CopyRequest {
     pub chunk: ChunkSize,
     /// Unit of copying and framing; None: 1 MiB, more for very large devices.
     pub segment: Option<SegmentSize>,
+    /// Unit of release; None: from the origin's size.
+    pub region: Option<Bytes>,
+    /// The order of the regions.
+    pub order: Order,
+    /// Copy and preserve free space as well.
+    pub all: bool,
+    /// What happens where the store is about to fill.
+    pub on_full: OnFull,
+    /// Longest time that the origin may be suspended in all because of that.
+    pub hold_budget: Duration,
     /// Bytes per second at most.
     pub rate: Option<Bytes>,
     /// How much the applications on a live origin may feel. (On one at rest there are none.)

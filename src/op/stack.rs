@@ -3,9 +3,11 @@
 //! Insertion, in order (each a step with its undo; see [`insertion`]):
 //! 1. `real` gets a copy of the origin's own table, `snap` becomes a snapshot of `real` with the COW
 //!    store: both in use *before* anything is held, for writes do not pass an origin target yet;
-//! 2. `snapshot-origin` over `real` is loaded into the origin, not used yet;
-//! 3. filesystems are synced, then frozen; the origin is suspended: the instant;
-//! 4. the origin is resumed, which puts the loaded table to use; filesystems are thawed.
+//! 2. filesystems are synced, then frozen;
+//! 3. `snapshot-origin` over `real` is loaded into the origin, not used yet: `linear` where the frozen
+//!    filesystems say that nothing is in use (their map can be read only while the device answers);
+//! 4. the origin is suspended: the instant;
+//! 5. the origin is resumed, which puts the loaded table to use; filesystems are thawed.
 //!
 //! Invariants: the origin is the only device ever suspended; nothing waits for udev between the
 //! freeze and the thaw; nothing is logged meanwhile; a failure anywhere puts the origin's own table
@@ -15,16 +17,23 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
-use crate::base::{ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::base::limits::ORIGIN_TABLE_LINES_MAX;
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, beside};
+use crate::dm::origin_table::{is_over, origin_table, preserved};
 use crate::dm::{
     Action, Change, DeviceIdentity, Dm, Executor, Slot, SnapshotStatus, Step, Table, Target, Template, Udev,
     node,
 };
+use crate::extent::free::{FreeLimits, skippable};
+use crate::extent::{Extent, ExtentSet};
+use crate::sys::process::crash_point;
 use crate::sys::{freeze, process};
+use crate::volume::free::FreeMapper;
 
 use super::job::Job;
 use super::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
@@ -41,9 +50,9 @@ pub const INSERT_STEPS: [&str; 15] = [
     "create-snap",
     "load-snap",
     "resume-snap",
-    "load-origin",
     "guard",
     "freeze",
+    "load-origin",
     "suspend",
     "instant",
     "switch",
@@ -72,6 +81,8 @@ pub struct StackRequest {
     pub lock_filesystem: bool,
     /// Longest time that anything may be frozen or suspended.
     pub budget: Duration,
+    /// Preserve everything, what filesystems do not use as well.
+    pub all: bool,
 }
 
 /// What can be done at the instant.
@@ -98,14 +109,38 @@ pub struct HoldTimes {
     pub instant_utc_ns: u64,
 }
 
-/// A stack in place. Plain data: dropping it does nothing, [`Stack::remove`] takes it away.
+/// What of the origin need not be preserved, because at the instant nothing there was in use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// The ranges; sorted, disjoint.
+    pub extents: Vec<Extent>,
+    /// Which filesystems did not say what they use, and why; for people.
+    pub notes: Vec<String>,
+}
+
+/// What the kernel does not know of a stack whose process died.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// What is not copied.
+    pub skipped: Skipped,
+    /// Longest time that the origin may be suspended.
+    pub budget: Duration,
+    /// How long it was held for the instant.
+    pub times: HoldTimes,
+}
+
+/// A stack in place. Dropping it does nothing, [`Stack::remove`] takes it away.
 #[derive(Clone, Debug)]
 pub struct Stack {
     origin: String,
     real: String,
     snap: String,
     own_table: Table,
-    origin_table: Table,
+    /// The device beneath.
+    number: DeviceNumber,
+    /// The table that the origin has now by our doing; held while it is being replaced.
+    current: Arc<Mutex<Table>>,
+    skipped: Skipped,
     below: PathBuf,
     budget: Duration,
     times: HoldTimes,
@@ -121,7 +156,6 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
     let uuid = |role| DeviceIdentity::new(origin, role, id).uuid();
     let snap_table =
         format!("0 {length} snapshot {{{real}}} {} PO {}", request.cow, request.chunk.sectors().get());
-    let origin_table = Template::new(format!("0 {length} snapshot-origin {{{real}}}"));
     let step = |name: &str, action| Step::new(name, action);
     let filesystems = request.filesystems.clone();
     Change::new("insert")
@@ -130,21 +164,21 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
                 .undo(Action::Remove { device: real.clone(), udev: Udev::Internal }),
         )
         .then(step("load-real", Action::Load { device: real.clone(), table: own_table.into() }))
-        .then(step("resume-real", Action::Resume { device: real, udev: Udev::Internal }))
+        .then(step("resume-real", Action::Resume { device: real.clone(), udev: Udev::Internal }))
         .then(
             step("create-snap", Action::Create { device: snap.clone(), uuid: uuid(ROLE_SNAP) })
                 .undo(Action::Remove { device: snap.clone(), udev: Udev::Internal }),
         )
         .then(step("load-snap", Action::Load { device: snap.clone(), table: Template::new(snap_table) }))
         .then(step("resume-snap", Action::Resume { device: snap, udev: Udev::Internal }))
-        .then(
-            step("load-origin", Action::Load { device: origin.to_owned(), table: origin_table.clone() })
-                .undo(Action::Clear { device: origin.to_owned() }),
-        )
         .then(step("guard", guard(origin, &filesystems)).undo(Action::Dismiss))
         .then(
             step("freeze", Action::Freeze { filesystems: filesystems.clone() })
                 .undo(Action::Thaw { filesystems: filesystems.clone() }),
+        )
+        .then(
+            step("load-origin", Action::LoadOver { device: origin.to_owned(), over: real })
+                .undo(Action::Clear { device: origin.to_owned() }),
         )
         .then(
             step("suspend", suspend(origin, true, request.lock_filesystem))
@@ -155,7 +189,7 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
         .then(undo_switch(step("switch", resume(origin)), origin, own_table, &filesystems))
         .then(step("thaw", Action::Thaw { filesystems }))
         .then(step("unguard", Action::Unguard))
-        .then(step("expect", Action::Expect { device: origin.to_owned(), table: origin_table }))
+        .then(step("expect", Action::ExpectOver { device: origin.to_owned() }))
 }
 
 /// Once the origin uses the new table, going back is a reload of its own, under a watchdog of its
@@ -260,23 +294,90 @@ impl Stack {
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.at_instant = Some(at_instant);
         runner.below = Some(real.clone());
+        runner.length = own_table.length();
+        if !request.all {
+            runner.mapper = Some(FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?);
+            runner.limits = Some(FreeLimits::for_chunk(request.chunk));
+        }
         change.run(&mut runner, job)?;
         let times = runner.times;
         runner.report(origin);
         // Nothing after the change may fail: the stack is in place.
         let (number, below) = runner.below_found.take().expect("the instant has run, and looked it up");
-        let device = Target::SnapshotOrigin { device: number };
-        let origin_table = Table::single(own_table.length(), device);
+        let current = runner.loaded.take().expect("a table was loaded, or the change had failed");
         Ok(Self {
             origin: origin.to_owned(),
+            number,
             below,
-            origin_table: origin_table.expect("one line as long as a table that the kernel has"),
+            current: Arc::new(Mutex::new(current)),
+            skipped: runner.skipped,
             real,
             snap,
             own_table,
             budget: request.budget,
             times,
         })
+    }
+
+    /// The stack of a job whose process died, as the kernel has it. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
+    pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
+        let gone = |what: String| {
+            Error::refused(format!("job {} cannot go on: {what}", job.id()))
+                .state("nothing was changed")
+                .next("run 'tidemark recover', which puts back what is left, and copy again")
+        };
+        let record = job.record().origin.as_ref();
+        let record = record.ok_or_else(|| gone("its record names no origin".to_owned()))?;
+        let origin = record.device.as_str();
+        let real = beside(origin, ROLE_REAL, job.id());
+        let snap = beside(origin, ROLE_SNAP, job.id());
+        for name in [origin, &real, &snap] {
+            let info = dm.info(name)?.ok_or_else(|| gone(format!("the device {name} does not exist")))?;
+            let wrong = name == origin && info.number != record.number;
+            if wrong || !info.has_active {
+                return Err(gone(format!("{name} is not the device that it was")));
+            }
+            if info.suspended {
+                return Err(gone(format!("{name} is suspended")));
+            }
+        }
+        let number = dm.info_of(&real)?.number;
+        let table = |name: &str| dm.table(name, Slot::Active);
+        let current = table(origin)?.filter(|table| is_over(table, number)).ok_or_else(|| {
+            gone(format!(
+                "{origin} does not write through its snapshot any more: somebody replaced its table"
+            ))
+        })?;
+        let own_table = table(&real)?.ok_or_else(|| gone(format!("{real} has no table")))?;
+        let status = dm.snapshot_status(&snap)?;
+        if !status.is_usable() {
+            return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
+        }
+        // A table that was loaded when the process died, and never used.
+        dm.clear(origin)?;
+        Ok(Self {
+            origin: origin.to_owned(),
+            below: node::device_path(number)?,
+            number,
+            current: Arc::new(Mutex::new(current)),
+            skipped: adopted.skipped,
+            real,
+            snap,
+            own_table,
+            budget: adopted.budget,
+            times: adopted.times,
+        })
+    }
+
+    /// What the origin's table has as `linear`: what is not in use, and what was released.
+    #[must_use]
+    pub fn linear(&self) -> Vec<Extent> {
+        let preserved: ExtentSet = preserved(&lock(&self.current), self.number).into_iter().collect();
+        let whole = Extent::new(Bytes::ZERO, self.own_table.length().bytes());
+        whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
     }
 
     /// How long the origin was held.
@@ -297,6 +398,47 @@ impl Stack {
         &self.snap
     }
 
+    /// What is not preserved.
+    #[must_use]
+    pub fn skipped(&self) -> &Skipped {
+        &self.skipped
+    }
+
+    /// The number of the device beneath.
+    #[must_use]
+    pub fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    /// The origin's device-mapper name.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Replaces the origin's table by one in which what is in `released` is `linear` as well, in one call
+    /// of the kernel. Answers how long the origin was held. Where the origin is suspended, it goes on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; the kernel's, and then
+    /// everything is as it was.
+    pub fn release(&self, dm: &Dm, released: &[Extent]) -> Result<Duration> {
+        let mut current = lock(&self.current);
+        let length = self.own_table.length();
+        let table =
+            origin_table(length, self.number, &self.skipped.extents, released, ORIGIN_TABLE_LINES_MAX)?;
+        refuse_to_preserve_again(&table, self.number, released)?;
+        self.check_table(dm, &current)?;
+        if table == *current {
+            return Ok(Duration::ZERO);
+        }
+        crash_point("release.swap.before");
+        let held = dm.swap(&self.origin, &table)?;
+        crash_point("release.swap.after");
+        *current = table;
+        Ok(held)
+    }
+
     /// How the snapshot is.
     ///
     /// # Errors
@@ -312,7 +454,11 @@ impl Stack {
     /// # Errors
     /// [`ErrorKind::StoreInvalid`].
     pub fn check_in_place(&self, dm: &Dm) -> Result<()> {
-        if dm.table(&self.origin, Slot::Active)?.as_ref() == Some(&self.origin_table) {
+        self.check_table(dm, &lock(&self.current))
+    }
+
+    fn check_table(&self, dm: &Dm, expected: &Table) -> Result<()> {
+        if dm.table(&self.origin, Slot::Active)?.as_ref() == Some(expected) {
             return Ok(());
         }
         Err(Error::new(
@@ -352,7 +498,8 @@ impl Stack {
     fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
         let mut attempt = 1;
         loop {
-            if dm.table(&self.origin, Slot::Active)?.as_ref() != Some(&self.origin_table) {
+            let active = dm.table(&self.origin, Slot::Active)?;
+            if !active.is_some_and(|table| is_over(&table, self.number)) {
                 return Ok(());
             }
             let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
@@ -364,6 +511,24 @@ impl Stack {
             attempt += 1;
         }
     }
+}
+
+/// A range that was released must never be preserved again: what is there is not the instant's any more,
+/// and everything that the store holds for what is copied is laid over the copy at its end.
+fn refuse_to_preserve_again(table: &Table, real: DeviceNumber, released: &[Extent]) -> Result<()> {
+    let preserved: ExtentSet = preserved(table, real).into_iter().collect();
+    match released.iter().find(|extent| preserved.intersection_with(**extent).next().is_some()) {
+        None => Ok(()),
+        Some(extent) => Err(Error::new(
+            ErrorKind::Kernel,
+            format!("the table would have too many lines to keep {extent} released"),
+        )),
+    }
+}
+
+fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
+    // It is set in one assignment, after the kernel has the table.
+    table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The origin's table, if it can carry a stack.
@@ -415,6 +580,16 @@ pub(super) struct Runner<'a> {
     at_instant: Option<AtInstant<'a>>,
     below: Option<String>,
     below_found: Option<(DeviceNumber, PathBuf)>,
+    /// Length of the origin.
+    length: Sectors,
+    /// Asked what is in use while everything is frozen; None: everything is.
+    mapper: Option<FreeMapper>,
+    limits: Option<FreeLimits>,
+    skipped: Skipped,
+    /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
+    map_in_force: bool,
+    /// What [`Action::LoadOver`] has loaded.
+    loaded: Option<Table>,
     watchdog: Option<Watchdog>,
     files: Vec<(PathBuf, File)>,
     frozen_since: Option<Instant>,
@@ -433,6 +608,12 @@ impl<'a> Runner<'a> {
             at_instant: None,
             below: None,
             below_found: None,
+            length: Sectors::ZERO,
+            mapper: None,
+            limits: None,
+            skipped: Skipped::default(),
+            map_in_force: false,
+            loaded: None,
             watchdog: None,
             files: Vec::new(),
             frozen_since: None,
@@ -529,6 +710,36 @@ impl<'a> Runner<'a> {
         result
     }
 
+    /// What the frozen filesystems do not use stays linear; whatever does not answer is all preserved.
+    fn load_over(&mut self, device: &str, over: &str) -> Result<()> {
+        self.check(true)?;
+        // Dropped once it is read: it keeps the filesystems in use.
+        if let (Some(mut mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
+            let found = mapper.read();
+            self.skipped = Skipped {
+                extents: skippable(&found.extents, self.length.bytes(), limits),
+                notes: found.notes,
+            };
+        }
+        let number = self.dm.info_of(over)?.number;
+        let table = origin_table(self.length, number, &self.skipped.extents, &[], ORIGIN_TABLE_LINES_MAX)?;
+        self.dm.load(device, &table)?;
+        self.loaded = Some(table);
+        self.map_in_force = !self.skipped.extents.is_empty();
+        Ok(())
+    }
+
+    fn expect_over(&self, device: &str) -> Result<()> {
+        let found = self.dm.table(device, Slot::Active)?;
+        if found.is_some() && found == self.loaded {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Kernel,
+            format!("{device} does not have the table that was loaded into it"),
+        ))
+    }
+
     fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
         if self.files.is_empty() {
             // Not frozen by us but by a job that died. Opening a directory writes nothing.
@@ -542,10 +753,20 @@ impl<'a> Runner<'a> {
             }
         }
         let mut result = Ok(());
+        // On the way back nothing depends on the map any more: a load that is dropped says so.
+        let map_in_force = std::mem::take(&mut self.map_in_force);
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
                 Ok(()) => {}
-                // The watchdog was faster, or somebody else.
+                // The watchdog was faster, or somebody else. What was free when it was read may have been in
+                // use at the instant.
+                Err(source) if source.raw_os_error() == Some(libc::EINVAL) && map_in_force => {
+                    result = Err(Error::io(
+                        format!("{} was thawed before the instant was over", path.display()),
+                        source,
+                    )
+                    .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
+                }
                 Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
                     self.notes.push(format!("{} was thawed by somebody else", path.display()));
                 }
@@ -614,11 +835,17 @@ impl Executor for Runner<'_> {
                 }
                 result
             }
+            Action::LoadOver { device, over } => self.load_over(device, over),
+            Action::ExpectOver { device } => self.expect_over(device),
             Action::Freeze { .. } => self.freeze(),
             Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Suspend { device, .. } => self.suspend(action, device),
             Action::Instant => self.instant(),
             Action::Resume { .. } => self.resume(action),
+            Action::Clear { .. } => {
+                self.map_in_force = false;
+                self.dm.execute(action)
+            }
             Action::Unguard => match self.dismiss() {
                 Verdict::Fired(_) => Err(budget_ran_out()),
                 Verdict::Calm => Ok(()),
@@ -663,6 +890,7 @@ mod tests {
             filesystems: vec!["/srv".into()],
             lock_filesystem: false,
             budget: Duration::from_secs(2),
+            all: false,
         }
     }
 
@@ -692,8 +920,8 @@ mod tests {
             }
         }
         assert_eq!(
-            plan.steps[6].action.to_string(),
-            "load into vg-data: 0 8192 snapshot-origin {vg-data-real}"
+            plan.steps[8].action.to_string(),
+            "load into vg-data: snapshot-origin over vg-data-real, linear where nothing is in use"
         );
     }
 }

@@ -380,6 +380,10 @@ impl Secondary for Archive {
         self.superblock.instant_utc_ns = instant_ns;
     }
 
+    fn restrict(&mut self, block_list: &[Extent]) {
+        self.block_list = block_list.to_vec();
+    }
+
     fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
         let file = match &self.out {
             Out::File(partial) => {

@@ -134,7 +134,7 @@ pub struct Placement {
     pub zeros: Vec<Extent>,
 }
 
-/// See the module's head. The calls come in this order: `begin`, `attach`, `opening` until None,
+/// See the module's head. The calls come in this order: `begin`, `restrict`, `attach`, `opening` until None,
 /// `place` for each segment, `overlay` or `append` for each group of originals, `closing` until None,
 /// (the engine syncs), re-reading, `seal`, (the engine syncs), `finish`; or `abandon` at any time.
 pub trait Secondary: Send {
@@ -161,6 +161,11 @@ pub trait Secondary: Send {
     }
     /// The instant, known after the secondary was opened. UTC, nanoseconds since 1970.
     fn begin(&mut self, instant_ns: u64);
+    /// What is copied turned out to be less than was asked for: `block_list`, as in
+    /// [`SecondaryRequest::block_list`]. Before anything is written.
+    fn restrict(&mut self, block_list: &[Extent]) {
+        let _ = block_list;
+    }
     /// Gives the engine the file.
     ///
     /// # Errors

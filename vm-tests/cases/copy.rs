@@ -8,23 +8,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 
 /// The cases that run `tidemark copy`.
 pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for filesystem in ["ext4", "xfs"] {
-        for origin in ["volume", "lvm"] {
-            // xfs wants 300 MiB at least.
-            let origin_mib = if filesystem == "xfs" { 304 } else { 96 };
-            let case = main_job(&format!("copy_exactness_{filesystem}_{origin}"), "exactness.sh")
-                .modules(&["xfs"])
-                .commands(&["mkfs.xfs", "xfs_repair", "lvcreate"])
-                .disk_mib(origin_mib)
-                .disk_mib(origin_mib + 8)
-                .disk_mib(3 * origin_mib + 512)
-                .variable("FS", filesystem)
-                .variable("ORIGIN", origin)
-                .limit_seconds(900);
-            cases.push(if filesystem == "ext4" { case.on_both_kernels() } else { case });
-        }
-    }
+    let mut cases = exactness();
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -72,6 +56,32 @@ pub fn cases() -> Vec<Case> {
             .then("power_cut_after.sh")
             .limit_seconds(300),
     ]);
+    cases
+}
+
+/// Twice each: with everything copied, and with what spares the applications.
+fn exactness() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for filesystem in ["ext4", "xfs"] {
+        for origin in ["volume", "lvm"] {
+            // xfs wants 300 MiB at least.
+            let origin_mib = if filesystem == "xfs" { 304 } else { 96 };
+            for (suffix, mechanisms) in [("", "off"), ("_released", "on")] {
+                let name = format!("copy_exactness_{filesystem}_{origin}{suffix}");
+                let case = main_job(&name, "exactness.sh")
+                    .modules(&["xfs"])
+                    .commands(&["mkfs.xfs", "xfs_repair", "xfs_db", "dumpe2fs", "lvcreate", "python3"])
+                    .disk_mib(origin_mib)
+                    .disk_mib(origin_mib + 8)
+                    .disk_mib(3 * origin_mib + 512)
+                    .variable("FS", filesystem)
+                    .variable("ORIGIN", origin)
+                    .variable("MECHANISMS", mechanisms)
+                    .limit_seconds(900);
+                cases.push(if filesystem == "ext4" { case.on_both_kernels() } else { case });
+            }
+        }
+    }
     cases
 }
 

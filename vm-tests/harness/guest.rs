@@ -116,7 +116,9 @@ impl Machine {
                 Cache::Unsafe => "unsafe",
             };
             qemu.arg("-drive").arg(format!(
-                "if=none,id=disk{number},format=raw,discard=unmap,cache={cache},file={}",
+                // An error of the host's disk is the guest's to report; QEMU's default is to stop the guest
+                // without a word where the host's disk is full.
+                "if=none,id=disk{number},format=raw,discard=unmap,cache={cache},werror=report,rerror=report,file={}",
                 path.display()
             ));
             qemu.arg("-device").arg(format!(

@@ -36,6 +36,35 @@ pub struct JobRecord {
     pub change: Option<ChangeRecord>,
     /// What else the job has made and must be taken down, in order of making.
     pub resources: Vec<ResourceRecord>,
+    /// The copy, once its instant is taken and where another process could go on with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyRecord>,
+}
+
+/// A copy between its instant and its end: what a process needs to go on with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopyRecord {
+    /// What was asked for, as JSON; its form is that of the program which wrote it.
+    pub request: String,
+    /// The origin's path, as people know it.
+    pub origin_path: String,
+    /// Unit of copying, bytes.
+    pub segment_bytes: u64,
+    /// Unit of release, bytes.
+    pub region_bytes: u64,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub instant_utc_ns: u64,
+    /// Nanoseconds for which filesystems were written back, then frozen, and the origin was suspended.
+    pub held_ns: [u64; 3],
+    /// The archive's UUID.
+    pub archive: Option<String>,
+    /// The secondary's file under the name that it has until it is complete.
+    pub partial: Option<String>,
+    /// What is not copied, because nothing there was in use: first byte and end of each range, in order.
+    pub skipped: Vec<(u64, u64)>,
+    /// --hook-after has been run.
+    pub hook_after_done: bool,
 }
 
 /// The device being copied.
@@ -182,7 +211,24 @@ mod tests {
                 steps: vec!["make device vg-data-real".to_owned()],
             }),
             resources: vec![ResourceRecord { kind: "loop".to_owned(), path: "/dev/loop3".to_owned() }],
+            copy: None,
         }
+    }
+
+    fn copying() -> JobRecord {
+        let copy = CopyRecord {
+            request: r#"{"origin":"/dev/mapper/vg-data"}"#.to_owned(),
+            origin_path: "/dev/mapper/vg-data".to_owned(),
+            segment_bytes: 1 << 20,
+            region_bytes: 1 << 24,
+            instant_utc_ns: 1_763_712_000_500_000_000,
+            held_ns: [5_000_000, 3_000_000, 1_000_000],
+            archive: None,
+            partial: Some("/backup/.data.img.tidemark-partial.0123456789ab".to_owned()),
+            skipped: vec![(4096, 1 << 20)],
+            hook_after_done: true,
+        };
+        JobRecord { copy: Some(copy), ..job() }
     }
 
     fn volume() -> VolumeRecord {
@@ -200,6 +246,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/job-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), job());
         assert_eq!(encode(&job()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/job-copy-v1.json");
+        assert_eq!(decode::<JobRecord>(golden).unwrap(), copying());
+        assert_eq!(encode(&copying()).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/volume-v1.json");
         assert_eq!(decode::<VolumeRecord>(golden).unwrap(), volume());
         assert_eq!(encode(&volume()).unwrap(), golden);
@@ -207,7 +256,7 @@ mod tests {
 
     #[test]
     fn every_changed_byte_and_every_cut_is_noticed() {
-        let good = encode(&job()).unwrap();
+        let good = encode(&copying()).unwrap();
         for at in 0..good.len() {
             for flip in [0x01, 0x20, 0x80, 0xff] {
                 let mut bad = good.clone();

@@ -8,6 +8,7 @@
 //! At a crash after any of these `recover` finds them by their UUIDs and records. On an error they
 //! are put back here; what cannot be is reported with the error and left to `recover`.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use crate::sys::process::crash_point;
 /// See the module's head.
 pub struct Live {
     dm: Dm,
-    job: Job,
+    job: RefCell<Job>,
     store: Option<Arc<CowStore>>,
     stack: Option<Stack>,
     probe: Option<OriginProbe>,
@@ -45,7 +46,7 @@ impl Live {
     ) -> Result<Self> {
         let mut this = Self {
             dm: Dm::open()?,
-            job: Job::begin("copy")?,
+            job: RefCell::new(Job::begin("copy")?),
             store: None,
             stack: None,
             // While the store is made, the origin is watched: how it is before the instant.
@@ -65,7 +66,7 @@ impl Live {
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
-        let config = StoreConfig { id: self.job.id().to_owned(), ..live.config.clone() };
+        let config = StoreConfig { id: self.job.get_mut().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
         let store = Arc::new(CowStore::create(&config)?);
         self.store = Some(Arc::clone(&store));
@@ -88,7 +89,7 @@ impl Live {
             }
             .run(interrupt),
         };
-        let stack = Stack::insert(&self.dm, &mut self.job, &request, &mut at_instant, interrupt)?;
+        let stack = Stack::insert(&self.dm, self.job.get_mut(), &request, &mut at_instant, interrupt)?;
         let times = stack.times();
         self.stack = Some(stack);
         observer.event(&Event::Instant {
@@ -119,6 +120,11 @@ impl Live {
         self.latency_before
     }
 
+    /// The job.
+    pub fn job(&self) -> &RefCell<Job> {
+        &self.job
+    }
+
     /// Device-mapper, for asking after the snapshot.
     pub fn dm(&self) -> &Dm {
         &self.dm
@@ -135,7 +141,7 @@ impl Live {
 
     fn release(mut self, keep: bool, all_undone: bool) -> Result<Option<KeptStore>> {
         if let Some(stack) = self.stack.take() {
-            stack.remove(&self.dm, &mut self.job)?;
+            stack.remove(&self.dm, self.job.get_mut())?;
         }
         crash_point("copy.release.before");
         let kept = match self.store.take().map(Arc::try_unwrap) {
@@ -145,7 +151,7 @@ impl Live {
         };
         crash_point("copy.release.after");
         if all_undone {
-            self.job.finish()?;
+            self.job.into_inner().finish()?;
         }
         Ok(kept)
     }

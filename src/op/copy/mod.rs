@@ -8,6 +8,7 @@
 //! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
 //! | [`latency`] | how the applications on the origin fare |
 //! | [`originals`] | shows the COW store to the copier |
+//! | [`gate`] | releases regions of the origin, and holds it while the store is about to fill |
 //!
 //! Invariants:
 //! - whatever can be refused is refused before the kernel is asked to change anything;
@@ -16,11 +17,13 @@
 //! - the secondary's final name appears only after the snapshot was seen valid behind the last read.
 
 mod cold;
+pub mod gate;
 mod latency;
 mod live;
 mod originals;
 pub mod plan;
 pub mod run;
 
+pub use live::Live;
 pub use plan::{CopyPlan, plan};
 pub use run::{CopyOutcome, run};

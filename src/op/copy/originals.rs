@@ -2,23 +2,28 @@
 
 use std::os::fd::OwnedFd;
 
+use super::gate::Gate;
 use super::live::Live;
-use crate::base::{Error, ErrorKind, Result};
-use crate::copy::OriginalsProvider;
-use crate::extent::Original;
-use crate::store::{ExceptionReader, Monitor, StoreDevice};
+use crate::base::{Bytes, Error, ErrorKind, Result};
+use crate::copy::{OriginalsProvider, Releases};
+use crate::extent::{Extent, Original};
+use crate::store::{ExceptionReader, Follower, Monitor, StoreDevice};
+
+/// New exceptions looked at for one decision about the order: a hint needs no more.
+const RECENT_MAX: usize = 65_536;
 
 /// The originals of a copy in progress.
 pub struct StoreOriginals<'a> {
     live: &'a Live,
     monitor: &'a Monitor,
+    gate: &'a Gate,
     reader: Option<ExceptionReader<'a, StoreDevice>>,
 }
 
 impl<'a> StoreOriginals<'a> {
     /// For the copy that `live` holds the origin for.
-    pub fn new(live: &'a Live, monitor: &'a Monitor) -> Self {
-        Self { live, monitor, reader: None }
+    pub fn new(live: &'a Live, monitor: &'a Monitor, gate: &'a Gate) -> Self {
+        Self { live, monitor, gate, reader: None }
     }
 }
 
@@ -40,6 +45,7 @@ impl OriginalsProvider for StoreOriginals<'_> {
 
     fn check_valid(&mut self) -> Result<()> {
         self.monitor.check()?;
+        self.gate.check()?;
         let status = self.live.stack().snapshot_status(self.live.dm())?;
         if !status.is_usable() {
             return Err(Error::new(ErrorKind::StoreInvalid, format!("the snapshot was lost ({status:?})"))
@@ -47,5 +53,46 @@ impl OriginalsProvider for StoreOriginals<'_> {
                 .next("copy again with a larger store (--store-size, --store)"));
         }
         self.live.stack().check_in_place(self.live.dm())
+    }
+}
+
+/// Gives regions to the gate, and looks where exceptions appear.
+pub struct StoreReleases<'a> {
+    live: &'a Live,
+    gate: &'a Gate,
+    /// None where nobody asks, or where the store cannot be followed: then nothing is hot.
+    follower: Option<Follower>,
+}
+
+impl<'a> StoreReleases<'a> {
+    /// For the copy that `live` holds the origin for; `hot` where the order asks for what is written most.
+    pub fn new(live: &'a Live, gate: &'a Gate, hot: bool) -> Self {
+        let follow = || match live.store().follower() {
+            Ok(follower) => Some(follower),
+            Err(error) => {
+                tracing::warn!("what is written most cannot be told: {error}");
+                None
+            }
+        };
+        Self { live, gate, follower: if hot { follow() } else { None } }
+    }
+}
+
+impl Releases for StoreReleases<'_> {
+    fn release(&mut self, region: Extent) -> Result<()> {
+        self.gate.check()?;
+        self.gate.release(region);
+        Ok(())
+    }
+
+    fn recent(&mut self) -> Vec<Bytes> {
+        let Some(follower) = &mut self.follower else { return Vec::new() };
+        let status = self.live.stack().snapshot_status(self.live.dm());
+        // A lost snapshot is the monitor's to report.
+        status.and_then(|status| follower.poll(&status, RECENT_MAX)).unwrap_or_default()
+    }
+
+    fn was_slow(&mut self) -> bool {
+        self.gate.take_slow()
     }
 }

@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
-use crate::copy::segment_size_for;
+use crate::copy::{Order, region_size_for, segment_size_for};
 use crate::dm::{Change, Dm, Slot, Table, naming};
 use crate::op::privilege::require_root;
-use crate::op::request::{CopyRequest, Originals, SecondaryFormat, SecondaryTarget};
+use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
 use crate::op::stack::{self, StackRequest};
 use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
@@ -29,6 +29,8 @@ pub struct CopyPlan {
     pub origin: Origin,
     /// Unit of copying, the device's size considered.
     pub segment: SegmentSize,
+    /// Unit of release.
+    pub region: Bytes,
     /// What is put under a live origin; None for a cold one.
     pub live: Option<LivePlan>,
     /// Devices that the secondary must not be, be on or be beneath.
@@ -64,6 +66,7 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
             .next("name a device or file that holds something"));
     }
     let segment = segment_size_for(origin.size, request.segment)?;
+    let region = region_size_for(origin.size, segment, request.region)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name)?),
@@ -72,7 +75,7 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
             None
         }
     };
-    let plan = CopyPlan { request: request.clone(), origin, segment, live, forbidden };
+    let plan = CopyPlan { request: request.clone(), origin, segment, region, live, forbidden };
     plan.check_secondary()?;
     Ok(plan)
 }
@@ -82,6 +85,8 @@ fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
     let option = match request {
         CopyRequest { hooks, .. } if hooks.frozen.is_some() => "--hook-frozen",
         CopyRequest { store, .. } if store.keep => "--keep-store",
+        CopyRequest { on_full: OnFull::Hold, .. } => "--on-full hold",
+        CopyRequest { order: Order::Hot, .. } => "--order hot",
         _ => return Ok(()),
     };
     Err(Error::usage(format!(
@@ -132,6 +137,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         filesystems: origin.filesystems.clone(),
         lock_filesystem: origin.lock_filesystem,
         budget: request.freeze_budget,
+        all: request.all,
     };
     let steps = stack::insertion(&stack, &table, &config.id);
     Ok(LivePlan { store, steps, table: table.to_string(), config, stack })
@@ -207,7 +213,7 @@ impl CopyPlan {
     }
 
     /// What the secondary is asked to be.
-    pub(super) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
+    pub(in crate::op) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
         SecondaryRequest {
             target: match &self.request.secondary {
                 SecondaryTarget::Pipe => Target::Pipe,
@@ -288,7 +294,10 @@ impl fmt::Display for CopyPlan {
             write!(f, ", verified afterwards")?;
         }
         let Some(live) = &self.live else {
-            return write!(f, "\norigin is at rest: read as it is, nothing is inserted");
+            return match self.origin.kind {
+                OriginKind::Live { .. } => write!(f, "\nsnapshot    is in place, and is gone on with"),
+                _ => write!(f, "\norigin is at rest: read as it is, nothing is inserted"),
+            };
         };
         let store = &live.store;
         write!(
@@ -301,6 +310,7 @@ impl fmt::Display for CopyPlan {
             store.chunk,
             if store.keep { ", kept" } else { "" }
         )?;
+        self.fmt_regions(f)?;
         write!(f, "\nimpact      {}", self.request.impact)?;
         write!(f, "\nfrozen      ")?;
         if self.origin.filesystems.is_empty() {
@@ -314,5 +324,28 @@ impl fmt::Display for CopyPlan {
             write!(f, "\nstep        {}", step.name)?;
         }
         write!(f, "\nafterwards  the origin's own table is put back: {}", live.table.replace('\n', "; "))
+    }
+}
+
+impl CopyPlan {
+    fn fmt_regions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let region = self.region;
+        let free =
+            if self.request.all { "copied and preserved as well" } else { "left alone where it is known" };
+        write!(f, "\nfree space  {free}")?;
+        match self.request.order {
+            Order::Physical => write!(f, "\nregions     of {region}, released as they are copied")?,
+            Order::Hot => {
+                write!(f, "\nregions     of {region}, what is written most first, released as copied")?
+            }
+        }
+        if self.request.on_full == OnFull::Hold {
+            let budget = self.request.hold_budget;
+            write!(
+                f,
+                "\nstore full  writers are held until the copy has caught up (for at most {budget:?})"
+            )?;
+        }
+        Ok(())
     }
 }

@@ -13,19 +13,30 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use serde::Serialize;
+use uuid::Uuid;
 
 use super::cold::ColdOrigin;
+use super::gate::{Gate, GateEvent, GateReport, HoldPolicy};
 use super::live::Live;
-use super::originals::StoreOriginals;
+use super::originals::{StoreOriginals, StoreReleases};
 use super::plan::{CopyPlan, LivePlan};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
-use crate::copy::{self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider, engine_config};
+use crate::copy::{
+    self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider, Progress, Releases, ResumePoint,
+    engine_config,
+};
 use crate::dm::Dm;
+use crate::extent::Extent;
+use crate::extent::free::needed;
+use crate::format::progress::{Header, ProgressForm};
+use crate::format::state::CopyRecord;
 use crate::io::{EnginePreference, open_engine};
 use crate::op::hooks::Hook;
-use crate::op::stack::HoldTimes;
+use crate::op::journal::SegmentJournal;
+use crate::op::request::{OnFull, SecondaryFormat};
+use crate::op::stack::{HoldTimes, Skipped};
 use crate::secondary::{self, Secondary};
 use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent, TailPlace};
 use crate::sys::process::crash_point;
@@ -45,10 +56,35 @@ pub struct CopyOutcome {
     pub copy: CopyReport,
     /// The COW store's part; None for an origin at rest.
     pub store: Option<StoreFill>,
+    /// How the origin was given back while it was copied; None for an origin at rest.
+    pub release: Option<GateReport>,
+    /// What was neither copied nor preserved, because nothing there was in use.
+    pub skipped: SkippedReport,
     /// Where the store was kept.
     pub kept_store: Option<String>,
     /// The whole command, seconds.
     pub total_seconds: f64,
+}
+
+/// Free space that a copy left out.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SkippedReport {
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// In so many ranges.
+    pub ranges: usize,
+    /// Why nothing, or not more, was left out.
+    pub notes: Vec<String>,
+}
+
+impl SkippedReport {
+    fn of(skipped: &Skipped) -> Self {
+        Self {
+            bytes: skipped.extents.iter().map(|extent| extent.length()).sum(),
+            ranges: skipped.extents.len(),
+            notes: skipped.notes.clone(),
+        }
+    }
 }
 
 /// When the instant was, and how long the origin was held for it.
@@ -81,6 +117,8 @@ struct Made {
     instant: HoldTimes,
     copy: CopyReport,
     store: Option<StoreFill>,
+    release: Option<GateReport>,
+    skipped: SkippedReport,
     kept: Option<KeptStore>,
 }
 
@@ -111,16 +149,7 @@ pub fn run(
             made
         }
     };
-    let made = made?;
-    Ok(CopyOutcome {
-        origin: plan.origin.path.display().to_string(),
-        origin_bytes: plan.origin.size,
-        instant: made.instant.into(),
-        copy: made.copy,
-        store: made.store,
-        kept_store: made.kept.map(|kept| kept.path.display().to_string()),
-        total_seconds: watch.elapsed().as_secs_f64(),
-    })
+    Ok(outcome(plan, made?, watch.elapsed()))
 }
 
 fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
@@ -180,17 +209,101 @@ fn copy_live(
             return Err(abandon(secondary, error));
         }
     };
-    let instant = live.stack().times();
-    secondary.begin(instant.instant_utc_ns);
+    secondary.begin(live.stack().times().instant_utc_ns);
+    tell_skipped(plan, &SkippedReport::of(live.stack().skipped()), observer);
+    let journal = match note_copy(plan, &live, secondary.as_ref()) {
+        Ok(journal) => journal,
+        Err(error) => {
+            hook_after(plan, observer, interrupt);
+            return Err(abandon(secondary, live.put_back_after(error)));
+        }
+    };
     crash_point("copy.data.before");
-    let copied = catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, secondary, observer, interrupt)));
+    copy_and_put_back(plan, live, Way { secondary, journal, from: None, hook: true }, observer, interrupt)
+}
+
+fn outcome(plan: &CopyPlan, made: Made, total: Duration) -> CopyOutcome {
+    CopyOutcome {
+        origin: plan.origin.path.display().to_string(),
+        origin_bytes: plan.origin.size,
+        instant: made.instant.into(),
+        copy: made.copy,
+        store: made.store,
+        release: made.release,
+        skipped: made.skipped,
+        kept_store: made.kept.map(|kept| kept.path.display().to_string()),
+        total_seconds: total.as_secs_f64(),
+    }
+}
+
+/// Notes what another process would need to go on. None where none could: what went down a pipe is gone.
+fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<Option<SegmentJournal>> {
+    if secondary.is_stream() {
+        return Ok(None);
+    }
+    let times = live.stack().times();
+    let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let request = serde_json::to_string(&plan.request)
+        .map_err(|source| Error::bad_data("the request cannot be written down").with_source(source))?;
+    let range = |extent: &Extent| (extent.start().get(), extent.end().get());
+    let mut job = live.job().borrow_mut();
+    let header = Header {
+        job: Uuid::parse_str(job.id())
+            .map_err(|source| Error::bad_data("the job's id").with_source(source))?,
+        form: match plan.request.format {
+            SecondaryFormat::Raw => ProgressForm::Raw,
+            SecondaryFormat::Archive => ProgressForm::Archive,
+        },
+        archive: secondary.archive_id(),
+        origin_size: plan.origin.size,
+        segment: plan.segment,
+        instant_ns: times.instant_utc_ns,
+    };
+    // The journal first: a record of a copy has one.
+    let journal = SegmentJournal::create(&job.segments_path(), &header)?;
+    job.set_copy(CopyRecord {
+        request,
+        origin_path: plan.origin.path.display().to_string(),
+        segment_bytes: plan.segment.bytes().get(),
+        region_bytes: plan.region.get(),
+        instant_utc_ns: times.instant_utc_ns,
+        held_ns: [nanos(times.synced), nanos(times.frozen), nanos(times.suspended)],
+        archive: secondary.archive_id().map(|id| id.to_string()),
+        partial: secondary.partial_path().map(|path| path.display().to_string()),
+        skipped: live.stack().skipped().extents.iter().map(range).collect(),
+        hook_after_done: false,
+    })?;
+    Ok(Some(journal))
+}
+
+/// How a copy is made once the origin is held: from its beginning or from where another process stopped.
+pub(in crate::op) struct Way {
+    pub(in crate::op) secondary: Box<dyn Secondary>,
+    /// None where nobody could go on with it.
+    pub(in crate::op) journal: Option<SegmentJournal>,
+    pub(in crate::op) from: Option<ResumePoint>,
+    /// --hook-after is to be run.
+    pub(in crate::op) hook: bool,
+}
+
+/// The copy proper, then everything is put back, however it went.
+fn copy_and_put_back(
+    plan: &CopyPlan,
+    live: Live,
+    way: Way,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Made> {
+    let instant = live.stack().times();
+    let skipped = SkippedReport::of(live.stack().skipped());
+    let copied = catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, way, observer, interrupt)));
     crash_point("copy.data.after");
     match copied {
-        Ok(Ok((copy, store))) => {
+        Ok(Ok(Copied { copy, store, release })) => {
             let kept = live.end(plan.request.store.keep).map_err(|error| {
                 error.context("the copy is complete, but putting the origin's stack back failed")
             })?;
-            Ok(Made { instant, copy, store: Some(store), kept })
+            Ok(Made { instant, copy, store: Some(store), release: Some(release), skipped, kept })
         }
         Ok(Err(error)) => Err(live.put_back_after(error)),
         Err(panic) => {
@@ -202,33 +315,65 @@ fn copy_live(
     }
 }
 
-/// The copy proper, with the monitor beside it; both have ended when this returns.
+fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &dyn Observer) {
+    for text in &skipped.notes {
+        observer.event(&Event::Note { text: format!("free space: {text}; all of it is copied") });
+    }
+    let text = if plan.request.all {
+        "free space is copied and preserved as well (--all)".to_owned()
+    } else if skipped.bytes == Bytes::ZERO {
+        "no free space is known: everything is copied".to_owned()
+    } else {
+        format!("{} of free space are neither copied nor preserved", skipped.bytes)
+    };
+    observer.event(&Event::Note { text });
+}
+
+/// What came of the copy proper.
+struct Copied {
+    copy: CopyReport,
+    store: StoreFill,
+    release: GateReport,
+}
+
+/// The copy proper, with the monitor and the gate beside it; all have ended when this returns.
 fn copy_below(
     plan: &CopyPlan,
     live: &Live,
-    secondary: Box<dyn Secondary>,
+    way: Way,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
-) -> Result<(CopyReport, StoreFill)> {
+) -> Result<Copied> {
+    let Way { mut secondary, mut journal, from, hook } = way;
     // The monitor first: the store fills, and must grow, while --hook-after runs.
-    let (below, monitor, heard) = match open_below(live) {
-        Ok(opened) => opened,
+    let beside = match Beside::start(plan, live) {
+        Ok(beside) => beside,
         Err(error) => {
-            hook_after(plan, observer, interrupt);
+            if hook {
+                hook_after(plan, observer, interrupt);
+            }
             return Err(abandon(secondary, error));
         }
     };
-    let relay = || {
-        for event in heard.try_iter() {
-            tell(observer, event);
-        }
-    };
     let stop = || {
-        relay();
-        interrupt().and_then(|()| monitor.check())
+        beside.relay(plan, observer);
+        interrupt().and_then(|()| beside.monitor.check())
     };
-    hook_after(plan, observer, &stop);
-    let mut originals = StoreOriginals::new(live, &monitor);
+    if hook {
+        hook_after(plan, observer, &stop);
+    }
+    let below = match open_below(live).and_then(|below| {
+        live.job().borrow_mut().set_hook_after_done()?;
+        Ok(below)
+    }) {
+        Ok(below) => below,
+        Err(error) => return Err(abandon(secondary, error)),
+    };
+    let block_list = needed(&live.stack().skipped().extents, plan.origin.size);
+    secondary.restrict(&block_list);
+    let (monitor, gate) = (&beside.monitor, &beside.gate);
+    let mut originals = StoreOriginals::new(live, monitor, gate);
+    let mut releases = StoreReleases::new(live, gate, plan.request.order == copy::Order::Hot);
     let impact = live.probe().map(|probe| ImpactWatch {
         impact: plan.request.impact,
         before: live.latency_before(),
@@ -237,19 +382,24 @@ fn copy_below(
     if impact.is_none() && plan.request.impact != Impact::None {
         observer.event(&Event::Note { text: blind_text(plan) });
     }
-    let before_publish = || StoreOriginals::new(live, &monitor).check_valid();
+    let before_publish = || StoreOriginals::new(live, monitor, gate).check_valid();
     let report = copy_with(
         plan,
         below,
-        Some(&mut originals),
-        impact,
+        Some(Preserved {
+            originals: &mut originals,
+            releases: &mut releases,
+            progress: journal.as_mut().map(|journal| journal as &mut dyn Progress),
+            from,
+            impact,
+            block_list,
+        }),
         secondary,
         &Watch { observer, interrupt: &stop, before_publish: &before_publish },
     );
-    drop(originals);
-    let fill = progress_of(monitor.stop());
-    relay();
-    Ok((report?, fill))
+    drop((originals, releases));
+    let (store, release) = beside.stop(plan, observer);
+    Ok(Copied { copy: report?, store, release })
 }
 
 fn blind_text(plan: &CopyPlan) -> String {
@@ -260,25 +410,93 @@ fn blind_text(plan: &CopyPlan) -> String {
     )
 }
 
-/// The device beneath, the store's monitor, and what the monitor tells.
-fn open_below(live: &Live) -> Result<(OwnedFd, Monitor, Receiver<StoreEvent>)> {
+/// Who works beside the copier, and what they tell.
+struct Beside {
+    monitor: Arc<Monitor>,
+    gate: Gate,
+    store_events: Receiver<StoreEvent>,
+    gate_events: Receiver<GateEvent>,
+}
+
+impl Beside {
+    fn start(plan: &CopyPlan, live: &Live) -> Result<Self> {
+        let dm = Dm::open()?;
+        let snap = live.stack().snap().to_owned();
+        let (say, store_events) = mpsc::channel();
+        let store: Arc<CowStore> = Arc::clone(live.store());
+        let monitor = Arc::new(Monitor::start(
+            store,
+            move || dm.snapshot_status(&snap),
+            // Nobody listening any more means that the copy is over.
+            move |event| drop(say.send(event)),
+        )?);
+        let hold = (plan.request.on_full == OnFull::Hold).then(|| {
+            let monitor = Arc::clone(&monitor);
+            HoldPolicy { is_short: Box::new(move || monitor.is_short()), budget: plan.request.hold_budget }
+        });
+        let (say, gate_events) = mpsc::channel();
+        let gate = Gate::start(live.stack(), live.stack().linear(), hold, move |event| {
+            // Nobody listening any more means that the copy is over.
+            let _ = say.send(event);
+        })?;
+        Ok(Self { monitor, gate, store_events, gate_events })
+    }
+
+    fn relay(&self, plan: &CopyPlan, observer: &dyn Observer) {
+        for event in self.store_events.try_iter() {
+            tell(observer, event);
+        }
+        for event in self.gate_events.try_iter() {
+            tell_gate(plan, observer, event);
+        }
+    }
+
+    /// Ends both; the gate first, which asks the monitor.
+    fn stop(self, plan: &CopyPlan, observer: &dyn Observer) -> (StoreFill, GateReport) {
+        self.relay(plan, observer);
+        let release = self.gate.stop();
+        let fill = match Arc::try_unwrap(self.monitor) {
+            Ok(monitor) => monitor.stop(),
+            Err(monitor) => monitor.fill(),
+        };
+        for event in self.store_events.try_iter() {
+            tell(observer, event);
+        }
+        (progress_of(fill), release)
+    }
+}
+
+/// The device beneath, for direct reading.
+fn open_below(live: &Live) -> Result<OwnedFd> {
     let path = live.stack().below();
     let below = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
         .open(path)
         .io_context(|| format!("opening {}", path.display()))?;
-    let dm = Dm::open()?;
-    let snap = live.stack().snap().to_owned();
-    let (say, heard) = mpsc::channel();
-    let store: Arc<CowStore> = Arc::clone(live.store());
-    let monitor = Monitor::start(
-        store,
-        move || dm.snapshot_status(&snap),
-        // Nobody listening any more means that the copy is over.
-        move |event| drop(say.send(event)),
-    )?;
-    Ok((below.into(), monitor, heard))
+    Ok(below.into())
+}
+
+fn tell_gate(plan: &CopyPlan, observer: &dyn Observer, event: GateEvent) {
+    let regions = |bytes: Bytes| bytes.get().div_ceil(plan.region.get().max(1));
+    match event {
+        GateEvent::Released(report, stall) => observer.event(&Event::Regions {
+            released: regions(report.released_bytes),
+            total: regions(plan.origin.size),
+            released_bytes: report.released_bytes,
+            stall,
+            longest_stall: report.longest_stall,
+        }),
+        GateEvent::Holding => observer.event(&Event::Warning {
+            text: "the store is about to fill: writers of the origin are held until the copy has caught up"
+                .to_owned(),
+        }),
+        GateEvent::HoldSpent => observer.event(&Event::Warning {
+            text: "writers have been held for as long as --hold-budget allows: they go on, and the snapshot \
+                   is lost when the store is full"
+                .to_owned(),
+        }),
+    }
 }
 
 fn tell(observer: &dyn Observer, event: StoreEvent) {
@@ -326,8 +544,8 @@ fn copy_cold(
         Err(error) => return Err(abandon(secondary, error)),
     };
     let watch = Watch { observer, interrupt, before_publish: &before_publish };
-    let copy = copy_with(plan, origin, None, None, secondary, &watch)?;
-    Ok(Made { instant, copy, store: None, kept: None })
+    let copy = copy_with(plan, origin, None, secondary, &watch)?;
+    Ok(Made { instant, copy, store: None, release: None, skipped: SkippedReport::default(), kept: None })
 }
 
 /// Who is told, and who is asked, while a copy runs.
@@ -337,11 +555,20 @@ struct Watch<'a> {
     before_publish: &'a dyn Fn() -> Result<()>,
 }
 
+/// What only a live origin has.
+struct Preserved<'a> {
+    originals: &'a mut dyn OriginalsProvider,
+    releases: &'a mut dyn Releases,
+    progress: Option<&'a mut dyn Progress>,
+    from: Option<ResumePoint>,
+    impact: Option<ImpactWatch>,
+    block_list: Vec<Extent>,
+}
+
 fn copy_with(
     plan: &CopyPlan,
     origin: OwnedFd,
-    originals: Option<&mut StoreOriginals<'_>>,
-    impact: Option<ImpactWatch>,
+    preserved: Option<Preserved<'_>>,
     secondary: Box<dyn Secondary>,
     watch: &Watch<'_>,
 ) -> Result<CopyReport> {
@@ -349,17 +576,22 @@ fn copy_with(
         Ok(engine) => engine,
         Err(error) => return Err(abandon(secondary, error)),
     };
-    let origin_size = plan.origin.size;
-    let job = CopyJob::new(engine.as_mut(), origin, origin_size, plan.segment, secondary)?;
-    copy::run(CopyJob {
-        origin_description: plan.origin.path.display().to_string(),
-        originals: originals.map(|it| it as &mut dyn OriginalsProvider),
-        rate: plan.request.rate,
-        impact,
-        verify: plan.request.verify,
-        observer: watch.observer,
-        interrupt: watch.interrupt,
-        before_publish: watch.before_publish,
-        ..job
-    })
+    let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.segment, secondary)?;
+    job.origin_description = plan.origin.path.display().to_string();
+    job.region = plan.region;
+    job.order = plan.request.order;
+    job.rate = plan.request.rate;
+    job.verify = plan.request.verify;
+    job.observer = watch.observer;
+    job.interrupt = watch.interrupt;
+    job.before_publish = watch.before_publish;
+    if let Some(preserved) = preserved {
+        job.block_list = preserved.block_list;
+        job.originals = Some(preserved.originals);
+        job.releases = Some(preserved.releases);
+        job.progress = preserved.progress.map(|it| it as &mut dyn Progress);
+        job.resumed = preserved.from;
+        job.impact = preserved.impact;
+    }
+    copy::run(job)
 }

@@ -1,0 +1,361 @@
+//! Who changes the origin's table while it is being copied: releases, and holds.
+//!
+//! One thread does both, so that a release never lets go what a hold keeps, and the copier never waits
+//! for the kernel:
+//!
+//! - **releases**: every region that the copier has done with since the last one becomes `linear`, in one
+//!   swap of the table. After each the thread rests for a multiple of what the swap took, so that the
+//!   origin is never held for more than a small share of the time; what is released meanwhile goes
+//!   together. A release that fails is tried again with the next: until then the region is preserved.
+//! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
+//!   suspended, for a slice at a time, so that the copier catches up and releases what is about to be
+//!   written. A watchdog stands over each slice; all slices together are bounded by a budget. Where that is
+//!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
+//!   never fails.
+//!
+//! Crash argument: a release is one call of the kernel on a device in use ([`Dm::swap`]), so the origin has
+//! either table, whole, and goes on. A hold's suspension is ended by its watchdog. `recover` takes a table
+//! of either kind for ours, and drops one that is loaded and not in use.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, clock};
+use crate::dm::{Dm, Udev};
+use crate::extent::{Extent, ExtentSet};
+use crate::op::stack::Stack;
+use crate::op::watchdog::{Order, Verdict, Watchdog};
+use crate::sys::dm_ioctl::SuspendFlags;
+
+/// A release that holds the origin for longer makes the following regions larger.
+pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
+
+/// After a release the gate rests for so many times what it took: the origin is held for at most a
+/// twentieth of the time.
+const REST_FACTOR: u32 = 20;
+
+/// Longest such rest.
+const REST_MAX: Duration = Duration::from_secs(2);
+
+/// Between two looks at the store, while a hold may become necessary.
+const HOLD_POLL: Duration = Duration::from_millis(20);
+
+/// Longest time that the origin is suspended at a stretch.
+pub const HOLD_SLICE: Duration = Duration::from_millis(500);
+
+/// What a watchdog over a slice allows beyond it.
+const HOLD_GRACE: Duration = Duration::from_secs(2);
+
+/// What the gate has done. Durations in seconds in JSON.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GateReport {
+    /// Table swaps that released something.
+    pub releases: u64,
+    /// Bytes of the origin that are released.
+    pub released_bytes: Bytes,
+    /// The longest time that a release held the origin.
+    #[serde(rename = "longest_stall_seconds", serialize_with = "clock::seconds")]
+    pub longest_stall: Duration,
+    /// All releases together.
+    #[serde(rename = "stalled_seconds", serialize_with = "clock::seconds")]
+    pub stalled: Duration,
+    /// Slices for which the origin was suspended because the store was about to fill.
+    pub holds: u64,
+    /// All of them together.
+    #[serde(rename = "held_seconds", serialize_with = "clock::seconds")]
+    pub held: Duration,
+}
+
+/// What a gate tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateEvent {
+    /// A release was made; it held the origin for so long.
+    Released(GateReport, Duration),
+    /// The origin is being held, for the first time.
+    Holding,
+    /// The budget for holds is spent.
+    HoldSpent,
+}
+
+/// When the origin is held.
+pub struct HoldPolicy {
+    /// True while the store is about to fill and cannot grow.
+    pub is_short: Box<dyn Fn() -> bool + Send>,
+    /// All slices together at most.
+    pub budget: Duration,
+}
+
+#[derive(Default)]
+struct State {
+    /// Released by the copier, not yet by the kernel.
+    pending: Vec<Extent>,
+    stop: bool,
+    /// Why the copy is void.
+    lost: Option<(ErrorKind, String)>,
+    slow: bool,
+    report: GateReport,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end, for `time`, and with `or_pending` for something to release.
+    fn wait(&self, time: Option<Duration>, or_pending: bool) -> MutexGuard<'_, State> {
+        let idle = |state: &mut State| !state.stop && (!or_pending || state.pending.is_empty());
+        match time {
+            None => self.wake.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner),
+            Some(time) => {
+                let waited = self.wake.wait_timeout_while(self.lock(), time, idle);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
+    }
+}
+
+/// A running gate; dropping it stops and joins its thread, and the origin is not held any more.
+pub struct Gate {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gate {
+    /// Starts the gate over the origin of `stack`, of which `released` is released already.
+    ///
+    /// # Errors
+    /// Where no thread can be had, or device-mapper cannot be opened.
+    pub fn start(
+        stack: &Stack,
+        released: Vec<Extent>,
+        hold: Option<HoldPolicy>,
+        events: impl Fn(GateEvent) + Send + 'static,
+    ) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let keeper = Keeper {
+            dm: Dm::open()?,
+            stack: stack.clone(),
+            released: released.into_iter().collect(),
+            hold,
+            events: Box::new(events),
+            spent_said: false,
+        };
+        let theirs = Arc::clone(&shared);
+        let thread = thread::Builder::new()
+            .name("origin-gate".to_owned())
+            .spawn(move || run(keeper, &theirs))
+            .io_context(|| "starting the thread that releases the origin".to_owned())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Hands a region over for release.
+    pub fn release(&self, region: Extent) {
+        self.shared.lock().pending.push(region);
+        self.shared.wake.notify_all();
+    }
+
+    /// Fails once the origin's table is found to be somebody else's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`], [`ErrorKind::Kernel`].
+    pub fn check(&self) -> Result<()> {
+        match &self.shared.lock().lost {
+            None => Ok(()),
+            Some((kind, what)) => Err(Error::new(*kind, what.clone())
+                .state("the origin goes on; this copy is void")
+                .next("copy again, and do not resize or move the volume meanwhile")),
+        }
+    }
+
+    /// True where a release since the last call took longer than [`RELEASE_STALL_MAX`].
+    #[must_use]
+    pub fn take_slow(&self) -> bool {
+        std::mem::take(&mut self.shared.lock().slow)
+    }
+
+    /// What was done until now.
+    #[must_use]
+    pub fn report(&self) -> GateReport {
+        self.shared.lock().report
+    }
+
+    /// Stops and answers what was done. What is pending is not released: the stack is about to go.
+    pub fn stop(mut self) -> GateReport {
+        self.join();
+        self.report()
+    }
+
+    fn join(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that releases the origin has panicked");
+        }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn run(mut keeper: Keeper, shared: &Shared) {
+    // A panic must neither leave the origin held (the watchdog sees to that) nor pass for "all is well".
+    if catch_unwind(AssertUnwindSafe(|| keeper.run(shared))).is_err() {
+        shared.lock().lost =
+            Some((ErrorKind::Kernel, "the thread that releases the origin failed".to_owned()));
+    }
+}
+
+/// The thread's side.
+struct Keeper {
+    dm: Dm,
+    stack: Stack,
+    released: ExtentSet,
+    hold: Option<HoldPolicy>,
+    events: Box<dyn Fn(GateEvent) + Send>,
+    spent_said: bool,
+}
+
+impl Keeper {
+    fn run(&mut self, shared: &Shared) {
+        // Released by the copier, not yet by the kernel.
+        let mut due = !self.released.is_empty();
+        let mut rest_until = Instant::now();
+        loop {
+            let rest = rest_until.saturating_duration_since(Instant::now());
+            let resting = rest > Duration::ZERO;
+            let time = match &self.hold {
+                Some(_) => Some(HOLD_POLL),
+                None if resting || due => Some(rest),
+                None => None,
+            };
+            let mut state = shared.wait(time, !resting);
+            if state.stop {
+                return;
+            }
+            due |= !state.pending.is_empty();
+            self.released.extend(state.pending.drain(..));
+            let held = state.report.held;
+            drop(state);
+            let outcome = if self.must_hold(held) {
+                self.hold(shared)
+            } else if due && Instant::now() >= rest_until {
+                self.release(shared)
+            } else {
+                continue;
+            };
+            match outcome {
+                Ok(stall) => {
+                    due = false;
+                    rest_until = Instant::now() + stall.saturating_mul(REST_FACTOR).min(REST_MAX);
+                }
+                Err(error) if error.kind() == ErrorKind::StoreInvalid => {
+                    shared.lock().lost = Some((error.kind(), error.to_string()));
+                    return;
+                }
+                // The region stays preserved, and goes with the next release.
+                Err(error) => {
+                    tracing::debug!("releasing a region: {error}");
+                    rest_until = Instant::now() + REST_MAX;
+                }
+            }
+        }
+    }
+
+    /// One swap for everything that is released.
+    fn release(&self, shared: &Shared) -> Result<Duration> {
+        let released: Vec<Extent> = self.released.iter().collect();
+        let stall = self.stack.release(&self.dm, &released)?;
+        if stall > Duration::ZERO {
+            let report = self.note(shared, stall);
+            (self.events)(GateEvent::Released(report, stall));
+        }
+        Ok(stall)
+    }
+
+    fn note(&self, shared: &Shared, stall: Duration) -> GateReport {
+        let mut state = shared.lock();
+        state.slow |= stall > RELEASE_STALL_MAX;
+        state.report.releases += 1;
+        state.report.released_bytes = self.released.iter().map(|extent| extent.length()).sum();
+        state.report.longest_stall = state.report.longest_stall.max(stall);
+        state.report.stalled += stall;
+        state.report
+    }
+
+    fn must_hold(&mut self, held: Duration) -> bool {
+        let Some(hold) = &self.hold else { return false };
+        if !(hold.is_short)() {
+            return false;
+        }
+        if held < hold.budget {
+            return true;
+        }
+        if !self.spent_said {
+            self.spent_said = true;
+            (self.events)(GateEvent::HoldSpent);
+        }
+        false
+    }
+
+    /// Suspends the origin for a slice, or until there is something to release; it goes on with what is
+    /// released by then. Answers no stall: a hold is not followed by a rest.
+    fn hold(&mut self, shared: &Shared) -> Result<Duration> {
+        let report = shared.lock().report;
+        if report.holds == 0 {
+            (self.events)(GateEvent::Holding);
+        }
+        let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
+        let slice = HOLD_SLICE.min(budget.saturating_sub(report.held));
+        let origin = self.stack.origin().to_owned();
+        let order = Order {
+            devices: vec![origin.clone()],
+            filesystems: Vec::new(),
+            budget_ms: u64::try_from((slice + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
+        };
+        let mut watchdog = Watchdog::start(Path::new("/proc/self/exe"), &order)?;
+        watchdog.arm()?;
+        let begin = Instant::now();
+        let suspended =
+            self.dm.suspend(&origin, SuspendFlags { flush: false, lock_filesystem: false }).map(|()| {
+                let mut state = shared.wait(Some(slice), true);
+                self.released.extend(state.pending.drain(..));
+            });
+        let resumed = suspended.and_then(|()| {
+            let released: Vec<Extent> = self.released.iter().collect();
+            // The swap lets a suspended device go on. Where it did not come to that, the resume does.
+            let swapped = self.stack.release(&self.dm, &released);
+            self.dm.resume(&origin, Udev::None).and(swapped)
+        });
+        match &resumed {
+            // It may still be suspended: dropped without a word, the watchdog takes us for dead and resumes.
+            Err(_) => drop(watchdog),
+            Ok(_) => {
+                if let Verdict::Fired(what) = watchdog.dismiss() {
+                    tracing::warn!("the watchdog ended a hold of {origin}: {what}");
+                }
+            }
+        }
+        let mut state = shared.lock();
+        state.report.holds += 1;
+        state.report.held += begin.elapsed();
+        state.report.released_bytes = self.released.iter().map(|extent| extent.length()).sum();
+        resumed.map(|_| Duration::ZERO)
+    }
+}
