@@ -191,7 +191,11 @@ impl Human for VerifyReport {
             rate_text(read, self.seconds)
         );
         if let Some(against) = &self.against {
-            text.push_str(&format!("{against}: equal, {} compared\n", self.compared_bytes));
+            text.push_str(&format!("{against}: equal, {} compared", self.compared_bytes));
+            if self.absent_bytes > Bytes::ZERO {
+                text.push_str(&format!(", {} not in the archive and not compared", self.absent_bytes));
+            }
+            text.push('\n');
         }
         text
     }

@@ -2,7 +2,9 @@
 //!
 //! Every block is read and checked. With `--against`, the content is compared byte for byte in one
 //! pass, from a pipe as well: what differs from a data frame is remembered as sectors; an original for
-//! them, which wins over the data, is compared when it comes and settles the question anew.
+//! them, which wins over the data, is compared when it comes and settles the question anew. What the archive
+//! calls absent was not copied, and is not compared: a file's map is read beforehand, a pipe's comes last
+//! and takes back what was remembered of absent ranges.
 //!
 //! Invariants:
 //! - nothing is written anywhere;
@@ -17,17 +19,18 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::archive::{FrameUser, Input, Io, engine_config_for, too_many};
+use super::inspect::read_map;
 use super::request::VerifyRequest;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx};
 use crate::copy::progress::{Event, Observer, Phase};
-use crate::extent::ExtentSet;
+use crate::extent::{ExtentSet, cut};
 use crate::format::archive::{FrameKind, Layout, MapEntry, MapState, OriginalsMode, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
 use crate::io::{Buffer, Completion};
 use crate::secondary::PAYLOAD_OFFSET;
-use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
+use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::sys::aligned::AlignedBuffer;
 
 /// Runs of differing sectors that are remembered: some 40 MiB.
@@ -49,6 +52,8 @@ pub struct VerifyReport {
     pub against: Option<String>,
     /// Bytes of the origin that were compared.
     pub compared_bytes: Bytes,
+    /// Bytes of the origin that the archive does not hold, and so could not be compared.
+    pub absent_bytes: Bytes,
     /// The whole verification.
     pub seconds: f64,
 }
@@ -77,27 +82,38 @@ pub(super) fn verify(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<VerifyReport> {
     let superblock = input.superblock().clone();
-    let mut against = against.map(|path| Against::open(path, &superblock)).transpose()?;
+    let is_stream = matches!(input, Input::Stream(_));
+    let mut against = against.map(|path| Against::open(path, &superblock, is_stream)).transpose()?;
     let config = engine_config_for(&superblock);
     let mut engine = open_engine(config, EnginePreference::Auto)?;
     let mut io = Io::new(engine.as_mut(), config.buffer_count, observer, interrupt);
     let mut checker = FrameChecker::new(superblock.clone(), &input.description());
     let total = input.totals().map(|totals| totals.present_bytes + totals.originals_bytes);
     io.begin_phase(Phase::Verify, total);
-    let mut user = Comparer { against: against.as_mut(), stage: FrameKind::Data };
+    let map = match input {
+        Input::File(archive) => Some(archive.as_ref()),
+        Input::Stream(_) => None,
+    };
+    let mut user = Comparer { against: against.as_mut(), map, absent: Bytes::ZERO, stage: FrameKind::Data };
     let read = input.read_all(&mut io, &mut checker, &mut user);
     let read = read.and_then(|totals| user.finish(&mut io, checker.seen()).map(|()| totals));
     if read.is_err() {
         io.drain();
     }
+    let absent_bytes = user.absent;
     let totals = read?;
     io.report();
+    let compared_bytes = match &against {
+        Some(_) => superblock.origin_size - absent_bytes,
+        None => Bytes::ZERO,
+    };
     let report = VerifyReport {
         archive: input.description(),
         superblock,
         totals,
         against: against.as_ref().map(|against| against.description.clone()),
-        compared_bytes: against.as_ref().map_or(Bytes::ZERO, |against| against.compared),
+        compared_bytes,
+        absent_bytes,
         seconds: io.elapsed().as_secs_f64(),
     };
     match against {
@@ -108,14 +124,20 @@ pub(super) fn verify(
 
 struct Comparer<'a> {
     against: Option<&'a mut Against>,
+    /// Where the map can be read beforehand.
+    map: Option<&'a ArchiveFile>,
+    /// What the map calls absent, as far as it has come.
+    absent: Bytes,
     stage: FrameKind,
 }
 
 impl FrameUser for Comparer<'_> {
     fn map(&mut self, entry: MapEntry) {
-        if entry.state == MapState::Absent
-            && let Some(against) = &mut self.against
-        {
+        if entry.state != MapState::Absent {
+            return;
+        }
+        self.absent += entry.extent.length();
+        if let Some(against) = &mut self.against {
             against.differences.remove(entry.extent);
         }
     }
@@ -158,12 +180,23 @@ impl FrameUser for Comparer<'_> {
 }
 
 impl Comparer<'_> {
-    /// What no data frame holds is zero, as far as the data goes. The map, which comes last, takes back
-    /// what was not copied at all.
+    /// What no data frame holds is zero, as far as the data goes. From a pipe the map comes last, and
+    /// takes back what was not copied at all.
     fn end_data(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
         let Some(against) = &mut self.against else { return Ok(()) };
         let Layout { origin_size, segment, .. } = against.layout;
         let zeros = AlignedBuffer::zeroed(segment.bytes().as_len());
+        if let Some(archive) = self.map {
+            return read_map(archive, io.interrupt, &mut |entry| {
+                if entry.state != MapState::Zero {
+                    return Ok(());
+                }
+                cut(entry.extent, segment).try_for_each(|(_, part)| {
+                    io.poll()?;
+                    against.compare(part, &zeros[..part.length().as_len()])
+                })
+            });
+        }
         for ix in (0..segment.count_for(origin_size)).map(SegmentIx).filter(|ix| !seen.get(*ix)) {
             io.poll()?;
             let start = segment.offset_of(ix).expect("a segment lies within the origin");
@@ -186,14 +219,14 @@ struct Against {
     description: String,
     size: Bytes,
     layout: Layout,
-    appends: bool,
+    /// What is still to come may explain differences: originals, or a pipe's map.
+    may_be_explained: bool,
     memory: AlignedBuffer,
     differences: ExtentSet,
-    compared: Bytes,
 }
 
 impl Against {
-    fn open(path: &Path, superblock: &Superblock) -> Result<Self> {
+    fn open(path: &Path, superblock: &Superblock, is_stream: bool) -> Result<Self> {
         let shown = path.display();
         let kind = std::fs::metadata(path).io_context(|| format!("look at {shown}"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -224,10 +257,9 @@ impl Against {
             description: shown.to_string(),
             size,
             layout: superblock.layout(),
-            appends: superblock.originals == OriginalsMode::Append,
+            may_be_explained: is_stream || superblock.originals == OriginalsMode::Append,
             memory: AlignedBuffer::zeroed(room.as_len()),
             differences: ExtentSet::new(),
-            compared: Bytes::ZERO,
         })
     }
 
@@ -240,7 +272,6 @@ impl Against {
         self.file.read_exact_at(memory, start.get()).io_context(|| {
             format!("read {} bytes at {} of {}", memory.len(), start.get(), self.description)
         })?;
-        self.compared += extent.length();
         let found = &memory[(extent.start() - start).as_len()..][..expected.len()];
         self.differences.remove(extent);
         if found == expected {
@@ -265,8 +296,7 @@ impl Against {
         }
         let what =
             format!("{} differs from the data in more than {DIFFERENCE_RUNS_MAX} places", self.description);
-        if self.appends {
-            // Originals that are still to come might explain all of them.
+        if self.may_be_explained {
             return Err(too_many(what).next("restore the archive to a file and compare that"));
         }
         Err(Error::bad_data(what).state("nothing was changed"))

@@ -19,8 +19,8 @@ pub struct Sample {
     pub block_list: Vec<Extent>,
     /// Originals frames: each a list of extents and their packed bytes.
     pub originals: Vec<(Vec<Extent>, Vec<u8>)>,
-    /// Data frames in this order instead of the ascending one.
-    pub reversed: bool,
+    /// Data frames in an order drawn from this seed instead of the ascending one.
+    pub shuffled: Option<u64>,
     /// A lie: the map is made of this block list.
     pub map_list: Option<Vec<Extent>>,
     /// A lie: this segment gets no data frame, whatever the map says.
@@ -49,7 +49,7 @@ impl Sample {
             fuzzy: content,
             block_list,
             originals: Vec::new(),
-            reversed: false,
+            shuffled: None,
             map_list: None,
             forgotten: None,
         }
@@ -111,8 +111,10 @@ impl Sample {
         let mut totals = Totals::default();
         let mut data: Vec<u64> =
             (0..layout.segment.count_for(layout.origin_size)).filter(|ix| self.has_frame(*ix)).collect();
-        if self.reversed {
-            data.reverse();
+        if let Some(seed) = self.shuffled {
+            // By the residues of an odd multiplier: any seed gives an order, and most give another.
+            let key = |ix: &u64| (ix + 1).wrapping_mul(seed | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7;
+            data.sort_by_key(key);
         }
         let mut sequence = 0;
         for ix in data.into_iter().filter(|ix| self.forgotten != Some(*ix)) {

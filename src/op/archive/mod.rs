@@ -36,7 +36,7 @@ const BUFFERS_MIN: u16 = 2;
 
 /// What is done with frames.
 pub(super) trait FrameUser {
-    /// An entry of the map, before the map frame that holds it.
+    /// An entry of the map, after the map frame that holds it: the data has ended by then.
     fn map(&mut self, entry: MapEntry);
     /// A checked frame, at the front of `buffer`, which is the user's to keep until it gives it back
     /// to the engine. `seen`: the segments that data frames were seen for.
@@ -145,8 +145,12 @@ fn deliver(
     user: &mut dyn FrameUser,
     buffer: Buffer,
 ) -> Result<()> {
-    let frame = checker.accept(&buffer, &mut |entry| user.map(entry))?;
-    user.frame(io, &frame, checker.seen(), buffer)
+    // At most a segment's worth of them.
+    let mut entries = Vec::new();
+    let frame = checker.accept(&buffer, &mut |entry| entries.push(entry))?;
+    user.frame(io, &frame, checker.seen(), buffer)?;
+    entries.into_iter().for_each(|entry| user.map(entry));
+    Ok(())
 }
 
 /// Frames that are being read, or have been read before their turn.

@@ -126,7 +126,8 @@ fn an_archive_is_restored_and_verified() {
     assert!(fs::read(place.path("piped")).unwrap() == sample.content());
     assert_eq!(verify_file(&archive, None).unwrap().totals, report.totals);
     let against = verify_file(&archive, Some(&out)).unwrap();
-    assert!(against.compared_bytes >= sample.superblock.origin_size);
+    assert_eq!(against.compared_bytes, sample.superblock.origin_size);
+    assert_eq!(against.absent_bytes, Bytes::ZERO);
     verify_pipe(sample.build(), Some(&out)).unwrap();
     let inspected = inspect::run(&InspectRequest { archive }, &Silent, &|| Ok(())).unwrap();
     assert_eq!(inspected.totals, report.totals);
@@ -357,8 +358,8 @@ fn the_empty_origin_is_restored() {
 fn samples() -> impl Strategy<Value = Sample> {
     let pages = prop::collection::vec((any::<bool>(), any::<bool>()), 1..80);
     let originals = prop::collection::vec(prop::collection::btree_set(0u64..80, 1..10), 0..4);
-    (pages, originals, 1u64..=4096, any::<bool>(), any::<u64>()).prop_map(
-        |(pages, originals, tail, reversed, seed)| {
+    (pages, originals, 1u64..=4096, any::<Option<u64>>(), any::<u64>()).prop_map(
+        |(pages, originals, tail, shuffled, seed)| {
             let size = (Bytes::from_len(pages.len()).get() - 1) * 4096 + tail;
             let mut content = noise(Bytes(size).as_len(), seed);
             let mut list: Vec<Extent> = Vec::new();
@@ -377,7 +378,7 @@ fn samples() -> impl Strategy<Value = Sample> {
             }
             let mut sample = Sample::new(content);
             sample.block_list = list;
-            sample.reversed = reversed;
+            sample.shuffled = shuffled;
             for (byte, frame) in (1u8..).zip(originals) {
                 // Page-sized extents, some of them neighbours; absent pages get none.
                 let extents: Vec<Extent> = frame
@@ -411,6 +412,45 @@ proptest! {
         verify_file(&archive, Some(&out)).unwrap();
         verify_pipe(bytes, Some(&out)).unwrap();
         inspect::run(&InspectRequest { archive }, &Silent, &|| Ok(())).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn what_is_absent_is_not_compared_and_everything_else_is(
+        sample in samples(),
+        stale in any::<u64>(),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let (place, bytes) = (Place::new(), sample.build());
+        let archive = place.put("a.tdm", &bytes);
+        // The other side has something else wherever nothing was copied.
+        let expected = sample.content();
+        let mut other = noise(expected.len(), stale);
+        for listed in &sample.block_list {
+            let range = listed.start().as_len()..listed.end().as_len();
+            other[range.clone()].copy_from_slice(&expected[range]);
+        }
+        let copied: Bytes = sample.block_list.iter().map(|extent| extent.length()).sum();
+        let path = place.put("other", &other);
+        let absent = Bytes::from_len(expected.len()) - copied;
+        for report in [verify_file(&archive, Some(&path)).unwrap(), verify_pipe(bytes.clone(), Some(&path)).unwrap()] {
+            prop_assert_eq!((report.compared_bytes, report.absent_bytes), (copied, absent));
+        }
+        let inspected = inspect::run(&InspectRequest { archive: archive.clone() }, &Silent, &|| Ok(())).unwrap();
+        prop_assert_eq!(inspected.map.absent_bytes, absent);
+        let alone = verify_file(&archive, None).unwrap();
+        prop_assert_eq!((alone.compared_bytes, alone.absent_bytes), (Bytes::ZERO, absent));
+
+        let at = at.index(other.len());
+        let offset = Bytes::from_len(at);
+        other[at] ^= 1;
+        let path = place.put("other", &other);
+        let is_copied = sample.block_list.iter().any(|listed| listed.start() <= offset && offset < listed.end());
+        prop_assert_eq!(verify_file(&archive, Some(&path)).is_err(), is_copied);
+        prop_assert_eq!(verify_pipe(bytes, Some(&path)).is_err(), is_copied);
     }
 }
 
@@ -473,7 +513,9 @@ fn independent_reader(arguments: &[&std::ffi::OsStr]) -> i32 {
 fn a_reader_written_from_the_format_alone_agrees() {
     let place = Place::new();
     let mut padded = sample();
-    padded.reversed = true;
+    let ascending = padded.build();
+    padded.shuffled = Some(0x5eed);
+    assert!(padded.build() != ascending, "the data frames are in another order");
     padded.block_list =
         vec![extent(0, 12288), extent(20480, 3 * SEGMENT), extent(3 * SEGMENT + 512, 4 * SEGMENT + 5001)];
     let cases = [
