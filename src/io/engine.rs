@@ -85,8 +85,9 @@ pub enum Request {
     Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
     /// Write the pieces of `buffer` to `file`.
     Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
-    /// Make `extent` of `file` read as zeros: a hole in a regular file, BLKZEROOUT semantics on a
-    /// block device (ordinary writes of zeros where neither is supported). The file's size stays;
+    /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard
+    /// where the device guarantees zeros behind it, else BLKZEROOUT semantics (ordinary writes of zeros
+    /// where neither is supported). The file's size stays;
     /// what lies behind its end is ignored. Not for streams.
     Zero { token: u64, file: FileIx, extent: Extent },
     /// Make all completed writes to `file` durable (fsync).
@@ -137,6 +138,12 @@ pub trait Engine {
     /// Like [`Engine::wait`], but gives up after `timeout`: `Ok(None)` with requests in flight means
     /// that it ran out.
     fn wait_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Completion>>;
+    /// True where what [`Request::Zero`] has zeroed of `file` so far was given back to its device or file
+    /// system, as far as that can: for reports.
+    fn gives_back(&self, file: FileIx) -> bool {
+        let _ = file;
+        false
+    }
     /// Requests submitted and not yet completed.
     fn in_flight(&self) -> usize;
 }

@@ -294,6 +294,10 @@ impl Engine for FaultyEngine {
         Ok(self.next())
     }
 
+    fn gives_back(&self, file: FileIx) -> bool {
+        self.inner.gives_back(file)
+    }
+
     fn in_flight(&self) -> usize {
         self.inner.in_flight() + self.ended.len()
     }

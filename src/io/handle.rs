@@ -19,6 +19,9 @@ const ZERO_WRITE_BYTES: Bytes = Bytes::mib(1);
 /// again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum ZeroMethod {
+    /// fallocate(2) with PUNCH_HOLE on a device: it zeroes the range by a command of its own and may give
+    /// the space back (a discard that reads as zeros), or refuses; the kernel writes nothing instead.
+    Unmap,
     /// fallocate(2): a hole in a regular file, a zeroed range of a device.
     Fallocate,
     /// BLKZEROOUT: kernels and devices where a device takes no fallocate(2).
@@ -46,7 +49,7 @@ impl Facts {
             description: description.to_owned(),
             kind,
             direct,
-            zero_method: ZeroMethod::Fallocate,
+            zero_method: if kind == FileKind::Block { ZeroMethod::Unmap } else { ZeroMethod::Fallocate },
             sync_failed: None,
         })
     }
@@ -89,14 +92,29 @@ impl Facts {
     pub(super) fn zero_mode(&self) -> Option<i32> {
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         match (self.zero_method, self.kind) {
+            (ZeroMethod::Unmap, FileKind::Block) => Some(libc::FALLOC_FL_PUNCH_HOLE | keep),
             (ZeroMethod::Fallocate, FileKind::Block) => Some(libc::FALLOC_FL_ZERO_RANGE | keep),
             (ZeroMethod::Fallocate, FileKind::Regular) => Some(libc::FALLOC_FL_PUNCH_HOLE | keep),
             _ => None,
         }
     }
 
-    /// Takes fallocate's errno: true where another method may do it.
-    pub(super) fn fallocate_failed(&mut self, errno: i32) -> bool {
+    /// True where what is zeroed is given back to the device or file system, as far as it can.
+    pub(super) fn gives_back(&self) -> bool {
+        match self.kind {
+            FileKind::Block => self.zero_method == ZeroMethod::Unmap,
+            _ => self.zero_method == ZeroMethod::Fallocate,
+        }
+    }
+
+    /// Takes fallocate's errno in `mode`: true where another method may do it. Others may have failed
+    /// for the same reason before: then the method that they have led to is next.
+    pub(super) fn fallocate_failed(&mut self, mode: i32, errno: i32) -> bool {
+        if self.kind == FileKind::Block && mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
+            // Whatever the reason: to give space back is a favour, and the next method tells what is wrong.
+            self.zero_method = self.zero_method.max(ZeroMethod::Fallocate);
+            return true;
+        }
         let refused = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY);
         if refused && self.kind != FileKind::Stream {
             self.zero_method = self.zero_method.max(ZeroMethod::ZeroOut);
@@ -107,14 +125,16 @@ impl Facts {
     /// Zeroes `extent`, waiting for it.
     pub(super) fn zero(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
         let (start, length) = (extent.start(), extent.length());
-        if self.zero_mode().is_some() {
-            let answer = match self.kind {
-                FileKind::Block => block::zero_range(file, start, length),
-                _ => block::punch_hole(file, start, length),
+        // Ends: each turn goes one method further.
+        while let Some(mode) = self.zero_mode() {
+            let answer = if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
+                block::punch_hole(file, start, length)
+            } else {
+                block::zero_range(file, start, length)
             };
             match answer {
                 Ok(()) => return Ok(()),
-                Err(error) if self.fallocate_failed(error.raw_os_error().unwrap_or(0)) => {}
+                Err(error) if self.fallocate_failed(mode, error.raw_os_error().unwrap_or(0)) => {}
                 Err(error) => return Err(self.zero_error(extent, error)),
             }
         }
@@ -185,5 +205,33 @@ impl Facts {
             ErrorKind::Io,
             format!("{} is a directory or the like: no {}", self.description, direction.name()),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_gives_nothing_back_is_zeroed_by_the_next_method() {
+        let file = tempfile::tempfile().unwrap();
+        let mut facts = Facts::new(&file, "device").unwrap();
+        assert!(facts.gives_back());
+        facts.kind = FileKind::Block;
+        facts.zero_method = ZeroMethod::Unmap;
+        let (punch, range) = (libc::FALLOC_FL_PUNCH_HOLE | 1, libc::FALLOC_FL_ZERO_RANGE | 1);
+        assert_eq!(facts.zero_mode(), Some(punch));
+        assert!(facts.gives_back());
+        // Several were under way when the first was refused: none of them skips a method.
+        for errno in [libc::EOPNOTSUPP, libc::EREMOTEIO, libc::EIO] {
+            assert!(facts.fallocate_failed(punch, errno));
+            assert_eq!(facts.zero_mode(), Some(range));
+            assert!(!facts.gives_back());
+        }
+        assert!(!facts.fallocate_failed(range, libc::EIO), "a real failure is one");
+        assert!(facts.fallocate_failed(range, libc::EOPNOTSUPP));
+        assert_eq!(facts.zero_mode(), None);
+        assert!(facts.fallocate_failed(punch, libc::EOPNOTSUPP), "a late answer");
+        assert_eq!(facts.zero_mode(), None, "and no way back");
     }
 }

@@ -222,6 +222,9 @@ impl Engine for MemoryEngine {
     fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {
         self.0.wait_timeout(timeout)
     }
+    fn gives_back(&self, file: FileIx) -> bool {
+        self.0.gives_back(file)
+    }
     fn in_flight(&self) -> usize {
         self.0.in_flight()
     }

@@ -192,6 +192,38 @@ pub(super) fn zeroing_makes_holes_and_keeps_the_size(make: Make) {
     assert!(std::fs::read(&path).unwrap() == expected);
 }
 
+/// A loop device, which passes a discard that reads as zeros on to its file.
+pub(super) fn zeroing_a_device_gives_space_back(make: Make) {
+    use std::os::unix::fs::MetadataExt as _;
+    if !nix::unistd::geteuid().is_root() || !Path::new(crate::sys::loop_device::CONTROL_PATH).exists() {
+        return;
+    }
+    let folder = folder();
+    let path = folder.path().join("backing");
+    let content = pattern(7, 8 << 20);
+    std::fs::write(&path, &content).unwrap();
+    let backing = File::options().read(true).write(true).open(&path).unwrap();
+    backing.sync_all().unwrap();
+    let before = backing.metadata().unwrap().blocks();
+    let device = crate::sys::loop_device::LoopDevice::attach(&backing, 4096, false).unwrap();
+    let mut engine = engine(make);
+    let file = engine.add_file(open(device.path(), true), "device").unwrap();
+    for token in 0..6 {
+        let extent = Extent::with_length(Bytes::mib(token) + Bytes(4096), Bytes::mib(1)).unwrap();
+        engine.submit(Request::Zero { token, file, extent }).unwrap();
+    }
+    for completion in finish(&mut *engine).into_values() {
+        completion.result.unwrap();
+    }
+    one(&mut *engine, Request::Sync { token: 9, file }).result.unwrap();
+    assert!(engine.gives_back(file));
+    let mut expected = content;
+    expected[4096..(6 << 20) + 4096].fill(0);
+    assert!(std::fs::read(&path).unwrap() == expected);
+    let after = backing.metadata().unwrap().blocks();
+    assert!(after + (5 << 20) / 512 <= before, "{before} blocks before, {after} after");
+}
+
 pub(super) fn a_pipe_is_written_and_read(make: Make) {
     for nonblocking in [false, true] {
         let content = pattern(11, 2 * BUFFER);
@@ -396,6 +428,7 @@ macro_rules! engine_suite {
         $crate::io::suite::engine_suite!($make;
             pieces_go_to_their_places, many_in_flight_each_ends_once, the_end_of_a_file_is_an_error,
             errno_and_description_survive, zeroing_makes_holes_and_keeps_the_size,
+            zeroing_a_device_gives_space_back,
             a_pipe_is_written_and_read, a_closed_pipe_is_an_error_not_a_signal,
             a_stuck_pipe_times_out_and_goes_on, dropping_with_work_in_flight_ends,
             any_batches_give_the_bytes_of_a_vector);

@@ -41,6 +41,10 @@ pub(super) trait Target: std::fmt::Debug {
     /// Carries `transfers` on, until `until` where a stream is not ready; each is resumable.
     fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Progress;
     fn zero(&mut self, extent: Extent) -> Result<()>;
+    /// See [`Engine::gives_back`].
+    fn gives_back(&self) -> bool {
+        false
+    }
     fn sync(&mut self) -> Result<()>;
 }
 
@@ -121,6 +125,10 @@ impl Target for SyncFile {
 
     fn zero(&mut self, extent: Extent) -> Result<()> {
         self.facts.zero(self.file.as_fd(), extent)
+    }
+
+    fn gives_back(&self) -> bool {
+        self.facts.gives_back()
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -255,6 +263,10 @@ impl Engine for SyncEngine {
 
     fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {
         Ok(self.run(Instant::now().checked_add(timeout)))
+    }
+
+    fn gives_back(&self, file: FileIx) -> bool {
+        self.files[usize::from(file.0)].gives_back()
     }
 
     fn in_flight(&self) -> usize {

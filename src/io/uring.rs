@@ -47,8 +47,13 @@ struct Job {
 
 #[derive(Debug)]
 enum Work {
-    Transfer { hold: HoldIx, index: u16, transfers: Vec<Transfer> },
-    Zero(Extent),
+    Transfer {
+        hold: HoldIx,
+        index: u16,
+        transfers: Vec<Transfer>,
+    },
+    /// The extent, and how fallocate(2) was asked for it last.
+    Zero(Extent, i32),
     Sync,
 }
 
@@ -195,7 +200,7 @@ impl UringEngine {
                 continue;
             }
             let file = &self.files[usize::from(job.file.0)];
-            let operation = match &job.work {
+            let operation = match &mut job.work {
                 Work::Transfer { hold, transfers, .. } => {
                     transfer_operation(*hold, &transfers[at(ask.part)], ask.poll)
                 }
@@ -206,8 +211,9 @@ impl UringEngine {
                         continue;
                     }
                 },
-                Work::Zero(extent) => match file.facts.zero_mode() {
+                Work::Zero(extent, asked) => match file.facts.zero_mode() {
                     Some(mode) => {
+                        *asked = mode;
                         Operation::Fallocate { mode, offset: extent.start(), length: extent.length() }
                     }
                     None => {
@@ -258,7 +264,7 @@ impl UringEngine {
                     let noted = self.files[usize::from(file.0)].facts.note_sync(result.map(drop));
                     self.end_part(ask.job, noted);
                 }
-                Work::Zero(extent) => self.account_zero(ask, extent, result),
+                Work::Zero(extent, mode) => self.account_zero(ask, (extent, mode), result),
             }
         }
     }
@@ -305,7 +311,7 @@ impl UringEngine {
         }
     }
 
-    fn account_zero(&mut self, ask: Ask, extent: Extent, result: io::Result<usize>) {
+    fn account_zero(&mut self, ask: Ask, (extent, mode): (Extent, i32), result: io::Result<usize>) {
         let job = self.jobs[at(ask.job)].as_mut().expect("reap has seen it");
         let facts = &mut self.files[usize::from(job.file.0)].facts;
         let Err(error) = result else { return self.end_part(ask.job, Ok(())) };
@@ -314,8 +320,8 @@ impl UringEngine {
                 job.retries += 1;
                 self.waiting.push_front(ask);
             }
-            // `zero_mode` answers None from now on: another method is next.
-            Some(errno) if facts.fallocate_failed(errno) => self.waiting.push_front(ask),
+            // `zero_mode` answers another mode from now on, or None: another method is next.
+            Some(errno) if facts.fallocate_failed(mode, errno) => self.waiting.push_front(ask),
             _ => {
                 let error = facts.zero_error(extent, error);
                 self.fail_part(ask.job, error);
@@ -333,7 +339,7 @@ impl UringEngine {
         self.free_jobs.push(index);
         let buffer = match job.work {
             Work::Transfer { hold, index, .. } => Some(Buffer::new(self.ring.release(hold), index)),
-            Work::Zero(_) | Work::Sync => None,
+            Work::Zero(..) | Work::Sync => None,
         };
         let result = job.failure.map_or(Ok(()), Err);
         self.ended.push_back(Completion { token: job.token, buffer, result });
@@ -401,7 +407,7 @@ impl Engine for UringEngine {
             Request::Write { token, file, buffer, pieces } => {
                 self.submit_transfer(token, file, buffer, pieces, Direction::Write);
             }
-            Request::Zero { token, file, extent } => self.submit_plain(token, file, Work::Zero(extent)),
+            Request::Zero { token, file, extent } => self.submit_plain(token, file, Work::Zero(extent, 0)),
             Request::Sync { token, file } => self.submit_plain(token, file, Work::Sync),
         }
         self.pump()
@@ -413,6 +419,10 @@ impl Engine for UringEngine {
 
     fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {
         self.wait_until(Instant::now().checked_add(timeout))
+    }
+
+    fn gives_back(&self, file: FileIx) -> bool {
+        self.files[usize::from(file.0)].facts.gives_back()
     }
 
     fn in_flight(&self) -> usize {
