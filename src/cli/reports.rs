@@ -219,7 +219,8 @@ impl Human for RestoreReport {
                 ),
             );
         if self.zeroed_bytes > Bytes::ZERO {
-            lines.add("zeroed", self.zeroed_bytes);
+            let how = if self.discarded_bytes > Bytes::ZERO { ", discarded" } else { "" };
+            lines.add("zeroed", format!("{}{how}", self.zeroed_bytes));
         }
         lines.finish()
     }

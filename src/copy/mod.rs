@@ -6,6 +6,8 @@ mod append;
 #[cfg(test)]
 mod chaos;
 mod checksums;
+#[cfg(test)]
+mod device_tests;
 mod driver;
 mod fuzzy;
 pub mod impact;

@@ -2,7 +2,8 @@
 //!
 //! Order, and why:
 //! 1. data frames, each at its place, in any order: no two touch;
-//! 2. (all of those complete) ranges without a data frame become zeros;
+//! 2. (all of those complete) ranges without a data frame, copied zeros and what was not copied alike,
+//!    become zeros: on a device by a discard where that guarantees zeros, in a new file they are holes;
 //! 3. (all of those complete) originals frames, in the order of the archive: they lie over 1 and 2;
 //! 4. the map and the tail superblock say that nothing was missing;
 //! 5. sync, and only then the final name.
@@ -53,6 +54,8 @@ pub struct RestoreReport {
     pub written_bytes: Bytes,
     /// Bytes of the target made zero by command; the holes of a new file are not counted.
     pub zeroed_bytes: Bytes,
+    /// Of those, bytes that a device was told it may give back: discarded, and read as zeros.
+    pub discarded_bytes: Bytes,
     /// The whole restore.
     pub seconds: f64,
 }
@@ -92,14 +95,15 @@ pub(super) fn restore(
     let name = engine.name();
     let mut io = Io::new(engine.as_mut(), config.buffer_count, observer, interrupt);
     match write_all(input, &mut io, &mut target) {
-        Ok((totals, written_bytes, zeroed_bytes)) => Ok(RestoreReport {
+        Ok((totals, Amounts { written, zeroed, discarded })) => Ok(RestoreReport {
             archive: input.description(),
             target: target.description().to_owned(),
             engine: name,
             superblock,
             totals,
-            written_bytes,
-            zeroed_bytes,
+            written_bytes: written,
+            zeroed_bytes: zeroed,
+            discarded_bytes: discarded,
             seconds: io.elapsed().as_secs_f64(),
         }),
         Err(error) => {
@@ -126,7 +130,14 @@ fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>
     Ok(device_number(path)?.into_iter().collect())
 }
 
-fn write_all(input: &Input, io: &mut Io<'_>, target: &mut RawTarget) -> Result<(Totals, Bytes, Bytes)> {
+/// What was done to the target.
+struct Amounts {
+    written: Bytes,
+    zeroed: Bytes,
+    discarded: Bytes,
+}
+
+fn write_all(input: &Input, io: &mut Io<'_>, target: &mut RawTarget) -> Result<(Totals, Amounts)> {
     let file = target.attach(io.engine)?;
     let mut checker = FrameChecker::new(input.superblock().clone(), &input.description());
     io.begin_phase(Phase::Data, input.totals().map(|totals| totals.present_bytes));
@@ -143,13 +154,15 @@ fn write_all(input: &Input, io: &mut Io<'_>, target: &mut RawTarget) -> Result<(
     };
     let totals = input.read_all(io, &mut checker, &mut writer)?;
     writer.finish(io, checker.seen())?;
-    let sizes = (writer.written, writer.zeroed);
+    let (written, zeroed) = (writer.written, writer.zeroed);
+    let discards = target.is_device() && io.engine.gives_back(file);
+    let amounts = Amounts { written, zeroed, discarded: if discards { zeroed } else { Bytes::ZERO } };
     io.report();
     io.begin_phase(Phase::Finish, None);
     io.sync(file)?;
     target.seal()?;
     target.finish()?;
-    Ok((totals, sizes.0, sizes.1))
+    Ok((totals, amounts))
 }
 
 /// Writes frames to the target; see the module's head.

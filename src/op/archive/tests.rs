@@ -15,6 +15,7 @@ use crate::format::archive::{ArchiveError, BLOCK_BYTES, OriginalsMode, frame_off
 use crate::op::request::{ArchiveSource, InspectRequest, RestoreRequest};
 use crate::op::{inspect, restore, verify};
 use crate::secondary::archive_read::FrameChecker;
+use crate::sys::loop_device::{CONTROL_PATH, LoopDevice};
 
 const SEGMENT: u64 = 64 * 1024;
 
@@ -461,6 +462,45 @@ fn a_pipe_may_be_a_file_that_was_opened() {
     file.rewind().unwrap();
     let input = Input::stream(file.into(), "the file", &|| Ok(())).unwrap();
     verify::verify(&input, None, &Silent, &|| Ok(())).unwrap();
+}
+
+/// A loop device over `file`; None where this process may make none.
+fn loop_over(file: &Path) -> Option<LoopDevice> {
+    if !nix::unistd::geteuid().is_root() || !Path::new(CONTROL_PATH).exists() {
+        return None;
+    }
+    let backing = File::options().read(true).write(true).open(file).unwrap();
+    Some(LoopDevice::attach(&backing, 4096, false).unwrap())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_device_holds_nothing_of_its_earlier_life(sample in samples(), stale in any::<u64>(), pipe in any::<bool>()) {
+        let place = Place::new();
+        let bytes = sample.build();
+        let archive = place.put("a.tdm", &bytes);
+        let expected = sample.content();
+        let size = expected.len().next_multiple_of(4096) + (1 << 20);
+        let old = noise(size, stale);
+        let file = place.put("device", &old);
+        let Some(device) = loop_over(&file) else { return Ok(()) };
+        let report = if pipe {
+            let input = Input::stream(self::pipe(bytes), "the pipe", &|| Ok(())).unwrap();
+            let archive = ArchiveSource::Pipe;
+            let request = RestoreRequest { archive, target: device.path().to_owned(), replace: true };
+            restore::restore(&input, &request, &Silent, &|| Ok(())).unwrap()
+        } else {
+            let over = RestoreRequest { replace: true, ..request(&archive, device.path()) };
+            restore::run(&over, &Silent, &|| Ok(())).unwrap()
+        };
+        let found = fs::read(&file).unwrap();
+        prop_assert!(found[..expected.len()] == expected);
+        let behind = expected.len().next_multiple_of(4096);
+        prop_assert!(found[behind..] == old[behind..], "what is behind the copy is left alone");
+        prop_assert_eq!(report.discarded_bytes, report.zeroed_bytes);
+    }
 }
 
 fn repository(path: &str) -> PathBuf {
