@@ -29,7 +29,11 @@ use crate::io::{Buffer, Completion, FileIx};
 use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::raw::{RawRequest, RawTarget};
 use crate::secondary::{PAYLOAD_OFFSET, Placement, Secondary as _, Segment};
-use crate::topology::device_number;
+use crate::sys::loop_device;
+use crate::topology::{Topology, device_number};
+
+/// The major number of loop devices (Linux, Documentation/admin-guide/devices.txt).
+const LOOP_MAJOR: u32 = 7;
 
 /// Zero requests in flight at most; they carry no buffer that would bound them.
 const ZEROS_IN_FLIGHT_MAX: usize = 64;
@@ -127,7 +131,30 @@ fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>
             .state("it was not touched")
             .next("name another file or a device"));
     }
+    refuse_loop_over(&found, target)?;
     Ok(device_number(path)?.into_iter().collect())
+}
+
+/// Refuses a target that lies on a loop device whose file is the archive. The path that sysfs shows may
+/// be another name, or be gone: the kernel is asked for the file's identity.
+fn refuse_loop_over(archive: &std::fs::Metadata, target: &Path) -> Result<()> {
+    // A target that is not there yet is a file to be made.
+    let Some(device) = device_number(target).ok().flatten() else { return Ok(()) };
+    let topology = Topology::default();
+    for beneath in topology.stack(device).into_iter().filter(|device| device.major == LOOP_MAJOR) {
+        let node = topology.name(beneath);
+        let what = || format!("find out which file {node} shows");
+        let Some(status) = loop_device::status(Path::new(&node)).io_context(what)? else { continue };
+        if (status.backing_dev, status.backing_inode) == (archive.dev(), archive.ino()) {
+            return Err(Error::refused(format!(
+                "{} lies on {node}, whose file is the archive itself",
+                target.display()
+            ))
+            .state("it was not touched")
+            .next("name another file or a device"));
+        }
+    }
+    Ok(())
 }
 
 /// What was done to the target.

@@ -503,6 +503,24 @@ proptest! {
     }
 }
 
+#[test]
+fn a_loop_device_over_the_archive_is_refused() {
+    let (place, sample) = (Place::new(), sample());
+    let bytes = sample.build();
+    let archive = place.put("a.tdm", &bytes);
+    // The kernel shows another path than the one that is given.
+    let other_name = place.path("other-name");
+    fs::hard_link(&archive, &other_name).unwrap();
+    let Some(device) = loop_over(&other_name) else { return };
+    fs::remove_file(&other_name).unwrap();
+    let over = RestoreRequest { replace: true, ..request(&archive, device.path()) };
+    let error = restore::run(&over, &Silent, &|| Ok(())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.to_string().contains("the archive itself"), "{error}");
+    drop(device);
+    assert!(fs::read(&archive).unwrap() == bytes);
+}
+
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
