@@ -39,6 +39,7 @@ use crate::format::archive::{
     frame_offset, map,
 };
 use crate::io::{Engine, FileIx, Piece, Place};
+use crate::sys::stdio::stdout_was_closed;
 use crate::topology::Topology;
 
 #[derive(Debug)]
@@ -322,6 +323,10 @@ fn open_pipe(request: &SecondaryRequest) -> Result<File> {
     if request.originals == OriginalsMode::Overlay {
         return Err(Error::usage("originals cannot be laid over what was sent to standard output")
             .next("use --originals append, the default for -"));
+    }
+    if stdout_was_closed() {
+        return Err(Error::usage("an archive would be written to a standard output that is closed")
+            .next("redirect standard output to a file or a pipe, or name the archive"));
     }
     let stdout = std::io::stdout();
     if stdout.is_terminal() {

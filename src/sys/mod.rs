@@ -13,3 +13,4 @@ pub mod process;
 pub mod ring;
 pub mod semaphore;
 pub mod signal;
+pub mod stdio;

@@ -138,6 +138,26 @@ fn a_pipe_carries_nothing_but_the_archive() {
 }
 
 #[test]
+fn a_closed_standard_output_takes_no_archive() {
+    let bench = Bench::new(1 << 20, random_seed());
+    // A shell closes it; nothing in the standard library starts a process so.
+    let shell = |redirection: &str| {
+        let program = assert_cmd::cargo::cargo_bin!("tidemark");
+        let line = format!("\"$0\" copy \"$1\" - {redirection}");
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", &line]).arg(program).arg(bench.origin()).env_remove("TIDEMARK_LOG");
+        Ran::from(output(command.stdin(Stdio::null())))
+    };
+    let ran = shell(">&-");
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert!(ran.stderr.contains("closed"), "{}", ran.stderr);
+    // What is thrown away on purpose is no error.
+    let ran = shell(">/dev/null");
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    bench.assert_origin_untouched();
+}
+
+#[test]
 fn quiet_says_nothing() {
     let bench = Bench::new(1 << 20, random_seed());
     let archive = bench.path("copy.tdm");
