@@ -6,6 +6,8 @@
 mod cold;
 #[path = "commands/contract.rs"]
 mod contract;
+#[path = "commands/status.rs"]
+mod status;
 #[path = "commands/support.rs"]
 mod support;
 #[path = "commands/terminal.rs"]

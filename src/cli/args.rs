@@ -71,10 +71,7 @@ pub enum Command {
     /// Show what an archive holds
     Inspect(InspectArgs),
     /// Show volumes, copies in progress, and what was left behind
-    #[command(after_help = "Examples:
-  tidemark status
-  tidemark status --json")]
-    Status,
+    Status(StatusArgs),
     /// Put back what a killed run left
     #[command(after_help = "Examples:
   tidemark recover
@@ -262,6 +259,24 @@ impl From<ImpactArg> for Impact {
             ImpactArg::None => Self::None,
         }
     }
+}
+
+/// `tidemark status`.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark status
+  tidemark status --watch
+  tidemark status --watch --interval 10s --count 6 --json")]
+pub struct StatusArgs {
+    /// Look again and again, until interrupted
+    #[arg(long)]
+    pub watch: bool,
+    /// Time between two looks [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, requires = "watch")]
+    pub interval: Option<Duration>,
+    /// End after so many looks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "watch")]
+    pub count: Option<u64>,
 }
 
 /// `tidemark attach`.

@@ -11,7 +11,7 @@ use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, VerifyAr
 use super::output::Output;
 use super::progress::observer;
 use super::reports::Human;
-use super::{confirm, interrupt, pages, resolve, stop_on_signals};
+use super::{confirm, interrupt, pages, resolve, stop_on_signals, watch};
 use crate::base::{Error, Result};
 use crate::copy::progress::Silent;
 use crate::op;
@@ -38,7 +38,10 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
-        Command::Status => output.answer("status", &op::status::status()?),
+        Command::Status(args) => match resolve::status(args)? {
+            None => output.answer("status", &op::status::status()?),
+            Some(looks) => watch::watch(looks, output),
+        },
         Command::Recover => recover(output),
         Command::Doctor => {
             let report = op::doctor::run();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::Bytes;
 use crate::copy::progress::{Event, Phase, SegmentCount, StoreFill};
+use crate::format::state::ProgressView;
 
 /// The rate is measured over this much of the recent past: shorter jumps, longer lags.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
@@ -146,11 +147,52 @@ impl Meter {
         (bytes * 1000).checked_div(millis).and_then(|rate| u64::try_from(rate).ok()).map(Bytes)
     }
 
+    /// All of it but what is beneath.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position {
+            phase: self.phase,
+            done: self.done,
+            total: self.total,
+            rate: self.rate(),
+            segments: self.segments,
+        }
+    }
+
+    /// See [`Position::left`].
+    #[must_use]
+    pub fn left(&self) -> Option<Duration> {
+        self.position().left()
+    }
+
+    /// See [`Position::percent`].
+    #[must_use]
+    pub fn percent(&self) -> Option<u64> {
+        self.position().percent()
+    }
+}
+
+/// Where a phase stands.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Position {
+    /// The phase, once one has begun.
+    pub phase: Option<Phase>,
+    /// Bytes done.
+    pub done: Bytes,
+    /// Bytes in all, where known.
+    pub total: Option<Bytes>,
+    /// Bytes per second.
+    pub rate: Option<Bytes>,
+    /// Segments, in the phase that has them.
+    pub segments: Option<SegmentCount>,
+}
+
+impl Position {
     /// Time left in the phase at this rate.
     #[must_use]
     pub fn left(&self) -> Option<Duration> {
         let missing = self.total?.saturating_sub(self.done).get();
-        missing.checked_div(self.rate()?.get()).map(Duration::from_secs)
+        missing.checked_div(self.rate?.get()).map(Duration::from_secs)
     }
 
     /// Whole percent of the phase, 100 only when all is done.
@@ -159,6 +201,68 @@ impl Meter {
         let total = u128::from(self.total?.get());
         (u128::from(self.done.get()) * 100).checked_div(total).and_then(|p| u64::try_from(p).ok())
     }
+}
+
+/// "copying: 1.2 GiB of 10 GiB (12%), 400 MiB/s, 22 s left, 1228 of 10240 segments".
+#[must_use]
+pub fn position_text(position: &Position) -> String {
+    let mut line = format!("{}: {}", position.phase.map_or("working", phase_text), position.done);
+    if let Some(total) = position.total {
+        line.push_str(&format!(" of {total}"));
+    }
+    if let Some(percent) = position.percent() {
+        line.push_str(&format!(" ({percent}%)"));
+    }
+    if let Some(rate) = position.rate {
+        line.push_str(&format!(", {rate}/s"));
+    }
+    if let Some(left) = position.left() {
+        line.push_str(&format!(", {} left", duration_text(left)));
+    }
+    if let Some(segments) = position.segments {
+        line.push_str(&format!(", {} of {} segments", segments.done, segments.total));
+    }
+    line
+}
+
+/// The lines that a copy in progress is shown in, from what it keeps beside its record.
+#[must_use]
+pub fn view_texts(view: &ProgressView) -> Vec<String> {
+    let phase = serde_json::from_value(serde_json::Value::String(view.phase.clone())).ok();
+    let segments = view.segments_done.zip(view.segments_total);
+    let mut lines = vec![position_text(&Position {
+        phase,
+        done: view.done_bytes,
+        total: view.total_bytes,
+        rate: view.rate_bytes_per_second,
+        segments: segments.map(|(done, total)| SegmentCount { done, total }),
+    })];
+    lines.extend(view.store.map(|store| {
+        store_text(&StoreFill {
+            used_bytes: store.used_bytes,
+            total_bytes: store.total_bytes,
+            ram_used_bytes: store.ram_used_bytes,
+            disk_used_bytes: store.disk_used_bytes,
+            exceptions: store.exceptions,
+            exceptions_per_second: store.exceptions_per_second,
+            ..StoreFill::default()
+        })
+    }));
+    lines.extend(view.regions.map(|regions| {
+        released_text(&Released {
+            regions: regions.released,
+            total: regions.total,
+            longest_stall: Duration::from_micros(regions.longest_stall_us),
+        })
+    }));
+    lines.extend(view.origin.map(|origin| {
+        origin_text(&Latency {
+            origin: origin.latency_us.map(Duration::from_micros),
+            baseline: origin.baseline_us.map(Duration::from_micros),
+            allowed: origin.allowed_bytes_per_second,
+        })
+    }));
+    lines
 }
 
 /// A phase in words.
@@ -330,6 +434,25 @@ mod tests {
         meter.take(&Event::Phase { phase: Phase::Originals, total: None }, now);
         assert_eq!(meter.segments(), None, "segments are the data phase's");
         assert!(meter.released().is_some(), "releases go on");
+    }
+
+    #[test]
+    fn a_view_is_shown_as_the_copy_itself_shows_it() {
+        let golden = include_bytes!("../format/state/golden/progress-v1.json");
+        let mut view = ProgressView::decode(golden).unwrap();
+        assert_eq!(
+            view_texts(&view),
+            [
+                "copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, 20 of 100 segments",
+                "store 12 MiB of 1 GiB (RAM 4 MiB, disk 8 MiB), 3012 exceptions, 40/s",
+                "1 of 5 regions released, longest stall 1.5 ms",
+                "origin 1.2 ms per I/O, copier at most 50 MiB/s",
+            ]
+        );
+        view = ProgressView { phase: "another".to_owned(), ..ProgressView::default() };
+        assert_eq!(view_texts(&view), ["working: 0 B"]);
+        view.phase = "originals".to_owned();
+        assert_eq!(view_texts(&view), ["originals: 0 B"]);
     }
 
     #[test]

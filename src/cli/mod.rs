@@ -13,6 +13,7 @@ pub mod pages;
 pub mod progress;
 pub mod reports;
 pub mod resolve;
+pub mod watch;
 
 use std::process::ExitCode;
 use std::thread;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
-use super::meter::{Meter, duration_text, origin_text, phase_text, released_text, store_text};
+use super::meter::{Meter, duration_text, origin_text, phase_text, position_text, released_text, store_text};
 use super::output::{Output, json_line, set_bar, stderr_has_colour, talk};
 use crate::base::{Bytes, clock};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
@@ -96,22 +96,7 @@ impl Observer for PlainLines {
 
 /// "copying: 1.2 GiB of 10 GiB (12%), 400 MiB/s, 22 s left, store ...".
 fn plain_line(meter: &Meter) -> String {
-    let mut line = format!("{}: {}", meter.phase().map_or("working", phase_text), meter.done());
-    if let Some(total) = meter.total() {
-        line.push_str(&format!(" of {total}"));
-    }
-    if let Some(percent) = meter.percent() {
-        line.push_str(&format!(" ({percent}%)"));
-    }
-    if let Some(rate) = meter.rate() {
-        line.push_str(&format!(", {rate}/s"));
-    }
-    if let Some(left) = meter.left() {
-        line.push_str(&format!(", {} left", duration_text(left)));
-    }
-    if let Some(segments) = meter.segments() {
-        line.push_str(&format!(", {} of {} segments", segments.done, segments.total));
-    }
+    let mut line = position_text(&meter.position());
     for text in beneath(meter).into_iter().flatten() {
         line.push_str(&format!(", {text}"));
     }

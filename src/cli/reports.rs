@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::base::Bytes;
-use crate::cli::meter::duration_text;
+use crate::cli::meter::{duration_text, view_texts};
 use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::attach::Attached;
@@ -357,27 +357,34 @@ fn job_row(job: &JobStatus) -> Vec<String> {
     ]
 }
 
+/// A paragraph for a job that has said how far it is.
+fn job_progress(job: &JobStatus) -> String {
+    let Some(view) = &job.progress else { return String::new() };
+    let died = if job.alive { "" } else { " (when it died)" };
+    let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
+    format!("job {}{died}\n{lines}\n", job.id)
+}
+
+/// A table and an empty line, or nothing where there is only the head.
+fn section(rows: &[Vec<String>]) -> String {
+    if rows.len() > 1 { table(rows) + "\n" } else { String::new() }
+}
+
 impl Human for Status {
     fn human(&self) -> String {
-        let mut text = String::new();
-        let mut section = |rows: Vec<Vec<String>>| {
-            if rows.len() > 1 {
-                text.push_str(&table(&rows));
-                text.push('\n');
-            }
-        };
         let mut rows = vec![row(&["VOLUME", "STATE", "SIZE", "DEVICE", "MOUNTED AT"])];
         rows.extend(self.volumes.iter().map(volume_row));
-        section(rows);
+        let mut text = section(&rows);
         let mut rows = vec![row(&["JOB", "STATE", "COMMAND", "PROCESS", "STARTED", "ORIGIN", "STEP"])];
         rows.extend(self.jobs.iter().map(job_row));
-        section(rows);
+        text.push_str(&section(&rows));
+        text.extend(self.jobs.iter().map(job_progress));
         let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE"])];
         rows.extend(self.stacks.iter().map(|stack| {
             let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());
             vec![stack.snapshot.clone(), stack.job.clone(), below, snapshot_text(&stack.status)]
         }));
-        section(rows);
+        text.push_str(&section(&rows));
         if text.is_empty() {
             text.push_str("no volumes, nothing in progress, nothing left behind\n");
         }
@@ -431,6 +438,30 @@ mod tests {
         let rows = [row(&["A", "LONG", "Z"]), row(&["value", "x", "-"])];
         assert_eq!(table(&rows), "A      LONG  Z\nvalue  x     -\n");
         assert_eq!(Status::default().human(), "no volumes, nothing in progress, nothing left behind\n");
+    }
+
+    #[test]
+    fn a_jobs_progress_is_beneath_the_table() {
+        let golden = include_bytes!("../format/state/golden/progress-v1.json");
+        let job = |id: &str, alive, progress| JobStatus {
+            id: id.to_owned(),
+            alive,
+            command: Some("copy".to_owned()),
+            process: Some(7),
+            started: None,
+            origin: None,
+            step: None,
+            progress,
+        };
+        let view = crate::format::state::ProgressView::decode(golden);
+        let status =
+            Status { jobs: vec![job("a1", true, view.clone()), job("b2", false, view)], ..Status::default() };
+        let text = status.human();
+        let copying = "  copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, 20 of 100 segments\n  store ";
+        assert!(text.contains(&format!("\njob a1\n{copying}")), "{text}");
+        assert!(text.contains(&format!("\njob b2 (when it died)\n{copying}")), "{text}");
+        let status = Status { jobs: vec![job("a1", true, None)], ..Status::default() };
+        assert!(!status.human().contains("job a1"), "{}", status.human());
     }
 
     #[test]

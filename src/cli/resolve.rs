@@ -3,10 +3,11 @@
 //! Looks at nothing but the arguments: whether the system can do it is for `op` to find out.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::args::{
     AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, OnFullArg, OrderArg, OriginalsArg, RestoreArgs,
-    VerifyArgs,
+    StatusArgs, VerifyArgs,
 };
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
@@ -18,6 +19,12 @@ use crate::op::request::{
 
 /// The name's ending that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
+
+/// Between two looks of `status --watch`, as of watch(1).
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+
+/// And at least: looking costs system calls.
+const WATCH_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
@@ -172,6 +179,30 @@ fn source_of(path: &Path) -> ArchiveSource {
     if is_dash(path) { ArchiveSource::Pipe } else { ArchiveSource::Path(path.to_owned()) }
 }
 
+/// How often `status` looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Looks {
+    /// Between two looks.
+    pub interval: Duration,
+    /// How many; None: until interrupted.
+    pub count: Option<u64>,
+}
+
+/// `tidemark status --watch`, or None for a single look.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an interval below [`WATCH_INTERVAL_MIN`].
+pub fn status(args: &StatusArgs) -> Result<Option<Looks>> {
+    let interval = args.interval.unwrap_or(WATCH_INTERVAL);
+    if interval < WATCH_INTERVAL_MIN {
+        return Err(Error::usage(format!(
+            "--interval of {interval:?} is too short: what is shown changes twice a second"
+        ))
+        .next(format!("use {WATCH_INTERVAL_MIN:?} or more")));
+    }
+    Ok(args.watch.then_some(Looks { interval, count: args.count }))
+}
+
 /// `tidemark attach`.
 ///
 /// # Errors
@@ -281,6 +312,16 @@ mod tests {
             let error = copy(&parse(line)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn status_looks_once_unless_told_to_watch() {
+        assert_eq!(status(&parse("")).unwrap(), None);
+        let looks = |line: &str| status(&parse(line)).map(Option::unwrap);
+        assert_eq!(looks("--watch").unwrap(), Looks { interval: WATCH_INTERVAL, count: None });
+        let expected = Looks { interval: Duration::from_millis(500), count: Some(3) };
+        assert_eq!(looks("--watch --interval 500ms --count 3").unwrap(), expected);
+        assert_eq!(looks("--watch --interval 99ms").unwrap_err().kind(), ErrorKind::Usage);
     }
 
     #[test]

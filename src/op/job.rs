@@ -3,7 +3,7 @@
 //! `/run/tidemark/<id>.lock` is locked (flock) from the job's beginning to the process's end, however
 //! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
 //! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](super::journal) of a
-//! copy's segments, which ends with the job. Crash argument of a record's replacement:
+//! copy's segments and `/run/tidemark/<id>.progress` shows how far it is; both end with the job. Crash argument of a record's replacement:
 //! 1. the new record is written under a temporary name and synced;
 //! 2. it is renamed over the old one;
 //! 3. the directory is synced.
@@ -22,9 +22,11 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
 use crate::dm::naming::{is_id, new_id};
 use crate::dm::{Action, Change, Journal, Step};
 use crate::format::state::{
-    ChangeRecord, CopyRecord, JobRecord, OriginRecord, RECORD_BYTES_MAX, Record, ResourceRecord, decode,
-    encode,
+    ChangeRecord, CopyRecord, JobRecord, OriginRecord, ProgressView, RECORD_BYTES_MAX, Record,
+    ResourceRecord, VIEW_BYTES_MAX, decode, encode,
 };
+
+use super::progress_file;
 
 /// Where jobs are.
 pub const RUN_DIR: &str = "/run/tidemark";
@@ -110,6 +112,12 @@ impl Job {
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
         segments_path(&self.directory, &self.record.job)
+    }
+
+    /// Where [`ProgressFile`](super::progress_file::ProgressFile) shows how far it is; removed with it.
+    #[must_use]
+    pub fn progress_path(&self) -> PathBuf {
+        progress_path(&self.directory, &self.record.job)
     }
 
     /// Notes what is being copied.
@@ -284,6 +292,8 @@ pub struct FoundJob {
     pub alive: bool,
     /// Its record; an error where it cannot be read (the kernel's tables do without).
     pub record: Result<JobRecord>,
+    /// How far it is, or was when it died; None where it did not say.
+    pub progress: Option<ProgressView>,
     /// Held while we look after a dead one, so that no two recovers do.
     lock: Option<Flock<File>>,
 }
@@ -316,7 +326,25 @@ pub fn find_jobs() -> Result<Vec<FoundJob>> {
     find_jobs_in(Path::new(RUN_DIR))
 }
 
+/// As [`find_jobs`], for who only looks: no job is locked afterwards, so that whoever looks again and
+/// again is never taken for the owner of a dead one.
+///
+/// # Errors
+/// I/O errors.
+pub fn look_at_jobs() -> Result<Vec<FoundJob>> {
+    look_at_jobs_in(Path::new(RUN_DIR))
+}
+
+fn look_at_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
+    let look = |id| Ok(find_job(directory, id)?.map(|found| FoundJob { lock: None, ..found }));
+    job_ids(directory)?.into_iter().filter_map(|id| look(id).transpose()).collect()
+}
+
 fn find_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
+    job_ids(directory)?.into_iter().filter_map(|id| find_job(directory, id).transpose()).collect()
+}
+
+fn job_ids(directory: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -335,7 +363,7 @@ fn find_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
         }
     }
     ids.sort();
-    ids.into_iter().filter_map(|id| find_job(directory, id).transpose()).collect()
+    Ok(ids)
 }
 
 /// None where the job ended while we looked.
@@ -355,13 +383,22 @@ fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
         Err((_, errno)) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
     };
     let record = read_record(&record_path(directory, &id));
-    Ok(Some(FoundJob { id, alive: lock.is_none(), record, lock }))
+    let progress = read_progress(&progress_path(directory, &id));
+    Ok(Some(FoundJob { id, alive: lock.is_none(), record, progress, lock }))
 }
 
 fn remove_job(directory: &Path, id: &str) -> Result<()> {
     // The lock last: as long as it exists the job can be found.
     let record = record_path(directory, id);
-    for path in [segments_path(directory, id), temporary(&record), record, lock_path(directory, id)] {
+    let progress = progress_path(directory, id);
+    for path in [
+        progress_file::temporary(&progress),
+        progress,
+        segments_path(directory, id),
+        temporary(&record),
+        record,
+        lock_path(directory, id),
+    ] {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).io_context(|| format!("removing {}", path.display()));
@@ -409,6 +446,18 @@ fn lock_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.lock"))
 }
 
+fn progress_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.progress"))
+}
+
+/// It is for people: whatever cannot be read is as good as none.
+fn read_progress(path: &Path) -> Option<ProgressView> {
+    let limit = u64::try_from(VIEW_BYTES_MAX).expect("64 KiB fit u64") + 1;
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)).ok()?;
+    ProgressView::decode(&bytes)
+}
+
 fn segments_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.segments"))
 }
@@ -430,10 +479,13 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert!(found[0].alive);
         assert_eq!(found[0].record.as_ref().unwrap().job, job.id());
+        assert!(look_at_jobs_in(dir.path()).unwrap()[0].alive);
         drop((found, job));
+        let looked = look_at_jobs_in(dir.path()).unwrap();
+        assert!(!looked[0].alive);
         let found = find_jobs_in(dir.path()).unwrap();
         assert!(!found[0].alive);
-        // While one recover holds it, another sees it as somebody's.
+        // While one recover holds it, another sees it as somebody's; who only looked holds nothing.
         assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
     }
 
@@ -444,6 +496,8 @@ mod tests {
         job.note_resource("loop", Path::new("/dev/loop7")).unwrap();
         job.forget_resource(Path::new("/dev/loop7")).unwrap();
         fs::write(job.segments_path(), b"").unwrap();
+        fs::write(job.progress_path(), b"").unwrap();
+        fs::write(progress_file::temporary(&job.progress_path()), b"").unwrap();
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -463,6 +517,26 @@ mod tests {
         assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_jobs_progress_is_found_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job::begin_in(dir.path(), "copy").unwrap();
+        let found = || find_jobs_in(dir.path()).unwrap().remove(0).progress;
+        assert_eq!(found(), None);
+        let view = ProgressView { phase: "data".to_owned(), ..ProgressView::default() };
+        fs::write(job.progress_path(), view.encode().unwrap()).unwrap();
+        assert_eq!(found(), Some(view.clone()));
+        fs::write(job.progress_path(), b"rubbish").unwrap();
+        assert_eq!(found(), None);
+        fs::write(job.progress_path(), view.encode().unwrap()).unwrap();
+        drop(job);
+        assert_eq!(found(), Some(view), "what a dead one said last");
+        // What a removal left that was cut short is no job.
+        let id = new_id();
+        fs::write(progress_path(dir.path(), &id), b"").unwrap();
+        assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1);
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod job;
 pub mod journal;
 pub mod privilege;
+pub mod progress_file;
 pub mod recover;
 pub mod request;
 pub mod restore;

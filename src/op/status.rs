@@ -7,10 +7,11 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Result, clock};
 use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, SnapshotStatus, node};
+use crate::format::state::ProgressView;
 use crate::topology::Topology;
 
 use super::attach::recorded_volumes;
-use super::job::find_jobs;
+use super::job::look_at_jobs;
 
 /// Everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -59,6 +60,8 @@ pub struct JobStatus {
     pub origin: Option<String>,
     /// The change in progress, in words.
     pub step: Option<String>,
+    /// How far it is, or was when it died.
+    pub progress: Option<ProgressView>,
 }
 
 /// A stack.
@@ -165,7 +168,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
 
 fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
     let mut known = Vec::new();
-    for job in find_jobs()? {
+    for job in look_at_jobs()? {
         known.push(job.id.clone());
         if !job.alive {
             status.warnings.push(format!("job {} died: run 'tidemark recover'", job.id));
@@ -175,6 +178,7 @@ fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         status.jobs.push(JobStatus {
             id: job.id,
             alive: job.alive,
+            progress: job.progress,
             step: change.and_then(|change| {
                 let step = change.steps.get(change.step)?;
                 Some(format!("{}{}: {step}", change.name, if change.undo { ", taken back" } else { "" }))

@@ -113,3 +113,19 @@ fn an_archive_is_not_written_to_a_terminal() {
     child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     assert!(stderr.contains("terminal"), "{stderr}");
 }
+
+#[test]
+fn a_watch_redraws_the_terminal() {
+    if !super::support::is_root() {
+        return;
+    }
+    let (ours, theirs) = terminal();
+    let mut command = tidemark(&["status", "--watch", "--count", "2", "--interval", "100ms"]);
+    command.env("TERM", "xterm").stdout(Stdio::from(theirs)).stderr(Stdio::piped());
+    let mut child = spawn(&mut command);
+    drop(command);
+    let (code, text) = finish(&mut child, &ours);
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!((text.matches("\x1b[2J").count(), text.matches("\x1b[H").count()), (1, 2), "{text:?}");
+    assert!(text.contains("every 100ms"), "{text:?}");
+}

@@ -34,9 +34,13 @@ fn run_as_ordinary(bench: &Bench, arguments: &[&str]) -> Ran {
 #[test]
 fn what_needs_root_is_refused_with_advice() {
     let bench = bench_for_everybody(1000);
-    for arguments in
-        [vec!["attach", "/dev/null", "--name", "x"], vec!["detach", "x"], vec!["status"], vec!["recover"]]
-    {
+    for arguments in [
+        vec!["attach", "/dev/null", "--name", "x"],
+        vec!["detach", "x"],
+        vec!["status"],
+        vec!["status", "--watch"],
+        vec!["recover"],
+    ] {
         let ran = run_as_ordinary(&bench, &arguments);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{arguments:?}: {}", ran.stderr);
         assert!(ran.stderr.contains("needs root") && ran.stderr.contains("sudo"), "{}", ran.stderr);

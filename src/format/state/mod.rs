@@ -6,6 +6,10 @@
 //! checksum, kind or version is not right; what is encoded decodes to the same value; an encoded
 //! record is at most [`RECORD_BYTES_MAX`] long.
 
+mod view;
+
+pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

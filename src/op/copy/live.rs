@@ -9,6 +9,7 @@
 //! are put back here; what cannot be is reported with the error and left to `recover`.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -108,6 +109,11 @@ impl Live {
     /// The stack.
     pub fn stack(&self) -> &Stack {
         self.stack.as_ref().expect("begin() returned only after it made the stack")
+    }
+
+    /// Where the copy shows how far it is.
+    pub fn progress_path(&self) -> PathBuf {
+        self.job.borrow().progress_path()
     }
 
     /// Sees how the applications on the origin fare; None where the kernel does not tell.

@@ -35,6 +35,7 @@ use crate::format::state::CopyRecord;
 use crate::io::{EnginePreference, open_engine};
 use crate::op::hooks::Hook;
 use crate::op::journal::SegmentJournal;
+use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat};
 use crate::op::stack::{HoldTimes, Skipped};
 use crate::secondary::{self, Secondary};
@@ -296,6 +297,8 @@ fn copy_and_put_back(
 ) -> Result<Made> {
     let instant = live.stack().times();
     let skipped = SkippedReport::of(live.stack().skipped());
+    let shown = ProgressFile::new(observer, live.progress_path());
+    let observer: &dyn Observer = &shown;
     let copied = catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, way, observer, interrupt)));
     crash_point("copy.data.after");
     match copied {
