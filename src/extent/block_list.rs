@@ -34,6 +34,39 @@ impl BlockList {
     pub fn segments(&self, size: SegmentSize) -> impl Iterator<Item = (SegmentIx, Extent)> + '_ {
         self.runs.iter().flat_map(move |run| cut(*run, size))
     }
+
+    /// The list with at most `parts_max` (at least 1) extents in each segment: a frame names no more. Where
+    /// there are more, the smallest gaps between them are filled: what was in them is copied too, so
+    /// this is to be asked before the origin's table says what is preserved.
+    #[must_use]
+    pub fn with_parts_max(&self, size: SegmentSize, parts_max: usize) -> Self {
+        let mut set = ExtentSet::new();
+        let mut segment: Option<(SegmentIx, Vec<Extent>)> = None;
+        for (ix, part) in self.segments(size) {
+            match &mut segment {
+                Some((at, parts)) if *at == ix => parts.push(part),
+                other => {
+                    let ended = other.replace((ix, vec![part]));
+                    set.extend(ended.into_iter().flat_map(|(_, parts)| join(parts, parts_max)));
+                }
+            }
+        }
+        set.extend(segment.into_iter().flat_map(|(_, parts)| join(parts, parts_max)));
+        Self::from(&set)
+    }
+}
+
+/// Fills the smallest gaps between the parts of a segment, until there are at most `parts_max`.
+fn join(mut parts: Vec<Extent>, parts_max: usize) -> Vec<Extent> {
+    let Some(excess) = parts.len().checked_sub(parts_max.max(1)).filter(|excess| *excess > 0) else {
+        return parts;
+    };
+    let gap = |pair: &[Extent]| Extent::new(pair[0].end(), pair[1].start());
+    let mut gaps: Vec<Extent> = parts.windows(2).filter_map(gap).collect();
+    gaps.sort_by_key(|gap| gap.length());
+    gaps.truncate(excess);
+    parts.extend(gaps);
+    parts
 }
 
 impl From<&ExtentSet> for BlockList {

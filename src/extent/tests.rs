@@ -122,3 +122,35 @@ fn the_last_segment_of_the_address_space_ends() {
     let last = extent(u64::MAX - 5, u64::MAX);
     assert_eq!(cut(last, size).map(|(_, part)| part).collect::<Vec<_>>(), [last]);
 }
+
+proptest! {
+    /// Against a model that fills one gap after the other.
+    #[test]
+    fn a_block_list_is_joined_over_its_smallest_gaps(
+        pages in prop::collection::vec(any::<bool>(), 1..400),
+        parts_max in 1usize..6,
+    ) {
+        let page = |at: usize| {
+            Extent::with_length(Bytes::from_len(at) * 4096, Bytes(4096)).unwrap()
+        };
+        let size = SegmentSize::new(SegmentSize::MIN).unwrap();
+        let list = BlockList::new((0..pages.len()).filter(|at| pages[*at]).map(page));
+        let joined = list.with_parts_max(size, parts_max);
+        let mut lengths = 0;
+        for segment in 0..pages.len().div_ceil(16) {
+            let parts = |list: &BlockList| -> Vec<Extent> {
+                list.segments(size).filter(|(ix, _)| ix.get() == Bytes::from_len(segment).get()).map(|(_, part)| part).collect()
+            };
+            let mut model = parts(&list);
+            while model.len() > parts_max {
+                let smallest = (0..model.len() - 1).min_by_key(|at| model[at + 1].start() - model[*at].end()).unwrap();
+                let next = model.remove(smallest + 1);
+                model[smallest] = Extent::new(model[smallest].start(), next.end()).unwrap();
+            }
+            prop_assert_eq!(parts(&joined), model);
+            lengths += parts(&joined).len();
+        }
+        prop_assert!(lengths >= joined.runs().len());
+        prop_assert!(list.runs().iter().all(|run| joined.runs().iter().any(|other| other.contains(*run))));
+    }
+}

@@ -275,6 +275,17 @@ pub trait Secondary: Send {
     fn abandon(&mut self) -> Result<String>;
 }
 
+/// Extents of the block list in one segment that this form can tell apart: see
+/// [`BlockList::with_parts_max`](crate::extent::BlockList::with_parts_max). Reached with gaps of 4 KiB in
+/// segments of 4 MiB or more.
+#[must_use]
+pub fn parts_max(form: Form) -> usize {
+    match form {
+        Form::Raw => usize::MAX,
+        Form::Archive => crate::format::archive::EXTENTS_MAX,
+    }
+}
+
 /// Opens and checks a secondary; nothing is written to a device yet.
 ///
 /// # Errors
