@@ -2,6 +2,7 @@
 //! `lib*.sh` files here, which they source from `$REPO/vm-tests/cases`.
 
 mod copy;
+mod free;
 mod golden;
 mod harness;
 mod stack;
@@ -15,6 +16,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(harness::cases());
     cases.extend(golden::cases());
     cases.extend(copy::cases());
+    cases.extend(free::cases());
     cases.extend(stack::cases());
     cases.extend(store::cases());
     cases
