@@ -1,6 +1,7 @@
 //! The store itself: planned, made, grown, settled, given back or kept.
 //!
-//! One device-mapper device of `linear` lines: the RAM head, then the tail. While the store fits in
+//! One device-mapper device of `linear` lines: the RAM head, then the tail, which is one piece or, where
+//! a process took the store over from another ([`adopt`](super::adopt)), several. While the store fits in
 //! the head, the tail is attached and allocated but not part of the table: the kernel flushes every
 //! device of the table with each batch of exceptions, and a flush of the tail's file costs more than
 //! all that the head saves. It joins when the head fills ([`size::should_join`]).
@@ -11,7 +12,8 @@
 //!
 //! Order at creation, the crash argument (see also [`record`](super::record)):
 //! 1. the record, before the head is made: the head can always be given back;
-//! 2. the tail: a file without a name behind an autoclear loop device that we hold open;
+//! 2. the tail: a file without a name behind an autoclear loop device that we hold open; one that is to
+//!    be kept has a name, which the record has as well;
 //! 3. the device-mapper device, named by UUID; from here on `recover` finds it by that;
 //! 4. a zeroed first chunk: the kernel takes a store whose first chunk is zero for a new one, and
 //!    would go on with an old store's exceptions if it found any.
@@ -21,19 +23,20 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::units::SECTOR_BYTES;
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::dm::naming::{self, DeviceIdentity, ROLE_COW};
 use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
+use crate::sys::process::crash_point;
 
 use super::exceptions::{ExceptionReader, StoreDevice, Writing};
 use super::follow::Follower;
 use super::head::{Head, memory_available};
-use super::record::{RECORD_DIR, Record};
+use super::record::{About, Made, RECORD_DIR, Record};
 use super::size::{self, FillRate};
 use super::tail::{Tail, TailPlace};
 
@@ -68,7 +71,7 @@ pub struct StoreConfig {
 }
 
 /// What will be made, as `--dry-run` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorePlan {
     /// Where the tail will be.
     pub place: TailPlace,
@@ -210,14 +213,17 @@ pub struct CowStore {
     parts: Mutex<Parts>,
 }
 
-struct Parts {
-    dm: Dm,
-    head: Option<Head>,
-    tail: Tail,
-    tail_joined: bool,
-    /// How much of the tail the device's table has, once it has joined.
-    mapped_tail: Bytes,
-    record: Record,
+/// Invariant: the device's table is the head, and behind it either no tail or all of them, each whole;
+/// what an unmapped enlargement added to the last one is behind everything that is mapped.
+pub(super) struct Parts {
+    pub(super) dm: Dm,
+    pub(super) head: Option<Head>,
+    pub(super) tails: Vec<Tail>,
+    /// The tails are part of the table.
+    pub(super) tails_joined: bool,
+    /// Length of the device's table.
+    pub(super) mapped: Bytes,
+    pub(super) record: Record,
 }
 
 impl CowStore {
@@ -227,45 +233,51 @@ impl CowStore {
     /// As [`StoreConfig::plan`], and I/O and kernel errors. What was made is given back.
     pub fn create(config: &StoreConfig) -> Result<Self> {
         let plan = config.plan()?;
-        let identity = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id);
+        let uuid = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id).uuid();
         let name = naming::beside(&config.origin_name, ROLE_COW, &config.id);
         let dm = Dm::open()?;
         let mut warnings = Vec::new();
-        let mut record = Record::create(Path::new(RECORD_DIR), &config.id, &identity.uuid())?;
+        let about = About {
+            uuid: uuid.clone(),
+            device: name.clone(),
+            origin_bytes: config.origin_bytes,
+            plan: plan.clone(),
+        };
+        let mut record = Record::create(Path::new(RECORD_DIR), &config.id, about)?;
+        crash_point("store.create.record");
         let head = match make_head(&plan, &mut record, &mut warnings) {
             Ok(head) => head,
             Err(error) => return Err(give_back(None, None, record, error)),
         };
+        crash_point("store.create.head");
         // Without its head the store may be all tail: the planned sum counts.
-        let tail_bytes = plan.tail_bytes;
         let keep_as = plan.keep.then(|| format!("{name}-{}.store", config.id));
-        let tail = match Tail::make(&plan.place, tail_bytes, keep_as.as_deref(), &mut warnings) {
+        let made = Tail::make(&plan.place, plan.tail_bytes, keep_as.as_deref(), &mut record, &mut warnings);
+        let tail = match made {
             Ok(tail) => tail,
             Err(error) => return Err(give_back(head, None, record, error)),
         };
-        let tail_joined =
+        crash_point("store.create.tail");
+        let tails_joined =
             head.is_none() || size::should_join(plan.head_bytes, Bytes::ZERO, &FillRate::default());
-        let table = match table_of(head.as_ref(), tail_joined.then_some(&tail)) {
-            Ok(table) => table,
-            Err(error) => return Err(give_back(head, Some(tail), record, error)),
-        };
-        let made = dm.create_active(&name, &identity.uuid(), &table, Udev::Internal).and_then(|number| {
-            match zero_first_chunk(&dm, number, plan.chunk) {
-                Ok(()) => Ok(number),
-                Err(error) => Err(match dm.remove(&name, Udev::Internal) {
-                    Ok(()) => error,
-                    Err(undo) => error.with_failed_undo(undo),
-                }),
-            }
-        });
+        let in_table = if tails_joined { std::slice::from_ref(&tail) } else { &[] };
+        let made = table_of(head.as_ref(), in_table)
+            .and_then(|table| make_device(&dm, &name, &uuid, &table, plan.chunk).map(|made| (made, table)));
         match made {
-            Ok(number) => {
-                let mapped_tail = tail.bytes;
-                let parts = Mutex::new(Parts { dm, head, tail, tail_joined, mapped_tail, record });
-                Ok(Self { name, number, origin_bytes: config.origin_bytes, plan, warnings, parts })
+            Ok((number, table)) => {
+                let mapped = table.length().bytes();
+                let parts = Parts { dm, head, tails: vec![tail], tails_joined, mapped, record };
+                let origin_bytes = config.origin_bytes;
+                Ok(Self { name, number, origin_bytes, plan, warnings, parts: Mutex::new(parts) })
             }
             Err(error) => Err(give_back(head, Some(tail), record, error)),
         }
+    }
+
+    /// A store that another process made, as [`adopt`](super::adopt) has put it together.
+    pub(super) fn from_parts(number: DeviceNumber, parts: Parts) -> Self {
+        let About { device, origin_bytes, plan, .. } = parts.record.facts().about.clone();
+        Self { name: device, number, origin_bytes, plan, warnings: Vec::new(), parts: Mutex::new(parts) }
     }
 
     /// Name of its device.
@@ -295,7 +307,7 @@ impl CowStore {
     /// Size of its RAM head; zero where it has none.
     #[must_use]
     pub fn ram_bytes(&self) -> Bytes {
-        self.lock().head.as_ref().map_or(Bytes::ZERO, |head| head.bytes)
+        self.lock().head_bytes()
     }
 
     /// Head and tail together, whether the tail has joined or not.
@@ -307,7 +319,13 @@ impl CowStore {
     /// What its device has: the head alone, or head and tail.
     #[must_use]
     pub fn mapped_bytes(&self) -> Bytes {
-        self.lock().mapped()
+        self.lock().mapped
+    }
+
+    /// Size of the origin that it was made for.
+    #[must_use]
+    pub fn origin_bytes(&self) -> Bytes {
+        self.origin_bytes
     }
 
     /// Opens its device for direct reading.
@@ -325,22 +343,24 @@ impl CowStore {
     /// [`ErrorKind::NoSpace`] where the tail's place is full; the store works on as it is.
     pub fn grow_ahead(&self, used: Bytes, rate: &FillRate) -> Result<Option<Grown>> {
         let mut parts = self.lock();
-        let from = parts.mapped();
+        let from = parts.mapped;
+        let join = parts.tails_joined || size::should_join(parts.head_bytes(), used, rate);
         // The space first, which takes longest; but a head about to fill does not wait for it.
-        let head_bytes = parts.head.as_ref().map_or(Bytes::ZERO, |head| head.bytes);
-        if !parts.tail_joined && size::should_join(head_bytes, used, rate) {
-            parts.join_tail(&self.name)?;
+        if join && !parts.tails_joined && !parts.tails.is_empty() {
+            parts.load(&self.name, true)?;
         }
-        if let Some(next) = size::next_total(parts.total(), used, self.plan.total_bytes_max, rate)
-            && !parts.tail.is_device()
+        let next = size::next_total(parts.total(), used, self.plan.total_bytes_max, rate);
+        if let (Some(next), Some(directory)) = (next, self.plan.place.directory())
+            && !parts.tail_is_fixed()
         {
-            parts.tail.grow(next - head_bytes)?;
+            parts.enlarge(&directory, next)?;
+            crash_point("store.grow.made");
         }
         // Also what an earlier growth could not load: space that is not mapped does not count.
-        if parts.tail_joined && parts.mapped_tail < parts.tail.bytes {
-            parts.load_joined(&self.name)?;
+        if join && parts.mapped < parts.total() {
+            parts.load(&self.name, true)?;
         }
-        let to = parts.mapped();
+        let to = parts.mapped;
         Ok((to != from).then_some(Grown { from, to }))
     }
 
@@ -350,8 +370,9 @@ impl CowStore {
     /// # Errors
     /// The kernel's; the store works on.
     pub fn settle(&self) -> Result<()> {
-        let parts = self.lock();
-        parts.load_table(&self.name, parts.tail_joined)
+        let mut parts = self.lock();
+        let with_tails = parts.tails_joined;
+        parts.load(&self.name, with_tails)
     }
 
     /// Reads its originals while the snapshot is active. `status` was asked for after the last read
@@ -365,7 +386,7 @@ impl CowStore {
     }
 
     /// Follows the exceptions as they appear: a hint for the order of copying, see
-    /// [`follow`](super::follow).
+    /// [`follow`](super::follow). It holds the device open: drop it before [`CowStore::release`].
     ///
     /// # Errors
     /// As [`CowStore::open_direct`].
@@ -384,7 +405,8 @@ impl CowStore {
     #[must_use]
     pub fn is_at_its_largest(&self) -> bool {
         let parts = self.lock();
-        parts.tail_joined && (parts.tail.is_device() || parts.total() >= self.plan.total_bytes_max)
+        let fixed = self.plan.place.directory().is_none() || parts.tail_is_fixed();
+        parts.tails_joined && (fixed || parts.total() >= self.plan.total_bytes_max)
     }
 
     /// False for a store that has room for every chunk of the origin: it never runs out.
@@ -396,26 +418,43 @@ impl CowStore {
     /// Gives everything back, once no snapshot uses the store any more. With `keep`, a store that
     /// was made to be kept stays, durable; without, its file is removed.
     ///
+    /// A file to be kept is the user's once the record no longer names it. That is noted when the file and
+    /// its name are synced and its device is gone: a crash before leaves a file that `recover` removes, as
+    /// nobody was told that it was kept; a crash behind leaves a store that is whole.
+    ///
     /// # Errors
     /// The first failure, with the others as failed undos; [`release_leftovers`] tries again.
     ///
     /// [`release_leftovers`]: super::release_leftovers
     pub fn release(self, keep: bool) -> Result<Option<KeptStore>> {
-        let parts = self.parts.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut parts = self.parts.into_inner().unwrap_or_else(PoisonError::into_inner);
         parts.dm.remove(&self.name, Udev::Internal).map_err(|error| {
             error.state("the COW store is still there").next("run 'tidemark recover', which removes it")
         })?;
+        crash_point("store.release.device");
         let keep = keep && self.plan.keep;
-        let device = match &self.plan.place {
+        let mut path = match &self.plan.place {
             TailPlace::Device { path, .. } if keep => Some(path.clone()),
             _ => None,
         };
-        let kept = parts.tail.release(keep);
-        let given = parts.head.as_ref().map_or(Ok(()), Head::release).and_then(|()| parts.record.close());
-        match (kept, given) {
-            (Ok(file), Ok(())) => Ok(file.or(device).map(|path| KeptStore { path, chunk: self.plan.chunk })),
-            (Ok(_), Err(error)) | (Err(error), Ok(())) => Err(error),
-            (Err(error), Err(other)) => Err(error.with_failed_undo(other)),
+        let mut errors = Vec::new();
+        for tail in std::mem::take(&mut parts.tails) {
+            match tail.release(keep, &mut parts.record) {
+                Ok(file) => path = file.or(path),
+                Err(error) => errors.push(error),
+            }
+        }
+        let tails_released = errors.is_empty();
+        match parts.head.as_ref().map_or(Ok(()), Head::release) {
+            Err(error) => errors.push(error),
+            // The record outlives what could not be given back: recover tries again.
+            Ok(()) if tails_released => errors.extend(parts.record.close().err()),
+            Ok(()) => errors.extend(parts.record.note(Made::Nothing).err()),
+        }
+        let mut errors = errors.into_iter();
+        match errors.next() {
+            None => Ok(path.map(|path| KeptStore { path, chunk: self.plan.chunk })),
+            Some(first) => Err(errors.fold(first, Error::with_failed_undo)),
         }
     }
 
@@ -426,33 +465,37 @@ impl CowStore {
 }
 
 impl Parts {
+    fn head_bytes(&self) -> Bytes {
+        self.head.as_ref().map_or(Bytes::ZERO, |head| head.bytes)
+    }
+
     fn total(&self) -> Bytes {
-        self.head.as_ref().map_or(Bytes::ZERO, |head| head.bytes) + self.tail.bytes
+        self.tails.iter().fold(self.head_bytes(), |sum, tail| sum + tail.bytes.align_down(DIRECT_IO_ALIGN))
     }
 
-    fn mapped(&self) -> Bytes {
-        match &self.head {
-            Some(head) if !self.tail_joined => head.bytes,
-            head => head.as_ref().map_or(Bytes::ZERO, |head| head.bytes) + self.mapped_tail,
+    /// True where neither the last tail can be enlarged nor another be made.
+    fn tail_is_fixed(&self) -> bool {
+        let enlargeable = self.tails.last().is_some_and(Tail::can_grow);
+        !enlargeable && self.tails.len() >= size::TAIL_COUNT_MAX
+    }
+
+    /// More space, up to `next` in all where it can be had, and not yet in the table.
+    fn enlarge(&mut self, directory: &Path, next: Bytes) -> Result<()> {
+        let missing = next.saturating_sub(self.total());
+        match self.tails.last_mut().filter(|tail| tail.can_grow()) {
+            Some(last) => {
+                last.grow(last.bytes + missing)?;
+            }
+            None => self.tails.push(Tail::further(directory, missing, &mut self.record)?),
         }
-    }
-
-    fn join_tail(&mut self, name: &str) -> Result<()> {
-        self.load_joined(name)?;
-        self.tail_joined = true;
-        Ok(())
-    }
-
-    fn load_joined(&mut self, name: &str) -> Result<()> {
-        self.load_table(name, true)?;
-        self.mapped_tail = self.tail.bytes;
         Ok(())
     }
 
     /// Load, then resume in use: see the module's head.
-    fn load_table(&self, name: &str, with_tail: bool) -> Result<()> {
-        let table = table_of(self.head.as_ref(), with_tail.then_some(&self.tail))?;
+    fn load(&mut self, name: &str, with_tails: bool) -> Result<()> {
+        let table = table_of(self.head.as_ref(), if with_tails { &self.tails } else { &[] })?;
         self.dm.load(name, &table)?;
+        crash_point("store.swap.loaded");
         let mut attempt = 1;
         loop {
             match self.dm.resume(name, Udev::None) {
@@ -463,7 +506,11 @@ impl Parts {
                         Err(undo) => error.with_failed_undo(undo),
                     });
                 }
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.tails_joined = with_tails;
+                    self.mapped = table.length().bytes();
+                    return Ok(());
+                }
             }
         }
     }
@@ -482,14 +529,25 @@ fn make_head(plan: &StorePlan, record: &mut Record, warnings: &mut Vec<String>) 
     }
 }
 
-fn table_of(head: Option<&Head>, tail: Option<&Tail>) -> Result<Table> {
+fn table_of(head: Option<&Head>, tails: &[Tail]) -> Result<Table> {
     let head = head.map(|head| (head.number, head.bytes));
-    let tail = tail.map(|tail| (tail.number, tail.bytes));
-    let parts = head.into_iter().chain(tail).map(|(device, bytes)| {
+    let tails = tails.iter().map(|tail| (tail.number, tail.bytes));
+    let parts = head.into_iter().chain(tails).map(|(device, bytes)| {
         let length = bytes.align_down(DIRECT_IO_ALIGN).to_sectors("a part of the store")?;
-        Ok((length, Target::Linear { device, offset: crate::base::Sectors::ZERO }))
+        Ok((length, Target::Linear { device, offset: Sectors::ZERO }))
     });
     Table::concatenated(parts.collect::<Result<Vec<_>>>()?)
+}
+
+fn make_device(dm: &Dm, name: &str, uuid: &str, table: &Table, chunk: ChunkSize) -> Result<DeviceNumber> {
+    let number = dm.create_active(name, uuid, table, Udev::Internal)?;
+    match zero_first_chunk(dm, number, chunk) {
+        Ok(()) => Ok(number),
+        Err(error) => Err(match dm.remove(name, Udev::Internal) {
+            Ok(()) => error,
+            Err(undo) => error.with_failed_undo(undo),
+        }),
+    }
 }
 
 fn zero_first_chunk(dm: &Dm, number: DeviceNumber, chunk: ChunkSize) -> Result<()> {
@@ -503,19 +561,23 @@ fn zero_first_chunk(dm: &Dm, number: DeviceNumber, chunk: ChunkSize) -> Result<(
 
 /// After a failed creation: `error`, with what could not be given back.
 fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Error) -> Error {
-    let mut error = error;
+    let (mut error, mut record) = (error, record);
+    let mut all_given = true;
     if let Some(tail) = tail
-        && let Err(undo) = tail.release(false)
+        && let Err(undo) = tail.release(false, &mut record)
     {
+        all_given = false;
         error = error.with_failed_undo(undo);
     }
-    match head.as_ref().map_or(Ok(()), Head::release) {
-        // The record outlives a head that could not be given back: recover tries again.
+    let given = match head.as_ref().map_or(Ok(()), Head::release) {
+        // The record outlives what could not be given back: recover tries again.
+        Err(undo) => Err(undo),
+        Ok(()) if all_given => record.close(),
+        Ok(()) => record.note(Made::Nothing),
+    };
+    match given {
+        Ok(()) => error,
         Err(undo) => error.with_failed_undo(undo),
-        Ok(()) => match record.close() {
-            Ok(()) => error,
-            Err(undo) => error.with_failed_undo(undo),
-        },
     }
 }
 

@@ -59,6 +59,29 @@ impl Head {
         })
     }
 
+    /// The head that a record names, with `bytes` of it in use; None for a store without one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where it is not there or smaller.
+    pub(super) fn adopt(made: &Made, bytes: Bytes) -> Result<Option<Self>> {
+        let (kind, name) = match made {
+            Made::Zram { index } => (HeadKind::Zram { index: *index }, format!("zram{index}")),
+            Made::Brd => (HeadKind::Brd, BRD_NAME.to_owned()),
+            Made::Nothing | Made::ZramIntended { .. } => return Ok(None),
+        };
+        let path = format!("/sys/block/{name}/dev");
+        let number = fs::read_to_string(&path)
+            .map_err(|error| {
+                Error::refused(format!("the RAM disk /dev/{name} is not there")).with_source(error)
+            })?
+            .parse::<DeviceNumber>()?;
+        let have = device_bytes(number)?;
+        if have < bytes {
+            return Err(Error::refused(format!("the RAM disk /dev/{name} has {have} instead of {bytes}")));
+        }
+        Ok(Some(Self { kind, number, bytes }))
+    }
+
     /// Gives the memory back.
     pub(super) fn release(&self) -> Result<()> {
         match self.kind {
@@ -119,7 +142,10 @@ fn make_zram(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> 
             .trim()
             .parse::<u32>()
             .map_err(|source| Error::kernel(format!("reading {path} ('{}')", text.trim()), source))?,
-        Err(error) => return Ok(Err(format!("no zram device could be added ({error})"))),
+        Err(error) => {
+            record.note(Made::Nothing)?;
+            return Ok(Err(format!("no zram device could be added ({error})")));
+        }
     };
     record.note(Made::Zram { index })?;
     let result = fs::write(sysfs(index, "disksize"), bytes.get().to_string())
@@ -128,6 +154,8 @@ fn make_zram(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> 
         Ok(text) => text.parse::<DeviceNumber>()?,
         Err(error) => {
             release_zram(index)?;
+            // From here on the number is anybody's.
+            record.note(Made::Nothing)?;
             return Ok(Err(format!("a zram device of {bytes} could not be made ({error})")));
         }
     };
@@ -193,6 +221,7 @@ fn make_brd(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> {
     let have = device_bytes(number)?;
     if have < bytes {
         release_brd()?;
+        record.note(Made::Nothing)?;
         return Ok(Err(format!("/dev/{BRD_NAME} has {have} instead of {bytes}")));
     }
     Ok(Ok(Head { kind: HeadKind::Brd, number, bytes }))

@@ -5,8 +5,9 @@
 //! | [`size`] | how large must a store be, now and at most (pure) |
 //! | [`head`] | where does the RAM head come from (zram, else brd), and how is it given back |
 //! | [`tail`] | where is the disk tail: a file through a loop device, or a block device |
-//! | [`record`] | what must be given back after a crash, and who is still using it |
+//! | [`record`] | what must be given back after a crash, who is still using it, what the kernel does not know |
 //! | [`cow`] | the store itself: made, grown, settled, given back or kept |
+//! | [`adopt`] | can the store of a process that is gone be used on |
 //! | [`monitor`] | is the snapshot still valid, and is there room ahead of it |
 //! | [`exceptions`] | which originals does the store hold |
 //! | [`follow`] | where is the origin being written now (a hint) |
@@ -21,6 +22,7 @@
 //!
 //! Knows nothing of volumes or mounts: `op` says which devices the tail must not be on.
 
+mod adopt;
 pub mod cow;
 pub mod exceptions;
 pub mod follow;

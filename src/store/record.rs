@@ -1,41 +1,64 @@
-//! What must be given back after a crash, and who is still using it?
+//! What must be given back after a crash, who is still using it, and what does the kernel not know of it?
 //!
 //! Most of a store the kernel drops by itself: the tail is a file without a name behind a loop device
-//! with autoclear. Not so the RAM head. So before a head is made, a record of it is synced to
-//! `/run/tidemark/stores/ID.json`: one JSON line per step, only ever appended, the last whole line
-//! holds. Its owner keeps it locked (flock), which dies with the process.
+//! with autoclear. Not so the RAM head, nor a file that was to be kept. So before either is made, a
+//! record of it is synced to `/run/tidemark/stores/ID.json`: one JSON line per step, each the whole
+//! record, only ever appended; the last whole line holds. Its owner keeps it locked (flock), which dies
+//! with the process; another process may then take the store over ([`adopt`](super::adopt)) or give it
+//! back ([`release_leftovers`]).
 //!
-//! Crash argument, by what the last line says:
-//! 1. `nothing`: nothing was made, or all of it was given back: the record is removed.
+//! It is made under a hidden name, locked and written, and only then gets its own: a record that can be
+//! found has an owner, or had one.
+//!
+//! Crash argument of the head, by what the last line says:
+//! 1. `nothing`: nothing was made, or all of it was given back.
 //! 2. `zram-intended` with the devices there were before: one may have been added and not yet noted.
 //!    It is ours if it is the only new one and has no size; it holds no memory then.
 //! 3. `zram` with its index, `brd`: given back, unless a live device still has the store's UUID.
 //!
-//! Must not: touch a RAM disk that no record names, or one whose record is locked.
+//! And of a file with a name:
+//! 1. none is noted: there is none, or it is the user's (its store was kept; see `CowStore::release`).
+//! 2. a path without an inode: the file was about to be made. It is ours if it is empty, as it is until
+//!    its inode is noted; anything else at this path is somebody's.
+//! 3. a path with its inode: removed, if it is still that one.
+//!
+//! Must not: touch a RAM disk or a file that no record names, or one whose record is locked.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result, ResultExt};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::Dm;
 
+use super::cow::StorePlan;
 use super::head;
 
 /// Where records are.
 pub const RECORD_DIR: &str = "/run/tidemark/stores";
 
-/// Longest record that is read: a handful of lines of a few hundred bytes.
-const RECORD_BYTES_MAX: u64 = 64 * 1024;
+/// Longest record that is written and read: a line is some hundred bytes and twice the longest path.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
 
 /// Most records looked at in one go.
 const RECORD_COUNT_MAX: usize = 4096;
 
-/// What has been made for a store that the kernel does not drop by itself.
+/// How the name of a record ends that is not locked yet.
+const HIDDEN: &str = ".json-new";
+
+/// Attempts to make one while a `recover` clears away what it takes for the hidden part of a dead one's.
+const CREATE_ATTEMPTS: u32 = 16;
+/// Pause between them.
+const CREATE_PAUSE: Duration = Duration::from_millis(5);
+
+/// The RAM head: made for the store, and not dropped by the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "made")]
 pub(super) enum Made {
@@ -49,60 +72,180 @@ pub(super) enum Made {
     Brd,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Line {
-    version: u32,
-    /// UUID of the store's device-mapper device.
-    uuid: String,
-    #[serde(flatten)]
-    made: Made,
+/// A file with a name, not (yet) to be kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NamedFile {
+    pub path: PathBuf,
+    /// Which file it is; None while it is about to be made.
+    pub inode: Option<Inode>,
 }
 
-const VERSION: u32 = 1;
+/// A file, whatever it is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Inode {
+    pub filesystem: DeviceNumber,
+    pub number: u64,
+}
+
+impl Inode {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        Self { filesystem: DeviceNumber::from_dev(metadata.dev()), number: metadata.ino() }
+    }
+}
+
+/// What the store is, fixed when it is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct About {
+    /// UUID of its device.
+    pub uuid: String,
+    /// Name of its device.
+    pub device: String,
+    /// Size of the origin.
+    pub origin_bytes: Bytes,
+    /// As planned; how large its parts are now, the kernel says.
+    pub plan: StorePlan,
+}
+
+/// One line of a record: all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Facts {
+    pub version: u32,
+    pub about: About,
+    #[serde(flatten)]
+    pub head: Made,
+    pub file: Option<NamedFile>,
+    /// The filesystem that the tail's file is on, once there is one.
+    pub filesystem: Option<DeviceNumber>,
+}
+
+const VERSION: u32 = 2;
 
 /// A record that is ours: locked while this value lives.
 #[derive(Debug)]
 pub(super) struct Record {
     path: PathBuf,
-    uuid: String,
+    facts: Facts,
     file: Flock<File>,
 }
 
 impl Record {
     /// Begins the record of store `id` in `dir`.
-    pub(super) fn create(dir: &Path, id: &str, uuid: &str) -> Result<Self> {
+    pub(super) fn create(dir: &Path, id: &str, about: About) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir)
             .io_context(|| format!("making the directory {}", dir.display()))?;
-        let path = dir.join(format!("{id}.json"));
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .io_context(|| format!("making the store's record {}", path.display()))?;
-        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, errno)| io::Error::from(errno))
-            .io_context(|| format!("locking the store's record {}", path.display()))?;
-        let mut record = Self { path, uuid: uuid.to_owned(), file };
-        record.note(Made::Nothing)?;
+        let facts = Facts { version: VERSION, about, head: Made::Nothing, file: None, filesystem: None };
+        let hidden = dir.join(format!("{id}{HIDDEN}"));
+        let path = record_path(dir, id);
+        for _ in 0..CREATE_ATTEMPTS {
+            let Some(file) = create_locked(&hidden)? else {
+                thread::sleep(CREATE_PAUSE);
+                continue;
+            };
+            let mut record = Self { path: hidden.clone(), facts: facts.clone(), file };
+            record.append()?;
+            match renameat2(AT_FDCWD, &hidden, AT_FDCWD, &path, RenameFlags::RENAME_NOREPLACE) {
+                Ok(()) => {
+                    record.path = path;
+                    return Ok(record);
+                }
+                // Cleared away before it was locked.
+                Err(Errno::ENOENT) => {}
+                Err(errno) => {
+                    let error =
+                        Error::io(format!("making the store's record {}", path.display()), errno.into());
+                    return Err(match fs::remove_file(&hidden) {
+                        Ok(()) => error,
+                        Err(undo) => {
+                            error.with_failed_undo(Error::io(format!("removing {}", hidden.display()), undo))
+                        }
+                    });
+                }
+            }
+        }
+        Err(Error::refused(format!("making the store's record {}", path.display()))
+            .state("another process clears the directory again and again")
+            .next("wait until no 'tidemark recover' is running"))
+    }
+
+    /// Takes over the record of store `id`, whose process is gone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where there is none, or its process lives; [`ErrorKind::BadData`] for one
+    /// that cannot be read.
+    pub(super) fn take_over(dir: &Path, id: &str) -> Result<Self> {
+        let path = record_path(dir, id);
+        let gone = || {
+            Error::refused(format!("there is no record of the store {id} ({})", path.display()))
+                .next("it was given back already; begin a new copy")
+        };
+        let opened = OpenOptions::new().read(true).append(true).open(&path);
+        let file = match opened {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone()),
+            result => result.io_context(|| format!("opening the store's record {}", path.display()))?,
+        };
+        let file = lock(file, &path)?.ok_or_else(|| {
+            Error::refused(format!("the store {id} is in use: its record {} is locked", path.display()))
+                .next("wait for the process that uses it, or end it")
+        })?;
+        let text = read_locked(&file, &path)?.ok_or_else(gone)?;
+        let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
+        let facts = facts.ok_or_else(|| {
+            Error::bad_data(format!("the store's record {} does not say anything", path.display()))
+                .next("run 'tidemark recover'")
+        })?;
+        let record = Self { path, facts, file };
+        if !text.ends_with('\n') {
+            // Cut short by the crash: what comes next must not be taken for a part of it.
+            record.write("\n")?;
+        }
         Ok(record)
     }
 
-    /// Returns once `made` is on stable storage (a tmpfs: it outlives the process, not the host, and
-    /// so do RAM disks).
-    pub(super) fn note(&mut self, made: Made) -> Result<()> {
-        let line = Line { version: VERSION, uuid: self.uuid.clone(), made };
-        let mut text = serde_json::to_string(&line).map_err(|source| {
+    /// What it says.
+    pub(super) fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Notes what is (about to be) made of the head. Returns once that is on stable storage (a tmpfs: it
+    /// outlives the process, not the host, and so do RAM disks).
+    pub(super) fn note(&mut self, head: Made) -> Result<()> {
+        self.facts.head = head;
+        self.append()
+    }
+
+    /// As [`Record::note`], for a file that is (about to be) made and must not stay; None for one that is
+    /// gone, or is the user's from now on.
+    pub(super) fn note_file(&mut self, file: Option<NamedFile>) -> Result<()> {
+        self.facts.file = file;
+        self.append()
+    }
+
+    /// As [`Record::note`], for where the tail's file is.
+    pub(super) fn note_filesystem(&mut self, filesystem: DeviceNumber) -> Result<()> {
+        self.facts.filesystem = Some(filesystem);
+        self.append()
+    }
+
+    fn append(&mut self) -> Result<()> {
+        let mut text = serde_json::to_string(&self.facts).map_err(|source| {
             Error::kernel(format!("writing the store's record {}", self.path.display()), source)
         })?;
         text.push('\n');
-        self.file
-            .write_all(text.as_bytes())
-            .and_then(|()| self.file.sync_all())
-            .io_context(|| format!("writing the store's record {}", self.path.display()))
+        self.write(&text)
+    }
+
+    fn write(&self, text: &str) -> Result<()> {
+        let what = || format!("writing the store's record {}", self.path.display());
+        let mut file: &File = &self.file;
+        let length = file.metadata().io_context(what)?.len() + Bytes::from_len(text.len()).get();
+        if length > RECORD_BYTES_MAX {
+            return Err(Error::new(ErrorKind::NoSpace, format!("{}: it is {length} bytes long", what()))
+                .next("begin a new copy"));
+        }
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).io_context(what)
     }
 
     /// Ends the record: everything it names has been given back.
@@ -112,8 +255,51 @@ impl Record {
     }
 }
 
-/// Gives back the RAM heads of stores whose process is gone and whose device is removed. Call it
-/// after the devices of a crashed copy have been removed. Answers what was given back, for people.
+fn record_path(dir: &Path, id: &str) -> PathBuf {
+    dir.join(format!("{id}.json"))
+}
+
+/// None where somebody else was faster to lock it.
+fn create_locked(path: &Path) -> Result<Option<Flock<File>>> {
+    let made = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
+    let file = match made {
+        // Of a process that died between this and the renaming, or is about to be cleared away.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+        result => result.io_context(|| format!("making the store's record {}", path.display()))?,
+    };
+    lock(file, path)
+}
+
+/// None where it is locked by somebody.
+fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(file) => Ok(Some(file)),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(Error::io(format!("locking {}", path.display()), errno.into())),
+    }
+}
+
+/// What a locked record holds; None where its owner removed or renamed it before we had the lock: what it
+/// names may be somebody else's by now.
+fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<String>> {
+    let what = || format!("reading {}", path.display());
+    let mine = Inode::of(&file.metadata().io_context(what)?);
+    let found = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        result => Inode::of(&result.io_context(what)?),
+    };
+    if found != mine {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    let reader: &File = file;
+    reader.take(RECORD_BYTES_MAX).read_to_end(&mut bytes).io_context(what)?;
+    // A line cut within a character is a line cut short.
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// Gives back the RAM heads and files of stores whose process is gone and whose device is removed. Call
+/// it after the devices of a crashed copy have been removed. Answers what was given back, for people.
 ///
 /// # Errors
 /// The first failure, after every record has been tried.
@@ -162,8 +348,7 @@ pub(super) fn release_leftovers_in(
     for entry in entries.take(RECORD_COUNT_MAX) {
         let path = entry.io_context(|| format!("listing {}", dir.display()))?.path();
         match release_one(&path, in_use, disks) {
-            Ok(Some(what)) => released.push(what),
-            Ok(None) => {}
+            Ok(what) => released.extend(what),
             Err(error) => {
                 first_error = Some(match first_error {
                     None => error,
@@ -175,42 +360,64 @@ pub(super) fn release_leftovers_in(
     first_error.map_or(Ok(released), Err)
 }
 
-/// One record; None where there was nothing to give back (yet).
+/// One record: what was given back (so far).
 fn release_one(
     path: &Path,
     in_use: &dyn Fn(&str) -> Result<bool>,
     disks: &mut dyn Disks,
-) -> Result<Option<String>> {
+) -> Result<Vec<String>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
     };
     // Locked: its process lives.
-    let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(None) };
-    let mut text = String::new();
-    io::Read::read_to_string(&mut io::Read::take(&*file, RECORD_BYTES_MAX), &mut text)
-        .io_context(|| format!("reading {}", path.display()))?;
+    let Some(file) = lock(file, path)? else { return Ok(Vec::new()) };
+    let Some(text) = read_locked(&file, path)? else { return Ok(Vec::new()) };
     let remove = || fs::remove_file(path).io_context(|| format!("removing {}", path.display()));
-    // A crash within the first write: nothing had been made yet.
-    let Some(line) = last_whole_line(&text) else { return remove().map(|()| None) };
-    if in_use(&line.uuid)? {
-        return Ok(None);
+    let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
+    // Nothing is made before the first line is whole.
+    let Some(facts) = facts else { return remove().map(|()| Vec::new()) };
+    if in_use(&facts.about.uuid)? {
+        return Ok(Vec::new());
     }
-    let what = match line.made {
-        Made::Nothing => None,
+    let mut released = Vec::new();
+    match facts.head {
+        Made::Nothing => {}
         Made::Zram { index } => {
             disks.release_zram(index)?;
-            Some(format!("the RAM disk /dev/zram{index}"))
+            released.push(format!("the RAM disk /dev/zram{index}"));
         }
-        Made::ZramIntended { before } => release_intended(&before, disks)?,
+        Made::ZramIntended { before } => released.extend(release_intended(&before, disks)?),
         Made::Brd => {
             disks.release_brd()?;
-            Some("the RAM disk /dev/ram0 (module brd)".to_owned())
+            released.push("the RAM disk /dev/ram0 (module brd)".to_owned());
         }
-    };
+    }
+    if let Some(file) = &facts.file {
+        released.extend(release_file(file)?);
+    }
     remove()?;
-    Ok(what)
+    Ok(released)
+}
+
+/// See the module's head.
+pub(super) fn release_file(file: &NamedFile) -> Result<Option<String>> {
+    let path = &file.path;
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        result => result.io_context(|| format!("looking at the store {}", path.display()))?,
+    };
+    let ours = match file.inode {
+        Some(inode) => inode == Inode::of(&metadata),
+        None => metadata.is_file() && metadata.len() == 0,
+    };
+    if !ours {
+        tracing::warn!("{} is not the file that was made for a store; it was left alone", path.display());
+        return Ok(None);
+    }
+    fs::remove_file(path).io_context(|| format!("removing the store {}", path.display()))?;
+    Ok(Some(format!("the store {}", path.display())))
 }
 
 fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<String>> {
@@ -233,97 +440,31 @@ fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<Stri
 }
 
 /// A line cut short by a crash does not count; the one before it does.
-fn last_whole_line(text: &str) -> Option<Line> {
-    let end = text.rfind('\n')?;
-    text[..end]
+///
+/// # Errors
+/// [`ErrorKind::BadData`] for a record of another version: what it names must not be forgotten.
+fn last_whole_line(text: &str) -> Result<Option<Facts>> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let Some(end) = text.rfind('\n') else { return Ok(None) };
+    let found = text[..end]
         .lines()
         .rev()
-        .find_map(|line| serde_json::from_str::<Line>(line).ok().filter(|line| line.version == VERSION))
+        .find_map(|line| serde_json::from_str::<Versioned>(line).ok().map(|found| (found.version, line)));
+    match found {
+        None => Ok(None),
+        Some((VERSION, line)) => serde_json::from_str::<Facts>(line)
+            .map(Some)
+            .map_err(|source| Error::bad_data("a store's record that is not right").with_source(source)),
+        Some((version, _)) => {
+            Err(Error::bad_data(format!("a store's record of version {version} instead of {VERSION}"))
+                .next("run 'tidemark recover' of the version that wrote it"))
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Default)]
-    struct Fake {
-        present: Vec<u32>,
-        used: Vec<u32>,
-        released: Vec<u32>,
-        brd_released: bool,
-    }
-
-    impl Disks for Fake {
-        fn zram_indices(&self) -> Vec<u32> {
-            self.present.clone()
-        }
-        fn zram_is_unused(&self, index: u32) -> bool {
-            !self.used.contains(&index)
-        }
-        fn release_zram(&mut self, index: u32) -> Result<()> {
-            self.released.push(index);
-            Ok(())
-        }
-        fn release_brd(&mut self) -> Result<()> {
-            self.brd_released = true;
-            Ok(())
-        }
-    }
-
-    fn leave(dir: &Path, id: &str, steps: Vec<Made>) {
-        let mut record = Record::create(dir, id, &format!("TIDEMARK-{id}")).unwrap();
-        for made in steps {
-            record.note(made).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_crash_behind_each_step_leaves_nothing() {
-        let before = vec![0, 3];
-        let all = [
-            Made::ZramIntended { before: before.clone() },
-            Made::Zram { index: 1 },
-            Made::Nothing,
-            Made::Brd,
-        ];
-        for count in 0..=all.len() {
-            let dir = tempfile::tempdir().unwrap();
-            leave(dir.path(), "a", all[..count].to_vec());
-            let mut disks = Fake { present: vec![0, 1, 3], used: vec![0, 3], ..Fake::default() };
-            release_leftovers_in(dir.path(), &|_| Ok(false), &mut disks).unwrap();
-            let expected: &[u32] = if count == 1 || count == 2 { &[1] } else { &[] };
-            assert_eq!(disks.released, expected, "after {count} steps");
-            assert_eq!(disks.brd_released, count == 4);
-            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        }
-    }
-
-    #[test]
-    fn what_is_locked_or_in_use_or_not_ours_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut disks = Fake { present: vec![1, 2], used: vec![2], ..Fake::default() };
-        let mut live = Record::create(dir.path(), "live", "TIDEMARK-live").unwrap();
-        live.note(Made::Zram { index: 1 }).unwrap();
-        leave(dir.path(), "mapped", vec![Made::Zram { index: 2 }]);
-        // Two new devices, or one that somebody has given a size: not known to be ours.
-        leave(dir.path(), "unsure", vec![Made::ZramIntended { before: vec![] }]);
-        leave(dir.path(), "other", vec![Made::ZramIntended { before: vec![1] }]);
-        release_leftovers_in(dir.path(), &|uuid| Ok(uuid == "TIDEMARK-mapped"), &mut disks).unwrap();
-        assert!(disks.released.is_empty(), "{:?}", disks.released);
-        assert!(dir.path().join("live.json").exists() && dir.path().join("mapped.json").exists());
-        live.close().unwrap();
-        assert!(!dir.path().join("live.json").exists());
-    }
-
-    #[test]
-    fn a_torn_line_does_not_count() {
-        let whole = r#"{"version":1,"uuid":"u","made":"zram","index":7}"#;
-        for end in 0..whole.len() {
-            let text = format!("{{\"version\":1,\"uuid\":\"u\",\"made\":\"nothing\"}}\n{}", &whole[..end]);
-            assert_eq!(last_whole_line(&text).unwrap().made, Made::Nothing);
-        }
-        assert_eq!(last_whole_line(&format!("{whole}\n")).unwrap().made, Made::Zram { index: 7 });
-        assert!(last_whole_line("garbage\n").is_none());
-        assert!(last_whole_line("").is_none());
-    }
-}
+#[path = "record_tests.rs"]
+pub(super) mod tests;

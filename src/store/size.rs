@@ -28,6 +28,9 @@ pub const TAIL_FIRST_SHARE: u64 = 64;
 /// A tail that cannot have this much at once is refused (where the worst case is not smaller).
 pub const TAIL_FIRST_REFUSED_BELOW: Bytes = Bytes::mib(16);
 
+/// Most pieces of a tail: one more for each process that takes a store over and has to enlarge it.
+pub const TAIL_COUNT_MAX: usize = 64;
+
 /// Never taken from the tail's filesystem by default and by growth: this share of its size, at most
 /// [`RESERVE_MAX`]. The store must not be what fills /var.
 pub const RESERVE_SHARE: u64 = 20;

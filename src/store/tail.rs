@@ -5,7 +5,11 @@
 //!   is a growth that failed, never a write error in the store;
 //! - a file that is not kept has no name: `O_TMPFILE` where the filesystem can, else unlinked at
 //!   once. With the loop device's autoclear flag nothing of it outlives its last user;
-//! - a kept file has its name from the start and mode 0600: it holds the origin's data.
+//! - a kept file has its name from the start and mode 0600: it holds the origin's data. The record
+//!   names it before it is made, and until it is the user's;
+//! - a tail that another process made is used as it is: its file can only be opened where it has a name,
+//!   so one without is followed by a further tail instead of being enlarged. That one must be on the
+//!   same filesystem: what is mounted at the same path now has not been checked to be off the origin.
 //!
 //! Must not: change the backing block device's settings, or those of a loop device beyond its own
 //! (queue settings outlive the attachment and would reach the next user of the same number).
@@ -19,13 +23,15 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::sys::loop_device::LoopDevice;
+use crate::sys::loop_device::{self, LoopDevice};
+use crate::sys::process::crash_point;
 
 use super::head::{device_bytes, load_module};
+use super::record::{Inode, NamedFile, Record};
 use super::size;
 
 /// Where a tail is made when nothing is said.
@@ -35,7 +41,7 @@ pub const DEFAULT_DIRECTORY: &str = "/var/lib/tidemark";
 const ZERO_STEP: usize = 1 << 20;
 
 /// Where a tail is to be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TailPlace {
     /// A file in this directory, without a name unless the store is kept.
@@ -119,6 +125,15 @@ impl TailPlace {
         at
     }
 
+    /// The directory that its file is in; None for a block device.
+    pub(super) fn directory(&self) -> Option<PathBuf> {
+        match self {
+            Self::Device { .. } => None,
+            Self::Directory(path) => Some(path.clone()),
+            Self::NewFile(path) => Some(parent_of(path)),
+        }
+    }
+
     /// Its path, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -169,17 +184,25 @@ pub(super) struct Tail {
 
 #[derive(Debug)]
 enum Backing {
-    File { file: File, name: Option<PathBuf>, device: LoopDevice },
+    File {
+        file: File,
+        name: Option<PathBuf>,
+        device: LoopDevice,
+    },
     Device,
+    /// A file without a name, of a process that is gone; the table that maps the loop device holds it.
+    Adopted,
 }
 
 impl Tail {
     /// Makes a tail of `bytes` at `place`. With `keep_as`, a file gets this name in a directory, or
-    /// keeps the name that it was asked for with. Adds what a person should know to `warnings`.
+    /// keeps the name that it was asked for with; `record` knows it by then. Adds what a person should
+    /// know to `warnings`.
     pub(super) fn make(
         place: &TailPlace,
         bytes: Bytes,
         keep_as: Option<&str>,
+        record: &mut Record,
         warnings: &mut Vec<String>,
     ) -> Result<Self> {
         let (directory, name) = match place {
@@ -195,29 +218,116 @@ impl Tail {
             TailPlace::NewFile(path) => (parent_of(path), keep_as.map(|_| path.clone())),
         };
         let file = match &name {
-            Some(path) => create_named(path)?,
-            None => create_nameless(&directory)?,
+            Some(path) => create_named(path, record)?,
+            None => create_nameless(&directory, record)?,
         };
         let description = name.as_ref().unwrap_or(&directory).display().to_string();
-        let result = allocate(&file, Bytes::ZERO, bytes)
-            .io_context(|| format!("allocating {bytes} for the store in {description}"))
-            .and_then(|()| attach(&file, &description, warnings));
-        match result {
-            Ok((device, number)) => {
-                Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
+        let result = filesystem_of(&file, &description)
+            .and_then(|filesystem| record.note_filesystem(filesystem))
+            .and_then(|()| Self::on_file(file, name.clone(), bytes, description, warnings));
+        result.map_err(|error| match name.map(|path| fs::remove_file(&path).map_err(|e| (path, e))) {
+            Some(Err((path, undo))) => {
+                error.with_failed_undo(Error::io(format!("removing {}", path.display()), undo))
             }
-            Err(error) => Err(match name.map(|path| fs::remove_file(&path).map_err(|e| (path, e))) {
-                Some(Err((path, undo))) => {
-                    error.with_failed_undo(Error::io(format!("removing {}", path.display()), undo))
-                }
-                _ => error.next("name another place with --store, or a smaller --store-size"),
-            }),
+            _ => error.next("name another place with --store, or a smaller --store-size"),
+        })
+    }
+
+    /// Makes a further tail of at most `wanted` bytes, less where the filesystem would fall below its
+    /// reserve, behind one that cannot be enlarged any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] where there is none; [`ErrorKind::Refused`] where `directory` is on another
+    /// filesystem than when the store was made.
+    pub(super) fn further(directory: &Path, wanted: Bytes, record: &mut Record) -> Result<Self> {
+        let description = directory.display().to_string();
+        let what = || format!("enlarging the store in {description} by {wanted}");
+        let file = create_nameless(directory, record)?;
+        if record.facts().filesystem != Some(filesystem_of(&file, &description)?) {
+            return Err(Error::refused(format!("{}: another filesystem is there now", what()))
+                .next("mount the one that was there when the copy began"));
         }
+        let space = fstatvfs(&file).io_context(what)?;
+        let bytes = wanted.min(free_beyond_reserve(&space)).align_down(size::STORE_UNIT);
+        if bytes == Bytes::ZERO {
+            return Err(no_space(&what()));
+        }
+        let mut warnings = Vec::new();
+        let tail = Self::on_file(file, None, bytes, description.clone(), &mut warnings)?;
+        for warning in warnings {
+            tracing::debug!("{warning}");
+        }
+        Ok(tail)
+    }
+
+    fn on_file(
+        file: File,
+        name: Option<PathBuf>,
+        bytes: Bytes,
+        description: String,
+        warnings: &mut Vec<String>,
+    ) -> Result<Self> {
+        allocate(&file, Bytes::ZERO, bytes)
+            .io_context(|| format!("allocating {bytes} for the store in {description}"))?;
+        let (device, number) = attach(&file, &description, warnings)?;
+        Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
+    }
+
+    /// A tail that another process made and the store's table maps: the loop device `number`, of which
+    /// the first `mapped` bytes are in use. With `named`, its file; `place` is for messages. Where it
+    /// `is_last`, what an enlargement added and could not map any more is used as well.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where it is not what the record says.
+    pub(super) fn adopt(
+        place: &TailPlace,
+        number: DeviceNumber,
+        mapped: Bytes,
+        is_last: bool,
+        named: Option<&NamedFile>,
+    ) -> Result<Self> {
+        if let TailPlace::Device { path, number: planned, .. } = place {
+            let description = path.display().to_string();
+            debug_assert_eq!(*planned, number, "the layout was checked");
+            return Ok(Self { number, bytes: mapped, backing: Backing::Device, description });
+        }
+        let description = place.path().display().to_string();
+        let path = loop_path(number)?;
+        let what = || format!("looking at the store's loop device {}", path.display());
+        let status = loop_device::status(&path)
+            .io_context(what)?
+            .ok_or_else(|| Error::refused(format!("{} has no file", path.display())))?;
+        if !status.autoclear {
+            return Err(Error::refused(format!("{} is not one that Tidemark makes", path.display())));
+        }
+        // Space is allocated before the loop device shows it.
+        let shown = device_bytes(number)?.align_down(DIRECT_IO_ALIGN);
+        if shown < mapped {
+            return Err(Error::refused(format!("{} has {shown} instead of {mapped}", path.display())));
+        }
+        let bytes = if is_last { shown } else { mapped };
+        let Some(named) = named else {
+            return Ok(Self { number, bytes, backing: Backing::Adopted, description });
+        };
+        let name = named.path.clone();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&name)
+            .io_context(|| format!("opening the store {}", name.display()))?;
+        let metadata = file.metadata().io_context(|| format!("looking at the store {}", name.display()))?;
+        let behind =
+            Inode { filesystem: DeviceNumber::from_dev(status.backing_dev), number: status.backing_inode };
+        if named.inode != Some(Inode::of(&metadata)) || named.inode != Some(behind) {
+            return Err(Error::refused(format!("{} is not the store's file", name.display())));
+        }
+        let device = LoopDevice::open(&path).io_context(what)?;
+        Ok(Self { number, bytes, backing: Backing::File { file, name: Some(name), device }, description })
     }
 
     /// Device-mapper takes the device exclusively when its table is loaded; this check is for the
     /// better message.
-    fn on_device(path: &Path, number: DeviceNumber, bytes: Bytes) -> Result<Self> {
+    pub(super) fn on_device(path: &Path, number: DeviceNumber, bytes: Bytes) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -239,9 +349,9 @@ impl Tail {
         Ok(Self { number, bytes, backing: Backing::Device, description: path.display().to_string() })
     }
 
-    /// True for a tail whose size is given.
-    pub(super) fn is_device(&self) -> bool {
-        matches!(self.backing, Backing::Device)
+    /// False for a tail whose size is given.
+    pub(super) fn can_grow(&self) -> bool {
+        matches!(self.backing, Backing::File { .. })
     }
 
     /// Allocates up to `wanted` bytes, less where the filesystem would fall below its reserve, and
@@ -252,15 +362,12 @@ impl Tail {
     pub(super) fn grow(&mut self, wanted: Bytes) -> Result<Bytes> {
         let what = || format!("enlarging the store in {} to {wanted}", self.description);
         let Backing::File { file, device, .. } = &self.backing else {
-            return Err(Error::new(ErrorKind::NoSpace, what()).state("a block device has a fixed size"));
+            return Err(Error::new(ErrorKind::NoSpace, what()).state("its size is fixed"));
         };
         let space = fstatvfs(file).io_context(what)?;
         let target = wanted.min(self.bytes + free_beyond_reserve(&space)).align_down(size::STORE_UNIT);
         if target <= self.bytes {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                format!("{}: the filesystem has no space beyond its reserve", what()),
-            ));
+            return Err(no_space(&what()));
         }
         if let Err(error) = allocate(file, self.bytes, target) {
             // The loop device still shows the old size: what was added is nobody's yet.
@@ -275,9 +382,10 @@ impl Tail {
         Ok(target)
     }
 
-    /// Lets go of a tail that nothing maps any more. With `keep`, a named file stays, durable, and
-    /// its path is the answer; otherwise it is removed. (A block device stays in any case.)
-    pub(super) fn release(self, keep: bool) -> Result<Option<PathBuf>> {
+    /// Lets go of a tail that nothing maps any more. With `keep`, a named file stays, durable and the
+    /// user's from then on, and its path is the answer; otherwise it is removed. (A block device stays
+    /// in any case.)
+    pub(super) fn release(self, keep: bool, record: &mut Record) -> Result<Option<PathBuf>> {
         let Backing::File { file, name, device } = self.backing else { return Ok(None) };
         drop(device);
         match name {
@@ -286,6 +394,9 @@ impl Tail {
                 File::open(parent_of(&path))
                     .and_then(|directory| directory.sync_all())
                     .io_context(|| format!("syncing the directory of {}", path.display()))?;
+                crash_point("store.keep.before");
+                record.note_file(None)?;
+                crash_point("store.keep.after");
                 Ok(Some(path))
             }
             Some(path) => {
@@ -294,6 +405,25 @@ impl Tail {
             }
             None => Ok(None),
         }
+    }
+}
+
+fn no_space(what: &str) -> Error {
+    Error::new(ErrorKind::NoSpace, format!("{what}: the filesystem has no space beyond its reserve"))
+}
+
+fn filesystem_of(file: &File, description: &str) -> Result<DeviceNumber> {
+    let metadata = file.metadata().io_context(|| format!("looking at the store in {description}"))?;
+    Ok(DeviceNumber::from_dev(metadata.dev()))
+}
+
+/// The node of the loop device with this number.
+fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
+    let link = format!("/sys/dev/block/{number}");
+    let target = fs::read_link(&link).io_context(|| format!("reading {link}"))?;
+    match target.file_name().and_then(|name| name.to_str()).filter(|name| name.starts_with("loop")) {
+        Some(name) => Ok(Path::new("/dev").join(name)),
+        None => Err(Error::refused(format!("the device {number} is no loop device"))),
     }
 }
 
@@ -306,17 +436,29 @@ fn make_default_directory(path: &Path) -> Result<()> {
         .map_err(|error| error.next("name another place for the store with --store"))
 }
 
-fn create_named(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .io_context(|| format!("making the store {}", path.display()))
+/// A new file, empty, which the record knows by its name before and by its inode after it is made.
+fn create_named(path: &Path, record: &mut Record) -> Result<File> {
+    record.note_file(Some(NamedFile { path: path.to_owned(), inode: None }))?;
+    crash_point("store.named.before");
+    let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    let file = match made {
+        Ok(file) => file,
+        Err(error) => {
+            let error = Error::io(format!("making the store {}", path.display()), error);
+            return Err(match record.note_file(None) {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(undo),
+            });
+        }
+    };
+    crash_point("store.named.after");
+    let metadata = file.metadata().io_context(|| format!("looking at the store {}", path.display()))?;
+    record.note_file(Some(NamedFile { path: path.to_owned(), inode: Some(Inode::of(&metadata)) }))?;
+    crash_point("store.named.noted");
+    Ok(file)
 }
 
-fn create_nameless(directory: &Path) -> Result<File> {
+fn create_nameless(directory: &Path, record: &mut Record) -> Result<File> {
     let what = || format!("making a file for the store in {}", directory.display());
     let nameless =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory);
@@ -330,8 +472,9 @@ fn create_nameless(directory: &Path) -> Result<File> {
         other => return other.io_context(what),
     }
     let path = directory.join(format!(".tidemark-{}", uuid::Uuid::new_v4()));
-    let file = create_named(&path)?;
+    let file = create_named(&path, record)?;
     fs::remove_file(&path).io_context(what)?;
+    record.note_file(None)?;
     Ok(file)
 }
 
@@ -381,6 +524,12 @@ fn attach(file: &File, description: &str, warnings: &mut Vec<String>) -> Result<
 mod tests {
     use super::*;
 
+    fn record() -> (tempfile::TempDir, Record) {
+        let dir = tempfile::tempdir().unwrap();
+        let record = Record::create(dir.path(), "a", crate::store::record::tests::about("a")).unwrap();
+        (dir, record)
+    }
+
     fn may_attach() -> bool {
         nix::unistd::geteuid().is_root() && Path::new(crate::sys::loop_device::CONTROL_PATH).exists()
     }
@@ -413,14 +562,16 @@ mod tests {
         }
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let place = TailPlace::Directory(dir.path().to_owned());
-        let mut tail = Tail::make(&place, Bytes::mib(4), None, &mut Vec::new()).unwrap();
+        let (_records, mut record) = record();
+        let mut tail = Tail::make(&place, Bytes::mib(4), None, &mut record, &mut Vec::new()).unwrap();
+        assert_eq!(record.facts().file, None);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the file has a name");
         assert_eq!(device_bytes(tail.number).unwrap(), Bytes::mib(4));
         assert_eq!(tail.grow(Bytes::mib(9)).unwrap(), Bytes::mib(9));
         assert_eq!(device_bytes(tail.number).unwrap(), Bytes::mib(9));
         let Backing::File { file, .. } = &tail.backing else { panic!("a file") };
         assert!(file.metadata().unwrap().blocks() * 512 >= Bytes::mib(9).get(), "not allocated");
-        assert_eq!(tail.release(true).unwrap(), None);
+        assert_eq!(tail.release(true, &mut record).unwrap(), None);
     }
 
     #[test]
@@ -432,14 +583,77 @@ mod tests {
         let path = dir.path().join("kept");
         for keep in [false, true] {
             let place = TailPlace::NewFile(path.clone());
-            let tail = Tail::make(&place, Bytes::mib(1), Some("unused"), &mut Vec::new()).unwrap();
+            let (_records, mut record) = record();
+            let tail =
+                Tail::make(&place, Bytes::mib(1), Some("unused"), &mut record, &mut Vec::new()).unwrap();
+            let inode = Some(Inode::of(&fs::metadata(&path).unwrap()));
+            assert_eq!(record.facts().file, Some(NamedFile { path: path.clone(), inode }));
             assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-            assert_eq!(tail.release(keep).unwrap(), keep.then(|| path.clone()));
+            assert_eq!(tail.release(keep, &mut record).unwrap(), keep.then(|| path.clone()));
             assert_eq!(path.exists(), keep);
+            // Kept: the user's from here on.
+            assert_eq!(record.facts().file.is_none(), keep);
         }
         // Never over a file that is there.
-        let error = Tail::make(&TailPlace::NewFile(path), Bytes::mib(1), Some("x"), &mut Vec::new());
+        let (_records, mut record) = record();
+        let place = TailPlace::NewFile(path);
+        let error = Tail::make(&place, Bytes::mib(1), Some("x"), &mut record, &mut Vec::new());
         assert_eq!(error.unwrap_err().errno(), Some(libc::EEXIST));
+        assert_eq!(record.facts().file, None, "somebody's file is in the record");
+    }
+
+    #[test]
+    fn a_further_tail_is_on_the_same_filesystem_and_leaves_its_reserve() {
+        if !may_attach() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let place = TailPlace::Directory(dir.path().to_owned());
+        let (_records, mut record) = record();
+        let refused = Tail::further(dir.path(), Bytes::mib(3), &mut record).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Refused, "no tail was made here yet");
+        let first = Tail::make(&place, Bytes::mib(1), None, &mut record, &mut Vec::new()).unwrap();
+        let mut further = Tail::further(dir.path(), Bytes::mib(3), &mut record).unwrap();
+        assert_ne!(first.number, further.number);
+        assert_eq!(further.grow(Bytes::mib(5)).unwrap(), Bytes::mib(5));
+        let elsewhere = Path::new("/dev/shm");
+        if elsewhere.is_dir() {
+            let error = Tail::further(elsewhere, Bytes::mib(3), &mut record).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_tail_of_a_process_that_is_gone_is_known_by_its_device() {
+        if !may_attach() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (_records, mut record) = record();
+        let path = dir.path().join("kept");
+        let place = TailPlace::NewFile(path.clone());
+        let mut tail = Tail::make(&place, Bytes::mib(2), Some("x"), &mut record, &mut Vec::new()).unwrap();
+        tail.grow(Bytes::mib(3)).unwrap();
+        let named = record.facts().file.clone();
+        let adopt =
+            |mapped, last, named: Option<&NamedFile>| Tail::adopt(&place, tail.number, mapped, last, named);
+        // What was added and never mapped counts for the last one only: others lie behind the rest.
+        assert_eq!(adopt(Bytes::mib(2), false, None).unwrap().bytes, Bytes::mib(2));
+        let last = adopt(Bytes::mib(2), true, None).unwrap();
+        assert_eq!((last.bytes, last.can_grow()), (Bytes::mib(3), false));
+        let mut by_name = adopt(Bytes::mib(2), true, named.as_ref()).unwrap();
+        assert_eq!(by_name.grow(Bytes::mib(4)).unwrap(), Bytes::mib(4));
+        assert_eq!(device_bytes(tail.number).unwrap(), Bytes::mib(4));
+
+        let refused = |result: Result<Tail>| result.unwrap_err().kind() == ErrorKind::Refused;
+        assert!(refused(adopt(Bytes::mib(5), true, None)), "larger than the device");
+        let no_loop = DeviceNumber { major: 1, minor: 3 };
+        assert!(Tail::adopt(&place, no_loop, Bytes::mib(1), true, None).is_err(), "no loop device");
+        fs::rename(&path, dir.path().join("moved")).unwrap();
+        fs::write(&path, "another").unwrap();
+        assert!(refused(adopt(Bytes::mib(2), true, named.as_ref())), "another file of that name");
+        assert_eq!(fs::read(&path).unwrap(), b"another");
     }
 
     #[test]
@@ -450,8 +664,9 @@ mod tests {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let place = TailPlace::Directory(dir.path().to_owned());
         let free = place.available().unwrap();
-        let mut tail = Tail::make(&place, Bytes::mib(1), None, &mut Vec::new()).unwrap();
-        let error = Tail::make(&place, free * 4, None, &mut Vec::new()).unwrap_err();
+        let (_records, mut record) = record();
+        let mut tail = Tail::make(&place, Bytes::mib(1), None, &mut record, &mut Vec::new()).unwrap();
+        let error = Tail::make(&place, free * 4, None, &mut record, &mut Vec::new()).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::NoSpace), "{error}");
         assert!(tail.grow(Bytes::mib(1)).is_err(), "no growth is no success");
         assert_eq!(tail.bytes, Bytes::mib(1));

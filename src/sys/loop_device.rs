@@ -127,6 +127,16 @@ impl LoopDevice {
         }
     }
 
+    /// A device that is attached already: to be enlarged, and held like one that we attached.
+    ///
+    /// # Errors
+    /// The kernel's errno; ENXIO where nothing is attached.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let device = Self { device: open_node(path)?, path: path.to_owned() };
+        device.status()?;
+        Ok(device)
+    }
+
     /// Where its node is: /dev/loopN.
     #[must_use]
     pub fn path(&self) -> &Path {

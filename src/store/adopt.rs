@@ -1,0 +1,284 @@
+//! Can the store of a process that is gone be used on?
+//!
+//! While the kernel still has the store's device, nothing of it is lost: the table says which parts it
+//! has and how large they are, and holds the tail's loop devices (whose autoclear flag would else have
+//! let go of them). The record says the rest. From both a [`CowStore`] is put together that is read,
+//! grown and given back like any other. The record's lock is taken over first: of two processes only one
+//! gets the store, and `release_leftovers` gets none that is in use.
+//!
+//! Invariants: nothing is made here, and nothing is changed that the origin or the snapshot depends on:
+//! a table that was loaded and never used is dropped, and a file that a further tail had a name for is
+//! removed. So a crash at any step leaves what there was, to be adopted again or given back by `recover`.
+//! Where record and kernel disagree, nothing is touched.
+//!
+//! Not looked at here: whether the snapshot is valid, and whether the job may be taken over; whoever
+//! calls holds the job's lock.
+
+use std::path::Path;
+
+use crate::base::{Bytes, DeviceNumber, Error, Result};
+use crate::dm::{DeviceInfo, Dm, Slot, Table, Target};
+
+use super::cow::{CowStore, Parts};
+use super::head::Head;
+use super::record::{Facts, Made, RECORD_DIR, Record, release_file};
+use super::size::TAIL_COUNT_MAX;
+use super::tail::{Tail, TailPlace};
+use crate::sys::process::crash_point;
+
+/// The parts of a store, as its table has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Layout {
+    /// The RAM head.
+    head: Option<(DeviceNumber, Bytes)>,
+    /// The pieces of the tail; none while it has not joined.
+    tails: Vec<(DeviceNumber, Bytes)>,
+}
+
+impl CowStore {
+    /// Takes over the store of job `id`, whose process is gone. Call it with the job's lock held.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where its process lives, where it is not
+    /// there any more, or where record and kernel disagree; I/O and kernel errors. Nothing is changed by
+    /// an attempt that fails, and the record is nobody's again.
+    pub fn adopt(id: &str) -> Result<Self> {
+        let mut record = Record::take_over(Path::new(RECORD_DIR), id)?;
+        crash_point("store.adopt.locked");
+        let name = record.facts().about.device.clone();
+        put_together(&mut record)
+            .map_err(|error| {
+                error
+                    .context(format!("taking over the store {name}"))
+                    .state("the store is as it was, and the origin goes on")
+                    .next("run 'tidemark recover', which gives the store up, and begin a new copy")
+            })
+            .map(|found| Self::from_parts(found.number, found.with(record)))
+    }
+}
+
+/// What was found, before the record joins it.
+struct Found {
+    dm: Dm,
+    number: DeviceNumber,
+    head: Option<Head>,
+    tails: Vec<Tail>,
+    tails_joined: bool,
+    mapped: Bytes,
+}
+
+impl Found {
+    fn with(self, record: Record) -> Parts {
+        let Self { dm, head, tails, tails_joined, mapped, .. } = self;
+        Parts { dm, head, tails, tails_joined, mapped, record }
+    }
+}
+
+fn put_together(record: &mut Record) -> Result<Found> {
+    let dm = Dm::open()?;
+    let facts = record.facts().clone();
+    let name = &facts.about.device;
+    let info = dm.info(name)?.ok_or_else(|| Error::refused(format!("there is no device {name}")))?;
+    check_device(&info, &facts)?;
+    let table = dm.table(name, Slot::Active)?;
+    let table = table.ok_or_else(|| Error::refused(format!("the device {name} has no table")))?;
+    let layout = layout(&facts, &table)?;
+    let head_bytes = layout.head.map_or(Bytes::ZERO, |(_, bytes)| bytes);
+    let head = Head::adopt(&facts.head, head_bytes)?;
+    let seen = layout.head.map(|(number, _)| number);
+    if head.as_ref().map(|head| head.number) != seen {
+        return Err(Error::refused("its RAM head is another device than the table has"));
+    }
+    let tails = tails_of(&facts, &layout)?;
+    if info.has_inactive {
+        dm.clear(name)?;
+    }
+    if !facts.about.plan.keep
+        && let Some(file) = &facts.file
+    {
+        release_file(file)?;
+        record.note_file(None)?;
+    }
+    crash_point("store.adopt.cleared");
+    let tails_joined = head.is_none() || !layout.tails.is_empty();
+    Ok(Found { dm, number: info.number, head, tails, tails_joined, mapped: table.length().bytes() })
+}
+
+fn check_device(info: &DeviceInfo, facts: &Facts) -> Result<()> {
+    let name = &facts.about.device;
+    if info.uuid != facts.about.uuid {
+        return Err(Error::refused(format!("the device {name} is another one (UUID '{}')", info.uuid)));
+    }
+    if info.suspended {
+        return Err(Error::refused(format!("the device {name} is suspended, which is not our doing")));
+    }
+    Ok(())
+}
+
+fn tails_of(facts: &Facts, layout: &Layout) -> Result<Vec<Tail>> {
+    let plan = &facts.about.plan;
+    if let ([], TailPlace::Device { path, number, .. }) = (layout.tails.as_slice(), &plan.place) {
+        // Nobody held it while it was not part of the table.
+        return Tail::on_device(path, *number, plan.tail_bytes).map(|tail| vec![tail]);
+    }
+    let named = facts.file.as_ref().filter(|_| plan.keep);
+    let count = layout.tails.len();
+    layout
+        .tails
+        .iter()
+        .enumerate()
+        .map(|(index, (number, bytes))| Tail::adopt(&plan.place, *number, *bytes, index + 1 == count, named))
+        .collect()
+}
+
+/// What `table` says of the store that `facts` describe. Pure.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) naming what they disagree on.
+fn layout(facts: &Facts, table: &Table) -> Result<Layout> {
+    let plan = &facts.about.plan;
+    let mut parts = Vec::new();
+    for line in table.lines() {
+        match (&line.target, line.length.checked_bytes()) {
+            (Target::Linear { device, offset }, Some(bytes)) if offset.get() == 0 => {
+                parts.push((*device, bytes));
+            }
+            (target, _) => {
+                let (kind, params) = (target.kind(), target.params());
+                return Err(Error::refused(format!("its table has a line '{kind} {params}'")));
+            }
+        }
+    }
+    let has_head = match facts.head {
+        Made::Zram { .. } | Made::Brd => true,
+        Made::Nothing => false,
+        Made::ZramIntended { .. } => return Err(Error::refused("its RAM head was never made")),
+    };
+    let tails = if has_head { parts.split_off(1) } else { std::mem::take(&mut parts) };
+    let head = parts.pop();
+    if let Some((_, bytes)) = head.filter(|(_, bytes)| *bytes != plan.head_bytes) {
+        return Err(Error::refused(format!("its RAM head has {bytes} instead of {}", plan.head_bytes)));
+    }
+    if tails.len() > TAIL_COUNT_MAX {
+        return Err(Error::refused(format!("its tail has {} pieces", tails.len())));
+    }
+    let one = matches!(plan.place, TailPlace::Device { .. }) || plan.keep;
+    if one && tails.len() > 1 {
+        return Err(Error::refused(format!("its tail has {} pieces instead of one", tails.len())));
+    }
+    if let TailPlace::Device { path, number, .. } = &plan.place
+        && let Some((other, _)) = tails.iter().find(|(device, _)| device != number)
+    {
+        return Err(Error::refused(format!("its tail is the device {other} instead of {}", path.display())));
+    }
+    let total = table.length().bytes();
+    if total > plan.total_bytes_max {
+        return Err(Error::refused(format!("it has {total}, more than the {} it may", plan.total_bytes_max)));
+    }
+    if plan.keep && plan.place.directory().is_some() && facts.file.is_none() {
+        return Err(Error::refused("its file was given to its user already"));
+    }
+    Ok(Layout { head, tails })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{ErrorKind, Sectors};
+    use crate::store::record::NamedFile;
+    use crate::store::record::tests::facts;
+
+    fn device(minor: u32) -> DeviceNumber {
+        DeviceNumber { major: 7, minor }
+    }
+
+    /// A table of these parts in MiB.
+    fn table(parts: &[(u32, u64)]) -> Table {
+        let line = |(minor, mib): &(u32, u64)| {
+            let target = Target::Linear { device: device(*minor), offset: Sectors::ZERO };
+            (Bytes::mib(*mib).to_sectors("").unwrap(), target)
+        };
+        Table::concatenated(parts.iter().map(line)).unwrap()
+    }
+
+    /// A head of 16 MiB, at most 1 GiB in all, in a directory.
+    fn with_head() -> Facts {
+        Facts { head: Made::Zram { index: 0 }, ..facts("a") }
+    }
+
+    fn parts(parts: &[(u32, u64)]) -> Vec<(DeviceNumber, Bytes)> {
+        parts.iter().map(|(minor, mib)| (device(*minor), Bytes::mib(*mib))).collect()
+    }
+
+    fn refused(facts: &Facts, table: &Table) -> bool {
+        layout(facts, table).unwrap_err().kind() == ErrorKind::Refused
+    }
+
+    #[test]
+    fn the_parts_are_told_apart() {
+        let head = Some((device(1), Bytes::mib(16)));
+        for tails in [&[][..], &[(2, 64)], &[(2, 64), (3, 128), (9, 1)]] {
+            let found = layout(&with_head(), &table(&[&[(1, 16)], tails].concat())).unwrap();
+            assert_eq!(found, Layout { head, tails: parts(tails) });
+        }
+        let found = layout(&facts("a"), &table(&[(2, 64), (3, 1)])).unwrap();
+        assert_eq!(found, Layout { head: None, tails: parts(&[(2, 64), (3, 1)]) });
+    }
+
+    #[test]
+    fn a_table_that_is_not_the_records_is_refused() {
+        assert!(refused(&with_head(), &table(&[(1, 17), (2, 64)])), "another head");
+        assert!(refused(&with_head(), &table(&[(1, 16), (2, 1009)])), "too large");
+        let many: Vec<_> = (1..=65).map(|minor| (minor, 1)).collect();
+        assert!(refused(&facts("a"), &table(&many)), "too many pieces");
+        let never = Facts { head: Made::ZramIntended { before: vec![] }, ..facts("a") };
+        assert!(refused(&never, &table(&[(1, 16)])), "a head that was never made");
+        let length = Sectors(2048);
+        for target in [
+            Target::Error,
+            Target::Linear { device: device(1), offset: Sectors(8) },
+            Target::SnapshotOrigin { device: device(1) },
+        ] {
+            assert!(refused(&facts("a"), &Table::single(length, target).unwrap()));
+        }
+    }
+
+    #[test]
+    fn a_device_and_a_kept_file_are_one_piece() {
+        let mut on_device = with_head();
+        on_device.about.plan.place =
+            TailPlace::Device { path: "/dev/x".into(), number: device(2), bytes: Bytes::mib(64) };
+        assert!(layout(&on_device, &table(&[(1, 16), (2, 64)])).is_ok());
+        assert!(layout(&on_device, &table(&[(1, 16)])).is_ok());
+        assert!(refused(&on_device, &table(&[(1, 16), (3, 64)])), "another device");
+        assert!(refused(&on_device, &table(&[(1, 16), (2, 64), (2, 64)])), "twice");
+
+        let mut kept = facts("a");
+        kept.about.plan.keep = true;
+        assert!(refused(&kept, &table(&[(2, 64)])), "kept already");
+        kept.file = Some(NamedFile { path: "/x".into(), inode: None });
+        assert!(layout(&kept, &table(&[(2, 64)])).is_ok());
+        assert!(refused(&kept, &table(&[(2, 64), (3, 64)])), "two files");
+    }
+
+    #[test]
+    fn a_device_that_is_another_or_held_is_refused() {
+        let facts = facts("a");
+        let ours = DeviceInfo {
+            name: facts.about.device.clone(),
+            uuid: facts.about.uuid.clone(),
+            number: device(9),
+            open_count: 1,
+            suspended: false,
+            has_active: true,
+            has_inactive: true,
+            read_only: false,
+        };
+        assert!(check_device(&ours, &facts).is_ok());
+        let other = DeviceInfo { uuid: "LVM-x".to_owned(), ..ours.clone() };
+        let held = DeviceInfo { suspended: true, ..ours };
+        for info in [other, held] {
+            assert_eq!(check_device(&info, &facts).unwrap_err().kind(), ErrorKind::Refused);
+        }
+    }
+}
