@@ -16,7 +16,11 @@ pub fn run() -> Option<ExitCode> {
     }
     #[cfg(feature = "vm")]
     if first == trial::ARGUMENT {
-        return Some(trial::main());
+        return Some(trial::main(trial::run));
+    }
+    #[cfg(feature = "vm")]
+    if first == super::hidden_store::ARGUMENT {
+        return Some(trial::main(super::hidden_store::run));
     }
     #[cfg(feature = "vm")]
     if first == free_map::ARGUMENT {
@@ -27,7 +31,7 @@ pub fn run() -> Option<ExitCode> {
 
 /// A stack inserted and removed without a copy, for the VM cases.
 #[cfg(feature = "vm")]
-mod trial {
+pub(super) mod trial {
     use std::fs::OpenOptions;
     use std::io::{Read, Write};
     use std::path::{Path, PathBuf};
@@ -46,7 +50,8 @@ mod trial {
     /// writes the names of all crash points.
     pub const ARGUMENT: &str = "__stack";
 
-    pub fn main() -> ExitCode {
+    /// Runs `run` with the report's path and the words behind it; an error is its last line.
+    pub fn main(run: impl Fn(&Path, &[String]) -> Result<()>) -> ExitCode {
         let words: Vec<String> = std::env::args().skip(2).collect();
         let Some((report, words)) = words.split_first() else { return ExitCode::from(2) };
         let report = PathBuf::from(report);
@@ -63,13 +68,15 @@ mod trial {
         }
     }
 
-    fn tell(report: &Path, text: &str) -> Result<()> {
+    /// Adds a line to the report.
+    pub fn tell(report: &Path, text: &str) -> Result<()> {
         let what = || format!("writing {}", report.display());
         let mut file = OpenOptions::new().create(true).append(true).open(report).io_context(what)?;
         writeln!(file, "{text}").io_context(what)
     }
 
-    fn run(report: &Path, words: &[String]) -> Result<()> {
+    /// See [`ARGUMENT`].
+    pub fn run(report: &Path, words: &[String]) -> Result<()> {
         if words == ["points"] {
             return tell(report, &crash_points().join("\n"));
         }

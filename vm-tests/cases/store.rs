@@ -1,4 +1,4 @@
-//! The COW store: spilling, growing, failing, filling up, and what a crash leaves of it.
+//! The COW store: spilling, growing, failing, filling up, what a crash leaves of it, and who goes on with that.
 
 use crate::harness::Case;
 
@@ -14,7 +14,9 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(900)
             .tolerate("Buffer I/O error")
             .tolerate("I/O error, dev dm-"),
-        case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(900),
+        case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(1200),
+        // A head of the smallest size that goes without its tail, and an origin that needs more.
+        case("store_adopt").disk_mib(80).disk_mib(480).memory_mib(1024).limit_seconds(1200),
     ]
 }
 

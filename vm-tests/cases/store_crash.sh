@@ -18,12 +18,28 @@ recovers() {
     echo 1M >"/sys/block/zram$foreign/disksize"
 }
 
-for at in copy.store.after copy.data.before copy.data.after copy.release.before; do
+for at in store.create.record store.create.head store.create.tail copy.store.after copy.data.before copy.data.after copy.release.before; do
     note "killed at $at"
     assert_status 137 env TIDEMARK_CRASH_AT="$at" \
         tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 4MiB
     recovers
 done
+# A store to be kept has a name. Until it is the user's, recover removes it.
+kept() { find /mnt/scratch -name '*.store'; }
+for at in store.named.before store.named.after store.named.noted store.create.tail copy.data.after \
+    store.release.device store.keep.before; do
+    note "to be kept, killed at $at"
+    assert_status 137 env TIDEMARK_CRASH_AT="$at" \
+        tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --keep-store
+    recovers
+    assert_same "what is left of the store" "$(kept)" ""
+done
+note "kept, killed behind that"
+assert_status 137 env TIDEMARK_CRASH_AT=store.keep.after \
+    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --keep-store
+recovers
+[ -s "$(kept)" ] || fail "the store that was kept is gone"
+rm "$(kept)"
 note "killed in the middle"
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 2MiB >"$ARTIFACTS/killed" 2>&1 &
 copy=$!

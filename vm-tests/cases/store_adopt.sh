@@ -1,0 +1,193 @@
+# A copy is killed under load; another process takes its store over, enlarges it by a further tail, reads it as the
+# kernel itself does, and gives it back: nothing is left. At whatever step the second one dies, a third goes on.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_store.sh"
+
+REPORT=/run/store-report
+FILLER=/mnt/scratch/filler
+INSTANT=/tmp/instant
+COPY=/tmp/copy.raw
+
+# begin COPY-OPTION...: a copy that is killed once its store is in use. With ROOM, the store's filesystem has only
+# so many MiB for it, beside the twentieth that is kept free, until the copy is dead.
+begin() {
+    local size free
+    if [ -n "${ROOM:-}" ]; then
+        size=$(($(stat -f -c '%b * %S' /mnt/scratch)))
+        free=$(($(stat -f -c '%a * %S' /mnt/scratch)))
+        fallocate -l $((free - size / 20 - (ROOM << 20))) "$FILLER"
+    fi
+    # Large chunks: few exceptions fill the store, and reading them one by one does not take long.
+    tidemark copy "$origin" "$COPY" --yes --chunk 64KiB --store /mnt/scratch --rate 1MiB --freeze-budget 120s \
+        --hook-frozen "dd if=\$TIDEMARK_ORIGIN_BELOW of=$INSTANT bs=1M iflag=direct status=none" "$@" \
+        >"$ARTIFACTS/copy" 2>&1 &
+    local copy=$!
+    if ! wait_for_exceptions; then
+        cat "$ARTIFACTS/copy"
+        fail "the store was not used"
+    fi
+    kill -KILL "$copy"
+    wait "$copy" || true
+    rm -f "$FILLER"
+    ID=$(basename /run/tidemark/stores/*.json .json)
+    SNAP=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-snap-/ { print $1 }')
+    STORE=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-cow-/ { print $1 }')
+    note "killed: $(dmsetup status "$SNAP"); $(dmsetup table "$STORE" | tr '\n' ';')"
+}
+
+wait_for_exceptions() {
+    local try
+    for try in $(seq 600); do
+        if dmsetup status | grep -qE 'snapshot [0-9]{5,}/'; then return 0; fi
+        sleep 0.1
+    done
+    return "$((try > 0))"
+}
+
+# adopt [CRASH-POINT]: takes the store over; "ask" speaks to the one who has it.
+adopt() {
+    rm -f "$REPORT" /run/orders
+    mkfifo /run/orders
+    TIDEMARK_CRASH_AT="${1:-none}" "$TIDEMARK" __store "$REPORT" "$ID" "$SNAP" "$INSTANT" </run/orders &
+    ADOPTER=$!
+    exec 9>/run/orders
+    if [ "$#" = 0 ]; then
+        wait_until 30 test -s "$REPORT"
+        grep -q '^adopted' "$REPORT" || fail "$(cat "$REPORT")"
+        note "$(cat "$REPORT")"
+    fi
+}
+
+# ask ORDER: its answer in ANSWER.
+ask() {
+    local lines
+    lines=$(wc -l <"$REPORT")
+    echo "$1" >&9
+    wait_until 120 more_than "$lines"
+    ANSWER=$(tail -n 1 "$REPORT")
+    note "$1: $ANSWER"
+    ! grep -q '^error' "$REPORT" || fail "$ANSWER"
+}
+
+more_than() { [ "$(wc -l <"$REPORT")" -gt "$1" ]; }
+
+# word NAME: the number behind it in ANSWER.
+word() { sed -n "s/.*\<$1 \([0-9]*\).*/\1/p" <<<"$ANSWER"; }
+
+# Every original that the store holds is what the snapshot shows, and what the origin held at the instant.
+store_is_right() {
+    ask exceptions
+    assert_same "originals that differ" "$(word different)" 0
+    # More may have come between the status and the reading, never fewer.
+    [ "$(word exceptions)" -ge "$(word of)" ] || fail "exceptions are missing"
+    [ "$(word exceptions)" -gt 50 ] || fail "hardly any exceptions: this proves nothing"
+}
+
+used_past() { [ "$(dmsetup status "$SNAP" | sed 's,.* \([0-9]*\)/.*,\1,')" -gt $(($1 / 512)) ]; }
+
+# grows_further PIECES: the store becomes larger while it is in use, and originals go to where it did.
+grows_further() {
+    local before
+    ask grow
+    before=$(word mapped)
+    assert_same "grown" "$(word grow)" 1
+    [ "$(word mapped)" -gt "${MAPPED}" ] || fail "not larger than $MAPPED"
+    assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" "$1"
+    assert_same "the kernel's size" "$(blockdev --getsize64 "$(dm_node "$STORE")")" "$before"
+    wait_until 240 used_past $((MAPPED + (4 << 20)))
+    store_is_right
+    [ "$(word farthest)" -gt "$MAPPED" ] || fail "nothing is in the new piece: this proves nothing"
+    ask follow
+    [ "$(word follow)" -gt 50 ] || fail "the follower sees nothing"
+    writes_go_on
+}
+
+# The stack is not the store's matter: taken off by hand.
+stack_off() {
+    local real
+    real=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-real-/ { print $1 }')
+    dmsetup load data --table "$TABLE_BEFORE"
+    dmsetup suspend --noflush --nolockfs data
+    dmsetup resume --noudevsync data
+    dmsetup remove --noudevsync "$SNAP"
+    dmsetup remove --noudevsync "$real"
+}
+
+give_back() {
+    stack_off
+    ask "$1"
+    wait "$ADOPTER" || fail "the store was not given back: $ANSWER"
+    exec 9>&-
+    store_left_nothing
+    writes_go_on
+    # The dead copy's own record and its unfinished file.
+    tidemark recover
+    volume_as_before
+    rm -f /tmp/.*partial* /tmp/*partial* "$COPY" "$INSTANT"
+}
+
+make_volume
+start_writes --bs=4k --blockalign=64k --rate_iops=30
+
+note "taken over with the head alone: its tail is gone, and a new one joins"
+begin --store-ram 64MiB
+assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 1
+adopt
+MAPPED=$((64 << 20))
+store_is_right
+# Of two that want the store only one gets it, and it is nobody's leftover.
+assert_status 3 "$TIDEMARK" __store /run/second "$ID" "$SNAP" </dev/null
+grep -q 'is in use' /run/second || fail "$(cat /run/second)"
+grows_further 2
+give_back release
+
+note "taken over with head and tail: a further tail behind them"
+ROOM=20 begin --store-ram 2MiB
+assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 2
+adopt
+MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
+grows_further 3
+give_back release
+
+note "a store to be kept is enlarged itself, and kept"
+ROOM=20 begin --keep-store
+adopt
+MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
+grows_further 1
+give_back keep
+kept=$(find /mnt/scratch -name '*.store')
+assert_same "what was kept" "released $kept" "$ANSWER"
+assert_same "its magic" "$(od -An -tx4 -N4 "$kept" | tr -d ' ')" 70416e53
+rm "$kept"
+
+note "the one who takes over dies at each step, and another goes on"
+ROOM=40 begin --store-ram 2MiB
+for at in store.adopt.locked store.adopt.cleared; do
+    adopt "$at"
+    exec 9>&-
+    assert_status 137 wait "$ADOPTER"
+done
+for at in store.grow.made store.swap.loaded; do
+    adopt
+    exec 9>&-
+    wait "$ADOPTER"
+    adopt "$at"
+    echo grow >&9
+    assert_status 137 wait "$ADOPTER"
+    exec 9>&-
+    assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 2
+done
+adopt
+store_is_right
+MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
+grows_further 3
+kill -KILL "$ADOPTER"
+wait "$ADOPTER" || true
+exec 9>&-
+note "and recover gives up what is nobody's"
+tidemark recover
+volume_as_before
+writes_go_on
+assert_status 3 "$TIDEMARK" __store /run/third "$ID" "$SNAP" </dev/null
+grep -q 'no record' /run/third || fail "$(cat /run/third)"
+stop_writes
