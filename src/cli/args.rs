@@ -64,6 +64,8 @@ pub enum Command {
     Detach(DetachArgs),
     /// Copy a live (or resting) device as it is at one instant
     Copy(Box<CopyArgs>),
+    /// Go on with a copy whose process was killed
+    Resume(ResumeArgs),
     /// Restore an archive to a device or file
     Restore(RestoreArgs),
     /// Check every block of an archive, and compare it with a device or file
@@ -181,6 +183,25 @@ pub struct CopyArgs {
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,
+}
+
+/// `tidemark resume`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark status
+  tidemark resume
+  tidemark resume 3f2a
+
+The instant stays the same, and nothing that is on the secondary is copied again. It works as long as the
+kernel's snapshot stands: not after a reboot, not after 'tidemark recover' (which gives the copy up), and
+not for a copy to a pipe.")]
+pub struct ResumeArgs {
+    /// The job's id, or its beginning [default: the only copy that can go on]
+    #[arg(value_name = "JOB")]
+    pub job: Option<String>,
+    /// Show what would be done and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Options of commands that destroy something.

@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal};
 
 use serde::Serialize;
 
-use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, VerifyArgs};
+use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, ResumeArgs, VerifyArgs};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::Human;
@@ -35,6 +35,7 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         }
         Command::Detach(args) => output.report("detach", &op::detach::detach(&resolve::detach(args)?.name)?),
         Command::Copy(args) => copy(args, output),
+        Command::Resume(args) => resume(args, output),
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
@@ -104,6 +105,18 @@ fn copy(args: &CopyArgs, output: Output) -> Result<()> {
     let outcome = op::copy::run(&plan, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("copy", &outcome)
+}
+
+fn resume(args: &ResumeArgs, output: Output) -> Result<()> {
+    let plan = op::resume::plan(args.job.as_deref())?;
+    if args.dry_run {
+        return output.plan("resume", &plan);
+    }
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let outcome = op::resume::run(plan, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("resume", &outcome)
 }
 
 fn restore(args: &RestoreArgs, output: Output) -> Result<()> {

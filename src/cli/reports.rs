@@ -16,6 +16,7 @@ use crate::op::recover::RecoverReport;
 use crate::op::request::ArchiveSource;
 use crate::op::restore::RestoreReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
+use crate::op::resume::ResumePlan;
 use crate::op::status::{JobStatus, Status, VolumeStatus};
 use crate::op::verify::VerifyReport;
 
@@ -91,6 +92,16 @@ fn origin_text(superblock: &Superblock) -> String {
 impl Human for CopyPlan {
     fn human(&self) -> String {
         format!("{self}\n")
+    }
+}
+
+impl Human for ResumePlan {
+    fn human(&self) -> String {
+        let then = if self.originals_begun { ", then all originals again" } else { "" };
+        format!(
+            "job         {}, begun {}\ndone        {} of {} segments{then}\n{}\n",
+            self.job, self.started, self.placed, self.segments, self.copy
+        )
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Fault {
     pub write: bool,
     pub after: u64,
     pub errno: i32,
+    /// A write that fails has written its first part, up to somewhere.
+    pub torn: bool,
 }
 
 struct Registered {
@@ -189,6 +191,18 @@ impl ChaosEngine {
         let known = &mut self.files[usize::from(file.0)];
         known.writes += 1;
         let what = || format!("write of {}", known.description);
+        let torn = self.faults.iter().any(|fault| {
+            fault.torn && fault.write && fault.after == count && known.description.contains(fault.file)
+        });
+        if let (Err(_), true) = (&fault, torn) {
+            for piece in pieces {
+                let Place::At(at) = piece.place else { continue };
+                // Direct I/O tears at blocks.
+                let blocks = piece.range.len() / 4096;
+                let end = piece.range.start + 4096 * self.rng.index(blocks + 1);
+                known.file.write_all_at(&buffer[piece.range.start..end], at.get()).io_context(what)?;
+            }
+        }
         fault.io_context(what)?;
         for piece in pieces {
             let data = &buffer[piece.range.clone()];
@@ -334,6 +348,11 @@ impl World {
             opened: false,
             handed_out: Vec::new(),
         }))
+    }
+
+    /// The process that copies is gone; another may open the store.
+    pub fn copier_died(&mut self) {
+        self.opened = false;
     }
 
     /// Lets the application write, or not.

@@ -13,8 +13,8 @@ use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases}
 use super::progress::{Event, Observer, Phase, Silent};
 use super::schedule::Schedule;
 use super::{
-    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, Releases, engine_config,
-    run,
+    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, Progress, Releases,
+    ResumePoint, engine_config, run,
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
@@ -22,7 +22,10 @@ use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
 use crate::io::engine::EngineConfig;
 use crate::secondary::archive::Archive;
-use crate::secondary::{Form, OriginIdentity, OriginalsMode, Secondary, SecondaryRequest, Target, open};
+use crate::secondary::{
+    Form, OriginIdentity, OriginalsMode, PlacedSegment, Resumed, Secondary, SecondaryRequest, Target, open,
+    reopen,
+};
 
 /// UTC, nanoseconds.
 const INSTANT: u64 = 1_700_000_000_000_000_000;
@@ -448,26 +451,34 @@ fn failing(case: &Case, fault: Fault) -> (Error, Vec<String>) {
 #[test]
 fn faults_have_their_kind_and_leave_no_name() {
     for after in [0, 3, 20] {
-        let (error, names) =
-            failing(&busy_case(false), Fault { file: "the origin", write: false, after, errno: libc::EIO });
+        let (error, names) = failing(
+            &busy_case(false),
+            Fault { file: "the origin", write: false, after, errno: libc::EIO, torn: false },
+        );
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(libc::EIO)));
         assert!(error.to_string().contains("reading the origin failed"), "{error}");
         assert!(error.state_left().unwrap().contains("the partial file was removed"));
         assert!(names.is_empty(), "{names:?}");
 
-        let (error, names) =
-            failing(&busy_case(false), Fault { file: "out", write: true, after, errno: libc::ENOSPC });
+        let (error, names) = failing(
+            &busy_case(false),
+            Fault { file: "out", write: true, after, errno: libc::ENOSPC, torn: false },
+        );
         assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, Some(libc::ENOSPC)));
         assert!(names.is_empty(), "{names:?}");
 
-        let (error, names) =
-            failing(&busy_case(false), Fault { file: "the store", write: false, after, errno: libc::EIO });
+        let (error, names) = failing(
+            &busy_case(false),
+            Fault { file: "the store", write: false, after, errno: libc::EIO, torn: false },
+        );
         assert_eq!(error.kind(), ErrorKind::Io);
         assert!(error.to_string().contains("from the store failed"), "{error}");
         assert!(names.is_empty(), "{names:?}");
     }
-    let (error, names) =
-        failing(&busy_case(true), Fault { file: "out", write: false, after: 5, errno: libc::EIO });
+    let (error, names) = failing(
+        &busy_case(true),
+        Fault { file: "out", write: false, after: 5, errno: libc::EIO, torn: false },
+    );
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(names.is_empty(), "{names:?}");
 }
@@ -587,4 +598,139 @@ fn buffers_stay_within_their_limit() {
         assert!(config.buffer_count >= 2);
         assert!(total <= COPY_BUFFER_BYTES_MAX + Bytes(8192) * 2, "{segment}: {total}");
     }
+}
+
+/// What outlives the process that copies.
+#[derive(Default)]
+struct Survives {
+    placed: Vec<PlacedSegment>,
+    originals_begun: bool,
+}
+
+/// Notes what is placed, and dies after so many notes.
+struct Mortal<'a> {
+    survives: &'a mut Survives,
+    left: usize,
+}
+
+impl Mortal<'_> {
+    fn live(&mut self) -> Result<()> {
+        if self.left == 0 {
+            return Err(Error::new(ErrorKind::External, "killed"));
+        }
+        self.left -= 1;
+        Ok(())
+    }
+}
+
+impl Progress for Mortal<'_> {
+    fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
+        self.live()?;
+        assert!(self.survives.placed.iter().all(|other| other.ix != segment.ix), "placed twice");
+        self.survives.placed.push(*segment);
+        Ok(())
+    }
+    fn originals_begun(&mut self) -> Result<()> {
+        self.live()?;
+        self.survives.originals_begun = true;
+        Ok(())
+    }
+}
+
+/// Copies, is killed again and again, after so many segments or in the middle of a write, and goes on each
+/// time. Answers how often it was killed.
+fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, deaths: u64) -> u64 {
+    let mut rng = Rng(setup.case.seed ^ 0xdead);
+    let mut survives = Survives::default();
+    let request = setup.request("out", form, originals);
+    let mut secondary = open(&request).unwrap();
+    secondary.begin(INSTANT);
+    let partial = secondary.partial_path().unwrap().to_owned();
+    let archive = secondary.archive_id();
+    let saved = setup.directory.path().join("saved");
+    for killed in 0.. {
+        // A process of its own: nothing of the engine or of the copier's memory is left of the last one.
+        let config =
+            EngineConfig { buffer_count: setup.case.buffers, buffer_bytes: setup.case.segment + Bytes(8192) };
+        let mut engine = ChaosEngine::new(config, rng.next(), Some(setup.world.clone()));
+        let mut left = usize::MAX;
+        if killed < deaths {
+            if rng.chance(50) {
+                left = rng.index(20);
+            } else {
+                let after = rng.below(60);
+                engine.faults.push(Fault { file: "out", write: true, after, errno: libc::EIO, torn: true });
+            }
+        }
+        let point =
+            ResumePoint { placed: survives.placed.clone(), originals_begun: survives.originals_begun };
+        let mut mortal = Mortal { survives: &mut survives, left };
+        let mut provider =
+            WorldProvider { world: setup.world.clone(), batch_max: setup.case.batch_max, invalid: false };
+        let mut releases = WorldReleases { world: setup.world.clone(), slow: setup.case.slow };
+        let origin = setup.world.borrow().origin.try_clone().unwrap();
+        fs::hard_link(&partial, &saved).unwrap();
+        let outcome = run(CopyJob {
+            region: setup.case.segment * setup.case.region.unwrap_or(1),
+            order: if setup.case.hot { Order::Hot } else { Order::Physical },
+            originals: Some(&mut provider),
+            releases: Some(&mut releases),
+            progress: Some(&mut mortal),
+            resumed: (killed > 0).then_some(point),
+            verify: setup.case.verify,
+            ..job(&mut engine, origin, &setup.case, secondary)
+        });
+        if outcome.is_ok() {
+            fs::remove_file(&saved).unwrap();
+            return killed;
+        }
+        assert!(killed < deaths, "the last process was not killed: {}", outcome.unwrap_err());
+        // Killed, not failed: the partial file stays.
+        fs::rename(&saved, &partial).unwrap();
+        for _ in 0..5 {
+            setup.world.borrow_mut().step();
+        }
+        setup.world.borrow_mut().copier_died();
+        let state = Resumed {
+            instant_ns: INSTANT,
+            archive,
+            partial: Some(partial.clone()),
+            placed: survives.placed.clone(),
+            originals_begun: survives.originals_begun,
+        };
+        secondary = reopen(&request, &state).unwrap();
+    }
+    unreachable!("the last process lives")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_killed_copy_goes_on_and_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0u8..3) {
+        let mut setup = Setup::new(&case);
+        let (form, originals) = match form {
+            0 => (Form::Raw, OriginalsMode::Overlay),
+            1 => (Form::Archive, OriginalsMode::Overlay),
+            _ => (Form::Archive, OriginalsMode::Append),
+        };
+        copy_with_deaths(&mut setup, form, originals, deaths);
+        prop_assert_eq!(setup.names(), ["out"]);
+        let found = fs::read(setup.directory.path().join("out")).unwrap();
+        let found = if form == Form::Raw { found } else { extract(&found).0 };
+        assert_same(&found, &setup.world.borrow().image);
+    }
+}
+
+#[test]
+fn copies_are_killed_in_every_phase() {
+    let mut killed = 0;
+    for seed in 0..6 {
+        let case = Case { seed, region: Some(1), ..busy_case(seed % 2 == 0) };
+        let mut setup = Setup::new(&case);
+        killed += copy_with_deaths(&mut setup, Form::Archive, OriginalsMode::Overlay, 4);
+        let found = fs::read(setup.directory.path().join("out")).unwrap();
+        assert_same(&extract(&found).0, &setup.world.borrow().image);
+    }
+    assert!(killed >= 12, "killed {killed} times: this proves little");
 }

@@ -18,6 +18,7 @@ pub mod recover;
 pub mod request;
 pub mod restore;
 pub mod restore_plan;
+pub mod resume;
 pub mod stack;
 pub mod status;
 pub mod verify;

@@ -7,13 +7,13 @@
 //! 2. give every origin its own table back, from the `real` device, under a watchdog;
 //! 3. remove snapshots, then what they mapped to;
 //! 4. give back RAM disks and loop devices;
-//! 5. remove the records.
+//! 5. remove what a copy that is given up has written beside its final name, and the records.
 //!
 //! Each part is found anew in what is there, so a recover that dies anywhere can be run again: as
 //! long as a device of a dead job exists, its part is not done.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -24,6 +24,7 @@ use crate::dm::{
     Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev, origin_table,
 };
 use crate::format::state::JobRecord;
+use crate::secondary::partial;
 
 use super::job::{FoundJob, find_jobs};
 use super::stack::{Runner, restoration};
@@ -267,6 +268,13 @@ pub fn recover() -> Result<RecoverReport> {
         if job.alive {
             report.running.push(job.id);
         } else {
+            // A copy that is given up leaves no part of itself.
+            let copy = job.record.as_ref().ok().and_then(|record| record.copy.as_ref());
+            if let Some(partial) = copy.and_then(|copy| copy.partial.as_deref())
+                && partial::remove_leftover(Path::new(partial))?
+            {
+                report.done.push(format!("remove {partial}"));
+            }
             report.done.push(format!("remove the record of job {}", job.id));
             job.remove()?;
         }

@@ -171,7 +171,13 @@ fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
     for job in look_at_jobs()? {
         known.push(job.id.clone());
         if !job.alive {
-            status.warnings.push(format!("job {} died: run 'tidemark recover'", job.id));
+            let resumable = job.record.as_ref().is_ok_and(|record| record.copy.is_some());
+            let how = if resumable {
+                "'tidemark resume' goes on with it, 'tidemark recover' gives it up"
+            } else {
+                "run 'tidemark recover'"
+            };
+            status.warnings.push(format!("job {} died: {how}", job.id));
         }
         let record = job.record.ok();
         let change = record.as_ref().and_then(|record| record.change.as_ref());

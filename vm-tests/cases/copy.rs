@@ -35,6 +35,19 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(700)
             .limit_seconds(600),
         main_job("copy_killed", "copy_killed.sh").disk_mib(96).disk_mib(700).limit_seconds(600),
+        main_job("copy_resume", "resume.sh")
+            .on_both_kernels()
+            .commands(&["dumpe2fs", "python3"])
+            .disk_mib(96)
+            .disk_mib(104)
+            .disk_mib(900)
+            .limit_seconds(1200),
+        main_job("copy_hold", "hold.sh")
+            .commands(&["dumpe2fs", "python3"])
+            .disk_mib(96)
+            .disk_mib(700)
+            .limit_seconds(600),
+        main_job("copy_files_after", "files_after.sh").disk_mib(160).disk_mib(900).limit_seconds(600),
         main_job("copy_faults", "faults.sh")
             .disk_mib(96)
             .disk_mib(700)

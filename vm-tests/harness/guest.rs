@@ -84,8 +84,10 @@ impl Machine {
             self.kernel_image(series).ok_or_else(|| format!("no kernel {series}: run scripts/setup"))?;
         let repo = self.repo.display();
         let mut append = format!(
+            // An emulated TSC is found unstable a while after the start, and the kernel then patches itself while
+            // the other processor runs, which the emulation does not always survive: it is told at once.
             "console=ttyS0 panic=-1 loglevel=5 mitigations=off rcupdate.rcu_cpu_stall_timeout=120 watchdog_thresh=60 \
-             tidemark.repo={repo} tidemark.modules={repo}/target/vm/kernel-{series}/lib/modules"
+             tsc=unstable tidemark.repo={repo} tidemark.modules={repo}/target/vm/kernel-{series}/lib/modules"
         );
         if probe {
             append.push_str(" tidemark.probe");

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use super::latency::OriginProbe;
 use super::plan::{CopyPlan, LivePlan};
-use crate::base::{Error, Result};
+use crate::base::{DeviceNumber, Error, Result};
 use crate::copy::progress::{Event, Observer, Phase};
 use crate::dm::Dm;
 use crate::op::hooks::Hook;
@@ -57,6 +57,19 @@ impl Live {
         match this.make(plan, live, observer, interrupt) {
             Ok(()) => Ok(this),
             Err(error) => Err(this.put_back_after(error)),
+        }
+    }
+
+    /// What a dead process has made, taken over whole.
+    #[must_use]
+    pub fn adopt(dm: Dm, job: Job, store: Arc<CowStore>, stack: Stack, origin: Option<DeviceNumber>) -> Self {
+        Self {
+            dm,
+            job: RefCell::new(job),
+            store: Some(store),
+            stack: Some(stack),
+            probe: origin.and_then(OriginProbe::new),
+            latency_before: None,
         }
     }
 

@@ -212,6 +212,11 @@ impl CopyPlan {
         }
     }
 
+    /// The devices that the secondary must not be on, `below` with them.
+    pub(in crate::op) fn forbidden_with(&self, below: DeviceNumber) -> Vec<DeviceNumber> {
+        self.forbidden.iter().copied().chain([below]).collect()
+    }
+
     /// What the secondary is asked to be.
     pub(in crate::op) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
         SecondaryRequest {

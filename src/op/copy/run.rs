@@ -223,6 +223,22 @@ fn copy_live(
     copy_and_put_back(plan, live, Way { secondary, journal, from: None, hook: true }, observer, interrupt)
 }
 
+/// Goes on with a copy whose process died; `hook`: --hook-after was not run yet.
+///
+/// # Errors
+/// As [`run`].
+pub(in crate::op) fn resume_copy(
+    plan: &CopyPlan,
+    live: Live,
+    way: Way,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<CopyOutcome> {
+    let watch = clock::Stopwatch::start();
+    let made = copy_and_put_back(plan, live, way, observer, interrupt)?;
+    Ok(outcome(plan, made, watch.elapsed()))
+}
+
 fn outcome(plan: &CopyPlan, made: Made, total: Duration) -> CopyOutcome {
     CopyOutcome {
         origin: plan.origin.path.display().to_string(),

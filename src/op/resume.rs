@@ -1,0 +1,194 @@
+//! `tidemark resume`: goes on with a copy whose process died while the kernel's snapshot stood.
+//!
+//! What is there then: the origin writes through its snapshot as before, the store fills, segments that
+//! are noted as placed are on the secondary (see [`journal`](super::journal)), and what is not noted is
+//! still preserved: a region is released only after all of it was noted. So going on is copying what is
+//! not noted, and then laying *every* original over it, at whatever point the other process died.
+//!
+//! Until the copier runs nothing is taken away: a resume that is refused leaves everything as it was
+//! found, to be tried again or given up with `recover`. From then on it is a copy like any other, and
+//! puts everything back however it ends.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::copy::run::{CopyOutcome, Way, resume_copy};
+use super::copy::{CopyPlan, Live};
+use super::job::{FoundJob, Job, find_jobs};
+use super::journal::{self, SegmentJournal};
+use super::request::CopyRequest;
+use super::stack::{Adopted, HoldTimes, Skipped, Stack};
+use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
+use crate::copy::ResumePoint;
+use crate::copy::progress::Observer;
+use crate::dm::Dm;
+use crate::extent::Extent;
+use crate::format::state::CopyRecord;
+use crate::secondary::{self, Resumed};
+use crate::store::CowStore;
+use crate::volume::{Origin, OriginKind};
+
+/// What would be gone on with. Serialized for `--dry-run --json`.
+#[derive(Debug, Serialize)]
+pub struct ResumePlan {
+    /// The job.
+    pub job: String,
+    /// When its process began, UTC.
+    pub started: String,
+    /// What is copied where.
+    pub copy: CopyPlan,
+    /// Segments on the secondary.
+    pub placed: usize,
+    /// Segments of the origin.
+    pub segments: u64,
+    /// All segments are there; originals were being laid over them.
+    pub originals_begun: bool,
+    #[serde(skip)]
+    found: FoundJob,
+}
+
+/// Finds the copy to go on with: the one named by `id` (or by its beginning), or the only one.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the reason where there is none, or
+/// several, or where it cannot go on; I/O errors.
+pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
+    super::privilege::require_root("going on with a copy")?;
+    let mut found = choose(find_jobs()?, id)?;
+    let record = std::mem::replace(&mut found.record, Err(Error::usage("the record was taken")))?;
+    let give_up = |what: String| {
+        Error::refused(format!("job {} cannot go on: {what}", found.id))
+            .state("nothing was changed")
+            .next("run 'tidemark recover', which puts back what is left, and copy again")
+    };
+    let copy = record.copy.as_ref().ok_or_else(|| {
+        give_up(if record.command == "copy" {
+            "its process died before the instant was taken, or it copied to a pipe, whose reader is gone"
+                .to_owned()
+        } else {
+            format!("it is no copy but '{}'", record.command)
+        })
+    })?;
+    let content = journal::read(&found.segments_path())?;
+    let origin = record.origin.as_ref().ok_or_else(|| give_up("its record names no origin".to_owned()))?;
+    let plan = copy_plan(copy, &origin.device, origin.number, content.header.origin_size)?;
+    let (placed, originals_begun) = (content.placed.len(), content.originals_begun);
+    let (segments, started_utc_ns) = (content.header.segment_count(), record.started_utc_ns);
+    found.record = Ok(record);
+    Ok(ResumePlan {
+        job: found.id.clone(),
+        started: crate::base::clock::utc_text(started_utc_ns).unwrap_or_default(),
+        copy: plan,
+        placed,
+        segments,
+        originals_begun,
+        found,
+    })
+}
+
+fn choose(jobs: Vec<FoundJob>, id: Option<&str>) -> Result<FoundJob> {
+    let mut fitting: Vec<FoundJob> = match id {
+        Some(id) => jobs.into_iter().filter(|job| job.id.starts_with(id)).collect(),
+        None => jobs
+            .into_iter()
+            .filter(|job| !job.alive && job.record.as_ref().is_ok_and(|record| record.copy.is_some()))
+            .collect(),
+    };
+    let named = id.map_or_else(String::new, |id| format!(" whose id begins with '{id}'"));
+    if fitting.len() > 1 {
+        let ids: Vec<&str> = fitting.iter().map(|job| job.id.as_str()).collect();
+        return Err(Error::refused(format!("there are several copies{named}: {}", ids.join(", ")))
+            .state("nothing was changed")
+            .next("name one: tidemark resume ID"));
+    }
+    let job = fitting.pop().ok_or_else(|| {
+        Error::refused(format!("there is no copy to go on with{named}")).state("nothing was changed").next(
+            "look at 'tidemark status'; a copy does not outlive a reboot, nor 'tidemark recover': copy again",
+        )
+    })?;
+    if job.alive {
+        return Err(Error::refused(format!("job {} is running", job.id))
+            .state("nothing was changed")
+            .next("wait for it ('tidemark status --watch'), or end it first"));
+    }
+    Ok(job)
+}
+
+/// The plan of the copy as its own process had it, from its record.
+fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes) -> Result<CopyPlan> {
+    let request: CopyRequest = serde_json::from_str(&copy.request).map_err(|source| {
+        Error::bad_data("what was asked for cannot be read: another version of tidemark wrote it")
+            .with_source(source)
+            .state("nothing was changed")
+            .next("resume with that version, or run 'tidemark recover' and copy again")
+    })?;
+    Ok(CopyPlan {
+        request,
+        origin: Origin {
+            path: copy.origin_path.clone().into(),
+            kind: OriginKind::Live { name: device.to_owned(), attached: false },
+            number: Some(number),
+            size,
+            filesystems: Vec::new(),
+            lock_filesystem: false,
+            notes: Vec::new(),
+        },
+        segment: SegmentSize::new(Bytes(copy.segment_bytes))?,
+        region: Bytes(copy.region_bytes),
+        live: None,
+        forbidden: vec![number],
+    })
+}
+
+/// Goes on.
+///
+/// # Errors
+/// Before the copier runs: what is in the way, and everything stays as it was found. Then as a copy's.
+pub fn run(
+    plan: ResumePlan,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<CopyOutcome> {
+    let ResumePlan { copy: plan, found, .. } = plan;
+    let job = Job::take_over(found)?;
+    let copy = job.record().copy.clone().expect("the plan was made from it");
+    let (journal, content) = SegmentJournal::open(&job.segments_path())?;
+    let dm = Dm::open()?;
+    let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
+    let request = plan.secondary_request(plan.forbidden_with(stack.number()));
+    let resumed = Resumed {
+        instant_ns: copy.instant_utc_ns,
+        archive: copy.archive.as_deref().map(parse_uuid).transpose()?,
+        partial: copy.partial.clone().map(Into::into),
+        placed: content.placed.clone(),
+        originals_begun: content.originals_begun,
+    };
+    let secondary = secondary::reopen(&request, &resumed)?;
+    // Last, because its release gives back what the kernel has.
+    let store = Arc::new(CowStore::adopt(job.id())?);
+    let live = Live::adopt(dm, job, store, stack, plan.origin.number);
+    let from = ResumePoint { placed: content.placed, originals_begun: content.originals_begun };
+    let way = Way { secondary, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };
+    resume_copy(&plan, live, way, observer, interrupt)
+}
+
+fn parse_uuid(text: &str) -> Result<Uuid> {
+    Uuid::parse_str(text).map_err(|source| Error::bad_data("the job's archive").with_source(source))
+}
+
+fn adopted(copy: &CopyRecord, plan: &CopyPlan) -> Adopted {
+    let nanos = |ns| std::time::Duration::from_nanos(ns);
+    let extent = |(start, end): &(u64, u64)| Extent::new(Bytes(*start), Bytes(*end));
+    Adopted {
+        skipped: Skipped { extents: copy.skipped.iter().filter_map(extent).collect(), notes: Vec::new() },
+        budget: plan.request.freeze_budget,
+        times: HoldTimes {
+            synced: nanos(copy.held_ns[0]),
+            frozen: nanos(copy.held_ns[1]),
+            suspended: nanos(copy.held_ns[2]),
+            instant_utc_ns: copy.instant_utc_ns,
+        },
+    }
+}

@@ -1,0 +1,125 @@
+# Safety promise 9: a copy that was killed goes on where it stopped, at the same instant, and comes to what an
+# uninterrupted one would have come to. SIGKILL at random moments, up to three times for each copy; what
+# cannot go on is refused and says why.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+tidemark attach "$(disk 0)" --name data
+origin=/dev/mapper/data
+raw_disk=$(disk 1)
+make_filesystem ext4 "$origin" /mnt/origin
+make_filesystem ext4 "$(disk 2)" /mnt/scratch
+table_before=$(dmsetup table "$origin")
+size=$(blockdev --getsize64 "$origin")
+start_load /mnt/origin "$SEED"
+
+is_resumable() { tidemark status --json | grep -q '"copy"' && [ -n "$(find /run/tidemark -name '*.segments')" ]; }
+
+# One copy of a random form, killed and gone on with until it is done.
+one_copy() { # ROUND
+    local round=$1 kind kills=0 moment target rate
+    kind=$(pick "kind-$round" raw-device raw-file overlay append)
+    rate=$(pick "rate-$round" 8MiB 16MiB 24MiB)
+    local -a options=(--yes --store /mnt/scratch --store-ram "$(pick "ram-$round" 0 1MiB 16MiB)" --freeze-budget 120s
+        --rate "$rate" --segment "$(pick "segment-$round" 64KiB 256KiB 1MiB)" --region "$(pick "region-$round" 1MiB 4MiB)"
+        --order "$(pick "order-$round" physical hot)" --hook-frozen "$(capture_hook /mnt/scratch/instant)")
+    [ "$(pick "verify-$round" 0 1)" = 0 ] || options+=(--verify)
+    case "$kind" in
+        raw-device) target=$raw_disk ;;
+        raw-file) target=/mnt/scratch/copy.raw ;;
+        *) target=/mnt/scratch/copy.tdm && options+=(--originals "$kind") ;;
+    esac
+    rm -f /mnt/scratch/instant /mnt/scratch/copy.*
+    note "round $round: $kind ${options[*]}"
+    tidemark copy "$origin" "$target" "${options[@]}" --json >/run/copy.json 2>&1 &
+    local process=$!
+    wait_until 120 is_resumable
+    while :; do
+        # Mostly early, so that a copy is killed more than once; sometimes when it lays originals over.
+        moment=$(rand "moment-$round-$kills" 0 "$(pick "late-$round-$kills" 900 900 6000)")
+        sleep "$((moment / 1000)).$(printf '%03d' $((moment % 1000)))"
+        if [ "$kills" = 3 ] || ! kill -KILL "$process" 2>/dev/null; then
+            break
+        fi
+        local status=0
+        wait "$process" || status=$?
+        [ "$status" = 137 ] || break
+        kills=$((kills + 1))
+        load_is_alive
+        [ ! -e "$target" ] || [ -b "$target" ] || fail "a partial copy stands under its final name"
+        tidemark status --json >/run/status.json
+        tidemark resume --json >/run/copy.json 2>&1 &
+        process=$!
+        # Killed again only once it has taken the job over.
+        wait_until 60 sh -c "grep -q '\"phase\":\"data\"' /run/copy.json || ! kill -0 $process"
+    done
+    status=0
+    wait "$process" || status=$?
+    [ "$status" = 0 ] || { tail -n 5 /run/copy.json; fail "round $round: exit status $status"; }
+    note "round $round: killed $kills times; resumed segments: $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json)"
+    echo "$kills" >>/run/kills
+    case "$target" in
+        *.tdm)
+            tidemark verify "$target"
+            tidemark restore "$target" /mnt/scratch/copy.raw --yes
+            target=/mnt/scratch/copy.raw
+            ;;
+    esac
+    python3 "$REPO/vm-tests/guest/same_in_use.py" ext4 /mnt/scratch/instant "$target" || fail "round $round: $kind"
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
+    assert_no_tidemark_left data
+    [ -z "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a partial file is left"
+    load_is_alive
+}
+
+for round in 1 2 3 4 5 6 7 8 9 10; do
+    one_copy "$round"
+done
+[ "$(awk '{ n += $1 } END { print n }' /run/kills)" -ge 10 ] || fail "hardly a copy was killed: this proves nothing"
+
+# What cannot go on.
+refused() { # WORDS ARGUMENTS...
+    local words=$1
+    shift
+    assert_status 3 tidemark resume "$@" 2>/run/err
+    grep -q "$words" /run/err || { cat /run/err; fail "resume does not say '$words'"; }
+}
+refused 'no copy to go on with'
+slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 4MiB)
+
+tidemark copy "$origin" /mnt/scratch/copy.raw "${slow[@]}" 2>/dev/null &
+process=$!
+wait_until 120 is_resumable
+job=$(basename "$(find /run/tidemark -name '*.segments')" .segments)
+refused 'is running' "$job"
+kill -KILL "$process"
+wait "$process" || true
+# The snapshot is lost while nobody looks: the store's device is gone.
+cow=$(dmsetup ls | awk '/-cow/ { print $1 }')
+dmsetup load "$cow" --table "0 $(blockdev --getsz "/dev/mapper/$cow" 2>/dev/null || dmsetup table "$cow" | awk '{ n += $2 } END { print n }') error"
+dmsetup resume "$cow"
+fio --name=after --directory=/mnt/origin --filename=fio.dat --size=24m --rw=randwrite --bs=4k --direct=1 --io_size=2m \
+    --minimal >/dev/null || fail "the application saw the store's loss"
+refused 'lost' "$job"
+[ -n "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a resume that was refused took something away"
+tidemark recover
+[ -z "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "recover left the partial file"
+refused 'no copy to go on with'
+assert_no_tidemark_left data
+
+# A pipe's reader is gone.
+tidemark copy "$origin" - "${slow[@]}" 2>/dev/null >/dev/null &
+process=$!
+wait_until 120 sh -c "dmsetup table $origin | grep -q snapshot-origin"
+sleep 1
+kill -KILL "$process"
+wait "$process" || true
+job=$(basename "$(find /run/tidemark -maxdepth 1 -name '*.lock')" .lock)
+refused 'pipe' "$job"
+tidemark recover
+assert_no_tidemark_left data
+
+stop_load
+umount /mnt/origin
+filesystem_check ext4 "$origin"
+[ "$size" = "$(blockdev --getsize64 "$origin")" ]
