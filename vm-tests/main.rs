@@ -1,11 +1,12 @@
 //! The VM cases: each boots a real kernel under QEMU in a guest of its own and runs a script in it as root.
 //!
 //! ```text
-//! cargo test --release --features vm --test vm -- [FILTER...] [--list] [--all] [--jobs N] [--keep]
+//! cargo test --release --features vm --test vm -- [FILTER...] [--list] [--all] [--bench] [--jobs N] [--keep]
 //!
 //!   FILTER     only the cases whose name contains one of these
 //!   --list     name the cases and what they need, run nothing
 //!   --all      run also what passed before with the same binary, script, harness and kernel
+//!   --bench    the measurements instead of the tests; scripts/bench reads what they leave
 //!   --jobs N   guests at a time
 //!   --keep     keep the disks of cases that pass, too
 //! ```

@@ -1,6 +1,7 @@
 //! The list of cases, one module per topic. A script is `NAME.sh` beside them; scripts share code through
 //! `lib*.sh` files here, which they source from `$REPO/vm-tests/cases`.
 
+mod bench;
 mod copy;
 mod free;
 mod golden;
@@ -19,5 +20,6 @@ pub fn all() -> Vec<Case> {
     cases.extend(free::cases());
     cases.extend(stack::cases());
     cases.extend(store::cases());
+    cases.extend(bench::cases());
     cases
 }

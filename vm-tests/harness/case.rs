@@ -41,6 +41,17 @@ pub struct Disk {
     pub block_bytes: u32,
 }
 
+/// What each disk of a case can do at most: QEMU delays what is beyond it.
+#[derive(Clone, Copy, Debug)]
+pub struct Throttle {
+    /// Of each direction, or of both together.
+    pub bytes_per_second: u64,
+    /// Whether reads and writes share the bytes.
+    pub shared: bool,
+    /// Reads and writes together; a flush is not counted.
+    pub requests_per_second: u64,
+}
+
 /// When the power fails during a boot.
 #[derive(Clone, Debug)]
 pub struct Cut {
@@ -87,6 +98,8 @@ pub struct Case {
     pub commands: Vec<String>,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// What each of them can do at most; None for what the host can.
+    pub throttle: Option<Throttle>,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
     /// How long one boot may take.
@@ -101,6 +114,8 @@ pub struct Case {
     pub uses_binary: bool,
     /// Parts of lines of the kernel's log that are no complaint in this case.
     pub tolerated: Vec<String>,
+    /// A measurement: it runs where `--bench` asks for measurements, every time, and never among the tests.
+    pub bench: bool,
 }
 
 #[allow(dead_code, reason = "the vocabulary of the case lists; not every word is in use at all times")]
@@ -113,6 +128,7 @@ impl Case {
             modules: Vec::new(),
             commands: Vec::new(),
             disks: Vec::new(),
+            throttle: None,
             memory_mib: 768,
             limit: Duration::from_secs(120),
             phases: vec![Phase { script: script.into(), cut: None }],
@@ -120,6 +136,7 @@ impl Case {
             expect: Expect::Pass,
             uses_binary: true,
             tolerated: Vec::new(),
+            bench: false,
         }
     }
 
@@ -149,6 +166,18 @@ impl Case {
     /// One more disk.
     pub fn disk(mut self, disk: Disk) -> Case {
         self.disks.push(disk);
+        self
+    }
+
+    /// Bounds what each disk can do.
+    pub fn throttle(mut self, throttle: Throttle) -> Case {
+        self.throttle = Some(throttle);
+        self
+    }
+
+    /// A measurement, not a test.
+    pub fn bench(mut self) -> Case {
+        self.bench = true;
         self
     }
 

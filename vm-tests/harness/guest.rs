@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::case::{Cache, Cut, Disk};
+use super::case::{Cache, Cut, Disk, Throttle};
 
 /// How often the guest's files are looked at.
 const POLL: Duration = Duration::from_millis(5);
@@ -30,6 +30,8 @@ pub struct Boot<'case> {
     pub memory_mib: u32,
     /// The disks and their files, in order.
     pub disks: Vec<(&'case Disk, PathBuf)>,
+    /// What each disk can do at most.
+    pub throttle: Option<Throttle>,
     /// The folder shared with the guest.
     pub share: PathBuf,
     /// Where the console goes.
@@ -55,6 +57,14 @@ pub enum Ending {
     Hung,
     /// QEMU ended and the script had not: a panic, or QEMU could not start.
     Died,
+}
+
+/// The part of `-drive` that bounds what the disk can do.
+fn throttling(throttle: Throttle) -> String {
+    let Throttle { bytes_per_second: bytes, shared, requests_per_second: requests } = throttle;
+    let ways: &[&str] = if shared { &["total"] } else { &["read", "write"] };
+    let bytes: String = ways.iter().map(|way| format!("throttling.bps-{way}={bytes},")).collect();
+    format!("{bytes}throttling.iops-total={requests},")
 }
 
 /// Kills QEMU when the runner leaves early.
@@ -117,10 +127,11 @@ impl Machine {
                 Cache::Writeback => "writeback",
                 Cache::Unsafe => "unsafe",
             };
+            let limits = boot.throttle.map_or_else(String::new, throttling);
             qemu.arg("-drive").arg(format!(
                 // An error of the host's disk is the guest's to report; QEMU's default is to stop the guest
                 // without a word where the host's disk is full.
-                "if=none,id=disk{number},format=raw,discard=unmap,cache={cache},werror=report,rerror=report,file={}",
+                "if=none,id=disk{number},format=raw,discard=unmap,cache={cache},{limits}werror=report,rerror=report,file={}",
                 path.display()
             ));
             qemu.arg("-device").arg(format!(

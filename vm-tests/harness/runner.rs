@@ -31,6 +31,7 @@ pub struct Options {
     list: bool,
     all: bool,
     keep: bool,
+    bench: bool,
     jobs: Option<usize>,
 }
 
@@ -44,6 +45,7 @@ impl Options {
                 "--list" => options.list = true,
                 "--all" => options.all = true,
                 "--keep" => options.keep = true,
+                "--bench" => options.bench = true,
                 "--jobs" => {
                     let count = arguments.next().and_then(|text| text.parse().ok());
                     let valid = count.filter(|count| (1..=JOBS_MAX).contains(count));
@@ -61,8 +63,12 @@ impl Options {
         self.list
     }
 
-    fn wants(&self, name: &str) -> bool {
-        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()))
+    /// A measurement is no test, and a test no measurement: a run is of one kind.
+    fn wants(&self, case: &Case, kernel: Kernel) -> bool {
+        let name = run_name(case, kernel);
+        let named =
+            self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()));
+        named && case.bench == self.bench
     }
 }
 
@@ -109,20 +115,14 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally, String> {
     let mut queue: VecDeque<(Case, Kernel)> = VecDeque::new();
     for case in cases {
         for kernel in case.kernels.clone() {
-            if options.wants(&format!("{}-{}", case.name, kernel.series())) {
+            if options.wants(&case, kernel) {
                 queue.push_back((case.clone(), kernel));
             }
         }
     }
     if options.list {
         for (case, kernel) in &queue {
-            println!(
-                "{}-{}: modules {:?}, commands {:?}",
-                case.name,
-                kernel.series(),
-                case.modules,
-                case.commands
-            );
+            println!("{}: modules {:?}, commands {:?}", run_name(case, *kernel), case.modules, case.commands);
         }
         return Ok(Tally::default());
     }
@@ -143,17 +143,16 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally, String> {
                 while let Some((case, kernel)) = locked(&queue).pop_front() {
                     let start = Instant::now();
                     let verdict = context.judge(&case, kernel);
-                    report(
-                        &format!("{}-{}", case.name, kernel.series()),
-                        &verdict,
-                        start.elapsed(),
-                        &mut locked(&tally),
-                    );
+                    report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
                 }
             });
         }
     });
     Ok(tally.into_inner().expect("a thread that panicked has ended the scope"))
+}
+
+fn run_name(case: &Case, kernel: Kernel) -> String {
+    format!("{}-{}", case.name, kernel.series())
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -262,10 +261,11 @@ impl Context<'_> {
             let failed = Verdict::Failed(format!("  skipped, where nothing may be: {why}"));
             return Ok(if self.skips_fail { failed } else { Verdict::Skipped(why) });
         }
-        let run_name = format!("{}-{}", case.name, kernel.series());
+        let run_name = run_name(case, kernel);
         let image = self.machine.kernel_image(kernel.series()).unwrap_or_default();
         let digest = self.stamps.digest(case, kernel, &image.display().to_string())?;
-        if !self.options.all && !self.seed_given && self.stamps.passed(&run_name, &digest) {
+        let anew = self.options.all || self.seed_given || case.bench;
+        if !anew && self.stamps.passed(&run_name, &digest) {
             return Ok(Verdict::Unchanged);
         }
         self.stamps.forget(&run_name);
@@ -327,6 +327,7 @@ impl Context<'_> {
                 series: kernel.series(),
                 memory_mib: case.memory_mib,
                 disks: disks.clone(),
+                throttle: case.throttle,
                 share: share.clone(),
                 console: folder.join(format!("console.{number}.log")),
                 messages: folder.join(format!("qemu.{number}.log")),

@@ -1,0 +1,81 @@
+//! What does a copy cost the applications beside it? The measurement that `scripts/bench vm` starts and reads:
+//! no tests, they run only where `--bench` asks for them.
+//!
+//! The script says what it measures; here is the machine it measures on. The disks are throttled, so that
+//! they are the bottleneck and not the emulated processor: an SSD (some 500 MiB/s, 75,000 requests a second, a
+//! first answer within 60 microseconds) in tenfold slow motion, which is about what the emulation makes of the
+//! answer. What QEMU's throttle makes of that, and whom it favours:
+//!
+//! - It is a leaky bucket that lets a tenth of a second's work through at once, so a reader with one request at
+//!   a time gets nearly all of the bandwidth. That favours `dd`.
+//! - Requests of one direction are served in the order of arrival. The read that a first write needs to
+//!   preserve its original waits for everything that the copy has asked for before: whoever reads ahead too
+//!   much pays for it there.
+//! - Reads and writes have a bandwidth each, as on a disk whose writes go to its buffer. With
+//!   `--disk shared` they share one and are served in turn: the disk then gives a writer beside any busy reader,
+//!   `dd` too, a small part of what it gives him alone, and hides most of what copy-on-write costs. The turns
+//!   would be of 1 MiB, where a disk interleaves transfers in frames of some KiB; so the guest cuts its requests.
+//! - A flush costs nothing, as on a disk with protection against power loss; what it costs elsewhere the slow
+//!   profile shows, with dm-delay.
+
+use crate::harness::Case;
+use crate::harness::case::Throttle;
+
+const DISK: Throttle = Throttle { bytes_per_second: 50 << 20, shared: false, requests_per_second: 7500 };
+
+/// The largest request that the guest makes of a disk whose directions take turns.
+const SHARED_REQUEST_KIB: u32 = 64;
+
+/// 5 ms in the same slow motion. From 50 ms on dm-delay sleeps on a timer; below, it would spin on a processor.
+const SLOW_FLUSH_MS: u32 = 50;
+
+/// The options of `scripts/bench vm`, as it passes them on, and what stands for each that it does not.
+const PASSED_ON: [(&str, &str); 5] = [
+    ("TIDEMARK_BENCH_ROUNDS", "1"),
+    ("TIDEMARK_BENCH_LOADS", "uniform,skewed,append,pgbench"),
+    ("TIDEMARK_BENCH_CONTENDERS", "none,dd,lvm,tidemark"),
+    ("TIDEMARK_BENCH_OPTIONS", ""),
+    ("TIDEMARK_BENCH_IDLE_SECONDS", "6"),
+];
+
+/// The measurements.
+pub fn cases() -> Vec<Case> {
+    vec![
+        measurement("bench_normal").variable("TIDEMARK_BENCH_FLUSH_MS", "0"),
+        measurement("bench_slow")
+            .variable("TIDEMARK_BENCH_FLUSH_MS", SLOW_FLUSH_MS.to_string())
+            .modules(&["dm-delay"]),
+    ]
+}
+
+fn measurement(name: &str) -> Case {
+    let volume_mib = number("TIDEMARK_BENCH_VOLUME_MIB").unwrap_or(512).clamp(256, 1 << 16);
+    let shared = std::env::var("TIDEMARK_BENCH_DISK").is_ok_and(|kind| kind == "shared");
+    let mut case = Case::new(name, "bench.sh")
+        .bench()
+        .modules(&["dm-snapshot", "loop", "zram", "ext4"])
+        .commands(&["fio", "lvcreate", "python3", "pgbench", "initdb", "e2fsck"])
+        // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.
+        .disk_mib(volume_mib + 8)
+        .disk_mib(volume_mib)
+        .disk_mib(2 * (volume_mib + volume_mib / 64) + 96)
+        .throttle(Throttle { shared, ..DISK })
+        .memory_mib(1536)
+        .limit_seconds(number("TIDEMARK_BENCH_LIMIT_SECONDS").unwrap_or(3600))
+        .variable("TIDEMARK_BENCH_VOLUME_MIB", volume_mib.to_string())
+        .variable(
+            "TIDEMARK_BENCH_REQUEST_KIB",
+            if shared { SHARED_REQUEST_KIB.to_string() } else { String::new() },
+        )
+        .variable("TIDEMARK_BENCH_DISK", if shared { "shared" } else { "separate" })
+        .variable("TIDEMARK_BENCH_DISK_BYTES_PER_SECOND", DISK.bytes_per_second.to_string())
+        .variable("TIDEMARK_BENCH_DISK_REQUESTS_PER_SECOND", DISK.requests_per_second.to_string());
+    for (name, otherwise) in PASSED_ON {
+        case = case.variable(name, std::env::var(name).unwrap_or_else(|_| otherwise.to_owned()));
+    }
+    case
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
