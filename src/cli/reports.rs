@@ -105,6 +105,17 @@ impl Human for ResumePlan {
     }
 }
 
+/// Whether the snapshot's device is of use to anybody.
+fn preserved_text(preserved: Option<Bytes>, size: Option<Bytes>) -> String {
+    match (preserved, size) {
+        (Some(preserved), Some(size)) if preserved == size => "shows the instant".to_owned(),
+        (Some(preserved), Some(size)) => {
+            format!("{preserved} of {size} still preserved: its device is of no use, the copy is")
+        }
+        _ => "nothing writes through it".to_owned(),
+    }
+}
+
 fn skipped_text(skipped: &SkippedReport) -> String {
     if skipped.bytes == Bytes::ZERO {
         return "copied with the rest".to_owned();
@@ -390,10 +401,16 @@ impl Human for Status {
         rows.extend(self.jobs.iter().map(job_row));
         text.push_str(&section(&rows));
         text.extend(self.jobs.iter().map(job_progress));
-        let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE"])];
+        let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE", "THE ORIGIN'S WRITES"])];
         rows.extend(self.stacks.iter().map(|stack| {
             let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());
-            vec![stack.snapshot.clone(), stack.job.clone(), below, snapshot_text(&stack.status)]
+            vec![
+                stack.snapshot.clone(),
+                stack.job.clone(),
+                below,
+                snapshot_text(&stack.status),
+                preserved_text(stack.preserved, stack.size),
+            ]
         }));
         text.push_str(&section(&rows));
         if text.is_empty() {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Result, clock};
 use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
-use crate::dm::{DeviceIdentity, DeviceInfo, Dm, SnapshotStatus, node};
+use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node, origin_table};
 use crate::format::state::ProgressView;
 use crate::topology::Topology;
 
@@ -75,6 +75,11 @@ pub struct StackStatus {
     pub below: Option<String>,
     /// How the snapshot is, and how full its store.
     pub status: SnapshotStatus,
+    /// Bytes of the origin whose writes are still preserved; None where no origin writes through it any more.
+    pub preserved: Option<Bytes>,
+    /// Size of the origin. Where not all of it is preserved (free space, regions that were released), the
+    /// snapshot's device does not show the instant: only the copy does.
+    pub size: Option<Bytes>,
 }
 
 /// Looks at everything.
@@ -113,14 +118,33 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         let below = ours.iter().find(|other| {
             DeviceIdentity::parse(&other.uuid).is_some_and(|it| it.role == ROLE_REAL && it.id == identity.id)
         });
+        let origin = below.map_or(Ok(None), |below| table_over(dm, below.number))?;
+        let preserved = |(table, real): &(Table, DeviceNumber)| {
+            origin_table::preserved(table, *real).iter().map(|extent| extent.length()).sum()
+        };
         status.stacks.push(StackStatus {
             job: identity.id,
             snapshot: info.name.clone(),
             below: below.map(|other| other.name.clone()),
             status: dm.snapshot_status(&info.name)?,
+            preserved: origin.as_ref().map(preserved),
+            size: origin.and_then(|(table, _)| table.length().checked_bytes()),
         });
     }
     Ok(())
+}
+
+/// The table of the origin that writes through `real`.
+fn table_over(dm: &Dm, real: DeviceNumber) -> Result<Option<(Table, DeviceNumber)>> {
+    for (name, _) in dm.list()? {
+        // One that goes away, or whose table is none of ours to read, is not the one.
+        if let Ok(Some(table)) = dm.table(&name, Slot::Active)
+            && origin_table::is_over(&table, real)
+        {
+            return Ok(Some((table, real)));
+        }
+    }
+    Ok(None)
 }
 
 fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {

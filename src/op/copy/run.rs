@@ -28,8 +28,8 @@ use crate::copy::{
     engine_config,
 };
 use crate::dm::Dm;
-use crate::extent::Extent;
 use crate::extent::free::needed;
+use crate::extent::{BlockList, Extent};
 use crate::format::progress::{Header, ProgressForm};
 use crate::format::state::CopyRecord;
 use crate::io::{EnginePreference, open_engine};
@@ -388,7 +388,11 @@ fn copy_below(
         Ok(below) => below,
         Err(error) => return Err(abandon(secondary, error)),
     };
-    let block_list = needed(&live.stack().skipped().extents, plan.origin.size);
+    let form = plan.secondary_request(Vec::new()).form;
+    let block_list = BlockList::new(needed(&live.stack().skipped().extents, plan.origin.size))
+        .with_parts_max(plan.segment, secondary::parts_max(form))
+        .runs()
+        .to_vec();
     secondary.restrict(&block_list);
     let (monitor, gate) = (&beside.monitor, &beside.gate);
     let mut originals = StoreOriginals::new(live, monitor, gate);
