@@ -11,7 +11,7 @@ table_before=$(dmsetup table "$origin")
 start_load /mnt/origin "$SEED"
 
 # Large chunks: every small write preserves 16 KiB, and the store has room for half of what there is.
-options=(--yes --store /mnt/scratch --store-ram 0 --store-size 16MiB --chunk 16KiB --region 1MiB --rate 3MiB
+options=(--yes --store /mnt/scratch --store-ram 0 --store-size 6MiB --chunk 16KiB --region 1MiB --rate 2MiB
     --freeze-budget 120s --json)
 
 note "abort"

