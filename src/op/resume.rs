@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::copy::run::{CopyOutcome, Way, resume_copy};
+use super::copy::run::{CopyOutcome, Way, block_list_of, resume_copy};
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
 use super::journal::{self, SegmentJournal};
@@ -157,7 +157,9 @@ pub fn run(
     let (journal, content) = SegmentJournal::open(&job.segments_path())?;
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
-    let request = plan.secondary_request(plan.forbidden_with(stack.number()));
+    let mut request = plan.secondary_request(plan.forbidden_with(stack.number()));
+    // As the other process had it: an archive counts what its frames hold by it.
+    request.block_list = block_list_of(&plan, &stack);
     let resumed = Resumed {
         instant_ns: copy.instant_utc_ns,
         archive: copy.archive.as_deref().map(parse_uuid).transpose()?,

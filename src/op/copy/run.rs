@@ -37,7 +37,7 @@ use crate::op::hooks::Hook;
 use crate::op::journal::SegmentJournal;
 use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat};
-use crate::op::stack::{HoldTimes, Skipped};
+use crate::op::stack::{HoldTimes, Skipped, Stack};
 use crate::secondary::{self, Secondary};
 use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent, TailPlace};
 use crate::sys::process::crash_point;
@@ -388,11 +388,7 @@ fn copy_below(
         Ok(below) => below,
         Err(error) => return Err(abandon(secondary, error)),
     };
-    let form = plan.secondary_request(Vec::new()).form;
-    let block_list = BlockList::new(needed(&live.stack().skipped().extents, plan.origin.size))
-        .with_parts_max(plan.segment, secondary::parts_max(form))
-        .runs()
-        .to_vec();
+    let block_list = block_list_of(plan, live.stack());
     secondary.restrict(&block_list);
     let (monitor, gate) = (&beside.monitor, &beside.gate);
     let mut originals = StoreOriginals::new(live, monitor, gate);
@@ -431,6 +427,16 @@ fn blind_text(plan: &CopyPlan) -> String {
          fare, and the copier does not give way",
         plan.origin.path.display()
     )
+}
+
+/// What is copied: everything but what was not in use at the instant, as far as the secondary's form can tell
+/// it apart.
+pub(in crate::op) fn block_list_of(plan: &CopyPlan, stack: &Stack) -> Vec<Extent> {
+    let form = plan.secondary_request(Vec::new()).form;
+    BlockList::new(needed(&stack.skipped().extents, plan.origin.size))
+        .with_parts_max(plan.segment, secondary::parts_max(form))
+        .runs()
+        .to_vec()
 }
 
 /// Who works beside the copier, and what they tell.
