@@ -149,6 +149,7 @@ impl Gate {
             stack: stack.clone(),
             released: released.into_iter().collect(),
             hold,
+            ready: None,
             events: Box::new(events),
             spent_said: false,
         };
@@ -228,6 +229,8 @@ struct Keeper {
     stack: Stack,
     released: ExtentSet,
     hold: Option<HoldPolicy>,
+    /// For the next slice.
+    ready: Option<Watchdog>,
     events: Box<dyn Fn(GateEvent) + Send>,
     spent_said: bool,
 }
@@ -236,6 +239,9 @@ impl Keeper {
     fn run(&mut self, shared: &Shared) {
         // Released by the copier, not yet by the kernel.
         let mut due = !self.released.is_empty();
+        if self.hold.is_some() {
+            self.ready = self.watchdog().ok();
+        }
         let mut rest_until = Instant::now();
         loop {
             let rest = rest_until.saturating_duration_since(Instant::now());
@@ -314,6 +320,16 @@ impl Keeper {
         false
     }
 
+    /// A watchdog that is ready to be armed over a slice.
+    fn watchdog(&self) -> Result<Watchdog> {
+        let order = Order {
+            devices: vec![self.stack.origin().to_owned()],
+            filesystems: Vec::new(),
+            budget_ms: u64::try_from((HOLD_SLICE + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
+        };
+        Watchdog::start(Path::new("/proc/self/exe"), &order)
+    }
+
     /// Suspends the origin for a slice, or until there is something to release; it goes on with what is
     /// released by then. Answers no stall: a hold is not followed by a rest.
     fn hold(&mut self, shared: &Shared) -> Result<Duration> {
@@ -324,16 +340,16 @@ impl Keeper {
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
         let slice = HOLD_SLICE.min(budget.saturating_sub(report.held));
         let origin = self.stack.origin().to_owned();
-        let order = Order {
-            devices: vec![origin.clone()],
-            filesystems: Vec::new(),
-            budget_ms: u64::try_from((slice + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
+        let mut watchdog = match self.ready.take() {
+            Some(watchdog) => watchdog,
+            None => self.watchdog()?,
         };
-        let mut watchdog = Watchdog::start(Path::new("/proc/self/exe"), &order)?;
         watchdog.arm()?;
         let begin = Instant::now();
         let suspended =
             self.dm.suspend(&origin, SuspendFlags { flush: false, lock_filesystem: false }).map(|()| {
+                // The next slice must be able to follow at once: a process is not started in no time.
+                self.ready = self.watchdog().ok();
                 let mut state = shared.wait(Some(slice), true);
                 self.released.extend(state.pending.drain(..));
             });
