@@ -187,7 +187,7 @@ const ONE: u64 = 1000;
 const WINDOW_MAX: u64 = 128 * ONE;
 
 /// The window at the beginning: on most disks the full rate, on all a short queue.
-const WINDOW_BEGIN: u64 = 4 * ONE;
+const WINDOW_BEGIN: u64 = 2 * ONE;
 
 /// What the copier may do until the next tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
