@@ -251,10 +251,13 @@ mod tests {
         /// that is was said to be near before, and one with nothing free is short.
         #[test]
         fn a_store_is_short_in_time(
-            total in 1u64..1 << 40, part in 0.0f64..=1.0, rate in 0u64..1 << 34, shift in 12u32..21
+            total in 1u64..1 << 40, free in 0u64..1 << 40, rate in 0u64..1 << 34,
+            bits in (0u32..40, 0u32..40, 0u32..34), shift in 12u32..21
         ) {
+            // Every order of magnitude of each, for it is their relation that counts.
+            let (total, free, rate) = ((total >> bits.0).max(1), free >> bits.1, rate >> bits.2);
             let (total, chunk) = (Bytes(total), ChunkSize::new(Bytes(1 << shift)).unwrap());
-            let used = whole(approximate(total) * part).min(total);
+            let used = total.saturating_sub(Bytes(free));
             let mut fill = FillRate::default();
             fill.observe(Duration::ZERO, Bytes::ZERO);
             fill.observe(Duration::from_secs(1), Bytes(rate));

@@ -267,8 +267,14 @@ impl Tail {
         description: String,
         warnings: &mut Vec<String>,
     ) -> Result<Self> {
-        allocate(&file, Bytes::ZERO, bytes)
-            .io_context(|| format!("allocating {bytes} for the store in {description}"))?;
+        let what = || format!("allocating {bytes} for the store in {description}");
+        // An attempt that must fail would fill the filesystem for everybody until it does.
+        let space = fstatvfs(&file).io_context(what)?;
+        let free = Bytes(space.blocks_available().saturating_mul(space.fragment_size()));
+        if free < bytes {
+            return Err(Error::new(ErrorKind::NoSpace, format!("{}: only {free} is free", what())));
+        }
+        allocate(&file, Bytes::ZERO, bytes).io_context(what)?;
         let (device, number) = attach(&file, &description, warnings)?;
         Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
     }
@@ -667,7 +673,8 @@ mod tests {
         let (_records, mut record) = record();
         let mut tail = Tail::make(&place, Bytes::mib(1), None, &mut record, &mut Vec::new()).unwrap();
         let error = Tail::make(&place, free * 4, None, &mut record, &mut Vec::new()).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::NoSpace), "{error}");
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+        assert_eq!(error.errno(), None, "it was tried, and filled the disk for a moment");
         assert!(tail.grow(Bytes::mib(1)).is_err(), "no growth is no success");
         assert_eq!(tail.bytes, Bytes::mib(1));
     }
