@@ -158,9 +158,10 @@ a_bytes=$(bytes "$a_start") a_end=$(bytes $((a_start + a_length)))
 # The second half of the largest free extent of the first partition: free as long as nobody else is there. (The
 # middle of a filesystem is not: a journal may lie there.)
 map true /mnt/a /mnt/b
-read -r middle middle_length < <(awk -v from="$a_bytes" -v to="$a_end" '
+span=$(awk -v from="$a_bytes" -v to="$a_end" '
     $1 == "free" && $2 >= from && $3 <= to && $3 - $2 > most { most = $3 - $2; end = $3 }
     END { length_sectors = int(most / 1024); print end / 512 - length_sectors, length_sectors }' "$REPORT")
+middle=${span% *} middle_length=${span#* }
 assert_same "free bytes where nobody else is" "$(is_free "$(bytes "$middle")" "$(bytes $((middle + middle_length)))")" \
     "$(bytes "$middle_length")"
 [ "$middle_length" -gt "$mib" ] || fail "only $middle_length sectors are free together"
