@@ -23,6 +23,7 @@ const COMMANDS: &[Row] = &[
     },
     Row { name: "detach", required: &["tidemark-test-no-such-volume"], missing_input: None },
     Row { name: "copy", required: &["ORIGIN", "SECONDARY"], missing_input: Some(&["MISSING", "OUT"]) },
+    Row { name: "resume", required: &[], missing_input: None },
     Row { name: "restore", required: &["ARCHIVE", "TARGET"], missing_input: Some(&["MISSING", "OUT"]) },
     Row { name: "verify", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
     Row { name: "inspect", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
@@ -107,6 +108,19 @@ fn a_surplus_argument_exits_2() {
         let ran = run(&arguments);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", row.name);
         assert!(ran.stderr.contains("surplus"), "{}: {}", row.name, ran.stderr);
+    }
+}
+
+#[test]
+fn resume_says_that_there_is_nothing_to_go_on_with() {
+    if !is_root() {
+        return;
+    }
+    for arguments in [&["resume", "tidemark-test-no-such-job"][..], &["resume", "zz", "--dry-run"]] {
+        let ran = run(arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{}", ran.stderr);
+        assert!(ran.stderr.contains("no copy to go on with"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("tidemark status"), "{}", ran.stderr);
     }
 }
 

@@ -40,6 +40,7 @@ fn what_needs_root_is_refused_with_advice() {
         vec!["status"],
         vec!["status", "--watch"],
         vec!["recover"],
+        vec!["resume"],
     ] {
         let ran = run_as_ordinary(&bench, &arguments);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{arguments:?}: {}", ran.stderr);
