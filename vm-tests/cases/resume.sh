@@ -62,7 +62,7 @@ one_copy() { # ROUND
     status=0
     [ -z "$process" ] || wait "$process" || status=$?
     [ "$status" = 0 ] || { tail -n 5 /run/copy.json; fail "round $round: exit status $status"; }
-    note "round $round: killed $kills times; resumed segments: $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json)"
+    note "round $round: killed $kills times; $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json || echo 'complete when it was killed')"
     echo "$kills" >>/run/kills
     case "$target" in
         *.tdm)
