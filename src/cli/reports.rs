@@ -164,7 +164,7 @@ impl Human for CopyOutcome {
                 let held = seconds_text(release.held.as_secs_f64());
                 lines.add(
                     "held",
-                    format!("{held} in {} slices, because the store was about to fill", release.holds),
+                    format!("{held} in {} stretches, because the store was about to fill", release.holds),
                 );
             }
         }

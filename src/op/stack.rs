@@ -404,6 +404,12 @@ impl Stack {
         &self.skipped
     }
 
+    /// The origin's size.
+    #[must_use]
+    pub fn size(&self) -> Bytes {
+        self.own_table.length().bytes()
+    }
+
     /// The number of the device beneath.
     #[must_use]
     pub fn number(&self) -> DeviceNumber {

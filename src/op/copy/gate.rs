@@ -8,8 +8,8 @@
 //!   origin is never held for more than a small share of the time; what is released meanwhile goes
 //!   together. A release that fails is tried again with the next: until then the region is preserved.
 //! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
-//!   suspended, for a slice at a time, so that the copier catches up and releases what is about to be
-//!   written. A watchdog stands over each slice; all slices together are bounded by a budget. Where that is
+//!   suspended, for some seconds at a stretch, so that the copier catches up and releases what is about to be
+//!   written. A watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
 //!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
 //!   never fails.
 //!
@@ -45,8 +45,11 @@ const REST_MAX: Duration = Duration::from_secs(2);
 /// Between two looks at the store, while a hold may become necessary.
 const HOLD_POLL: Duration = Duration::from_millis(20);
 
-/// Longest time that the origin is suspended at a stretch.
+/// What one watchdog stands over: after so long a new one must have taken over, or the origin goes on.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
+
+/// Longest time until writers go on for a moment, where the store is still about to fill.
+const HOLD_STRETCH_MAX: Duration = Duration::from_secs(5);
 
 /// What a watchdog over a slice allows beyond it.
 const HOLD_GRACE: Duration = Duration::from_secs(2);
@@ -64,7 +67,7 @@ pub struct GateReport {
     /// All releases together.
     #[serde(rename = "stalled_seconds", serialize_with = "clock::seconds")]
     pub stalled: Duration,
-    /// Slices for which the origin was suspended because the store was about to fill.
+    /// Stretches for which the origin was suspended because the store was about to fill.
     pub holds: u64,
     /// All of them together.
     #[serde(rename = "held_seconds", serialize_with = "clock::seconds")]
@@ -330,15 +333,38 @@ impl Keeper {
         Watchdog::start(Path::new("/proc/self/exe"), &order)
     }
 
-    /// Suspends the origin for a slice, or until there is something to release; it goes on with what is
-    /// released by then. Answers no stall: a hold is not followed by a rest.
+    /// Stays suspended, slice after slice, each under a watchdog of its own, until the copier has caught up,
+    /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
+    /// left of the store: so that is not done after every slice. Answers the watchdog that stands.
+    fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Watchdog {
+        let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
+        loop {
+            // A process is not started in no time: the next one is ready when it is needed.
+            self.ready = self.watchdog().ok();
+            let slice = HOLD_SLICE.min(end.saturating_duration_since(Instant::now()));
+            let mut state = shared.wait(Some(slice), false);
+            self.released.extend(state.pending.drain(..));
+            let over = state.stop || Instant::now() >= end;
+            drop(state);
+            let caught_up = self.released.total() >= self.stack.size();
+            if over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
+                return watchdog;
+            }
+            // Armed before the last one is stopped: the origin is never held unguarded.
+            let armed = self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next));
+            let Some(next) = armed else { return watchdog };
+            let _ = std::mem::replace(&mut watchdog, next).dismiss();
+        }
+    }
+
+    /// Suspends the origin for a stretch; it goes on with what is released by then. Answers no stall: a hold
+    /// is not followed by a rest.
     fn hold(&mut self, shared: &Shared) -> Result<Duration> {
         let report = shared.lock().report;
         if report.holds == 0 {
             (self.events)(GateEvent::Holding);
         }
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
-        let slice = HOLD_SLICE.min(budget.saturating_sub(report.held));
         let origin = self.stack.origin().to_owned();
         let mut watchdog = match self.ready.take() {
             Some(watchdog) => watchdog,
@@ -346,13 +372,11 @@ impl Keeper {
         };
         watchdog.arm()?;
         let begin = Instant::now();
-        let suspended =
-            self.dm.suspend(&origin, SuspendFlags { flush: false, lock_filesystem: false }).map(|()| {
-                // The next slice must be able to follow at once: a process is not started in no time.
-                self.ready = self.watchdog().ok();
-                let mut state = shared.wait(Some(slice), true);
-                self.released.extend(state.pending.drain(..));
-            });
+        let quick = SuspendFlags { flush: false, lock_filesystem: false };
+        let suspended = self.dm.suspend(&origin, quick);
+        if suspended.is_ok() {
+            watchdog = self.stay(shared, watchdog, budget.saturating_sub(report.held));
+        }
         let resumed = suspended.and_then(|()| {
             let released: Vec<Extent> = self.released.iter().collect();
             // The swap lets a suspended device go on. Where it did not come to that, the resume does.
