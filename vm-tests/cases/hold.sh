@@ -36,7 +36,8 @@ assert_no_tidemark_left data
 note "killed while it holds"
 tidemark copy "$origin" /mnt/scratch/copy2.raw "${options[@]}" --rate 1MiB --on-full hold --hold-budget 120s >/run/kill.json 2>&1 &
 process=$!
-wait_until 120 sh -c "dmsetup info -c --noheadings -o name,suspended | grep -q 'data:Suspended'"
+wait_until 120 sh -c "grep -q 'are held until' /run/kill.json || ! kill -0 $process"
+grep -q 'are held until' /run/kill.json || { tail -n 3 /run/kill.json; fail "it ended before it held anything"; }
 kill -KILL "$process"
 wait "$process" || true
 timeout 20 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=1 conv=fsync status=none || fail "the origin stays held"
