@@ -48,7 +48,7 @@ for round in 1 2 3 4 5; do
     put_back "round $round"
 done
 
-tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 120s \
+tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"
 assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
 stop_load

@@ -55,7 +55,7 @@ dmsetup create --noudevsync badbelow --table "0 32768 linear $fault_disk 0
 dmsetup mknodes
 dmsetup create --noudevsync badorigin --table "0 $sectors linear /dev/mapper/badbelow 0"
 dmsetup mknodes
-expect_failure 1 'read' tidemark copy /dev/mapper/badorigin /mnt/scratch/bad.raw --yes --store /mnt/scratch
+expect_failure 1 'read' tidemark copy /dev/mapper/badorigin /mnt/scratch/bad.raw --all --yes --store /mnt/scratch
 dmsetup remove --noudevsync badorigin
 dmsetup remove --noudevsync badbelow
 
@@ -74,7 +74,7 @@ for signal in INT TERM; do
 done
 
 note "a copy works after all that"
-tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 120s \
+tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"
 assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
 stop_load

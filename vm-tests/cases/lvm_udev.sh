@@ -29,7 +29,7 @@ udevadm monitor --udev --property --subsystem-match=block >/run/udev-monitor.log
 monitor=$!
 start_load /mnt/origin "$SEED"
 
-tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 8MiB --freeze-budget 120s \
+tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --rate 8MiB --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)" &
 copy=$!
 for _ in $(seq 600); do

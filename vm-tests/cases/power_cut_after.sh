@@ -14,7 +14,7 @@ umount /mnt/origin
 filesystem_check ext4 /dev/mapper/data
 tidemark recover
 mount /dev/mapper/data /mnt/origin
-tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 120s \
+tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"
 assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
 umount /mnt/origin

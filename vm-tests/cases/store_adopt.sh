@@ -18,7 +18,7 @@ begin() {
         fallocate -l $((free - size / 20 - (ROOM << 20))) "$FILLER"
     fi
     # Large chunks: few exceptions fill the store, and reading them one by one does not take long.
-    tidemark copy "$origin" "$COPY" --yes --chunk 64KiB --store /mnt/scratch --rate 1MiB --freeze-budget 120s \
+    tidemark copy "$origin" "$COPY" --all --yes --chunk 64KiB --store /mnt/scratch --rate 1MiB --freeze-budget 120s \
         --hook-frozen "dd if=\$TIDEMARK_ORIGIN_BELOW of=$INSTANT bs=1M iflag=direct status=none" "$@" \
         >"$ARTIFACTS/copy" 2>&1 &
     local copy=$!

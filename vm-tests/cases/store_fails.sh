@@ -11,7 +11,7 @@ fails_with() {
     local pattern=$1 status=0 lost='' noticed='' begin
     shift
     begin=$(uptime_now)
-    TIDEMARK_LOG=info tidemark copy "$origin" /mnt/scratch/copy.raw --yes --rate 1MiB "$@" >"$ARTIFACTS/out" 2>&1 &
+    TIDEMARK_LOG=info tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --rate 1MiB "$@" >"$ARTIFACTS/out" 2>&1 &
     local copy=$!
     while kill -0 "$copy" 2>/dev/null; do
         if [ -z "$noticed" ] && grep -q 'the snapshot is lost' "$ARTIFACTS/out"; then noticed=$(uptime_now); fi

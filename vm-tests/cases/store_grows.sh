@@ -7,7 +7,7 @@ make_volume
 start_writes --bs=4k --blockalign=1m --rate_iops=40
 for ram in 96MiB 0; do
     note "a head of $ram"
-    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --chunk 1MiB --store /mnt/scratch --store-ram "$ram" \
+    tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --chunk 1MiB --store /mnt/scratch --store-ram "$ram" \
         --rate 24MiB --freeze-budget 120s --json \
         --hook-frozen "dd if=\$TIDEMARK_ORIGIN_BELOW of=/mnt/scratch/instant bs=1M iflag=direct status=none" \
         >"$ARTIFACTS/copy.$ram.json" 2>"$ARTIFACTS/copy.$ram.log" || {
