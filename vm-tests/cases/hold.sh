@@ -11,19 +11,19 @@ table_before=$(dmsetup table "$origin")
 start_load /mnt/origin "$SEED"
 
 # Large chunks: every small write preserves 16 KiB, and the store has room for half of what there is.
-options=(--yes --store /mnt/scratch --store-ram 0 --store-size 6MiB --chunk 16KiB --region 1MiB --rate 2MiB
+options=(--yes --store /mnt/scratch --store-ram 0 --store-size 6MiB --chunk 16KiB --region 1MiB
     --freeze-budget 120s --json)
 
 note "abort"
 status=0
-tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" >/run/abort.json 2>&1 || status=$?
+tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --rate 2MiB >/run/abort.json 2>&1 || status=$?
 [ "$status" = 1 ] || { tail -n 3 /run/abort.json; fail "exit status $status of a copy whose store is full"; }
 grep -q 'COW store is full' /run/abort.json || fail "the error does not say that the store is full"
 load_is_alive
 assert_no_tidemark_left data
 
 note "hold"
-tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --on-full hold --hold-budget 120s \
+tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --rate 2MiB --on-full hold --hold-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)" >/run/hold.json 2>&1 || { tail -n 3 /run/hold.json; fail "the copy"; }
 holds=$(grep -o '"holds":[0-9]*' /run/hold.json | tail -n 1 | cut -d: -f2)
 note "held in $holds slices: $(grep -o '"held_seconds":[0-9.]*' /run/hold.json | tail -n 1)"
