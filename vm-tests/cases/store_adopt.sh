@@ -7,6 +7,8 @@ REPORT=/run/store-report
 FILLER=/mnt/scratch/filler
 INSTANT=/tmp/instant
 COPY=/tmp/copy.raw
+# As many as start_writes has.
+WRITES_IN_FLIGHT=8
 
 # begin COPY-OPTION...: a copy that is killed once its store is in use. With ROOM, the store's filesystem has only
 # so many MiB for it, beside the twentieth that is kept free, until the copy is dead.
@@ -78,12 +80,16 @@ word() { sed -n "s/.*\<$1 \([0-9]*\).*/\1/p" <<<"$ANSWER"; }
 store_is_right() {
     ask exceptions
     assert_same "originals that differ" "$(word different)" 0
-    # More may have come between the status and the reading, never fewer.
-    [ "$(word exceptions)" -ge "$(word of)" ] || fail "exceptions are missing"
+    # More may have come between the status and the reading. Fewer only by the writes in flight: the status counts a
+    # chunk as soon as it is allocated, before its exception is committed.
+    [ $(($(word exceptions) + WRITES_IN_FLIGHT)) -ge "$(word of)" ] || fail "exceptions are missing"
     [ "$(word exceptions)" -gt 50 ] || fail "hardly any exceptions: this proves nothing"
 }
 
-used_past() { [ "$(dmsetup status "$SNAP" | sed 's,.* \([0-9]*\)/.*,\1,')" -gt $(($1 / 512)) ]; }
+used_past() {
+    ! dmsetup status "$SNAP" | grep -q Invalid || fail "the store was full before it was enlarged"
+    [ "$(dmsetup status "$SNAP" | sed 's,.* \([0-9]*\)/.*,\1,')" -gt $(($1 / 512)) ]
+}
 
 # grows_further PIECES: the store becomes larger while it is in use, and originals go to where it did.
 grows_further() {
@@ -94,7 +100,7 @@ grows_further() {
     [ "$(word mapped)" -gt "${MAPPED}" ] || fail "not larger than $MAPPED"
     assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" "$1"
     assert_same "the kernel's size" "$(blockdev --getsize64 "$(dm_node "$STORE")")" "$before"
-    wait_until 240 used_past $((MAPPED + (4 << 20)))
+    wait_until 400 used_past $((MAPPED + (4 << 20)))
     store_is_right
     [ "$(word farthest)" -gt "$MAPPED" ] || fail "nothing is in the new piece: this proves nothing"
     ask follow
@@ -127,7 +133,8 @@ give_back() {
 }
 
 make_volume
-start_writes --bs=4k --blockalign=64k --rate_iops=30
+# Slow enough that a store which nobody enlarges yet lasts until somebody does, also on a busy host.
+start_writes --bs=4k --blockalign=64k --rate_iops=15
 
 note "taken over with the head alone: its tail is gone, and a new one joins"
 begin --store-ram 64MiB
@@ -142,7 +149,7 @@ grows_further 2
 give_back release
 
 note "taken over with head and tail: a further tail behind them"
-ROOM=20 begin --store-ram 2MiB
+ROOM=28 begin --store-ram 2MiB
 assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 2
 adopt
 MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
@@ -150,7 +157,7 @@ grows_further 3
 give_back release
 
 note "a store to be kept is enlarged itself, and kept"
-ROOM=20 begin --keep-store
+ROOM=28 begin --keep-store
 adopt
 MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
 grows_further 1
@@ -161,7 +168,7 @@ assert_same "its magic" "$(od -An -tx4 -N4 "$kept" | tr -d ' ')" 70416e53
 rm "$kept"
 
 note "the one who takes over dies at each step, and another goes on"
-ROOM=40 begin --store-ram 2MiB
+ROOM=60 begin --store-ram 2MiB
 for at in store.adopt.locked store.adopt.cleared; do
     adopt "$at"
     exec 9>&-
@@ -178,7 +185,6 @@ for at in store.grow.made store.swap.loaded; do
     assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 2
 done
 adopt
-store_is_right
 MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
 grows_further 3
 kill -KILL "$ADOPTER"
