@@ -152,8 +152,8 @@ mod free_map {
     use crate::volume::free::FreeMapper;
 
     /// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of
-    /// the device, writes it to REPORT ("free START END" in bytes, "note TEXT", "took MICROSECONDS"),
-    /// waits for the end of standard input, thaws.
+    /// the device, writes it to REPORT ("free START END" in bytes, "note TEXT", "changed" where the second
+    /// look at the devices finds others, "took MICROSECONDS"), waits for the end of standard input, thaws.
     pub const ARGUMENT: &str = "__free_map";
 
     pub fn main() -> ExitCode {
@@ -171,7 +171,7 @@ mod free_map {
             return Err(Error::usage("__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT..."));
         };
         let mounts: Vec<PathBuf> = mounts.iter().map(PathBuf::from).collect();
-        let mut mapper = FreeMapper::prepare(origin.parse()?, &mounts)?;
+        let mapper = FreeMapper::prepare(origin.parse()?, &mounts)?;
         let hooked = Command::new("sh").args(["-ec", hook]).status().io_context(|| hook.clone())?;
         if !hooked.success() {
             return Err(Error::usage(format!("{hook}: {hooked}")));
@@ -182,14 +182,18 @@ mod free_map {
             freeze::freeze(file).io_context(|| "freezing".to_owned())?;
         }
         let begin = Instant::now();
-        let free = mapper.read();
+        let (free, picture) = mapper.read();
         let took = begin.elapsed();
         let mut text = String::new();
-        for extent in &free.extents {
+        let holds = picture.still_holds();
+        for extent in free.extents.iter().filter(|_| holds) {
             let _ = writeln!(text, "free {} {}", extent.start().get(), extent.end().get());
         }
         for note in &free.notes {
             let _ = writeln!(text, "note {note}");
+        }
+        if !holds {
+            text.push_str("changed\n");
         }
         let _ = writeln!(text, "took {}", took.as_micros());
         // Whole, or not there: the script waits for it.

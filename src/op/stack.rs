@@ -33,7 +33,7 @@ use crate::extent::free::{FreeLimits, skippable};
 use crate::extent::{Extent, ExtentSet};
 use crate::sys::process::crash_point;
 use crate::sys::{freeze, process};
-use crate::volume::free::FreeMapper;
+use crate::volume::free::{FreeMapper, Picture};
 
 use super::job::Job;
 use super::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
@@ -591,6 +591,8 @@ pub(super) struct Runner<'a> {
     /// Asked what is in use while everything is frozen; None: everything is.
     mapper: Option<FreeMapper>,
     limits: Option<FreeLimits>,
+    /// Where what was read was read from.
+    picture: Option<Picture>,
     skipped: Skipped,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
     map_in_force: bool,
@@ -617,6 +619,7 @@ impl<'a> Runner<'a> {
             length: Sectors::ZERO,
             mapper: None,
             limits: None,
+            picture: None,
             skipped: Skipped::default(),
             map_in_force: false,
             loaded: None,
@@ -719,9 +722,9 @@ impl<'a> Runner<'a> {
     /// What the frozen filesystems do not use stays linear; whatever does not answer is all preserved.
     fn load_over(&mut self, device: &str, over: &str) -> Result<()> {
         self.check(true)?;
-        // Dropped once it is read: it keeps the filesystems in use.
-        if let (Some(mut mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
-            let found = mapper.read();
+        if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
+            let (found, picture) = mapper.read();
+            self.picture = Some(picture);
             self.skipped = Skipped {
                 extents: skippable(&found.extents, self.length.bytes(), limits),
                 notes: found.notes,
@@ -737,13 +740,21 @@ impl<'a> Runner<'a> {
 
     fn expect_over(&self, device: &str) -> Result<()> {
         let found = self.dm.table(device, Slot::Active)?;
-        if found.is_some() && found == self.loaded {
-            return Ok(());
+        if found.is_none() || found != self.loaded {
+            return Err(Error::new(
+                ErrorKind::Kernel,
+                format!("{device} does not have the table that was loaded into it"),
+            ));
         }
-        Err(Error::new(
-            ErrorKind::Kernel,
-            format!("{device} does not have the table that was loaded into it"),
-        ))
+        match &self.picture {
+            Some(picture) if !self.skipped.extents.is_empty() && !picture.still_holds() => {
+                let what = format!("the devices on {device} were changed while its filesystems were frozen");
+                Err(Error::new(ErrorKind::Kernel, what).next(
+                    "copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all",
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
@@ -761,17 +772,14 @@ impl<'a> Runner<'a> {
         let mut result = Ok(());
         // On the way back nothing depends on the map any more: a load that is dropped says so.
         let map_in_force = std::mem::take(&mut self.map_in_force);
+        let mut early = None;
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
                 Ok(()) => {}
                 // The watchdog was faster, or somebody else. What was free when it was read may have been in
                 // use at the instant.
                 Err(source) if source.raw_os_error() == Some(libc::EINVAL) && map_in_force => {
-                    result = Err(Error::io(
-                        format!("{} was thawed before the instant was over", path.display()),
-                        source,
-                    )
-                    .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
+                    early = Some((path.clone(), source));
                 }
                 Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
                     self.notes.push(format!("{} was thawed by somebody else", path.display()));
@@ -784,6 +792,13 @@ impl<'a> Runner<'a> {
         }
         if let Some(since) = self.frozen_since.take() {
             self.times.frozen = since.elapsed();
+        }
+        if let (Some((path, source)), Ok(())) = (early, &result) {
+            // The watchdog says itself why it did.
+            self.check(false)?;
+            result =
+                Err(Error::io(format!("{} was thawed before the instant was over", path.display()), source)
+                    .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
         }
         result
     }

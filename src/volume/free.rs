@@ -26,7 +26,8 @@
 //! 4. *Nobody else needs it.* A filesystem speaks for its own device, as long as that is, and only
 //!    where it alone lies there (see `layers`): an unmounted volume, swap, an external
 //!    log, a crypt or RAID device, a loop device over the same bytes, all object. So does a device
-//!    whose table changed, or was about to change, between the two looks at it.
+//!    whose table changed, or was about to change, between the two looks at it: where the second one,
+//!    [`Picture::still_holds`], says so, the map was never good.
 //! 5. *Contents of free blocks have no meaning* to these filesystems: none is read before it is written.
 //!
 //! What nobody can see: a process that writes to the device itself, into what its mounted filesystem
@@ -68,12 +69,16 @@ struct Source {
     device: DeviceNumber,
 }
 
-/// Everything that can be done before the freeze. It keeps the filesystems in use: drop it once the map
-/// is read.
-pub struct FreeMapper {
+/// How devices lie on the origin, as seen before the freeze.
+pub struct Picture {
     origin: DeviceNumber,
     kernel: Kernel,
     layers: Layers,
+}
+
+/// Everything that can be done before the freeze. It keeps the filesystems in use until the map is read.
+pub struct FreeMapper {
+    picture: Picture,
     sources: Vec<Source>,
     notes: Vec<String>,
     reader: FreeReader,
@@ -100,14 +105,19 @@ impl FreeMapper {
             }
         }
         let (reader, largest) = (FreeReader::new(), Largest::new(FREE_EXTENTS_READ_MAX));
-        Ok(Self { origin, kernel, layers, sources, notes, reader, largest })
+        let picture = Picture { origin, kernel, layers };
+        Ok(Self { picture, sources, notes, reader, largest })
     }
 
     /// Reads the map. To be called while every one of the filesystems is frozen and the origin still
     /// answers reads; ends within about [`FREE_MAP_TIME_MAX`].
-    pub fn read(&mut self) -> FreeSpace {
+    ///
+    /// What it says is good only if the picture holds until the instant: ask it behind that, when nothing
+    /// is held any more.
+    #[must_use]
+    pub fn read(mut self) -> (FreeSpace, Picture) {
         let deadline = Instant::now() + FREE_MAP_TIME_MAX;
-        let mut notes = self.notes.clone();
+        let mut notes = self.notes;
         let mut said = BTreeMap::new();
         for source in &self.sources {
             self.largest.clear();
@@ -125,14 +135,17 @@ impl FreeMapper {
                 Err(reason) => notes.push(all_is_copied(&source.point, &reason)),
             }
         }
-        // The second look: what the filesystems said is only as good as the picture of where they lie.
-        let extents = if Layers::observe(self.origin, &self.kernel) == self.layers {
-            self.layers.free(&said).iter().collect()
-        } else {
-            notes.push("the devices on the origin were changed meanwhile: all of it is copied".to_owned());
-            Vec::new()
-        };
-        FreeSpace { extents, notes }
+        let extents = self.picture.layers.free(&said).iter().collect();
+        (FreeSpace { extents, notes }, self.picture)
+    }
+}
+
+impl Picture {
+    /// The second look. False where any device on the origin was changed, came or went since the first: what
+    /// the filesystems said is then not known to be true of the origin's bytes.
+    #[must_use]
+    pub fn still_holds(&self) -> bool {
+        Layers::observe(self.origin, &self.kernel) == self.layers
     }
 }
 

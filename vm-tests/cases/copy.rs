@@ -63,8 +63,8 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(300),
         main_job("copy_power_cut", "power_cut_before.sh")
             .on_both_kernels()
-            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 512 })
-            .disk(Disk { bytes: 700 << 20, cache: Cache::Writeback, block_bytes: 512 })
+            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
+            .disk(Disk { bytes: 700 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
             .power_cut_at("copying", 500)
             .then("power_cut_after.sh")
             .limit_seconds(300),

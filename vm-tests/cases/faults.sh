@@ -44,6 +44,11 @@ dmsetup mknodes
 expect_failure 1 'faulty.*(error|EIO)|(error|EIO).*faulty' tidemark copy "$origin" /dev/mapper/faulty --yes --store /mnt/scratch
 dmsetup remove --noudevsync faulty
 
+note "a device that comes over the origin while it is frozen: who knows what it needs of what was free"
+expect_failure 1 'devices on .* were changed while' tidemark copy "$origin" /mnt/scratch/over.raw --yes --store /mnt/scratch \
+    --hook-frozen "losetup --read-only /dev/loop7 $origin"
+losetup -d /dev/loop7
+
 note "pipe whose reader goes away"
 pipe_copy() { tidemark copy "$origin" - --yes --store /mnt/scratch | head -c 5000000 >/dev/null; return "${PIPESTATUS[0]}"; }
 expect_failure 1 'pipe' pipe_copy

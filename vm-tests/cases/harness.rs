@@ -11,7 +11,7 @@ pub fn cases() -> Vec<Case> {
             .modules(&["dm-snapshot", "loop", "zram", "ext4", "xfs"])
             .commands(&["dmsetup", "mkfs.ext4", "mkfs.xfs", "losetup"])
             .disk_mib(64)
-            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 4096 }),
+            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 4096, throttle: None }),
         Case::new("harness_services", "harness_services.sh")
             .on_both_kernels()
             .modules(&["dm-mod", "dm-snapshot", "ext4"])
@@ -53,7 +53,7 @@ pub fn cases() -> Vec<Case> {
             .on_both_kernels()
             .modules(&["ext4"])
             .commands(&["mkfs.ext4"])
-            .disk(Disk { bytes: 64 << 20, cache: Cache::Writeback, block_bytes: 512 })
+            .disk(Disk { bytes: 64 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
             .power_cut_at("written", 50)
             .then("harness_power_cut_check.sh")
             .without_binary(),

@@ -60,6 +60,11 @@ insert() {
     wait_until 30 test -s "$REPORT"
 }
 
+# What is in use is under the origin target, and what a filesystem says is free is not.
+assert_stack_is_over() { # ORIGIN
+    assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort -u | xargs)" "linear snapshot-origin"
+}
+
 remove_stack() {
     exec 9>&-
     wait "$HOLDER" || fail "removal: exit status $?, $(cat "$REPORT")"

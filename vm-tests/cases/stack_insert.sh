@@ -9,7 +9,7 @@ for round in 1 2; do
     insert 20000 'dd if=$TIDEMARK_ORIGIN_BELOW bs=1M iflag=direct status=none | sha256sum >/run/digest'
     note "round $round: $(cat "$REPORT")"
     grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
-    assert_same "the origin's target" "$(dmsetup table data | cut -d' ' -f3)" snapshot-origin
+    assert_stack_is_over data
     load_goes_on
     assert_same "the snapshot" "$(digest "$(dm_node data-snap)")" "$(cut -d' ' -f1 /run/digest)"
     remove_stack

@@ -36,7 +36,7 @@ insert 20000 true
 grep -q '^in place' "$REPORT" || fail "$(cat "$REPORT")"
 refused 'being copied' "$TIDEMARK" detach data
 "$TIDEMARK" recover
-assert_same "the origin's target" "$(dmsetup table data | cut -d' ' -f3)" snapshot-origin
+assert_stack_is_over data
 remove_stack
 assert_same "the table of data" "$(dmsetup table data)" "$TABLE_BEFORE"
 umount /mnt/data

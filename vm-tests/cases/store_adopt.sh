@@ -91,6 +91,19 @@ used_past() {
     [ "$(dmsetup status "$SNAP" | sed 's,.* \([0-9]*\)/.*,\1,')" -gt $(($1 / 512)) ]
 }
 
+# More writes of the same kind beside the others: there is room now.
+hurry() {
+    fio --name=hurry --filename="$origin" --rw=randwrite --bs=4k --blockalign=64k --direct=1 --rate_iops=100 \
+        --time_based --runtime=600 --randseed="$((SEED + 1))" --output="$ARTIFACTS/fio-hurry" &
+    HURRY=$!
+}
+
+no_hurry() {
+    kill -INT "$HURRY"
+    wait "$HURRY" || true
+    ! grep -q 'err= *[1-9]\|error=' "$ARTIFACTS/fio-hurry" || fail "the writes saw an error: $(cat "$ARTIFACTS/fio-hurry")"
+}
+
 # grows_further PIECES: the store becomes larger while it is in use, and originals go to where it did.
 grows_further() {
     local before
@@ -100,7 +113,9 @@ grows_further() {
     [ "$(word mapped)" -gt "${MAPPED}" ] || fail "not larger than $MAPPED"
     assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" "$1"
     assert_same "the kernel's size" "$(blockdev --getsize64 "$(dm_node "$STORE")")" "$before"
+    hurry
     wait_until 400 used_past $((MAPPED + (4 << 20)))
+    no_hurry
     store_is_right
     [ "$(word farthest)" -gt "$MAPPED" ] || fail "nothing is in the new piece: this proves nothing"
     ask follow
@@ -168,7 +183,7 @@ assert_same "its magic" "$(od -An -tx4 -N4 "$kept" | tr -d ' ')" 70416e53
 rm "$kept"
 
 note "the one who takes over dies at each step, and another goes on"
-ROOM=60 begin --store-ram 2MiB
+ROOM=40 begin --store-ram 2MiB
 for at in store.adopt.locked store.adopt.cleared; do
     adopt "$at"
     exec 9>&-

@@ -36,7 +36,6 @@ pub fn find(repo: &Path, series: &str) -> Result<String, String> {
         series,
         memory_mib: 512,
         disks: Vec::new(),
-        throttle: None,
         console: share.join("console.log"),
         messages: share.join("qemu.log"),
         share: share.clone(),

@@ -39,9 +39,11 @@ pub struct Disk {
     pub cache: Cache,
     /// Its logical and physical block size, in bytes.
     pub block_bytes: u32,
+    /// What it can do at most; None for what the host can.
+    pub throttle: Option<Throttle>,
 }
 
-/// What each disk of a case can do at most: QEMU delays what is beyond it.
+/// What a disk can do at most: QEMU delays what is beyond it.
 #[derive(Clone, Copy, Debug)]
 pub struct Throttle {
     /// Of each direction, or of both together.
@@ -98,8 +100,6 @@ pub struct Case {
     pub commands: Vec<String>,
     /// Its disks.
     pub disks: Vec<Disk>,
-    /// What each of them can do at most; None for what the host can.
-    pub throttle: Option<Throttle>,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
     /// How long one boot may take.
@@ -128,7 +128,6 @@ impl Case {
             modules: Vec::new(),
             commands: Vec::new(),
             disks: Vec::new(),
-            throttle: None,
             memory_mib: 768,
             limit: Duration::from_secs(120),
             phases: vec![Phase { script: script.into(), cut: None }],
@@ -160,7 +159,7 @@ impl Case {
 
     /// One more disk, with 512-byte blocks.
     pub fn disk_mib(self, mib: u64) -> Case {
-        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512 })
+        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512, throttle: None })
     }
 
     /// One more disk.
@@ -169,10 +168,10 @@ impl Case {
         self
     }
 
-    /// Bounds what each disk can do.
-    pub fn throttle(mut self, throttle: Throttle) -> Case {
-        self.throttle = Some(throttle);
-        self
+    /// One more disk, with 512-byte blocks, that can do no more than `throttle`.
+    pub fn slow_disk_mib(self, mib: u64, throttle: Throttle) -> Case {
+        let throttle = Some(throttle);
+        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512, throttle })
     }
 
     /// A measurement, not a test.

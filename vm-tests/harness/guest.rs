@@ -30,8 +30,6 @@ pub struct Boot<'case> {
     pub memory_mib: u32,
     /// The disks and their files, in order.
     pub disks: Vec<(&'case Disk, PathBuf)>,
-    /// What each disk can do at most.
-    pub throttle: Option<Throttle>,
     /// The folder shared with the guest.
     pub share: PathBuf,
     /// Where the console goes.
@@ -127,7 +125,7 @@ impl Machine {
                 Cache::Writeback => "writeback",
                 Cache::Unsafe => "unsafe",
             };
-            let limits = boot.throttle.map_or_else(String::new, throttling);
+            let limits = disk.throttle.map_or_else(String::new, throttling);
             qemu.arg("-drive").arg(format!(
                 // An error of the host's disk is the guest's to report; QEMU's default is to stop the guest
                 // without a word where the host's disk is full.

@@ -327,7 +327,6 @@ impl Context<'_> {
                 series: kernel.series(),
                 memory_mib: case.memory_mib,
                 disks: disks.clone(),
-                throttle: case.throttle,
                 share: share.clone(),
                 console: folder.join(format!("console.{number}.log")),
                 messages: folder.join(format!("qemu.{number}.log")),
