@@ -49,6 +49,16 @@ impl Extent {
     pub fn overlaps(self, other: Self) -> bool {
         self.intersection(other).is_some()
     }
+    /// In parts of at most `length` bytes (at least 1), in order.
+    pub fn split(self, length: Bytes) -> impl Iterator<Item = Self> {
+        let mut rest = Some(self);
+        std::iter::from_fn(move || {
+            let Self { start, end } = rest?;
+            let cut = start.checked_add(length.max(Bytes(1))).map_or(end, |cut| cut.min(end));
+            rest = Self::new(cut, end);
+            Some(Self { start, end: cut })
+        })
+    }
     /// True where every byte of `other` is in this one.
     #[must_use]
     pub fn contains(self, other: Self) -> bool {
@@ -59,5 +69,23 @@ impl Extent {
 impl fmt::Display for Extent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}..{}", self.start.get(), self.end.get())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_follow_each_other_and_are_the_whole() {
+        let split = |start, end, length| -> Vec<(u64, u64)> {
+            let parts = Extent::new(Bytes(start), Bytes(end)).unwrap().split(Bytes(length));
+            parts.map(|part| (part.start().get(), part.end().get())).collect()
+        };
+        assert_eq!(split(3, 10, 4), [(3, 7), (7, 10)]);
+        assert_eq!(split(0, 8, 4), [(0, 4), (4, 8)]);
+        assert_eq!(split(5, 6, 100), [(5, 6)]);
+        assert_eq!(split(0, 2, 0), [(0, 1), (1, 2)]);
+        assert_eq!(split(u64::MAX - 3, u64::MAX, 100), [(u64::MAX - 3, u64::MAX)]);
     }
 }

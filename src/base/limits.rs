@@ -8,6 +8,11 @@ use super::units::Bytes;
 /// (zram, 4Kn disks).
 pub const DIRECT_IO_ALIGN: Bytes = Bytes::kib(4);
 
+/// What the copier asks a live origin's disk for at once, for each of its reads in flight: an application's
+/// request, and the read by which a first write is preserved, wait behind it. 128 KiB is what the kernel
+/// itself reads ahead; most disks are as fast with it as with more.
+pub const LIVE_READ_BYTES: Bytes = Bytes::kib(128);
+
 /// Memory for copy buffers, whatever the device's size.
 pub const COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(32);
 

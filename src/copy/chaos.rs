@@ -219,7 +219,7 @@ impl ChaosEngine {
             world.borrow_mut().step();
         }
         match request {
-            Request::Read { token, file, mut buffer, pieces } => {
+            Request::Read { token, file, mut buffer, pieces, .. } => {
                 let result = self.read(file, &mut buffer, &pieces);
                 Completion { token, buffer: Some(buffer), result }
             }

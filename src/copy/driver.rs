@@ -113,7 +113,14 @@ impl<'a> Driver<'a> {
 
     pub(super) fn read(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
         let token = self.token();
-        self.engine.submit(Request::Read { token, file, buffer, pieces })?;
+        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: false })?;
+        Ok(token)
+    }
+
+    /// As [`Driver::read`], a piece at a time.
+    pub(super) fn read_in_turn(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
+        let token = self.token();
+        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: true })?;
         Ok(token)
     }
 

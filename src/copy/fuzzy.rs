@@ -170,7 +170,10 @@ impl Fuzzy<'_, '_, '_> {
         if pieces.is_empty() {
             return self.filled(Filled { work, buffer });
         }
-        let token = self.driver.read(self.plan.origin.file, buffer, pieces)?;
+        let token = match self.plan.origin.piece_max {
+            Some(_) => self.driver.read_in_turn(self.plan.origin.file, buffer, pieces)?,
+            None => self.driver.read(self.plan.origin.file, buffer, pieces)?,
+        };
         self.reads.insert(token, work);
         Ok(())
     }

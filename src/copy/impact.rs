@@ -32,6 +32,10 @@
 //! which those far off the middle one do not count: no outlier moves it, and no step is taken twice for
 //! one cause.
 //!
+//! More reads than it takes to keep the disk busy are only a longer queue, and who waits in it is a
+//! first write, whose original is read behind them. So an enlargement that does not bring its part of the rate
+//! ([`GAIN_PARTS`]) is taken back, and not tried again until the copier has listened anew.
+//!
 //! Invariants:
 //! - an origin without applications (no I/O for [`IDLE`]) is read at full speed;
 //! - outside listening, which is bounded, at least one read may be in flight and the rate allowed is never
@@ -186,8 +190,12 @@ const ONE: u64 = 1000;
 /// The window at most: as many reads as the engine ever has buffers.
 const WINDOW_MAX: u64 = 128 * ONE;
 
-/// The window at the beginning: on most disks the full rate, on all a short queue.
-const WINDOW_BEGIN: u64 = 2 * ONE;
+/// The window at the beginning, the shortest queue: until it is known what the applications feel, the copy is
+/// at its costliest for them, for every write is a first one.
+const WINDOW_BEGIN: u64 = ONE;
+
+/// Of the rate that more reads would bring if each brought its own, one in so many is enough to keep them.
+const GAIN_PARTS: u64 = 4;
 
 /// What the copier may do until the next tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,6 +319,10 @@ pub(super) struct Controller {
     climbing: bool,
     /// Rate of one read at a time.
     rate_of_one: Option<Bytes>,
+    /// The reads that there were before the last enlargement, and their rate, until it is judged.
+    enlarged: Option<(u64, Bytes)>,
+    /// More reads than these bring nothing.
+    knee: Option<u64>,
     best: Bytes,
     span: (Duration, Bytes),
     look: Look,
@@ -332,6 +344,8 @@ impl Controller {
             window: WINDOW_BEGIN,
             climbing: true,
             rate_of_one: None,
+            enlarged: None,
+            knee: None,
             best: Bytes::ZERO,
             span: (now, Bytes::ZERO),
             look: Look::open(now),
@@ -464,7 +478,7 @@ impl Controller {
         let Some(baseline) = self.baseline() else {
             return match self.listened {
                 // Whoever rests as soon as the copier does can be given no way to.
-                Some(listened) if now.saturating_sub(listened) < LISTEN_PAUSE => self.grow(round, 1200),
+                Some(listened) if now.saturating_sub(listened) < LISTEN_PAUSE => self.grow(round, 1200, rate),
                 _ => self.listen(now),
             };
         };
@@ -479,18 +493,35 @@ impl Controller {
             self.climbing = false;
             self.shrink(round, factor(seen, baseline, goal, false), rate);
         } else {
-            self.grow(round, factor(seen, baseline, goal, self.climbing));
+            self.grow(round, factor(seen, baseline, goal, self.climbing), rate);
         }
     }
 
-    /// A window that was not used is not made larger.
-    fn grow(&mut self, round: &Round, thousandths: u64) {
-        if round.lacked_slot || round.lacked_rate {
-            self.window = scale(self.window, thousandths, 1000).min(WINDOW_MAX);
+    /// A window that was not used is not made larger, nor one that got no more out of the disk when it was.
+    fn grow(&mut self, round: &Round, thousandths: u64, rate: Bytes) {
+        if !round.lacked_slot && !round.lacked_rate {
+            return;
+        }
+        let reads = self.window / ONE;
+        if let Some((fewer, before)) = self.enlarged.take()
+            && fewer < reads
+        {
+            let gain_due = scale(before.get(), reads - fewer, GAIN_PARTS * fewer);
+            if rate < before + Bytes(gain_due) {
+                self.knee = Some(fewer);
+                self.window = fewer * ONE;
+                return;
+            }
+        }
+        let most = self.knee.map_or(WINDOW_MAX, |knee| knee * ONE + ONE - 1);
+        self.window = scale(self.window, thousandths, 1000).min(most);
+        if 0 < reads && reads < self.window / ONE {
+            self.enlarged = Some((reads, rate));
         }
     }
 
     fn shrink(&mut self, round: &Round, thousandths: u64, rate: Bytes) {
+        self.enlarged = None;
         // What is beyond the reads that there were has no effect, and is given up first.
         let used = self.window.min(round.reads_max.max(1) * ONE + ONE - 1);
         let mut window = scale(used, thousandths, 1000);
@@ -513,6 +544,7 @@ impl Controller {
 
     fn listened(&mut self, now: Duration, heard: Option<Sum>) {
         self.listened = Some(now);
+        (self.enlarged, self.knee) = (None, None);
         if let Some(heard) = heard {
             let same = |old: &Sum| {
                 old.mean() <= heard.mean() * HEARD_ANEW && heard.mean() <= old.mean() * HEARD_ANEW

@@ -22,12 +22,20 @@ pub struct Origin {
     pub(super) file: FileIx,
     /// Where direct reading ends.
     direct_end: Bytes,
+    /// What its disk is asked for at once; the parts of a segment follow each other.
+    pub(super) piece_max: Option<Bytes>,
     /// The bytes from there to the origin's end.
     tail: Vec<u8>,
 }
 
 impl Origin {
-    pub(super) fn open(engine: &mut dyn Engine, fd: OwnedFd, description: &str, size: Bytes) -> Result<Self> {
+    pub(super) fn open(
+        engine: &mut dyn Engine,
+        fd: OwnedFd,
+        description: &str,
+        size: Bytes,
+        piece_max: Option<Bytes>,
+    ) -> Result<Self> {
         let file = File::from(fd);
         let regular = file.metadata().io_context(|| format!("look at the origin {description}"))?.is_file();
         let direct_end = if regular { size.align_down(DIRECT_IO_ALIGN) } else { size };
@@ -42,7 +50,7 @@ impl Origin {
                     format!("read {} bytes at {} of {description}", tail.len(), direct_end.get())
                 })?;
         }
-        Ok(Self { file: engine.add_file(OwnedFd::from(file), description)?, direct_end, tail })
+        Ok(Self { file: engine.add_file(OwnedFd::from(file), description)?, direct_end, piece_max, tail })
     }
 
     /// What to read for `work`.
@@ -52,6 +60,7 @@ impl Origin {
         work.valid
             .iter()
             .filter_map(direct)
+            .flat_map(|extent| extent.split(self.piece_max.unwrap_or(extent.length())))
             .map(|extent| Piece {
                 range: payload_position(base, extent.start())..payload_position(base, extent.end()),
                 place: Place::At(extent.start()),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::impact::{Controller, ImpactWatch, Moment, TICK};
+use super::impact::{Controller, Impact, ImpactWatch, Moment, TICK};
 use super::progress::{Event, Observer};
 use crate::base::Bytes;
 
@@ -79,6 +79,12 @@ impl<'a> Throttle<'a> {
     pub fn new(rate: Option<Bytes>, watch: Option<ImpactWatch>, observer: &'a dyn Observer) -> Self {
         let giving_way = watch.map(|watch| GivingWay::new(watch, observer));
         Self { cap: Bucket::new(rate), giving_way }
+    }
+
+    /// True where the origin has applications that are given way to.
+    #[must_use]
+    pub fn gives_way(&self) -> bool {
+        self.giving_way.as_ref().is_some_and(|giving_way| giving_way.watch.impact != Impact::None)
     }
 
     /// Lets a read of `bytes` begin at time `now` (since any fixed start) and answers None, or answers

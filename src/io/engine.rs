@@ -82,7 +82,9 @@ pub struct Piece {
 #[allow(missing_docs)] // the variants say what their fields are
 pub enum Request {
     /// Fill the pieces of `buffer` from `file`. End of file before a piece is whole is an error.
-    Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
+    /// `in_turn`: one piece after the other, so that the file's device has one of them to serve at a time;
+    /// otherwise an engine asks for all of them at once if it can.
+    Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece>, in_turn: bool },
     /// Write the pieces of `buffer` to `file`.
     Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
     /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard

@@ -226,8 +226,8 @@ impl FaultyEngine {
 
     fn submit_whole(&mut self, request: Request) -> Result<()> {
         let request = match request {
-            Request::Read { token, file, buffer, pieces } if self.judge.plan.split => {
-                Request::Read { token, file, buffer, pieces: self.split(pieces) }
+            Request::Read { token, file, buffer, pieces, in_turn } if self.judge.plan.split => {
+                Request::Read { token, file, buffer, pieces: self.split(pieces), in_turn }
             }
             Request::Write { token, file, buffer, pieces } if self.judge.plan.split => {
                 Request::Write { token, file, buffer, pieces: self.split(pieces) }

@@ -246,7 +246,7 @@ mod tests {
         let mut buffer = engine.take_buffer().unwrap();
         for expected in [b"0123", b"4567"] {
             let pieces = vec![Piece { range: 0..4, place: Place::Stream }];
-            engine.submit(Request::Read { token: 1, file: index, buffer, pieces }).unwrap();
+            engine.submit(Request::Read { token: 1, file: index, buffer, pieces, in_turn: false }).unwrap();
             let completion = engine.wait().unwrap().unwrap();
             completion.result.unwrap();
             buffer = completion.buffer.unwrap();

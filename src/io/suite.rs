@@ -80,7 +80,10 @@ pub(super) fn pieces_go_to_their_places(make: Make) {
         let file = engine.add_file(open(&path, direct), "file").unwrap();
         let buffer = engine.take_buffer().unwrap();
         let pieces = vec![at(0..4096, 512 << 10), at(8192..40960, 4096), at(100..100, 0), at(4096..8192, 0)];
-        let read = one(&mut *engine, Request::Read { token: 7, file, buffer, pieces: pieces.clone() });
+        let read = one(
+            &mut *engine,
+            Request::Read { token: 7, file, buffer, pieces: pieces.clone(), in_turn: false },
+        );
         read.result.unwrap();
         let buffer = read.buffer.unwrap();
         assert_eq!(&buffer[0..4096], &content[512 << 10..(512 << 10) + 4096]);
@@ -142,7 +145,7 @@ pub(super) fn the_end_of_a_file_is_an_error(make: Make) {
             (3, vec![at(0..8192, 0)]),
         ] {
             let buffer = engine.take_buffer().unwrap();
-            engine.submit(Request::Read { token, file, buffer, pieces }).unwrap();
+            engine.submit(Request::Read { token, file, buffer, pieces, in_turn: false }).unwrap();
         }
         let mut ended = finish(&mut *engine);
         assert!(ended.remove(&3).unwrap().result.is_ok());
@@ -266,12 +269,15 @@ pub(super) fn a_pipe_is_written_and_read(make: Make) {
         for half in content.chunks(BUFFER) {
             let buffer = engine.take_buffer().unwrap();
             let pieces = vec![stream(0..BUFFER)];
-            let read = one(&mut *engine, Request::Read { token: 1, file, buffer, pieces });
+            let read = one(&mut *engine, Request::Read { token: 1, file, buffer, pieces, in_turn: false });
             read.result.unwrap();
             assert!(*read.buffer.unwrap() == *half);
         }
         let buffer = engine.take_buffer().unwrap();
-        let end = one(&mut *engine, Request::Read { token: 2, file, buffer, pieces: vec![stream(0..1)] });
+        let end = one(
+            &mut *engine,
+            Request::Read { token: 2, file, buffer, pieces: vec![stream(0..1)], in_turn: false },
+        );
         assert!(is_end_of_file(&end.result.unwrap_err()));
         echo.join().unwrap();
     }
@@ -325,10 +331,20 @@ pub(super) fn dropping_with_work_in_flight_ends(make: Make) {
     let pipe = engine.add_file(reader.into(), "pipe").unwrap();
     for token in 0..6 {
         let buffer = engine.take_buffer().unwrap();
-        engine.submit(Request::Read { token, file, buffer, pieces: vec![at(0..BUFFER, 0)] }).unwrap();
+        engine
+            .submit(Request::Read { token, file, buffer, pieces: vec![at(0..BUFFER, 0)], in_turn: false })
+            .unwrap();
     }
     let buffer = engine.take_buffer().unwrap();
-    engine.submit(Request::Read { token: 9, file: pipe, buffer, pieces: vec![stream(0..BUFFER)] }).unwrap();
+    engine
+        .submit(Request::Read {
+            token: 9,
+            file: pipe,
+            buffer,
+            pieces: vec![stream(0..BUFFER)],
+            in_turn: false,
+        })
+        .unwrap();
     let _ = engine.wait().unwrap();
     let start = Instant::now();
     drop(engine);
@@ -399,7 +415,7 @@ fn run_random(make: Make, path: &Path, batches: Vec<Vec<RandomStep>>) -> Result<
         }
         let buffer = engine.take_buffer().unwrap();
         let pieces = vec![at(0..BLOCKS * 4096, 0)];
-        let read = one(&mut *engine, Request::Read { token: 0, file, buffer, pieces });
+        let read = one(&mut *engine, Request::Read { token: 0, file, buffer, pieces, in_turn: false });
         read.result.unwrap();
         let buffer = read.buffer.unwrap();
         prop_assert!(buffer[..BLOCKS * 4096] == model[..]);

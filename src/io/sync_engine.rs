@@ -244,7 +244,7 @@ impl Engine for SyncEngine {
 
     fn submit(&mut self, request: Request) -> Result<()> {
         let job = match request {
-            Request::Read { token, file, buffer, pieces } => {
+            Request::Read { token, file, buffer, pieces, in_turn: _ } => {
                 self.transfer(token, file, buffer, pieces, Direction::Read)
             }
             Request::Write { token, file, buffer, pieces } => {

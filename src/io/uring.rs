@@ -5,7 +5,7 @@
 //! - pieces wait in a queue here while the ring is full, so a submission never fails for want of room;
 //! - after the first failure of a request its waiting pieces are dropped, and it completes when those
 //!   in the kernel's hands have come back;
-//! - pieces of a stream go one after the other.
+//! - pieces of a stream, and those that are to be read in turn, go one after the other.
 
 use std::collections::VecDeque;
 use std::io;
@@ -36,6 +36,8 @@ struct Job {
     token: u64,
     file: FileIx,
     work: Work,
+    /// A part is asked for when the one before it is whole.
+    in_turn: bool,
     /// Operations in the ring.
     under_way: u32,
     /// Parts not finished, waiting or under way.
@@ -158,6 +160,7 @@ impl UringEngine {
         buffer: Buffer,
         pieces: Vec<Piece>,
         direction: Direction,
+        in_turn: bool,
     ) {
         check_pieces(&buffer, &pieces);
         let facts = &self.files[usize::from(file.0)].facts;
@@ -175,17 +178,18 @@ impl UringEngine {
         };
         let (memory, index) = buffer.into_parts();
         let hold = self.ring.hold(memory);
-        let stream = transfers.iter().any(Transfer::is_stream);
+        // The kernel keeps no order.
+        let in_turn = in_turn || transfers.iter().any(Transfer::is_stream);
         let work = Work::Transfer { hold, index, transfers };
-        let job = self.add_job(Job { token, file, work, under_way: 0, open, retries: 0, failure });
-        // Parts of a stream follow each other (`next_part`): the kernel keeps no order.
-        let parts = if stream { open.min(1) } else { open };
+        let job = self.add_job(Job { token, file, work, in_turn, under_way: 0, open, retries: 0, failure });
+        let parts = if in_turn { open.min(1) } else { open };
         self.waiting.extend((0..parts).map(|part| Ask { job, part, poll: false }));
         self.end_if_done(job);
     }
 
     fn submit_plain(&mut self, token: u64, file: FileIx, work: Work) {
-        let job = self.add_job(Job { token, file, work, under_way: 0, open: 1, retries: 0, failure: None });
+        let job = Job { token, file, work, in_turn: false, under_way: 0, open: 1, retries: 0, failure: None };
+        let job = self.add_job(job);
         self.waiting.push_back(Ask { job, part: 0, poll: false });
     }
 
@@ -295,14 +299,14 @@ impl UringEngine {
             Step::Poll => self.waiting.push_front(Ask { poll: true, ..ask }),
             Step::Done => {
                 let next = ask.part + 1;
-                if transfer.is_stream() && at(next) < transfers.len() {
+                if job.in_turn && at(next) < transfers.len() {
                     self.waiting.push_front(Ask { part: next, ..ask });
                 }
                 self.end_part(ask.job, Ok(()));
             }
             Step::Fail(cause) => {
                 let error = self.files[usize::from(job.file.0)].facts.failure(transfer, cause);
-                if transfer.is_stream() {
+                if job.in_turn {
                     // Those behind it were never asked for.
                     job.open = 1;
                 }
@@ -401,11 +405,11 @@ impl Engine for UringEngine {
 
     fn submit(&mut self, request: Request) -> Result<()> {
         match request {
-            Request::Read { token, file, buffer, pieces } => {
-                self.submit_transfer(token, file, buffer, pieces, Direction::Read);
+            Request::Read { token, file, buffer, pieces, in_turn } => {
+                self.submit_transfer(token, file, buffer, pieces, Direction::Read, in_turn);
             }
             Request::Write { token, file, buffer, pieces } => {
-                self.submit_transfer(token, file, buffer, pieces, Direction::Write);
+                self.submit_transfer(token, file, buffer, pieces, Direction::Write, false);
             }
             Request::Zero { token, file, extent } => self.submit_plain(token, file, Work::Zero(extent, 0)),
             Request::Sync { token, file } => self.submit_plain(token, file, Work::Sync),
@@ -433,6 +437,7 @@ impl Engine for UringEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::engine::Place;
     use std::io::Read as _;
 
     crate::io::suite::engine_suite!(|config| Box::new(UringEngine::new(config).unwrap()));
@@ -467,6 +472,32 @@ mod tests {
             drop(engine);
             // A device that was opened exclusively must be free at once as well.
             assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn what_is_read_in_turn_is_asked_for_a_piece_at_a_time() {
+        let content: Vec<u8> = (0..32u32 << 10).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, &content).unwrap();
+        let config = EngineConfig { buffer_count: 1, buffer_bytes: Bytes::kib(32) };
+        let mut engine = UringEngine::new(config).unwrap();
+        let file = engine.add_file(file.into(), "file").unwrap();
+        // Backwards, so that the order is the pieces', and the last one is behind the end of the file.
+        for (in_turn, end, under_way) in [(true, 0, 1), (false, 0, 4), (true, 4, 1)] {
+            let piece = |number: usize| Piece {
+                range: number * 8192..(number + 1) * 8192,
+                place: Place::At(Bytes::kib(8 * Bytes::from_len(number + end).get())),
+            };
+            let buffer = engine.take_buffer().unwrap();
+            let pieces = (0..4).rev().map(piece).collect();
+            engine.submit(Request::Read { token: 5, file, buffer, pieces, in_turn }).unwrap();
+            assert_eq!((engine.job(0).under_way, engine.waiting.len()), (under_way, 0));
+            let completion = engine.wait().unwrap().unwrap();
+            let buffer = completion.buffer.unwrap();
+            assert_eq!((completion.result.is_ok(), engine.in_flight()), (end == 0, 0));
+            assert!(end > 0 || buffer[..] == content[..]);
+            engine.give_buffer(buffer);
         }
     }
 

@@ -346,9 +346,9 @@ fn the_floor_holds_where_no_rate_would_be_slow_enough() {
             assert!((85..=130).contains(&share), "{impact:?}: {share} % of {floor} MiB/s: {felt:?}");
             // And it is left again as soon as there is room.
             disk.set_load(QUIET_DISK);
-            disk.run(20);
-            let felt = disk.run(20);
-            let room = if impact == Impact::Low { 12 } else { 45 };
+            disk.run(30);
+            let felt = disk.run(60);
+            let room = if impact == Impact::Low { 10 } else { 45 };
             assert!(felt.mib_per_second >= room, "{impact:?}: {felt:?}");
         }
     }
@@ -372,17 +372,20 @@ fn what_copy_on_write_costs_is_not_put_down_to_the_copier() {
 
 #[test]
 fn one_outlier_does_not_move_the_rate() {
-    for seed in 1..=6 {
+    let (mut all_with, mut all_without) = (0, 0);
+    for seed in 1..=12 {
         let alone = alone(QUIET_DISK, seed);
         let felt = |outlier: Option<(u64, u64)>| {
             let load = Load { outlier, ..QUIET_DISK };
             let mut disk = Disk::new(load, seed, Some((Impact::Medium, Some(alone), probe())));
-            disk.run(20);
-            disk.run(10).mib_per_second
+            disk.run(22);
+            disk.run(3).mib_per_second
         };
         let (with, without) = (felt(Some((21 * SECOND, SECOND / 4))), felt(None));
-        assert!(with * 100 >= without * 75, "{with} instead of {without} MiB/s");
+        println!("{with} instead of {without} MiB/s");
+        (all_with, all_without) = (all_with + with, all_without + without);
     }
+    assert!(all_with * 100 >= all_without * 93, "{all_with} instead of {all_without}");
 }
 
 /// The first latency told that is known.
@@ -428,6 +431,31 @@ fn tick(controller: &mut Controller, ticks: &mut u32, sample: Option<LatencySamp
 
 fn ios(count: u64, each: Duration) -> Option<LatencySample> {
     Some(LatencySample { ios: count, waited: each * u32::try_from(count).unwrap(), in_flight: 1 })
+}
+
+#[test]
+fn a_queue_that_brings_no_more_is_not_kept() {
+    for (brings_more, most_min, most_max) in [(false, 2, 2), (true, 8, u64::MAX)] {
+        let before = Some(Duration::from_millis(1));
+        let mut controller = Controller::new(Impact::Medium, before, Duration::ZERO);
+        let (mut longest, mut long, mut ticks) = (0, 0, 0);
+        for number in 1..=140 {
+            let reads = controller.allowance().reads;
+            longest = longest.max(reads);
+            (long, ticks) = (long + u64::from(reads > 1), ticks + u64::from(reads > 0));
+            controller.tick(&Moment {
+                now: TICK * number,
+                sample: ios(50, Duration::from_millis(1)),
+                read: Bytes::mib(if brings_more { reads } else { reads.min(1) }),
+                reads: 0,
+                reads_max: reads,
+                lacked_slot: true,
+                lacked_rate: false,
+            });
+        }
+        assert!((most_min..=most_max).contains(&longest), "{longest} reads");
+        assert!(brings_more || long * 10 < ticks, "more than one read in {long} of {ticks} ticks");
+    }
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl<'a> Io<'a> {
 
     pub(super) fn read(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
         let token = self.token();
-        self.engine.submit(Request::Read { token, file, buffer, pieces })?;
+        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: false })?;
         Ok(token)
     }
 
