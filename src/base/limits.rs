@@ -40,6 +40,11 @@ pub const FREE_EXTENTS_READ_MAX: usize = 16 * 1024;
 /// not told by then passes for used.
 pub const FREE_MAP_TIME_MAX: Duration = Duration::from_millis(250);
 
+/// Runs of free ranges that are lines of their own in an origin's table; the others are not copied all the same,
+/// but what is written there is preserved, for nobody. Measured in an emulated guest (6.12), 4 KiB O_DSYNC writes beside
+/// one line: 0.9 of them with 2 lines, 0.7 with 8, 0.5 with 32, 0.27 with 128.
+pub const ORIGIN_TABLE_FREE_RUNS_MAX: usize = 32;
+
 /// Lines of an origin's table while it is being copied: 4,000 have been measured to load in 0.15 s, and to
 /// suspend and resume in 0.1 s each.
 pub const ORIGIN_TABLE_LINES_MAX: usize = 4000;

@@ -9,6 +9,7 @@
 //! Both kinds of line pass sectors through unshifted, so that a table can be replaced by another of
 //! the same device at any time, with I/O in flight.
 
+use crate::base::limits::{ORIGIN_TABLE_FREE_RUNS_MAX, ORIGIN_TABLE_LINES_MAX};
 use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, DeviceNumber, Result, Sectors};
 use crate::extent::{Extent, ExtentSet};
@@ -16,9 +17,26 @@ use crate::extent::{Extent, ExtentSet};
 use super::table::{LINES_MAX, Table};
 use super::target::Target;
 
+/// What bounds a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LineLimits {
+    /// Runs of free ranges alone that stay `linear`. Every line costs every flush: device-mapper sends an
+    /// empty flush to each of them, where one of their targets is not known to pass it on once (Linux
+    /// 6.12 knows that of `linear`, not of `snapshot-origin`; before 6.11 of none).
+    pub free_runs: usize,
+    /// Lines, at least 1.
+    pub lines: usize,
+}
+
+impl Default for LineLimits {
+    fn default() -> Self {
+        Self { free_runs: ORIGIN_TABLE_FREE_RUNS_MAX, lines: ORIGIN_TABLE_LINES_MAX }
+    }
+}
+
 /// The table of an origin of `length` over `real`. `free` is what nobody needs, `released` what is on
-/// the secondary already. Where there would be more than `lines_max` lines, the smallest runs of free
-/// ranges alone become `snapshot-origin`; when none is left, the smallest of the other runs.
+/// the secondary already. Where there would be more runs or lines than `limits` allow, the smallest runs of
+/// free ranges alone become `snapshot-origin`; when none is left, the smallest of the other runs.
 ///
 /// A released range that is given up preserves originals again, and these are not the instant's:
 /// nobody may take originals of a released range from the store.
@@ -30,12 +48,13 @@ pub fn origin_table(
     real: DeviceNumber,
     free: &[Extent],
     released: &[Extent],
-    lines_max: usize,
+    limits: LineLimits,
 ) -> Result<Table> {
     let released: ExtentSet = released.iter().filter_map(|extent| whole_sectors(*extent, length)).collect();
     let mut linear: ExtentSet = free.iter().filter_map(|extent| whole_sectors(*extent, length)).collect();
     linear.extend(released.iter());
-    give_up(&mut linear, &released, length, lines_max.clamp(1, LINES_MAX));
+    let limits = LineLimits { lines: limits.lines.clamp(1, LINES_MAX), ..limits };
+    give_up(&mut linear, &released, length, limits);
     let end = length.checked_bytes().unwrap_or(Bytes::ZERO);
     let mut parts: Vec<(Extent, bool)> = linear.iter().map(|extent| (extent, true)).collect();
     if let Some(whole) = Extent::new(Bytes::ZERO, end) {
@@ -82,8 +101,8 @@ fn sectors(bytes: Bytes) -> Sectors {
     bytes.to_sectors("a line").expect("extents were cut at whole sectors, and so are the gaps between them")
 }
 
-/// Takes runs out of `linear` until the table has at most `lines_max` lines.
-fn give_up(linear: &mut ExtentSet, released: &ExtentSet, length: Sectors, lines_max: usize) {
+/// Takes runs out of `linear` until the table is within `limits`.
+fn give_up(linear: &mut ExtentSet, released: &ExtentSet, length: Sectors, limits: LineLimits) {
     // Runs do not touch, so on either side of each is a line of the other kind, or the device's end. Taking
     // a run out joins it with these: it saves as many lines as it has neighbours, whatever else is taken out.
     let saved = |run: Extent| {
@@ -92,12 +111,14 @@ fn give_up(linear: &mut ExtentSet, released: &ExtentSet, length: Sectors, lines_
     let mut lines = 1 + linear.iter().map(saved).sum::<usize>();
     let is_free_alone = |run: &Extent| released.intersection_with(*run).next().is_none();
     let mut runs: Vec<Extent> = linear.iter().collect();
+    let mut free_runs = runs.iter().filter(|run| is_free_alone(run)).count();
     runs.sort_by_key(|run| (!is_free_alone(run), run.length(), run.start()));
     for run in runs {
-        if lines <= lines_max {
+        if lines <= limits.lines && free_runs <= limits.free_runs {
             break;
         }
         lines -= saved(run);
+        free_runs = free_runs.saturating_sub(1);
         linear.remove(run);
     }
 }
@@ -110,6 +131,18 @@ mod tests {
 
     const REAL: DeviceNumber = DeviceNumber { major: 253, minor: 7 };
     const OTHER: DeviceNumber = DeviceNumber { major: 253, minor: 8 };
+
+    const PLENTY: LineLimits = LineLimits { free_runs: 1000, lines: 1000 };
+
+    fn limits() -> impl Strategy<Value = LineLimits> {
+        (0usize..6, 1usize..12).prop_map(|(free_runs, lines)| LineLimits { free_runs, lines })
+    }
+
+    /// The runs of `linear` lines.
+    fn linear(table: &Table) -> Vec<Extent> {
+        let lines = table.lines().iter().filter(|line| matches!(line.target, Target::Linear { .. }));
+        lines.map(|line| Extent::with_length(line.start.bytes(), line.length.bytes()).unwrap()).collect()
+    }
 
     fn extents(within: u64) -> impl Strategy<Value = Vec<Extent>> {
         let one = (0..within * SECTOR_BYTES, 1..within * SECTOR_BYTES / 4, any::<bool>());
@@ -146,11 +179,13 @@ mod tests {
     proptest! {
         #[test]
         fn every_sector_in_use_and_not_released_is_preserved(
-            length in 8u64..120, free in extents(120), released in extents(120), lines_max in 1usize..12,
+            length in 8u64..120, free in extents(120), released in extents(120), limits in limits(),
         ) {
-            let table = origin_table(Sectors(length), REAL, &free, &released, lines_max).unwrap();
+            let table = origin_table(Sectors(length), REAL, &free, &released, limits).unwrap();
             prop_assert_eq!(table.length(), Sectors(length));
-            prop_assert!(table.lines().len() <= lines_max, "{} lines", table.lines().len());
+            prop_assert!(table.lines().len() <= limits.lines, "{} lines", table.lines().len());
+            let released_part = |run: &Extent| released.iter().any(|it| it.overlaps(*run));
+            prop_assert!(linear(&table).iter().filter(|run| !released_part(run)).count() <= limits.free_runs);
             prop_assert!(is_over(&table, REAL) && !is_over(&table, OTHER));
             let preserved = preserved(&table, REAL);
             for sector in 0..length {
@@ -169,7 +204,7 @@ mod tests {
         fn with_lines_to_spare_all_that_may_be_is_linear(length in 8u64..120, free in extents(120), released in extents(120)) {
             let whole = |list: &[Extent]| list.iter().filter_map(|it| whole_sectors(*it, Sectors(length))).collect::<Vec<_>>();
             let (free, released) = (whole(&free), whole(&released));
-            let table = origin_table(Sectors(length), REAL, &free, &released, 1000).unwrap();
+            let table = origin_table(Sectors(length), REAL, &free, &released, PLENTY).unwrap();
             for sector in 0..length {
                 let is_linear = matches!(lines_at(&table, sector)[0], Target::Linear { .. });
                 prop_assert_eq!(is_linear, is_whole_in(&free, sector) || is_whole_in(&released, sector));
@@ -180,15 +215,11 @@ mod tests {
 
         #[test]
         fn no_run_is_given_up_before_a_smaller_or_freer_one(
-            free in extents(120), released in extents(120), lines_max in 1usize..12,
+            free in extents(120), released in extents(120), limits in limits(),
         ) {
             let length = Sectors(120);
-            let full = origin_table(length, REAL, &free, &released, 1000).unwrap();
-            let capped = origin_table(length, REAL, &free, &released, lines_max).unwrap();
-            let linear = |table: &Table| -> Vec<Extent> {
-                let lines = table.lines().iter().filter(|line| matches!(line.target, Target::Linear { .. }));
-                lines.map(|line| Extent::with_length(line.start.bytes(), line.length.bytes()).unwrap()).collect()
-            };
+            let full = origin_table(length, REAL, &free, &released, PLENTY).unwrap();
+            let capped = origin_table(length, REAL, &free, &released, limits).unwrap();
             let kept = linear(&capped);
             let lost: Vec<Extent> = linear(&full).into_iter().filter(|run| !kept.contains(run)).collect();
             let released: Vec<Extent> = released.iter().filter_map(|it| whole_sectors(*it, length)).collect();
@@ -200,8 +231,10 @@ mod tests {
             if let Some(last) = lost.iter().max_by_key(|run| (rank(run), run.start())) {
                 let mut more = kept.clone();
                 more.push(*last);
-                let table = origin_table(length, REAL, &more, &[], 1000).unwrap();
-                prop_assert!(table.lines().len() > lines_max);
+                let table = origin_table(length, REAL, &more, &[], PLENTY).unwrap();
+                let is_free_alone = |run: &&Extent| !released.iter().any(|it| it.overlaps(**run));
+                let free_runs = more.iter().filter(is_free_alone).count();
+                prop_assert!(table.lines().len() > limits.lines || free_runs > limits.free_runs);
             }
         }
     }
@@ -209,20 +242,23 @@ mod tests {
     #[test]
     fn the_table_reads_as_the_kernel_has_it() {
         let extent = |start: u64, end: u64| Extent::new(Bytes(start * 512), Bytes(end * 512)).unwrap();
-        let table = origin_table(Sectors(100), REAL, &[extent(0, 8), extent(40, 60)], &[extent(60, 64)], 10);
+        let table =
+            origin_table(Sectors(100), REAL, &[extent(0, 8), extent(40, 60)], &[extent(60, 64)], PLENTY);
         assert_eq!(
             table.unwrap().to_string(),
             "0 8 linear 253:7 0\n8 32 snapshot-origin 253:7\n40 24 linear 253:7 40\n64 36 snapshot-origin 253:7"
         );
         assert_eq!(
-            origin_table(Sectors(100), REAL, &[], &[], 10).unwrap().to_string(),
+            origin_table(Sectors(100), REAL, &[], &[], PLENTY).unwrap().to_string(),
             "0 100 snapshot-origin 253:7"
         );
-        let all = origin_table(Sectors(100), REAL, &[], &[extent(0, 200)], 1).unwrap();
+        let all =
+            origin_table(Sectors(100), REAL, &[], &[extent(0, 200)], LineLimits { free_runs: 0, lines: 1 })
+                .unwrap();
         assert_eq!(all.to_string(), "0 100 linear 253:7 0");
         assert!(preserved(&all, REAL).is_empty() && is_over(&all, REAL));
-        assert!(origin_table(Sectors(0), REAL, &[], &[], 10).is_err());
-        assert!(origin_table(Sectors(u64::MAX), REAL, &[], &[], 10).is_err());
+        assert!(origin_table(Sectors(0), REAL, &[], &[], PLENTY).is_err());
+        assert!(origin_table(Sectors(u64::MAX), REAL, &[], &[], PLENTY).is_err());
     }
 
     #[test]

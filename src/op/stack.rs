@@ -21,10 +21,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
-use crate::base::limits::ORIGIN_TABLE_LINES_MAX;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, beside};
-use crate::dm::origin_table::{is_over, origin_table, preserved};
+use crate::dm::origin_table::{LineLimits, is_over, origin_table, preserved};
 use crate::dm::{
     Action, Change, DeviceIdentity, Dm, Executor, Slot, SnapshotStatus, Step, Table, Target, Template, Udev,
     node,
@@ -432,7 +431,7 @@ impl Stack {
         let mut current = lock(&self.current);
         let length = self.own_table.length();
         let table =
-            origin_table(length, self.number, &self.skipped.extents, released, ORIGIN_TABLE_LINES_MAX)?;
+            origin_table(length, self.number, &self.skipped.extents, released, LineLimits::default())?;
         refuse_to_preserve_again(&table, self.number, released)?;
         self.check_table(dm, &current)?;
         if table == *current {
@@ -731,7 +730,7 @@ impl<'a> Runner<'a> {
             };
         }
         let number = self.dm.info_of(over)?.number;
-        let table = origin_table(self.length, number, &self.skipped.extents, &[], ORIGIN_TABLE_LINES_MAX)?;
+        let table = origin_table(self.length, number, &self.skipped.extents, &[], LineLimits::default())?;
         self.dm.load(device, &table)?;
         self.loaded = Some(table);
         self.map_in_force = !self.skipped.extents.is_empty();

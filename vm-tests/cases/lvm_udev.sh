@@ -4,12 +4,7 @@
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
-mkdir -p /run/udev
-udevd=/lib/systemd/systemd-udevd
-[ -x "$udevd" ] || udevd=/usr/lib/systemd/systemd-udevd
-"$udevd" --daemon
-udevadm trigger --action=add --subsystem-match=block
-udevadm settle --timeout=60
+start_udevd
 
 pvcreate -q -y "$(disk 0)"
 vgcreate -q tidetest "$(disk 0)"

@@ -10,10 +10,9 @@ make_filesystem ext4 "$(disk 2)" /mnt/scratch
 install -d -o postgres -g postgres -m 0700 /mnt/pg/data
 install -d -o postgres -g postgres /run/pg /run/pg2
 
-as_postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups env HOME=/tmp PGHOST=/run/pg "$@"; }
+export PGHOST=/run/pg
 server() { # server ACTION DATADIR SOCKETDIR PORT
-    setpriv --reuid=postgres --regid=postgres --clear-groups env HOME=/tmp \
-        "$bin/pg_ctl" -D "$2" -w -t 300 -l "$3/log" \
+    as_postgres "$bin/pg_ctl" -D "$2" -w -t 300 -l "$3/log" \
         -o "-c listen_addresses='' -c unix_socket_directories=$3 -p $4 -c shared_buffers=32MB -c max_wal_size=128MB" "$1"
 }
 
@@ -42,9 +41,9 @@ mount "$raw_disk" /mnt/copy
 rm -f /mnt/copy/data/postmaster.pid
 server start /mnt/copy/data /run/pg2 5433
 grep -q 'redo starts' /run/pg2/log || fail "the copy needed no recovery: it was not taken under load"
-setpriv --reuid=postgres --regid=postgres --clear-groups "$bin/pg_amcheck" -h /run/pg2 -p 5433 --heapallindexed bench
+as_postgres "$bin/pg_amcheck" -h /run/pg2 -p 5433 --heapallindexed bench
 # pgbench's own invariant: every transaction adds the same delta to all three.
-sums=$(setpriv --reuid=postgres --regid=postgres --clear-groups psql -h /run/pg2 -p 5433 -Atc \
+sums=$(as_postgres psql -h /run/pg2 -p 5433 -Atc \
     'select (select sum(abalance) from pgbench_accounts) - (select sum(bbalance) from pgbench_branches),
             (select sum(tbalance) from pgbench_tellers) - (select sum(bbalance) from pgbench_branches)' bench)
 [ "$sums" = "0|0" ] || fail "the copy's balances do not add up: $sums"
