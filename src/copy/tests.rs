@@ -17,7 +17,7 @@ use super::{
     ResumePoint, engine_config, run,
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
 use crate::io::engine::EngineConfig;
@@ -86,6 +86,7 @@ struct Setup {
     case: Case,
     rate: Option<Bytes>,
     impact: Option<ImpactWatch>,
+    block_list: Vec<Extent>,
 }
 
 impl Setup {
@@ -99,7 +100,44 @@ impl Setup {
             case: case.clone(),
             rate: None,
             impact: None,
+            block_list: vec![Extent::new(Bytes(0), case.size).unwrap()],
         }
+    }
+
+    /// Lists parts of the origin only. What is not listed is free: most of it is not preserved.
+    fn with_gaps(case: &Case) -> Self {
+        let mut this = Self::new(case);
+        let mut rng = Rng(case.seed);
+        let mut block_list: Vec<Extent> = Vec::new();
+        let mut at = 0;
+        while at < case.size.get() {
+            let start = at + 4096 * rng.below(40);
+            at = start + 4096 * (1 + rng.below(40));
+            block_list.extend(Extent::new(Bytes(start), case.size.min(Bytes(at))));
+            at += 4096;
+        }
+        if !block_list.is_empty() {
+            this.block_list = block_list;
+        }
+        let schedule =
+            Schedule::new(this.block_list.clone(), case.size, SegmentSize::new(case.segment).unwrap());
+        let mut releases = WorldReleases { world: this.world.clone(), slow: case.slow };
+        for gap in schedule.unwrap().gaps() {
+            if rng.chance(80) {
+                releases.release(gap).unwrap();
+            }
+        }
+        this
+    }
+
+    /// What was listed of the image at the instant, zeros elsewhere.
+    fn expected(&self) -> Vec<u8> {
+        let mut expected = vec![0u8; self.case.size.as_len()];
+        for extent in &self.block_list {
+            let range = extent.start().as_len()..extent.end().as_len();
+            expected[range.clone()].copy_from_slice(&self.world.borrow().image[range]);
+        }
+        expected
     }
 
     fn request(&self, name: &str, form: Form, originals: OriginalsMode) -> SecondaryRequest {
@@ -117,7 +155,7 @@ impl Setup {
             },
             segment: SegmentSize::new(self.case.segment).unwrap(),
             chunk: ChunkSize::new(self.case.chunk).unwrap(),
-            block_list: vec![Extent::new(Bytes(0), self.case.size).unwrap()],
+            block_list: self.block_list.clone(),
         }
     }
 
@@ -225,8 +263,15 @@ proptest! {
     }
 }
 
-/// An archive's bytes, extracted as FORMAT.md says, every block checked.
+/// An archive's bytes, extracted as FORMAT.md says, every block checked; nothing is absent.
 fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
+    let (image, totals, absent) = extract_parts(bytes);
+    assert!(absent.is_empty(), "{absent:?}");
+    (image, totals)
+}
+
+/// As [`extract`]; answers what is absent, too.
+fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
     let head = Superblock::decode_head(&bytes[..4096]).unwrap();
     let (tail, totals) = Superblock::decode_tail(&bytes[bytes.len() - 4096..]).unwrap();
     assert_eq!(head, tail);
@@ -237,6 +282,7 @@ fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
     let mut image = vec![0u8; head.origin_size.as_len()];
     let mut present = vec![false; head.origin_size.as_len().div_ceil(4096)];
     let mut map = MapCursor::new(head.origin_size);
+    let (mut absent, mut present_bytes) = (Vec::new(), Bytes(0));
     for sequence in 0..frames {
         let at = frame_offset(sequence, head.segment).unwrap().as_len();
         let frame = frame::open(&layout, sequence, &bytes[at..]).unwrap();
@@ -266,13 +312,18 @@ fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
                         entry.extent.start().as_len() / 4096..entry.extent.end().as_len().div_ceil(4096);
                     let expected = entry.state == MapState::Present;
                     assert!(present[range].iter().all(|found| *found == expected));
-                    assert_ne!(entry.state, MapState::Absent);
+                    match entry.state {
+                        MapState::Present => present_bytes += entry.extent.length(),
+                        MapState::Absent => absent.push(entry.extent),
+                        MapState::Zero => {}
+                    }
                 })
                 .unwrap(),
         }
     }
     map.finish().unwrap();
-    (image, totals)
+    assert_eq!(present_bytes, totals.present_bytes);
+    (image, totals, absent)
 }
 
 proptest! {
@@ -549,28 +600,14 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
     let mut case = busy_case(true);
     for seed in 0..10 {
         case.seed = seed;
-        let mut setup = Setup::new(&case);
-        let mut rng = Rng(seed);
-        let mut block_list: Vec<Extent> = Vec::new();
-        let mut at = 0;
-        while at < case.size.get() {
-            let start = at + 4096 * rng.below(40);
-            at = start + 4096 * (1 + rng.below(40));
-            block_list.extend(Extent::new(Bytes(start), case.size.min(Bytes(at))));
-            at += 4096;
-        }
+        let mut setup = Setup::with_gaps(&case);
         let mut secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
         secondary.begin(0);
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 99, invalid: false };
-        // What is not listed is free: nothing of it is preserved.
-        let schedule = Schedule::new(block_list.clone(), case.size, SegmentSize::new(case.segment).unwrap());
         let mut releases = WorldReleases { world: setup.world.clone(), slow: 30 };
-        for gap in schedule.unwrap().gaps() {
-            releases.release(gap).unwrap();
-        }
         run(CopyJob {
-            block_list: block_list.clone(),
+            block_list: setup.block_list.clone(),
             region: case.segment * (1 + seed % 3),
             order: if seed % 2 == 0 { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
@@ -579,12 +616,7 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
             ..job(&mut setup.engine, origin, &case, secondary)
         })
         .unwrap();
-        let mut expected = vec![0u8; case.size.as_len()];
-        for extent in &block_list {
-            let range = extent.start().as_len()..extent.end().as_len();
-            expected[range.clone()].copy_from_slice(&setup.world.borrow().image[range]);
-        }
-        assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &expected);
+        assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &setup.expected());
     }
 }
 
@@ -671,6 +703,7 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         fs::hard_link(&partial, &saved).unwrap();
         let outcome = run(CopyJob {
+            block_list: setup.block_list.clone(),
             region: setup.case.segment * setup.case.region.unwrap_or(1),
             order: if setup.case.hot { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
@@ -719,6 +752,27 @@ proptest! {
         let found = fs::read(setup.directory.path().join("out")).unwrap();
         let found = if form == Form::Raw { found } else { extract(&found).0 };
         assert_same(&found, &setup.world.borrow().image);
+    }
+
+    #[test]
+    fn a_killed_copy_of_parts_goes_on_and_is_these_parts(case in cases(), deaths in 0u64..5, form in 0u8..3) {
+        let mut setup = Setup::with_gaps(&case);
+        let (form, originals) = match form {
+            0 => (Form::Raw, OriginalsMode::Overlay),
+            1 => (Form::Archive, OriginalsMode::Overlay),
+            _ => (Form::Archive, OriginalsMode::Append),
+        };
+        copy_with_deaths(&mut setup, form, originals, deaths);
+        prop_assert_eq!(setup.names(), ["out"]);
+        let found = fs::read(setup.directory.path().join("out")).unwrap();
+        if form == Form::Raw {
+            return Ok(assert_same(&found, &setup.expected()));
+        }
+        let (image, _, absent) = extract_parts(&found);
+        assert_same(&image, &setup.expected());
+        let listed: ExtentSet = setup.block_list.iter().copied().collect();
+        let gaps: Vec<Extent> = listed.gaps_in(Extent::new(Bytes(0), case.size).unwrap()).collect();
+        prop_assert_eq!(absent.iter().copied().collect::<ExtentSet>(), gaps.into_iter().collect::<ExtentSet>());
     }
 }
 
