@@ -40,6 +40,9 @@ const REGION_BYTES_MIN: Bytes = Bytes::mib(4);
 /// Largest unit by default: writes to what was copied long ago must not go on being preserved.
 const REGION_BYTES_MAX: Bytes = Bytes::gib(1);
 
+/// Of the origin, the share that is one region at most.
+const RUN_SHARE: usize = 16;
+
 /// Share of a unit's heat that is left after each look: what was hot a while ago is not hot now.
 const HEAT_KEPT: u64 = 2;
 
@@ -145,9 +148,10 @@ impl<'a> Regions<'a> {
         this
     }
 
-    /// Regions not handed out wholly are larger from now on: twice as many units.
+    /// Regions not handed out wholly are larger from now on: twice as many units, but never more than a
+    /// [`RUN_SHARE`]th of the origin: what is released late is preserved long.
     pub fn enlarge(&mut self) {
-        self.run = (self.run * 2).min(self.units.len().max(1));
+        self.run = (self.run * 2).min((self.units.len() / RUN_SHARE).max(1));
     }
 
     /// Bytes of a region from now on.
@@ -301,15 +305,26 @@ mod tests {
         assert_eq!(unit(regions.next(&never).unwrap()), 5);
     }
 
+    #[test]
+    fn a_region_is_never_more_than_a_share_of_the_origin() {
+        let whole = Extent::new(Bytes(0), segment().bytes() * 64).unwrap();
+        let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
+        let mut regions = Regions::new(&schedule, segment().bytes(), Order::Physical, &|_| false);
+        for _ in 0..10 {
+            regions.enlarge();
+        }
+        assert_eq!(regions.region_bytes(), segment().bytes() * 4);
+    }
+
     proptest! {
         /// Every order, under any heat, growth of regions and order of completion: each needed byte once,
         /// and a region is done only when all of it is placed.
         #[test]
         fn every_order_copies_each_needed_byte_exactly_once(
-            pages in prop::collection::vec(any::<bool>(), 1..400),
-            unit in 1u64..9,
+            pages in prop::collection::vec(any::<bool>(), 1..1500),
+            unit in 1u64..4,
             hot in any::<bool>(),
-            placed in prop::collection::btree_set(0u64..25, 0..20),
+            placed in prop::collection::btree_set(0u64..94, 0..60),
             seed in any::<u64>(),
         ) {
             let size = Bytes::from_len(pages.len()) * 4096;

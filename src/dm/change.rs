@@ -108,6 +108,9 @@ pub trait Executor {
     /// # Errors
     /// What failed on which device.
     fn execute(&mut self, action: &Action) -> Result<()>;
+
+    /// From now on what was done is taken back: nothing may stop that half-way.
+    fn taking_back(&mut self) {}
 }
 
 /// Where intents are kept.
@@ -144,6 +147,46 @@ impl Journal for NoJournal {
         Ok(())
     }
     fn done(&mut self, _change: &Change) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A journal that is kept if it can be: for what can be repeated from any point, and must be done even where
+/// nothing can be written any more.
+pub struct AtBest<'a> {
+    journal: &'a mut dyn Journal,
+    warned: bool,
+}
+
+impl<'a> AtBest<'a> {
+    /// Over `journal`.
+    pub fn new(journal: &'a mut dyn Journal) -> Self {
+        Self { journal, warned: false }
+    }
+
+    fn passes(&mut self, result: Result<()>) {
+        if let Err(error) = result
+            && !std::mem::replace(&mut self.warned, true)
+        {
+            tracing::warn!("{error}; going on without a record of it");
+        }
+    }
+}
+
+impl Journal for AtBest<'_> {
+    fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
+        let result = self.journal.intend(change, index);
+        self.passes(result);
+        Ok(())
+    }
+    fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()> {
+        let result = self.journal.intend_undo(change, index);
+        self.passes(result);
+        Ok(())
+    }
+    fn done(&mut self, change: &Change) -> Result<()> {
+        let result = self.journal.done(change);
+        self.passes(result);
         Ok(())
     }
 }
@@ -190,7 +233,8 @@ impl Change {
             }
             self.pass(step, "after");
         }
-        journal.done(self)
+        // A change that failed leaves nothing behind: neither does one of which only the record failed.
+        journal.done(self).map_err(|error| self.take_back(self.steps.len(), error, executor, journal))
     }
 
     /// Takes back the steps before `end`, last first, adding each failure to `error`.
@@ -201,6 +245,7 @@ impl Change {
         executor: &mut dyn Executor,
         journal: &mut dyn Journal,
     ) -> Error {
+        executor.taking_back();
         for (index, step) in self.steps.iter().enumerate().take(end).rev() {
             if step.undo.is_empty() {
                 continue;

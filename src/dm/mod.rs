@@ -15,7 +15,7 @@ pub mod target;
 pub mod udev;
 mod wire;
 
-pub use change::{Action, Change, Executor, Journal, NoJournal, Step};
+pub use change::{Action, AtBest, Change, Executor, Journal, NoJournal, Step};
 pub use context::{DeviceInfo, Dm, Slot, TargetVersion};
 pub use naming::DeviceIdentity;
 pub use status::SnapshotStatus;

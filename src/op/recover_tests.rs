@@ -5,8 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::*;
 use crate::base::ChunkSize;
-use crate::dm::Template;
+use crate::base::ErrorKind;
 use crate::dm::naming::{ROLE_COW, new_id};
+use crate::dm::{AtBest, Template};
 use crate::format::state::OriginRecord;
 use crate::op::job::change_record;
 use crate::op::stack::{StackRequest, dismantling, insertion};
@@ -299,6 +300,64 @@ fn a_copy_that_is_let_finish_leaves_the_origin_as_it_was() {
     let mut kernel = kernel(&id);
     run_copy(&mut kernel, &id).unwrap();
     kernel.assert_clean(&["data-cow"], "finished");
+}
+
+/// Works so many times, and never again: its disk is full.
+struct Full(u32);
+
+impl Full {
+    fn write(&mut self) -> Result<()> {
+        match self.0.checked_sub(1) {
+            Some(left) => {
+                self.0 = left;
+                Ok(())
+            }
+            None => Err(Error::new(ErrorKind::NoSpace, "injected")),
+        }
+    }
+}
+
+impl Journal for Full {
+    fn intend(&mut self, _change: &Change, _index: usize) -> Result<()> {
+        self.write()
+    }
+    fn intend_undo(&mut self, _change: &Change, _index: usize) -> Result<()> {
+        self.write()
+    }
+    fn done(&mut self, _change: &Change) -> Result<()> {
+        self.write()
+    }
+}
+
+#[test]
+fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
+    let (mut taken_back, mut removed) = (0, 0);
+    for writes in 0..40 {
+        let id = new_id();
+        let mut kernel = kernel(&id);
+        let own: Table = OWN.parse().unwrap();
+        let request = StackRequest {
+            origin: "data".into(),
+            cow: kernel.devices["data-cow"].number,
+            chunk: ChunkSize::default(),
+            filesystems: vec![MOUNT.into()],
+            lock_filesystem: false,
+            budget: Duration::from_secs(2),
+            all: false,
+        };
+        let mut journal = Full(writes);
+        match insertion(&request, &own, &id).run(&mut kernel, &mut journal) {
+            Err(_) => taken_back += 1,
+            Ok(()) => {
+                removed += 1;
+                for change in [restoration("data", &own), dismantling("data-snap", "data-real")] {
+                    change.run(&mut kernel, &mut AtBest::new(&mut journal)).unwrap();
+                }
+            }
+        }
+        kernel.assert_clean(&["data-cow"], &format!("{writes} writes"));
+    }
+    assert!(taken_back > 14 && removed > 14, "{taken_back} {removed}");
 }
 
 #[test]

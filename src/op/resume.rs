@@ -167,9 +167,9 @@ pub fn run(
         placed: content.placed.clone(),
         originals_begun: content.originals_begun,
     };
-    let secondary = secondary::reopen(&request, &resumed)?;
+    let mut secondary = secondary::reopen(&request, &resumed)?;
     // Last, because its release gives back what the kernel has.
-    let store = Arc::new(CowStore::adopt(job.id())?);
+    let store = Arc::new(CowStore::adopt(job.id()).inspect_err(|_| secondary.leave())?);
     let live = Live::adopt(dm, job, store, stack, plan.origin.number);
     let from = ResumePoint { placed: content.placed, originals_begun: content.originals_begun };
     let way = Way { secondary, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };

@@ -25,8 +25,8 @@ use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, Resu
 use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, beside};
 use crate::dm::origin_table::{LineLimits, is_over, origin_table, preserved};
 use crate::dm::{
-    Action, Change, DeviceIdentity, Dm, Executor, Slot, SnapshotStatus, Step, Table, Target, Template, Udev,
-    node,
+    Action, AtBest, Change, DeviceIdentity, Dm, Executor, Slot, SnapshotStatus, Step, Table, Target,
+    Template, Udev, node,
 };
 use crate::extent::free::{FreeLimits, skippable};
 use crate::extent::{Extent, ExtentSet};
@@ -371,10 +371,11 @@ impl Stack {
         })
     }
 
-    /// What the origin's table has as `linear`: what is not in use, and what was released.
+    /// What is in use and `linear` all the same in the origin's table: what was released.
     #[must_use]
-    pub fn linear(&self) -> Vec<Extent> {
-        let preserved: ExtentSet = preserved(&lock(&self.current), self.number).into_iter().collect();
+    pub fn released(&self) -> Vec<Extent> {
+        let mut preserved: ExtentSet = preserved(&lock(&self.current), self.number).into_iter().collect();
+        preserved.extend(self.skipped.extents.iter().copied());
         let whole = Extent::new(Bytes::ZERO, self.own_table.length().bytes());
         whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
     }
@@ -430,9 +431,13 @@ impl Stack {
     pub fn release(&self, dm: &Dm, released: &[Extent]) -> Result<Duration> {
         let mut current = lock(&self.current);
         let length = self.own_table.length();
+        // A region's free ranges are free as before: as lines, they count among the others.
+        let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
+        let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
+        let released: Vec<Extent> = released.iter().collect();
         let table =
-            origin_table(length, self.number, &self.skipped.extents, released, LineLimits::default())?;
-        refuse_to_preserve_again(&table, self.number, released)?;
+            origin_table(length, self.number, &self.skipped.extents, &released, LineLimits::default())?;
+        refuse_to_preserve_again(&table, self.number, &released)?;
         self.check_table(dm, &current)?;
         if table == *current {
             return Ok(Duration::ZERO);
@@ -440,6 +445,11 @@ impl Stack {
         crash_point("release.swap.before");
         let held = dm.swap(&self.origin, &table)?;
         crash_point("release.swap.after");
+        // A watchdog that lets the origin go on drops what is loaded: then the swap swapped nothing.
+        if dm.table(&self.origin, Slot::Active)?.as_ref() != Some(&table) {
+            self.check_table(dm, &current)?;
+            return Err(Error::new(ErrorKind::Kernel, format!("the table of {} was dropped", self.origin)));
+        }
         *current = table;
         Ok(held)
     }
@@ -493,7 +503,7 @@ impl Stack {
         let mut change = dismantling(&self.snap, &self.real);
         let gone = |device: &str| left.iter().any(|(name, there)| name.as_str() == device && !there);
         change.steps.retain(|step| !matches!(&step.action, Action::Remove { device, .. } if gone(device)));
-        change.run(&mut runner, job).map_err(|error| {
+        change.run(&mut runner, &mut AtBest::new(job)).map_err(|error| {
             error
                 .state(format!("{} has its own table again; devices of the copy are left", self.origin))
                 .next("run 'tidemark recover'")
@@ -508,7 +518,8 @@ impl Stack {
                 return Ok(());
             }
             let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
-            match restoration(&self.origin, &self.own_table).run(&mut runner, job) {
+            // What is below the origin tells how to go back, also where the record cannot be written any more.
+            match restoration(&self.origin, &self.own_table).run(&mut runner, &mut AtBest::new(job)) {
                 Ok(()) => return Ok(()),
                 Err(error) if attempt >= RESTORE_ATTEMPTS => return Err(error),
                 Err(error) => tracing::warn!("{error}; trying again"),
@@ -593,6 +604,8 @@ pub(super) struct Runner<'a> {
     /// Where what was read was read from.
     picture: Option<Picture>,
     skipped: Skipped,
+    /// Things are being put back: nobody is asked whether to.
+    taking_back: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
     map_in_force: bool,
     /// What [`Action::LoadOver`] has loaded.
@@ -620,6 +633,7 @@ impl<'a> Runner<'a> {
             limits: None,
             picture: None,
             skipped: Skipped::default(),
+            taking_back: false,
             map_in_force: false,
             loaded: None,
             watchdog: None,
@@ -650,6 +664,9 @@ impl<'a> Runner<'a> {
         self.files.clear();
         for path in filesystems {
             let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
+            if let Some(mapper) = &self.mapper {
+                mapper.check_same(path, &file)?;
+            }
             freeze::sync_filesystem(&file)
                 .io_context(|| format!("writing back the filesystem at {}", path.display()))?;
             self.files.push((path.clone(), file));
@@ -687,7 +704,11 @@ impl<'a> Runner<'a> {
             self.dismiss();
             return Err(error);
         }
-        if interruptible { (self.interrupt)() } else { Ok(()) }
+        if interruptible { self.ask() } else { Ok(()) }
+    }
+
+    fn ask(&self) -> Result<()> {
+        if self.taking_back { Ok(()) } else { (self.interrupt)() }
     }
 
     fn freeze(&mut self) -> Result<()> {
@@ -845,10 +866,14 @@ impl<'a> Runner<'a> {
 }
 
 impl Executor for Runner<'_> {
+    fn taking_back(&mut self) {
+        self.taking_back = true;
+    }
+
     fn execute(&mut self, action: &Action) -> Result<()> {
         match action {
             Action::Guard { device, filesystems } => {
-                (self.interrupt)()?;
+                self.ask()?;
                 let result = self.guard(device, filesystems);
                 if result.is_err() {
                     self.dismiss();

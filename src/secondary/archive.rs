@@ -562,6 +562,12 @@ impl Secondary for Archive {
         }
     }
 
+    fn leave(&mut self) {
+        if let Out::File(partial) = &mut self.out {
+            partial.leave();
+        }
+    }
+
     fn abandon(&mut self) -> Result<String> {
         match &mut self.out {
             Out::File(partial) => partial.abandon(),

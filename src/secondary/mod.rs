@@ -268,6 +268,8 @@ pub trait Secondary: Send {
     /// # Errors
     /// I/O errors, or a refusal where the name was taken meanwhile.
     fn finish(&mut self) -> Result<()>;
+    /// Leaves a partial file as it is, for a later attempt: nothing was written to it since it was reopened.
+    fn leave(&mut self) {}
     /// Gives up: removes a partial file. Answers the state that is left, for an error's text.
     ///
     /// # Errors

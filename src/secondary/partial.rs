@@ -8,14 +8,18 @@
 //! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
 //!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]).
 //!
+//! - it is locked (flock) for as long as any write to it may come: a killed process's writes that are still on
+//!   their way hold the file open, and the lock with it. Who goes on waits for their end.
+//!
 //! Must not look at the bytes, and never writes to or removes a file that was not made here.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
@@ -37,6 +41,12 @@ pub struct PartialFile {
 /// Between the final name and the id, in a partial file's name.
 const INFIX: &str = ".tidemark-partial.";
 
+/// How long the last writes of a killed process are waited for.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// Between two looks.
+const LOCK_POLL: Duration = Duration::from_millis(20);
+
 /// Hexadecimal digits of the id.
 const ID_LENGTH: usize = 12;
 
@@ -54,6 +64,10 @@ impl PartialFile {
         partial_name.push(format!("{INFIX}{id}"));
         let partial = directory.join(partial_name);
         let (file, direct) = open_direct_or_buffered(&partial)?;
+        if let Err(error) = lock(&file, &partial, LOCK_WAIT_MAX) {
+            let _ = fs::remove_file(&partial);
+            return Err(error);
+        }
         Ok(Self { file, directory, partial, target, replace, published: false, direct })
     }
 
@@ -101,6 +115,7 @@ impl PartialFile {
                  second name"
             )));
         }
+        lock(&file, &partial, LOCK_WAIT_MAX)?;
         Ok(Self { file, directory, partial, target, replace, published: false, direct })
     }
 
@@ -324,6 +339,30 @@ fn resolve(target: &Path) -> Result<PathBuf> {
     Ok(parent.join(name))
 }
 
+/// Locks the file for as long as it is open anywhere through this handle or a duplicate of it.
+fn lock(file: &File, path: &Path, wait_max: Duration) -> Result<()> {
+    let end = Instant::now() + wait_max;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(LOCK_POLL),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::refused(format!(
+                    "{} is still being written by another process, or by the last writes of a killed one",
+                    path.display()
+                ))
+                .state("nothing was written")
+                .next("see what its disk does ('dmesg'), and try again"));
+            }
+            // A filesystem without locks has none to wait for.
+            Err(TryLockError::Error(error)) => {
+                tracing::debug!(path = %path.display(), %error, "no lock on the partial file");
+                return Ok(());
+            }
+        }
+    }
+}
+
 fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
     let open = |flags: i32| {
         OpenOptions::new()
@@ -450,6 +489,30 @@ mod tests {
         assert_eq!(fs::read(&target).unwrap(), b"so far");
         let error = reopen(&path, &directory.path().join("other")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn the_last_writes_of_a_killed_process_are_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        let mut partial = PartialFile::create(&target, false).unwrap();
+        let path = partial.partial().to_owned();
+        // What an io_uring that is being torn down still holds.
+        let in_flight = partial.file().try_clone().unwrap();
+        partial.leave();
+        drop(partial);
+        let error = lock(&File::open(&path).unwrap(), &path, Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        let landed = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(150));
+                landed.store(true, std::sync::atomic::Ordering::SeqCst);
+                drop(in_flight);
+            });
+            reopen(&path, &target).unwrap().leave();
+            assert!(landed.load(std::sync::atomic::Ordering::SeqCst), "a write was still on its way");
+        });
     }
 
     #[test]

@@ -373,6 +373,12 @@ impl Secondary for RawTarget {
         }
     }
 
+    fn leave(&mut self) {
+        if let Kind::File(partial) = &mut self.kind {
+            partial.leave();
+        }
+    }
+
     fn abandon(&mut self) -> Result<String> {
         match &mut self.kind {
             Kind::Device(_) if self.written => Ok(format!(

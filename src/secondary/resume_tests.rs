@@ -359,7 +359,7 @@ impl World {
         let result = self.phases(secondary.as_mut(), steps);
         if result.is_err() {
             // SIGKILL: nobody cleans up.
-            std::mem::forget(secondary);
+            die(secondary);
         }
         result
     }
@@ -463,6 +463,11 @@ proptest! {
     }
 }
 
+/// As a process does that is killed: the file is closed, and stays.
+fn die(mut secondary: Box<dyn Secondary>) {
+    secondary.leave();
+}
+
 fn case(form: Form) -> Case {
     Case { size: 500_000, seed: 5, form, append: false, gaps: true, kills: 0 }
 }
@@ -515,7 +520,7 @@ fn what_was_in_flight_and_reads_as_zeros_now_is_zero_on_a_raw_file() {
         let segment = Segment { ix: SegmentIx::ZERO, extent, valid: &valid, crc: None, zero: byte == 0 };
         let placement = secondary.place(&segment, &mut memory).unwrap();
         world.write(&placement, &memory, false);
-        std::mem::forget(secondary);
+        die(secondary);
     }
     let mut found = vec![1; extent.length().as_len()];
     world.file().read_exact_at(&mut found, 0).unwrap();
@@ -546,7 +551,7 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     world.partial = secondary.partial_path().map(std::path::Path::to_owned);
     world.archive = secondary.archive_id();
     assert!(world.data(secondary.as_mut(), usize::MAX).is_ok());
-    std::mem::forget(secondary);
+    die(secondary);
     let ix = world.placed.iter().find(|placed| placed.frame.is_some()).unwrap().ix;
     let extent = world.extent(ix.get());
     let valid = [extent];
@@ -561,7 +566,7 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
         }
         memory[at] ^= flip;
         let checked = secondary.check_stored(&segment, &memory);
-        std::mem::forget(secondary);
+        die(secondary);
         checked.map_err(|error| error.kind())
     };
     let data = world.resumed();

@@ -38,13 +38,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use crate::base::limits::{FREE_EXTENTS_READ_MAX, FREE_MAP_TIME_MAX};
-use crate::base::{DeviceNumber, Result};
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{Dm, Slot};
 use crate::extent::free::Largest;
 use crate::extent::{Extent, ExtentSet};
@@ -109,6 +109,24 @@ impl FreeMapper {
         Ok(Self { picture, sources, notes, reader, largest })
     }
 
+    /// Fails where `file`, opened at `point` in order to freeze it, is another filesystem than the one that will
+    /// be asked: it was mounted over that meanwhile, and the one that is asked would go on writing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); I/O errors.
+    pub fn check_same(&self, point: &Path, file: &File) -> Result<()> {
+        let meta = file.metadata().io_context(|| format!("looking at {}", point.display()))?;
+        let device = DeviceNumber::from_dev(meta.dev());
+        match self.sources.iter().find(|source| source.point == point && source.device != device) {
+            None => Ok(()),
+            Some(_) => Err(Error::refused(format!(
+                "another filesystem was mounted at {} meanwhile",
+                point.display()
+            ))
+            .next("copy again")),
+        }
+    }
+
     /// Reads the map. To be called while every one of the filesystems is frozen and the origin still
     /// answers reads; ends within about [`FREE_MAP_TIME_MAX`].
     ///
@@ -149,11 +167,11 @@ impl Picture {
     }
 }
 
-fn all_is_copied(point: &std::path::Path, reason: &str) -> String {
+fn all_is_copied(point: &Path, reason: &str) -> String {
     format!("{}: {reason}: all of it is copied", point.display())
 }
 
-fn open(point: &std::path::Path, layers: &Layers, topology: &Topology) -> Result<Source, String> {
+fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, String> {
     let file = File::open(point).map_err(|error| format!("it cannot be opened: {error}"))?;
     let meta = file.metadata().map_err(|error| format!("it cannot be looked at: {error}"))?;
     let device = DeviceNumber::from_dev(meta.dev());

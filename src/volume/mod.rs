@@ -215,6 +215,14 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         return plain_device(path, number, topology);
     }
     let held = filesystems_on(number, topology)?;
+    if topology.is_dax(number) && (held.lock_filesystem || !held.points.is_empty()) {
+        return Err(Error::refused(format!(
+            "{} is memory that programs map directly (DAX): what they store does not pass the block layer",
+            path.display()
+        ))
+        .state("nothing was changed")
+        .next("unmount it, then copy it"));
+    }
     Ok(Origin {
         kind: OriginKind::Live { name, attached },
         number: Some(number),

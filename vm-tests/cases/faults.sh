@@ -49,6 +49,23 @@ expect_failure 1 'devices on .* were changed while' tidemark copy "$origin" /mnt
     --hook-frozen "losetup --read-only /dev/loop7 $origin"
 losetup -d /dev/loop7
 
+note "no room for the job's record any more, in the middle: the origin's table comes back all the same"
+mkdir -p /mnt/run /run/tidemark
+mount -t tmpfs -o size=2m none /mnt/run
+mkdir /mnt/run/tidemark
+mount --bind /mnt/run/tidemark /run/tidemark
+fill_run() {
+    wait_until 120 sh -c "dmsetup table $origin | grep -q snapshot-origin"
+    dd if=/dev/zero of=/mnt/run/fill bs=4k status=none 2>/dev/null || true
+}
+fill_run &
+filler=$!
+expect_failure 1 'No space left' tidemark copy "$origin" /mnt/scratch/norecord.raw --all --yes --store /mnt/scratch \
+    --segment 64KiB --rate 8MiB
+wait "$filler"
+umount /run/tidemark
+umount /mnt/run
+
 note "pipe whose reader goes away"
 pipe_copy() { tidemark copy "$origin" - --yes --store /mnt/scratch | head -c 5000000 >/dev/null; return "${PIPESTATUS[0]}"; }
 expect_failure 1 'pipe' pipe_copy

@@ -335,7 +335,8 @@ impl Keeper {
 
     /// Stays suspended, slice after slice, each under a watchdog of its own, until the copier has caught up,
     /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
-    /// left of the store: so that is not done after every slice. Answers the watchdog that stands.
+    /// left of the store: so that is not done after every slice. Answers the watchdog that stands, or that has
+    /// let the origin go on.
     fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Watchdog {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
@@ -347,7 +348,8 @@ impl Keeper {
             let over = state.stop || Instant::now() >= end;
             drop(state);
             let caught_up = self.released.total() >= self.stack.size();
-            if over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
+            let fired = watchdog.check().is_err();
+            if fired || over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
                 return watchdog;
             }
             // Armed before the last one is stopped: the origin is never held unguarded.
@@ -376,6 +378,12 @@ impl Keeper {
         let suspended = self.dm.suspend(&origin, quick);
         if suspended.is_ok() {
             watchdog = self.stay(shared, watchdog, budget.saturating_sub(report.held));
+        }
+        if watchdog.check().is_err() {
+            // It lets the origin go on until it is stopped, and drops whatever is loaded.
+            tracing::warn!("the watchdog ended a hold of {origin}");
+            let _ = watchdog.dismiss();
+            watchdog = self.watchdog()?;
         }
         let resumed = suspended.and_then(|()| {
             let released: Vec<Extent> = self.released.iter().collect();

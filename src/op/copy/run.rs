@@ -464,7 +464,7 @@ impl Beside {
             HoldPolicy { is_short: Box::new(move || monitor.is_short()), budget: plan.request.hold_budget }
         });
         let (say, gate_events) = mpsc::channel();
-        let gate = Gate::start(live.stack(), live.stack().linear(), hold, move |event| {
+        let gate = Gate::start(live.stack(), live.stack().released(), hold, move |event| {
             // Nobody listening any more means that the copy is over.
             let _ = say.send(event);
         })?;
