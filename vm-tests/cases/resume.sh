@@ -46,8 +46,9 @@ one_copy() { # ROUND
         [ "$status" = 137 ] || break
         kills=$((kills + 1))
         load_is_alive
-        if [ -f "$target" ]; then
-            # It has its name, so it is complete (the comparison tells): killed while it put the rest away.
+        if [ -f "$target" ] || { [ "$kind" = raw-device ] && [ "$(dmsetup table "$origin")" = "$table_before" ]; }; then
+            # It has its name, or the origin its table, so it is complete (the comparison tells): killed while it put
+            # the rest away.
             note "round $round: killed behind its end"
             tidemark recover
             process=
