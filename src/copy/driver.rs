@@ -112,15 +112,19 @@ impl<'a> Driver<'a> {
     }
 
     pub(super) fn read(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
-        let token = self.token();
-        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: false })?;
-        Ok(token)
+        self.read_pieces(file, buffer, pieces, false)
     }
 
-    /// As [`Driver::read`], a piece at a time.
-    pub(super) fn read_in_turn(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
+    /// As [`Driver::read`]; `in_turn`: a piece at a time.
+    pub(super) fn read_pieces(
+        &mut self,
+        file: FileIx,
+        buffer: Buffer,
+        pieces: Vec<Piece>,
+        in_turn: bool,
+    ) -> Result<u64> {
         let token = self.token();
-        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: true })?;
+        self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn })?;
         Ok(token)
     }
 

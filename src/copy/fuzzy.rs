@@ -170,10 +170,8 @@ impl Fuzzy<'_, '_, '_> {
         if pieces.is_empty() {
             return self.filled(Filled { work, buffer });
         }
-        let token = match self.plan.origin.piece_max {
-            Some(_) => self.driver.read_in_turn(self.plan.origin.file, buffer, pieces)?,
-            None => self.driver.read(self.plan.origin.file, buffer, pieces)?,
-        };
+        let in_turn = self.plan.origin.piece_max.is_some();
+        let token = self.driver.read_pieces(self.plan.origin.file, buffer, pieces, in_turn)?;
         self.reads.insert(token, work);
         Ok(())
     }

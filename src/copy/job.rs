@@ -409,11 +409,7 @@ fn zero_absent(
     sink: &mut Sink,
 ) -> Result<()> {
     for gap in schedule.gaps() {
-        let mut rest = Some(gap);
-        while let Some(extent) = rest {
-            let end = extent.end().min(extent.start() + ABSENT_STEP);
-            rest = Extent::new(end, extent.end());
-            let step = Extent::new(extent.start(), end).expect("a step of a gap is not empty");
+        for step in gap.split(ABSENT_STEP) {
             for zeros in secondary.absent(&[step]).zeros {
                 while !sink.has_room() {
                     let Some(completion) = driver.next(None)? else { break };

@@ -204,6 +204,12 @@ impl Setup {
         assert!(self.engine.pool_is_whole(), "a buffer was lost");
     }
 
+    /// The bytes of "out"; nothing else is left.
+    fn only_file(&self) -> Vec<u8> {
+        assert_eq!(self.names(), ["out"]);
+        fs::read(self.directory.path().join("out")).unwrap()
+    }
+
     fn names(&self) -> Vec<String> {
         names(self.directory.path())
     }
@@ -632,6 +638,13 @@ fn buffers_stay_within_their_limit() {
     }
 }
 
+/// What a killed copy can go on with.
+const FORMS: [(Form, OriginalsMode); 3] = [
+    (Form::Raw, OriginalsMode::Overlay),
+    (Form::Archive, OriginalsMode::Overlay),
+    (Form::Archive, OriginalsMode::Append),
+];
+
 /// What outlives the process that copies.
 #[derive(Default)]
 struct Survives {
@@ -741,31 +754,21 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_killed_copy_goes_on_and_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0u8..3) {
+    fn a_killed_copy_goes_on_and_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
         let mut setup = Setup::new(&case);
-        let (form, originals) = match form {
-            0 => (Form::Raw, OriginalsMode::Overlay),
-            1 => (Form::Archive, OriginalsMode::Overlay),
-            _ => (Form::Archive, OriginalsMode::Append),
-        };
+        let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
-        prop_assert_eq!(setup.names(), ["out"]);
-        let found = fs::read(setup.directory.path().join("out")).unwrap();
+        let found = setup.only_file();
         let found = if form == Form::Raw { found } else { extract(&found).0 };
         assert_same(&found, &setup.world.borrow().image);
     }
 
     #[test]
-    fn a_killed_copy_of_parts_goes_on_and_is_these_parts(case in cases(), deaths in 0u64..5, form in 0u8..3) {
+    fn a_killed_copy_of_parts_goes_on_and_is_these_parts(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
         let mut setup = Setup::with_gaps(&case);
-        let (form, originals) = match form {
-            0 => (Form::Raw, OriginalsMode::Overlay),
-            1 => (Form::Archive, OriginalsMode::Overlay),
-            _ => (Form::Archive, OriginalsMode::Append),
-        };
+        let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
-        prop_assert_eq!(setup.names(), ["out"]);
-        let found = fs::read(setup.directory.path().join("out")).unwrap();
+        let found = setup.only_file();
         if form == Form::Raw {
             assert_same(&found, &setup.expected());
             return Ok(());

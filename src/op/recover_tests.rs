@@ -58,6 +58,18 @@ fn kernel(id: &str) -> FakeKernel {
 }
 
 impl FakeKernel {
+    fn request(&self) -> StackRequest {
+        StackRequest {
+            origin: "data".into(),
+            cow: self.devices["data-cow"].number,
+            chunk: ChunkSize::default(),
+            filesystems: vec![MOUNT.into()],
+            lock_filesystem: false,
+            budget: Duration::from_secs(2),
+            all: false,
+        }
+    }
+
     fn half_action(&mut self) {
         if let Some(left) = &mut self.crash_in {
             if *left == 0 {
@@ -249,15 +261,7 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
         }
     }
     let own: Table = OWN.parse().unwrap();
-    let request = StackRequest {
-        origin: "data".into(),
-        cow: kernel.devices["data-cow"].number,
-        chunk: ChunkSize::default(),
-        filesystems: vec![MOUNT.into()],
-        lock_filesystem: false,
-        budget: Duration::from_secs(2),
-        all: false,
-    };
+    let request = kernel.request();
     let mut record = JobRecord {
         job: id.to_owned(),
         command: "copy".into(),
@@ -336,15 +340,7 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
         let id = new_id();
         let mut kernel = kernel(&id);
         let own: Table = OWN.parse().unwrap();
-        let request = StackRequest {
-            origin: "data".into(),
-            cow: kernel.devices["data-cow"].number,
-            chunk: ChunkSize::default(),
-            filesystems: vec![MOUNT.into()],
-            lock_filesystem: false,
-            budget: Duration::from_secs(2),
-            all: false,
-        };
+        let request = kernel.request();
         let mut journal = Full(writes);
         match insertion(&request, &own, &id).run(&mut kernel, &mut journal) {
             Err(_) => taken_back += 1,

@@ -601,7 +601,7 @@ pub(super) struct Runner<'a> {
     /// Asked what is in use while everything is frozen; None: everything is.
     mapper: Option<FreeMapper>,
     limits: Option<FreeLimits>,
-    /// Where what was read was read from.
+    /// Where what is skipped was seen to lie.
     picture: Option<Picture>,
     skipped: Skipped,
     /// Things are being put back: nobody is asked whether to.
@@ -744,11 +744,11 @@ impl<'a> Runner<'a> {
         self.check(true)?;
         if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
             let (found, picture) = mapper.read();
-            self.picture = Some(picture);
             self.skipped = Skipped {
                 extents: skippable(&found.extents, self.length.bytes(), limits),
                 notes: found.notes,
             };
+            self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
         let number = self.dm.info_of(over)?.number;
         let table = origin_table(self.length, number, &self.skipped.extents, &[], LineLimits::default())?;
@@ -766,15 +766,12 @@ impl<'a> Runner<'a> {
                 format!("{device} does not have the table that was loaded into it"),
             ));
         }
-        match &self.picture {
-            Some(picture) if !self.skipped.extents.is_empty() && !picture.still_holds() => {
-                let what = format!("the devices on {device} were changed while its filesystems were frozen");
-                Err(Error::new(ErrorKind::Kernel, what).next(
-                    "copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all",
-                ))
-            }
-            _ => Ok(()),
+        if self.picture.as_ref().is_none_or(Picture::still_holds) {
+            return Ok(());
         }
+        let what = format!("the devices on {device} were changed while its filesystems were frozen");
+        Err(Error::new(ErrorKind::Kernel, what)
+            .next("copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all"))
     }
 
     fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {

@@ -6,8 +6,7 @@
 //! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final
 //!   name or a complete file under it;
 //! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
-//!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]).
-//!
+//!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]);
 //! - it is locked (flock) for as long as any write to it may come: a killed process's writes that are still on
 //!   their way hold the file open, and the lock with it. Who goes on waits for their end.
 //!
@@ -473,15 +472,21 @@ mod tests {
         PartialFile::reopen(Some(partial), target, false)
     }
 
+    /// The partial file of a process that was killed, and a handle that outlives it.
+    fn killed(target: &Path) -> (PathBuf, File) {
+        let mut partial = PartialFile::create(target, false).unwrap();
+        let (path, handle) = (partial.partial().to_owned(), partial.file().try_clone().unwrap());
+        fs::write(&path, b"so far").unwrap();
+        partial.leave();
+        (path, handle)
+    }
+
     #[test]
     fn a_killed_process_s_file_is_gone_on_with() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("out");
-        let mut partial = PartialFile::create(&target, false).unwrap();
-        let path = partial.partial().to_owned();
-        fs::write(&path, b"so far").unwrap();
-        partial.leave();
-        drop(partial);
+        let (path, file) = killed(&target);
+        drop(file);
         let mut again = reopen(&path, &target).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"so far");
         again.publish().unwrap();
@@ -495,12 +500,8 @@ mod tests {
     fn the_last_writes_of_a_killed_process_are_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("out");
-        let mut partial = PartialFile::create(&target, false).unwrap();
-        let path = partial.partial().to_owned();
         // What an io_uring that is being torn down still holds.
-        let in_flight = partial.file().try_clone().unwrap();
-        partial.leave();
-        drop(partial);
+        let (path, in_flight) = killed(&target);
         let error = lock(&File::open(&path).unwrap(), &path, Duration::ZERO).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
         let landed = std::sync::atomic::AtomicBool::new(false);

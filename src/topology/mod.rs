@@ -200,6 +200,19 @@ impl Topology {
             .unwrap_or_default()
     }
 
+    /// True where programs may map `device` as memory (DAX), past the block layer.
+    #[must_use]
+    pub fn is_dax(&self, device: DeviceNumber) -> bool {
+        self.queue_attribute(device, "dax").is_some_and(|text| text == "1")
+    }
+
+    /// What the kernel says of a device's queue; a partition has its disk's.
+    fn queue_attribute(&self, device: DeviceNumber, name: &str) -> Option<String> {
+        let node = self.node(device);
+        let read = |queue| fs::read_to_string(node.join(queue).join(name)).ok();
+        ["queue", "../queue"].into_iter().find_map(read).map(|text| text.trim().to_owned())
+    }
+
     /// The devices that hold `device` directly: device-mapper, md, and the like.
     #[must_use]
     pub fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
@@ -393,5 +406,17 @@ pub(crate) mod tests {
     fn escapes_are_undone() {
         assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
         assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
+    }
+
+    #[test]
+    fn memory_that_is_mapped_past_the_block_layer_is_told() {
+        let (keep, topology) = machine();
+        let queue = keep.path().join("sys/devices/sda/queue");
+        assert!(!topology.is_dax(dev(8, 0)), "a kernel that does not say has none");
+        fs::create_dir(&queue).unwrap();
+        for (text, dax) in [("0\n", false), ("1\n", true)] {
+            fs::write(queue.join("dax"), text).unwrap();
+            assert_eq!(topology.is_dax(dev(8, 0)), dax);
+        }
     }
 }

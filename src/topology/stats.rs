@@ -104,19 +104,7 @@ impl Topology {
     /// since 6.0; before, it counts all the same, and the answer here is a pessimist's.)
     #[must_use]
     pub fn keeps_stats(&self, device: DeviceNumber) -> bool {
-        let node = self.node(device);
-        let told = ["queue", "../queue"]
-            .iter()
-            .find_map(|queue| fs::read_to_string(node.join(queue).join("iostats")).ok());
-        told.is_none_or(|text| text.trim() != "0")
-    }
-}
-
-impl Topology {
-    /// True where programs may map `device` as memory (DAX), past the block layer.
-    #[must_use]
-    pub fn is_dax(&self, device: DeviceNumber) -> bool {
-        fs::read_to_string(self.node(device).join("queue/dax")).is_ok_and(|text| text.trim() == "1")
+        self.queue_attribute(device, "iostats").is_none_or(|text| text != "0")
     }
 }
 
@@ -179,18 +167,6 @@ mod tests {
             fs::write(disk.join("queue/iostats"), text).unwrap();
             assert_eq!(topology.keeps_stats(dev(8, 0)), keeps);
             assert_eq!(topology.keeps_stats(dev(8, 1)), keeps, "a partition has its disk's queue");
-        }
-    }
-
-    #[test]
-    fn memory_that_is_mapped_past_the_block_layer_is_told() {
-        let (keep, topology) = machine();
-        let queue = keep.path().join("sys/devices/sda/queue");
-        assert!(!topology.is_dax(dev(8, 0)), "a kernel that does not say has none");
-        fs::create_dir(&queue).unwrap();
-        for (text, dax) in [("0\n", false), ("1\n", true)] {
-            fs::write(queue.join("dax"), text).unwrap();
-            assert_eq!(topology.is_dax(dev(8, 0)), dax);
         }
     }
 

@@ -1,10 +1,10 @@
 //! What does a copy cost the applications beside it? The measurement that `scripts/bench vm` starts and reads:
 //! no tests, they run only where `--bench` asks for them.
 //!
-//! The script says what it measures; here is the machine it measures on. The origin's disk and the stores' are throttled, so that
-//! they are the bottleneck and not the emulated processor: an SSD (some 500 MiB/s, 75,000 requests a second, a
-//! first answer within 60 microseconds) in tenfold slow motion, which is about what the emulation makes of the
-//! answer. What QEMU's throttle makes of that, and whom it favours:
+//! The script says what it measures; here is the machine it measures on. The origin's disk and the stores' are
+//! throttled, so that they are the bottleneck and not the emulated processor: an SSD (some 500 MiB/s, 75,000
+//! requests a second, a first answer within 60 microseconds) in tenfold slow motion, which is about what the
+//! emulation makes of the answer. What QEMU's throttle makes of that, and whom it favours:
 //!
 //! - It is a leaky bucket that lets a tenth of a second's work through at once, so a reader with one request at
 //!   a time gets nearly all of the bandwidth. That favours `dd`.

@@ -17,11 +17,14 @@ is_resumable() { tidemark status --json | grep -q '"copy"' && [ -n "$(find /run/
 
 # One copy of a random form, killed and gone on with until it is done.
 one_copy() { # ROUND
-    local round=$1 kind kills=0 moment target rate
+    local round=$1 kind kills=0 moment_max moment target rate whole
     kind=$(pick "kind-$round" raw-device raw-file overlay append)
-    rate=$(pick "rate-$round" 8MiB 16MiB 24MiB)
+    rate=$(pick "rate-$round" 4 8 16)
+    # Milliseconds that some 36 MiB in use take at that rate, at least.
+    whole=$((36000 / rate))
     local -a options=(--yes --store /mnt/scratch --store-ram "$(pick "ram-$round" 0 1MiB 16MiB)" --freeze-budget 120s
-        --rate "$rate" --segment "$(pick "segment-$round" 64KiB 256KiB 1MiB)" --region "$(pick "region-$round" 1MiB 4MiB)"
+        --rate "${rate}MiB" --segment "$(pick "segment-$round" 64KiB 256KiB 1MiB)"
+        --region "$(pick "region-$round" 1MiB 4MiB)"
         --order "$(pick "order-$round" physical hot)" --hook-frozen "$(capture_hook /mnt/scratch/instant)")
     [ "$(pick "verify-$round" 0 1)" = 0 ] || options+=(--verify)
     case "$kind" in
@@ -35,8 +38,11 @@ one_copy() { # ROUND
     local process=$!
     wait_until 120 is_resumable
     while :; do
-        # Mostly early, so that a copy is killed more than once; sometimes when it lays originals over.
-        moment=$(rand "moment-$round-$kills" 0 "$(pick "late-$round-$kills" 900 900 6000)")
+        # Mostly early, so that a copy is killed more than once; then at times when it lays originals over. By the
+        # rate and not by the clock alone: a first one that comes behind the end proves nothing.
+        moment_max=$((whole / 2))
+        [ "$kills" = 0 ] || moment_max=$(pick "late-$round-$kills" $((whole / 8)) $((whole / 8)) "$whole")
+        moment=$(rand "moment-$round-$kills" 0 "$moment_max")
         sleep "$((moment / 1000)).$(printf '%03d' $((moment % 1000)))"
         if [ "$kills" = 3 ] || ! kill -KILL "$process" 2>/dev/null; then
             break

@@ -335,9 +335,9 @@ impl Keeper {
 
     /// Stays suspended, slice after slice, each under a watchdog of its own, until the copier has caught up,
     /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
-    /// left of the store: so that is not done after every slice. Answers the watchdog that stands, or that has
-    /// let the origin go on.
-    fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Watchdog {
+    /// left of the store: so that is not done after every slice. Answers the watchdog that stands; None where it
+    /// has let the origin go on.
+    fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
             // A process is not started in no time: the next one is ready when it is needed.
@@ -348,13 +348,18 @@ impl Keeper {
             let over = state.stop || Instant::now() >= end;
             drop(state);
             let caught_up = self.released.total() >= self.stack.size();
-            let fired = watchdog.check().is_err();
-            if fired || over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
-                return watchdog;
+            if let Err(error) = watchdog.check() {
+                // It goes on letting the origin go until it is stopped, and drops whatever is loaded.
+                tracing::warn!("a hold of {} ended early: {error}", self.stack.origin());
+                let _ = watchdog.dismiss();
+                return None;
+            }
+            if over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
+                return Some(watchdog);
             }
             // Armed before the last one is stopped: the origin is never held unguarded.
             let armed = self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next));
-            let Some(next) = armed else { return watchdog };
+            let Some(next) = armed else { return Some(watchdog) };
             let _ = std::mem::replace(&mut watchdog, next).dismiss();
         }
     }
@@ -376,15 +381,10 @@ impl Keeper {
         let begin = Instant::now();
         let quick = SuspendFlags { flush: false, lock_filesystem: false };
         let suspended = self.dm.suspend(&origin, quick);
-        if suspended.is_ok() {
-            watchdog = self.stay(shared, watchdog, budget.saturating_sub(report.held));
-        }
-        if watchdog.check().is_err() {
-            // It lets the origin go on until it is stopped, and drops whatever is loaded.
-            tracing::warn!("the watchdog ended a hold of {origin}");
-            let _ = watchdog.dismiss();
-            watchdog = self.watchdog()?;
-        }
+        let watchdog = match suspended {
+            Ok(()) => self.stay(shared, watchdog, budget.saturating_sub(report.held)),
+            Err(_) => Some(watchdog),
+        };
         let resumed = suspended.and_then(|()| {
             let released: Vec<Extent> = self.released.iter().collect();
             // The swap lets a suspended device go on. Where it did not come to that, the resume does.
@@ -395,7 +395,7 @@ impl Keeper {
             // It may still be suspended: dropped without a word, the watchdog takes us for dead and resumes.
             Err(_) => drop(watchdog),
             Ok(_) => {
-                if let Verdict::Fired(what) = watchdog.dismiss() {
+                if let Some(Verdict::Fired(what)) = watchdog.map(Watchdog::dismiss) {
                     tracing::warn!("the watchdog ended a hold of {origin}: {what}");
                 }
             }
