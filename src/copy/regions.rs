@@ -10,6 +10,9 @@
 //! | physical | the next one on the origin |
 //! | hot | the one that has received the most new exceptions lately, else the next one on the origin |
 //!
+//! Writers move on, a filesystem's journal round and round: so half of the heat of what is being copied goes to what
+//! lies behind it, which is then copied before they come.
+//!
 //! Invariants, whatever the order and however often regions are enlarged:
 //! - every segment that holds a part of the block list is handed out exactly once, those of one region
 //!   in their order on the origin;
@@ -168,10 +171,23 @@ impl<'a> Regions<'a> {
         let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
         for offset in offsets {
             let index = Bytes(offset.get() / unit_bytes.get()).as_len();
-            if let Some(unit) = self.units.get_mut(index) {
-                // So that one new exception is more than none after the halving.
-                unit.heat = unit.heat.saturating_add(HEAT_KEPT);
+            // So that one new exception is more than none after the halving.
+            match self.units.get(index) {
+                Some(unit) if unit.begun => self.warm_behind(index, HEAT_KEPT / 2),
+                Some(_) => self.warm(index, HEAT_KEPT),
+                None => {}
             }
+        }
+    }
+
+    fn warm(&mut self, unit: usize, heat: u64) {
+        self.units[unit].heat = self.units[unit].heat.saturating_add(heat);
+    }
+
+    /// Warms the next unit behind `unit` that is not begun.
+    fn warm_behind(&mut self, unit: usize, heat: u64) {
+        if let Some(next) = (unit + 1..self.units.len()).find(|ix| !self.units[*ix].begun) {
+            self.warm(next, heat);
         }
     }
 
@@ -216,11 +232,13 @@ impl<'a> Regions<'a> {
     }
 
     fn begin(&mut self, units: std::ops::Range<usize>) {
-        let mut left = 0;
+        let (mut left, mut heat) = (0, 0u64);
         for unit in &mut self.units[units.clone()] {
             unit.begun = true;
             left += unit.left;
+            heat = heat.saturating_add(unit.heat);
         }
+        self.warm_behind(units.end - 1, heat / 2);
         let segment = |unit: usize| Bytes::from_len(unit).get() * self.unit_segments;
         self.current = segment(units.start)..segment(units.end).min(self.schedule.segment_count());
         self.open.push_back((units, left));
@@ -303,6 +321,22 @@ mod tests {
         // Two new ones are more than what one is after it has cooled down, and the first of equals wins.
         regions.heat(&[Bytes::kib(700), Bytes::kib(800)]);
         assert_eq!(unit(regions.next(&never).unwrap()), 5);
+    }
+
+    #[test]
+    fn heat_moves_on_with_the_writers() {
+        let whole = Extent::new(Bytes(0), segment().bytes() * 8).unwrap();
+        let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
+        let mut regions = Regions::new(&schedule, segment().bytes(), Order::Hot, &|_| false);
+        let mut next = |heat: &[u64]| {
+            regions.heat(&heat.iter().map(|unit| segment().bytes() * *unit).collect::<Vec<_>>());
+            regions.next(&|_| false).unwrap().ix.get()
+        };
+        assert_eq!(next(&[3, 3, 3, 3, 6]), 3);
+        // Nothing is new: what lies behind it is warmer than where one was written a while ago.
+        assert_eq!(next(&[]), 4);
+        // They write in what is being copied.
+        assert_eq!(next(&[4, 4, 4, 4]), 5);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::copy::run::{CopyOutcome, Way, block_list_of, resume_copy};
+use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
 use super::journal::{self, SegmentJournal};
@@ -152,6 +152,7 @@ pub fn run(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<CopyOutcome> {
     let ResumePlan { copy: plan, found, .. } = plan;
+    let engine = engine_for(&plan).map_err(|error| error.state("nothing was changed"))?;
     let job = Job::take_over(found)?;
     let copy = job.record().copy.clone().expect("the plan was made from it");
     let (journal, content) = SegmentJournal::open(&job.segments_path())?;
@@ -172,7 +173,8 @@ pub fn run(
     let store = Arc::new(CowStore::adopt(job.id()).inspect_err(|_| secondary.leave())?);
     let live = Live::adopt(dm, job, store, stack, plan.origin.number);
     let from = ResumePoint { placed: content.placed, originals_begun: content.originals_begun };
-    let way = Way { secondary, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };
+    let way =
+        Way { secondary, engine, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };
     resume_copy(&plan, live, way, observer, interrupt)
 }
 

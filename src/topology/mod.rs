@@ -155,6 +155,7 @@ impl Topology {
         let Ok(entries) = fs::read_dir(self.node(device)) else { return Vec::new() };
         entries
             .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .filter(|entry| entry.path().join("partition").exists())
             .filter_map(|entry| number_file(&entry.path().join("dev")))
             .collect()

@@ -24,6 +24,7 @@ says the store has in use, its metadata included, for both.
 import glob
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -238,6 +239,12 @@ def copy_tidemark(options):
 COPIES = {"none": copy_none, "dd": copy_dd, "lvm": copy_lvm}
 
 
+def cpu_seconds():
+    """Of the commands that have ended; the load's come later."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
+
+
 def writes_seen():
     number = os.stat(ORIGIN).st_rdev
     stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text()
@@ -270,7 +277,9 @@ def measure(load, name, options, checked):
     os.sync()
     time.sleep(SETTLE_SECONDS)
     begin(load)
+    before = cpu_seconds()
     copied = COPIES.get(name, copy_tidemark)(options)
+    spent = cpu_seconds() - before
     time.sleep(COOL_SECONDS)
     operations = load.stop()
     start, end = copied.pop("start"), copied.pop("end")
@@ -278,6 +287,7 @@ def measure(load, name, options, checked):
         check_secondary()
     return {
         **copied,
+        "cpu_seconds": spent,
         **window.figures(operations, start, end),
         "warm": window.figures(operations, start - WARM_SECONDS + 0.5, start),
     }

@@ -4,6 +4,11 @@ An operation is a pair (begin, end) of seconds since the epoch. Operations are c
 one is looked for among all that overlap the window: one that a copy held up counts although it ended after it.
 """
 
+from math import ceil
+
+# Operations are counted for every such step too: they tell what each phase of a copy costs.
+STEP_SECONDS = 0.25
+
 
 def fio_log(text):
     """Operations of a fio latency log: `end in ms, latency in ns, ...` with log_unix_epoch."""
@@ -48,4 +53,8 @@ def figures(operations, start, end):
         "median_ms": percentile(latencies, 0.5) * 1e3,
         "p99_ms": percentile(latencies, 0.99) * 1e3,
         "slowest_ms": max(felt, default=0.0) * 1e3,
+        "per_step": [
+            sum(at <= it[1] - start < at + STEP_SECONDS for it in inside)
+            for at in (number * STEP_SECONDS for number in range(ceil((end - start) / STEP_SECONDS)))
+        ],
     }

@@ -32,7 +32,7 @@ use crate::extent::free::needed;
 use crate::extent::{BlockList, Extent};
 use crate::format::progress::{Header, ProgressForm};
 use crate::format::state::CopyRecord;
-use crate::io::{EnginePreference, open_engine};
+use crate::io::{Engine, EnginePreference, open_engine};
 use crate::op::hooks::Hook;
 use crate::op::journal::SegmentJournal;
 use crate::op::progress_file::ProgressFile;
@@ -142,15 +142,32 @@ pub fn run(
             return Err(abandon(secondary, error.state("nothing was frozen or inserted")));
         }
     }
+    // Before the instant: from then on writers pay for every moment in which nothing is copied, and the buffers
+    // alone take a tenth of a second to be zeroed and pinned.
+    let engine = match engine_for(plan) {
+        Ok(engine) => engine,
+        Err(error) => {
+            hook_after(plan, observer, interrupt);
+            return Err(abandon(secondary, error.state("nothing was frozen or inserted")));
+        }
+    };
     let made = match &plan.live {
-        Some(live) => copy_live(plan, live, secondary, observer, interrupt),
+        Some(live) => copy_live(plan, live, secondary, engine, observer, interrupt),
         None => {
-            let made = copy_cold(plan, secondary, observer, interrupt);
+            let made = copy_cold(plan, secondary, engine, observer, interrupt);
             hook_after(plan, observer, interrupt);
             made
         }
     };
     Ok(outcome(plan, made?, watch.elapsed()))
+}
+
+/// An engine with buffers for the segments of `plan`.
+///
+/// # Errors
+/// As [`open_engine`].
+pub(in crate::op) fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
+    open_engine(engine_config(plan.segment), EnginePreference::Auto)
 }
 
 fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
@@ -200,6 +217,7 @@ fn copy_live(
     plan: &CopyPlan,
     live_plan: &LivePlan,
     mut secondary: Box<dyn Secondary>,
+    engine: Box<dyn Engine>,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Made> {
@@ -220,7 +238,13 @@ fn copy_live(
         }
     };
     crash_point("copy.data.before");
-    copy_and_put_back(plan, live, Way { secondary, journal, from: None, hook: true }, observer, interrupt)
+    copy_and_put_back(
+        plan,
+        live,
+        Way { secondary, engine, journal, from: None, hook: true },
+        observer,
+        interrupt,
+    )
 }
 
 /// Goes on with a copy whose process died; `hook`: --hook-after was not run yet.
@@ -296,6 +320,8 @@ fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<
 /// How a copy is made once the origin is held: from its beginning or from where another process stopped.
 pub(in crate::op) struct Way {
     pub(in crate::op) secondary: Box<dyn Secondary>,
+    /// With buffers for the plan's segments.
+    pub(in crate::op) engine: Box<dyn Engine>,
     /// None where nobody could go on with it.
     pub(in crate::op) journal: Option<SegmentJournal>,
     pub(in crate::op) from: Option<ResumePoint>,
@@ -363,7 +389,7 @@ fn copy_below(
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Copied> {
-    let Way { mut secondary, mut journal, from, hook } = way;
+    let Way { mut secondary, engine, mut journal, from, hook } = way;
     // The monitor first: the store fills, and must grow, while --hook-after runs.
     let beside = match Beside::start(plan, live) {
         Ok(beside) => beside,
@@ -413,7 +439,7 @@ fn copy_below(
             impact,
             block_list,
         }),
-        secondary,
+        (secondary, engine),
         &Watch { observer, interrupt: &stop, before_publish: &before_publish },
     );
     drop((originals, releases));
@@ -554,6 +580,7 @@ fn progress_of(fill: Fill) -> StoreFill {
 fn copy_cold(
     plan: &CopyPlan,
     mut secondary: Box<dyn Secondary>,
+    engine: Box<dyn Engine>,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Made> {
@@ -573,7 +600,7 @@ fn copy_cold(
         Err(error) => return Err(abandon(secondary, error)),
     };
     let watch = Watch { observer, interrupt, before_publish: &before_publish };
-    let copy = copy_with(plan, origin, None, secondary, &watch)?;
+    let copy = copy_with(plan, origin, None, (secondary, engine), &watch)?;
     Ok(Made { instant, copy, store: None, release: None, skipped: SkippedReport::default(), kept: None })
 }
 
@@ -598,13 +625,9 @@ fn copy_with(
     plan: &CopyPlan,
     origin: OwnedFd,
     preserved: Option<Preserved<'_>>,
-    secondary: Box<dyn Secondary>,
+    (secondary, mut engine): (Box<dyn Secondary>, Box<dyn Engine>),
     watch: &Watch<'_>,
 ) -> Result<CopyReport> {
-    let mut engine = match open_engine(engine_config(plan.segment), EnginePreference::Auto) {
-        Ok(engine) => engine,
-        Err(error) => return Err(abandon(secondary, error)),
-    };
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.segment, secondary)?;
     job.origin_description = plan.origin.path.display().to_string();
     job.region = plan.region;
