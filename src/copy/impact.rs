@@ -36,6 +36,10 @@
 //! first write, whose original is read behind them. So an enlargement that does not bring its part of the rate
 //! ([`GAIN_PARTS`]) is taken back, and not tried again until the copier has listened anew.
 //!
+//! Nor is every delay mended by giving way: the baseline may have been taken too low, and what the table's changes
+//! cost has little to do with the rate. Where a quarter of the rate leaves more than half of the excess, the copier
+//! takes its rate back ([`Controller::is_in_vain`]), until it has listened anew: a longer copy would only cost more.
+//!
 //! Invariants:
 //! - an origin without applications (no I/O for [`IDLE`]) is read at full speed;
 //! - outside listening, which is bounded, at least one read may be in flight and the rate allowed is never
@@ -197,6 +201,9 @@ const WINDOW_BEGIN: u64 = ONE;
 /// Of the rate that more reads would bring if each brought its own, one in so many is enough to keep them.
 const GAIN_PARTS: u64 = 4;
 
+/// Whether giving way mends anything is judged at this part of the rate of one read at a time, or at the floor.
+const VAIN_RATE_PARTS: u64 = 4;
+
 /// What the copier may do until the next tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Allowance {
@@ -323,6 +330,10 @@ pub(super) struct Controller {
     enlarged: Option<(u64, Bytes)>,
     /// More reads than these bring nothing.
     knee: Option<u64>,
+    /// The latency that was seen when one read at a time became slower.
+    slowed_at: Option<Duration>,
+    /// Slowing down has mended nothing.
+    in_vain: bool,
     best: Bytes,
     span: (Duration, Bytes),
     look: Look,
@@ -346,6 +357,8 @@ impl Controller {
             rate_of_one: None,
             enlarged: None,
             knee: None,
+            slowed_at: None,
+            in_vain: false,
             best: Bytes::ZERO,
             span: (now, Bytes::ZERO),
             look: Look::open(now),
@@ -485,16 +498,37 @@ impl Controller {
         let goal = scaled(baseline, limits.latency_percent_max, 100) + KERNEL_TICK / narrow(sum.ios);
         let is_slow = seen > goal;
         let unheard = now.saturating_sub(self.listened.unwrap_or(self.begun));
-        let may_listen = self.listened.is_none() || unheard >= LISTEN_PAUSE;
+        let may_listen = self.listened.is_none() || unheard >= LISTEN_PAUSE && !self.in_vain;
         if unheard >= LISTEN_EVERY || is_slow && may_listen {
             return self.listen(now);
         }
         if is_slow {
             self.climbing = false;
+            if self.is_in_vain(seen, baseline) {
+                (self.in_vain, self.slowed_at, self.window) = (true, None, ONE);
+                return;
+            }
+            let at_least_one = self.window >= ONE;
             self.shrink(round, factor(seen, baseline, goal, false), rate);
+            if at_least_one && self.window < ONE {
+                self.slowed_at = Some(seen);
+            }
         } else {
             self.grow(round, factor(seen, baseline, goal, self.climbing), rate);
         }
+    }
+
+    /// True where the rate is as low as it is made to find out, and most of the excess is still there.
+    fn is_in_vain(&self, seen: Duration, baseline: Duration) -> bool {
+        let excess = |latency: Duration| latency.saturating_sub(baseline);
+        let lowered = self.window <= self.lowest().max(ONE / VAIN_RATE_PARTS);
+        lowered && self.slowed_at.is_some_and(|before| excess(seen) * 2 > excess(before))
+    }
+
+    /// The smallest window: the floor as a share of the rate of one read at a time.
+    fn lowest(&self) -> u64 {
+        let one = self.rate_of_one.unwrap_or(Bytes(1));
+        scale(self.floor().get(), ONE, one.get()).clamp(1, ONE - 1)
     }
 
     /// A window that was not used is not made larger, nor one that got no more out of the disk when it was.
@@ -515,6 +549,9 @@ impl Controller {
         }
         let most = self.knee.map_or(WINDOW_MAX, |knee| knee * ONE + ONE - 1);
         self.window = scale(self.window, thousandths, 1000).min(most);
+        if self.window >= ONE {
+            self.slowed_at = None;
+        }
         if 0 < reads && reads < self.window / ONE {
             self.enlarged = Some((reads, rate));
         }
@@ -529,11 +566,12 @@ impl Controller {
             // At least one read less, or none but with pauses.
             window = window.min(used / ONE * ONE - 1);
         }
-        if window < ONE {
-            let one = *self.rate_of_one.get_or_insert(rate.max(Bytes(1)));
+        if window < ONE && self.in_vain {
+            window = ONE;
+        } else if window < ONE {
+            self.rate_of_one.get_or_insert(rate.max(Bytes(1)));
             // The floor is as far as it goes: a window below it would only have to be climbed again.
-            let lowest = scale(self.floor().get(), ONE, one.get()).clamp(1, ONE - 1);
-            window = window.max(lowest);
+            window = window.max(self.lowest());
         }
         self.window = window;
     }
@@ -544,7 +582,7 @@ impl Controller {
 
     fn listened(&mut self, now: Duration, heard: Option<Sum>) {
         self.listened = Some(now);
-        (self.enlarged, self.knee) = (None, None);
+        (self.enlarged, self.knee, self.in_vain) = (None, None, false);
         if let Some(heard) = heard {
             let same = |old: &Sum| {
                 old.mean() <= heard.mean() * HEARD_ANEW && heard.mean() <= old.mean() * HEARD_ANEW
