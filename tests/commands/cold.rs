@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::support::{
-    Bench, Ran, json_error, json_lines, noise, ok, output, random_seed, run, spawn, tidemark,
+    Bench, Ran, interruptible, json_error, json_lines, noise, ok, output, random_seed, run, spawn, tidemark,
 };
 
 /// Sizes around what could go wrong: less than a sector, not a multiple of 4 KiB, exactly
@@ -330,7 +330,7 @@ fn an_interrupted_copy_exits_130_and_leaves_no_file() {
         for target in ["copy.img", "copy.tdm"] {
             let bench = Bench::new(16 << 20, random_seed());
             let mut command =
-                tidemark(&["copy", &bench.origin(), &bench.path(target), "--rate", "1M", "--json"]);
+                interruptible(&["copy", &bench.origin(), &bench.path(target), "--rate", "1M", "--json"]);
             let mut child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
             wait_for_data(child.stdout.as_mut().unwrap());
             let id = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::support::{is_root, json_lines, ok, run, spawn, tidemark};
+use super::support::{interruptible, is_root, json_lines, ok, run, spawn};
 
 #[test]
 fn what_only_a_watch_has_needs_one() {
@@ -50,7 +50,7 @@ fn an_interrupted_watch_has_ended_well() {
         return;
     }
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let mut command = tidemark(&["status", "--watch", "--interval", "30m", "--json"]);
+        let mut command = interruptible(&["status", "--watch", "--interval", "30m", "--json"]);
         let mut child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();

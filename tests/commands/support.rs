@@ -10,6 +10,15 @@ pub fn tidemark(arguments: &[&str]) -> Command {
     command
 }
 
+/// As [`tidemark`], started as a terminal would: a script's background jobs are started with SIGINT ignored, and so is
+/// all that they start, these tests among it.
+pub fn interruptible(arguments: &[&str]) -> Command {
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT").arg(assert_cmd::cargo::cargo_bin!("tidemark")).args(arguments);
+    command.env_remove("TIDEMARK_LOG").stdin(Stdio::null());
+    command
+}
+
 /// What came of it.
 pub struct Ran {
     pub code: Option<i32>,
