@@ -254,9 +254,9 @@ pub enum OriginalsArg {
 /// `--impact`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ImpactArg {
-    /// Their I/O takes at most a quarter longer than without the copier
+    /// Their I/O takes at most a quarter longer than without the copier, as far as its rate matters
     Low,
-    /// It takes at most twice as long
+    /// It takes at most twice as long, as far as its rate matters
     Medium,
     /// The copier reads as fast as it can
     None,

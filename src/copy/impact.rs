@@ -38,7 +38,7 @@
 //!
 //! Nor is every delay mended by giving way: the baseline may have been taken too low, and what the table's changes
 //! cost has little to do with the rate. Where a quarter of the rate leaves more than half of the excess, the copier
-//! takes its rate back ([`Controller::is_in_vain`]), until it has listened anew: a longer copy would only cost more.
+//! takes its rate back ([`Controller::mends_little`]), until it has listened anew: a longer copy would only cost more.
 //!
 //! Invariants:
 //! - an origin without applications (no I/O for [`IDLE`]) is read at full speed;
@@ -59,9 +59,9 @@ use crate::base::Bytes;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Impact {
-    /// Their reads and writes take at most a quarter longer than without the copier.
+    /// Their reads and writes take at most a quarter longer than without the copier, as far as giving way mends it.
     Low,
-    /// They take at most twice as long.
+    /// They take at most twice as long, as far as giving way mends it.
     Medium,
     /// The copier does not look.
     None,
@@ -204,6 +204,12 @@ const GAIN_PARTS: u64 = 4;
 /// Whether giving way mends anything is judged at this part of the rate of one read at a time, or at the floor.
 const VAIN_RATE_PARTS: u64 = 4;
 
+/// And by so many rounds running.
+const VAIN_ROUNDS: usize = 2;
+
+/// What was seen before the copier became slower says nothing any more after this.
+const SLOWED_KEPT: Duration = Duration::from_secs(300);
+
 /// What the copier may do until the next tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Allowance {
@@ -330,10 +336,14 @@ pub(super) struct Controller {
     enlarged: Option<(u64, Bytes)>,
     /// More reads than these bring nothing.
     knee: Option<u64>,
-    /// The latency that was seen when one read at a time became slower.
-    slowed_at: Option<Duration>,
-    /// Slowing down has mended nothing.
+    /// When one read at a time became slower, and by how much the latency was above the baseline then.
+    slowed: Option<(Duration, Duration)>,
+    /// Rounds running in which that has mended nothing.
+    vain_rounds: usize,
+    /// So the rate was taken back.
     in_vain: bool,
+    /// Something was done about the latency since the copier last listened.
+    acted: bool,
     best: Bytes,
     span: (Duration, Bytes),
     look: Look,
@@ -357,8 +367,10 @@ impl Controller {
             rate_of_one: None,
             enlarged: None,
             knee: None,
-            slowed_at: None,
+            slowed: None,
+            vain_rounds: 0,
             in_vain: false,
+            acted: false,
             best: Bytes::ZERO,
             span: (now, Bytes::ZERO),
             look: Look::open(now),
@@ -463,6 +475,7 @@ impl Controller {
         if looked >= IDLE && self.look.ios == 0 && self.look.in_flight == 0 {
             self.last = None;
             self.state = State::Idle;
+            self.forget_slowing();
             return;
         }
         if !self.look.is_enough(IOS_MIN) && looked < LOOK_MAX {
@@ -498,31 +511,44 @@ impl Controller {
         let goal = scaled(baseline, limits.latency_percent_max, 100) + KERNEL_TICK / narrow(sum.ios);
         let is_slow = seen > goal;
         let unheard = now.saturating_sub(self.listened.unwrap_or(self.begun));
-        let may_listen = self.listened.is_none() || unheard >= LISTEN_PAUSE && !self.in_vain;
+        let may_listen = self.listened.is_none() || unheard >= LISTEN_PAUSE && self.acted && !self.in_vain;
         if unheard >= LISTEN_EVERY || is_slow && may_listen {
             return self.listen(now);
         }
+        self.acted = true;
         if is_slow {
             self.climbing = false;
-            if self.is_in_vain(seen, baseline) {
-                (self.in_vain, self.slowed_at, self.window) = (true, None, ONE);
+            self.vain_rounds =
+                if self.mends_little(seen.saturating_sub(baseline), rate) { self.vain_rounds + 1 } else { 0 };
+            if self.vain_rounds == VAIN_ROUNDS {
+                self.forget_slowing();
+                self.in_vain = true;
                 return;
             }
             let at_least_one = self.window >= ONE;
             self.shrink(round, factor(seen, baseline, goal, false), rate);
             if at_least_one && self.window < ONE {
-                self.slowed_at = Some(seen);
+                self.slowed = Some((now, seen.saturating_sub(baseline)));
             }
         } else {
+            self.vain_rounds = 0;
             self.grow(round, factor(seen, baseline, goal, self.climbing), rate);
         }
     }
 
     /// True where the rate is as low as it is made to find out, and most of the excess is still there.
-    fn is_in_vain(&self, seen: Duration, baseline: Duration) -> bool {
-        let excess = |latency: Duration| latency.saturating_sub(baseline);
-        let lowered = self.window <= self.lowest().max(ONE / VAIN_RATE_PARTS);
-        lowered && self.slowed_at.is_some_and(|before| excess(seen) * 2 > excess(before))
+    fn mends_little(&self, excess: Duration, rate: Bytes) -> bool {
+        let allowed = scale(self.rate_of_one.map_or(0, Bytes::get), self.window, ONE);
+        self.window <= self.lowest().max(ONE / VAIN_RATE_PARTS)
+            // What was read is what the window says: a round may be shorter than a read and the pause behind it.
+            && (allowed / 2..=allowed * 2).contains(&rate.get())
+            && self.slowed.is_some_and(|(_, before)| excess * 2 > before)
+    }
+
+    /// One read at a time again, without pauses: what comes is judged anew.
+    fn forget_slowing(&mut self) {
+        (self.slowed, self.vain_rounds, self.in_vain) = (None, 0, false);
+        self.window = self.window.max(ONE);
     }
 
     /// The smallest window: the floor as a share of the rate of one read at a time.
@@ -550,7 +576,7 @@ impl Controller {
         let most = self.knee.map_or(WINDOW_MAX, |knee| knee * ONE + ONE - 1);
         self.window = scale(self.window, thousandths, 1000).min(most);
         if self.window >= ONE {
-            self.slowed_at = None;
+            self.slowed = None;
         }
         if 0 < reads && reads < self.window / ONE {
             self.enlarged = Some((reads, rate));
@@ -582,7 +608,11 @@ impl Controller {
 
     fn listened(&mut self, now: Duration, heard: Option<Sum>) {
         self.listened = Some(now);
-        (self.enlarged, self.knee, self.in_vain) = (None, None, false);
+        (self.enlarged, self.knee, self.in_vain, self.acted) = (None, None, false, false);
+        let is_old = |(since, _): (Duration, Duration)| now.saturating_sub(since) >= SLOWED_KEPT;
+        if self.slowed.is_some_and(is_old) {
+            self.forget_slowing();
+        }
         if let Some(heard) = heard {
             let same = |old: &Sum| {
                 old.mean() <= heard.mean() * HEARD_ANEW && heard.mean() <= old.mean() * HEARD_ANEW

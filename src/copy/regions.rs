@@ -10,8 +10,8 @@
 //! | physical | the next one on the origin |
 //! | hot | the one that has received the most new exceptions lately, else the next one on the origin |
 //!
-//! Writers move on, a filesystem's journal round and round: so half of the heat of what is being copied goes to what
-//! lies behind it, which is then copied before they come.
+//! Writers move on, as through a filesystem's journal: so half of the heat of what is being copied goes to what lies
+//! behind it, which is then copied before they come.
 //!
 //! Invariants, whatever the order and however often regions are enlarged:
 //! - every segment that holds a part of the block list is handed out exactly once, those of one region
@@ -48,6 +48,9 @@ const RUN_SHARE: usize = 16;
 
 /// Share of a unit's heat that is left after each look: what was hot a while ago is not hot now.
 const HEAT_KEPT: u64 = 2;
+
+/// Units behind one that is being copied among which the next is looked for.
+const BEHIND_MAX: usize = 4;
 
 /// The order in which regions are copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,9 +187,10 @@ impl<'a> Regions<'a> {
         self.units[unit].heat = self.units[unit].heat.saturating_add(heat);
     }
 
-    /// Warms the next unit behind `unit` that is not begun.
+    /// Warms the next unit behind `unit` that is not begun, if there is one close by.
     fn warm_behind(&mut self, unit: usize, heat: u64) {
-        if let Some(next) = (unit + 1..self.units.len()).find(|ix| !self.units[*ix].begun) {
+        let end = (unit + 1 + BEHIND_MAX).min(self.units.len());
+        if let Some(next) = (unit + 1..end).find(|ix| !self.units[*ix].begun) {
             self.warm(next, heat);
         }
     }

@@ -62,6 +62,9 @@ impl Region {
         // Only advice: without huge pages all is right, and requests are smaller.
         // SAFETY: the range is the mapping just made.
         let _ = unsafe { libc::madvise(region.start.as_ptr(), length, libc::MADV_HUGEPAGE) };
+        // Pinned pages would be copied by a fork, while writers wait for a hook, and no child needs them.
+        // SAFETY: as above.
+        let _ = unsafe { libc::madvise(region.start.as_ptr(), length, libc::MADV_DONTFORK) };
         Some(region)
     }
 }

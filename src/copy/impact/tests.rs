@@ -314,7 +314,7 @@ fn nothing_is_given_up_for_what_that_does_not_mend() {
         let mut disk = Disk::new(load, seed, Some((Impact::Medium, Some(alone), probe())));
         disk.run(20);
         let felt = disk.run(60);
-        assert!(felt.mib_per_second >= 110, "{felt:?}");
+        assert!(felt.mib_per_second >= 90, "the floor is 62: {felt:?}");
     }
 }
 

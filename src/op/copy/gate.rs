@@ -335,8 +335,8 @@ impl Keeper {
 
     /// Stays suspended, slice after slice, each under a watchdog of its own, until the copier has caught up,
     /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
-    /// left of the store: so that is not done after every slice. Answers the watchdog that stands; None where it
-    /// has let the origin go on.
+    /// left of the store: so that is not done after every slice. Answers the watchdog that stands over what is left
+    /// to be done; None where there is none any more.
     fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
@@ -348,20 +348,34 @@ impl Keeper {
             let over = state.stop || Instant::now() >= end;
             drop(state);
             let caught_up = self.released.total() >= self.stack.size();
-            if let Err(error) = watchdog.check() {
-                // It goes on letting the origin go until it is stopped, and drops whatever is loaded.
-                tracing::warn!("a hold of {} ended early: {error}", self.stack.origin());
+            if watchdog.check().is_err() {
+                // It has let the origin go on, and does so until it is stopped; or it could not, or it has died.
+                let next = self.armed();
                 let _ = watchdog.dismiss();
-                return None;
+                self.tell_ended_early();
+                return next;
             }
             if over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
                 return Some(watchdog);
             }
             // Armed before the last one is stopped: the origin is never held unguarded.
-            let armed = self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next));
-            let Some(next) = armed else { return Some(watchdog) };
-            let _ = std::mem::replace(&mut watchdog, next).dismiss();
+            let Some(next) = self.armed() else { return Some(watchdog) };
+            let verdict = std::mem::replace(&mut watchdog, next).dismiss();
+            if verdict != Verdict::Calm {
+                self.tell_ended_early();
+                return Some(watchdog);
+            }
         }
+    }
+
+    /// The watchdog that was made ready.
+    fn armed(&mut self) -> Option<Watchdog> {
+        self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next))
+    }
+
+    fn tell_ended_early(&self) {
+        let origin = self.stack.origin();
+        tracing::warn!("a hold of {origin} ended early: the watchdog over it let writers go on, or has died");
     }
 
     /// Suspends the origin for a stretch; it goes on with what is released by then. Answers no stall: a hold
@@ -392,11 +406,11 @@ impl Keeper {
             self.dm.resume(&origin, Udev::None).and(swapped)
         });
         match &resumed {
-            // It may still be suspended: dropped without a word, the watchdog takes us for dead and resumes.
+            // It may still be suspended: dropped without a word, a watchdog takes us for dead and resumes.
             Err(_) => drop(watchdog),
             Ok(_) => {
-                if let Some(Verdict::Fired(what)) = watchdog.map(Watchdog::dismiss) {
-                    tracing::warn!("the watchdog ended a hold of {origin}: {what}");
+                if let Some(Verdict::Fired(_)) = watchdog.map(Watchdog::dismiss) {
+                    self.tell_ended_early();
                 }
             }
         }

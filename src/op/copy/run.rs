@@ -134,6 +134,9 @@ pub fn run(
 ) -> Result<CopyOutcome> {
     let watch = clock::Stopwatch::start();
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
+    // Before the instant, and before --hook-before makes anybody wait: from then on writers pay for every moment in
+    // which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
+    let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
     let secondary = open_secondary(plan)?;
     if let Some(command) = &plan.request.hooks.before {
         let hook =
@@ -142,15 +145,6 @@ pub fn run(
             return Err(abandon(secondary, error.state("nothing was frozen or inserted")));
         }
     }
-    // Before the instant: from then on writers pay for every moment in which nothing is copied, and the buffers
-    // alone take a tenth of a second to be zeroed and pinned.
-    let engine = match engine_for(plan) {
-        Ok(engine) => engine,
-        Err(error) => {
-            hook_after(plan, observer, interrupt);
-            return Err(abandon(secondary, error.state("nothing was frozen or inserted")));
-        }
-    };
     let made = match &plan.live {
         Some(live) => copy_live(plan, live, secondary, engine, observer, interrupt),
         None => {
