@@ -106,7 +106,7 @@ class Superblock:
         need(u32(block, 8) == 1, what + ": version")
         need(u32(block, 12) == role, what + ": role")
         self.archive = bytes(block[16:32])
-        self.parent = bytes(block[32:48])
+        need(not any(block[32:48]), what + ": parent")
         self.size = u64(block, 48)
         self.instant = u64(block, 56)
         self.chunk = u32(block, 64)

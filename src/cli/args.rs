@@ -137,8 +137,8 @@ pub struct CopyArgs {
     /// Keep the COW store after the copy (without a RAM head)
     #[arg(long, help_heading = "COW store")]
     pub keep_store: bool,
-    /// Where the store is about to fill and cannot grow: give up the copy, or hold the origin's writers in
-    /// short slices until the copier has caught up
+    /// Where the store is about to fill and cannot grow: give up the copy, or hold the origin's writers, up to
+    /// five seconds at a time, until the copier has caught up
     #[arg(long, value_enum, default_value = "abort", help_heading = "COW store")]
     pub on_full: OnFullArg,
     /// Longest time that writers are held in all by --on-full hold
@@ -168,7 +168,8 @@ pub struct CopyArgs {
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
-    /// Longest time that filesystems may be frozen and the origin suspended
+    /// Longest time that filesystems may be frozen and the origin suspended for the instant, and for putting its
+    /// table back
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
     pub freeze_budget: Duration,
     /// Command to run before anything is frozen; if it fails, nothing is copied
@@ -192,9 +193,10 @@ pub struct CopyArgs {
   tidemark resume
   tidemark resume 3f2a
 
-The instant stays the same, and nothing that is on the secondary is copied again. It works as long as the
-kernel's snapshot stands: not after a reboot, not after 'tidemark recover' (which gives the copy up), and
-not for a copy to a pipe.")]
+The instant stays the same, and nothing that is on the secondary is copied
+again. It works as long as the kernel's snapshot stands: not after a reboot,
+not after 'tidemark recover' (which gives the copy up), and not for a copy to
+a pipe.")]
 pub struct ResumeArgs {
     /// The job's id, or its beginning [default: the only copy that can go on]
     #[arg(value_name = "JOB")]
@@ -238,7 +240,7 @@ pub enum OrderArg {
 pub enum OnFullArg {
     /// Give up the copy; the origin goes on
     Abort,
-    /// Hold the origin's writers in short slices
+    /// Hold the origin's writers, up to five seconds at a time
     Hold,
 }
 

@@ -120,7 +120,7 @@ fn skipped_text(skipped: &SkippedReport) -> String {
     if skipped.bytes == Bytes::ZERO {
         return "copied with the rest".to_owned();
     }
-    format!("{} in {} ranges, neither copied nor preserved", skipped.bytes, skipped.ranges)
+    format!("{} in {} ranges, not copied", skipped.bytes, skipped.ranges)
 }
 
 impl Human for CopyOutcome {
@@ -196,9 +196,6 @@ impl Human for InspectReport {
             .add("present", exact(self.map.present_bytes))
             .add("zero", exact(self.map.zero_bytes))
             .add("absent", exact(self.map.absent_bytes));
-        if !block.parent.is_nil() {
-            lines.add("continues", block.parent);
-        }
         lines.finish()
     }
 }

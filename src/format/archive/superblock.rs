@@ -87,7 +87,8 @@ impl OriginalsMode {
 pub struct Superblock {
     /// The archive's own identity.
     pub archive: Uuid,
-    /// The archive that this one continues; nil for a whole copy (increments are reserved).
+    /// The archive that this one continues: nil, for version 1 has whole copies only, and a reader that took an
+    /// increment for one would restore half of it.
     pub parent: Uuid,
     /// The origin's name, cut to [`NAME_MAX`] bytes.
     pub origin_name: String,
@@ -234,6 +235,9 @@ impl Superblock {
         let reserved = [&block[76..TOTALS_AT], &block[TOTALS_END..TOOL.0], &block[RESERVED_AT..CRC_AT]];
         if !reserved.into_iter().all(is_zero) {
             return Err(ArchiveError::Padding { what: "the reserved part of a superblock" });
+        }
+        if !is_zero(&get::<16>(block, 32)) {
+            return Err(ArchiveError::Padding { what: "the parent in a superblock" });
         }
         let chunk = u64::from(get_u32(block, 64));
         let segment = u64::from(get_u32(block, 68));

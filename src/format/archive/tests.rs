@@ -62,6 +62,15 @@ fn long_texts_are_cut_at_a_character() {
 }
 
 #[test]
+fn an_increment_is_not_taken_for_a_whole_copy() {
+    let mut block = [0u8; BLOCK_BYTES];
+    let facts = Superblock { parent: Uuid::from_u128(3), ..superblock("data") };
+    facts.encode_head(&mut block).unwrap();
+    let error = Superblock::decode_head(&block).unwrap_err();
+    assert_eq!(error, ArchiveError::Padding { what: "the parent in a superblock" });
+}
+
+#[test]
 fn every_corrupted_byte_of_a_superblock_is_found() {
     let (facts, totals) = (superblock("data"), Totals { data_frames: 3, map_frames: 1, ..Totals::default() });
     let mut head = [0u8; BLOCK_BYTES];

@@ -363,7 +363,7 @@ fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &dyn Observe
     } else if skipped.bytes == Bytes::ZERO {
         "no free space is known: everything is copied".to_owned()
     } else {
-        format!("{} of free space are neither copied nor preserved", skipped.bytes)
+        format!("{} of free space are not copied", skipped.bytes)
     };
     observer.event(&Event::Note { text });
 }
