@@ -26,13 +26,16 @@ use crate::format::state::{
     ResourceRecord, VIEW_BYTES_MAX, decode, encode,
 };
 
-use super::progress_file;
+use super::{privilege, progress_file};
 
 /// Where jobs are.
 pub const RUN_DIR: &str = "/run/tidemark";
 
 /// Most jobs looked at: a bound on a directory that somebody else filled.
 const JOBS_MAX: usize = 4096;
+
+/// The kind of a resource: a file under construction, which has another name until it is complete.
+const PARTIAL: &str = "partial";
 
 /// A job of this process. Dropped without [`Job::finish`], it leaves its record for `recover`.
 #[derive(Debug)]
@@ -50,6 +53,28 @@ impl Job {
     /// I/O errors.
     pub fn begin(command: &str) -> Result<Self> {
         Self::begin_in(Path::new(RUN_DIR), command)
+    }
+
+    /// Begins a job that has made nothing but the file `partial`, which is to become a command's result, so that
+    /// `recover` removes it if we die. None where there is no such file or no record can be made of it: the command
+    /// can do without (an ordinary user's has none, and none is needed to clean up behind an error).
+    #[must_use]
+    pub fn begin_for_partial(command: &str, partial: Option<&Path>) -> Option<Self> {
+        Self::begin_for_partial_in(Path::new(RUN_DIR), command, partial)
+    }
+
+    fn begin_for_partial_in(directory: &Path, command: &str, partial: Option<&Path>) -> Option<Self> {
+        let partial = partial.filter(|_| privilege::is_root())?;
+        match Self::begin_in(directory, command) {
+            Ok(mut job) => {
+                job.note_partial(partial);
+                Some(job)
+            }
+            Err(error) => {
+                warn_unrecorded(partial, &error);
+                None
+            }
+        }
     }
 
     /// Ends the job after `result`: with the work done or everything put back nothing is left to
@@ -179,29 +204,20 @@ impl Job {
         }
     }
 
-    /// Notes something that must be taken down if we die: call it *before* making the thing where
-    /// its path is known, else at once after.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn note_resource(&mut self, kind: &str, path: &Path) -> Result<()> {
-        let path = path
-            .to_str()
-            .ok_or_else(|| Error::usage(format!("{} is not a path in UTF-8", path.display())))?;
-        let resource = ResourceRecord { kind: kind.to_owned(), path: path.to_owned() };
-        if !self.record.resources.contains(&resource) {
-            self.record.resources.push(resource);
+    /// Notes a file that is to become the command's result, at once after it was made: if we die, `recover`
+    /// removes it. Where that cannot be noted the command goes on, and says so.
+    pub fn note_partial(&mut self, path: &Path) {
+        let noted = match path.to_str() {
+            None => Err(Error::usage("its path is not in UTF-8")),
+            Some(path) => {
+                let resource = ResourceRecord { kind: PARTIAL.to_owned(), path: path.to_owned() };
+                self.record.resources.push(resource);
+                self.save()
+            }
+        };
+        if let Err(error) = noted {
+            warn_unrecorded(path, &error);
         }
-        self.save()
-    }
-
-    /// Forgets what [`Job::note_resource`] noted, once it is gone.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn forget_resource(&mut self, path: &Path) -> Result<()> {
-        self.record.resources.retain(|resource| Path::new(&resource.path) != path);
-        self.save()
     }
 
     /// The device number of the filesystem that the record is on: it must not be frozen.
@@ -230,6 +246,31 @@ impl Job {
         self.record.change = Some(change_record(change, index, undo));
         self.save()
     }
+}
+
+fn warn_unrecorded(partial: &Path, error: &Error) {
+    let partial = partial.display();
+    tracing::warn!(
+        "if this process is killed, {partial} stays until you remove it: no record of it ({error})"
+    );
+}
+
+/// As [`Job::conclude`], where there may be no job.
+///
+/// # Errors
+/// As there.
+pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
+    match job {
+        Some(job) => job.conclude(result),
+        None => result,
+    }
+}
+
+/// The files that the job was to complete, by its record. One may be named twice.
+pub fn partials(record: &JobRecord) -> impl Iterator<Item = &Path> {
+    let noted = record.resources.iter().filter(|resource| resource.kind == PARTIAL);
+    let gone_on_with = record.copy.iter().filter_map(|copy| copy.partial.as_deref());
+    noted.map(|resource| resource.path.as_str()).chain(gone_on_with).map(Path::new)
 }
 
 /// What the journal says while step `index` is being done or taken back.
@@ -490,11 +531,29 @@ mod tests {
     }
 
     #[test]
+    fn a_dead_job_names_what_it_was_to_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
+        assert!(Job::begin_for_partial_in(dir.path(), "restore", None).is_none());
+        let job = Job::begin_for_partial_in(dir.path(), "restore", Some(partial));
+        assert_eq!(job.is_some(), privilege::is_root());
+        let mut job = job.unwrap_or_else(|| Job::begin_in(dir.path(), "restore").unwrap());
+        if !privilege::is_root() {
+            job.note_partial(partial);
+        }
+        drop(job);
+        let found = find_jobs_in(dir.path()).unwrap();
+        assert_eq!(partials(found[0].record.as_ref().unwrap()).collect::<Vec<_>>(), [partial]);
+        let nowhere = dir.path().join("file");
+        fs::write(&nowhere, b"").unwrap();
+        assert!(Job::begin_for_partial_in(&nowhere, "restore", Some(partial)).is_none(), "and goes on");
+    }
+
+    #[test]
     fn a_finished_job_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let mut job = Job::begin_in(dir.path(), "copy").unwrap();
-        job.note_resource("loop", Path::new("/dev/loop7")).unwrap();
-        job.forget_resource(Path::new("/dev/loop7")).unwrap();
+        job.note_partial(Path::new("/srv/.copy.tidemark-partial.0123456789ab"));
         fs::write(job.segments_path(), b"").unwrap();
         fs::write(job.progress_path(), b"").unwrap();
         fs::write(progress_file::temporary(&job.progress_path()), b"").unwrap();

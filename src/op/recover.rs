@@ -13,7 +13,7 @@
 //! long as a device of a dead job exists, its part is not done.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -26,7 +26,7 @@ use crate::dm::{
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
 
-use super::job::{FoundJob, find_jobs};
+use super::job::{FoundJob, find_jobs, partials};
 use super::stack::{Runner, restoration};
 
 /// Longest time that an origin may be suspended while its table is put back.
@@ -268,12 +268,11 @@ pub fn recover() -> Result<RecoverReport> {
         if job.alive {
             report.running.push(job.id);
         } else {
-            // A copy that is given up leaves no part of itself.
-            let copy = job.record.as_ref().ok().and_then(|record| record.copy.as_ref());
-            if let Some(partial) = copy.and_then(|copy| copy.partial.as_deref())
-                && partial::remove_leftover(Path::new(partial))?
-            {
-                report.done.push(format!("remove {partial}"));
+            // What is given up leaves no part of itself.
+            for partial in job.record.iter().flat_map(partials) {
+                if partial::remove_leftover(partial)? {
+                    report.done.push(format!("remove {}", partial.display()));
+                }
             }
             report.done.push(format!("remove the record of job {}", job.id));
             job.remove()?;

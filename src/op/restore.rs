@@ -20,6 +20,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::archive::{FrameUser, Input, Io, engine_config_for, with_state};
+use super::job::{Job, conclude};
 use super::request::{ArchiveSource, RestoreRequest};
 use crate::base::{Bytes, DeviceNumber, Error, Extent, Result, ResultExt as _, SegmentIx};
 use crate::copy::progress::{Event, Observer, Phase};
@@ -93,7 +94,18 @@ pub(super) fn restore(
         replace: request.replace,
         forbidden: forbidden(&request.archive, &request.target)?,
     };
-    let mut target = RawTarget::open(&request.target, &raw)?;
+    let target = RawTarget::open(&request.target, &raw)?;
+    let job = Job::begin_for_partial("restore", target.partial_path());
+    conclude(job, restore_to(target, input, superblock, observer, interrupt))
+}
+
+fn restore_to(
+    mut target: RawTarget,
+    input: &Input,
+    superblock: Superblock,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<RestoreReport> {
     let config = engine_config_for(&superblock);
     let mut engine = open_engine(config, EnginePreference::Auto)?;
     let name = engine.name();

@@ -1,5 +1,6 @@
 # Safety promises 2, 3, 4 and 6: SIGKILL around and in the middle of a whole copy. The load goes on, recover
-# puts everything back, nothing stands under the final name, and a new copy works.
+# puts everything back, nothing stands under the final name, no part of the copy under another, and a new copy works.
+# So it is where a copy was killed before it touched the origin, one of an origin at rest, and a restore.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -12,6 +13,10 @@ start_load /mnt/origin "$SEED"
 
 options=(--yes --store /mnt/scratch --store-ram 4MiB --freeze-budget 2s)
 
+# No file under construction.
+hidden() { find /mnt/scratch -name '.*tidemark-partial*'; }
+assert_nothing_hidden() { [ -z "$(hidden)" ] || fail "$1: left behind: $(hidden)"; }
+
 # As it was before: asked after every kill.
 put_back() {
     timeout 30 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=1 conv=fsync status=none ||
@@ -20,7 +25,7 @@ put_back() {
     tidemark recover || fail "$1: recover failed"
     [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "$1: the table is another: $(dmsetup table "$origin")"
     [ ! -e /mnt/scratch/copy.raw ] || fail "$1: a partial copy stands under the final name"
-    rm -f /mnt/scratch/.copy.raw*
+    assert_nothing_hidden "$1"
     assert_no_tidemark_left data
     load_is_alive
 }
@@ -47,6 +52,33 @@ for round in 1 2 3 4 5; do
     note "round $round: killed while copying"
     put_back "round $round"
 done
+
+# Kills what runs in the background as soon as its file is there, and asks after what is left.
+kill_at_work() { # NAME PROCESS COMMAND
+    wait_until 60 sh -c "find /mnt/scratch -name '.*tidemark-partial*' | grep -q ."
+    sleep "0.$(rand "$1" 1 5)"
+    tidemark status --json >/run/status
+    kill -KILL "$2"
+    wait "$2" || true
+    [ -n "$(hidden)" ] || fail "$1: it had ended before it was killed"
+    grep -q "\"command\":\"$3\"" /run/status || fail "$1: status does not show it: $(cat /run/status)"
+    put_back "$1"
+}
+
+tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-before 'exec sleep 61.5' 2>/run/err &
+kill_at_work "before the origin is touched" $! copy
+pkill -f 'sleep 61.5' || true
+dd if=/dev/urandom of=/mnt/scratch/rest bs=1M count=24 status=none
+tidemark copy /mnt/scratch/rest /mnt/scratch/copy.raw --rate 2MiB 2>/run/err &
+kill_at_work "an origin at rest" $! copy
+tidemark copy /mnt/scratch/rest /mnt/scratch/rest.tdm
+mkfifo /run/slow
+# The first half, and then nothing.
+(head -c 8M /mnt/scratch/rest.tdm && exec sleep 60) >/run/slow &
+feeder=$!
+tidemark restore - /mnt/scratch/copy.raw </run/slow 2>/run/err &
+kill_at_work "a restore" $! restore
+kill "$feeder" || true
 
 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"

@@ -105,7 +105,7 @@ pub struct ChangeRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceRecord {
-    /// "loop", "zram", "brd", "file", "directory".
+    /// "partial": a file under construction.
     pub kind: String,
     /// Its path.
     pub path: String,

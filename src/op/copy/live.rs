@@ -1,7 +1,7 @@
 //! A live origin, held for the length of a copy: job, store, stack, and putting all of it back.
 //!
 //! Order of making, and the reverse of it for putting back:
-//! 1. the job (lock and journal of intents);
+//! 1. the job (lock and journal of intents), which is there before;
 //! 2. the COW store;
 //! 3. the stack; the instant is within.
 //!
@@ -38,16 +38,21 @@ impl Live {
     /// Makes store and stack; returns after the instant.
     ///
     /// # Errors
-    /// The first failure; everything made before it is put back.
+    /// The first failure; everything made before it is put back, and `job` ended.
     pub fn begin(
         plan: &CopyPlan,
         live: &LivePlan,
+        job: Job,
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
+        let dm = match Dm::open() {
+            Ok(dm) => dm,
+            Err(error) => return job.conclude(Err(error)),
+        };
         let mut this = Self {
-            dm: Dm::open()?,
-            job: RefCell::new(Job::begin("copy")?),
+            dm,
+            job: RefCell::new(job),
             store: None,
             stack: None,
             // While the store is made, the origin is watched: how it is before the instant.

@@ -34,6 +34,7 @@ use crate::format::progress::{Header, ProgressForm};
 use crate::format::state::CopyRecord;
 use crate::io::{Engine, EnginePreference, open_engine};
 use crate::op::hooks::Hook;
+use crate::op::job::{Job, conclude};
 use crate::op::journal::SegmentJournal;
 use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat};
@@ -138,22 +139,42 @@ pub fn run(
     // which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
     let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
     let secondary = open_secondary(plan)?;
+    let job = match begin_job(plan, secondary.as_ref()) {
+        Ok(job) => job,
+        Err(error) => return Err(abandon(secondary, error.state("nothing was frozen or inserted"))),
+    };
     if let Some(command) = &plan.request.hooks.before {
         let hook =
             Hook { option: "--hook-before", command, origin: &plan.origin.path, below: None, deadline: None };
         if let Err(error) = hook.run(interrupt) {
-            return Err(abandon(secondary, error.state("nothing was frozen or inserted")));
+            return conclude(job, Err(abandon(secondary, error.state("nothing was frozen or inserted"))));
         }
     }
     let made = match &plan.live {
-        Some(live) => copy_live(plan, live, secondary, engine, observer, interrupt),
+        Some(live) => {
+            let job = job.expect("a live copy has a job");
+            copy_live(plan, live, job, secondary, engine, observer, interrupt)
+        }
         None => {
             let made = copy_cold(plan, secondary, engine, observer, interrupt);
             hook_after(plan, observer, interrupt);
-            made
+            conclude(job, made)
         }
     };
     Ok(outcome(plan, made?, watch.elapsed()))
+}
+
+/// The job of a copy, from which `recover` knows what is left if we die: the partial file, and for a live origin (which
+/// always has a job) all that is made from now on.
+fn begin_job(plan: &CopyPlan, secondary: &dyn Secondary) -> Result<Option<Job>> {
+    if plan.live.is_none() {
+        return Ok(Job::begin_for_partial("copy", secondary.partial_path()));
+    }
+    let mut job = Job::begin("copy")?;
+    if let Some(partial) = secondary.partial_path() {
+        job.note_partial(partial);
+    }
+    Ok(Some(job))
 }
 
 /// An engine with buffers for the segments of `plan`.
@@ -210,16 +231,18 @@ fn hook_after(plan: &CopyPlan, observer: &dyn Observer, stop: &dyn Fn() -> Resul
 fn copy_live(
     plan: &CopyPlan,
     live_plan: &LivePlan,
+    job: Job,
     mut secondary: Box<dyn Secondary>,
     engine: Box<dyn Engine>,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Made> {
-    let live = match Live::begin(plan, live_plan, observer, interrupt) {
+    let live = match Live::begin(plan, live_plan, job, observer, interrupt) {
         Ok(live) => live,
         Err(error) => {
+            let error = abandon(secondary, error);
             hook_after(plan, observer, interrupt);
-            return Err(abandon(secondary, error));
+            return Err(error);
         }
     };
     secondary.begin(live.stack().times().instant_utc_ns);
