@@ -334,7 +334,13 @@ impl Stack {
         let real = beside(origin, ROLE_REAL, job.id());
         let snap = beside(origin, ROLE_SNAP, job.id());
         for name in [origin, &real, &snap] {
-            let info = dm.info(name)?.ok_or_else(|| gone(format!("the device {name} does not exist")))?;
+            let info = dm.info(name)?.ok_or_else(|| {
+                gone(format!("there is no device {name} any more")).next(
+                    "run 'tidemark recover', which puts back what is left. Where the process died while it put the \
+                     origin back, the copy had ended: a file that has its final name is complete; whether a \
+                     device's copy is, nothing tells: copy again",
+                )
+            })?;
             let wrong = name == origin && info.number != record.number;
             if wrong || !info.has_active {
                 return Err(gone(format!("{name} is not the device that it was")));
@@ -657,34 +663,42 @@ impl<'a> Runner<'a> {
         );
     }
 
-    /// Files are opened and dirty data is written back while nothing is held yet, so that the freeze
-    /// itself is short.
+    /// Everything that takes time is done while nothing is held yet, and last of it dirty data is written back, so
+    /// that the freeze, which writes back what has become dirty since, is short.
     fn guard(&mut self, device: &str, filesystems: &[PathBuf]) -> Result<()> {
-        let watch = Stopwatch::start();
         self.files.clear();
         for path in filesystems {
             let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
             if let Some(mapper) = &self.mapper {
                 mapper.check_same(path, &file)?;
             }
-            freeze::sync_filesystem(&file)
-                .io_context(|| format!("writing back the filesystem at {}", path.display()))?;
             self.files.push((path.clone(), file));
         }
-        self.times.synced = watch.elapsed();
         let program = Path::new("/proc/self/exe");
         let order = Order {
             devices: vec![device.to_owned()],
             filesystems: filesystems.to_vec(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
         };
-        let mut watchdog = Watchdog::start(program, &order)?;
+        self.watchdog = Some(Watchdog::start(program, &order)?);
         if let Err(error) = process::lock_memory() {
             self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
         }
-        let armed = watchdog.arm();
-        self.watchdog = Some(watchdog);
-        armed
+        let watch = Stopwatch::start();
+        if let Err(error) = self.write_back() {
+            self.dismiss();
+            return Err(error);
+        }
+        self.times.synced = watch.elapsed();
+        self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)
+    }
+
+    fn write_back(&self) -> Result<()> {
+        for (path, file) in &self.files {
+            freeze::sync_filesystem(file)
+                .io_context(|| format!("writing back the filesystem at {}", path.display()))?;
+        }
+        Ok(())
     }
 
     fn dismiss(&mut self) -> Verdict {
