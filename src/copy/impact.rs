@@ -516,10 +516,10 @@ impl Controller {
             return self.listen(now);
         }
         self.acted = true;
+        let excess = seen.saturating_sub(baseline);
         if is_slow {
             self.climbing = false;
-            self.vain_rounds =
-                if self.mends_little(seen.saturating_sub(baseline), rate) { self.vain_rounds + 1 } else { 0 };
+            self.vain_rounds = if self.mends_little(excess, rate) { self.vain_rounds + 1 } else { 0 };
             if self.vain_rounds == VAIN_ROUNDS {
                 self.forget_slowing();
                 self.in_vain = true;
@@ -528,7 +528,7 @@ impl Controller {
             let at_least_one = self.window >= ONE;
             self.shrink(round, factor(seen, baseline, goal, false), rate);
             if at_least_one && self.window < ONE {
-                self.slowed = Some((now, seen.saturating_sub(baseline)));
+                self.slowed = Some((now, excess));
             }
         } else {
             self.vain_rounds = 0;

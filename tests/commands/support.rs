@@ -3,19 +3,23 @@
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{PoisonError, RwLock};
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tidemark");
+
 /// The command with these arguments, nothing on standard input, no log options inherited.
 pub fn tidemark(arguments: &[&str]) -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("tidemark"));
-    command.args(arguments).env_remove("TIDEMARK_LOG").stdin(Stdio::null());
-    command
+    with_arguments(Command::new(PROGRAM), arguments)
 }
 
 /// As [`tidemark`], started as a terminal would: a script's background jobs are started with SIGINT ignored, and so is
 /// all that they start, these tests among it.
 pub fn interruptible(arguments: &[&str]) -> Command {
     let mut command = Command::new("env");
-    command.arg("--default-signal=INT").arg(assert_cmd::cargo::cargo_bin!("tidemark")).args(arguments);
-    command.env_remove("TIDEMARK_LOG").stdin(Stdio::null());
+    command.arg("--default-signal=INT").arg(PROGRAM);
+    with_arguments(command, arguments)
+}
+
+fn with_arguments(mut command: Command, arguments: &[&str]) -> Command {
+    command.args(arguments).env_remove("TIDEMARK_LOG").stdin(Stdio::null());
     command
 }
 

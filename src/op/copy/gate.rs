@@ -4,9 +4,9 @@
 //! for the kernel:
 //!
 //! - **releases**: every region that the copier has done with since the last one becomes `linear`, in one
-//!   swap of the table. After each the thread rests for a multiple of what the swap took, so that the
-//!   origin is never held for more than a small share of the time; what is released meanwhile goes
-//!   together. A release that fails is tried again with the next: until then the region is preserved.
+//!   swap of the table. After each the thread rests for a multiple of what the swap took, bounded, so that the
+//!   origin is held for a small share of the time only; what is released meanwhile goes together. A release that
+//!   fails is tried again with the next: until then the region is preserved.
 //! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
 //!   suspended, for some seconds at a stretch, so that the copier catches up and releases what is about to be
 //!   written. A watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
@@ -35,11 +35,11 @@ use crate::sys::dm_ioctl::SuspendFlags;
 /// A release that holds the origin for longer makes the following regions larger.
 pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
 
-/// After a release the gate rests for so many times what it took: the origin is held for at most a
-/// twentieth of the time.
+/// After a release the gate rests for so many times what it took, so that the origin is held for at most a
+/// twenty-first of the time; for a longer share only where a swap takes more than a twentieth of [`REST_MAX`].
 const REST_FACTOR: u32 = 20;
 
-/// Longest such rest.
+/// Longest such rest: what is not released is preserved.
 const REST_MAX: Duration = Duration::from_secs(2);
 
 /// Between two looks at the store, while a hold may become necessary.
@@ -350,7 +350,7 @@ impl Keeper {
             let caught_up = self.released.total() >= self.stack.size();
             if watchdog.check().is_err() {
                 // It has let the origin go on, and does so until it is stopped; or it could not, or it has died.
-                let next = self.armed();
+                let next = self.armed().ok();
                 let _ = watchdog.dismiss();
                 self.tell_ended_early();
                 return next;
@@ -359,7 +359,7 @@ impl Keeper {
                 return Some(watchdog);
             }
             // Armed before the last one is stopped: the origin is never held unguarded.
-            let Some(next) = self.armed() else { return Some(watchdog) };
+            let Ok(next) = self.armed() else { return Some(watchdog) };
             let verdict = std::mem::replace(&mut watchdog, next).dismiss();
             if verdict != Verdict::Calm {
                 self.tell_ended_early();
@@ -368,9 +368,11 @@ impl Keeper {
         }
     }
 
-    /// The watchdog that was made ready.
-    fn armed(&mut self) -> Option<Watchdog> {
-        self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next))
+    /// The watchdog that was made ready, or one made now.
+    fn armed(&mut self) -> Result<Watchdog> {
+        let mut next = self.ready.take().map_or_else(|| self.watchdog(), Ok)?;
+        next.arm()?;
+        Ok(next)
     }
 
     fn tell_ended_early(&self) {
@@ -387,11 +389,7 @@ impl Keeper {
         }
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
         let origin = self.stack.origin().to_owned();
-        let mut watchdog = match self.ready.take() {
-            Some(watchdog) => watchdog,
-            None => self.watchdog()?,
-        };
-        watchdog.arm()?;
+        let watchdog = self.armed()?;
         let begin = Instant::now();
         let quick = SuspendFlags { flush: false, lock_filesystem: false };
         let suspended = self.dm.suspend(&origin, quick);
