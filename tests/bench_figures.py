@@ -24,6 +24,12 @@ class Window(unittest.TestCase):
         self.assertEqual(window.figures(operations, 2.0, 3.0)["operations"], 2)
         self.assertEqual(found["operations_per_second"], 2.0)
 
+    def test_steps_add_up_to_the_window(self):
+        operations = [(0.0, 0.1), (0.0, 0.25), (0.0, 0.49), (0.0, 0.6), (0.0, 0.7)]
+        found = window.figures(operations, 0.0, 0.7)
+        self.assertEqual(found["per_step"], [1, 2, 1])
+        self.assertEqual(sum(found["per_step"]), found["operations"])
+
     def test_a_stall_beyond_the_end_is_felt(self):
         operations = [(0.9, 1.0), (1.0, 1.1), (1.2, 9.2)]
         found = window.figures(operations, 0.5, 2.0)

@@ -1,8 +1,13 @@
-//! The part of the VM harness that is pure, tested without a guest: which lines of a kernel's log are
-//! complaints.
+//! The parts of the VM harness that need no guest: which lines of a kernel's log are complaints, and that runs go
+//! side by side.
 
 #[path = "../vm-tests/harness/kernel_log.rs"]
 mod kernel_log;
+#[path = "../vm-tests/harness/pool.rs"]
+mod pool;
+
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
 use kernel_log::complaint;
 
@@ -34,4 +39,32 @@ fn each_kind_of_report_is_noticed() {
 fn a_case_may_provoke_one_complaint_and_no_other() {
     let log = "[1.0] WARNING: expected here\n[2.0] WARNING: not expected\n";
     assert_eq!(complaint(log, &["expected here".to_owned()]), Some("[2.0] WARNING: not expected"));
+}
+
+/// It once kept its queue locked while a guest ran, and two at a time were one.
+#[test]
+fn as_many_run_at_once_as_are_asked_for() {
+    const AT_ONCE: usize = 3;
+    const GIVEN_UP: Duration = Duration::from_secs(30);
+    let (inside, changed) = (Mutex::new(0), Condvar::new());
+    let met = Mutex::new(0);
+    pool::for_each(AT_ONCE, 0..AT_ONCE, |_| {
+        let mut count = pool::locked(&inside);
+        *count += 1;
+        changed.notify_all();
+        let (_count, waited) = changed.wait_timeout_while(count, GIVEN_UP, |it| *it < AT_ONCE).unwrap();
+        *pool::locked(&met) += usize::from(!waited.timed_out());
+    });
+    assert_eq!(*pool::locked(&met), AT_ONCE);
+}
+
+#[test]
+fn every_item_is_worked_on_once() {
+    for workers in [0, 1, 2, 9] {
+        let done = Mutex::new(Vec::new());
+        pool::for_each(workers, 0..7, |item| pool::locked(&done).push(item));
+        let mut done = done.into_inner().unwrap();
+        done.sort_unstable();
+        assert_eq!(done, (0..7).collect::<Vec<_>>(), "{workers} workers");
+    }
 }

@@ -19,7 +19,7 @@ GOAL_OF_BYTES = {"skewed": 0.5, "append": 0.05}
 # Slowest operation, of LVM's.
 GOAL_OF_SLOWEST = 1.0
 
-PEERS = ("none", "dd", "lvm")
+PEERS = ("none", "dd", "stream", "lvm")
 
 
 def ratio(value, base):
@@ -146,5 +146,5 @@ def conditions(setup):
     return (
         f"{setup['volume_mib']} MiB, {setup['used_share']:.0%} in use; disks of "
         f"{setup['disk_bytes_per_second'] // MIB} MiB/s {ways} and {setup['disk_requests_per_second']} requests/s, {flush}; "
-        f"kernel {setup['kernel']}"
+        f"kernel {setup['kernel']}, clock {setup.get('clock', 'hpet')}"
     )

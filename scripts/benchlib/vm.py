@@ -1,14 +1,15 @@
 """Measures what copies of a live volume cost the applications beside them, in a virtual machine.
 
   scripts/bench vm [--rounds N] [--loads LIST] [--profile LIST] [--contenders LIST] [--variant NAME=OPTIONS]...
-                   [--volume-mib N] [--disk separate|shared] [--quick] [--markdown] [--check]
+                   [--volume-mib N] [--disk separate|shared] [--clock tsc|hpet] [--quick] [--markdown] [--check]
                    [--from FILE]
 
 One guest for each profile; in it, side by side: each load alone (none), beside dd of the live device (dd: the
 upper bound, no copy of any instant), beside an LVM thick snapshot and dd of it (lvm), beside tidemark copy
 (tidemark), in rounds whose order rotates. Everybody copies the same logical volume, whose ext4 is a third full, to
 the same raw disk, and keeps originals on the same third disk: LVM in its copy-on-write volume with chunks of 4 KiB,
-Tidemark in its store, RAM head included. What is counted, and from when to when, vm-tests/bench/rounds.py says.
+Tidemark in its store, RAM head included. Where --contenders asks for it, a further one (stream) reads what is in use
+and writes it, both at once and with no snapshot: what overlapping costs. What is counted, and from when to when, vm-tests/bench/rounds.py says.
 
 Loads: uniform, skewed, append, pgbench; or a, b, c, d.
 
@@ -20,7 +21,9 @@ Profiles:
 The guest's processors are emulated where there is no KVM, so figures mean something beside each other only. The
 disks are throttled to an SSD in tenfold slow motion, so that they, and not the emulation, are what everybody waits
 for; vm-tests/cases/bench.rs has the numbers, the reasons, and whom that favours; --disk shared makes reads and
-writes take turns. A share is that of the same load alone in the same
+writes take turns. The guest reads its clock from the TSC; with --clock hpet, as in the tests, from the emulated HPET,
+which costs an exit and QEMU's lock each time, several times for an I/O: that favours whoever does little beside
+waiting, dd. A share is that of the same load alone in the same
 round; the table shows medians over rounds.
 
 TIDEMARK_BENCH_OPTIONS holds options for every tidemark copy (for example '--store-ram 0'); a variant has more, or
@@ -44,6 +47,8 @@ from . import ROOT, figures
 LETTERS = {"a": "uniform", "b": "skewed", "c": "append", "d": "pgbench"}
 PROFILES = ("normal", "slow")
 CONTENDERS = ("none", "dd", "lvm", "tidemark")
+# And what is measured only where it is asked for.
+PROBES = ("stream",)
 # A slow run, a load's start and end included; and the stage: LVM, PostgreSQL, the volume's old data.
 RUN_SECONDS_MAX = 90
 STAGE_SECONDS_MAX = 600
@@ -69,7 +74,7 @@ def names_of(known, letters=None):
 
 def variant(text):
     name, equals, options = text.partition("=")
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in CONTENDERS or not equals or "," in options:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in CONTENDERS + PROBES or not equals or "," in options:
         raise argparse.ArgumentTypeError(f"{text}: NAME=OPTIONS is wanted, a new name of a-z, 0-9 and -, and no comma")
     return f"tidemark-{name}={options}"
 
@@ -82,11 +87,14 @@ def arguments(words):
     parser.add_argument("--rounds", type=int, help="rounds (default 3)")
     parser.add_argument("--loads", type=names_of(loads, LETTERS), default=loads, help="default: all")
     parser.add_argument("--profile", type=names_of(PROFILES), default=list(PROFILES), help="default: both")
-    parser.add_argument("--contenders", type=names_of(CONTENDERS), default=list(CONTENDERS), help="default: all")
+    names = names_of(CONTENDERS + PROBES)
+    parser.add_argument("--contenders", type=names, default=list(CONTENDERS), help="default: all but stream")
     parser.add_argument("--variant", type=variant, action="append", default=[], help="one more tidemark, with options")
     parser.add_argument("--volume-mib", type=int, help="size of the volume (default 512)")
     disks = ("separate", "shared")
     parser.add_argument("--disk", choices=disks, default=disks[0], help="bandwidth of reads and writes (default: separate)")
+    clocks = ("tsc", "hpet")
+    parser.add_argument("--clock", choices=clocks, default=clocks[0], help="the guest's clock (default: tsc)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one round, 256 MiB; its figures say little")
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
@@ -110,6 +118,7 @@ def environment(options):
         "TIDEMARK_BENCH_CONTENDERS": ",".join(contenders),
         "TIDEMARK_BENCH_VOLUME_MIB": options.volume_mib,
         "TIDEMARK_BENCH_DISK": options.disk,
+        "TIDEMARK_BENCH_CLOCK": options.clock,
         "TIDEMARK_BENCH_IDLE_SECONDS": 3 if options.quick else 6,
         "TIDEMARK_BENCH_LIMIT_SECONDS": STAGE_SECONDS_MAX + runs * RUN_SECONDS_MAX,
     }

@@ -12,6 +12,8 @@ Loads, one application each, which waits for every write to be on the disk:
 Contenders, in an order that rotates from round to round:
   none      the load alone
   dd        dd of the live device: not a copy of any instant, but what reading and writing it costs at least
+  stream    fio reads as much of the live device as is in use, in requests of 128 KiB, and writes as much to the
+            secondary at the rate of the disk: what it costs to read and write at once, with no copy-on-write
   lvm       a thick LVM snapshot with chunks of 4 KiB, dd of it, and its removal
   tidemark  tidemark copy, with TIDEMARK_BENCH_OPTIONS; NAME=OPTIONS are further variants of it
 
@@ -192,6 +194,17 @@ def copy_dd(_options):
     return {"start": start, "end": time.time()}
 
 
+def copy_stream(_options):
+    used_kib = int(run(["df", "--output=used", "-k", MOUNT]).splitlines()[1])
+    rate = int(ENV["TIDEMARK_BENCH_DISK_BYTES_PER_SECOND"])
+    both = ["--thread", "--direct=1", "--ioengine=io_uring", "--iodepth=2", f"--size={used_kib}k"]
+    reader = ["--name=read", f"--filename={ORIGIN}", "--rw=read", "--bs=128k"]
+    writer = ["--name=write", f"--filename={SECONDARY}", "--rw=write", "--bs=1M", f"--rate={rate}", "--end_fsync=1"]
+    start = time.time()
+    run(["fio", *both, *reader, *writer])
+    return {"start": start, "end": time.time()}
+
+
 def copy_lvm(_options):
     start = time.time()
     run(
@@ -236,7 +249,9 @@ def copy_tidemark(options):
     }
 
 
-COPIES = {"none": copy_none, "dd": copy_dd, "lvm": copy_lvm}
+COPIES = {"none": copy_none, "dd": copy_dd, "stream": copy_stream, "lvm": copy_lvm}
+# Those that leave no filesystem on the secondary, or none of one instant.
+UNCHECKED = ("none", "dd", "stream")
 
 
 def cpu_seconds():
@@ -283,7 +298,7 @@ def measure(load, name, options, checked):
     time.sleep(COOL_SECONDS)
     operations = load.stop()
     start, end = copied.pop("start"), copied.pop("end")
-    if checked and name not in ("none", "dd"):
+    if checked and name not in UNCHECKED:
         check_secondary()
     return {
         **copied,
@@ -317,6 +332,7 @@ def setup(names):
         "disk_requests_per_second": int(ENV["TIDEMARK_BENCH_DISK_REQUESTS_PER_SECOND"]),
         "flush_ms": int(ENV["TIDEMARK_BENCH_FLUSH_MS"]),
         "store": ENV["BENCH_STORE"],
+        "clock": ENV["TIDEMARK_BENCH_CLOCK"],
         "seed": int(ENV["TIDEMARK_SEED"]),
         "contenders": dict(names),
         "versions": {

@@ -53,8 +53,13 @@ def figures(operations, start, end):
         "median_ms": percentile(latencies, 0.5) * 1e3,
         "p99_ms": percentile(latencies, 0.99) * 1e3,
         "slowest_ms": max(felt, default=0.0) * 1e3,
-        "per_step": [
-            sum(at <= it[1] - start < at + STEP_SECONDS for it in inside)
-            for at in (number * STEP_SECONDS for number in range(ceil((end - start) / STEP_SECONDS)))
-        ],
+        "per_step": per_step([it[1] - start for it in inside], end - start),
     }
+
+
+def per_step(moments, length):
+    """How many of the moments, seconds below `length`, are in each step."""
+    counts = [0] * ceil(length / STEP_SECONDS)
+    for moment in moments:
+        counts[min(int(moment / STEP_SECONDS), len(counts) - 1)] += 1
+    return counts

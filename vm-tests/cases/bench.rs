@@ -21,7 +21,7 @@
 //!   profile shows, with dm-delay.
 
 use crate::harness::Case;
-use crate::harness::case::Throttle;
+use crate::harness::case::{Clock, Throttle};
 
 const DISK: Throttle = Throttle { bytes_per_second: 50 << 20, shared: false, requests_per_second: 7500 };
 
@@ -54,8 +54,12 @@ fn measurement(name: &str) -> Case {
     let volume_mib = number("TIDEMARK_BENCH_VOLUME_MIB").unwrap_or(512).clamp(256, 1 << 16);
     let shared = std::env::var("TIDEMARK_BENCH_DISK").is_ok_and(|kind| kind == "shared");
     let disk = Throttle { shared, ..DISK };
+    let is_hpet = std::env::var("TIDEMARK_BENCH_CLOCK").is_ok_and(|clock| clock == "hpet");
+    let (clock, clock_name) = if is_hpet { (Clock::Hpet, "hpet") } else { (Clock::Tsc, "tsc") };
     let mut case = Case::new(name, "bench.sh")
         .bench()
+        .clock(clock)
+        .variable("TIDEMARK_BENCH_CLOCK", clock_name)
         .modules(&["dm-snapshot", "loop", "zram", "ext4"])
         .commands(&["fio", "lvcreate", "python3", "pgbench", "initdb", "e2fsck"])
         // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.

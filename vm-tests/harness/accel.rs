@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use super::case::Clock;
 use super::guest::{Boot, Machine};
 
 /// How long a guest may take to show that it lives.
@@ -34,6 +35,7 @@ pub fn find(repo: &Path, series: &str) -> Result<String, String> {
     let machine = Machine { repo: repo.to_owned(), accel: "kvm".to_owned() };
     let works = machine.probe(&Boot {
         series,
+        clock: Clock::default(),
         memory_mib: 512,
         disks: Vec::new(),
         console: share.join("console.log"),

@@ -43,6 +43,18 @@ pub struct Disk {
     pub throttle: Option<Throttle>,
 }
 
+/// What a guest's kernel reads the time from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// The HPET. An emulated TSC is found unstable a while after the start, and the kernel then patches itself while
+    /// the other processor runs, which the emulation does not always survive: it is told at once.
+    #[default]
+    Hpet,
+    /// The TSC, which is said to be reliable, so that nobody looks. For measurements: each reading of the HPET leaves
+    /// the guest and takes QEMU's lock, several times for an I/O, which no real clock does.
+    Tsc,
+}
+
 /// What a disk can do at most: QEMU delays what is beyond it.
 #[derive(Clone, Copy, Debug)]
 pub struct Throttle {
@@ -102,6 +114,8 @@ pub struct Case {
     pub disks: Vec<Disk>,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
+    /// What its kernel reads the time from.
+    pub clock: Clock,
     /// How long one boot may take.
     pub limit: Duration,
     /// Its boots, in order, over the same disks.
@@ -129,6 +143,7 @@ impl Case {
             commands: Vec::new(),
             disks: Vec::new(),
             memory_mib: 768,
+            clock: Clock::default(),
             limit: Duration::from_secs(120),
             phases: vec![Phase { script: script.into(), cut: None }],
             variables: Vec::new(),
@@ -183,6 +198,12 @@ impl Case {
     /// The guest's memory.
     pub fn memory_mib(mut self, mib: u32) -> Case {
         self.memory_mib = mib;
+        self
+    }
+
+    /// What its kernel reads the time from.
+    pub fn clock(mut self, clock: Clock) -> Case {
+        self.clock = clock;
         self
     }
 

@@ -9,7 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::case::{Cache, Cut, Disk, Throttle};
+use super::case::{Cache, Clock, Cut, Disk, Throttle};
+
+/// A guest's processors: enough for what runs beside each other to be in each other's way.
+pub const PROCESSORS: usize = 2;
 
 /// How often the guest's files are looked at.
 const POLL: Duration = Duration::from_millis(5);
@@ -26,6 +29,8 @@ pub struct Machine {
 pub struct Boot<'case> {
     /// The kernel's series, which names its folder.
     pub series: &'case str,
+    /// What the guest's kernel reads the time from.
+    pub clock: Clock,
     /// The guest's memory.
     pub memory_mib: u32,
     /// The disks and their files, in order.
@@ -91,11 +96,13 @@ impl Machine {
         let image =
             self.kernel_image(series).ok_or_else(|| format!("no kernel {series}: run scripts/setup"))?;
         let repo = self.repo.display();
+        let clock = match boot.clock {
+            Clock::Hpet => "tsc=unstable",
+            Clock::Tsc => "tsc=reliable clocksource=tsc",
+        };
         let mut append = format!(
-            // An emulated TSC is found unstable a while after the start, and the kernel then patches itself while
-            // the other processor runs, which the emulation does not always survive: it is told at once.
             "console=ttyS0 panic=-1 loglevel=5 mitigations=off rcupdate.rcu_cpu_stall_timeout=120 watchdog_thresh=60 \
-             tsc=unstable tidemark.repo={repo} tidemark.modules={repo}/target/vm/kernel-{series}/lib/modules"
+             {clock} tidemark.repo={repo} tidemark.modules={repo}/target/vm/kernel-{series}/lib/modules"
         );
         if probe {
             append.push_str(" tidemark.probe");
@@ -106,7 +113,7 @@ impl Machine {
             // With cx16 on, QEMU 7.2's software emulation makes the guest panic at random.
             _ => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16"]),
         };
-        qemu.args(["-smp", "2", "-m", &boot.memory_mib.to_string()]);
+        qemu.args(["-smp", &PROCESSORS.to_string(), "-m", &boot.memory_mib.to_string()]);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         qemu.arg("-serial").arg(format!("file:{}", boot.console.display()));
         qemu.arg("-kernel").arg(image);

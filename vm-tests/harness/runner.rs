@@ -3,7 +3,6 @@
 //! A case comes to one [`Verdict`] per kernel. Everything that a failure needs to be understood is kept in
 //! `target/vm/run/CASE-SERIES` and its path is printed; a pass loses its disks.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
@@ -14,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use super::accel;
 use super::case::{Case, Expect, Kernel};
-use super::guest::{Boot, Ending, Machine};
+use super::guest::{Boot, Ending, Machine, PROCESSORS};
 use super::kernel_log;
+use super::pool::{self, locked};
 use super::stamp::Stamps;
 
-/// Most guests at a time: each has two processors to emulate.
+/// Most guests at a time.
 const JOBS_MAX: usize = 64;
 
 /// How much of a failed script's output is shown.
@@ -112,11 +112,11 @@ struct Context<'run> {
 /// Runs what the options ask for. An error is one of the harness, not of a case.
 pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally, String> {
     check_names(&cases)?;
-    let mut queue: VecDeque<(Case, Kernel)> = VecDeque::new();
+    let mut queue: Vec<(Case, Kernel)> = Vec::new();
     for case in cases {
         for kernel in case.kernels.clone() {
             if options.wants(&case, kernel) {
-                queue.push_back((case.clone(), kernel));
+                queue.push((case.clone(), kernel));
             }
         }
     }
@@ -128,35 +128,26 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally, String> {
     }
     let context = context(options)?;
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let jobs = options.jobs.unwrap_or(processors).clamp(1, JOBS_MAX);
+    // Guests that share processors take as much longer (measured: two of them twice as long), and what has a time limit
+    // comes closer to it.
+    let jobs = options.jobs.unwrap_or(processors / PROCESSORS).clamp(1, JOBS_MAX);
     println!(
         "vm: {} runs, seed {}, accelerator {}, {jobs} at a time",
         queue.len(),
         context.seed,
         context.machine.accel
     );
-    let queue = Mutex::new(queue);
     let tally = Mutex::new(Tally::default());
-    thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(|| {
-                while let Some((case, kernel)) = locked(&queue).pop_front() {
-                    let start = Instant::now();
-                    let verdict = context.judge(&case, kernel);
-                    report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
-                }
-            });
-        }
+    pool::for_each(jobs, queue, |(case, kernel): (Case, Kernel)| {
+        let start = Instant::now();
+        let verdict = context.judge(&case, kernel);
+        report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
     });
     Ok(tally.into_inner().expect("a thread that panicked has ended the scope"))
 }
 
 fn run_name(case: &Case, kernel: Kernel) -> String {
     format!("{}-{}", case.name, kernel.series())
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().expect("no thread panics while it holds the lock")
 }
 
 fn report(name: &str, verdict: &Verdict, took: Duration, tally: &mut Tally) {
@@ -325,6 +316,7 @@ impl Context<'_> {
             let delay_ms = phase.cut.as_ref().map_or(0, |cut| u64::from(self.seed) % (cut.delay_ms_max + 1));
             let boot = Boot {
                 series: kernel.series(),
+                clock: case.clock,
                 memory_mib: case.memory_mib,
                 disks: disks.clone(),
                 share: share.clone(),
