@@ -72,7 +72,7 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Show what an archive holds
     Inspect(InspectArgs),
-    /// Show volumes, copies in progress, and what was left behind
+    /// Show volumes, copies and restores in progress, and what was left behind
     Status(StatusArgs),
     /// Put back what a killed run left
     #[command(after_help = "Examples:

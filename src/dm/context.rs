@@ -98,6 +98,12 @@ impl Dm {
         Ok(Self { control })
     }
 
+    /// True where the kernel offers device-mapper to us, whether we may use it or not.
+    #[must_use]
+    pub fn is_there() -> bool {
+        std::path::Path::new(CONTROL_PATH).exists()
+    }
+
     fn call(&self, call: Call, ask: &Ask<'_>, what: impl FnOnce() -> String) -> Result<Reply> {
         dm_ioctl::call(&self.control, call, ask).map_err(|source| Error::kernel(what(), source))
     }

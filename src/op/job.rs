@@ -60,11 +60,10 @@ impl Job {
     /// can do without (an ordinary user's has none, and none is needed to clean up behind an error).
     #[must_use]
     pub fn begin_for_partial(command: &str, partial: Option<&Path>) -> Option<Self> {
-        Self::begin_for_partial_in(Path::new(RUN_DIR), command, partial)
+        Self::begin_for_partial_in(Path::new(RUN_DIR), command, partial.filter(|_| privilege::is_root())?)
     }
 
-    fn begin_for_partial_in(directory: &Path, command: &str, partial: Option<&Path>) -> Option<Self> {
-        let partial = partial.filter(|_| privilege::is_root())?;
+    fn begin_for_partial_in(directory: &Path, command: &str, partial: &Path) -> Option<Self> {
         match Self::begin_in(directory, command) {
             Ok(mut job) => {
                 job.note_partial(partial);
@@ -123,8 +122,14 @@ impl Job {
             copy: None,
         };
         let job = Self { record, directory: directory.to_owned(), _lock: lock };
-        job.save()?;
-        Ok(job)
+        match job.save() {
+            Ok(()) => Ok(job),
+            // What can be found of it would pass for a dead one.
+            Err(error) => Err(match job.finish() {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(undo),
+            }),
+        }
     }
 
     /// Its id, as in the UUIDs of its devices.
@@ -255,15 +260,21 @@ fn warn_unrecorded(partial: &Path, error: &Error) {
     );
 }
 
-/// As [`Job::conclude`], where there may be no job.
+/// Ends the job of a command that could do without: as [`Job::conclude`], but a record that stays behind a result which
+/// is there is only said.
 ///
 /// # Errors
-/// As there.
+/// `result`'s.
 pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
-    match job {
-        Some(job) => job.conclude(result),
-        None => result,
+    let Some(job) = job else { return result };
+    let value = match result {
+        Ok(value) => value,
+        Err(error) => return job.conclude(Err(error)),
+    };
+    if let Err(error) = job.finish() {
+        tracing::warn!("all is done, but its record stays, which 'tidemark recover' removes: {error}");
     }
+    Ok(value)
 }
 
 /// The files that the job was to complete, by its record. One may be named twice.
@@ -534,19 +545,25 @@ mod tests {
     fn a_dead_job_names_what_it_was_to_complete() {
         let dir = tempfile::tempdir().unwrap();
         let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
-        assert!(Job::begin_for_partial_in(dir.path(), "restore", None).is_none());
-        let job = Job::begin_for_partial_in(dir.path(), "restore", Some(partial));
-        assert_eq!(job.is_some(), privilege::is_root());
-        let mut job = job.unwrap_or_else(|| Job::begin_in(dir.path(), "restore").unwrap());
-        if !privilege::is_root() {
-            job.note_partial(partial);
-        }
-        drop(job);
+        drop(Job::begin_for_partial_in(dir.path(), "restore", partial).unwrap());
         let found = find_jobs_in(dir.path()).unwrap();
         assert_eq!(partials(found[0].record.as_ref().unwrap()).collect::<Vec<_>>(), [partial]);
+    }
+
+    #[test]
+    fn a_command_that_can_do_without_a_record_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
         let nowhere = dir.path().join("file");
         fs::write(&nowhere, b"").unwrap();
-        assert!(Job::begin_for_partial_in(&nowhere, "restore", Some(partial)).is_none(), "and goes on");
+        assert!(Job::begin_for_partial_in(&nowhere, "restore", partial).is_none());
+        assert!(Job::begin_for_partial("restore", None).is_none());
+        // A record that cannot be removed is no reason to call what is done failed.
+        let job = Job::begin_for_partial_in(dir.path(), "restore", partial).unwrap();
+        let record = record_path(dir.path(), job.id());
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+        assert_eq!(conclude(Some(job), Ok(7)).unwrap(), 7);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! 2. give every origin its own table back, from the `real` device, under a watchdog;
 //! 3. remove snapshots, then what they mapped to;
 //! 4. give back RAM disks and loop devices;
-//! 5. remove what a copy that is given up has written beside its final name, and the records.
+//! 5. remove what a copy or restore that is given up has written beside its final name, and the records. (Where one of
+//!    1 to 4 failed, of those jobs only that never had to do with a device.)
 //!
 //! Each part is found anew in what is there, so a recover that dies anywhere can be run again: as
 //! long as a device of a dead job exists, its part is not done.
@@ -257,28 +258,80 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
 /// The first failure, with the others as failed undos; can be run again at any time.
 pub fn recover() -> Result<RecoverReport> {
     super::privilege::require_root("recovering")?;
-    let dm = Dm::open()?;
+    let mut report = RecoverReport { done: Vec::new(), running: Vec::new() };
+    let mut failures = Vec::new();
+    let jobs = match Dm::open().and_then(|dm| put_back(&dm, &mut report.done)) {
+        Ok(jobs) => jobs,
+        // There are those that have nothing to do with device-mapper.
+        Err(error) => {
+            failures.push(error);
+            find_jobs()?
+        }
+    };
+    let is_all = give_up(jobs, &mut report, &mut failures);
+    if is_all && failures.len() == 1 && !Dm::is_there() {
+        // Where there is no device-mapper, there is no device of ours.
+        failures.clear();
+    }
+    let mut failures = failures.into_iter();
+    match failures.next() {
+        None => Ok(report),
+        Some(first) => Err(failures.fold(first, Error::with_failed_undo)),
+    }
+}
+
+/// Devices and stores. The jobs that were found, the dead ones locked.
+fn put_back(dm: &Dm, done: &mut Vec<String>) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
-    let mut machine = Kernel { dm: &dm, runner: Runner::new(&dm, BUDGET, &interrupt), jobs: Vec::new() };
-    let mut done = recover_devices(&mut machine)?;
+    let mut machine = Kernel { dm, runner: Runner::new(dm, BUDGET, &interrupt), jobs: Vec::new() };
+    done.extend(recover_devices(&mut machine)?);
     done.extend(crate::store::release_leftovers()?);
-    let mut report = RecoverReport { done, running: Vec::new() };
-    let jobs = std::mem::take(&mut machine.jobs);
+    Ok(machine.jobs)
+}
+
+/// Takes away the files and the records of the dead ones among `jobs`. Where something failed before, only of those that
+/// never had to do with a device: the records of the others still tell what is to be done. Answers whether no dead one
+/// is left.
+fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<Error>) -> bool {
+    let failed_before = !failures.is_empty();
+    let mut is_all = true;
     for job in jobs {
         if job.alive {
             report.running.push(job.id);
-        } else {
-            // What is given up leaves no part of itself.
-            for partial in job.record.iter().flat_map(partials) {
-                if partial::remove_leftover(partial)? {
-                    report.done.push(format!("remove {}", partial.display()));
+        } else if !failed_before || job.record.as_ref().is_ok_and(is_without_device) {
+            let id = job.id.clone();
+            match remove_files(job) {
+                Ok(removed) => {
+                    report.done.extend(removed);
+                    report.done.push(format!("remove the record of job {id}"));
+                }
+                Err(error) => {
+                    is_all = false;
+                    failures.push(error);
                 }
             }
-            report.done.push(format!("remove the record of job {}", job.id));
-            job.remove()?;
+        } else {
+            is_all = false;
         }
     }
-    Ok(report)
+    is_all
+}
+
+/// A job that is given up leaves no part of its result, and then no record. Where the one cannot be removed, the other
+/// stays.
+fn remove_files(job: FoundJob) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for partial in job.record.iter().flat_map(partials) {
+        if partial::remove_leftover(partial)? {
+            removed.push(format!("remove {}", partial.display()));
+        }
+    }
+    job.remove()?;
+    Ok(removed)
+}
+
+fn is_without_device(record: &JobRecord) -> bool {
+    record.origin.is_none() && record.change.is_none() && record.copy.is_none()
 }
 
 struct Kernel<'a> {

@@ -284,14 +284,10 @@ impl Stack {
             }
         }
         job.set_origin(origin, dm.info_of(origin)?.number, &own_table.to_string())?;
-        if request.lock_filesystem {
-            // What is frozen by its device cannot be named: write everything back now, or the suspension
-            // would do it while writers wait.
-            nix::unistd::sync();
-        }
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.at_instant = Some(at_instant);
+        runner.write_back_all = request.lock_filesystem;
         runner.below = Some(real.clone());
         runner.length = own_table.length();
         if !request.all {
@@ -336,9 +332,9 @@ impl Stack {
         for name in [origin, &real, &snap] {
             let info = dm.info(name)?.ok_or_else(|| {
                 gone(format!("there is no device {name} any more")).next(
-                    "run 'tidemark recover', which puts back what is left. Where the process died while it put the \
-                     origin back, the copy had ended: a file that has its final name is complete; whether a \
-                     device's copy is, nothing tells: copy again",
+                    "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
+                     while it put the origin back, the copy had ended, well or not: a file with the final name is \
+                     complete, but may be one that was there before; look at its time",
                 )
             })?;
             let wrong = name == origin && info.number != record.number;
@@ -610,6 +606,9 @@ pub(super) struct Runner<'a> {
     /// Where what is skipped was seen to lie.
     picture: Option<Picture>,
     skipped: Skipped,
+    /// What is frozen by its device cannot be named: everything is written back beforehand, or the suspension would do
+    /// it while writers wait.
+    write_back_all: bool,
     /// Things are being put back: nobody is asked whether to.
     taking_back: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
@@ -639,6 +638,7 @@ impl<'a> Runner<'a> {
             limits: None,
             picture: None,
             skipped: Skipped::default(),
+            write_back_all: false,
             taking_back: false,
             map_in_force: false,
             loaded: None,
@@ -685,15 +685,15 @@ impl<'a> Runner<'a> {
             self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
         }
         let watch = Stopwatch::start();
-        if let Err(error) = self.write_back() {
-            self.dismiss();
-            return Err(error);
-        }
+        self.write_back()?;
         self.times.synced = watch.elapsed();
         self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)
     }
 
     fn write_back(&self) -> Result<()> {
+        if self.write_back_all {
+            nix::unistd::sync();
+        }
         for (path, file) in &self.files {
             freeze::sync_filesystem(file)
                 .io_context(|| format!("writing back the filesystem at {}", path.display()))?;

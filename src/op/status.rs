@@ -50,7 +50,7 @@ pub struct JobStatus {
     pub id: String,
     /// Its process lives.
     pub alive: bool,
-    /// "copy".
+    /// "copy", "restore", "attach".
     pub command: Option<String>,
     /// Its process id.
     pub process: Option<u32>,

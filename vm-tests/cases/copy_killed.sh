@@ -72,13 +72,23 @@ dd if=/dev/urandom of=/mnt/scratch/rest bs=1M count=24 status=none
 tidemark copy /mnt/scratch/rest /mnt/scratch/copy.raw --rate 2MiB 2>/run/err &
 kill_at_work "an origin at rest" $! copy
 tidemark copy /mnt/scratch/rest /mnt/scratch/rest.tdm
+assert_no_tidemark_left data
 mkfifo /run/slow
-# The first half, and then nothing.
+# The first third, and then nothing.
 (head -c 8M /mnt/scratch/rest.tdm && exec sleep 60) >/run/slow &
 feeder=$!
 tidemark restore - /mnt/scratch/copy.raw </run/slow 2>/run/err &
 kill_at_work "a restore" $! restore
 kill "$feeder" || true
+
+# What fails by itself leaves as little.
+assert_status 1 tidemark copy /mnt/scratch/rest /mnt/scratch/copy.raw --hook-before false
+assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-before false
+assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-frozen false
+head -c 8M /mnt/scratch/rest.tdm >/mnt/scratch/cut.tdm
+assert_status 4 tidemark restore /mnt/scratch/cut.tdm /mnt/scratch/copy.raw
+assert_nothing_hidden "what has failed"
+assert_no_tidemark_left data
 
 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"

@@ -43,12 +43,14 @@ one_copy() {
     ram=$(pick "$kind-ram" 0 1MiB 8MiB)
     local -a options=(--chunk "$chunk" --segment "$segment" --store /mnt/scratch --store-ram "$ram" --yes
         --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)")
-    # A copy of a small volume is over in a moment: the rate keeps the load beside it for 3, 6 or 12 seconds.
-    options+=(--rate "$((size / $(pick "$kind-rate" 3 6 12)))")
+    # A copy of a small volume is over in a moment: the rate keeps the load beside it for some seconds. With everything
+    # copied: 3, 6 or 12 of them.
     if [ "$MECHANISMS" = on ]; then
+        options+=(--rate "$(pick "$kind-rate" 8MiB 16MiB 32MiB)")
         options+=(--order "$(pick "$kind-order" physical hot)" --region "$(pick "$kind-region" 1MiB 4MiB 16MiB)"
             --on-full "$(pick "$kind-full" abort hold)")
     else
+        options+=(--rate "$((size / $(pick "$kind-rate" 3 6 12)))")
         options+=(--all --region "$(((size >> 20) + 1))MiB")
     fi
     [ "$(pick "$kind-verify" 0 1)" = 0 ] || [ "$kind" = pipe ] || options+=(--verify)

@@ -101,7 +101,7 @@ pub struct ChangeRecord {
     pub steps: Vec<String>,
 }
 
-/// Something made beside the stack: a loop device, a zram device, a file.
+/// Something made beside the stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceRecord {

@@ -350,7 +350,7 @@ impl Keeper {
             let caught_up = self.released.total() >= self.stack.size();
             if watchdog.check().is_err() {
                 // It has let the origin go on, and does so until it is stopped; or it could not, or it has died.
-                let next = self.armed().ok();
+                let next = self.successor();
                 let _ = watchdog.dismiss();
                 self.tell_ended_early();
                 return next;
@@ -359,7 +359,7 @@ impl Keeper {
                 return Some(watchdog);
             }
             // Armed before the last one is stopped: the origin is never held unguarded.
-            let Ok(next) = self.armed() else { return Some(watchdog) };
+            let Some(next) = self.successor() else { return Some(watchdog) };
             let verdict = std::mem::replace(&mut watchdog, next).dismiss();
             if verdict != Verdict::Calm {
                 self.tell_ended_early();
@@ -368,11 +368,9 @@ impl Keeper {
         }
     }
 
-    /// The watchdog that was made ready, or one made now.
-    fn armed(&mut self) -> Result<Watchdog> {
-        let mut next = self.ready.take().map_or_else(|| self.watchdog(), Ok)?;
-        next.arm()?;
-        Ok(next)
+    /// The watchdog that was made ready, armed. None is made here: that takes time, and the origin is held.
+    fn successor(&mut self) -> Option<Watchdog> {
+        self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next))
     }
 
     fn tell_ended_early(&self) {
@@ -389,7 +387,8 @@ impl Keeper {
         }
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
         let origin = self.stack.origin().to_owned();
-        let watchdog = self.armed()?;
+        let mut watchdog = self.ready.take().map_or_else(|| self.watchdog(), Ok)?;
+        watchdog.arm()?;
         let begin = Instant::now();
         let quick = SuspendFlags { flush: false, lock_filesystem: false };
         let suspended = self.dm.suspend(&origin, quick);

@@ -38,17 +38,18 @@ impl Live {
     /// Makes store and stack; returns after the instant.
     ///
     /// # Errors
-    /// The first failure; everything made before it is put back, and `job` ended.
+    /// The first failure; everything made before it is put back, then what `give_up` takes away is, and `job` ended.
     pub fn begin(
         plan: &CopyPlan,
         live: &LivePlan,
         job: Job,
+        give_up: impl FnOnce(Error) -> Error,
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let dm = match Dm::open() {
             Ok(dm) => dm,
-            Err(error) => return job.conclude(Err(error)),
+            Err(error) => return job.conclude(Err(give_up(error))),
         };
         let mut this = Self {
             dm,
@@ -61,7 +62,7 @@ impl Live {
         };
         match this.make(plan, live, observer, interrupt) {
             Ok(()) => Ok(this),
-            Err(error) => Err(this.put_back_after(error)),
+            Err(error) => Err(this.put_back_after(error, give_up)),
         }
     }
 
@@ -159,11 +160,13 @@ impl Live {
     ///
     /// # Errors
     /// The first failure; what is left is found by `recover`.
-    pub fn end(self, keep: bool) -> Result<Option<KeptStore>> {
-        self.release(keep, true)
+    pub fn end(mut self, keep: bool) -> Result<Option<KeptStore>> {
+        let kept = self.put_back(keep)?;
+        self.job.into_inner().finish()?;
+        Ok(kept)
     }
 
-    fn release(mut self, keep: bool, all_undone: bool) -> Result<Option<KeptStore>> {
+    fn put_back(&mut self, keep: bool) -> Result<Option<KeptStore>> {
         if let Some(stack) = self.stack.take() {
             stack.remove(&self.dm, self.job.get_mut())?;
         }
@@ -174,19 +177,18 @@ impl Live {
             Some(Err(_)) => unreachable!("the monitor and the originals, which share the store, have ended"),
         };
         crash_point("copy.release.after");
-        if all_undone {
-            self.job.into_inner().finish()?;
-        }
         Ok(kept)
     }
 
-    /// As [`Live::end`], behind a failure that goes first. Where an undo has failed already, the job's
-    /// record stays: it alone knows what is still frozen or suspended, and `recover` reads it.
-    pub fn put_back_after(self, error: Error) -> Error {
-        let all_undone = error.failed_undos().is_empty();
-        match self.release(false, all_undone) {
+    /// As [`Live::end`], behind a failure that goes first; `give_up` then takes away what else the job's record names.
+    /// Where an undo fails, or has failed already, the record stays: it alone knows what is still frozen, suspended or
+    /// there, and `recover` reads it.
+    pub fn put_back_after(mut self, error: Error, give_up: impl FnOnce(Error) -> Error) -> Error {
+        let error = match self.put_back(false) {
             Ok(_) => error,
             Err(undo) => error.with_failed_undo(undo),
-        }
+        };
+        let ended: Result<()> = self.job.into_inner().conclude(Err(give_up(error)));
+        ended.expect_err("what began as an error stays one")
     }
 }

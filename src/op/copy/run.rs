@@ -197,6 +197,10 @@ fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
 
 /// Gives up a secondary that nothing was copied to.
 fn abandon(mut secondary: Box<dyn Secondary>, error: Error) -> Error {
+    give_up(secondary.as_mut(), error)
+}
+
+fn give_up(secondary: &mut dyn Secondary, error: Error) -> Error {
     match secondary.abandon() {
         Ok(_) => error,
         Err(undo) => error.with_failed_undo(undo),
@@ -237,10 +241,10 @@ fn copy_live(
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Made> {
-    let live = match Live::begin(plan, live_plan, job, observer, interrupt) {
+    let without = |error| give_up(secondary.as_mut(), error);
+    let live = match Live::begin(plan, live_plan, job, without, observer, interrupt) {
         Ok(live) => live,
         Err(error) => {
-            let error = abandon(secondary, error);
             hook_after(plan, observer, interrupt);
             return Err(error);
         }
@@ -251,7 +255,7 @@ fn copy_live(
         Ok(journal) => journal,
         Err(error) => {
             hook_after(plan, observer, interrupt);
-            return Err(abandon(secondary, live.put_back_after(error)));
+            return Err(live.put_back_after(error, |error| give_up(secondary.as_mut(), error)));
         }
     };
     crash_point("copy.data.before");
@@ -367,7 +371,8 @@ fn copy_and_put_back(
             })?;
             Ok(Made { instant, copy, store: Some(store), release: Some(release), skipped, kept })
         }
-        Ok(Err(error)) => Err(live.put_back_after(error)),
+        // The secondary was given up by whoever had it.
+        Ok(Err(error)) => Err(live.put_back_after(error, |error| error)),
         Err(panic) => {
             if let Err(error) = live.end(false) {
                 tracing::error!("{error}; run 'tidemark recover'");
