@@ -22,9 +22,8 @@ The guest's processors are emulated where there is no KVM, so figures mean somet
 disks are throttled to an SSD in tenfold slow motion, so that they, and not the emulation, are what everybody waits
 for; vm-tests/cases/bench.rs has the numbers, the reasons, and whom that favours; --disk shared makes reads and
 writes take turns. The guest reads its clock from the TSC; with --clock hpet, as in the tests, from the emulated HPET,
-which costs an exit and QEMU's lock each time, several times for an I/O: that favours whoever does little beside
-waiting, dd. A share is that of the same load alone in the same
-round; the table shows medians over rounds.
+which costs an exit and QEMU's lock each time, several times for an I/O. A share is that of the same load alone in
+the same round; the table shows medians over rounds.
 
 TIDEMARK_BENCH_OPTIONS holds options for every tidemark copy (for example '--store-ram 0'); a variant has more, or
 others, of its own: --variant 'hot=--order hot'. TIDEMARK_VM_TIME_SCALE stretches the guest's time limit.
