@@ -9,7 +9,8 @@ upper bound, no copy of any instant), beside an LVM thick snapshot and dd of it 
 (tidemark), in rounds whose order rotates. Everybody copies the same logical volume, whose ext4 is a third full, to
 the same raw disk, and keeps originals on the same third disk: LVM in its copy-on-write volume with chunks of 4 KiB,
 Tidemark in its store, RAM head included. Where --contenders asks for it, a further one (stream) reads what is in use
-and writes it, both at once and with no snapshot: what overlapping costs. What is counted, and from when to when, vm-tests/bench/rounds.py says.
+and writes it, both at once and with no snapshot: what overlapping costs. What is counted, and from when to when,
+vm-tests/bench/rounds.py says.
 
 Loads: uniform, skewed, append, pgbench; or a, b, c, d.
 

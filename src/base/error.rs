@@ -147,6 +147,17 @@ impl Error {
         self
     }
 
+    /// Of several failures the first, with the others as undo steps that failed too.
+    ///
+    /// # Errors
+    /// Where there is one.
+    pub fn first_of(failures: impl IntoIterator<Item = Self>) -> Result<()> {
+        match failures.into_iter().reduce(Self::with_failed_undo) {
+            None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
     /// Adds an undo step that failed too; both are reported.
     #[must_use]
     pub fn with_failed_undo(mut self, undo: Error) -> Self {

@@ -243,13 +243,9 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
     for change in plan_remove(&machine.scene()?) {
         run(machine, change);
     }
-    let mut errors = errors.into_iter();
-    match errors.next() {
-        None => Ok(done),
-        Some(first) => Err(errors
-            .fold(first, Error::with_failed_undo)
-            .next("see who uses the devices (dmsetup ls --tree, fuser), then run 'tidemark recover' again")),
-    }
+    Error::first_of(errors).map(|()| done).map_err(|error| {
+        error.next("see who uses the devices (dmsetup ls --tree, fuser), then run 'tidemark recover' again")
+    })
 }
 
 /// `tidemark recover`.
@@ -273,11 +269,7 @@ pub fn recover() -> Result<RecoverReport> {
         // Where there is no device-mapper, there is no device of ours.
         failures.clear();
     }
-    let mut failures = failures.into_iter();
-    match failures.next() {
-        None => Ok(report),
-        Some(first) => Err(failures.fold(first, Error::with_failed_undo)),
-    }
+    Error::first_of(failures).map(|()| report)
 }
 
 /// Devices and stores. The jobs that were found, the dead ones locked.

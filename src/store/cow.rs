@@ -451,11 +451,7 @@ impl CowStore {
             Ok(()) if tails_released => errors.extend(parts.record.close().err()),
             Ok(()) => errors.extend(parts.record.note(Made::Nothing).err()),
         }
-        let mut errors = errors.into_iter();
-        match errors.next() {
-            None => Ok(path.map(|path| KeptStore { path, chunk: self.plan.chunk })),
-            Some(first) => Err(errors.fold(first, Error::with_failed_undo)),
-        }
+        Error::first_of(errors).map(|()| path.map(|path| KeptStore { path, chunk: self.plan.chunk }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Parts> {

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::support::{
-    Bench, Ran, interruptible, json_error, json_lines, noise, ok, output, random_seed, run, spawn, tidemark,
+    Bench, PROGRAM, Ran, interruptible, json_error, json_lines, noise, ok, output, random_seed, run, spawn,
+    tidemark,
 };
 
 /// Sizes around what could go wrong: less than a sector, not a multiple of 4 KiB, exactly
@@ -142,10 +143,9 @@ fn a_closed_standard_output_takes_no_archive() {
     let bench = Bench::new(1 << 20, random_seed());
     // A shell closes it; nothing in the standard library starts a process so.
     let shell = |redirection: &str| {
-        let program = assert_cmd::cargo::cargo_bin!("tidemark");
         let line = format!("\"$0\" copy \"$1\" - {redirection}");
         let mut command = std::process::Command::new("sh");
-        command.args(["-c", &line]).arg(program).arg(bench.origin()).env_remove("TIDEMARK_LOG");
+        command.args(["-c", &line]).arg(PROGRAM).arg(bench.origin()).env_remove("TIDEMARK_LOG");
         Ran::from(output(command.stdin(Stdio::null())))
     };
     let ran = shell(">&-");

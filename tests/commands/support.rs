@@ -3,7 +3,8 @@
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{PoisonError, RwLock};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_tidemark");
+/// The command itself.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tidemark");
 
 /// The command with these arguments, nothing on standard input, no log options inherited.
 pub fn tidemark(arguments: &[&str]) -> Command {

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use super::support::{Bench, Ran, is_root, output, random_seed, undisturbed};
+use super::support::{Bench, PROGRAM, Ran, is_root, output, random_seed, undisturbed};
 
 /// The kernel's overflow id, "nobody" almost everywhere.
 const NOBODY: u32 = 65534;
@@ -14,7 +14,7 @@ const NOBODY: u32 = 65534;
 /// folder may be out of their reach).
 fn bench_for_everybody(size: usize) -> Bench {
     let bench = Bench::new(size, random_seed());
-    undisturbed(|| fs::copy(assert_cmd::cargo::cargo_bin!("tidemark"), bench.path("program"))).unwrap();
+    undisturbed(|| fs::copy(PROGRAM, bench.path("program"))).unwrap();
     for (name, mode) in [("program", 0o755), ("origin", 0o644), ("", 0o777)] {
         fs::set_permissions(bench.dir.path().join(name), fs::Permissions::from_mode(mode)).unwrap();
     }

@@ -61,5 +61,6 @@ def per_step(moments, length):
     """How many of the moments, seconds below `length`, are in each step."""
     counts = [0] * ceil(length / STEP_SECONDS)
     for moment in moments:
+        # Rounding may lift one to the end of the last step.
         counts[min(int(moment / STEP_SECONDS), len(counts) - 1)] += 1
     return counts

@@ -32,7 +32,8 @@ const SHARED_REQUEST_KIB: u32 = 64;
 const SLOW_FLUSH_MS: u32 = 50;
 
 /// The options of `scripts/bench vm`, as it passes them on, and what stands for each that it does not.
-const PASSED_ON: [(&str, &str); 5] = [
+const PASSED_ON: [(&str, &str); 6] = [
+    ("TIDEMARK_BENCH_CLOCK", "tsc"),
     ("TIDEMARK_BENCH_ROUNDS", "1"),
     ("TIDEMARK_BENCH_LOADS", "uniform,skewed,append,pgbench"),
     ("TIDEMARK_BENCH_CONTENDERS", "none,dd,lvm,tidemark"),
@@ -55,11 +56,9 @@ fn measurement(name: &str) -> Case {
     let shared = std::env::var("TIDEMARK_BENCH_DISK").is_ok_and(|kind| kind == "shared");
     let disk = Throttle { shared, ..DISK };
     let is_hpet = std::env::var("TIDEMARK_BENCH_CLOCK").is_ok_and(|clock| clock == "hpet");
-    let (clock, clock_name) = if is_hpet { (Clock::Hpet, "hpet") } else { (Clock::Tsc, "tsc") };
     let mut case = Case::new(name, "bench.sh")
         .bench()
-        .clock(clock)
-        .variable("TIDEMARK_BENCH_CLOCK", clock_name)
+        .clock(if is_hpet { Clock::Hpet } else { Clock::Tsc })
         .modules(&["dm-snapshot", "loop", "zram", "ext4"])
         .commands(&["fio", "lvcreate", "python3", "pgbench", "initdb", "e2fsck"])
         // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.

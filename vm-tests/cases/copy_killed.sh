@@ -15,6 +15,7 @@ options=(--yes --store /mnt/scratch --store-ram 4MiB --freeze-budget 2s)
 
 # No file under construction.
 hidden() { find /mnt/scratch -name '.*tidemark-partial*'; }
+is_at_work() { [ -n "$(hidden)" ]; }
 assert_nothing_hidden() { [ -z "$(hidden)" ] || fail "$1: left behind: $(hidden)"; }
 
 # As it was before: asked after every kill.
@@ -55,12 +56,12 @@ done
 
 # Kills what runs in the background as soon as its file is there, and asks after what is left.
 kill_at_work() { # NAME PROCESS COMMAND
-    wait_until 60 sh -c "find /mnt/scratch -name '.*tidemark-partial*' | grep -q ."
+    wait_until 60 is_at_work
     sleep "0.$(rand "$1" 1 5)"
     tidemark status --json >/run/status
     kill -KILL "$2"
     wait "$2" || true
-    [ -n "$(hidden)" ] || fail "$1: it had ended before it was killed"
+    is_at_work || fail "$1: it had ended before it was killed"
     grep -q "\"command\":\"$3\"" /run/status || fail "$1: status does not show it: $(cat /run/status)"
     put_back "$1"
 }

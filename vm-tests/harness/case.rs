@@ -46,8 +46,9 @@ pub struct Disk {
 /// What a guest's kernel reads the time from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Clock {
-    /// The HPET (under KVM its own clock). An emulated TSC is found unstable a while after the start, and the kernel then patches itself while
-    /// the other processor runs, which the emulation does not always survive: it is told at once.
+    /// The HPET (under KVM its own clock). An emulated TSC is found unstable a while after the start, and the kernel
+    /// then patches itself while the other processor runs, which the emulation does not always survive: it is told
+    /// at once.
     #[default]
     Hpet,
     /// The TSC, which is said to be reliable, so that nobody looks. For measurements: each reading of the HPET leaves
