@@ -328,13 +328,26 @@ impl Dm {
         }
     }
 
-    /// Activates a device's inactive table, if it has one, and lets I/O go on.
+    /// Activates a device's inactive table, if it has one, and lets I/O go on. Where somebody else (the watchdog)
+    /// does so at the same moment, the kernel refuses the second (`dm_resume` in Linux `drivers/md/dm.c`: EINVAL);
+    /// what was wanted has then been done.
     ///
     /// # Errors
     /// The kernel's.
     pub fn resume(&self, name: &str, udev: Udev) -> Result<()> {
-        with_cookie(udev, name, |event_nr| dm_ioctl::resume(&self.control, name, event_nr))
-            .map_err(|source| Error::kernel(format!("resuming {name}"), source))
+        let Err(source) = with_cookie(udev, name, |event_nr| dm_ioctl::resume(&self.control, name, event_nr))
+        else {
+            return Ok(());
+        };
+        if source.raw_os_error() == Some(libc::EINVAL)
+            && let Ok(Some(info)) = self.info(name)
+            && info.has_active
+            && !info.suspended
+            && !info.has_inactive
+        {
+            return Ok(());
+        }
+        Err(Error::kernel(format!("resuming {name}"), source))
     }
 
     /// Removes a device; somebody who has it open only for a moment is waited for, at most 2 s.

@@ -35,11 +35,16 @@ for point in insert.freeze.before insert.freeze.after insert.suspend.after inser
     fresh_store
 done
 
-# A hook that overstays is killed, and everything is put back by the command itself.
-assert_status 1 "$TIDEMARK" __stack "$REPORT" data "$COW" 1500 'sleep 30' /mnt/data </dev/null
-load_goes_on
-assert_as_before
-fresh_store
+# A hook that overstays is killed, and everything is put back by the command itself. Its deadline is the watchdog's too:
+# both let the origin go on at the same moment, and whoever comes second finds that done.
+for _ in 1 2 3; do
+    rm -f "$REPORT"
+    assert_status 1 "$TIDEMARK" __stack "$REPORT" data "$COW" 1000 'sleep 30' /mnt/data </dev/null
+    grep -q '\[\]$' "$REPORT" || fail "not all of it could be taken back: $(cat "$REPORT")"
+    load_goes_on
+    assert_as_before
+    fresh_store
+done
 
 # A signal at the instant: interrupted, and everything put back.
 rm -f /run/started
