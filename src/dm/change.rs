@@ -36,9 +36,9 @@ pub enum Action {
     Create { device: String, uuid: String },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
-    /// Load a table that is made only then: `over` is what it maps to, and its writes are preserved
-    /// wherever somebody needs what is there.
-    LoadOver { device: String, over: String },
+    /// Load a table that is made only then: wherever somebody needs what is there it leads to `preserve`, elsewhere
+    /// past it to what `real` leads to.
+    LoadOver { device: String, real: String, preserve: String },
     /// Drop the device's inactive table, if any.
     Clear { device: String },
     /// Hold the device's I/O; `flush` waits for what is queued.
@@ -350,8 +350,8 @@ impl fmt::Display for Action {
             Self::Load { device, table } => {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }
-            Self::LoadOver { device, over } => {
-                write!(f, "load into {device}: snapshot-origin over {over}, linear where nothing is in use")
+            Self::LoadOver { device, preserve, .. } => {
+                write!(f, "load into {device}: linear to {preserve}, past it where nothing is in use")
             }
             Self::Clear { device } => write!(f, "drop the inactive table of {device}"),
             Self::Suspend { device, flush, lock_filesystem } => {

@@ -15,6 +15,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::sys::dm_ioctl::{self, Ask, Call, Reply, SuspendFlags};
 
+use super::naming::{DeviceIdentity, ROLE_REAL, UUID_PREFIX, beside};
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
@@ -248,6 +249,21 @@ impl Dm {
         let ask = Ask { name: Some(name), ..Ask::default() };
         let reply = self.call(Call::TableDeps, &ask, || format!("asking what {name} maps to"))?;
         wire::decode_dependencies(&reply.payload)
+    }
+
+    /// The device that holds the data of device `name` while a copy has its stack under it; None where none has.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn stack_under(&self, name: &str) -> Result<Option<DeviceInfo>> {
+        let is_its = |info: &DeviceInfo| {
+            DeviceIdentity::parse(&info.uuid).is_some_and(|it| {
+                it.role == ROLE_REAL
+                    && it == DeviceIdentity::new(name, ROLE_REAL, &it.id)
+                    && info.name == beside(name, ROLE_REAL, &it.id)
+            })
+        };
+        Ok(self.list_by_uuid(UUID_PREFIX)?.into_iter().find(is_its))
     }
 
     /// Sends a message to the target at `sector` of a device.

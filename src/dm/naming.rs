@@ -16,6 +16,8 @@ pub const UUID_PREFIX: &str = "TIDEMARK-";
 pub const ROLE_VOLUME: &str = "volume";
 /// Carries the origin's own table while a stack is in place.
 pub const ROLE_REAL: &str = "real";
+/// Preserves originals before the first write: `snapshot-origin` over `real`.
+pub const ROLE_PRESERVE: &str = "preserve";
 /// The snapshot.
 pub const ROLE_SNAP: &str = "snap";
 /// The COW store's device.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors, clock};
-use crate::dm::naming::{ROLE_REAL, ROLE_VOLUME, beside};
+use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Table, Target, Udev, node};
 use crate::format::state::VolumeRecord;
 use crate::topology::Topology;
@@ -310,14 +310,6 @@ fn escape_unit(path: &Path) -> String {
         }
     }
     name
-}
-
-/// True while a copy has its stack under volume `name`.
-pub(super) fn is_being_copied(dm: &Dm, name: &str) -> Result<bool> {
-    let stack = |info: crate::dm::DeviceInfo| {
-        DeviceIdentity::parse(&info.uuid).is_some_and(|identity| identity.role == ROLE_REAL)
-    };
-    Ok(dm.info(&beside(name, ROLE_REAL, ""))?.is_some_and(stack))
 }
 
 #[cfg(test)]

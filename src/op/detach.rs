@@ -15,7 +15,7 @@ use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Udev};
 use crate::topology::Topology;
 
-use super::attach::{forget, is_being_copied, record_path, unit_name};
+use super::attach::{forget, record_path, unit_name};
 
 /// What detaching came to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,7 +60,7 @@ pub fn detach(name: &str) -> Result<Detached> {
 
 fn refuse(dm: &Dm, name: &str, open_count: u32) -> Result<()> {
     let refused = |why: String| Error::refused(why).state("nothing was changed");
-    if is_being_copied(dm, name)? {
+    if dm.stack_under(name)?.is_some() {
         return Err(refused(format!("{name} is being copied"))
             .next("wait for the copy ('tidemark status'); after a crash: 'tidemark recover'"));
     }

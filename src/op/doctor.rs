@@ -15,6 +15,7 @@ use crate::io::engine::EngineConfig;
 use crate::io::open::{EnginePreference, open_engine};
 use crate::store::TailPlace;
 use crate::store::size::{RESERVE_MAX, TAIL_FIRST_MIN};
+use crate::sys::kernel;
 
 /// The oldest kernel on which every call of ours exists (`LOOP_CONFIGURE`).
 const KERNEL_OLDEST: (u32, u32) = (5, 8);
@@ -110,10 +111,7 @@ struct Host {
 
 impl Host {
     fn this() -> Self {
-        let release = nix::sys::utsname::uname()
-            .map(|name| name.release().to_string_lossy().into_owned())
-            .unwrap_or_default();
-        Self { root: PathBuf::from("/"), release }
+        Self { root: PathBuf::from("/"), release: kernel::release() }
     }
 
     fn examine(&self) -> Report {

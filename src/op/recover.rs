@@ -5,7 +5,7 @@
 //! 1. let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
 //!    does not come to life), then thaw, for a thaw writes to the device;
 //! 2. give every origin its own table back, from the `real` device, under a watchdog;
-//! 3. remove snapshots, then what they mapped to;
+//! 3. remove what preserved originals and snapshots, then what they mapped to;
 //! 4. give back RAM disks and loop devices;
 //! 5. remove what a copy or restore that is given up has written beside its final name, and the records. (Where one of
 //!    1 to 4 failed, of those jobs only that never had to do with a device.)
@@ -20,10 +20,9 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
-use crate::dm::naming::{ROLE_KEPT, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
-use crate::dm::{
-    Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev, origin_table,
-};
+use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::origin_table::Beneath;
+use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
 
@@ -81,44 +80,61 @@ impl Scene {
         self.devices.iter().filter(|device| self.is_leftover(device)).collect()
     }
 
-    /// Origins of dead jobs: each with the `real` device that holds its table.
-    fn origins(&self) -> Vec<(&SeenDevice, &SeenDevice)> {
+    /// What dead jobs have put beneath origins, each with its job's id.
+    fn stacks(&self) -> Vec<(String, Beneath)> {
+        let leftovers = self.leftovers();
+        let with_role = |role: &'static str| {
+            let identities = leftovers.iter().filter_map(|device| Some((*device, device.identity()?)));
+            identities.filter(move |(_, identity)| identity.role == role)
+        };
+        let stack = |(real, identity): (&SeenDevice, DeviceIdentity)| {
+            let preserve = with_role(ROLE_PRESERVE).find(|(_, other)| other.id == identity.id);
+            let preserve = preserve.map(|(device, _)| device.number);
+            // One without a table is beneath nothing yet.
+            let own = real.active.clone()?;
+            Some((identity.id, Beneath { own, real: real.number, preserve }))
+        };
+        with_role(ROLE_REAL).filter_map(stack).collect()
+    }
+
+    /// Origins of dead jobs, each with what is beneath it.
+    fn origins(&self) -> Vec<(&SeenDevice, Beneath)> {
         let mut found = Vec::new();
-        for real in self.leftovers() {
-            if real.identity().is_none_or(|identity| identity.role != ROLE_REAL) {
-                continue;
-            }
-            let over = self
-                .devices
-                .iter()
-                .filter(|device| !self.is_leftover(device) && self.is_origin_over(device, real));
-            found.extend(over.map(|origin| (origin, real)));
+        for (job, beneath) in self.stacks() {
+            let over = self.devices.iter().filter(|device| !self.is_leftover(device));
+            let over = over.filter(|device| self.is_origin_over(device, &job, &beneath));
+            found.extend(over.map(|origin| (origin, beneath.clone())));
         }
         found
     }
 
-    /// True where a table of `device`, in use or loaded, is one that a copy gives its origin, over
-    /// `real`, and the record does not say that the origin was another. Others may map to `real` too
-    /// (somebody looks at it through a device of his own): they are not ours to change, and `real`, being
-    /// in use, is not removed.
-    fn is_origin_over(&self, device: &SeenDevice, real: &SeenDevice) -> bool {
+    /// True where a table of `device`, in use or loaded, is one that a copy gives its origin over
+    /// `beneath`, and the record of `job` does not say that the origin was another. Others may map to its devices too
+    /// (somebody looks at one through a device of his own): they are not ours to change, and what is
+    /// in use is not removed.
+    fn is_origin_over(&self, device: &SeenDevice, job: &str, beneath: &Beneath) -> bool {
         let tables = [&device.active, &device.inactive].into_iter().flatten();
-        let mut ours = tables.filter(|table| origin_table::is_over(table, real.number)).peekable();
+        let mut ours = tables.filter(|table| beneath.is_under(table)).peekable();
         if ours.peek().is_none() {
             return false;
         }
-        let Some(identity) = real.identity() else { return false };
-        let record = self.dead.iter().find(|record| record.job == identity.id);
+        let record = self.dead.iter().find(|record| record.job == job);
         match record.and_then(|record| record.origin.as_ref()) {
             // By number: it stays while the device does, and somebody may have renamed it.
             Some(origin) => origin.number == device.number,
-            // Nobody but a copy maps to `real` by snapshot-origin. A table that is linear throughout, all of it
+            // Nobody but a copy maps to `preserve`. A table over `real` alone, all of it
             // released, could be anybody's: then the name says it, as far as it is in the UUID.
             None => {
-                ours.any(|table| !origin_table::preserved(table, real.number).is_empty())
-                    || DeviceIdentity::new(&device.name, ROLE_REAL, &identity.id).volume == identity.volume
+                ours.any(|table| !beneath.preserved(table).is_empty()) || self.is_named_by(job, &device.name)
             }
         }
+    }
+
+    fn is_named_by(&self, job: &str, name: &str) -> bool {
+        let of_job = |identity: &DeviceIdentity| identity.id == job && identity.role == ROLE_REAL;
+        let mut identities = self.devices.iter().filter_map(SeenDevice::identity);
+        let volume = DeviceIdentity::new(name, ROLE_REAL, job).volume;
+        identities.any(|identity| of_job(&identity) && identity.volume == volume)
     }
 }
 
@@ -176,13 +192,11 @@ pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
     scene
         .origins()
         .into_iter()
-        .filter(|(origin, real)| {
-            origin.active.as_ref().is_some_and(|table| origin_table::is_over(table, real.number))
-        })
-        .filter_map(|(origin, real)| {
-            let mut change = restoration(&origin.name, real.active.as_ref()?);
+        .filter(|(origin, beneath)| origin.active.as_ref().is_some_and(|table| beneath.is_under(table)))
+        .map(|(origin, beneath)| {
+            let mut change = restoration(&origin.name, &beneath.own);
             change.name = "recover-restore".to_owned();
-            Some(change)
+            change
         })
         .collect()
 }

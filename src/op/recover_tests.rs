@@ -6,11 +6,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use super::*;
 use crate::base::ChunkSize;
 use crate::base::ErrorKind;
-use crate::dm::naming::{ROLE_COW, new_id};
+use crate::dm::naming::{ROLE_COW, ROLE_PRESERVE, new_id};
 use crate::dm::{AtBest, Template};
 use crate::format::state::OriginRecord;
 use crate::op::job::change_record;
-use crate::op::stack::{StackRequest, dismantling, insertion};
+use crate::op::stack::{StackNames, StackRequest, dismantling, insertion};
 
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
@@ -119,8 +119,8 @@ impl FakeKernel {
                 Ok(())
             }
             // A part of the origin is free.
-            Action::LoadOver { device, over } => {
-                let text = format!("0 4096 linear {{{over}}} 0\n4096 4096 snapshot-origin {{{over}}}");
+            Action::LoadOver { device, preserve, .. } => {
+                let text = format!("0 4096 linear 8:16 2048\n4096 4096 linear {{{preserve}}} 4096");
                 let table = self.resolve(&Template::new(text))?;
                 self.device(device)?.inactive = Some(table);
                 Ok(())
@@ -278,10 +278,10 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     };
     let changes = [
         insertion(&request, &own, id),
-        release("0 4096 linear {data-real} 0\n4096 4096 snapshot-origin {data-real}"),
+        release("0 2048 linear {data-preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 linear 8:32 0"),
         release("0 8192 linear {data-real} 0"),
         restoration("data", &own),
-        dismantling("data-snap", "data-real"),
+        dismantling(&StackNames::new("data", id)),
     ];
     let result = catch_unwind(AssertUnwindSafe(|| {
         changes.iter().try_for_each(|change| change.run(kernel, &mut Pair(&mut record)))
@@ -346,7 +346,7 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
             Err(_) => taken_back += 1,
             Ok(()) => {
                 removed += 1;
-                for change in [restoration("data", &own), dismantling("data-snap", "data-real")] {
+                for change in [restoration("data", &own), dismantling(&StackNames::new("data", &id))] {
                     change.run(&mut kernel, &mut AtBest::new(&mut journal)).unwrap();
                 }
             }
@@ -486,6 +486,10 @@ fn killed_with(table: &str, id: &str) -> FakeKernel {
     let uuid = DeviceIdentity::new("data", ROLE_REAL, id).uuid();
     kernel.act(&Action::Create { device: "data-real".into(), uuid }).unwrap();
     kernel.device("data-real").unwrap().active = Some(OWN.parse().unwrap());
+    let uuid = DeviceIdentity::new("data", ROLE_PRESERVE, id).uuid();
+    kernel.act(&Action::Create { device: "data-preserve".into(), uuid }).unwrap();
+    let over_real = kernel.resolve(&Template::new("0 8192 snapshot-origin {data-real}")).unwrap();
+    kernel.device("data-preserve").unwrap().active = Some(over_real);
     let table = kernel.resolve(&Template::new(table)).unwrap();
     kernel.device("data").unwrap().active = Some(table);
     kernel.record = Some(JobRecord {
@@ -508,8 +512,8 @@ fn killed_with(table: &str, id: &str) -> FakeKernel {
 #[test]
 fn a_strangers_device_over_ours_is_not_touched() {
     let origins = [
-        "0 8192 snapshot-origin {data-real}",
-        "0 8 snapshot-origin {data-real}\n8 8184 linear {data-real} 8",
+        "0 8192 linear {data-preserve} 0",
+        "0 4096 linear {data-preserve} 0\n4096 4096 linear 8:32 0",
         "0 8192 linear {data-real} 0",
     ];
     let strangers =
@@ -544,7 +548,7 @@ fn a_strangers_device_over_ours_is_not_touched() {
 #[test]
 fn an_origin_that_was_renamed_is_known_by_its_number() {
     for table in
-        ["0 8192 linear {data-real} 0", "0 8 linear {data-real} 0\n8 8184 snapshot-origin {data-real}"]
+        ["0 8192 linear {data-real} 0", "0 4096 linear 8:16 2048\n4096 4096 linear {data-preserve} 4096"]
     {
         let id = new_id();
         let mut kernel = killed_with(table, &id);
@@ -558,11 +562,21 @@ fn an_origin_that_was_renamed_is_known_by_its_number() {
 }
 
 #[test]
+fn an_origin_that_is_all_released_goes_back_also_without_what_preserved_it() {
+    let id = new_id();
+    let mut kernel = killed_with("0 8192 linear {data-real} 0", &id);
+    kernel.remove("data-preserve").unwrap();
+    recover_devices(&mut kernel).unwrap();
+    kernel.assert_clean(&[], "all released");
+}
+
+#[test]
 fn a_table_that_no_copy_makes_is_left_to_whoever_made_it() {
     for table in [
         "0 8192 linear {data-real} 8",
-        "0 8 striped 1 8 {data-real} 0\n8 8184 snapshot-origin {data-real}",
-        "0 8 linear 8:48 0\n8 8184 snapshot-origin {data-real}",
+        "0 8 striped 1 8 {data-real} 0\n8 8184 linear {data-preserve} 8",
+        "0 8 linear 8:48 0\n8 8184 linear {data-preserve} 8",
+        "0 8192 snapshot-origin {data-real}",
     ] {
         for is_recorded in [true, false] {
             let id = new_id();
@@ -574,7 +588,7 @@ fn a_table_that_no_copy_makes_is_left_to_whoever_made_it() {
                 kernel.record = None;
             }
             let error = recover_devices(&mut kernel).unwrap_err();
-            assert!(error.to_string().contains("data-real is busy"), "{table}: {error}");
+            assert!(error.to_string().contains("is busy"), "{table}: {error}");
             assert_eq!(kernel.devices["data"], before, "{table}");
         }
     }

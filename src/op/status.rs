@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Result, clock};
-use crate::dm::naming::{ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
-use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node, origin_table};
+use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::origin_table::Beneath;
+use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
 use crate::topology::Topology;
 
@@ -115,33 +116,43 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         if identity.role != ROLE_SNAP || !info.has_active {
             continue;
         }
-        let below = ours.iter().find(|other| {
-            DeviceIdentity::parse(&other.uuid).is_some_and(|it| it.role == ROLE_REAL && it.id == identity.id)
-        });
-        let origin = below.map_or(Ok(None), |below| table_over(dm, below.number))?;
-        let preserved = |(table, real): &(Table, DeviceNumber)| {
-            origin_table::preserved(table, *real).iter().map(|extent| extent.length()).sum()
+        let of_job = |role| {
+            ours.iter().find(|other| {
+                DeviceIdentity::parse(&other.uuid).is_some_and(|it| it.role == role && it.id == identity.id)
+            })
+        };
+        let below = of_job(ROLE_REAL);
+        let preserve = of_job(ROLE_PRESERVE).map(|it| it.number);
+        let origin = below.map_or(Ok(None), |real| table_over(dm, real, preserve))?;
+        let preserved = |(beneath, table): &(Beneath, Table)| {
+            beneath.preserved(table).iter().map(|extent| extent.length()).sum()
         };
         status.stacks.push(StackStatus {
-            job: identity.id,
+            job: identity.id.clone(),
             snapshot: info.name.clone(),
             below: below.map(|other| other.name.clone()),
             status: dm.snapshot_status(&info.name)?,
             preserved: origin.as_ref().map(preserved),
-            size: origin.and_then(|(table, _)| table.length().checked_bytes()),
+            size: origin.and_then(|(_, table)| table.length().checked_bytes()),
         });
     }
     Ok(())
 }
 
-/// The table of the origin that writes through `real`.
-fn table_over(dm: &Dm, real: DeviceNumber) -> Result<Option<(Table, DeviceNumber)>> {
+/// The table of the origin that writes through a stack, and what is beneath it.
+fn table_over(
+    dm: &Dm,
+    real: &DeviceInfo,
+    preserve: Option<DeviceNumber>,
+) -> Result<Option<(Beneath, Table)>> {
+    let Some(own) = dm.table(&real.name, Slot::Active)? else { return Ok(None) };
+    let beneath = Beneath { own, real: real.number, preserve };
     for (name, _) in dm.list()? {
         // One that goes away, or whose table is none of ours to read, is not the one.
         if let Ok(Some(table)) = dm.table(&name, Slot::Active)
-            && origin_table::is_over(&table, real)
+            && beneath.is_under(&table)
         {
-            return Ok(Some((table, real)));
+            return Ok(Some((beneath, table)));
         }
     }
     Ok(None)

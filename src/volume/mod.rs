@@ -198,6 +198,14 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
                 "copy the volume itself; 'tidemark status' names it, 'tidemark recover' clears leftovers",
             ));
     }
+    if dm.stack_under(&name)?.is_some() {
+        return Err(Error::refused(format!("{} is being copied, or a copy of it has died", path.display()))
+            .state("nothing was changed")
+            .next(
+                "wait for the copy in progress ('tidemark status'); one that died is gone on with by 'tidemark \
+                 resume', or given up by 'tidemark recover'",
+            ));
+    }
     let table = dm.table(&name, Slot::Active)?.ok_or_else(|| {
         Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
     })?;
@@ -239,10 +247,7 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
     let kind = target.kind();
     let instead = match kind {
         "linear" | "striped" => return Ok(()),
-        "snapshot-origin" => {
-            "it has a snapshot already: wait for the copy in progress ('tidemark status'), remove the LVM \
-             snapshot, or clear leftovers with 'tidemark recover'"
-        }
+        "snapshot-origin" => "it has a snapshot already: copy that, or remove it",
         "snapshot" | "snapshot-merge" => "copy the snapshot's origin, or take the snapshot out of use first",
         "thin" => "a thin volume has snapshots of its own: take one (lvcreate -s) and copy that, unmounted",
         "thin-pool" => "copy its thin volumes, not the pool",

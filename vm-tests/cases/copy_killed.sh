@@ -45,7 +45,7 @@ done
 for round in 1 2 3 4 5; do
     tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --rate 4MiB 2>/run/err &
     copy=$!
-    wait_until 60 sh -c "dmsetup table $origin | grep -q snapshot-origin"
+    wait_until 60 is_preserved "$origin"
     sleep "0.$(rand "moment-$round" 0 9)"
     sleep "$(rand "second-$round" 0 3)"
     kill -KILL "$copy"

@@ -55,7 +55,7 @@ mount -t tmpfs -o size=2m none /mnt/run
 mkdir /mnt/run/tidemark
 mount --bind /mnt/run/tidemark /run/tidemark
 fill_run() {
-    wait_until 120 sh -c "dmsetup table $origin | grep -q snapshot-origin"
+    wait_until 120 is_preserved "$origin"
     dd if=/dev/zero of=/mnt/run/fill bs=4k status=none 2>/dev/null || true
 }
 fill_run &

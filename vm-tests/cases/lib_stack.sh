@@ -60,9 +60,12 @@ insert() {
     wait_until 30 test -s "$REPORT"
 }
 
-# What is in use is under the origin target, and what a filesystem says is free is not.
+# What is in use leads to the device that preserves it, and what a filesystem says is free does not.
 assert_stack_is_over() { # ORIGIN
-    assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort -u | xargs)" "linear snapshot-origin"
+    assert_same "the target of $1-preserve" "$(dmsetup table "$1-preserve" | cut -d' ' -f3)" snapshot-origin
+    assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort -u)" linear
+    is_preserved "$1" || fail "nothing of $1 is preserved"
+    [ "$(dmsetup table "$1" | wc -l)" -gt 2 ] || fail "all of $1 is preserved: $(dmsetup table "$1")"
 }
 
 remove_stack() {

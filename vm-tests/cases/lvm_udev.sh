@@ -28,7 +28,7 @@ tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch -
     --hook-frozen "$(capture_hook /mnt/scratch/instant)" &
 copy=$!
 for _ in $(seq 600); do
-    if dmsetup table "$origin" | grep -q snapshot-origin; then break; fi
+    if is_preserved "$origin"; then break; fi
     kill -0 "$copy" || fail "the copy ended early"
     sleep 0.1
 done

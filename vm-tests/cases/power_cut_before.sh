@@ -11,10 +11,10 @@ sync
 start_load /mnt/origin "$SEED"
 tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 2MiB &
 for _ in $(seq 300); do
-    if dmsetup table /dev/mapper/data | grep -q snapshot-origin; then break; fi
+    if is_preserved /dev/mapper/data; then break; fi
     sleep 0.1
 done
-dmsetup table /dev/mapper/data | grep -q snapshot-origin || fail "the copy did not begin"
+is_preserved /dev/mapper/data || fail "the copy did not begin"
 sleep 3
 load_is_alive
 cut_here copying

@@ -123,7 +123,7 @@ assert_no_tidemark_left data
 # A pipe's reader is gone.
 tidemark copy "$origin" - "${slow[@]}" 2>/dev/null >/dev/null &
 process=$!
-wait_until 120 sh -c "dmsetup table $origin | grep -q snapshot-origin"
+wait_until 120 is_preserved "$origin"
 sleep 1
 kill -KILL "$process"
 wait "$process" || true

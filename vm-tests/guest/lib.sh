@@ -71,6 +71,14 @@ settle() {
 # /dev/dm-N of a device-mapper name.
 dm_node() { echo "/dev/dm-$(dmsetup info -c --noheadings -o minor "$1" | tr -d ' ')"; }
 
+# is_preserved ORIGIN: a copy is in progress, and there are ranges whose originals it still preserves.
+is_preserved() {
+    local name number
+    name=$(dmsetup info -c --noheadings -o name "$1")
+    number=$(dmsetup info -c --noheadings -o major,minor "$name-preserve" 2>/dev/null) || return 1
+    dmsetup table "$name" | grep -q " linear $number "
+}
+
 # The SHA-256 of a file or device, read past the page cache where it allows that.
 digest() {
     local bytes

@@ -1,0 +1,452 @@
+//! The snapshot stack over a live origin: put in place at one instant, taken away again.
+//!
+//! Insertion, in order (each a step with its undo; see [`plan`]):
+//! 1. `real` gets a copy of the origin's own table, `snap` becomes a snapshot of `real` with the COW
+//!    store, `preserve` the `snapshot-origin` over `real`: all in use *before* anything is held, for writes do not pass
+//!    them yet;
+//! 2. filesystems are synced, then frozen;
+//! 3. a table that leads to `preserve` is loaded into the origin, not used yet: past it where the frozen
+//!    filesystems say that nothing is in use (their map can be read only while the device answers; see
+//!    [`origin_table`](crate::dm::origin_table));
+//! 4. the origin is suspended: the instant;
+//! 5. the origin is resumed, which puts the loaded table to use; filesystems are thawed.
+//!
+//! Invariants: the origin is the only device ever suspended; nothing waits for udev between the
+//! freeze and the thaw; nothing is logged meanwhile; a failure anywhere puts the origin's own table
+//! back, the very text. A copy of that table is in `real` as long as the stack is in place, so the
+//! kernel alone is enough to undo it ([`recover`](super::recover)).
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::dm::origin_table::{Beneath, LineLimits};
+use crate::dm::{Action, AtBest, Dm, Slot, SnapshotStatus, Table, Target, node};
+use crate::extent::free::FreeLimits;
+use crate::extent::{Extent, ExtentSet};
+use crate::sys::process::crash_point;
+use crate::volume::free::FreeMapper;
+
+use super::job::Job;
+
+mod plan;
+mod runner;
+
+pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
+pub(in crate::op) use runner::Runner;
+
+/// Attempts to put the origin's own table back when the watchdog intervenes.
+const RESTORE_ATTEMPTS: u32 = 3;
+
+/// What to put where.
+#[derive(Clone, Debug)]
+pub struct StackRequest {
+    /// The origin's device-mapper name.
+    pub origin: String,
+    /// The COW store's device, its first chunk zeroed.
+    pub cow: DeviceNumber,
+    /// Unit of copy-on-write.
+    pub chunk: ChunkSize,
+    /// Mount points of every filesystem on the origin, one each, in the order of freezing.
+    pub filesystems: Vec<PathBuf>,
+    /// Let the suspension freeze what is mounted on the device itself: for mounts that cannot be
+    /// reached.
+    pub lock_filesystem: bool,
+    /// Longest time that anything may be frozen or suspended.
+    pub budget: Duration,
+    /// Preserve everything, what filesystems do not use as well.
+    pub all: bool,
+}
+
+/// What can be done at the instant.
+#[derive(Clone, Copy, Debug)]
+pub struct InstantContext<'a> {
+    /// The device beneath: can be read, and does not change before the origin is resumed.
+    pub below: &'a Path,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub utc_ns: u64,
+    /// When the budget ends.
+    pub deadline: Instant,
+}
+
+/// How long the origin was held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldTimes {
+    /// Syncing filesystems, nothing held yet.
+    pub synced: Duration,
+    /// From the first freeze to the last thaw.
+    pub frozen: Duration,
+    /// From the suspension's begin to the resume's end.
+    pub suspended: Duration,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub instant_utc_ns: u64,
+}
+
+/// What of the origin need not be preserved, because at the instant nothing there was in use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// The ranges; sorted, disjoint.
+    pub extents: Vec<Extent>,
+    /// Which filesystems did not say what they use, and why; for people.
+    pub notes: Vec<String>,
+}
+
+/// What the kernel does not know of a stack whose process died.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// What is not copied.
+    pub skipped: Skipped,
+    /// Longest time that the origin may be suspended.
+    pub budget: Duration,
+    /// How long it was held for the instant.
+    pub times: HoldTimes,
+}
+
+/// A stack in place. Dropping it does nothing, [`Stack::remove`] takes it away.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    origin: String,
+    names: StackNames,
+    beneath: Beneath,
+    limits: LineLimits,
+    /// The table that the origin has now by our doing; held while it is being replaced.
+    current: Arc<Mutex<Table>>,
+    skipped: Skipped,
+    below: PathBuf,
+    budget: Duration,
+    times: HoldTimes,
+}
+
+/// What is done at the instant.
+pub type AtInstant<'a> = &'a mut dyn FnMut(&InstantContext<'_>) -> Result<()>;
+
+impl Stack {
+    /// Puts the stack in place. `at_instant` runs while the origin is quiet; `interrupt` is asked
+    /// before each step of the critical section up to the switch.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for an origin that cannot carry a stack, [`ErrorKind::Timeout`] where
+    /// the budget runs out, `at_instant`'s, `interrupt`'s and the kernel's; everything is put back.
+    pub fn insert(
+        dm: &Dm,
+        job: &mut Job,
+        request: &StackRequest,
+        at_instant: AtInstant<'_>,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Self> {
+        let origin = request.origin.as_str();
+        let own_table = own_table(dm, origin)?;
+        refuse_own_record(job, &request.filesystems)?;
+        let names = StackNames::new(origin, job.id());
+        for name in names.removable() {
+            if dm.info(name)?.is_some() {
+                return Err(Error::refused(format!("{origin} has a device {name} already"))
+                    .state("nothing was changed")
+                    .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
+            }
+        }
+        job.set_origin(origin, dm.info_of(origin)?.number, &own_table.to_string())?;
+        let change = insertion(request, &own_table, job.id());
+        let mut runner = Runner::new(dm, request.budget, interrupt);
+        runner.at_instant = Some(at_instant);
+        runner.write_back_all = request.lock_filesystem;
+        runner.below = Some(names.real.clone());
+        runner.own_table = Some(own_table);
+        if !request.all {
+            runner.mapper = Some(FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?);
+            runner.limits = Some(FreeLimits::for_chunk(request.chunk));
+        }
+        change.run(&mut runner, job)?;
+        let times = runner.times;
+        runner.report(origin);
+        // Nothing after the change may fail: the stack is in place.
+        let below = runner.below_found.take().expect("the instant has run, and looked it up");
+        let (beneath, current) = runner.loaded.take().expect("a table was loaded, or the change had failed");
+        Ok(Self {
+            origin: origin.to_owned(),
+            names,
+            beneath,
+            limits: runner.line_limits,
+            below,
+            current: Arc::new(Mutex::new(current)),
+            skipped: runner.skipped,
+            budget: request.budget,
+            times,
+        })
+    }
+
+    /// The stack of a job whose process died, as the kernel has it. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
+    pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
+        let gone = |what: String| {
+            Error::refused(format!("job {} cannot go on: {what}", job.id()))
+                .state("nothing was changed")
+                .next("run 'tidemark recover', which puts back what is left, and copy again")
+        };
+        let record = job.record().origin.as_ref();
+        let record = record.ok_or_else(|| gone("its record names no origin".to_owned()))?;
+        let origin = record.device.as_str();
+        let names = StackNames::new(origin, job.id());
+        for name in [origin].into_iter().chain(names.removable()) {
+            let info = dm.info(name)?.ok_or_else(|| {
+                gone(format!("there is no device {name} any more")).next(
+                    "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
+                     while it put the origin back, the copy had ended, well or not: a file with the final name is \
+                     complete, but may be one that was there before; look at its time",
+                )
+            })?;
+            let wrong = name == origin && info.number != record.number;
+            if wrong || !info.has_active {
+                return Err(gone(format!("{name} is not the device that it was")));
+            }
+            if info.suspended {
+                return Err(gone(format!("{name} is suspended")));
+            }
+        }
+        let table = |name: &str| dm.table(name, Slot::Active);
+        let number = |name: &str| dm.info_of(name).map(|info| info.number);
+        let beneath = Beneath {
+            own: table(&names.real)?.ok_or_else(|| gone(format!("{} has no table", names.real)))?,
+            real: number(&names.real)?,
+            preserve: Some(number(&names.preserve)?),
+        };
+        let current = table(origin)?.filter(|table| beneath.is_under(table)).ok_or_else(|| {
+            gone(format!(
+                "{origin} does not write through its snapshot any more: somebody replaced its table"
+            ))
+        })?;
+        let status = dm.snapshot_status(&names.snap)?;
+        if !status.is_usable() {
+            return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
+        }
+        // A table that was loaded when the process died, and never used.
+        dm.clear(origin)?;
+        Ok(Self {
+            origin: origin.to_owned(),
+            below: node::device_path(beneath.real)?,
+            names,
+            beneath,
+            limits: LineLimits::here(),
+            current: Arc::new(Mutex::new(current)),
+            skipped: adopted.skipped,
+            budget: adopted.budget,
+            times: adopted.times,
+        })
+    }
+
+    /// What is in use and leads past the snapshot all the same in the origin's table: what was released.
+    #[must_use]
+    pub fn released(&self) -> Vec<Extent> {
+        let mut preserved: ExtentSet = self.beneath.preserved(&lock(&self.current)).into_iter().collect();
+        preserved.extend(self.skipped.extents.iter().copied());
+        let whole = Extent::new(Bytes::ZERO, self.size());
+        whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
+    }
+
+    /// How long the origin was held.
+    #[must_use]
+    pub fn times(&self) -> HoldTimes {
+        self.times
+    }
+
+    /// A path of the device beneath: the origin's data, read past the snapshot.
+    #[must_use]
+    pub fn below(&self) -> &Path {
+        &self.below
+    }
+
+    /// The name of the snapshot device: the origin as it was at the instant.
+    #[must_use]
+    pub fn snap(&self) -> &str {
+        &self.names.snap
+    }
+
+    /// What is not preserved.
+    #[must_use]
+    pub fn skipped(&self) -> &Skipped {
+        &self.skipped
+    }
+
+    /// The origin's size.
+    #[must_use]
+    pub fn size(&self) -> Bytes {
+        self.beneath.own.length().bytes()
+    }
+
+    /// The number of the device beneath.
+    #[must_use]
+    pub fn number(&self) -> DeviceNumber {
+        self.beneath.real
+    }
+
+    /// The origin's device-mapper name.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Replaces the origin's table by one in which what is in `released` is preserved no more, in one call
+    /// of the kernel. Answers how long the origin was held. Where the origin is suspended, it goes on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; the kernel's, and then
+    /// everything is as it was.
+    pub fn release(&self, dm: &Dm, released: &[Extent]) -> Result<Duration> {
+        let mut current = lock(&self.current);
+        // A region's free ranges are free as before: as lines, they count among the others.
+        let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
+        let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
+        let released: Vec<Extent> = released.iter().collect();
+        let table = self.beneath.table(&self.skipped.extents, &released, self.limits)?;
+        self.refuse_to_preserve_again(&table, &released)?;
+        self.check_table(dm, &current)?;
+        if table == *current {
+            return Ok(Duration::ZERO);
+        }
+        crash_point("release.swap.before");
+        let held = dm.swap(&self.origin, &table)?;
+        crash_point("release.swap.after");
+        // A watchdog that lets the origin go on drops what is loaded: then the swap swapped nothing.
+        if dm.table(&self.origin, Slot::Active)?.as_ref() != Some(&table) {
+            self.check_table(dm, &current)?;
+            return Err(Error::new(ErrorKind::Kernel, format!("the table of {} was dropped", self.origin)));
+        }
+        *current = table;
+        Ok(held)
+    }
+
+    /// A range that was released must never be preserved again: what is there is not the instant's any more,
+    /// and everything that the store holds for what is copied is laid over the copy at its end.
+    fn refuse_to_preserve_again(&self, table: &Table, released: &[Extent]) -> Result<()> {
+        let preserved: ExtentSet = self.beneath.preserved(table).into_iter().collect();
+        match released.iter().find(|extent| preserved.intersection_with(**extent).next().is_some()) {
+            None => Ok(()),
+            Some(extent) => Err(Error::new(
+                ErrorKind::Kernel,
+                format!("the table would have too many lines to keep {extent} released"),
+            )),
+        }
+    }
+
+    /// How the snapshot is.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn snapshot_status(&self, dm: &Dm) -> Result<SnapshotStatus> {
+        dm.snapshot_status(&self.names.snap)
+    }
+
+    /// Fails where the origin does not write through the stack any more: somebody else has replaced
+    /// its table (`lvextend` does), so originals may be missing. To be asked after the last read and
+    /// before success is claimed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`].
+    pub fn check_in_place(&self, dm: &Dm) -> Result<()> {
+        self.check_table(dm, &lock(&self.current))
+    }
+
+    fn check_table(&self, dm: &Dm, expected: &Table) -> Result<()> {
+        if dm.table(&self.origin, Slot::Active)?.as_ref() == Some(expected) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::StoreInvalid,
+            format!("somebody replaced the table of {} while it was being copied", self.origin),
+        )
+        .next("copy again, and do not resize or move the volume meanwhile"))
+    }
+
+    /// Takes the stack away: the origin gets its own table back, then snapshot and `real` go. Can be
+    /// called again where it failed. A table that somebody else has given the origin meanwhile stays.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn remove(&self, dm: &Dm, job: &mut Job) -> Result<()> {
+        self.put_back(dm, job).map_err(|error| {
+            error
+                .context(format!("putting back the table of {}", self.origin))
+                .state(format!("{} goes on, with the snapshot in place", self.origin))
+                .next("run 'tidemark recover'")
+        })?;
+        let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
+        let mut change = dismantling(&self.names);
+        let names = self.names.removable().into_iter();
+        let left = names.map(|name| Ok((name, dm.info(name)?.is_some()))).collect::<Result<Vec<_>>>()?;
+        let gone = |device: &str| left.iter().any(|(name, there)| *name == device && !there);
+        change.steps.retain(|step| !matches!(&step.action, Action::Remove { device, .. } if gone(device)));
+        change.run(&mut runner, &mut AtBest::new(job)).map_err(|error| {
+            error
+                .state(format!("{} has its own table again; devices of the copy are left", self.origin))
+                .next("run 'tidemark recover'")
+        })
+    }
+
+    fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
+        let mut attempt = 1;
+        loop {
+            let active = dm.table(&self.origin, Slot::Active)?;
+            if !active.is_some_and(|table| self.beneath.is_under(&table)) {
+                return Ok(());
+            }
+            let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
+            // What is below the origin tells how to go back, also where the record cannot be written any more.
+            match restoration(&self.origin, &self.beneath.own).run(&mut runner, &mut AtBest::new(job)) {
+                Ok(()) => return Ok(()),
+                Err(error) if attempt >= RESTORE_ATTEMPTS => return Err(error),
+                Err(error) => tracing::warn!("{error}; trying again"),
+            }
+            attempt += 1;
+        }
+    }
+}
+
+fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
+    // It is set in one assignment, after the kernel has the table.
+    table.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The origin's table, if it can carry a stack.
+fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
+    let info = dm.info_of(origin)?;
+    let table = dm.table(origin, Slot::Active)?.ok_or_else(|| {
+        Error::refused(format!("{origin} has no table")).next("activate the device, then copy it")
+    })?;
+    if info.suspended || info.has_inactive {
+        return Err(Error::refused(format!(
+            "somebody is changing {origin}: it is suspended or has a table loaded"
+        ))
+        .state("nothing was changed")
+        .next("wait until that is over; after a crash: 'tidemark recover', or 'dmsetup resume'"));
+    }
+    for line in table.lines() {
+        if !matches!(line.target, Target::Linear { .. } | Target::Striped { .. }) {
+            return Err(Error::refused(format!(
+                "{origin} has a '{}' target; only linear and striped devices can be copied live",
+                line.target.kind()
+            )));
+        }
+    }
+    Ok(table)
+}
+
+/// The journal must not lie on a filesystem that is about to be frozen.
+fn refuse_own_record(job: &Job, filesystems: &[PathBuf]) -> Result<()> {
+    let record = job.filesystem()?;
+    for path in filesystems {
+        let meta = std::fs::metadata(path).io_context(|| format!("looking at {}", path.display()))?;
+        if DeviceNumber::from_dev(meta.dev()) == record {
+            return Err(Error::refused(format!(
+                "{} lies on the filesystem {} that is to be frozen",
+                super::job::RUN_DIR,
+                path.display()
+            ))
+            .next("mount a tmpfs on /run, as every distribution does"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Which steps put a stack under an origin, give the origin its own table back, and take the stack away?
+//!
+//! Values, nothing is done here: the very ones that `--dry-run` shows, [`Stack::insert`] and
+//! [`recover`](crate::op::recover) run, and the crash cases pass through step by step.
+
+use std::path::PathBuf;
+
+use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, beside};
+use crate::dm::{Action, Change, DeviceIdentity, Step, Table, Template, Udev};
+
+#[cfg(doc)]
+use super::Stack;
+use super::StackRequest;
+
+/// The steps of an insertion, in order: with `insert.` before and `.before`, `.after` behind, the
+/// names of its crash points.
+pub const INSERT_STEPS: [&str; 18] = [
+    "create-real",
+    "load-real",
+    "resume-real",
+    "create-snap",
+    "load-snap",
+    "resume-snap",
+    "create-preserve",
+    "load-preserve",
+    "resume-preserve",
+    "guard",
+    "freeze",
+    "load-origin",
+    "suspend",
+    "instant",
+    "switch",
+    "thaw",
+    "unguard",
+    "expect",
+];
+/// The steps of putting the origin's table back (`restore.`).
+pub const RESTORE_STEPS: [&str; 6] = ["load-own", "guard", "suspend", "switch", "unguard", "expect"];
+/// The steps of removing the devices beneath (`dismantle.`).
+pub const DISMANTLE_STEPS: [&str; 3] = ["remove-preserve", "remove-snap", "remove-real"];
+
+/// The devices of a stack, by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StackNames {
+    /// Carries the origin's own table.
+    pub real: String,
+    /// The snapshot: the origin as it was at the instant.
+    pub snap: String,
+    /// Preserves originals before the first write.
+    pub preserve: String,
+}
+
+impl StackNames {
+    /// For job `id` over the device `origin`.
+    #[must_use]
+    pub fn new(origin: &str, id: &str) -> Self {
+        Self {
+            real: beside(origin, ROLE_REAL, id),
+            snap: beside(origin, ROLE_SNAP, id),
+            preserve: beside(origin, ROLE_PRESERVE, id),
+        }
+    }
+
+    /// In the order in which they can be removed.
+    pub(super) fn removable(&self) -> [&str; 3] {
+        [&self.preserve, &self.snap, &self.real]
+    }
+}
+
+/// The plan of an insertion: the very value that [`Stack::insert`] runs.
+#[must_use]
+pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change {
+    let origin = request.origin.as_str();
+    let StackNames { real, snap, preserve } = StackNames::new(origin, id);
+    let length = own_table.length().get();
+    let snap_table =
+        format!("0 {length} snapshot {{{real}}} {} PO {}", request.cow, request.chunk.sectors().get());
+    let preserve_table = format!("0 {length} snapshot-origin {{{real}}}");
+    let step = |name: &str, action| Step::new(name, action);
+    let filesystems = request.filesystems.clone();
+    // Made, and in use at once.
+    let made = |change: Change, device: &str, role: &str, table: Template| {
+        let name = |what: &str| format!("{what}-{role}");
+        let uuid = DeviceIdentity::new(origin, role, id).uuid();
+        let device = || device.to_owned();
+        change
+            .then(
+                Step::new(&name("create"), Action::Create { device: device(), uuid })
+                    .undo(Action::Remove { device: device(), udev: Udev::Internal }),
+            )
+            .then(Step::new(&name("load"), Action::Load { device: device(), table }))
+            .then(Step::new(&name("resume"), Action::Resume { device: device(), udev: Udev::Internal }))
+    };
+    let change = made(Change::new("insert"), &real, ROLE_REAL, own_table.into());
+    let change = made(change, &snap, ROLE_SNAP, Template::new(snap_table));
+    made(change, &preserve, ROLE_PRESERVE, Template::new(preserve_table))
+        .then(step("guard", guard(origin, &filesystems)).undo(Action::Dismiss))
+        .then(
+            step("freeze", Action::Freeze { filesystems: filesystems.clone() })
+                .undo(Action::Thaw { filesystems: filesystems.clone() }),
+        )
+        .then(
+            step("load-origin", Action::LoadOver { device: origin.to_owned(), real, preserve })
+                .undo(Action::Clear { device: origin.to_owned() }),
+        )
+        .then(
+            step("suspend", suspend(origin, true, request.lock_filesystem))
+                .undo(Action::Clear { device: origin.to_owned() })
+                .undo(resume(origin)),
+        )
+        .then(step("instant", Action::Instant))
+        .then(undo_switch(step("switch", resume(origin)), origin, own_table, &filesystems))
+        .then(step("thaw", Action::Thaw { filesystems }))
+        .then(step("unguard", Action::Unguard))
+        .then(step("expect", Action::ExpectOver { device: origin.to_owned() }))
+}
+
+/// Once the origin uses the new table, going back is a reload of its own, under a watchdog of its
+/// own (the first one may have fired: that may be why we go back).
+/// Filesystems first, while the watchdog that knows of them still stands.
+fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
+    step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
+        .undo(Action::Dismiss)
+        .undo(guard(origin, &[]))
+        .undo(Action::Load { device: origin.to_owned(), table: own_table.into() })
+        .undo(suspend(origin, false, false))
+        .undo(resume(origin))
+        .undo(Action::Dismiss)
+}
+
+/// The plan of putting the origin's own table back.
+#[must_use]
+pub fn restoration(origin: &str, own_table: &Table) -> Change {
+    let clear = Action::Clear { device: origin.to_owned() };
+    Change::new("restore")
+        .then(
+            Step::new("load-own", Action::Load { device: origin.to_owned(), table: own_table.into() })
+                .undo(clear.clone()),
+        )
+        .then(Step::new("guard", guard(origin, &[])).undo(Action::Dismiss))
+        .then(Step::new("suspend", suspend(origin, false, false)).undo(clear).undo(resume(origin)))
+        .then(Step::new("switch", resume(origin)))
+        .then(Step::new("unguard", Action::Dismiss))
+        .then(Step::new("expect", Action::Expect { device: origin.to_owned(), table: own_table.into() }))
+}
+
+/// The plan of removing what the origin no longer maps to. Nothing of it is taken back: what is left
+/// is removed by the next attempt.
+#[must_use]
+pub fn dismantling(names: &StackNames) -> Change {
+    let remove = |device: &str| Action::Remove { device: device.to_owned(), udev: Udev::Internal };
+    let steps = DISMANTLE_STEPS.iter().zip(names.removable());
+    steps
+        .fold(Change::new("dismantle"), |change, (step, device)| change.then(Step::new(step, remove(device))))
+}
+
+fn guard(origin: &str, filesystems: &[PathBuf]) -> Action {
+    Action::Guard { device: origin.to_owned(), filesystems: filesystems.to_vec() }
+}
+
+fn suspend(origin: &str, flush: bool, lock_filesystem: bool) -> Action {
+    Action::Suspend { device: origin.to_owned(), flush, lock_filesystem }
+}
+
+// Never with a cookie: while anything is held nobody waits for udev, and udev keeps what it knows
+// of a device that is not ours.
+fn resume(origin: &str) -> Action {
+    Action::Resume { device: origin.to_owned(), udev: Udev::None }
+}
+
+/// Every crash point of a copy's stack changes, in order of passage.
+#[must_use]
+pub fn crash_points() -> Vec<String> {
+    [("insert", &INSERT_STEPS[..]), ("restore", &RESTORE_STEPS), ("dismantle", &DISMANTLE_STEPS)]
+        .iter()
+        .flat_map(|(change, steps)| steps.iter().map(move |step| (change, step)))
+        .flat_map(|(change, step)| [format!("{change}.{step}.before"), format!("{change}.{step}.after")])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::base::{ChunkSize, DeviceNumber};
+    use crate::dm::Table;
+
+    fn request() -> StackRequest {
+        StackRequest {
+            origin: "vg-data".into(),
+            cow: DeviceNumber { major: 253, minor: 9 },
+            chunk: ChunkSize::default(),
+            filesystems: vec!["/srv".into()],
+            lock_filesystem: false,
+            budget: Duration::from_secs(2),
+            all: false,
+        }
+    }
+
+    #[test]
+    fn crash_points_are_those_of_the_plans() {
+        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
+        let id = crate::dm::naming::new_id();
+        let mut points = insertion(&request(), &own, &id).crash_points();
+        points.extend(restoration("vg-data", &own).crash_points());
+        points.extend(dismantling(&StackNames::new("vg-data", &id)).crash_points());
+        assert_eq!(points, crash_points());
+    }
+
+    #[test]
+    fn the_plan_holds_only_the_origin_and_waits_for_nobody_meanwhile() {
+        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
+        let plan = insertion(&request(), &own, &crate::dm::naming::new_id());
+        let mut held = false;
+        for step in &plan.steps {
+            match &step.action {
+                Action::Freeze { .. } => held = true,
+                Action::Unguard => held = false,
+                Action::Suspend { device, .. } => assert_eq!(device, "vg-data"),
+                Action::Resume { udev, .. } if held => assert_eq!(*udev, Udev::None),
+                Action::Create { .. } | Action::Load { .. } | Action::Remove { .. } => assert!(!held),
+                _ => {}
+            }
+        }
+        assert_eq!(
+            plan.steps[11].action.to_string(),
+            "load into vg-data: linear to vg-data-preserve, past it where nothing is in use"
+        );
+    }
+}

@@ -1,0 +1,364 @@
+//! Who does the steps of a change: device-mapper's by [`Dm`], freeze, watchdog, free-space map and instant itself.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::base::clock::{self, Stopwatch};
+use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::dm::origin_table::{Beneath, LineLimits};
+use crate::dm::{Action, Dm, Executor, Slot, Table, Udev, node};
+use crate::extent::free::{FreeLimits, skippable};
+use crate::op::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
+use crate::sys::{freeze, process};
+use crate::volume::free::{FreeMapper, Picture};
+
+use super::{AtInstant, HoldTimes, InstantContext, Skipped};
+
+/// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
+pub(in crate::op) struct Runner<'a> {
+    dm: &'a Dm,
+    budget: Duration,
+    interrupt: &'a dyn Fn() -> Result<()>,
+    pub(super) at_instant: Option<AtInstant<'a>>,
+    pub(super) below: Option<String>,
+    pub(super) below_found: Option<PathBuf>,
+    /// The origin's own; None where none is to be inserted.
+    pub(super) own_table: Option<Table>,
+    pub(super) line_limits: LineLimits,
+    /// Asked what is in use while everything is frozen; None: everything is.
+    pub(super) mapper: Option<FreeMapper>,
+    pub(super) limits: Option<FreeLimits>,
+    /// Where what is skipped was seen to lie.
+    picture: Option<Picture>,
+    pub(super) skipped: Skipped,
+    /// What is frozen by its device cannot be named: everything is written back beforehand, or the suspension would do
+    /// it while writers wait.
+    pub(super) write_back_all: bool,
+    /// Things are being put back: nobody is asked whether to.
+    taking_back: bool,
+    /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
+    map_in_force: bool,
+    /// What [`Action::LoadOver`] has loaded.
+    pub(super) loaded: Option<(Beneath, Table)>,
+    watchdog: Option<Watchdog>,
+    files: Vec<(PathBuf, File)>,
+    frozen_since: Option<Instant>,
+    suspended_since: Option<Instant>,
+    pub(super) times: HoldTimes,
+    /// What could not be said while it happened.
+    notes: Vec<String>,
+}
+
+impl<'a> Runner<'a> {
+    pub(in crate::op) fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
+        Self {
+            dm,
+            budget,
+            interrupt,
+            at_instant: None,
+            below: None,
+            below_found: None,
+            own_table: None,
+            line_limits: LineLimits::here(),
+            mapper: None,
+            limits: None,
+            picture: None,
+            skipped: Skipped::default(),
+            write_back_all: false,
+            taking_back: false,
+            map_in_force: false,
+            loaded: None,
+            watchdog: None,
+            files: Vec::new(),
+            frozen_since: None,
+            suspended_since: None,
+            times: HoldTimes::default(),
+            notes: Vec::new(),
+        }
+    }
+
+    pub(super) fn report(&mut self, origin: &str) {
+        for note in self.notes.drain(..) {
+            tracing::warn!("{note}");
+        }
+        tracing::info!(
+            "{origin}: synced in {} ms, frozen for {} ms, suspended for {} ms",
+            self.times.synced.as_millis(),
+            self.times.frozen.as_millis(),
+            self.times.suspended.as_millis()
+        );
+    }
+
+    /// Everything that takes time is done while nothing is held yet, and last of it dirty data is written back, so
+    /// that the freeze, which writes back what has become dirty since, is short.
+    fn guard(&mut self, device: &str, filesystems: &[PathBuf]) -> Result<()> {
+        self.files.clear();
+        for path in filesystems {
+            let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
+            if let Some(mapper) = &self.mapper {
+                mapper.check_same(path, &file)?;
+            }
+            self.files.push((path.clone(), file));
+        }
+        let program = Path::new("/proc/self/exe");
+        let order = Order {
+            devices: vec![device.to_owned()],
+            filesystems: filesystems.to_vec(),
+            budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
+        };
+        self.watchdog = Some(Watchdog::start(program, &order)?);
+        if let Err(error) = process::lock_memory() {
+            self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
+        }
+        let watch = Stopwatch::start();
+        self.write_back()?;
+        self.times.synced = watch.elapsed();
+        self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)
+    }
+
+    fn write_back(&self) -> Result<()> {
+        if self.write_back_all {
+            nix::unistd::sync();
+        }
+        for (path, file) in &self.files {
+            freeze::sync_filesystem(file)
+                .io_context(|| format!("writing back the filesystem at {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn dismiss(&mut self) -> Verdict {
+        let verdict = self.watchdog.take().map_or(Verdict::Calm, Watchdog::dismiss);
+        let _ = process::unlock_memory();
+        verdict
+    }
+
+    /// Before and after each critical action: has the watchdog let everything go, or the user asked
+    /// us to stop? If the watchdog has fired it is stopped first: from then on we put things back.
+    fn check(&mut self, interruptible: bool) -> Result<()> {
+        let fired = match self.watchdog.as_mut() {
+            Some(watchdog) => watchdog.check(),
+            None => Ok(()),
+        };
+        if let Err(error) = fired {
+            self.dismiss();
+            return Err(error);
+        }
+        if interruptible { self.ask() } else { Ok(()) }
+    }
+
+    fn ask(&self) -> Result<()> {
+        if self.taking_back { Ok(()) } else { (self.interrupt)() }
+    }
+
+    fn freeze(&mut self) -> Result<()> {
+        self.check(true)?;
+        let start = Instant::now();
+        self.frozen_since = Some(start);
+        let mut result = Ok(());
+        let mut count = 0;
+        for (path, file) in &self.files {
+            match freeze::freeze(file) {
+                Ok(()) => count += 1,
+                Err(source) => {
+                    result = Err(freeze_error(path, source));
+                    break;
+                }
+            }
+        }
+        let result = result
+            .and_then(|()| self.check(true))
+            .and_then(|()| if start.elapsed() > self.budget { Err(budget_ran_out()) } else { Ok(()) });
+        // All or none: this step is not taken back by itself.
+        if result.is_err() {
+            for (_, file) in self.files.iter().take(count).rev() {
+                let _ = freeze::thaw(file);
+            }
+            self.frozen_since = None;
+        }
+        result
+    }
+
+    /// What the frozen filesystems do not use leads past the snapshot; whatever does not answer is all preserved.
+    fn load_over(&mut self, device: &str, real: &str, preserve: &str) -> Result<()> {
+        self.check(true)?;
+        let number = |name: &str| self.dm.info_of(name).map(|info| info.number);
+        let own = self.own_table.take().expect("an insertion has the origin's own table");
+        let beneath = Beneath { own, real: number(real)?, preserve: Some(number(preserve)?) };
+        if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
+            let (found, picture) = mapper.read();
+            self.skipped = Skipped {
+                extents: skippable(&found.extents, beneath.own.length().bytes(), limits),
+                notes: found.notes,
+            };
+            self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
+        }
+        let table = beneath.table(&self.skipped.extents, &[], self.line_limits)?;
+        self.dm.load(device, &table)?;
+        self.loaded = Some((beneath, table));
+        self.map_in_force = !self.skipped.extents.is_empty();
+        Ok(())
+    }
+
+    fn expect_over(&self, device: &str) -> Result<()> {
+        let found = self.dm.table(device, Slot::Active)?;
+        if found.is_none() || found.as_ref() != self.loaded.as_ref().map(|(_, table)| table) {
+            return Err(Error::new(
+                ErrorKind::Kernel,
+                format!("{device} does not have the table that was loaded into it"),
+            ));
+        }
+        if self.picture.as_ref().is_none_or(Picture::still_holds) {
+            return Ok(());
+        }
+        let what = format!("the devices on {device} were changed while its filesystems were frozen");
+        Err(Error::new(ErrorKind::Kernel, what)
+            .next("copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all"))
+    }
+
+    fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
+        if self.files.is_empty() {
+            // Not frozen by us but by a job that died. Opening a directory writes nothing.
+            for path in filesystems {
+                match File::open(path) {
+                    Ok(file) => self.files.push((path.clone(), file)),
+                    // Unmounted since, so not frozen.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
+                }
+            }
+        }
+        let mut result = Ok(());
+        // On the way back nothing depends on the map any more: a load that is dropped says so.
+        let map_in_force = std::mem::take(&mut self.map_in_force);
+        let mut early = None;
+        for (path, file) in self.files.iter().rev() {
+            match freeze::thaw(file) {
+                Ok(()) => {}
+                // The watchdog was faster, or somebody else. What was free when it was read may have been in
+                // use at the instant.
+                Err(source) if source.raw_os_error() == Some(libc::EINVAL) && map_in_force => {
+                    early = Some((path.clone(), source));
+                }
+                Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
+                    self.notes.push(format!("{} was thawed by somebody else", path.display()));
+                }
+                Err(source) => {
+                    result = Err(Error::io(format!("thawing {}", path.display()), source)
+                        .next(format!("run 'fsfreeze -u {}'", path.display())));
+                }
+            }
+        }
+        if let Some(since) = self.frozen_since.take() {
+            self.times.frozen = since.elapsed();
+        }
+        if let (Some((path, source)), Ok(())) = (early, &result) {
+            // The watchdog says itself why it did.
+            self.check(false)?;
+            result =
+                Err(Error::io(format!("{} was thawed before the instant was over", path.display()), source)
+                    .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
+        }
+        result
+    }
+
+    fn suspend(&mut self, action: &Action, device: &str) -> Result<()> {
+        self.check(true)?;
+        self.suspended_since = Some(Instant::now());
+        self.dm.execute(action)?;
+        self.times.instant_utc_ns = clock::utc_now_ns();
+        if let Err(error) = self.check(false) {
+            // The watchdog acted too early to see this suspension.
+            let undo = self.dm.clear(device).and_then(|()| self.dm.resume(device, Udev::None));
+            return Err(match undo {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(undo),
+            });
+        }
+        Ok(())
+    }
+
+    fn instant(&mut self) -> Result<()> {
+        self.check(true)?;
+        let held_since = self.frozen_since.or(self.suspended_since).unwrap_or_else(Instant::now);
+        let (Some(below), Some(at_instant)) = (self.below.as_deref(), self.at_instant.as_mut()) else {
+            return Ok(());
+        };
+        let number = self.dm.info_of(below)?.number;
+        let path = node::device_path(number)?;
+        self.below_found = Some(path.clone());
+        at_instant(&InstantContext {
+            below: &path,
+            utc_ns: self.times.instant_utc_ns,
+            deadline: held_since + self.budget,
+        })?;
+        self.check(true)
+    }
+
+    fn resume(&mut self, action: &Action) -> Result<()> {
+        self.dm.execute(action)?;
+        if let Some(since) = self.suspended_since.take() {
+            self.times.suspended = since.elapsed();
+        }
+        Ok(())
+    }
+}
+
+impl Executor for Runner<'_> {
+    fn taking_back(&mut self) {
+        self.taking_back = true;
+    }
+
+    fn execute(&mut self, action: &Action) -> Result<()> {
+        match action {
+            Action::Guard { device, filesystems } => {
+                self.ask()?;
+                let result = self.guard(device, filesystems);
+                if result.is_err() {
+                    self.dismiss();
+                }
+                result
+            }
+            Action::LoadOver { device, real, preserve } => self.load_over(device, real, preserve),
+            Action::ExpectOver { device } => self.expect_over(device),
+            Action::Freeze { .. } => self.freeze(),
+            Action::Thaw { filesystems } => self.thaw(filesystems),
+            Action::Suspend { device, .. } => self.suspend(action, device),
+            Action::Instant => self.instant(),
+            Action::Resume { .. } => self.resume(action),
+            Action::Clear { .. } => {
+                self.map_in_force = false;
+                self.dm.execute(action)
+            }
+            Action::Unguard => match self.dismiss() {
+                Verdict::Fired(_) => Err(budget_ran_out()),
+                Verdict::Calm => Ok(()),
+                Verdict::Lost => {
+                    self.notes.push("the watchdog died".to_owned());
+                    Ok(())
+                }
+            },
+            Action::Dismiss => {
+                if let Verdict::Fired(_) = self.dismiss() {
+                    self.notes.push("the watchdog had let the origin go on".to_owned());
+                }
+                Ok(())
+            }
+            _ => self.dm.execute(action),
+        }
+    }
+}
+
+fn freeze_error(path: &Path, source: std::io::Error) -> Error {
+    let error = |what: &str| Error::refused(format!("freezing {}: {what}", path.display()));
+    match source.raw_os_error() {
+        Some(libc::EBUSY) => error("somebody else has frozen it")
+            .with_source(source)
+            .next(format!("thaw it first: fsfreeze -u {}", path.display())),
+        Some(libc::EOPNOTSUPP) => {
+            error("its filesystem cannot be frozen").with_source(source).next("unmount it, then copy it")
+        }
+        _ => Error::io(format!("freezing {}", path.display()), source),
+    }
+}
