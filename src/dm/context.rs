@@ -129,6 +129,14 @@ impl Dm {
         wire::decode_versions(&reply.payload)
     }
 
+    /// True where the kernel has the target `kind`, whose module it loads if need be; false where it is too old to say
+    /// (before 5.4).
+    #[must_use]
+    pub fn has_target(&self, kind: &str) -> bool {
+        let ask = Ask { name: Some(kind), ..Ask::default() };
+        dm_ioctl::call(&self.control, Call::GetTargetVersion, &ask).is_ok()
+    }
+
     /// All devices: name and number.
     ///
     /// # Errors

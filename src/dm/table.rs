@@ -275,6 +275,11 @@ mod tests {
             (device(), offset()).prop_map(|(device, offset)| Target::Linear { device, offset }),
             (offset(), prop::collection::vec((device(), offset()), 1..5))
                 .prop_map(|(chunk, stripes)| Target::Striped { chunk, stripes }),
+            (any::<u64>(), device(), any::<u64>()).prop_map(|(region, device, offset)| Target::Switch {
+                region: Sectors(region),
+                device,
+                offset: Sectors(offset)
+            }),
             device().prop_map(|device| Target::SnapshotOrigin { device }),
             (device(), device(), 0usize..3, offset()).prop_map(|(origin, cow, which, chunk)| {
                 let persistence =
@@ -310,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn any_params_survive(kind in "linear|striped|snapshot|snapshot-origin|zero|error|x", params in "[0-9:A-Z ]{0,40}") {
+        fn any_params_survive(kind in "linear|striped|switch|snapshot|snapshot-origin|zero|error|x", params in "[0-9:A-Z ]{0,40}") {
             let target = Target::parse(&kind, &params);
             prop_assert_eq!(target.kind(), kind.as_str());
             prop_assert_eq!(target.params(), params);

@@ -32,6 +32,16 @@ pub enum Target {
         /// The devices, each with its first sector.
         stripes: Vec<(DeviceNumber, Sectors)>,
     },
+    /// `switch 1 REGION 0 DEVICE OFFSET`: as `linear`, but it takes no flush (see
+    /// [`origin_table`](super::origin_table)).
+    Switch {
+        /// Longest piece of an I/O that is passed on whole.
+        region: Sectors,
+        /// Where to.
+        device: DeviceNumber,
+        /// First sector there.
+        offset: Sectors,
+    },
     /// `snapshot-origin DEVICE`: writes preserve originals in the snapshots of DEVICE first.
     SnapshotOrigin {
         /// The device that holds the data; sectors pass through unshifted.
@@ -110,6 +120,14 @@ impl Target {
                     .collect::<Option<Vec<_>>>()?;
                 Self::Striped { chunk, stripes }
             }
+            "switch" => {
+                let (paths, region, options) = (words.next()?, sectors(words.next())?, words.next()?);
+                // Of several paths the kernel does not say which takes what.
+                if paths != "1" || options != "0" {
+                    return None;
+                }
+                Self::Switch { region, device: device(words.next())?, offset: sectors(words.next())? }
+            }
             "snapshot-origin" => Self::SnapshotOrigin { device: device(words.next())? },
             "snapshot" => Self::Snapshot {
                 origin: device(words.next())?,
@@ -135,6 +153,7 @@ impl Target {
         match self {
             Self::Linear { .. } => "linear",
             Self::Striped { .. } => "striped",
+            Self::Switch { .. } => "switch",
             Self::SnapshotOrigin { .. } => "snapshot-origin",
             Self::Snapshot { .. } => "snapshot",
             Self::Zero => "zero",
@@ -155,6 +174,9 @@ impl Target {
                 }
                 text
             }
+            Self::Switch { region, device, offset } => {
+                format!("1 {} 0 {device} {}", region.get(), offset.get())
+            }
             Self::SnapshotOrigin { device } => device.to_string(),
             Self::Snapshot { origin, cow, persistence, chunk } => {
                 format!("{origin} {cow} {} {}", persistence.text(), chunk.get())
@@ -168,7 +190,9 @@ impl Target {
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceNumber> {
         match self {
-            Self::Linear { device, .. } | Self::SnapshotOrigin { device } => vec![*device],
+            Self::Linear { device, .. } | Self::Switch { device, .. } | Self::SnapshotOrigin { device } => {
+                vec![*device]
+            }
             Self::Striped { stripes, .. } => stripes.iter().map(|(device, _)| *device).collect(),
             Self::Snapshot { origin, cow, .. } => vec![*origin, *cow],
             Self::Zero | Self::Error => Vec::new(),

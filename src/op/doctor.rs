@@ -15,7 +15,6 @@ use crate::io::engine::EngineConfig;
 use crate::io::open::{EnginePreference, open_engine};
 use crate::store::TailPlace;
 use crate::store::size::{RESERVE_MAX, TAIL_FIRST_MIN};
-use crate::sys::kernel;
 
 /// The oldest kernel on which every call of ours exists (`LOOP_CONFIGURE`).
 const KERNEL_OLDEST: (u32, u32) = (5, 8);
@@ -111,7 +110,10 @@ struct Host {
 
 impl Host {
     fn this() -> Self {
-        Self { root: PathBuf::from("/"), release: kernel::release() }
+        let release = nix::sys::utsname::uname()
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
+        Self { root: PathBuf::from("/"), release }
     }
 
     fn examine(&self) -> Report {
@@ -119,6 +121,7 @@ impl Host {
         checks.extend(self.modules());
         checks.extend([
             device_mapper(),
+            self.flushes(),
             self.memory_head(),
             self.io_uring(),
             self.memlock(),
@@ -213,10 +216,26 @@ impl Host {
         }
     }
 
+    fn is_usable(&self, module: &str) -> bool {
+        matches!(self.module(module), Module::Loaded | Module::BuiltIn | Module::Available)
+    }
+
+    fn flushes(&self) -> Check {
+        let (name, needed_for) = ("dm-switch", "cheap flushes and cheap new files during a copy");
+        if self.is_usable("dm_switch") {
+            return ok(name, needed_for, "dm-switch is there");
+        }
+        warn(
+            name,
+            needed_for,
+            "not there: less of the free space is told apart, and each flush of an application costs more",
+            &generic_kernel_remedy(&self.read("/etc/os-release").unwrap_or_default()),
+        )
+    }
+
     fn memory_head(&self) -> Check {
         let (name, needed_for) = ("zram", "the COW store's part in memory: cheap first writes");
-        let usable = |module| matches!(module, Module::Loaded | Module::BuiltIn | Module::Available);
-        if usable(self.module("zram")) {
+        if self.is_usable("zram") {
             return ok(name, needed_for, "zram is there");
         }
         if self.module("brd") == Module::Available {
@@ -437,6 +456,8 @@ mod tests {
         assert_eq!(host.module("brd"), Module::Absent);
         assert!(host.modules().iter().all(|check| check.status == Status::Ok));
         assert_eq!(host.memory_head().status, Status::Ok);
+        let (_dir, host) = self::host(&[("sys/module/dm_switch/refcnt", "")]);
+        assert_eq!(host.flushes().status, Status::Ok);
     }
 
     #[test]
@@ -455,6 +476,7 @@ mod tests {
         assert_eq!(find(&modules, "loop").status, Status::Ok);
         assert!(find(&modules, "dm-snapshot").remedy.as_deref().unwrap().contains("linux-image-amd64"));
         assert_eq!(cloud.memory_head().status, Status::Warn);
+        assert_eq!(cloud.flushes().status, Status::Warn);
         assert_eq!(cloud.modprobe().status, Status::Warn);
     }
 

@@ -119,8 +119,9 @@ impl FakeKernel {
                 Ok(())
             }
             // A part of the origin is free.
-            Action::LoadOver { device, preserve, .. } => {
-                let text = format!("0 4096 linear 8:16 2048\n4096 4096 linear {{{preserve}}} 4096");
+            Action::LoadOver { device, real, preserve } => {
+                let text =
+                    format!("0 4096 linear {{{real}}} 0\n4096 4096 switch 1 4096 0 {{{preserve}}} 4096");
                 let table = self.resolve(&Template::new(text))?;
                 self.device(device)?.inactive = Some(table);
                 Ok(())
@@ -278,7 +279,9 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     };
     let changes = [
         insertion(&request, &own, id),
-        release("0 2048 linear {data-preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 linear 8:32 0"),
+        release(
+            "0 2048 linear {data-preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 switch 1 4096 0 8:32 0",
+        ),
         release("0 8192 linear {data-real} 0"),
         restoration("data", &own),
         dismantling(&StackNames::new("data", id)),
@@ -548,7 +551,7 @@ fn a_strangers_device_over_ours_is_not_touched() {
 #[test]
 fn an_origin_that_was_renamed_is_known_by_its_number() {
     for table in
-        ["0 8192 linear {data-real} 0", "0 4096 linear 8:16 2048\n4096 4096 linear {data-preserve} 4096"]
+        ["0 8192 linear {data-real} 0", "0 4096 linear {data-real} 0\n4096 4096 linear {data-preserve} 4096"]
     {
         let id = new_id();
         let mut kernel = killed_with(table, &id);

@@ -90,6 +90,7 @@ pub enum Call {
     TableStatus = 12,
     ListVersions = 13,
     TargetMessage = 14,
+    GetTargetVersion = 17,
 }
 
 /// What goes into a [`Call`].
@@ -261,6 +262,7 @@ pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
         Call::TableStatus => code(12),
         Call::ListVersions => code(13),
         Call::TargetMessage => code(14),
+        Call::GetTargetVersion => code(17),
     };
     let mut size = (HEADER_BYTES + ask.payload.len()).max(REPLY_BYTES_FIRST);
     while size <= REPLY_BYTES_MAX {

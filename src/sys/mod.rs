@@ -8,7 +8,6 @@ pub mod block;
 pub mod dm_ioctl;
 pub mod freeze;
 pub mod fsmap;
-pub mod kernel;
 pub mod loop_device;
 pub mod process;
 pub mod ring;

@@ -59,7 +59,7 @@ fn measurement(name: &str) -> Case {
     let mut case = Case::new(name, "bench.sh")
         .bench()
         .clock(if is_hpet { Clock::Hpet } else { Clock::Tsc })
-        .modules(&["dm-snapshot", "loop", "zram", "ext4"])
+        .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
         .commands(&["fio", "lvcreate", "python3", "pgbench", "initdb", "e2fsck"])
         // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.
         .slow_disk_mib(volume_mib + 8, disk)

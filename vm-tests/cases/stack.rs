@@ -8,6 +8,10 @@ pub fn cases() -> Vec<Case> {
         case("stack_insert", "stack_insert.sh").limit_seconds(180),
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
+        case("stack_flush", "stack_flush.sh")
+            .commands(&["python3", "filefrag"])
+            .disk_mib(40)
+            .limit_seconds(180),
         case("stack_volume", "stack_volume.sh").commands(&["pvcreate", "lvs"]).limit_seconds(300),
     ]
 }
@@ -15,7 +19,7 @@ pub fn cases() -> Vec<Case> {
 fn case(name: &str, script: &str) -> Case {
     Case::new(name, script)
         .on_both_kernels()
-        .modules(&["dm-snapshot", "ext4"])
+        .modules(&["dm-snapshot", "dm-switch", "ext4"])
         .commands(&["dmsetup", "mkfs.ext4", "fio", "e2fsck"])
         .disk_mib(40)
         .disk_mib(128)

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::origin_table::{Beneath, LineLimits};
+use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, AtBest, Dm, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
@@ -110,7 +110,7 @@ pub struct Stack {
     origin: String,
     names: StackNames,
     beneath: Beneath,
-    limits: LineLimits,
+    form: Form,
     /// The table that the origin has now by our doing; held while it is being replaced.
     current: Arc<Mutex<Table>>,
     skipped: Skipped,
@@ -154,6 +154,7 @@ impl Stack {
         runner.write_back_all = request.lock_filesystem;
         runner.below = Some(names.real.clone());
         runner.own_table = Some(own_table);
+        runner.form = Form::new(dm.has_target("switch"));
         if !request.all {
             runner.mapper = Some(FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?);
             runner.limits = Some(FreeLimits::for_chunk(request.chunk));
@@ -168,7 +169,7 @@ impl Stack {
             origin: origin.to_owned(),
             names,
             beneath,
-            limits: runner.line_limits,
+            form: runner.form,
             below,
             current: Arc::new(Mutex::new(current)),
             skipped: runner.skipped,
@@ -230,7 +231,7 @@ impl Stack {
             below: node::device_path(beneath.real)?,
             names,
             beneath,
-            limits: LineLimits::here(),
+            form: Form::new(dm.has_target("switch")),
             current: Arc::new(Mutex::new(current)),
             skipped: adopted.skipped,
             budget: adopted.budget,
@@ -301,7 +302,7 @@ impl Stack {
         let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
         let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
         let released: Vec<Extent> = released.iter().collect();
-        let table = self.beneath.table(&self.skipped.extents, &released, self.limits)?;
+        let table = self.beneath.table(&self.skipped.extents, &released, self.form)?;
         self.refuse_to_preserve_again(&table, &released)?;
         self.check_table(dm, &current)?;
         if table == *current {

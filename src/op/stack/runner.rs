@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Error, ErrorKind, Result, ResultExt};
-use crate::dm::origin_table::{Beneath, LineLimits};
+use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, Dm, Executor, Slot, Table, Udev, node};
 use crate::extent::free::{FreeLimits, skippable};
 use crate::op::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
@@ -25,7 +25,7 @@ pub(in crate::op) struct Runner<'a> {
     pub(super) below_found: Option<PathBuf>,
     /// The origin's own; None where none is to be inserted.
     pub(super) own_table: Option<Table>,
-    pub(super) line_limits: LineLimits,
+    pub(super) form: Form,
     /// Asked what is in use while everything is frozen; None: everything is.
     pub(super) mapper: Option<FreeMapper>,
     pub(super) limits: Option<FreeLimits>,
@@ -60,7 +60,7 @@ impl<'a> Runner<'a> {
             below: None,
             below_found: None,
             own_table: None,
-            line_limits: LineLimits::here(),
+            form: Form::new(false),
             mapper: None,
             limits: None,
             picture: None,
@@ -194,7 +194,7 @@ impl<'a> Runner<'a> {
             };
             self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
-        let table = beneath.table(&self.skipped.extents, &[], self.line_limits)?;
+        let table = beneath.table(&self.skipped.extents, &[], self.form)?;
         self.dm.load(device, &table)?;
         self.loaded = Some((beneath, table));
         self.map_in_force = !self.skipped.extents.is_empty();
