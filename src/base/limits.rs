@@ -16,6 +16,10 @@ pub const LIVE_READ_BYTES: Bytes = Bytes::kib(128);
 /// Memory for copy buffers, whatever the device's size.
 pub const COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(32);
 
+/// The same for a live origin, which is asked for little at a time: it waits while they are zeroed and pinned, a tenth of
+/// a second in an emulated guest.
+pub const LIVE_COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(16);
+
 /// Segments in one copy: the archive's index and the verifier's checksums take 4 bytes for each.
 /// A larger device gets a larger segment by default (16 TiB at 4 MiB).
 pub const SEGMENT_COUNT_MAX: u64 = 4 * 1024 * 1024;

@@ -7,6 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::{CopyJob, engine_config, run};
+use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::extent::Extent;
 use crate::io::open::{EnginePreference, open_engine};
@@ -70,7 +71,7 @@ proptest! {
             block_list: block_list.clone(),
         })
         .unwrap();
-        let mut engine = open_engine(engine_config(segment), EnginePreference::Auto).unwrap();
+        let mut engine = open_engine(engine_config(segment, COPY_BUFFER_BYTES_MAX), EnginePreference::Auto).unwrap();
         let read = File::open(&origin).unwrap();
         let mut job = CopyJob::new(engine.as_mut(), read.into(), size, segment, secondary).unwrap();
         job.block_list = block_list;

@@ -21,6 +21,7 @@ use super::regions::{Order, Regions};
 use super::schedule::{Schedule, Work};
 use super::throttle::Throttle;
 use crate::base::{Bytes, Result, SegmentIx};
+use crate::extent::Extent;
 use crate::io::Buffer;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
@@ -38,6 +39,8 @@ pub(super) struct Plan<'a, 'p> {
     pub(super) schedule: &'a Schedule,
     pub(super) region: Bytes,
     pub(super) order: Order,
+    /// Copied first, whatever the order.
+    pub(super) first: &'a [Extent],
     /// What an earlier process has placed.
     pub(super) placed: &'a PlacedSet,
     pub(super) releases: Option<&'p mut dyn Releases>,
@@ -79,7 +82,8 @@ pub(super) fn run(
     driver.begin_phase(Phase::Data, Some(schedule.total()));
     driver.advance(plan.placed.bytes(schedule));
     driver.count_segments(plan.placed.count(), schedule.work_count());
-    let regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
+    let mut regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
+    regions.put_first(plan.first);
     let mut fuzzy = Fuzzy {
         driver,
         plan,

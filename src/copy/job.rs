@@ -22,7 +22,7 @@ use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, verify};
-use crate::base::limits::{COPY_BUFFER_BYTES_MAX, DIRECT_IO_ALIGN, LIVE_READ_BYTES};
+use crate::base::limits::{DIRECT_IO_ALIGN, LIVE_READ_BYTES};
 use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::extent::{Extent, Original};
 use crate::io::Engine;
@@ -40,12 +40,11 @@ const ABSENT_STEP: Bytes = Bytes::mib(256);
 const BUFFER_COUNT_MIN: u64 = 2;
 
 /// The engine that a copy with this segment size wants: a segment and a control block on each side in
-/// every buffer, within [`COPY_BUFFER_BYTES_MAX`] (two buffers of the largest segment exceed it by
-/// their control blocks).
+/// every buffer, within `bytes_max` but for two buffers at least.
 #[must_use]
-pub fn engine_config(segment: SegmentSize) -> EngineConfig {
+pub fn engine_config(segment: SegmentSize, bytes_max: Bytes) -> EngineConfig {
     let buffer_bytes = segment.bytes() + DIRECT_IO_ALIGN * 2;
-    let count = COPY_BUFFER_BYTES_MAX.get() / buffer_bytes.get();
+    let count = bytes_max.get() / buffer_bytes.get();
     EngineConfig {
         buffer_count: u16::try_from(count.clamp(BUFFER_COUNT_MIN, BUFFER_COUNT_MAX))
             .expect("the count is clamped"),
@@ -122,6 +121,8 @@ pub struct CopyJob<'a> {
     pub origin_size: Bytes,
     /// What of it is copied; sorted, disjoint, multiples of 4 KiB or the origin's end.
     pub block_list: Vec<Extent>,
+    /// What of it is copied first, whatever the order; in any order.
+    pub first: Vec<Extent>,
     /// Unit of copying.
     pub segment: SegmentSize,
     /// Unit of release; see [`region_size_for`].
@@ -176,6 +177,7 @@ impl<'a> CopyJob<'a> {
             origin_description: "the origin".to_owned(),
             origin_size,
             block_list: Extent::new(Bytes::ZERO, origin_size).into_iter().collect(),
+            first: Vec::new(),
             segment,
             region: region_size_for(origin_size, segment, None)?,
             order: Order::Physical,
@@ -253,6 +255,7 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         schedule,
         region: job.region,
         order: job.order,
+        first: job.first,
         origin_description: job.origin_description,
         throttle: Throttle::new(job.rate, job.impact, observer),
         verify: job.verify,
@@ -283,6 +286,7 @@ struct Plan<'a> {
     schedule: Schedule,
     region: Bytes,
     order: Order,
+    first: Vec<Extent>,
     origin_description: String,
     throttle: Throttle<'a>,
     verify: bool,
@@ -373,6 +377,7 @@ fn copy_and_lay_over(
         schedule: &plan.schedule,
         region: plan.region,
         order: plan.order,
+        first: &plan.first,
         placed: &plan.placed,
         releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
         progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn Progress),

@@ -10,6 +10,9 @@
 //! | physical | the next one on the origin |
 //! | hot | the one that has received the most new exceptions lately, else the next one on the origin |
 //!
+//! Whatever the order, what is put first ([`Regions::put_first`]) comes before it: a filesystem's log, of which every
+//! block is written again and again.
+//!
 //! Writers move on, as through a filesystem's journal: so half of the heat of what is being copied goes to what lies
 //! behind it, which is then copied before they come.
 //!
@@ -21,7 +24,7 @@
 //!
 //! Pure: no I/O, no clock. Memory: a few words for each of at most [`UNITS_MAX`] units.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -108,6 +111,8 @@ pub struct Regions<'a> {
     run: usize,
     /// Segments of the region at hand that are to be handed out.
     current: std::ops::Range<u64>,
+    /// Units that come before the order.
+    first: VecDeque<usize>,
     /// Regions being copied: units and segments left.
     open: VecDeque<(std::ops::Range<usize>, u64)>,
     /// Regions that are done and were not taken yet.
@@ -137,6 +142,7 @@ impl<'a> Regions<'a> {
             units,
             run: 1,
             current: 0..0,
+            first: VecDeque::new(),
             open: VecDeque::new(),
             done: VecDeque::new(),
         };
@@ -152,6 +158,17 @@ impl<'a> Regions<'a> {
             }
         }
         this
+    }
+
+    /// The regions that hold a part of `extents` come first, as they lie on the origin.
+    pub fn put_first(&mut self, extents: &[Extent]) {
+        let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
+        let unit = |offset: Bytes| Bytes(offset.get() / unit_bytes.get()).as_len();
+        let units: BTreeSet<usize> = extents
+            .iter()
+            .flat_map(|it| unit(it.start())..=unit(Bytes(it.end().get() - 1)).min(self.units.len() - 1))
+            .collect();
+        self.first.extend(units);
     }
 
     /// Regions not handed out wholly are larger from now on: twice as many units, but never more than a
@@ -224,7 +241,12 @@ impl<'a> Regions<'a> {
         }
     }
 
-    fn next_unit(&self) -> Option<usize> {
+    fn next_unit(&mut self) -> Option<usize> {
+        while let Some(unit) = self.first.pop_front() {
+            if !self.units[unit].begun {
+                return Some(unit);
+            }
+        }
         let waiting = self.units.iter().enumerate().filter(|(_, unit)| !unit.begun);
         match self.order {
             Order::Physical => waiting.map(|(ix, _)| ix).next(),
@@ -328,6 +350,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_put_first_comes_before_any_order() {
+        let whole = Extent::new(Bytes(0), segment().bytes() * 8).unwrap();
+        let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
+        for order in [Order::Physical, Order::Hot] {
+            let mut regions = Regions::new(&schedule, segment().bytes(), order, &|_| false);
+            let part =
+                |from: u64, to: u64| Extent::new(segment().bytes() * from, segment().bytes() * to).unwrap();
+            regions.put_first(&[part(6, 7), part(3, 5), part(4, 5), part(20, 30)]);
+            regions.heat(&[segment().bytes() * 5, segment().bytes() * 4]);
+            let mut next = || regions.next(&|_| false).unwrap().ix.get();
+            assert_eq!([next(), next(), next()], [3, 4, 6]);
+            assert_eq!(next(), if order == Order::Hot { 5 } else { 0 }, "{order:?}");
+        }
+    }
+
+    #[test]
     fn heat_moves_on_with_the_writers() {
         let whole = Extent::new(Bytes(0), segment().bytes() * 8).unwrap();
         let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
@@ -363,6 +401,7 @@ mod tests {
             unit in 1u64..4,
             hot in any::<bool>(),
             placed in prop::collection::btree_set(0u64..94, 0..60),
+            first in prop::collection::vec((0u64..1600, 1u64..400), 0..4),
             seed in any::<u64>(),
         ) {
             let size = Bytes::from_len(pages.len()) * 4096;
@@ -376,6 +415,11 @@ mod tests {
             let order = if hot { Order::Hot } else { Order::Physical };
             let is_placed = |ix: SegmentIx| placed.contains(&ix.get());
             let mut regions = Regions::new(&schedule, segment().bytes() * unit, order, &is_placed);
+            let first: Vec<Extent> = first
+                .iter()
+                .map(|(page, count)| Extent::with_length(Bytes(page * 4096), Bytes(count * 4096)).unwrap())
+                .collect();
+            regions.put_first(&first);
             let mut rng = Rng(seed);
             let mut flying: Vec<Work> = Vec::new();
             let mut landed: BTreeSet<u64> = placed.clone();

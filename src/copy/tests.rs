@@ -631,7 +631,7 @@ fn buffers_stay_within_their_limit() {
     use crate::base::limits::COPY_BUFFER_BYTES_MAX;
     for shift in 16..=24 {
         let segment = SegmentSize::new(Bytes(1 << shift)).unwrap();
-        let config = engine_config(segment);
+        let config = engine_config(segment, COPY_BUFFER_BYTES_MAX);
         let total = config.buffer_bytes * u64::from(config.buffer_count);
         assert!(config.buffer_count >= 2);
         assert!(total <= COPY_BUFFER_BYTES_MAX + Bytes(8192) * 2, "{segment}: {total}");

@@ -4,5 +4,6 @@
 pub mod archive;
 mod bytes;
 pub mod exception_store;
+pub mod filesystem_log;
 pub mod progress;
 pub mod state;

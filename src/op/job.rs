@@ -27,12 +27,16 @@ use crate::format::state::{
 };
 
 use super::{privilege, progress_file};
+use crate::sys::rcu;
 
 /// Where jobs are.
 pub const RUN_DIR: &str = "/run/tidemark";
 
 /// Most jobs looked at: a bound on a directory that somebody else filled.
 const JOBS_MAX: usize = 4096;
+
+/// The kind of a resource: the kernel's switch that a watchdog turns off, if it can.
+const EXPEDITED: &str = "rcu-expedited";
 
 /// The kind of a resource: a file under construction, which has another name until it is complete.
 const PARTIAL: &str = "partial";
@@ -225,6 +229,14 @@ impl Job {
         }
     }
 
+    /// Notes that the kernel's grace periods may be made shorter from the next intent on: with that, it is saved.
+    pub fn note_expedited(&mut self) {
+        if rcu::Expedite::find().is_some() && !is_expedited(&self.record) {
+            let resource = ResourceRecord { kind: EXPEDITED.to_owned(), path: rcu::PATH.to_owned() };
+            self.record.resources.push(resource);
+        }
+    }
+
     /// The device number of the filesystem that the record is on: it must not be frozen.
     ///
     /// # Errors
@@ -282,6 +294,12 @@ pub fn partials(record: &JobRecord) -> impl Iterator<Item = &Path> {
     let noted = record.resources.iter().filter(|resource| resource.kind == PARTIAL);
     let gone_on_with = record.copy.iter().filter_map(|copy| copy.partial.as_deref());
     noted.map(|resource| resource.path.as_str()).chain(gone_on_with).map(Path::new)
+}
+
+/// True where the job may have left [`rcu::PATH`] on.
+#[must_use]
+pub fn is_expedited(record: &JobRecord) -> bool {
+    record.resources.iter().any(|resource| resource.kind == EXPEDITED)
 }
 
 /// What the journal says while step `index` is being done or taken back.

@@ -19,14 +19,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::base::{DeviceNumber, Error, ErrorKind, Result};
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
 use crate::dm::origin_table::Beneath;
 use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
+use crate::sys::rcu;
 
-use super::job::{FoundJob, find_jobs, partials};
+use super::job::{FoundJob, find_jobs, is_expedited, partials};
 use super::stack::{Runner, restoration};
 
 /// Longest time that an origin may be suspended while its table is put back.
@@ -331,6 +332,11 @@ fn remove_files(job: FoundJob) -> Result<Vec<String>> {
         if partial::remove_leftover(partial)? {
             removed.push(format!("remove {}", partial.display()));
         }
+    }
+    // The watchdog has turned it off, unless it died as well.
+    if job.record.as_ref().is_ok_and(is_expedited) && rcu::is_on() {
+        rcu::turn_off().io_context(|| format!("writing 0 to {}", rcu::PATH))?;
+        removed.push(format!("write 0 to {}", rcu::PATH));
     }
     job.remove()?;
     Ok(removed)

@@ -13,7 +13,7 @@
 //! While the command lives it may still suspend or freeze something after the watchdog has acted, so
 //! the watchdog goes on acting until the command answers: the command finds the verdict "fired"
 //! before and after each of its own critical steps, stops the watchdog, and takes everything back
-//! itself. FITHAW waits while a freeze is in progress, so every filesystem has its own thread.
+//! itself. Where the command had the kernel hurry ([`rcu`]), that is over once the watchdog has acted. FITHAW waits while a freeze is in progress, so every filesystem has its own thread.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, ErrorKind, Result, ResultExt};
 use crate::dm::{Dm, Udev};
-use crate::sys::{freeze, process};
+use crate::sys::{freeze, process, rcu};
 
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";
@@ -55,6 +55,8 @@ pub struct Order {
     pub filesystems: Vec<PathBuf>,
     /// Time from arming until it acts.
     pub budget_ms: u64,
+    /// The command turns [`rcu::PATH`] on once the watchdog is armed.
+    pub is_expedited: bool,
 }
 
 /// What became of it.
@@ -202,6 +204,8 @@ trait Hands: Send + Sync {
     fn release_devices(&self) -> io::Result<usize>;
     /// Thaws filesystem `index`.
     fn thaw(&self, index: usize) -> io::Result<()>;
+    /// Turns off what the command has turned on to make the kernel hurry.
+    fn end_hurry(&self);
     /// Filesystems guarded.
     fn filesystem_count(&self) -> usize;
     /// Leaves a word in the kernel's log: the command may be dead, and nobody else tells.
@@ -234,6 +238,7 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> 
             hands.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
         }
     }
+    hands.end_hurry();
     Ok(())
 }
 
@@ -300,6 +305,7 @@ struct KernelHands {
     dm: Dm,
     devices: Vec<String>,
     filesystems: Vec<File>,
+    is_expedited: bool,
     log: Option<File>,
 }
 
@@ -314,6 +320,7 @@ impl KernelHands {
             dm: Dm::open()?,
             devices: order.devices,
             filesystems,
+            is_expedited: order.is_expedited,
             log: OpenOptions::new().write(true).open("/dev/kmsg").ok(),
         };
         // Walk the whole path once, so that nothing is read or linked for the first time later.
@@ -350,6 +357,14 @@ impl Hands for KernelHands {
 
     fn thaw(&self, index: usize) -> io::Result<()> {
         freeze::thaw(&self.filesystems[index])
+    }
+
+    fn end_hurry(&self) {
+        if self.is_expedited
+            && let Err(error) = rcu::turn_off()
+        {
+            self.tell(&format!("{} stays 1: {error}", rcu::PATH));
+        }
     }
 
     fn filesystem_count(&self) -> usize {
@@ -451,6 +466,7 @@ mod tests {
         frozen: Mutex<[bool; 2]>,
         releases: AtomicUsize,
         told: Mutex<Vec<String>>,
+        hurry_ended: AtomicBool,
     }
 
     impl Hands for FakeHands {
@@ -465,6 +481,9 @@ mod tests {
             } else {
                 Err(io::Error::from_raw_os_error(libc::EINVAL))
             }
+        }
+        fn end_hurry(&self) {
+            self.hurry_ended.store(true, Ordering::SeqCst);
         }
         fn filesystem_count(&self) -> usize {
             2
@@ -492,7 +511,12 @@ mod tests {
                 Ok(hands)
             })
         });
-        let order = Order { devices: vec!["data".into()], filesystems: vec!["/a".into()], budget_ms };
+        let order = Order {
+            devices: vec!["data".into()],
+            filesystems: vec!["/a".into()],
+            budget_ms,
+            is_expedited: true,
+        };
         writeln!(orders, "{}", serde_json::to_string(&order).unwrap()).unwrap();
         let mut setup =
             Setup { hands, orders: Some(orders), verdicts: Lines::new(verdicts), thread: Some(thread) };
@@ -529,6 +553,8 @@ mod tests {
         assert_eq!(setup.answer(), Line::Text("calm".into()));
         setup.end();
         assert!(!setup.is_free());
+        // The command does that itself, before it disarms.
+        assert!(!setup.hands.hurry_ended.load(Ordering::SeqCst));
         assert_eq!(setup.hands.releases.load(Ordering::SeqCst), 0);
     }
 
@@ -539,7 +565,7 @@ mod tests {
         setup.hold();
         drop(setup.orders.take());
         setup.end();
-        assert!(setup.is_free());
+        assert!(setup.is_free() && setup.hands.hurry_ended.load(Ordering::SeqCst));
         assert!(setup.hands.told.lock().unwrap()[0].contains("1 device(s) resumed, 2 filesystem(s) thawed"));
     }
 
@@ -568,5 +594,6 @@ mod tests {
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("fired: 2 device(s) resumed".into()));
         setup.end();
+        assert!(setup.hands.hurry_ended.load(Ordering::SeqCst));
     }
 }

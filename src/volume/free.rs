@@ -37,17 +37,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use crate::base::limits::{FREE_EXTENTS_READ_MAX, FREE_MAP_TIME_MAX};
-use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
-use crate::dm::{Dm, Slot};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::dm::{Dm, Slot, node};
 use crate::extent::free::Largest;
 use crate::extent::{Extent, ExtentSet};
+use crate::format::filesystem_log;
 use crate::sys::fsmap::FreeReader;
 use crate::topology::Topology;
 
@@ -58,6 +59,8 @@ use super::layers::{Layers, LoopOver, Seen, View};
 pub struct FreeSpace {
     /// In bytes of the origin; sorted, no two touching; not aligned to chunks.
     pub extents: Vec<Extent>,
+    /// Where the filesystems' logs are, in bytes of the origin, in order: what is written most.
+    pub logs: Vec<Extent>,
     /// Which filesystem gave no map and why, and who else stood in the way.
     pub notes: Vec<String>,
 }
@@ -80,6 +83,7 @@ pub struct Picture {
 pub struct FreeMapper {
     picture: Picture,
     sources: Vec<Source>,
+    logs: Vec<Extent>,
     notes: Vec<String>,
     reader: FreeReader,
     largest: Largest,
@@ -104,9 +108,11 @@ impl FreeMapper {
                 Err(reason) => notes.push(all_is_copied(point, &reason)),
             }
         }
+        let logs = sources.iter().map(|source| (source.device, log_of(source.device))).collect();
+        let logs = layers.free(&logs).iter().collect();
         let (reader, largest) = (FreeReader::new(), Largest::new(FREE_EXTENTS_READ_MAX));
         let picture = Picture { origin, kernel, layers };
-        Ok(Self { picture, sources, notes, reader, largest })
+        Ok(Self { picture, sources, logs, notes, reader, largest })
     }
 
     /// Fails where `file`, opened at `point` in order to freeze it, is another filesystem than the one that will
@@ -154,7 +160,7 @@ impl FreeMapper {
             }
         }
         let extents = self.picture.layers.free(&said).iter().collect();
-        (FreeSpace { extents, notes }, self.picture)
+        (FreeSpace { extents, logs: self.logs, notes }, self.picture)
     }
 }
 
@@ -169,6 +175,18 @@ impl Picture {
 
 fn all_is_copied(point: &Path, reason: &str) -> String {
     format!("{}: {reason}: all of it is copied", point.display())
+}
+
+/// Where the log of the filesystem on `device` is, as far as it can be told. Only an order follows from it.
+fn log_of(device: DeviceNumber) -> ExtentSet {
+    let Some(file) = node::device_path(device).ok().and_then(|path| File::open(path).ok()) else {
+        return ExtentSet::new();
+    };
+    let mut read = |at: Bytes, length: usize| {
+        let mut bytes = vec![0; length];
+        file.read_exact_at(&mut bytes, at.get()).ok().map(|()| bytes)
+    };
+    filesystem_log::find(&mut read).into_iter().collect()
 }
 
 fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, String> {

@@ -129,6 +129,7 @@ assert_no_tidemark_left() {
     for left in /sys/block/zram*/disksize; do
         [ ! -e "$left" ] || [ "$(cat "$left")" = 0 ] || fail "a RAM head is left: $left"
     done
+    [ "$(cat /sys/kernel/rcu_expedited)" = 0 ] || fail "the kernel still hurries: /sys/kernel/rcu_expedited"
     left=$(find /run/tidemark -type f ! -name '*.lock' 2>/dev/null | head -n 5 || true)
     [ -z "$left" ] || fail "jobs are left: $left"
 }

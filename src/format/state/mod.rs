@@ -105,7 +105,7 @@ pub struct ChangeRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceRecord {
-    /// "partial": a file under construction.
+    /// "partial": a file under construction. "rcu-expedited": a switch to be turned off.
     pub kind: String,
     /// Its path.
     pub path: String,

@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 pub(super) use self::io::Io;
 use super::request::ArchiveSource;
+use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::copy::engine_config;
 use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control};
@@ -301,7 +302,7 @@ pub(super) fn with_state(error: Error, left: String) -> Error {
 
 /// The engine for an archive: as a copy's, but a small origin needs no more buffers than segments.
 pub(super) fn engine_config_for(superblock: &Superblock) -> EngineConfig {
-    let config = engine_config(superblock.segment);
+    let config = engine_config(superblock.segment, COPY_BUFFER_BYTES_MAX);
     let segments = superblock.segment.count_for(superblock.origin_size);
     let wanted = u16::try_from(segments).unwrap_or(u16::MAX).max(BUFFERS_MIN);
     EngineConfig { buffer_count: config.buffer_count.min(wanted), ..config }

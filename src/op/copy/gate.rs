@@ -329,6 +329,7 @@ impl Keeper {
             devices: vec![self.stack.origin().to_owned()],
             filesystems: Vec::new(),
             budget_ms: u64::try_from((HOLD_SLICE + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
+            is_expedited: false,
         };
         Watchdog::start(Path::new("/proc/self/exe"), &order)
     }

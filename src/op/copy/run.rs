@@ -21,6 +21,7 @@ use super::live::Live;
 use super::originals::{StoreOriginals, StoreReleases};
 use super::plan::{CopyPlan, LivePlan};
 use crate::base::clock::{self, Stopwatch};
+use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 use crate::copy::{
@@ -182,7 +183,8 @@ fn begin_job(plan: &CopyPlan, secondary: &dyn Secondary) -> Result<Option<Job>> 
 /// # Errors
 /// As [`open_engine`].
 pub(in crate::op) fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
-    open_engine(engine_config(plan.segment), EnginePreference::Auto)
+    let buffers = if plan.live.is_some() { LIVE_COPY_BUFFER_BYTES_MAX } else { COPY_BUFFER_BYTES_MAX };
+    open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
 fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
@@ -460,6 +462,7 @@ fn copy_below(
             from,
             impact,
             block_list,
+            first: live.stack().logs().to_vec(),
         }),
         (secondary, engine),
         &Watch { observer, interrupt: &stop, before_publish: &before_publish },
@@ -641,6 +644,7 @@ struct Preserved<'a> {
     from: Option<ResumePoint>,
     impact: Option<ImpactWatch>,
     block_list: Vec<Extent>,
+    first: Vec<Extent>,
 }
 
 fn copy_with(
@@ -661,6 +665,7 @@ fn copy_with(
     job.before_publish = watch.before_publish;
     if let Some(preserved) = preserved {
         job.block_list = preserved.block_list;
+        job.first = preserved.first;
         job.originals = Some(preserved.originals);
         job.releases = Some(preserved.releases);
         job.progress = preserved.progress.map(|it| it as &mut dyn Progress);

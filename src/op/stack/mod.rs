@@ -114,6 +114,7 @@ pub struct Stack {
     /// The table that the origin has now by our doing; held while it is being replaced.
     current: Arc<Mutex<Table>>,
     skipped: Skipped,
+    logs: Vec<Extent>,
     below: PathBuf,
     budget: Duration,
     times: HoldTimes,
@@ -148,6 +149,7 @@ impl Stack {
             }
         }
         job.set_origin(origin, dm.info_of(origin)?.number, &own_table.to_string())?;
+        job.note_expedited();
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.at_instant = Some(at_instant);
@@ -173,6 +175,7 @@ impl Stack {
             below,
             current: Arc::new(Mutex::new(current)),
             skipped: runner.skipped,
+            logs: runner.logs,
             budget: request.budget,
             times,
         })
@@ -234,6 +237,8 @@ impl Stack {
             form: Form::new(dm.has_target("switch")),
             current: Arc::new(Mutex::new(current)),
             skipped: adopted.skipped,
+            // Copied by now, or soon enough.
+            logs: Vec::new(),
             budget: adopted.budget,
             times: adopted.times,
         })
@@ -270,6 +275,12 @@ impl Stack {
     #[must_use]
     pub fn skipped(&self) -> &Skipped {
         &self.skipped
+    }
+
+    /// Where the filesystems' logs are, as far as they told: what is written most.
+    #[must_use]
+    pub fn logs(&self) -> &[Extent] {
+        &self.logs
     }
 
     /// The origin's size.

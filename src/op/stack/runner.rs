@@ -8,8 +8,10 @@ use crate::base::clock::{self, Stopwatch};
 use crate::base::{Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, Dm, Executor, Slot, Table, Udev, node};
+use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
 use crate::op::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
+use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
 
@@ -32,6 +34,8 @@ pub(in crate::op) struct Runner<'a> {
     /// Where what is skipped was seen to lie.
     picture: Option<Picture>,
     pub(super) skipped: Skipped,
+    /// Where the filesystems' logs are.
+    pub(super) logs: Vec<Extent>,
     /// What is frozen by its device cannot be named: everything is written back beforehand, or the suspension would do
     /// it while writers wait.
     pub(super) write_back_all: bool,
@@ -42,6 +46,8 @@ pub(in crate::op) struct Runner<'a> {
     /// What [`Action::LoadOver`] has loaded.
     pub(super) loaded: Option<(Beneath, Table)>,
     watchdog: Option<Watchdog>,
+    /// Turned on while writers wait.
+    expedite: Option<Expedite>,
     files: Vec<(PathBuf, File)>,
     frozen_since: Option<Instant>,
     suspended_since: Option<Instant>,
@@ -65,11 +71,13 @@ impl<'a> Runner<'a> {
             limits: None,
             picture: None,
             skipped: Skipped::default(),
+            logs: Vec::new(),
             write_back_all: false,
             taking_back: false,
             map_in_force: false,
             loaded: None,
             watchdog: None,
+            expedite: None,
             files: Vec::new(),
             frozen_since: None,
             suspended_since: None,
@@ -101,11 +109,13 @@ impl<'a> Runner<'a> {
             }
             self.files.push((path.clone(), file));
         }
+        self.expedite = Expedite::find();
         let program = Path::new("/proc/self/exe");
         let order = Order {
             devices: vec![device.to_owned()],
             filesystems: filesystems.to_vec(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
+            is_expedited: self.expedite.is_some(),
         };
         self.watchdog = Some(Watchdog::start(program, &order)?);
         if let Err(error) = process::lock_memory() {
@@ -114,7 +124,14 @@ impl<'a> Runner<'a> {
         let watch = Stopwatch::start();
         self.write_back()?;
         self.times.synced = watch.elapsed();
-        self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)
+        self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)?;
+        // From here on the watchdog turns it off if we cannot.
+        if let Some(expedite) = &self.expedite
+            && let Err(error) = expedite.turn(true)
+        {
+            self.notes.push(format!("the kernel's grace periods stay as long as they are: {error}"));
+        }
+        Ok(())
     }
 
     fn write_back(&self) -> Result<()> {
@@ -129,6 +146,10 @@ impl<'a> Runner<'a> {
     }
 
     fn dismiss(&mut self) -> Verdict {
+        // Before the watchdog goes, which would do it if we died here.
+        if let Some(Err(error)) = self.expedite.take().map(|expedite| expedite.turn(false)) {
+            self.notes.push(format!("{} stays 1: {error}", crate::sys::rcu::PATH));
+        }
         let verdict = self.watchdog.take().map_or(Verdict::Calm, Watchdog::dismiss);
         let _ = process::unlock_memory();
         verdict
@@ -192,6 +213,7 @@ impl<'a> Runner<'a> {
                 extents: skippable(&found.extents, beneath.own.length().bytes(), limits),
                 notes: found.notes,
             };
+            self.logs = found.logs;
             self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
         let table = beneath.table(&self.skipped.extents, &[], self.form)?;
