@@ -152,7 +152,7 @@ mod free_map {
     use crate::volume::free::FreeMapper;
 
     /// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of
-    /// the device, writes it to REPORT ("free START END" in bytes, "note TEXT", "changed" where the second
+    /// the device, writes it to REPORT ("free START END" and "log START END" in bytes, "note TEXT", "changed" where the second
     /// look at the devices finds others, "took MICROSECONDS"), waits for the end of standard input, thaws.
     pub const ARGUMENT: &str = "__free_map";
 
@@ -188,6 +188,9 @@ mod free_map {
         if picture.still_holds() {
             for extent in &free.extents {
                 let _ = writeln!(text, "free {} {}", extent.start().get(), extent.end().get());
+            }
+            for extent in &free.logs {
+                let _ = writeln!(text, "log {} {}", extent.start().get(), extent.end().get());
             }
         } else {
             text.push_str("changed\n");

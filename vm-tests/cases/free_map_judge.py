@@ -4,7 +4,7 @@
     free_map_judge.py judge KIND DEVICE OFFSET REPORT USED GONE
         the filesystem of KIND (ext4, xfs) on DEVICE, whose byte 0 is byte OFFSET of the origin:
         nothing in the file USED (extents as above) is free, everything in GONE (- for none) is, and the map is,
-        within DEVICE, what the free-space structures on the disk say.
+        within DEVICE, what the free-space structures on the disk say. The log is where the tools say that it is.
     free_map_judge.py within START END REPORT     prints how many bytes of that range are free
 """
 
@@ -28,11 +28,11 @@ def read_extents(path):
         return sorted(tuple(map(int, line.split())) for line in file if line.strip())
 
 
-def read_map(path, offset=0, size=None):
+def read_map(path, offset=0, size=None, kind="free"):
     extents = []
     with open(path, encoding="utf-8") as file:
         for line in file:
-            if line.startswith("free "):
+            if line.startswith(f"{kind} "):
                 start, end = (int(word) - offset for word in line.split()[1:])
                 if size is not None:
                     start, end = max(start, 0), min(end, size)
@@ -116,6 +116,31 @@ def xfs(device):
     return free, heads
 
 
+def ext4_log(device):
+    """The journal inode's extents; none where there is no journal, or it is elsewhere."""
+    if not re.search(r"^Journal inode:", run("dumpe2fs", "-h", device), re.M):
+        return []
+    block = int(re.search(r"^Block size:\s+(\d+)", run("dumpe2fs", "-h", device), re.M)[1])
+    found = []
+    for line in run("debugfs", "-R", "ex <8>", device).splitlines():
+        # Level, entry, logical, physical, length; an index has no end.
+        match = re.match(r"\s*(\d+)/\s*(\d+)\s+\d+/\s*\d+\s+\d+ -\s+\d+\s+(\d+) -\s+(\d+)\s", line)
+        if match and match[1] == match[2]:
+            found.append((int(match[3]) * block, (int(match[4]) + 1) * block))
+    if not found:
+        fail("debugfs shows no journal")
+    return found
+
+
+def xfs_log(device):
+    text = run("xfs_db", "-r", "-c", "sb 0", "-c", "print logstart logblocks blocksize", device)
+    start, blocks, block = (int(re.search(rf"^{name} = (\d+)", text, re.M)[1]) for name in ("logstart", "logblocks", "blocksize"))
+    if start == 0:
+        return []
+    first = int(re.search(r"\((\d+)\)", run("xfs_db", "-r", "-c", f"convert fsblock {start} byte", device))[1])
+    return [(first, first + blocks * block)]
+
+
 def files(directories):
     """What FIEMAP says of every file."""
     walks = (walk for directory in directories for walk in os.walk(directory))
@@ -132,6 +157,9 @@ def judge(kind, device, offset, report, used_path, gone_path):
     size = int(run("blockdev", "--getsize64", device))
     mapped = read_map(report, int(offset), size)
     free, metadata = {"ext4": ext4, "xfs": xfs}[kind](device)
+    log = merge({"ext4": ext4_log, "xfs": xfs_log}[kind](device))
+    if (told := merge(read_map(report, int(offset), size, "log"))) != log:
+        fail(f"the log is at {log}, not at {told}")
     used = read_extents(used_path)
     gone = [] if gone_path == "-" else read_extents(gone_path)
     if not used or (gone_path != "-" and not gone):
@@ -144,7 +172,7 @@ def judge(kind, device, offset, report, used_path, gone_path):
     if wrong := minus(gone, mapped):
         fail(f"a deleted file's blocks are not free: {wrong[:5]}")
     missing = total(free) - total(mapped)
-    print(f"{device}: {total(mapped)} bytes in {len(mapped)} extents, {missing} missing, {len(used)} extents of files")
+    print(f"{device}: a log of {total(log)} bytes; {total(mapped)} bytes in {len(mapped)} extents, {missing} missing, {len(used)} extents of files")
     # What the filesystem has set aside in memory (ext4's preallocations) or for itself (xfs' AGFL) is free on the
     # disk alone.
     if missing > max(total(free) // 50, 8 << 20):
