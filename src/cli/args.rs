@@ -153,7 +153,7 @@ pub struct CopyArgs {
     /// Copy free space of mounted filesystems as well, and preserve it
     #[arg(long)]
     pub all: bool,
-    /// Copy regions as they lie on the origin, or first those that are being written most
+    /// Copy regions as they lie on the origin, or first those that are being written most; filesystems' logs come first
     #[arg(long, value_enum, default_value = "physical")]
     pub order: OrderArg,
     /// Unit in which the origin is released from copy-on-write as it is copied [default: a 128th of it]

@@ -162,11 +162,12 @@ impl<'a> Regions<'a> {
 
     /// The regions that hold a part of `extents` come first, as they lie on the origin.
     pub fn put_first(&mut self, extents: &[Extent]) {
+        let Some(last) = self.units.len().checked_sub(1) else { return };
         let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
         let unit = |offset: Bytes| Bytes(offset.get() / unit_bytes.get()).as_len();
         let units: BTreeSet<usize> = extents
             .iter()
-            .flat_map(|it| unit(it.start())..=unit(Bytes(it.end().get() - 1)).min(self.units.len() - 1))
+            .flat_map(|it| unit(it.start())..=unit(Bytes(it.end().get() - 1)).min(last))
             .collect();
         self.first.extend(units);
     }

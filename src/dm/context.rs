@@ -15,7 +15,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::sys::dm_ioctl::{self, Ask, Call, Reply, SuspendFlags};
 
-use super::naming::{DeviceIdentity, ROLE_REAL, UUID_PREFIX, beside};
+use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, UUID_PREFIX, beside};
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
@@ -259,16 +259,19 @@ impl Dm {
         wire::decode_dependencies(&reply.payload)
     }
 
-    /// The device that holds the data of device `name` while a copy has its stack under it; None where none has.
+    /// A device of the stack that a copy has under device `name`; None where none has. Known by what `name` maps to, for
+    /// it may have been renamed since; and by its name, for all of it may be released.
     ///
     /// # Errors
     /// The kernel's.
     pub fn stack_under(&self, name: &str) -> Result<Option<DeviceInfo>> {
+        let table = self.table(name, Slot::Active)?;
         let is_its = |info: &DeviceInfo| {
             DeviceIdentity::parse(&info.uuid).is_some_and(|it| {
-                it.role == ROLE_REAL
-                    && it == DeviceIdentity::new(name, ROLE_REAL, &it.id)
-                    && info.name == beside(name, ROLE_REAL, &it.id)
+                let is_named = it == DeviceIdentity::new(name, ROLE_REAL, &it.id)
+                    && info.name == beside(name, ROLE_REAL, &it.id);
+                let is_beneath = it.role == ROLE_REAL || it.role == ROLE_PRESERVE;
+                is_named || is_beneath && table.as_ref().is_some_and(|table| table.maps_to(info.number))
             })
         };
         Ok(self.list_by_uuid(UUID_PREFIX)?.into_iter().find(is_its))
@@ -352,26 +355,29 @@ impl Dm {
         }
     }
 
-    /// Activates a device's inactive table, if it has one, and lets I/O go on. Where somebody else (the watchdog)
-    /// does so at the same moment, the kernel refuses the second (`dm_resume` in Linux `drivers/md/dm.c`: EINVAL);
-    /// what was wanted has then been done.
+    /// Activates a device's inactive table, if it has one, and lets I/O go on.
     ///
     /// # Errors
     /// The kernel's.
     pub fn resume(&self, name: &str, udev: Udev) -> Result<()> {
-        let Err(source) = with_cookie(udev, name, |event_nr| dm_ioctl::resume(&self.control, name, event_nr))
-        else {
-            return Ok(());
-        };
-        if source.raw_os_error() == Some(libc::EINVAL)
-            && let Ok(Some(info)) = self.info(name)
-            && info.has_active
-            && !info.suspended
-            && !info.has_inactive
-        {
-            return Ok(());
+        with_cookie(udev, name, |event_nr| dm_ioctl::resume(&self.control, name, event_nr))
+            .map_err(|source| Error::kernel(format!("resuming {name}"), source))
+    }
+
+    /// As [`Dm::resume`] without a word to udev, where all that matters is that I/O goes on. Whoever lets a device go at
+    /// the same moment as somebody else (the watchdog) is refused by the kernel if he comes second (EINVAL of
+    /// `dm_resume`, Linux `drivers/md/dm.c`): what was wanted has then been done. Of a table that was to be activated
+    /// that is not known.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn let_go(&self, name: &str) -> Result<()> {
+        let Err(error) = self.resume(name, Udev::None) else { return Ok(()) };
+        let goes_on = |info: &DeviceInfo| info.has_active && !info.suspended && !info.has_inactive;
+        match self.info(name) {
+            Ok(Some(info)) if error.errno() == Some(libc::EINVAL) && goes_on(&info) => Ok(()),
+            _ => Err(error),
         }
-        Err(Error::kernel(format!("resuming {name}"), source))
     }
 
     /// Removes a device; somebody who has it open only for a moment is waited for, at most 2 s.
@@ -447,8 +453,9 @@ impl Dm {
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SUSPEND_ATTEMPTS => {
                     attempt += 1
                 }
+                // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
                 Err(error) => {
-                    return Err(match self.clear(name) {
+                    return Err(match self.clear(name).and_then(|()| self.let_go(name)) {
                         Ok(()) => error.state(format!("{name} keeps the table it had")),
                         Err(undo) => error.with_failed_undo(undo),
                     });

@@ -27,7 +27,7 @@ use crate::format::state::{
 };
 
 use super::{privilege, progress_file};
-use crate::sys::rcu;
+use crate::sys::rcu::{self, Expedite};
 
 /// Where jobs are.
 pub const RUN_DIR: &str = "/run/tidemark";
@@ -231,7 +231,7 @@ impl Job {
 
     /// Notes that the kernel's grace periods may be made shorter from the next intent on: with that, it is saved.
     pub fn note_expedited(&mut self) {
-        if rcu::Expedite::find().is_some() && !is_expedited(&self.record) {
+        if Expedite::find_off().is_some() && !is_expedited(&self.record) {
             let resource = ResourceRecord { kind: EXPEDITED.to_owned(), path: rcu::PATH.to_owned() };
             self.record.resources.push(resource);
         }

@@ -2,7 +2,7 @@
 //!
 //! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock.
 //! Nothing of a living job is touched, and attached volumes stay. Order, the crash argument:
-//! 1. let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
+//! 1. turn off what makes the kernel hurry, if a job may have left it on; let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
 //!    does not come to life), then thaw, for a thaw writes to the device;
 //! 2. give every origin its own table back, from the `real` device, under a watchdog;
 //! 3. remove what preserved originals and snapshots, then what they mapped to;
@@ -25,9 +25,9 @@ use crate::dm::origin_table::Beneath;
 use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
-use crate::sys::rcu;
+use crate::sys::rcu::{self, Expedite};
 
-use super::job::{FoundJob, find_jobs, is_expedited, partials};
+use super::job::{FoundJob, find_jobs, is_expedited, look_at_jobs, partials};
 use super::stack::{Runner, restoration};
 
 /// Longest time that an origin may be suspended while its table is put back.
@@ -271,6 +271,10 @@ pub fn recover() -> Result<RecoverReport> {
     super::privilege::require_root("recovering")?;
     let mut report = RecoverReport { done: Vec::new(), running: Vec::new() };
     let mut failures = Vec::new();
+    // First, for it needs nothing of what may fail below.
+    if let Err(error) = end_hurry(&mut report.done) {
+        failures.push(error);
+    }
     let jobs = match Dm::open().and_then(|dm| put_back(&dm, &mut report.done)) {
         Ok(jobs) => jobs,
         // There are those that have nothing to do with device-mapper.
@@ -285,6 +289,21 @@ pub fn recover() -> Result<RecoverReport> {
         failures.clear();
     }
     Error::first_of(failures).map(|()| report)
+}
+
+/// The kernel's switch that a command turns on while writers wait: its watchdog has turned it off, unless that died too.
+fn end_hurry(done: &mut Vec<String>) -> Result<()> {
+    let left = |job: &FoundJob| !job.alive && job.record.as_ref().is_ok_and(is_expedited);
+    if !look_at_jobs()?.iter().any(left) {
+        return Ok(());
+    }
+    let what = || format!("writing 0 to {}", rcu::PATH);
+    let switch = Expedite::open().io_context(what)?;
+    if switch.is_on().io_context(what)? {
+        switch.turn(false).io_context(what)?;
+        done.push(format!("write 0 to {}", rcu::PATH));
+    }
+    Ok(())
 }
 
 /// Devices and stores. The jobs that were found, the dead ones locked.
@@ -332,11 +351,6 @@ fn remove_files(job: FoundJob) -> Result<Vec<String>> {
         if partial::remove_leftover(partial)? {
             removed.push(format!("remove {}", partial.display()));
         }
-    }
-    // The watchdog has turned it off, unless it died as well.
-    if job.record.as_ref().is_ok_and(is_expedited) && rcu::is_on() {
-        rcu::turn_off().io_context(|| format!("writing 0 to {}", rcu::PATH))?;
-        removed.push(format!("write 0 to {}", rcu::PATH));
     }
     job.remove()?;
     Ok(removed)

@@ -29,8 +29,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, ErrorKind, Result, ResultExt};
-use crate::dm::{Dm, Udev};
-use crate::sys::{freeze, process, rcu};
+use crate::dm::Dm;
+use crate::sys::rcu::{self, Expedite};
+use crate::sys::{freeze, process};
 
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";
@@ -305,7 +306,8 @@ struct KernelHands {
     dm: Dm,
     devices: Vec<String>,
     filesystems: Vec<File>,
-    is_expedited: bool,
+    /// The switch that the command turns on from here on.
+    expedite: Option<Expedite>,
     log: Option<File>,
 }
 
@@ -320,7 +322,7 @@ impl KernelHands {
             dm: Dm::open()?,
             devices: order.devices,
             filesystems,
-            is_expedited: order.is_expedited,
+            expedite: if order.is_expedited { Expedite::open().ok() } else { None },
             log: OpenOptions::new().write(true).open("/dev/kmsg").ok(),
         };
         // Walk the whole path once, so that nothing is read or linked for the first time later.
@@ -342,7 +344,7 @@ impl Hands for KernelHands {
                 // dropping it makes the command's next step harmless.
                 Some(info) => {
                     self.dm.clear(device)?;
-                    self.dm.resume(device, Udev::None)?;
+                    self.dm.let_go(device)?;
                     Ok(usize::from(info.suspended))
                 }
                 None => Ok(0),
@@ -360,9 +362,7 @@ impl Hands for KernelHands {
     }
 
     fn end_hurry(&self) {
-        if self.is_expedited
-            && let Err(error) = rcu::turn_off()
-        {
+        if let Some(Err(error)) = self.expedite.as_ref().map(|switch| switch.turn(false)) {
             self.tell(&format!("{} stays 1: {error}", rcu::PATH));
         }
     }

@@ -497,7 +497,8 @@ impl Parts {
             match self.dm.resume(name, Udev::None) {
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SWAP_ATTEMPTS => attempt += 1,
                 Err(error) => {
-                    return Err(match self.dm.clear(name) {
+                    // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
+                    return Err(match self.dm.clear(name).and_then(|()| self.dm.let_go(name)) {
                         Ok(()) => error.state("the store works on with the table it had"),
                         Err(undo) => error.with_failed_undo(undo),
                     });

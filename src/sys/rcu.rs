@@ -14,21 +14,35 @@ use std::os::unix::fs::FileExt as _;
 /// The switch: "0" or "1".
 pub const PATH: &str = "/sys/kernel/rcu_expedited";
 
-/// The switch, found off.
+/// The switch, open.
 #[derive(Debug)]
 pub struct Expedite {
     file: File,
 }
 
 impl Expedite {
-    /// None where the kernel has no such switch, where it is not ours to turn, and where it is on already: then it is
-    /// not ours to turn off.
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The kernel's, where it has no such switch, or it is not ours to turn.
+    pub fn open() -> io::Result<Self> {
+        OpenOptions::new().read(true).write(true).open(PATH).map(|file| Self { file })
+    }
+
+    /// None where there is none for us, and where it is on already: then it is not ours to turn off.
     #[must_use]
-    pub fn find() -> Option<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(PATH).ok()?;
+    pub fn find_off() -> Option<Self> {
+        Self::open().ok().filter(|switch| switch.is_on().is_ok_and(|on| !on))
+    }
+
+    /// Is it on?
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_on(&self) -> io::Result<bool> {
         let mut state = [0; 1];
-        let read = file.read_at(&mut state, 0).ok()?;
-        (read == 1 && state == *b"0").then_some(Self { file })
+        self.file.read_exact_at(&mut state, 0)?;
+        Ok(state != *b"0")
     }
 
     /// Turns it on or off.
@@ -38,18 +52,4 @@ impl Expedite {
     pub fn turn(&self, on: bool) -> io::Result<()> {
         self.file.write_all_at(if on { b"1" } else { b"0" }, 0)
     }
-}
-
-/// True where it is on.
-#[must_use]
-pub fn is_on() -> bool {
-    std::fs::read_to_string(PATH).is_ok_and(|text| text.trim() == "1")
-}
-
-/// Turns it off, whoever turned it on.
-///
-/// # Errors
-/// The kernel's.
-pub fn turn_off() -> io::Result<()> {
-    OpenOptions::new().write(true).open(PATH)?.write_all_at(b"0", 0)
 }

@@ -41,6 +41,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use crate::base::limits::{FREE_EXTENTS_READ_MAX, FREE_MAP_TIME_MAX};
@@ -115,6 +116,12 @@ impl FreeMapper {
         Ok(Self { picture, sources, logs, notes, reader, largest })
     }
 
+    /// Where the filesystems' logs are, for who does not ask what is free. As [`FreeSpace::logs`].
+    #[must_use]
+    pub fn into_logs(self) -> Vec<Extent> {
+        self.logs
+    }
+
     /// Fails where `file`, opened at `point` in order to freeze it, is another filesystem than the one that will
     /// be asked: it was mounted over that meanwhile, and the one that is asked would go on writing.
     ///
@@ -182,11 +189,19 @@ fn log_of(device: DeviceNumber) -> ExtentSet {
     let Some(file) = node::device_path(device).ok().and_then(|path| File::open(path).ok()) else {
         return ExtentSet::new();
     };
+    // XFS writes past this cache: what we leave in it, read ahead or not, would be old to the next who reads there.
+    let advise = |advice| {
+        // Advice is all it is.
+        let _ = posix_fadvise(&file, 0, 0, advice);
+    };
+    advise(PosixFadviseAdvice::POSIX_FADV_RANDOM);
     let mut read = |at: Bytes, length: usize| {
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, at.get()).ok().map(|()| bytes)
     };
-    filesystem_log::find(&mut read).into_iter().collect()
+    let found = filesystem_log::find(&mut read);
+    advise(PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    found.into_iter().collect()
 }
 
 fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, String> {

@@ -9,6 +9,7 @@ pub fn cases() -> Vec<Case> {
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
         case("stack_flush", "stack_flush.sh")
+            .modules(&["loop", "zram"])
             .commands(&["python3", "filefrag"])
             .disk_mib(40)
             .limit_seconds(180),

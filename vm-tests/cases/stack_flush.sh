@@ -65,5 +65,19 @@ END
 overwrites "a copy, what was free" /mnt/data/new
 remove_stack
 assert_as_before
+
+# Once the origin's beginning is released the line that takes the flushes leads past what preserves.
+"$TIDEMARK" copy /dev/mapper/data /run/copy.raw --yes --quiet --store "$(disk 1)" --rate 2MiB --region 1MiB &
+copy=$!
+begins_past() { dmsetup table data | head -n 1 | grep -q " linear $(dmsetup info -c --noheadings -o major,minor data-real) 0"; }
+wait_until 60 begins_past
+kill -STOP $copy
+is_preserved data || fail "all is released already: this proves nothing"
+dmsetup table data
+overwrites "a copy with its beginning released, an old file" /mnt/data/old
+overwrites "a copy with its beginning released, a new file" /mnt/data/new
+kill -CONT $copy
+wait $copy || fail "the copy ended with $?"
+assert_as_before
 umount /mnt/data
 e2fsck -fn "$ORIGIN" || fail "the origin's filesystem is damaged"

@@ -46,6 +46,16 @@ for _ in 1 2 3; do
     fresh_store
 done
 
+# Command and watchdog killed while everything is held: nobody lets go until recover does, the kernel's hurry included.
+rm -f "$REPORT"
+"$TIDEMARK" __stack "$REPORT" data "$COW" 60000 'kill -KILL $PPID $(pgrep -f "__watchdo[g]")' /mnt/data </dev/null || true
+assert_same "what is suspended" "$(suspended_devices)" data
+assert_same "the kernel hurries" "$(cat /sys/kernel/rcu_expedited)" 1
+"$TIDEMARK" recover
+load_goes_on
+assert_as_before
+fresh_store
+
 # A signal at the instant: interrupted, and everything put back.
 rm -f /run/started
 "$TIDEMARK" __stack "$REPORT" data "$COW" 20000 'touch /run/started; sleep 30' /mnt/data </dev/null &

@@ -76,7 +76,7 @@ is_preserved() {
     local name number
     name=$(dmsetup info -c --noheadings -o name "$1")
     number=$(dmsetup info -c --noheadings -o major,minor "$name-preserve" 2>/dev/null) || return 1
-    dmsetup table "$name" | grep -q " linear $number "
+    dmsetup table "$name" | grep -q " $number "
 }
 
 # The SHA-256 of a file or device, read past the page cache where it allows that.

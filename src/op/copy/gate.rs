@@ -3,7 +3,7 @@
 //! One thread does both, so that a release never lets go what a hold keeps, and the copier never waits
 //! for the kernel:
 //!
-//! - **releases**: every region that the copier has done with since the last one becomes `linear`, in one
+//! - **releases**: every region that the copier has done with since the last one leads past the snapshot, by one
 //!   swap of the table. After each the thread rests for a multiple of what the swap took, bounded, so that the
 //!   origin is held for a small share of the time only; what is released meanwhile goes together. A release that
 //!   fails is tried again with the next: until then the region is preserved.

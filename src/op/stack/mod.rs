@@ -1,6 +1,6 @@
 //! The snapshot stack over a live origin: put in place at one instant, taken away again.
 //!
-//! Insertion, in order (each a step with its undo; see [`plan`]):
+//! Insertion, in order (each a step with its undo; see [`insertion`]):
 //! 1. `real` gets a copy of the origin's own table, `snap` becomes a snapshot of `real` with the COW
 //!    store, `preserve` the `snapshot-origin` over `real`: all in use *before* anything is held, for writes do not pass
 //!    them yet;
@@ -27,6 +27,7 @@ use crate::dm::{Action, AtBest, Dm, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::sys::process::crash_point;
+use crate::topology::Topology;
 use crate::volume::free::FreeMapper;
 
 use super::job::Job;
@@ -156,9 +157,12 @@ impl Stack {
         runner.write_back_all = request.lock_filesystem;
         runner.below = Some(names.real.clone());
         runner.own_table = Some(own_table);
-        runner.form = Form::new(dm.has_target("switch"));
-        if !request.all {
-            runner.mapper = Some(FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?);
+        runner.form = form(dm, dm.info_of(origin)?.number);
+        let mapper = FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?;
+        if request.all {
+            runner.logs = mapper.into_logs();
+        } else {
+            runner.mapper = Some(mapper);
             runner.limits = Some(FreeLimits::for_chunk(request.chunk));
         }
         change.run(&mut runner, job)?;
@@ -174,8 +178,8 @@ impl Stack {
             form: runner.form,
             below,
             current: Arc::new(Mutex::new(current)),
-            skipped: runner.skipped,
-            logs: runner.logs,
+            skipped: std::mem::take(&mut runner.skipped),
+            logs: std::mem::take(&mut runner.logs),
             budget: request.budget,
             times,
         })
@@ -218,6 +222,11 @@ impl Stack {
             real: number(&names.real)?,
             preserve: Some(number(&names.preserve)?),
         };
+        let preserving =
+            Table::single(beneath.own.length(), Target::SnapshotOrigin { device: beneath.real })?;
+        if table(&names.preserve)? != Some(preserving) {
+            return Err(gone(format!("{} does not preserve anything any more", names.preserve)));
+        }
         let current = table(origin)?.filter(|table| beneath.is_under(table)).ok_or_else(|| {
             gone(format!(
                 "{origin} does not write through its snapshot any more: somebody replaced its table"
@@ -234,7 +243,7 @@ impl Stack {
             below: node::device_path(beneath.real)?,
             names,
             beneath,
-            form: Form::new(dm.has_target("switch")),
+            form: form(dm, record.number),
             current: Arc::new(Mutex::new(current)),
             skipped: adopted.skipped,
             // Copied by now, or soon enough.
@@ -373,7 +382,7 @@ impl Stack {
         .next("copy again, and do not resize or move the volume meanwhile"))
     }
 
-    /// Takes the stack away: the origin gets its own table back, then snapshot and `real` go. Can be
+    /// Takes the stack away: the origin gets its own table back, then the devices beneath go. Can be
     /// called again where it failed. A table that somebody else has given the origin meanwhile stays.
     ///
     /// # Errors
@@ -399,6 +408,7 @@ impl Stack {
     }
 
     fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
+        job.note_expedited();
         let mut attempt = 1;
         loop {
             let active = dm.table(&self.origin, Slot::Active)?;
@@ -420,6 +430,12 @@ impl Stack {
 fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
     // It is set in one assignment, after the kernel has the table.
     table.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What an origin's tables are made of. `switch` lines have no direct access to memory (DAX), and the kernel does not load
+/// them into a device that has it.
+fn form(dm: &Dm, origin: DeviceNumber) -> Form {
+    Form::new(!Topology::default().is_dax(origin) && dm.has_target("switch"))
 }
 
 /// The origin's table, if it can carry a stack.

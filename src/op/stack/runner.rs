@@ -56,6 +56,13 @@ pub(in crate::op) struct Runner<'a> {
     notes: Vec<String>,
 }
 
+impl Drop for Runner<'_> {
+    /// Nothing is held any more: what could not be said is said now.
+    fn drop(&mut self) {
+        self.tell_notes();
+    }
+}
+
 impl<'a> Runner<'a> {
     pub(in crate::op) fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
         Self {
@@ -87,15 +94,19 @@ impl<'a> Runner<'a> {
     }
 
     pub(super) fn report(&mut self, origin: &str) {
-        for note in self.notes.drain(..) {
-            tracing::warn!("{note}");
-        }
+        self.tell_notes();
         tracing::info!(
             "{origin}: synced in {} ms, frozen for {} ms, suspended for {} ms",
             self.times.synced.as_millis(),
             self.times.frozen.as_millis(),
             self.times.suspended.as_millis()
         );
+    }
+
+    fn tell_notes(&mut self) {
+        for note in self.notes.drain(..) {
+            tracing::warn!("{note}");
+        }
     }
 
     /// Everything that takes time is done while nothing is held yet, and last of it dirty data is written back, so
@@ -109,7 +120,7 @@ impl<'a> Runner<'a> {
             }
             self.files.push((path.clone(), file));
         }
-        self.expedite = Expedite::find();
+        self.expedite = Expedite::find_off();
         let program = Path::new("/proc/self/exe");
         let order = Order {
             devices: vec![device.to_owned()],
@@ -292,7 +303,7 @@ impl<'a> Runner<'a> {
         self.times.instant_utc_ns = clock::utc_now_ns();
         if let Err(error) = self.check(false) {
             // The watchdog acted too early to see this suspension.
-            let undo = self.dm.clear(device).and_then(|()| self.dm.resume(device, Udev::None));
+            let undo = self.dm.clear(device).and_then(|()| self.dm.let_go(device));
             return Err(match undo {
                 Ok(()) => error,
                 Err(undo) => error.with_failed_undo(undo),
@@ -318,8 +329,13 @@ impl<'a> Runner<'a> {
         self.check(true)
     }
 
-    fn resume(&mut self, action: &Action) -> Result<()> {
-        self.dm.execute(action)?;
+    fn resume(&mut self, action: &Action, device: &str) -> Result<()> {
+        if self.taking_back {
+            // A watchdog that has fired does the same.
+            self.dm.let_go(device)?;
+        } else {
+            self.dm.execute(action)?;
+        }
         if let Some(since) = self.suspended_since.take() {
             self.times.suspended = since.elapsed();
         }
@@ -348,7 +364,7 @@ impl Executor for Runner<'_> {
             Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Suspend { device, .. } => self.suspend(action, device),
             Action::Instant => self.instant(),
-            Action::Resume { .. } => self.resume(action),
+            Action::Resume { device, udev: Udev::None } => self.resume(action, device),
             Action::Clear { .. } => {
                 self.map_in_force = false;
                 self.dm.execute(action)
