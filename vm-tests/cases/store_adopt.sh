@@ -125,11 +125,13 @@ grows_further() {
 
 # The stack is not the store's matter: taken off by hand.
 stack_off() {
-    local real
+    local real preserve
+    preserve=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-preserve-/ { print $1 }')
     real=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-real-/ { print $1 }')
     dmsetup load data --table "$TABLE_BEFORE"
     dmsetup suspend --noflush --nolockfs data
     dmsetup resume --noudevsync data
+    dmsetup remove --noudevsync "$preserve"
     dmsetup remove --noudevsync "$SNAP"
     dmsetup remove --noudevsync "$real"
 }
