@@ -69,7 +69,12 @@ assert_as_before
 # Once the origin's beginning is released the line that takes the flushes leads past what preserves.
 "$TIDEMARK" copy /dev/mapper/data /run/copy.raw --yes --quiet --store "$(disk 1)" --rate 2MiB --region 1MiB &
 copy=$!
-begins_past() { dmsetup table data | head -n 1 | grep -q " linear $(dmsetup info -c --noheadings -o major,minor data-real) 0"; }
+begins_past() {
+    local preserve
+    is_preserved data || return 1
+    preserve=$(dmsetup info -c --noheadings -o major,minor data-preserve)
+    ! dmsetup table data | head -n 1 | grep -q " $preserve "
+}
 wait_until 60 begins_past
 kill -STOP $copy
 is_preserved data || fail "all is released already: this proves nothing"
