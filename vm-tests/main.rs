@@ -1,13 +1,16 @@
-//! The VM cases: each boots a real kernel under QEMU in a guest of its own and runs a script in it as root.
+//! The VM cases: each boots a real kernel in a guest of its own and runs a script in it as root. The guest is a
+//! user-mode kernel, at native speed, or a stock kernel under QEMU; `--list` shows who runs where.
 //!
 //! ```text
-//! cargo test --release --features vm --test vm -- [FILTER...] [--list] [--all] [--bench] [--jobs N] [--keep]
+//! cargo test --release --features vm --test vm -- [FILTER...] [OPTION...]
 //!
-//!   FILTER     only the cases whose name contains one of these
-//!   --list     name the cases and what they need, run nothing
+//!   FILTER     only the runs whose name contains one of these; a full name (CASE-KERNEL) in any depth
+//!   --kernel K only the runs on this kernel: um, 6.12 or 6.1
+//!   --list     show who runs where and what the cases need, run nothing
+//!   --full     every case on every kernel that can run it, not just where its proof is cheapest and where truest
 //!   --all      run also what passed before with the same binary, script, harness and kernel
 //!   --bench    the measurements instead of the tests; scripts/bench reads what they leave
-//!   --jobs N   guests at a time
+//!   --jobs N   processors to use: a user-mode guest takes one, QEMU two
 //!   --keep     keep the disks of cases that pass, too
 //! ```
 //!
@@ -25,7 +28,7 @@ fn main() -> ExitCode {
     let options = match harness::Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,
         Err(message) => {
-            eprintln!("vm: {message}");
+            eprintln!("vm: {message:#}");
             return ExitCode::from(2);
         }
     };
@@ -37,7 +40,7 @@ fn main() -> ExitCode {
             if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(message) => {
-            eprintln!("vm: {message}");
+            eprintln!("vm: {message:#}");
             ExitCode::FAILURE
         }
     }

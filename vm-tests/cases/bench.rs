@@ -62,9 +62,9 @@ fn measurement(name: &str) -> Case {
         .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
         .commands(&["fio", "lvcreate", "python3", "pgbench", "initdb", "e2fsck"])
         // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.
-        .slow_disk_mib(volume_mib + 8, disk)
+        .throttled_disk_mib(volume_mib + 8, disk)
         .disk_mib(volume_mib)
-        .slow_disk_mib(2 * (volume_mib + volume_mib / 64) + 96, disk)
+        .throttled_disk_mib(2 * (volume_mib + volume_mib / 64) + 96, disk)
         .memory_mib(1536)
         .limit_seconds(number("TIDEMARK_BENCH_LIMIT_SECONDS").unwrap_or(3600))
         .variable("TIDEMARK_BENCH_VOLUME_MIB", volume_mib.to_string())

@@ -17,7 +17,6 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(1200)
             .limit_seconds(600),
         main_job("copy_kernel_judge", "kernel_judge.sh")
-            .on_both_kernels()
             .commands(&["python3"])
             .disk_mib(96)
             .disk_mib(900)
@@ -36,7 +35,6 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(600),
         main_job("copy_killed", "copy_killed.sh").disk_mib(96).disk_mib(700).limit_seconds(600),
         main_job("copy_resume", "resume.sh")
-            .on_both_kernels()
             .commands(&["dumpe2fs", "python3"])
             .disk_mib(96)
             .disk_mib(104)
@@ -62,9 +60,8 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(48)
             .limit_seconds(300),
         main_job("copy_power_cut", "power_cut_before.sh")
-            .on_both_kernels()
-            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
-            .disk(Disk { bytes: 700 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(96) })
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(700) })
             .power_cut_at("copying", 500)
             .then("power_cut_after.sh")
             .limit_seconds(300),
@@ -91,12 +88,7 @@ fn exactness() -> Vec<Case> {
                     .variable("ORIGIN", origin)
                     .variable("MECHANISMS", mechanisms)
                     .limit_seconds(900);
-                // On the other kernel each sort of origin once, and each of the two ways.
-                let on_both = matches!(
-                    (filesystem, origin, mechanisms),
-                    ("ext4", "volume", "off") | ("ext4", "lvm", "on")
-                );
-                cases.push(if on_both { case.on_both_kernels() } else { case });
+                cases.push(case);
             }
         }
     }

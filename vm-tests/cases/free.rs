@@ -5,7 +5,7 @@ use crate::harness::Case;
 /// The map's cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("ext4").on_both_kernels().commands(&["dumpe2fs", "debugfs"]).disk_mib(160).disk_mib(160),
+        case("ext4").commands(&["dumpe2fs", "debugfs"]).disk_mib(160).disk_mib(160),
         case("xfs")
             .modules(&["xfs"])
             .commands(&["mkfs.xfs", "xfs_db", "xfs_bmap"])

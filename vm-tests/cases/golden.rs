@@ -10,7 +10,6 @@ const STORES: &[(&str, &str)] = &[("8", "0"), ("8", "256"), ("8", "600"), ("16",
 pub fn cases() -> Vec<Case> {
     let stores = STORES.iter().map(|(chunk_sectors, exceptions)| {
         Case::new(format!("golden_exception_store_{chunk_sectors}x{exceptions}"), "golden_exception_store.sh")
-            .on_both_kernels()
             .modules(&["dm-snapshot"])
             .commands(&["dmsetup", "python3"])
             .disk_mib(8)

@@ -7,13 +7,11 @@ use crate::harness::case::{Cache, Disk, Expect};
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("harness_boot", "harness_boot.sh")
-            .on_both_kernels()
             .modules(&["dm-snapshot", "loop", "zram", "ext4", "xfs"])
             .commands(&["dmsetup", "mkfs.ext4", "mkfs.xfs", "losetup"])
             .disk_mib(64)
-            .disk(Disk { bytes: 96 << 20, cache: Cache::Writeback, block_bytes: 4096, throttle: None }),
+            .disk(Disk { cache: Cache::Writeback, block_bytes: 4096, ..Disk::fast_mib(96) }),
         Case::new("harness_services", "harness_services.sh")
-            .on_both_kernels()
             .modules(&["dm-mod", "dm-snapshot", "ext4"])
             .commands(&[
                 "lvs",
@@ -45,15 +43,13 @@ pub fn cases() -> Vec<Case> {
             .expect(Expect::KernelComplaint)
             .without_binary(),
         Case::new("harness_kernel_panic", "harness_kernel_panic.sh")
-            .on_both_kernels()
             .expect(Expect::KernelComplaint)
             .without_binary(),
         Case::new("harness_hang", "harness_hang.sh").expect(Expect::Hang).limit_seconds(20).without_binary(),
         Case::new("harness_power_cut", "harness_power_cut_write.sh")
-            .on_both_kernels()
             .modules(&["ext4"])
             .commands(&["mkfs.ext4"])
-            .disk(Disk { bytes: 64 << 20, cache: Cache::Writeback, block_bytes: 512, throttle: None })
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(64) })
             .power_cut_at("written", 50)
             .then("harness_power_cut_check.sh")
             .without_binary(),

@@ -6,6 +6,7 @@ mod copy;
 mod free;
 mod golden;
 mod harness;
+mod placement;
 mod stack;
 mod store;
 
@@ -21,5 +22,6 @@ pub fn all() -> Vec<Case> {
     cases.extend(stack::cases());
     cases.extend(store::cases());
     cases.extend(bench::cases());
+    placement::place(&mut cases);
     cases
 }

@@ -19,7 +19,6 @@ pub fn cases() -> Vec<Case> {
 
 fn case(name: &str, script: &str) -> Case {
     Case::new(name, script)
-        .on_both_kernels()
         .modules(&["dm-snapshot", "dm-switch", "ext4"])
         .commands(&["dmsetup", "mkfs.ext4", "fio", "e2fsck"])
         .disk_mib(40)

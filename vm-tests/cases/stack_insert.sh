@@ -6,12 +6,12 @@ make_origin
 start_load
 for round in 1 2; do
     # What can be read beneath at the instant is the truth that the snapshot is judged by.
-    insert 20000 'cat /sys/kernel/rcu_expedited >/run/expedited; dd if=$TIDEMARK_ORIGIN_BELOW bs=1M iflag=direct status=none | sha256sum >/run/digest'
+    insert 20000 'cat /sys/kernel/rcu_expedited 2>/dev/null >/run/expedited || echo 0 >/run/expedited; dd if=$TIDEMARK_ORIGIN_BELOW bs=1M iflag=direct status=none | sha256sum >/run/digest'
     note "round $round: $(cat "$REPORT")"
     grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
     assert_stack_is_over data
-    assert_same "the kernel hurries while writers wait" "$(cat /run/expedited)" 1
-    assert_same "the kernel hurries afterwards" "$(cat /sys/kernel/rcu_expedited)" 0
+    assert_same "the kernel hurries while writers wait" "$(cat /run/expedited)" "$hurry_of_a_copy"
+    assert_same "the kernel hurries afterwards" "$(kernel_hurries)" 0
     load_goes_on
     assert_same "the snapshot" "$(digest "$(dm_node data-snap)")" "$(cut -d' ' -f1 /run/digest)"
     remove_stack

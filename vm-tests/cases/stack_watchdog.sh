@@ -50,7 +50,7 @@ done
 rm -f "$REPORT"
 "$TIDEMARK" __stack "$REPORT" data "$COW" 60000 'kill -KILL $PPID $(pgrep -f "__watchdo[g]")' /mnt/data </dev/null || true
 assert_same "what is suspended" "$(suspended_devices)" data
-assert_same "the kernel hurries" "$(cat /sys/kernel/rcu_expedited)" 1
+assert_same "the kernel hurries" "$(kernel_hurries)" "$hurry_of_a_copy"
 "$TIDEMARK" recover
 load_goes_on
 assert_as_before

@@ -22,7 +22,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn case(name: &str) -> Case {
-    base(name).on_both_kernels()
+    base(name)
 }
 
 fn base(name: &str) -> Case {

@@ -4,9 +4,11 @@
 #   $TIDEMARK         the binary under test (also first in PATH)   $SEED     the case's random seed
 #   $ARTIFACTS        a folder that the host keeps                  $PHASE    0, 1, ...: which boot this is
 #   $KERNEL           the series, 6.12 or 6.1                       $REPO     the project's folder
+#   $MACHINE          um (a user-mode kernel) or qemu
 
 TIDEMARK=$TIDEMARK_BINARY
 SEED=$TIDEMARK_SEED PHASE=$TIDEMARK_PHASE KERNEL=$TIDEMARK_KERNEL REPO=$TIDEMARK_REPO ARTIFACTS=/case/artifacts
+MACHINE=$TIDEMARK_MACHINE
 PATH="$(dirname "$TIDEMARK"):$PATH"
 for folder in /usr/lib/postgresql/*/bin /usr/lib/systemd; do PATH="$PATH:$folder"; done
 RANDOM=$((SEED % 32768))
@@ -37,9 +39,14 @@ pick() {
     echo "${!index}"
 }
 
-# The case's Nth disk (from 0), whatever order the kernel found them in.
-disk() {
+# The case's Nth disk (from 0) as the machine has it, whatever order the kernel found them in.
+machine_disk() {
     local block
+    if [ "$MACHINE" = um ]; then
+        local letters=abcdefgh
+        echo "/dev/ubd${letters:$1:1}"
+        return
+    fi
     for block in /sys/block/vd*; do
         if [ "$(cat "$block/serial")" = "disk$1" ]; then
             echo "/dev/${block##*/}"
@@ -47,6 +54,26 @@ disk() {
         fi
     done
     fail "there is no disk $1"
+}
+
+# The case's Nth disk: where its requests are to wait, the device that has them wait.
+disk() {
+    if dmsetup info "tidemark-test-disk$1" >/dev/null 2>&1; then
+        dm_node "tidemark-test-disk$1"
+    else
+        machine_disk "$1"
+    fi
+}
+
+# Puts dm-delay over the disks that the case's description delays: "NUMBER:READ:WRITE:FLUSH ...", in milliseconds.
+delay_disks() {
+    local word number read write flush device
+    for word in $TIDEMARK_DELAYS; do
+        IFS=: read -r number read write flush <<<"$word"
+        device=$(machine_disk "$number")
+        dmsetup create --noudevsync "tidemark-test-disk$number" \
+            --table "0 $(blockdev --getsz "$device") delay $device 0 $read $device 0 $write $device 0 $flush"
+    done
 }
 
 # Tells the host; a phase that ends in a power cut is cut at its marker.
@@ -129,10 +156,15 @@ assert_no_tidemark_left() {
     for left in /sys/block/zram*/disksize; do
         [ ! -e "$left" ] || [ "$(cat "$left")" = 0 ] || fail "a RAM head is left: $left"
     done
-    [ "$(cat /sys/kernel/rcu_expedited)" = 0 ] || fail "the kernel still hurries: /sys/kernel/rcu_expedited"
+    [ "$(kernel_hurries)" = 0 ] || fail "the kernel still hurries: /sys/kernel/rcu_expedited"
     left=$(find /run/tidemark -type f ! -name '*.lock' 2>/dev/null | head -n 5 || true)
     [ -z "$left" ] || fail "jobs are left: $left"
 }
+
+# Whether grace periods of RCU are hurried, 0 or 1, and what it is while a copy holds writers. A kernel with one
+# processor has none to hurry.
+hurry_of_a_copy=$([ ! -e /sys/kernel/rcu_expedited ]; echo $?)
+kernel_hurries() { cat /sys/kernel/rcu_expedited 2>/dev/null || echo 0; }
 
 # What device-mapper has suspended, by name.
 suspended_devices() { dmsetup info -c --noheadings -o name,suspended | awk -F: '$2 == "Suspended" { print $1 }'; }

@@ -5,42 +5,48 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::{Context, Result, bail};
+
 use super::case::Clock;
-use super::guest::{Boot, Machine};
+use super::guest::{Boot, Host};
+use super::kernel::Kernel;
 
 /// How long a guest may take to show that it lives.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
-/// `tcg` or `kvm`.
-pub fn find(repo: &Path, series: &str) -> Result<String, String> {
+/// Sets `host.accel` to `tcg` or `kvm`.
+pub fn find(host: &mut Host) -> Result<()> {
     match std::env::var("TIDEMARK_VM_ACCEL") {
-        Ok(accel) if accel == "tcg" || accel == "kvm" => return Ok(accel),
-        Ok(other) => return Err(format!("TIDEMARK_VM_ACCEL is '{other}', not tcg or kvm")),
-        Err(_) => {}
+        Ok(accel) if accel == "tcg" || accel == "kvm" => host.accel = accel,
+        Ok(other) => bail!("TIDEMARK_VM_ACCEL is '{other}', not tcg or kvm"),
+        Err(_) if !Path::new("/dev/kvm").exists() => host.accel = "tcg".to_owned(),
+        Err(_) => host.accel = remembered(host)?,
     }
-    if !Path::new("/dev/kvm").exists() {
-        return Ok("tcg".to_owned());
-    }
-    let vm = repo.join("target/vm");
+    Ok(())
+}
+
+/// What was found out since the machine booted, or is now.
+fn remembered(host: &mut Host) -> Result<String> {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let cache = vm.join("accel");
+    let cache = host.vm.join("accel");
     if let Ok(stored) = fs::read_to_string(&cache)
         && let Some((accel, id)) = stored.split_once(' ')
         && id == boot_id
     {
         return Ok(accel.to_owned());
     }
-    let share = vm.join("probe");
-    fs::create_dir_all(&share).map_err(|error| format!("cannot make {}: {error}", share.display()))?;
-    let machine = Machine { repo: repo.to_owned(), accel: "kvm".to_owned() };
-    let works = machine.probe(&Boot {
-        series,
+    let folder = host.vm.join("probe");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    host.accel = "kvm".to_owned();
+    let works = host.probe(&Boot {
+        kernel: Kernel::Main,
         clock: Clock::default(),
         memory_mib: 512,
         disks: Vec::new(),
-        console: share.join("console.log"),
-        messages: share.join("qemu.log"),
-        share: share.clone(),
+        console: folder.join("console.log"),
+        messages: folder.join("machine.log"),
+        share: folder.clone(),
+        folder,
         limit: PROBE_LIMIT,
         phase: 0,
         cut: None,

@@ -2,23 +2,15 @@
 
 use std::time::Duration;
 
-/// A kernel series that `scripts/setup` unpacks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kernel {
-    /// 6.12: every case runs on it.
-    Main,
-    /// Debian 12's own 6.1, the oldest that is supported: the cases marked for it run on it as well.
-    Oldest,
-}
+use super::kernel::Kernel;
 
-impl Kernel {
-    /// The series as in `target/vm/kernel-SERIES`.
-    pub fn series(self) -> &'static str {
-        match self {
-            Kernel::Main => "6.12",
-            Kernel::Oldest => "6.1",
-        }
-    }
+/// When a case runs on a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Depth {
+    /// In every run of the tests.
+    Routine,
+    /// In full runs only, before a release.
+    Full,
 }
 
 /// How QEMU treats the host's page cache for a disk.
@@ -30,17 +22,37 @@ pub enum Cache {
     Unsafe,
 }
 
-/// A virtio disk with a raw file of its own. The guest finds it as `disk N`, by its serial number.
+/// A disk with a raw file of its own. The guest finds it as `disk N`.
 #[derive(Clone, Debug)]
 pub struct Disk {
     /// Its size in bytes.
     pub bytes: u64,
     /// What QEMU does with flushes.
     pub cache: Cache,
-    /// Its logical and physical block size, in bytes.
+    /// Its logical and physical block size, in bytes; a user-mode kernel's disks have 512.
     pub block_bytes: u32,
-    /// What it can do at most; None for what the host can.
+    /// What it can do at most; None for what the host can. QEMU only.
     pub throttle: Option<Throttle>,
+    /// How long it takes to answer, by dm-delay in the guest; None for as long as the host.
+    pub delay: Option<Delay>,
+}
+
+impl Disk {
+    /// A disk as fast as the host, with 512-byte blocks, whose flushes cost nothing.
+    pub fn fast_mib(mib: u64) -> Disk {
+        Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512, throttle: None, delay: None }
+    }
+}
+
+/// What each request waits for on its way to a disk: races that lose data show on slow disks only.
+#[derive(Clone, Copy, Debug)]
+pub struct Delay {
+    /// Before a read, in milliseconds.
+    pub read_ms: u32,
+    /// Before a write, in milliseconds.
+    pub write_ms: u32,
+    /// Before a flush, in milliseconds.
+    pub flush_ms: u32,
 }
 
 /// What a guest's kernel reads the time from.
@@ -105,8 +117,10 @@ pub enum Expect {
 pub struct Case {
     /// Its name: a word of `[a-z0-9_]`, the topic first.
     pub name: String,
-    /// The kernels it runs on.
-    pub kernels: Vec<Kernel>,
+    /// The kernels it runs on, and when: filled in from the table of who runs where.
+    pub kernels: Vec<(Kernel, Depth)>,
+    /// Why it runs where it does, where that needs a word.
+    pub why: &'static str,
     /// Kernel modules it needs; loaded before the script starts.
     pub modules: Vec<String>,
     /// Commands of the host's root that the script calls.
@@ -135,11 +149,12 @@ pub struct Case {
 
 #[allow(dead_code, reason = "the vocabulary of the case lists; not every word is in use at all times")]
 impl Case {
-    /// A case with one boot that runs `script` on kernel 6.12.
+    /// A case with one boot that runs `script`.
     pub fn new(name: impl Into<String>, script: impl Into<String>) -> Case {
         Case {
             name: name.into(),
-            kernels: vec![Kernel::Main],
+            kernels: Vec::new(),
+            why: "",
             modules: Vec::new(),
             commands: Vec::new(),
             disks: Vec::new(),
@@ -153,12 +168,6 @@ impl Case {
             tolerated: Vec::new(),
             bench: false,
         }
-    }
-
-    /// Runs on 6.1 as well.
-    pub fn on_both_kernels(mut self) -> Case {
-        self.kernels = vec![Kernel::Main, Kernel::Oldest];
-        self
     }
 
     /// Needs these kernel modules, loaded before the script starts.
@@ -175,7 +184,12 @@ impl Case {
 
     /// One more disk, with 512-byte blocks.
     pub fn disk_mib(self, mib: u64) -> Case {
-        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512, throttle: None })
+        self.disk(Disk::fast_mib(mib))
+    }
+
+    /// One more disk, whose every request waits: dm-delay lies over it, and `disk N` is that device.
+    pub fn delayed_disk_mib(self, mib: u64, delay: Delay) -> Case {
+        self.modules(&["dm-delay"]).disk(Disk { delay: Some(delay), ..Disk::fast_mib(mib) })
     }
 
     /// One more disk.
@@ -185,9 +199,8 @@ impl Case {
     }
 
     /// One more disk, with 512-byte blocks, that can do no more than `throttle`.
-    pub fn slow_disk_mib(self, mib: u64, throttle: Throttle) -> Case {
-        let throttle = Some(throttle);
-        self.disk(Disk { bytes: mib << 20, cache: Cache::Unsafe, block_bytes: 512, throttle })
+    pub fn throttled_disk_mib(self, mib: u64, throttle: Throttle) -> Case {
+        self.disk(Disk { throttle: Some(throttle), ..Disk::fast_mib(mib) })
     }
 
     /// A measurement, not a test.

@@ -8,7 +8,10 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-use super::case::{Case, Kernel};
+use anyhow::{Context, Result};
+
+use super::case::Case;
+use super::kernel::Kernel;
 
 /// The digests that all cases share, taken once.
 pub struct Stamps {
@@ -20,9 +23,9 @@ pub struct Stamps {
 
 impl Stamps {
     /// Reads the harness, the guest's scripts and the binary under test.
-    pub fn new(repo: &Path, vm: &Path, binary: &Path) -> Result<Stamps, String> {
+    pub fn new(repo: &Path, vm: &Path, binary: &Path) -> Result<Stamps> {
         let folder = vm.join("passed");
-        fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let cases = repo.join("vm-tests/cases");
         let mut files = BTreeSet::new();
         for part in ["vm-tests/harness", "vm-tests/guest"] {
@@ -43,13 +46,15 @@ impl Stamps {
     }
 
     /// The digest of everything that this case depends on.
-    pub fn digest(&self, case: &Case, kernel: Kernel, release: &str) -> Result<String, String> {
+    pub fn digest(&self, case: &Case, kernel: Kernel, vm: &Path) -> Result<String> {
         let mut hasher = DefaultHasher::new();
         format!("{case:?}").hash(&mut hasher);
         for phase in &case.phases {
             read(&self.cases.join(&phase.script))?.hash(&mut hasher);
         }
-        (self.harness, kernel.series(), release).hash(&mut hasher);
+        // A folder of another version is another folder.
+        let image = kernel.image(vm).and_then(|image| fs::canonicalize(image).ok());
+        (self.harness, kernel.name(), image).hash(&mut hasher);
         if case.uses_binary {
             self.binary.hash(&mut hasher);
         }
@@ -73,8 +78,8 @@ impl Stamps {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn digest(bytes: &[u8]) -> u64 {
@@ -83,11 +88,10 @@ fn digest(bytes: &[u8]) -> u64 {
     hasher.finish()
 }
 
-fn list(folder: &Path, files: &mut BTreeSet<PathBuf>) -> Result<(), String> {
-    let entries =
-        fs::read_dir(folder).map_err(|error| format!("cannot list {}: {error}", folder.display()))?;
+fn list(folder: &Path, files: &mut BTreeSet<PathBuf>) -> Result<()> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
     for entry in entries {
-        let path = entry.map_err(|error| format!("cannot list {}: {error}", folder.display()))?.path();
+        let path = entry.with_context(|| format!("cannot list {}", folder.display()))?.path();
         if path.is_dir() {
             list(&path, files)?;
         } else {

@@ -1,0 +1,98 @@
+//! Who runs where? One table: each case on the cheapest kernel that can break its proof, and one representative of
+//! each promise where it is truest.
+//!
+//! The user-mode kernel is the cheapest. It has one processor, its disks lie in the host's page cache and have
+//! 512-byte blocks, and its grace periods of RCU are none. What needs more runs on the stock 6.12 under QEMU.
+
+use crate::harness::Case;
+use crate::harness::case::Depth;
+use crate::harness::kernel::Kernel;
+
+/// When a case runs on one kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// In every run.
+    Always,
+    /// With `--full` only.
+    Full,
+    /// Not at all: it cannot, or would prove nothing.
+    Never,
+}
+
+use When::{Always as A, Full as F, Never as N};
+
+/// Case; on the user-mode kernel, the stock 6.12, the stock 6.1; why, where that is not plain.
+const TABLE: &[(&str, When, When, When, &str)] = &[
+    ("harness_boot", A, A, A, "the guests themselves"),
+    ("harness_services", A, A, F, "udev's links for virtio disks"),
+    ("harness_missing_module", A, F, F, ""),
+    ("harness_missing_command", A, F, F, ""),
+    ("harness_script_failure", A, F, F, ""),
+    ("harness_kernel_complaint", A, F, F, ""),
+    ("harness_kernel_panic", A, A, F, "each machine ends in its own way"),
+    ("harness_hang", A, F, F, ""),
+    ("harness_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
+    ("harness_leftovers", A, F, F, ""),
+    ("golden_exception_store_8x0", A, F, F, ""),
+    ("golden_exception_store_8x256", A, F, F, ""),
+    ("golden_exception_store_8x600", A, A, A, "the format as the stock kernels write it"),
+    ("golden_exception_store_16x540", A, F, F, ""),
+    ("copy_exactness_ext4_volume", A, F, F, ""),
+    ("copy_exactness_ext4_volume_released", A, A, F, "exactness on ext4, two processors"),
+    ("copy_exactness_ext4_lvm", A, F, F, ""),
+    ("copy_exactness_ext4_lvm_released", A, F, A, "exactness on the oldest kernel"),
+    ("copy_exactness_xfs_volume", A, F, F, ""),
+    ("copy_exactness_xfs_volume_released", A, F, F, ""),
+    ("copy_exactness_xfs_lvm", A, F, F, ""),
+    ("copy_exactness_xfs_lvm_released", A, A, F, "exactness on xfs, two processors"),
+    ("demo", A, F, F, ""),
+    ("copy_kernel_judge", A, A, F, "the kernel merges the originals itself, two processors"),
+    ("copy_postgresql", A, F, F, ""),
+    ("copy_lvm_udev", A, A, F, "udev and LVM on a stock kernel"),
+    ("copy_killed", A, F, F, ""),
+    ("copy_resume", A, A, F, "resume, two processors"),
+    ("copy_hold", A, F, F, ""),
+    ("copy_files_after", A, F, F, ""),
+    ("copy_faults", A, F, F, ""),
+    ("copy_refusals", A, F, F, ""),
+    ("copy_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
+    ("free_map_ext4", A, F, F, ""),
+    ("free_map_xfs", A, F, F, ""),
+    ("stack_insert", A, F, A, "the oldest kernel's tables"),
+    ("stack_crash", A, A, F, "a crash at every step, two processors"),
+    ("stack_watchdog", A, A, F, "command and watchdog at the same moment, two processors"),
+    ("stack_flush", A, A, F, "flushes on virtio disks"),
+    ("stack_volume", A, F, F, ""),
+    ("store_grows", A, F, F, ""),
+    ("store_fails", A, F, F, ""),
+    ("store_crash", A, F, F, ""),
+    ("store_adopt", A, F, F, ""),
+    ("bench_normal", N, A, N, "a measurement of the stock kernel"),
+    ("bench_slow", N, A, N, "a measurement of the stock kernel"),
+];
+
+/// Fills in where each case runs. A case without a row, or a row without a case, is an error in this file.
+pub fn place(cases: &mut [Case]) {
+    for (name, ..) in TABLE {
+        assert!(
+            cases.iter().any(|case| case.name == *name),
+            "the table names a case {name}, which is not there"
+        );
+    }
+    for case in cases {
+        let row = TABLE.iter().find(|(name, ..)| *name == case.name);
+        let (_, user_mode, main, oldest, why) =
+            row.unwrap_or_else(|| panic!("the table has no row for {}", case.name));
+        let kernels = Kernel::ALL.into_iter().zip([user_mode, main, oldest]);
+        case.kernels = kernels.filter_map(|(kernel, when)| Some((kernel, depth(*when)?))).collect();
+        case.why = why;
+    }
+}
+
+fn depth(when: When) -> Option<Depth> {
+    match when {
+        A => Some(Depth::Routine),
+        F => Some(Depth::Full),
+        N => None,
+    }
+}

@@ -1,0 +1,77 @@
+//! What does the command line ask for?
+
+use anyhow::{Context, Result, bail};
+
+use super::case::{Case, Depth};
+use super::kernel::Kernel;
+
+/// Most guests at a time.
+pub const JOBS_MAX: usize = 64;
+
+/// What the command line says.
+#[derive(Debug, Default)]
+pub struct Options {
+    filters: Vec<String>,
+    kernel: Option<Kernel>,
+    list: bool,
+    full: bool,
+    /// Run also what passed before.
+    pub all: bool,
+    /// Keep the disks of what passes, too.
+    pub keep: bool,
+    bench: bool,
+    /// Processors to use at a time; None for all.
+    pub jobs: Option<usize>,
+}
+
+impl Options {
+    /// Reads the arguments behind `--`.
+    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
+        let mut options = Options::default();
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--list" => options.list = true,
+                "--full" => options.full = true,
+                "--all" => options.all = true,
+                "--keep" => options.keep = true,
+                "--bench" => options.bench = true,
+                "--kernel" => {
+                    let name = arguments.next().unwrap_or_default();
+                    let found = Kernel::ALL.into_iter().find(|kernel| kernel.name() == name);
+                    options.kernel = Some(found.context("--kernel takes um, 6.12 or 6.1")?);
+                }
+                "--jobs" => {
+                    let count = arguments.next().and_then(|text| text.parse().ok());
+                    let valid = count.filter(|count| (1..=JOBS_MAX).contains(count));
+                    let valid =
+                        valid.with_context(|| format!("--jobs takes a number from 1 to {JOBS_MAX}"))?;
+                    options.jobs = Some(valid);
+                }
+                other if other.starts_with('-') => bail!("unknown option {other}"),
+                filter => options.filters.push(filter.to_owned()),
+            }
+        }
+        Ok(options)
+    }
+
+    /// Whether nothing is to run.
+    pub fn only_lists(&self) -> bool {
+        self.list
+    }
+
+    /// A measurement is no test, and a test no measurement: a run is of one kind. What a filter names in full runs
+    /// whenever it is asked for.
+    pub fn wants(&self, case: &Case, kernel: Kernel, depth: Depth) -> bool {
+        let name = run_name(case, kernel);
+        let named =
+            self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()));
+        let exact = self.filters.contains(&name);
+        let on = self.kernel.is_none_or(|only| only == kernel);
+        named && on && case.bench == self.bench && (self.full || exact || depth == Depth::Routine)
+    }
+}
+
+/// The name of a case on a kernel.
+pub fn run_name(case: &Case, kernel: Kernel) -> String {
+    format!("{}-{}", case.name, kernel.name())
+}
