@@ -6,6 +6,7 @@ mod kernel_log;
 #[path = "../vm-tests/harness/pool.rs"]
 mod pool;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
@@ -48,13 +49,19 @@ fn as_many_run_at_once_as_are_asked_for() {
     const GIVEN_UP: Duration = Duration::from_secs(30);
     let (inside, changed) = (Mutex::new(0), Condvar::new());
     let met = Mutex::new(0);
-    pool::for_each(AT_ONCE, 0..AT_ONCE, |_| {
-        let mut count = pool::locked(&inside);
-        *count += 1;
-        changed.notify_all();
-        let (_count, waited) = changed.wait_timeout_while(count, GIVEN_UP, |it| *it < AT_ONCE).unwrap();
-        *pool::locked(&met) += usize::from(!waited.timed_out());
-    });
+    pool::for_each(
+        AT_ONCE,
+        1,
+        0..AT_ONCE,
+        |_| false,
+        |_| {
+            let mut count = pool::locked(&inside);
+            *count += 1;
+            changed.notify_all();
+            let (_count, waited) = changed.wait_timeout_while(count, GIVEN_UP, |it| *it < AT_ONCE).unwrap();
+            *pool::locked(&met) += usize::from(!waited.timed_out());
+        },
+    );
     assert_eq!(*pool::locked(&met), AT_ONCE);
 }
 
@@ -62,9 +69,28 @@ fn as_many_run_at_once_as_are_asked_for() {
 fn every_item_is_worked_on_once() {
     for workers in [0, 1, 2, 9] {
         let done = Mutex::new(Vec::new());
-        pool::for_each(workers, 0..7, |item| pool::locked(&done).push(item));
+        pool::for_each(workers, 1, 0..7, |item| item % 3 == 0, |item| pool::locked(&done).push(item));
         let mut done = done.into_inner().unwrap();
         done.sort_unstable();
         assert_eq!(done, (0..7).collect::<Vec<_>>(), "{workers} workers");
     }
+}
+
+#[test]
+fn no_more_heavy_items_are_worked_on_at_once_than_allowed() {
+    let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    pool::for_each(
+        4,
+        2,
+        0..40,
+        |item| item % 2 == 0,
+        |item| {
+            if item % 2 == 0 {
+                most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(1));
+                inside.fetch_sub(1, Ordering::SeqCst);
+            }
+        },
+    );
+    assert_eq!(most.load(Ordering::SeqCst), 2);
 }

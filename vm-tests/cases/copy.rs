@@ -74,8 +74,7 @@ fn exactness() -> Vec<Case> {
     let mut cases = Vec::new();
     for filesystem in ["ext4", "xfs"] {
         for origin in ["volume", "lvm"] {
-            // xfs wants 300 MiB at least.
-            let origin_mib = if filesystem == "xfs" { 304 } else { 96 };
+            let origin_mib = 96;
             for (suffix, mechanisms) in [("", "off"), ("_released", "on")] {
                 let name = format!("copy_exactness_{filesystem}_{origin}{suffix}");
                 let case = main_job(&name, "exactness.sh")

@@ -13,13 +13,16 @@ table_before=$(dmsetup table "$origin")
 size=$(blockdev --getsize64 "$origin")
 start_load /mnt/origin "$SEED"
 
+pace=$(if [ "$MACHINE" = um ]; then echo 2; else echo 1; fi)
+
 is_resumable() { tidemark status --json | grep -q '"copy"' && [ -n "$(find /run/tidemark -name '*.segments')" ]; }
 
 # One copy of a random form, killed and gone on with until it is done.
 one_copy() { # ROUND
     local round=$1 kind kills=0 moment_max moment target rate whole
     kind=$(pick "kind-$round" raw-device raw-file overlay append)
-    rate=$(pick "rate-$round" 4 8 16)
+    # At native speed the load does as much in half of the time.
+    rate=$(($(pick "rate-$round" 4 8 16) * pace))
     # Milliseconds that some 36 MiB in use take at that rate, at least.
     whole=$((36000 / rate))
     local -a options=(--yes --store /mnt/scratch --store-ram "$(pick "ram-$round" 0 1MiB 16MiB)" --freeze-budget 120s
@@ -71,6 +74,7 @@ one_copy() { # ROUND
     [ "$status" = 0 ] || { tail -n 5 /run/copy.json; fail "round $round: exit status $status"; }
     note "round $round: killed $kills times; $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json || echo 'complete when it was killed')"
     echo "$kills" >>/run/kills
+    pause_load
     case "$target" in
         *.tdm)
             tidemark verify "$target"
@@ -82,13 +86,14 @@ one_copy() { # ROUND
     [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
     assert_no_tidemark_left data
     [ -z "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a partial file is left"
+    go_on_load
     load_is_alive
 }
 
-for round in 1 2 3 4 5 6 7 8 9 10; do
+for round in $(seq 10 | some_under_emulation rounds 3); do
     one_copy "$round"
 done
-[ "$(awk '{ n += $1 } END { print n }' /run/kills)" -ge 10 ] || fail "hardly a copy was killed: this proves nothing"
+[ "$(awk '{ n += $1 } END { print n }' /run/kills)" -ge "$(wc -l </run/kills)" ] || fail "hardly a copy was killed: this proves nothing"
 
 # What cannot go on.
 refused() { # WORDS ARGUMENTS...

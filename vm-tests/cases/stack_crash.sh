@@ -8,11 +8,8 @@ start_load
 "$TIDEMARK" __stack /run/points points </dev/null
 [ "$(wc -l </run/points)" -ge 40 ] || fail "only $(wc -l </run/points) crash points"
 
-# On the oldest kernel every third one, another third for each seed: each takes seconds under emulation.
-if [ "$KERNEL" = 6.1 ]; then
-    awk -v first="$(rand points 0 2)" 'NR % 3 == first' /run/points >/run/some
-    mv /run/some /run/points
-fi
+some_under_emulation points 16 </run/points >/run/some
+mv /run/some /run/points
 
 # How long a write to the origin's filesystem may take after the kill.
 writes_within_seconds() { timeout "$1" dd if=/dev/zero of=/mnt/data/probe bs=4k count=1 conv=fsync status=none; }

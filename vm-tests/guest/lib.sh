@@ -4,11 +4,11 @@
 #   $TIDEMARK         the binary under test (also first in PATH)   $SEED     the case's random seed
 #   $ARTIFACTS        a folder that the host keeps                  $PHASE    0, 1, ...: which boot this is
 #   $KERNEL           the series, 6.12 or 6.1                       $REPO     the project's folder
-#   $MACHINE          um (a user-mode kernel) or qemu
+#   $MACHINE          um (a user-mode kernel) or qemu               $DEPTH    routine or full: how much is to be proved
 
 TIDEMARK=$TIDEMARK_BINARY
 SEED=$TIDEMARK_SEED PHASE=$TIDEMARK_PHASE KERNEL=$TIDEMARK_KERNEL REPO=$TIDEMARK_REPO ARTIFACTS=/case/artifacts
-MACHINE=$TIDEMARK_MACHINE
+MACHINE=$TIDEMARK_MACHINE DEPTH=$TIDEMARK_DEPTH
 PATH="$(dirname "$TIDEMARK"):$PATH"
 for folder in /usr/lib/postgresql/*/bin /usr/lib/systemd; do PATH="$PATH:$folder"; done
 RANDOM=$((SEED % 32768))
@@ -37,6 +37,18 @@ pick() {
     local index
     index=$(rand "$label" 1 $#)
     echo "${!index}"
+}
+
+# some_under_emulation LABEL COUNT: of the lines of standard input, all of them; where the machine is emulated and the
+# run is a routine one, COUNT of them, others for each seed. The user-mode kernel has run them all.
+some_under_emulation() {
+    if [ "$MACHINE" = um ] || [ "$DEPTH" = full ]; then
+        cat
+    else
+        awk -v seed="$(rand "$1" 0 65535)" -v want="$2" '
+            { line[NR] = $0 }
+            END { srand(seed); for (i = 1; i <= NR; i++) if (rand() * (NR - i + 1) < want) { print line[i]; want-- } }'
+    fi
 }
 
 # The case's Nth disk (from 0) as the machine has it, whatever order the kernel found them in.

@@ -13,6 +13,16 @@ pub enum Depth {
     Full,
 }
 
+impl Depth {
+    /// Its name for the scripts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Depth::Routine => "routine",
+            Depth::Full => "full",
+        }
+    }
+}
+
 /// How QEMU treats the host's page cache for a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cache {

@@ -54,6 +54,11 @@ impl Options {
         Ok(options)
     }
 
+    /// How much of it is to run.
+    pub fn depth(&self) -> Depth {
+        if self.full { Depth::Full } else { Depth::Routine }
+    }
+
     /// Whether nothing is to run.
     pub fn only_lists(&self) -> bool {
         self.list
@@ -67,7 +72,7 @@ impl Options {
             self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()));
         let exact = self.filters.contains(&name);
         let on = self.kernel.is_none_or(|only| only == kernel);
-        named && on && case.bench == self.bench && (self.full || exact || depth == Depth::Routine)
+        named && on && case.bench == self.bench && (depth <= self.depth() || exact)
     }
 }
 

@@ -103,7 +103,7 @@ impl<'run> Stage<'run> {
             return Ok(if self.skips_fail { failed } else { Verdict::Skipped(why) });
         }
         let run_name = run_name(case, kernel);
-        let digest = self.stamps.digest(case, kernel, &self.host.vm)?;
+        let digest = self.stamps.digest(case, kernel, self.options.depth(), &self.host.vm)?;
         let anew = self.options.all || self.seed_given || case.bench;
         if !anew && self.stamps.passed(&run_name, &digest) {
             return Ok(Verdict::Unchanged);
@@ -206,6 +206,7 @@ impl<'run> Stage<'run> {
             ("TIDEMARK_KERNEL".to_owned(), kernel.series().to_owned()),
             ("TIDEMARK_MACHINE".to_owned(), kernel.machine().name().to_owned()),
             ("TIDEMARK_DELAYS".to_owned(), delays(case)),
+            ("TIDEMARK_DEPTH".to_owned(), self.options.depth().name().to_owned()),
             ("TIDEMARK_SEED".to_owned(), self.seed.to_string()),
             ("TIDEMARK_MODULES".to_owned(), case.modules.join(" ")),
             ("TIDEMARK_LIMIT_SECONDS".to_owned(), limit.as_secs().to_string()),

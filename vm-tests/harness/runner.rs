@@ -49,14 +49,13 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally> {
             "vm: there is no user-mode kernel here: its cases run under QEMU instead, which takes much longer"
         );
     }
-    let (user_mode, emulated): (Vec<Run>, Vec<Run>) =
-        queue.into_iter().partition(|(_, kernel)| kernel.machine() == Machine::UserMode);
+    let is_emulated = |(_, kernel): &Run| kernel.machine() == Machine::Qemu;
+    let emulated_count = queue.iter().filter(|run| is_emulated(run)).count();
     let processors = options.jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
-    let side_by_side = processors.min(fitting_memory(&user_mode)).max(1);
+    let side_by_side = processors.min(fitting_memory(&queue)).max(1);
     println!(
-        "vm: {} user-mode runs, {side_by_side} at a time; {} runs under QEMU ({}); seed {}",
-        user_mode.len(),
-        emulated.len(),
+        "vm: {} user-mode runs, {emulated_count} under QEMU ({}); {side_by_side} at a time, seed {}",
+        queue.len() - emulated_count,
         stage.host.accel,
         stage.seed
     );
@@ -66,10 +65,9 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally> {
         let verdict = stage.judge(&case, kernel);
         report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
     };
-    // Guests that share processors take as much longer (measured: two under QEMU twice as long), and what has a time
-    // limit comes closer to it: no more at a time than there are processors for.
-    pool::for_each(side_by_side, user_mode, work);
-    pool::for_each(processors / qemu::PROCESSORS, emulated, work);
+    // Emulated guests that share processors take as much longer (measured: two of them twice as long), and what has a
+    // time limit comes closer to it. A user-mode guest beside one uses what that leaves idle.
+    pool::for_each(side_by_side, processors / qemu::PROCESSORS, queue, is_emulated, work);
     Ok(tally.into_inner().expect("a thread that panicked has ended the scope"))
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::case::Case;
+use super::case::{Case, Depth};
 use super::kernel::Kernel;
 
 /// The digests that all cases share, taken once.
@@ -46,7 +46,7 @@ impl Stamps {
     }
 
     /// The digest of everything that this case depends on.
-    pub fn digest(&self, case: &Case, kernel: Kernel, vm: &Path) -> Result<String> {
+    pub fn digest(&self, case: &Case, kernel: Kernel, depth: Depth, vm: &Path) -> Result<String> {
         let mut hasher = DefaultHasher::new();
         format!("{case:?}").hash(&mut hasher);
         for phase in &case.phases {
@@ -54,7 +54,7 @@ impl Stamps {
         }
         // A folder of another version is another folder.
         let image = kernel.image(vm).and_then(|image| fs::canonicalize(image).ok());
-        (self.harness, kernel.name(), image).hash(&mut hasher);
+        (self.harness, kernel.name(), depth.name(), image).hash(&mut hasher);
         if case.uses_binary {
             self.binary.hash(&mut hasher);
         }
