@@ -195,10 +195,14 @@ impl<'run> Stage<'run> {
         limit: Duration,
         share: &Path,
     ) -> Result<()> {
+        // A link leads elsewhere in the guest than on the host.
+        let modules = kernel.modules(&self.host.vm);
+        let modules =
+            fs::canonicalize(&modules).with_context(|| format!("cannot find {}", modules.display()))?;
         let mut variables = vec![
             ("TIDEMARK_HOST_REPO".to_owned(), self.host.repo.display().to_string()),
             ("TIDEMARK_HOST_BINARIES".to_owned(), self.host.binaries.display().to_string()),
-            ("TIDEMARK_HOST_MODULES".to_owned(), kernel.modules(&self.host.vm).display().to_string()),
+            ("TIDEMARK_HOST_MODULES".to_owned(), modules.display().to_string()),
             ("TIDEMARK_REPO".to_owned(), GUEST_REPO.to_owned()),
             ("TIDEMARK_BINARY".to_owned(), format!("{GUEST_BINARIES}/{}", self.binary_name())),
             ("TIDEMARK_SCRIPT".to_owned(), case.phases[number].script.clone()),
