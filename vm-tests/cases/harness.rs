@@ -1,7 +1,7 @@
 //! The harness judges itself: what it must notice is provoked, and must be reported for what it is.
 
 use crate::harness::Case;
-use crate::harness::case::{Cache, Disk, Expect};
+use crate::harness::case::{Cache, Delay, Disk, Expect};
 
 /// The harness's own cases.
 pub fn cases() -> Vec<Case> {
@@ -52,6 +52,11 @@ pub fn cases() -> Vec<Case> {
             .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(64) })
             .power_cut_at("written", 50)
             .then("harness_power_cut_check.sh")
+            .without_binary(),
+        Case::new("harness_slow_disk", "harness_slow_disk.sh")
+            .commands(&["dmsetup"])
+            .delayed_disk_mib(16, Delay { read_ms: 100, write_ms: 200, flush_ms: 300 })
+            .disk_mib(16)
             .without_binary(),
         Case::new("harness_leftovers", "harness_leftovers.sh")
             .modules(&["dm-mod", "zram", "loop"])

@@ -79,13 +79,17 @@ disk() {
 
 # Puts dm-delay over the disks that the case's description delays: "NUMBER:READ:WRITE:FLUSH ...", in milliseconds.
 delay_disks() {
-    local word number read write flush device
+    local word number read write flush device hidden=
     for word in $TIDEMARK_DELAYS; do
         IFS=: read -r number read write flush <<<"$word"
         device=$(machine_disk "$number")
         dmsetup create --noudevsync "tidemark-test-disk$number" \
             --table "0 $(blockdev --getsz "$device") delay $device 0 $read $device 0 $write $device 0 $flush"
+        hidden+="\"r|^$device\$|\" "
     done
+    # LVM, which finds its label on both, is to take the slow one.
+    [ -z "$hidden" ] || mkdir -p /etc/lvm
+    [ -z "$hidden" ] || echo "devices { global_filter = [ ${hidden// /, } \"a|.*|\" ] }" >/etc/lvm/lvmlocal.conf
 }
 
 # Tells the host; a phase that ends in a power cut is cut at its marker.
