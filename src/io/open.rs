@@ -20,7 +20,7 @@ pub enum EnginePreference {
 /// Opens an engine. The result belongs to the thread that opened it.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a pool that is none; with
+/// [`ErrorKind::Usage`] for a pool that is none; with
 /// [`EnginePreference::Uring`] also the kernel's refusal, errno included.
 pub fn open_engine(config: EngineConfig, preference: EnginePreference) -> Result<Box<dyn Engine>> {
     if preference == EnginePreference::Sync {

@@ -1,7 +1,7 @@
 //! `tidemark resume`: goes on with a copy whose process died while the kernel's snapshot stood.
 //!
 //! What is there then: the origin writes through its snapshot as before, the store fills, segments that
-//! are noted as placed are on the secondary (see [`journal`](super::journal)), and what is not noted is
+//! are noted as placed are on the secondary (see [`journal`]), and what is not noted is
 //! still preserved: a region is released only after all of it was noted. So going on is copying what is
 //! not noted, and then laying *every* original over it, at whatever point the other process died.
 //!

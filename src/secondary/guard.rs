@@ -18,7 +18,7 @@ impl Topology {
     /// the stack of one of the `forbidden` ones.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the reason and what to do.
+    /// [`ErrorKind::Refused`] with the reason and what to do.
     pub fn check_device(&self, device: DeviceNumber, path: &Path, forbidden: &[DeviceNumber]) -> Result<()> {
         let shown = path.display();
         let mut parts = self.partitions(device);
@@ -50,7 +50,7 @@ impl Topology {
     /// the file will be.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), or stat's I/O error.
+    /// [`ErrorKind::Refused`], or stat's I/O error.
     pub fn check_file(&self, directory: &Path, forbidden: &[DeviceNumber]) -> Result<()> {
         let metadata = fs::metadata(directory).map_err(|error| {
             let missing = error.kind() == io::ErrorKind::NotFound;
@@ -82,7 +82,7 @@ impl Topology {
     /// `forbidden` one.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
+    /// [`ErrorKind::Refused`].
     pub fn check_filesystem(
         &self,
         device: DeviceNumber,

@@ -2,8 +2,8 @@
 //!
 //! | module | question it answers |
 //! |---|---|
-//! | [`plan`] | what would be done, to what (changes nothing; what `--dry-run` shows) |
-//! | [`run`] | does it: opens the secondary, makes the copy, reports |
+//! | [`mod@plan`] | what would be done, to what (changes nothing; what `--dry-run` shows) |
+//! | [`mod@run`] | does it: opens the secondary, makes the copy, reports |
 //! | [`cold`] | the origin is at rest: held and watched while it is read |
 //! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
 //! | [`latency`] | how the applications on the origin fare |

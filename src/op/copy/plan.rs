@@ -1,5 +1,5 @@
 //! What a copy would do, as a value: observed once, shown by `--dry-run`, carried out by
-//! [`run`](super::run).
+//! [`run`](mod@super::run).
 //!
 //! Changes nothing. Whatever is certain to be refused is refused here.
 

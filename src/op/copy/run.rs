@@ -128,7 +128,7 @@ struct Made {
 /// Carries out `plan`.
 ///
 /// # Errors
-/// See the exit codes of [`ErrorKind`]; the error says in which state origin and secondary are.
+/// See the exit codes of [`ErrorKind`](crate::base::ErrorKind); the error says in which state origin and secondary are.
 pub fn run(
     plan: &CopyPlan,
     observer: &dyn Observer,
