@@ -11,7 +11,7 @@ make_filesystem ext4 "$origin" /mnt/origin
 make_filesystem ext4 "$scratch_disk" /mnt/scratch
 size=$(blockdev --getsize64 "$origin")
 
-for chunk in 4KiB 16KiB; do
+for chunk in $(printf '%s\n' 4KiB 16KiB | some_under_emulation chunks 1); do
     start_load /mnt/origin "$SEED"
     tidemark copy "$origin" /mnt/scratch/copy.tdm --originals append --chunk "$chunk" --rate 16MiB \
         --store /mnt/scratch/store --keep-store --yes
