@@ -154,8 +154,9 @@ pub struct CopyArgs {
     #[arg(long)]
     pub all: bool,
     /// Copy regions as they lie on the origin, or first those that are being written most; filesystems' logs come first
-    #[arg(long, value_enum, default_value = "physical")]
-    pub order: OrderArg,
+    /// [default: hot, on rotating disks physical]
+    #[arg(long, value_enum)]
+    pub order: Option<OrderArg>,
     /// Unit in which the origin is released from copy-on-write as it is copied [default: a 128th of it]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub region: Option<Bytes>,

@@ -68,10 +68,10 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         chunk,
         segment,
         region: args.region,
-        order: match args.order {
+        order: args.order.map(|order| match order {
             OrderArg::Physical => Order::Physical,
             OrderArg::Hot => Order::Hot,
-        },
+        }),
         all: args.all,
         on_full: match args.on_full {
             OnFullArg::Abort => OnFull::Abort,

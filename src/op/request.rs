@@ -96,8 +96,8 @@ pub struct CopyRequest {
     pub segment: Option<SegmentSize>,
     /// Unit of release; None: from the origin's size.
     pub region: Option<Bytes>,
-    /// The order of the regions.
-    pub order: Order,
+    /// The order of the regions; None: as suits the origin's disks.
+    pub order: Option<Order>,
     /// Copy and preserve free space as well.
     pub all: bool,
     /// What happens where the store is about to fill.

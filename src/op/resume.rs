@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::copy::plan::order_for;
 use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
@@ -125,17 +126,19 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
             .state("nothing was changed")
             .next("resume with that version, or run 'tidemark recover' and copy again")
     })?;
+    let origin = Origin {
+        path: copy.origin_path.clone().into(),
+        kind: OriginKind::Live { name: device.to_owned(), attached: false },
+        number: Some(number),
+        size,
+        filesystems: Vec::new(),
+        lock_filesystem: false,
+        notes: Vec::new(),
+    };
     Ok(CopyPlan {
+        order: order_for(&request, &origin),
         request,
-        origin: Origin {
-            path: copy.origin_path.clone().into(),
-            kind: OriginKind::Live { name: device.to_owned(), attached: false },
-            number: Some(number),
-            size,
-            filesystems: Vec::new(),
-            lock_filesystem: false,
-            notes: Vec::new(),
-        },
+        origin,
         segment: SegmentSize::new(Bytes(copy.segment_bytes))?,
         region: Bytes(copy.region_bytes),
         live: None,

@@ -207,6 +207,12 @@ impl Topology {
         self.queue_attribute(device, "dax").is_some_and(|text| text == "1")
     }
 
+    /// True where the kernel says that a disk beneath `device` has heads to move.
+    #[must_use]
+    pub fn is_rotational(&self, device: DeviceNumber) -> bool {
+        self.queue_attribute(device, "rotational").is_some_and(|text| text == "1")
+    }
+
     /// What the kernel says of a device's queue; a partition has its disk's.
     fn queue_attribute(&self, device: DeviceNumber, name: &str) -> Option<String> {
         let node = self.node(device);
@@ -407,6 +413,18 @@ pub(crate) mod tests {
     fn escapes_are_undone() {
         assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
         assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
+    }
+
+    #[test]
+    fn heads_that_move_are_told() {
+        let (keep, topology) = machine();
+        let queue = keep.path().join("sys/devices/sda/queue");
+        assert!(!topology.is_rotational(dev(8, 0)), "a kernel that does not say has none");
+        fs::create_dir(&queue).unwrap();
+        for (text, rotational) in [("0\n", false), ("1\n", true)] {
+            fs::write(queue.join("rotational"), text).unwrap();
+            assert_eq!(topology.is_rotational(dev(8, 0)), rotational);
+        }
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct CopyPlan {
     pub segment: SegmentSize,
     /// Unit of release.
     pub region: Bytes,
+    /// The order of the regions, the origin's disks considered.
+    pub order: Order,
     /// What is put under a live origin; None for a cold one.
     pub live: Option<LivePlan>,
     /// Devices that the secondary must not be, be on or be beneath.
@@ -75,9 +77,22 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
             None
         }
     };
-    let plan = CopyPlan { request: request.clone(), origin, segment, region, live, forbidden };
+    let order = order_for(request, &origin);
+    let plan = CopyPlan { request: request.clone(), origin, segment, region, order, live, forbidden };
     plan.check_secondary()?;
     Ok(plan)
+}
+
+/// The order asked for, else the one that suits the origin's disks. What is being written most comes first: each region
+/// copied early spares its writers the preservation. Where heads have to move to a region and back, it costs more than
+/// it saves. An origin at rest has no writers.
+pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order {
+    let is_rotating = || origin.number.is_some_and(|number| Topology::default().is_rotational(number));
+    let suits = match origin.kind {
+        OriginKind::Live { .. } if !is_rotating() => Order::Hot,
+        _ => Order::Physical,
+    };
+    request.order.unwrap_or(suits)
 }
 
 /// What only a live origin has a use for must not be ignored in silence.
@@ -86,7 +101,7 @@ fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
         CopyRequest { hooks, .. } if hooks.frozen.is_some() => "--hook-frozen",
         CopyRequest { store, .. } if store.keep => "--keep-store",
         CopyRequest { on_full: OnFull::Hold, .. } => "--on-full hold",
-        CopyRequest { order: Order::Hot, .. } => "--order hot",
+        CopyRequest { order: Some(Order::Hot), .. } => "--order hot",
         _ => return Ok(()),
     };
     Err(Error::usage(format!(
@@ -338,7 +353,7 @@ impl CopyPlan {
         let free =
             if self.request.all { "copied and preserved as well" } else { "left alone where it is known" };
         write!(f, "\nfree space  {free}")?;
-        match self.request.order {
+        match self.order {
             Order::Physical => write!(f, "\nregions     of {region}, released as they are copied")?,
             Order::Hot => {
                 write!(f, "\nregions     of {region}, what is written most first, released as copied")?

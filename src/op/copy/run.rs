@@ -442,7 +442,7 @@ fn copy_below(
     secondary.restrict(&block_list);
     let (monitor, gate) = (&beside.monitor, &beside.gate);
     let mut originals = StoreOriginals::new(live, monitor, gate);
-    let mut releases = StoreReleases::new(live, gate, plan.request.order == copy::Order::Hot);
+    let mut releases = StoreReleases::new(live, gate, plan.order == copy::Order::Hot);
     let impact = live.probe().map(|probe| ImpactWatch {
         impact: plan.request.impact,
         before: live.latency_before(),
@@ -657,7 +657,7 @@ fn copy_with(
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.segment, secondary)?;
     job.origin_description = plan.origin.path.display().to_string();
     job.region = plan.region;
-    job.order = plan.request.order;
+    job.order = plan.order;
     job.rate = plan.request.rate;
     job.verify = plan.request.verify;
     job.observer = watch.observer;
