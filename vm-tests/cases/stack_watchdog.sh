@@ -47,8 +47,9 @@ for _ in 1 2 3; do
 done
 
 # Command and watchdog killed while everything is held: nobody lets go until recover does, the kernel's hurry included.
+# The watchdog first: it acts as soon as the command is dead.
 rm -f "$REPORT"
-"$TIDEMARK" __stack "$REPORT" data "$COW" 60000 'kill -KILL $PPID $(pgrep -f "__watchdo[g]")' /mnt/data </dev/null || true
+"$TIDEMARK" __stack "$REPORT" data "$COW" 60000 'kill -KILL $(pgrep -f "__watchdo[g]") $PPID' /mnt/data </dev/null || true
 assert_same "what is suspended" "$(suspended_devices)" data
 assert_same "the kernel hurries" "$(kernel_hurries)" "$hurry_of_a_copy"
 "$TIDEMARK" recover
