@@ -56,7 +56,8 @@ fn a_copy_that_has_its_name_is_the_instant() {
 #[test]
 fn a_write_that_overtakes_its_original_spoils_the_copy() {
     let steps = without(Rule::PreservedFirst, Fault::Inexact);
-    position(&steps, |step| matches!(step, Step::Reach(_)));
+    let reach = position(&steps, |step| matches!(step, Step::Reach(_)));
+    assert!(!steps[..reach].iter().any(|step| matches!(step, Step::Commit(_))), "{steps:?}");
 }
 
 #[test]
@@ -74,7 +75,9 @@ fn originals_that_are_read_too_early_spoil_the_copy() {
 
 #[test]
 fn an_original_that_is_left_out_spoils_the_copy() {
-    without(Rule::AllOriginals, Fault::Inexact);
+    let steps = without(Rule::AllOriginals, Fault::Inexact);
+    position(&steps, |step| matches!(step, Step::Commit(_)));
+    assert!(!steps.iter().any(|step| matches!(step, Step::Overlay(_))), "{steps:?}");
 }
 
 #[test]
@@ -91,9 +94,24 @@ fn a_region_that_is_released_before_it_is_noted_is_read_again_after_a_death() {
 }
 
 #[test]
+fn a_region_that_is_preserved_again_after_its_release_spoils_the_copy() {
+    let steps = without(Rule::ReleasedForGood, Fault::Inexact);
+    let release = position(&steps, |step| matches!(step, Step::Release(_)));
+    let resume = position(&steps, |step| *step == Step::Resume);
+    assert!(release < resume, "{steps:?}");
+    // What was written meanwhile is taken for the original.
+    assert!(steps[release..].iter().any(|step| matches!(step, Step::Reach(_))), "{steps:?}");
+    assert!(steps[resume..].iter().any(|step| matches!(step, Step::Overlay(_))), "{steps:?}");
+}
+
+#[test]
 fn a_table_that_is_replaced_under_a_write_spoils_the_copy() {
     let steps = without(Rule::Drained, Fault::Inexact);
-    position(&steps, |step| matches!(step, Step::Release(_)));
+    // A write waits for its original to be stored while another, behind the release, changes it.
+    let release = position(&steps, |step| matches!(step, Step::Release(_)));
+    assert!(steps[..release].iter().any(|step| matches!(step, Step::Write(_))), "{steps:?}");
+    let reach = position(&steps, |step| matches!(step, Step::Reach(_)));
+    assert!(reach > release && steps[reach..].iter().any(|step| matches!(step, Step::Store(_))), "{steps:?}");
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub enum Rule {
     ReleasedAfterRead,
     /// A region is released after its segments have been noted as placed (`src/copy/fuzzy.rs`).
     ReleasedAfterNote,
+    /// What was released is never preserved again, whoever goes on (`src/op/stack`, `Stack::released`).
+    ReleasedForGood,
     /// A table is replaced only while nothing is in flight (a suspension without `noflush`'s requeueing).
     Drained,
     /// A segment is noted after it is on the secondary (`src/copy/fuzzy.rs`).
@@ -459,7 +461,8 @@ impl Protocol {
         if world.suspension == Suspension::None && (quiet || !self.keeps(Rule::NothingUnderWay)) {
             let phase =
                 if world.is_valid || !self.keeps(Rule::ValidOnResume) { Phase::Data } else { Phase::Refused };
-            found.push((Step::Resume, World { phase, ..*world }));
+            let released = if self.keeps(Rule::ReleasedForGood) { world.released } else { [false; REGIONS] };
+            found.push((Step::Resume, World { phase, released, ..*world }));
         }
     }
 }

@@ -44,6 +44,12 @@ const PASSED_ON: [(&str, &str); 6] = [
 /// The measurements.
 pub fn cases() -> Vec<Case> {
     vec![
+        Case::new("bench_fixed", "bench_fixed.sh")
+            .bench()
+            .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
+            .commands(&["python3", "mkfs.ext4", "fio"])
+            .disk_mib(64)
+            .disk_mib(400),
         measurement("bench_normal").variable("TIDEMARK_BENCH_FLUSH_MS", "0"),
         measurement("bench_slow")
             .variable("TIDEMARK_BENCH_FLUSH_MS", SLOW_FLUSH_MS.to_string())

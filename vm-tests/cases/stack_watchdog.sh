@@ -6,7 +6,7 @@ make_origin
 start_load
 
 for point in $(printf '%s\n' insert.freeze.before insert.freeze.after insert.suspend.after insert.instant.after \
-    insert.switch.after insert.thaw.after restore.suspend.after | some_under_emulation stalls 3); do
+    insert.switch.after insert.thaw.after restore.suspend.after | some_under_emulation stalls 1); do
     rm -f "$REPORT"
     TIDEMARK_STALL_AT=$point:10 "$TIDEMARK" __stack "$REPORT" data "$COW" 2500 true /mnt/data </dev/null &
     pid=$!
