@@ -12,6 +12,7 @@ use super::args::{
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
 use crate::op::attach::check_name;
+use crate::op::copy::plan::check_units;
 use crate::op::request::{
     ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals,
     RestoreRequest, SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
@@ -51,12 +52,7 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
     }
     let chunk = args.chunk.map(ChunkSize::new).transpose()?.unwrap_or_default();
     let segment = args.segment.map(SegmentSize::new).transpose()?;
-    if let Some(segment) = segment
-        && segment.bytes() < chunk.bytes()
-    {
-        return Err(Error::usage(format!("--segment {segment} is smaller than --chunk {chunk}"))
-            .next("make the segment at least as large as the chunk"));
-    }
+    check_units(segment.unwrap_or_default(), chunk)?;
     nonzero(args.rate, "--rate")?;
     nonzero(args.region, "--region")?;
     Ok(CopyRequest {

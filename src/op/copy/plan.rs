@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{Order, region_size_for, segment_size_for};
 use crate::dm::{Change, Dm, Slot, Table, naming};
 use crate::op::privilege::require_root;
@@ -69,6 +69,7 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     }
     let segment = segment_size_for(origin.size, request.segment)?;
     let region = region_size_for(origin.size, segment, request.region)?;
+    check_units(segment, request.chunk)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name)?),
@@ -81,6 +82,19 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let plan = CopyPlan { request: request.clone(), origin, segment, region, order, live, forbidden };
     plan.check_secondary()?;
     Ok(plan)
+}
+
+/// A region is made of whole segments, and a segment of whole chunks: a chunk across a region's border would be
+/// preserved once one half of it has been released and written, and that half be laid over the copy as an original.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage).
+pub fn check_units(segment: SegmentSize, chunk: ChunkSize) -> Result<()> {
+    if segment.bytes() >= chunk.bytes() {
+        return Ok(());
+    }
+    Err(Error::usage(format!("--segment {segment} is smaller than --chunk {chunk}"))
+        .next("make the segment at least as large as the chunk"))
 }
 
 /// The order asked for, else the one that suits the origin's disks. What is being written most comes first: each region
@@ -367,5 +381,20 @@ impl CopyPlan {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_regions_border_cuts_no_chunk() {
+        let (segment, chunk) =
+            (SegmentSize::new(Bytes::kib(64)).unwrap(), |size| ChunkSize::new(size).unwrap());
+        check_units(segment, chunk(Bytes::kib(64))).unwrap();
+        let error = check_units(segment, chunk(Bytes::kib(128))).unwrap_err();
+        assert_eq!(error.kind(), crate::base::ErrorKind::Usage);
+        check_units(SegmentSize::default(), chunk(Bytes::mib(1))).unwrap();
     }
 }
