@@ -451,7 +451,13 @@ impl CowStore {
             Ok(()) if tails_released => errors.extend(parts.record.close().err()),
             Ok(()) => errors.extend(parts.record.note(Made::Nothing).err()),
         }
-        Error::first_of(errors).map(|()| path.map(|path| KeptStore { path, chunk: self.plan.chunk }))
+        Error::first_of(errors).map(|()| path.map(|path| KeptStore { path, chunk: self.plan.chunk })).map_err(
+            |error| {
+                error
+                    .state("a part of the COW store is still there")
+                    .next("run 'tidemark recover', which removes it")
+            },
+        )
     }
 
     fn lock(&self) -> MutexGuard<'_, Parts> {

@@ -186,7 +186,10 @@ impl Live {
     pub fn put_back_after(mut self, error: Error, give_up: impl FnOnce(Error) -> Error) -> Error {
         let error = match self.put_back(false) {
             Ok(_) => error,
-            Err(undo) => error.with_failed_undo(undo),
+            // Before anything else: who copies again finds what is left in the way.
+            Err(undo) => error
+                .with_failed_undo(undo)
+                .next("run 'tidemark recover', which puts back what is left, and then copy again"),
         };
         let ended: Result<()> = self.job.into_inner().conclude(Err(give_up(error)));
         ended.expect_err("what began as an error stays one")
