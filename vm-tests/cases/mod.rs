@@ -7,6 +7,7 @@ mod free;
 mod golden;
 mod harness;
 mod placement;
+mod soak;
 mod stack;
 mod store;
 
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(free::cases());
     cases.extend(stack::cases());
     cases.extend(store::cases());
+    cases.extend(soak::cases());
     cases.extend(bench::cases());
     placement::place(&mut cases);
     cases

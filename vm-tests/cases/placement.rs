@@ -69,6 +69,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_fails", A, F, F, ""),
     ("store_crash", A, F, F, ""),
     ("store_adopt", A, F, F, ""),
+    ("soak", F, N, N, "hundreds of short copies, and faults that stock kernels cannot inject"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),
     ("bench_normal", N, A, N, "a measurement of the stock kernel"),
     ("bench_slow", N, A, N, "a measurement of the stock kernel"),
@@ -76,20 +77,26 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
 
 /// Fills in where each case runs. A case without a row, or a row without a case, is an error in this file.
 pub fn place(cases: &mut [Case]) {
-    for (name, ..) in TABLE {
+    for (row, ..) in TABLE {
         assert!(
-            cases.iter().any(|case| case.name == *name),
-            "the table names a case {name}, which is not there"
+            cases.iter().any(|case| is_of(&case.name, row)),
+            "the table names a case {row}, which is not there"
         );
     }
     for case in cases {
-        let row = TABLE.iter().find(|(name, ..)| *name == case.name);
+        let row = TABLE.iter().find(|(row, ..)| is_of(&case.name, row));
         let (_, user_mode, main, oldest, why) =
             row.unwrap_or_else(|| panic!("the table has no row for {}", case.name));
         let kernels = Kernel::ALL.into_iter().zip([user_mode, main, oldest]);
         case.kernels = kernels.filter_map(|(kernel, when)| Some((kernel, depth(*when)?))).collect();
         case.why = why;
     }
+}
+
+/// Whether the row is the case's: its own, or that of several that differ in a number alone.
+fn is_of(case: &str, row: &str) -> bool {
+    let number = case.strip_prefix(row).and_then(|rest| rest.strip_prefix('_'));
+    case == row || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn depth(when: When) -> Option<Depth> {

@@ -149,6 +149,8 @@ pub struct Case {
     pub variables: Vec<(String, String)>,
     /// What it must come to.
     pub expect: Expect,
+    /// Folders of the project that its scripts use, beside the shared ones.
+    pub folders: Vec<String>,
     /// Whether it runs the binary under test: one that does not is not run again for a new binary.
     pub uses_binary: bool,
     /// Parts of lines of the kernel's log that are no complaint in this case.
@@ -174,6 +176,7 @@ impl Case {
             phases: vec![Phase { script: script.into(), cut: None }],
             variables: Vec::new(),
             expect: Expect::Pass,
+            folders: Vec::new(),
             uses_binary: true,
             tolerated: Vec::new(),
             bench: false,
@@ -259,6 +262,12 @@ impl Case {
     /// For the harness's own cases: what must come of it.
     pub fn expect(mut self, expect: Expect) -> Case {
         self.expect = expect;
+        self
+    }
+
+    /// Its scripts use this folder of the project.
+    pub fn uses_folder(mut self, path: &str) -> Case {
+        self.folders.push(path.to_owned());
         self
     }
 

@@ -4,7 +4,7 @@
 //! every line of level "error": device errors are what the fault cases are about.
 
 /// Parts of lines that begin a kernel report.
-const COMPLAINTS: &[&str] = &[
+pub const COMPLAINTS: &[&str] = &[
     "WARNING: ",
     "BUG: ",
     "kernel BUG at",

@@ -29,8 +29,8 @@ const GUEST_BINARIES: &str = "/tidemark/bin";
 
 /// What became of a case.
 pub enum Verdict {
-    /// What it must come to.
-    Passed,
+    /// What it must come to; with what the case has to say of it, in `summary`, if anything.
+    Passed(String),
     /// It passed before, and nothing that it depends on has changed.
     Unchanged,
     /// Why not.
@@ -96,7 +96,7 @@ impl<'run> Stage<'run> {
         let missing = self.missing(case, kernel);
         if case.expect == Expect::Skip {
             let failed = Verdict::Failed("  ran, where something was to be missing".to_owned());
-            return Ok(if missing.is_some() { Verdict::Passed } else { failed });
+            return Ok(if missing.is_some() { Verdict::Passed(String::new()) } else { failed });
         }
         if let Some(why) = missing {
             let failed = Verdict::Failed(format!("  skipped, where nothing may be: {why}"));
@@ -116,7 +116,7 @@ impl<'run> Stage<'run> {
                 remove_disks(&folder)?;
             }
             self.stamps.record(&run_name, &digest);
-            return Ok(Verdict::Passed);
+            return Ok(Verdict::Passed(read_log(&folder.join("case/summary"))));
         }
         Ok(Verdict::Failed(self.explain(case, &outcome, &folder)))
     }
@@ -142,6 +142,9 @@ impl<'run> Stage<'run> {
         }
         fs::create_dir_all(share.join("artifacts"))
             .with_context(|| format!("cannot make {}", share.display()))?;
+        // A script that goes on for long looks for itself.
+        fs::write(share.join("complaints"), kernel_log::COMPLAINTS.join("\n"))
+            .context("cannot write what complaints are")?;
         let mut disks = Vec::new();
         for (number, disk) in case.disks.iter().enumerate() {
             let name = PathBuf::from(format!("disk{number}.raw"));

@@ -130,9 +130,10 @@ fn fitting_memory(runs: &[Run]) -> usize {
 fn report(name: &str, verdict: &Verdict, took: Duration, tally: &mut Tally) {
     let seconds = took.as_secs_f64();
     match verdict {
-        Verdict::Passed => {
+        Verdict::Passed(summary) => {
             tally.passed += 1;
             println!("vm {name} ... ok ({seconds:.1} s)");
+            print!("{summary}");
         }
         Verdict::Unchanged => {
             tally.passed += 1;

@@ -15,6 +15,7 @@ use super::kernel::Kernel;
 
 /// The digests that all cases share, taken once.
 pub struct Stamps {
+    repo: PathBuf,
     folder: PathBuf,
     cases: PathBuf,
     harness: u64,
@@ -42,7 +43,13 @@ impl Stamps {
         for path in &files {
             read(path)?.hash(&mut hasher);
         }
-        Ok(Stamps { folder, cases, harness: hasher.finish(), binary: digest(&read(binary)?) })
+        Ok(Stamps {
+            repo: repo.to_owned(),
+            folder,
+            cases,
+            harness: hasher.finish(),
+            binary: digest(&read(binary)?),
+        })
     }
 
     /// The digest of everything that this case depends on.
@@ -51,6 +58,13 @@ impl Stamps {
         format!("{case:?}").hash(&mut hasher);
         for phase in &case.phases {
             read(&self.cases.join(&phase.script))?.hash(&mut hasher);
+        }
+        let mut files = BTreeSet::new();
+        for folder in &case.folders {
+            list(&self.repo.join(folder), &mut files)?;
+        }
+        for path in &files {
+            read(path)?.hash(&mut hasher);
         }
         // A folder of another version is another folder.
         let image = kernel.image(vm).and_then(|image| fs::canonicalize(image).ok());

@@ -1,0 +1,23 @@
+"""What came of the seeds, as a table."""
+
+import collections
+
+
+def table(results):
+    """Lines for a terminal, of the results as soak.py writes them."""
+    copies = [copy for result in results for copy in result["copies"]]
+    outcomes = collections.Counter(copy["outcome"] for copy in copies)
+    events = collections.Counter(event for copy in copies for event in copy["events"])
+    failed = [result["seed"] for result in results if result["failure"]]
+    rows = [("seeds", len(results)), ("copies", len(copies))]
+    rows += [(f"  {name}", count) for name, count in sorted(outcomes.items(), key=lambda pair: -pair[1])]
+    rows += [("events", sum(events.values()))]
+    rows += [(f"  {name}", count) for name, count in sorted(events.items(), key=lambda pair: -pair[1])]
+    rows += [("  too late", sum(copy["late"] for copy in copies))]
+    rows += [("originals preserved", originals(results)), ("failed seeds", len(failed))]
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:{width}} {count:8}" for name, count in rows]
+
+
+def originals(results):
+    return sum(copy["originals"] for result in results for copy in result["copies"])
