@@ -24,7 +24,7 @@ fn the_measurements_arithmetic_is_right() {
 #[test]
 fn what_the_bench_does_not_know_it_refuses_before_it_installs_or_boots_anything() {
     for (arguments, why) in [
-        (&["warm"][..], "neither cold nor vm"),
+        (&["warm"][..], "neither cold, live nor vm"),
         (&["vm", "--loads", "a,e"], "different ones of uniform"),
         (&["vm", "--loads", "a,uniform"], "different ones of uniform"),
         (&["vm", "--profile", "fast"], "different ones of normal"),
@@ -32,6 +32,11 @@ fn what_the_bench_does_not_know_it_refuses_before_it_installs_or_boots_anything(
         (&["vm", "--rounds", "1000"], "1 to 100 rounds"),
         (&["vm", "--rounds", "0"], "1 to 100 rounds"),
         (&["vm", "--volume-mib", "100"], "at least 256 MiB"),
+        (&["live", "--profile", "normal"], "different ones of ssd"),
+        (&["live", "--scheduler", "kyber"], "invalid choice"),
+        (&["live", "--build", "old=/nowhere/tidemark"], "is no program"),
+        (&["live", "--build", "old=/proc/self/exe", "--variant", "old=--all"], "a name of its own"),
+        (&["live", "--disk", "shared"], "unrecognized arguments"),
         (&["cold", "--rounds", "0"], "at least one round"),
     ] {
         let output = python(&[&["scripts/bench"], arguments].concat());

@@ -3,6 +3,8 @@
 tests/bench.rs runs it.
 """
 
+import os
+import re
 import sys
 import unittest
 from pathlib import Path
@@ -12,7 +14,7 @@ sys.dont_write_bytecode = True
 sys.path[:0] = [str(ROOT / "vm-tests/bench"), str(ROOT / "scripts")]
 
 import window
-from benchlib import figures, vm
+from benchlib import figures, guest, live, vm
 
 
 class Window(unittest.TestCase):
@@ -88,9 +90,22 @@ class Figures(unittest.TestCase):
         self.assertAlmostEqual(found["tidemark"]["operations_share"], 0.74)
         self.assertAlmostEqual(found["tidemark"]["operations_per_second"], 370)
         self.assertEqual(found["tidemark"]["seconds"], 9)
-        self.assertEqual(found["lvm"]["slowest_share"], 4.1)
+        self.assertEqual(found["lvm"]["slowest_ms"], 41)
         self.assertIsNone(found["none"]["seconds"])
         self.assertIsNone(found["dd"]["preserved_bytes"])
+
+    def test_a_median_stands_between_the_least_and_the_most_of_its_rounds(self):
+        mine = figures.summary(RUNS)["skewed"]["tidemark"]
+        self.assertEqual(mine["spread"]["seconds"], (8, 10))
+        self.assertEqual(mine["spread"]["operations_per_second"], (74, 740))
+        self.assertEqual(figures.between(mine, "seconds", 1), "8.0 / 9.0 / 10.0")
+        self.assertEqual(figures.between(mine, "preserved_bytes", 0)[:7], "5242880")
+        self.assertEqual(figures.between(mine, "busy_share", 2), "-")
+        alone = figures.summary(RUNS[:5])["skewed"]["tidemark"]
+        self.assertEqual(figures.between(alone, "seconds", 1), "8.0")
+        # A round with no load of its own to compare with has no share, and the others theirs.
+        partly = figures.summary([it for it in RUNS if (it["round"], it["contender"]) != (1, "none")])
+        self.assertAlmostEqual(partly["skewed"]["tidemark"]["operations_share"], 0.74)
 
     def goals(self, contender, runs=RUNS):
         judged = [it for it in figures.goals(figures.summary(runs)) if it["contender"] == contender]
@@ -135,24 +150,72 @@ class Figures(unittest.TestCase):
         runs = [run("append", 0, "none", 9, 1, 6), run("append", 0, "lvm", 0, 1, 9), run("append", 0, "tidemark", 5, 1, 9)]
         self.assertNotIn("operations", self.goals("tidemark", runs))
 
+    def live(self, contender, profile, limit, runs=RUNS):
+        judged = figures.live_goals(profile, figures.summary(runs), limit)
+        mine = [it for it in judged if it["contender"] == contender]
+        return {it["goal"].rpartition(", ")[0]: (round(it["value"], 3), round(it["limit"], 3), it["met"]) for it in mine}
+
+    def test_live_goals_are_of_the_load_alone_and_of_the_disks_limit(self):
+        self.assertEqual(
+            self.live("tidemark", "ssd", 8.0),
+            {
+                "operations, of those alone": (0.74, 0.85, False),
+                "slowest operation, ms": (30, 20, False),
+                # Of all rounds, for both: LVM's were 40, 41 and 42.
+                "slowest operation, of LVM's": (0.714, 1.0, True),
+                "seconds": (9, 8.7, False),
+            },
+        )
+        self.assertEqual(self.live("tidemark", "ssd", 8.3)["seconds"], (9, 9.015, True))
+        self.assertEqual(self.live("tidemark-slow", "ssd", 8.3)["slowest operation, of LVM's"], (1.429, 1.0, False))
+
+    def test_a_rotating_disk_has_no_goal_in_milliseconds_and_no_limit_no_goal_in_seconds(self):
+        self.assertEqual(
+            set(self.live("tidemark", "rotating", None)),
+            {"operations, of those alone", "slowest operation, of LVM's"},
+        )
+        runs = [it for it in RUNS if it["contender"] == "tidemark"]
+        self.assertEqual(self.live("tidemark", "rotating", None, runs), {})
+
+    def test_the_limit_is_the_median_of_its_runs(self):
+        self.assertEqual(figures.limit_seconds([{"seconds": 3}, {"seconds": 1}, {"seconds": 1.5}]), 1.5)
+        self.assertIsNone(figures.limit_seconds([]))
+
+    def test_a_modelled_disk_is_described(self):
+        model = {"memory_backed": 1, "completion_nsec": 7_000_000, "hw_queue_depth": 1, "max_sectors": 2048}
+        self.assertEqual(figures.model(model), "null_blk disks: 7000 us for each request, 1 at once, of at most 1024 KiB")
+        model = {"completion_nsec": 80_000, "hw_queue_depth": 64, "mbps": 400}
+        self.assertEqual(figures.model(model), "null_blk disks: 80 us for each request, 64 at once, 400 MiB/s")
+
     def test_tables_have_a_line_for_each(self):
         found = figures.summary(RUNS)
         lines = figures.text_table(figures.HEADS, figures.rows(found), 2).splitlines()
         self.assertEqual(len(lines), 6)
-        self.assertEqual(lines[4].split(), ["skewed", "tidemark", "370", "0.74", "30", "3.0", "9.0", "0.45", "5.0"])
+        cells = ["skewed", "tidemark", "370", "0.74 / 0.74 / 0.74", "30 / 30 / 30", "8.0 / 9.0 / 10.0", "5.0", "-"]
+        self.assertEqual([cell.strip() for cell in re.split("  +", lines[4])], cells)
         marked = figures.markdown_table(figures.HEADS, figures.rows(found), 2).splitlines()
-        self.assertEqual(marked[1], "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-        self.assertEqual(marked[5], "| skewed | tidemark | 370 | 0.74 | 30 | 3.0 | 9.0 | 0.45 | 5.0 |")
+        self.assertEqual(marked[1], "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        self.assertEqual(marked[5], f"| {' | '.join(cells)} |")
 
 
 class Options(unittest.TestCase):
     def test_letters_and_variants(self):
-        options = vm.arguments(["--loads", "b,pgbench", "--variant", "hot=--order hot", "--quick"])
+        options = guest.arguments(vm.GUEST, ["--loads", "b,pgbench", "--variant", "hot=--order hot", "--quick"])
         self.assertEqual(options.loads, ["skewed", "pgbench"])
         self.assertEqual(options.rounds, 1)
-        passed_on = vm.environment(options)
+        passed_on = guest.environment(vm.GUEST, options)
         self.assertEqual(passed_on["TIDEMARK_BENCH_CONTENDERS"], "none,dd,lvm,tidemark,tidemark-hot=--order hot")
         self.assertEqual(passed_on["TIDEMARK_BENCH_LOADS"], "skewed,pgbench")
+        self.assertEqual(passed_on["TIDEMARK_BENCH_CLOCK"], "tsc")
+
+    def test_a_build_is_a_contender_with_a_program_of_its_own(self):
+        program = os.path.realpath(sys.executable)
+        options = guest.arguments(live.GUEST, ["--build", f"old={program}", "--scheduler", "bfq"])
+        passed_on = guest.environment(live.GUEST, options)
+        self.assertEqual(passed_on["TIDEMARK_BENCH_CONTENDERS"], "none,dd,lvm,tidemark,tidemark-old")
+        self.assertEqual(passed_on["TIDEMARK_BENCH_BUILDS"], f"tidemark-old={program}")
+        self.assertEqual(passed_on["TIDEMARK_BENCH_SCHEDULER"], "bfq")
+        self.assertNotIn("TIDEMARK_BENCH_CLOCK", passed_on)
 
 
 if __name__ == "__main__":

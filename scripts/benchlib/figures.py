@@ -1,14 +1,15 @@
-"""Medians, shares and goals of the measurement in the VM. Pure: runs in, tables out.
+"""Medians, spreads, shares and goals of the measurements in a guest. Pure: runs in, tables out.
 
-A share is taken within a round, against what the same load did alone in that round, and the median of the shares is
-shown; a time or an amount is the median of its rounds. A goal compares such medians.
+A share is taken within a round, against what the same load did alone in that round. Shares, times and amounts are
+medians of their rounds, and shown between the least and the most of them. A goal compares medians; of the live
+measurement's slowest operations, the slowest of all rounds.
 """
 
 import statistics
 
 MIB = 1 << 20
 
-# Operations during the copy: Tidemark's share of what dd of the live device, without any snapshot, leaves.
+# The emulated measurement, against its peers. Operations during the copy: Tidemark's share of what dd of the live device, without any snapshot, leaves.
 GOAL_OF_BOUND = {"uniform": 0.7, "skewed": 0.9, "append": 0.9, "pgbench": 0.9}
 # Operations during the copy: times LVM's.
 GOAL_OF_LVM = {"uniform": 2.0}
@@ -18,6 +19,13 @@ GOAL_OF_TIME = {"uniform": 0.6, "skewed": 0.4, "append": 0.4}
 GOAL_OF_BYTES = {"skewed": 0.5, "append": 0.05}
 # Slowest operation, of LVM's.
 GOAL_OF_SLOWEST = 1.0
+
+# The live measurement. Operations during the copy, of what the load does alone.
+GOAL_OF_ALONE = {"uniform": 0.75, "skewed": 0.85, "append": 0.9, "pgbench": 0.9}
+# The slowest operation, in milliseconds, by profile.
+GOAL_OF_SLOWEST_MS = {"ssd": 20}
+# Time to a complete copy, of what reading and writing as much takes alone; and seconds beside, for the rest.
+GOAL_OF_LIMIT, GOAL_SECONDS_MORE = 1.05, 0.3
 
 PEERS = ("none", "dd", "stream", "lvm")
 
@@ -32,6 +40,17 @@ def median(values):
     return statistics.median(there) if there else None
 
 
+def spread(values):
+    """The least and the most."""
+    there = [value for value in values if value is not None]
+    return (min(there), max(there)) if there else (None, None)
+
+
+def limit_seconds(limits):
+    """What reading and writing what is in use takes; None where nobody measured it."""
+    return median(line["seconds"] for line in limits)
+
+
 def summary(runs):
     """{load: {contender: medians}}, in the order in which they first ran."""
     alone = {(run["load"], run["round"]): run for run in runs if run["contender"] == "none"}
@@ -42,50 +61,76 @@ def summary(runs):
         for contender in dict.fromkeys(run["contender"] for run in of_load):
             mine = [run for run in of_load if run["contender"] == contender]
 
-            def share(key):
+            def shares(key):
                 pairs = [(run, alone.get((load, run["round"]))) for run in mine]
-                return median(ratio(run[key], base[key]) for run, base in pairs if base)
+                return [ratio(run[key], base[key]) for run, base in pairs if base]
 
+            values = {
+                "operations_per_second": [run["operations_per_second"] for run in mine],
+                "operations_share": shares("operations_per_second"),
+                "slowest_ms": [run["slowest_ms"] for run in mine],
+                "seconds": [run["seconds"] for run in mine] if contender != "none" else [],
+                "preserved_bytes": [run.get("preserved_bytes") for run in mine],
+                "busy_share": [run.get("busy_share") for run in mine],
+            }
             found[load][contender] = {
                 "rounds": len(mine),
-                "operations_per_second": median(run["operations_per_second"] for run in mine),
-                "operations_share": share("operations_per_second"),
-                "slowest_ms": median(run["slowest_ms"] for run in mine),
-                "slowest_share": share("slowest_ms"),
-                "seconds": median(run["seconds"] for run in mine) if contender != "none" else None,
-                "preserved_bytes": median(run.get("preserved_bytes") for run in mine),
+                **{key: median(those) for key, those in values.items()},
+                "spread": {key: spread(those) for key, those in values.items()},
             }
     return found
 
 
-def goals(found):
-    """What was to be reached, for each variant of Tidemark; where a peer is missing there is no goal."""
-    judged = []
+def judgement(load, contender, text, value, limit, at_least):
+    """A goal and what became of it; none where there is no value, for want of a peer."""
+    if value is None:
+        return []
+    met = value >= limit if at_least else value <= limit
+    return [{"load": load, "contender": contender, "goal": text, "value": value, "limit": limit, "met": met}]
 
-    def judge(load, contender, text, value, limit, at_least):
-        if value is not None:
-            met = value >= limit if at_least else value <= limit
-            judged.append({"load": load, "contender": contender, "goal": text, "value": value, "limit": limit, "met": met})
 
+def own(found):
+    """Each variant of Tidemark, with the contenders beside it."""
     for load, contenders in found.items():
-        bound, lvm = contenders.get("dd", {}), contenders.get("lvm", {})
         for contender, mine in contenders.items():
-            if contender in PEERS:
-                continue
+            if contender not in PEERS:
+                yield load, contender, mine, contenders
 
-            def of(peer, key):
-                return ratio(mine[key], peer.get(key))
 
-            def goal(table, text, value, at_least):
-                if load in table:
-                    judge(load, contender, text, value, table[load], at_least)
+def goals(found):
+    """What was to be reached of the peers' figures; where a peer is missing there is no goal."""
+    judged = []
+    for load, contender, mine, contenders in own(found):
+        bound, lvm = contenders.get("dd", {}), contenders.get("lvm", {})
+        for table, text, key, peer, at_least in (
+            (GOAL_OF_BOUND, "operations, of dd's, at least", "operations_share", bound, True),
+            (GOAL_OF_LVM, "operations, of LVM's, at least", "operations_share", lvm, True),
+            (GOAL_OF_TIME, "seconds, of LVM's, at most", "seconds", lvm, False),
+            (GOAL_OF_BYTES, "bytes preserved, of LVM's, at most", "preserved_bytes", lvm, False),
+        ):
+            if load in table:
+                value = ratio(mine[key], peer.get(key))
+                judged += judgement(load, contender, text, value, table[load], at_least)
+        slowest = ratio(mine["slowest_ms"], lvm.get("slowest_ms"))
+        judged += judgement(load, contender, "slowest operation, of LVM's, at most", slowest, GOAL_OF_SLOWEST, False)
+    return judged
 
-            goal(GOAL_OF_BOUND, "operations, of dd's, at least", of(bound, "operations_share"), True)
-            goal(GOAL_OF_LVM, "operations, of LVM's, at least", of(lvm, "operations_share"), True)
-            goal(GOAL_OF_TIME, "seconds, of LVM's, at most", of(lvm, "seconds"), False)
-            goal(GOAL_OF_BYTES, "bytes preserved, of LVM's, at most", of(lvm, "preserved_bytes"), False)
-            slowest = of(lvm, "slowest_ms")
-            judge(load, contender, "slowest operation, of LVM's, at most", slowest, GOAL_OF_SLOWEST, False)
+
+def live_goals(profile, found, limit):
+    """What was to be reached of what the load does alone, of the disk's own limit (seconds), and never to be worse."""
+    judged = []
+    for load, contender, mine, contenders in own(found):
+        share = mine["operations_share"]
+        judged += judgement(load, contender, "operations, of those alone, at least", share, GOAL_OF_ALONE[load], True)
+        slowest = mine["spread"]["slowest_ms"][1]
+        if profile in GOAL_OF_SLOWEST_MS:
+            most = GOAL_OF_SLOWEST_MS[profile]
+            judged += judgement(load, contender, "slowest operation, ms, at most", slowest, most, False)
+        of_lvm = ratio(slowest, contenders["lvm"]["spread"]["slowest_ms"][1]) if "lvm" in contenders else None
+        judged += judgement(load, contender, "slowest operation, of LVM's, at most", of_lvm, GOAL_OF_SLOWEST, False)
+        if limit is not None:
+            most = GOAL_OF_LIMIT * limit + GOAL_SECONDS_MORE
+            judged += judgement(load, contender, "seconds, at most", mine["seconds"], most, False)
     return judged
 
 
@@ -93,24 +138,30 @@ def number(value, digits):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-HEADS = ("load", "contender", "op/s", "share", "slowest ms", "times alone", "seconds", "of LVM's", "preserved MiB")
+HEADS = ("load", "contender", "op/s", "share", "slowest ms", "seconds", "preserved MiB", "CPU")
+
+
+def between(it, key, digits):
+    """The median, between the least and the most where there are several rounds."""
+    least, most = it["spread"][key]
+    middle = number(it[key], digits)
+    if it["rounds"] == 1 or it[key] is None:
+        return middle
+    return f"{number(least, digits)} / {middle} / {number(most, digits)}"
 
 
 def rows(found):
     for load, contenders in found.items():
-        lvm = contenders.get("lvm", {})
         for contender, it in contenders.items():
-            preserved = ratio(it["preserved_bytes"], MIB)
             yield (
                 load,
                 contender,
                 number(it["operations_per_second"], 0),
-                number(it["operations_share"], 2),
-                number(it["slowest_ms"], 0),
-                number(it["slowest_share"], 1),
-                number(it["seconds"], 1),
-                number(ratio(it["seconds"], lvm.get("seconds")), 2),
-                number(preserved, 1),
+                between(it, "operations_share", 2),
+                between(it, "slowest_ms", 0),
+                between(it, "seconds", 1),
+                number(ratio(it["preserved_bytes"], MIB), 1),
+                number(it["busy_share"], 2),
             )
 
 
@@ -141,10 +192,23 @@ def markdown_table(heads, lines, left):
 
 def conditions(setup):
     """The machine of a profile, in a line."""
+    volume = f"{setup['volume_mib']} MiB, {setup['used_share']:.0%} in use"
+    kernel = f"kernel {setup['kernel']}, {setup['cpus']} CPU"
+    if "model" in setup:
+        return f"{volume}; {model(setup['model'])}, {setup['scheduler']}; {kernel}"
     flush = f"flushes of the store's disk take {setup['flush_ms']} ms" if setup["flush_ms"] else "flushes are free"
     ways = "for reads and writes together" if setup["disk"] == "shared" else "each way"
     return (
-        f"{setup['volume_mib']} MiB, {setup['used_share']:.0%} in use; disks of "
-        f"{setup['disk_bytes_per_second'] // MIB} MiB/s {ways} and {setup['disk_requests_per_second']} requests/s, {flush}; "
-        f"kernel {setup['kernel']}, clock {setup.get('clock', 'hpet')}"
+        f"{volume}; disks of {setup['disk_bytes_per_second'] // MIB} MiB/s {ways} and "
+        f"{setup['disk_requests_per_second']} requests/s, {flush}; {kernel}, clock {setup.get('clock', 'hpet')}"
     )
+
+
+def model(it):
+    """A disk of null_blk in words."""
+    words = [f"null_blk disks: {it['completion_nsec'] / 1000:g} us for each request", f"{it['hw_queue_depth']} at once"]
+    if it.get("max_sectors"):
+        words.append(f"of at most {it['max_sectors'] // 2} KiB")
+    if it.get("mbps"):
+        words.append(f"{it['mbps']} MiB/s")
+    return ", ".join(words)

@@ -13,9 +13,13 @@ Contenders, in an order that rotates from round to round:
   none      the load alone
   dd        dd of the live device: not a copy of any instant, but what reading and writing it costs at least
   stream    fio reads as much of the live device as is in use, in requests of 128 KiB, and writes as much to the
-            secondary at the rate of the disk: what it costs to read and write at once, with no copy-on-write
+            secondary, both at once: what it costs to read and write, with no copy-on-write
   lvm       a thick LVM snapshot with chunks of 4 KiB, dd of it, and its removal
-  tidemark  tidemark copy, with TIDEMARK_BENCH_OPTIONS; NAME=OPTIONS are further variants of it
+  tidemark  tidemark copy, with TIDEMARK_BENCH_OPTIONS; NAME=OPTIONS are further variants of it, and
+            TIDEMARK_BENCH_BUILDS (NAME=PATH, ...) holds other programs for some of them
+
+Before the loads, three lines of type `limit`: the time in which fio reads as much as is in use and writes as much, both
+at once, in deep queues and with no load beside it. No copy can be faster.
 
 A load runs for a while before the copy begins, and beyond its end. What it did is counted between the two moments
 only: from before the first command of the copy to when the secondary is complete and synced, and for Tidemark, whose
@@ -39,15 +43,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.dont_write_bytecode = True
 import window
 
-WARM_SECONDS = 2.5
-COOL_SECONDS = 1.0
-SETTLE_SECONDS = 1.0
+ENV = os.environ
+WARM_SECONDS = float(ENV["TIDEMARK_BENCH_WARM_SECONDS"])
+SETTLE_SECONDS = float(ENV["TIDEMARK_BENCH_SETTLE_SECONDS"])
+COOL_SECONDS = SETTLE_SECONDS
+# The end of the warm-up is measured too: it tells whether a load had come to its pace.
+WARM_SKIPPED_SECONDS = WARM_SECONDS / 5
+LIMIT_RUNS = 3
 # A load has begun when the origin has seen so many writes.
 WRITES_BEGUN = 50
 STEP_SECONDS_MAX = 600
 SECTOR_BYTES = 512
 
-ENV = os.environ
 ORIGIN, SECONDARY = ENV["BENCH_ORIGIN"], ENV["BENCH_SECONDARY"]
 MOUNT = "/mnt/origin"
 
@@ -194,14 +201,26 @@ def copy_dd(_options):
     return {"start": start, "end": time.time()}
 
 
+def used_bytes():
+    """What a copy has to read: all but the free blocks, the filesystem's own included."""
+    found = os.statvfs(MOUNT)
+    return (int(ENV["TIDEMARK_BENCH_VOLUME_MIB"]) << 20) - found.f_bfree * found.f_frsize
+
+
+def run_stream(block_kib, depth):
+    """Reads what is in use and writes as much, both at once; seconds by fio's clock, for starting it is no reading."""
+    both = ["--direct=1", "--ioengine=io_uring", f"--iodepth={depth}", f"--size={used_bytes() >> 12 << 12}"]
+    reader = ["--name=read", f"--filename={ORIGIN}", "--rw=read", f"--bs={block_kib}k"]
+    writer = ["--name=write", f"--filename={SECONDARY}", "--rw=write", "--bs=1M", "--end_fsync=1"]
+    out = run(["fio", "--thread", "--output-format=json", *both, *reader, *writer])
+    # Notes may stand before the JSON.
+    jobs = json.loads(out[out.index("{") :])["jobs"]
+    return max(job[way]["runtime"] for job in jobs for way in ("read", "write")) / 1000
+
+
 def copy_stream(_options):
-    used_kib = int(run(["df", "--output=used", "-k", MOUNT]).splitlines()[1])
-    rate = int(ENV["TIDEMARK_BENCH_DISK_BYTES_PER_SECOND"])
-    both = ["--thread", "--direct=1", "--ioengine=io_uring", "--iodepth=2", f"--size={used_kib}k"]
-    reader = ["--name=read", f"--filename={ORIGIN}", "--rw=read", "--bs=128k"]
-    writer = ["--name=write", f"--filename={SECONDARY}", "--rw=write", "--bs=1M", f"--rate={rate}", "--end_fsync=1"]
     start = time.time()
-    run(["fio", *both, *reader, *writer])
+    run_stream(128, 2)
     return {"start": start, "end": time.time()}
 
 
@@ -232,10 +251,12 @@ def copy_lvm(_options):
     }
 
 
-def copy_tidemark(options):
-    command = ["tidemark", "copy", ORIGIN, SECONDARY, "--yes", "--json", "--store", ENV["BENCH_STORE"]]
-    # The budget is a guard, and the emulation is slow.
-    command += ["--freeze-budget", "30s", *shlex.split(options)]
+def copy_tidemark(options, program="tidemark"):
+    command = [program, "copy", ORIGIN, SECONDARY, "--yes", "--json", "--store", ENV["BENCH_STORE"]]
+    if ENV["TIDEMARK_MACHINE"] == "qemu":
+        # The budget is a guard, and the emulation is slow.
+        command += ["--freeze-budget", "30s"]
+    command += shlex.split(options)
     start = time.time()
     out = run(command)
     end = time.time()
@@ -249,15 +270,29 @@ def copy_tidemark(options):
     }
 
 
+BUILDS = dict(word.split("=", 1) for word in ENV["TIDEMARK_BENCH_BUILDS"].split(",") if word)
 COPIES = {"none": copy_none, "dd": copy_dd, "stream": copy_stream, "lvm": copy_lvm}
 # Those that leave no filesystem on the secondary, or none of one instant.
 UNCHECKED = ("none", "dd", "stream")
+
+
+def copy(name, options):
+    if name in COPIES:
+        return COPIES[name](options)
+    return copy_tidemark(options, BUILDS.get(name, "tidemark"))
 
 
 def cpu_seconds():
     """Of the commands that have ended; the load's come later."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return children.ru_utime + children.ru_stime
+
+
+def ticks():
+    """Of all processors together: those that had work, and all."""
+    found = [int(word) for word in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    # user, nice, system, idle, iowait, and what the kernel does beside.
+    return sum(found) - found[3] - found[4], sum(found)
 
 
 def writes_seen():
@@ -292,9 +327,9 @@ def measure(load, name, options, checked):
     os.sync()
     time.sleep(SETTLE_SECONDS)
     begin(load)
-    before = cpu_seconds()
-    copied = COPIES.get(name, copy_tidemark)(options)
-    spent = cpu_seconds() - before
+    before, (busy, all_ticks) = cpu_seconds(), ticks()
+    copied = copy(name, options)
+    spent, (busy_after, all_after) = cpu_seconds() - before, ticks()
     time.sleep(COOL_SECONDS)
     operations = load.stop()
     start, end = copied.pop("start"), copied.pop("end")
@@ -303,8 +338,9 @@ def measure(load, name, options, checked):
     return {
         **copied,
         "cpu_seconds": spent,
+        "busy_share": round((busy_after - busy) / max(all_after - all_ticks, 1), 3),
         **window.figures(operations, start, end),
-        "warm": window.figures(operations, start - WARM_SECONDS + 0.5, start),
+        "warm": window.figures(operations, start - WARM_SECONDS + WARM_SKIPPED_SECONDS, start),
     }
 
 
@@ -317,6 +353,18 @@ def contenders(text, base):
     return found
 
 
+def disks():
+    if model := ENV["TIDEMARK_BENCH_MODEL"]:
+        words = dict(word.split("=") for word in model.split())
+        return {"model": {key: int(value) for key, value in words.items()}, "scheduler": ENV["TIDEMARK_BENCH_SCHEDULER"]}
+    return {
+        "disk": ENV["TIDEMARK_BENCH_DISK"],
+        "disk_bytes_per_second": int(ENV["TIDEMARK_BENCH_DISK_BYTES_PER_SECOND"]),
+        "disk_requests_per_second": int(ENV["TIDEMARK_BENCH_DISK_REQUESTS_PER_SECOND"]),
+        "clock": ENV["TIDEMARK_BENCH_CLOCK"],
+    }
+
+
 def setup(names):
     version = lambda *command: run(list(command)).splitlines()[0].strip()
     used, total = run(["df", "--output=used,size", "-k", MOUNT]).splitlines()[1].split()
@@ -327,14 +375,12 @@ def setup(names):
         "cpus": os.cpu_count(),
         "volume_mib": int(ENV["TIDEMARK_BENCH_VOLUME_MIB"]),
         "used_share": round(int(used) / int(total), 3),
-        "disk": ENV["TIDEMARK_BENCH_DISK"],
-        "disk_bytes_per_second": int(ENV["TIDEMARK_BENCH_DISK_BYTES_PER_SECOND"]),
-        "disk_requests_per_second": int(ENV["TIDEMARK_BENCH_DISK_REQUESTS_PER_SECOND"]),
+        **disks(),
         "flush_ms": int(ENV["TIDEMARK_BENCH_FLUSH_MS"]),
         "store": ENV["BENCH_STORE"],
-        "clock": ENV["TIDEMARK_BENCH_CLOCK"],
         "seed": int(ENV["TIDEMARK_SEED"]),
         "contenders": dict(names),
+        "builds": BUILDS,
         "versions": {
             "tidemark": version("tidemark", "--version"),
             "lvm": version("lvm", "version"),
@@ -349,6 +395,12 @@ def main():
     names = contenders(ENV["TIDEMARK_BENCH_CONTENDERS"], ENV["TIDEMARK_BENCH_OPTIONS"])
     with open(results, "w", buffering=1) as out:
         out.write(json.dumps(setup(names)) + "\n")
+        for _ in range(LIMIT_RUNS):
+            os.sync()
+            time.sleep(SETTLE_SECONDS)
+            line = {"type": "limit", "bytes": used_bytes(), "seconds": run_stream(1024, 16)}
+            note(f"read and written at once, with no load: {line['bytes'] >> 20} MiB in {line['seconds']:.2f} s")
+            out.write(json.dumps(line) + "\n")
         for load_name in ENV["TIDEMARK_BENCH_LOADS"].split(","):
             load = LOADS[load_name]
             load.prepare()

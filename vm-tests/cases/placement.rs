@@ -71,6 +71,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_adopt", A, F, F, ""),
     ("soak", F, N, N, "hundreds of short copies, and faults that stock kernels cannot inject"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),
+    ("bench_ssd", A, N, N, "a measurement at native speed"),
+    ("bench_rotating", A, N, N, "a measurement at native speed"),
     ("bench_normal", N, A, N, "a measurement of the stock kernel"),
     ("bench_slow", N, A, N, "a measurement of the stock kernel"),
 ];
