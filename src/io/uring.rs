@@ -44,6 +44,8 @@ struct Job {
     open: u32,
     /// Interrupted calls in a row (zeroing; transfers count their own).
     retries: u32,
+    /// The kernel has refused to do a part of it without waiting.
+    may_wait: bool,
     failure: Option<Error>,
 }
 
@@ -181,14 +183,26 @@ impl UringEngine {
         // The kernel keeps no order.
         let in_turn = in_turn || transfers.iter().any(Transfer::is_stream);
         let work = Work::Transfer { hold, index, transfers };
-        let job = self.add_job(Job { token, file, work, in_turn, under_way: 0, open, retries: 0, failure });
+        let job =
+            Job { token, file, work, in_turn, under_way: 0, open, retries: 0, may_wait: false, failure };
+        let job = self.add_job(job);
         let parts = if in_turn { open.min(1) } else { open };
         self.waiting.extend((0..parts).map(|part| Ask { job, part, poll: false }));
         self.end_if_done(job);
     }
 
     fn submit_plain(&mut self, token: u64, file: FileIx, work: Work) {
-        let job = Job { token, file, work, in_turn: false, under_way: 0, open: 1, retries: 0, failure: None };
+        let job = Job {
+            token,
+            file,
+            work,
+            in_turn: false,
+            under_way: 0,
+            open: 1,
+            retries: 0,
+            may_wait: false,
+            failure: None,
+        };
         let job = self.add_job(job);
         self.waiting.push_back(Ask { job, part: 0, poll: false });
     }
@@ -228,8 +242,9 @@ impl UringEngine {
                 },
             };
             job.under_way += 1;
+            let may_wait = job.may_wait;
             self.ring
-                .push(file.slot, operation, ask.user())
+                .push(file.slot, operation, ask.user(), may_wait)
                 .map_err(|error| Error::kernel("submission to io_uring", error))?;
         }
         Ok(())
@@ -289,6 +304,11 @@ impl UringEngine {
             unreachable!("reap has matched the kind of work")
         };
         let transfer = &mut transfers[at(ask.part)];
+        // The kernel first tries without waiting. Where that is refused, it asks again itself, with waiting, unless the
+        // refusal arrives with a completion from elsewhere: as for a request that device-mapper splits over two disks,
+        // one of which has to split its part again. That is refused however often it is asked so.
+        let refused = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN));
+        job.may_wait |= refused && !transfer.is_stream();
         let step = match (ask.poll, result) {
             // A failed poll says nothing: the transfer itself will.
             (true, _) => Step::Again,

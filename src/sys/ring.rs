@@ -293,12 +293,19 @@ impl Ring {
     }
 
     /// Queues an operation; the kernel sees it with the next [`Ring::submit`] or [`Ring::wait`].
-    /// `user` comes back in its [`Answer`]. Panics without room and for a range outside the buffer:
+    /// `user` comes back in its [`Answer`]. With `may_wait` a worker thread of the kernel makes the call, and waits
+    /// where need be; without, the kernel first tries not to. Panics without room and for a range outside the buffer:
     /// the caller's broken invariants.
     ///
     /// # Errors
     /// The errno of io_uring_enter(2), where the submission queue had to be emptied first.
-    pub fn push(&mut self, slot: FileSlot, operation: Operation, user: u64) -> io::Result<()> {
+    pub fn push(
+        &mut self,
+        slot: FileSlot,
+        operation: Operation,
+        user: u64,
+        may_wait: bool,
+    ) -> io::Result<()> {
         assert!(usize::from(slot.0) < self.files.len(), "a slot is one that add_file gave");
         assert!(self.has_room(), "push needs room");
         if self.ring.submission().is_full() {
@@ -321,7 +328,8 @@ impl Ring {
         if let Some(hold) = hold {
             self.held[hold.0].as_mut().expect("entry() has seen it held").under_way += 1;
         }
-        let entry = entry.user_data(user_data(index));
+        let flags = if may_wait { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let entry = entry.user_data(user_data(index)).flags(flags);
         // SAFETY: the memory that the entry names lies inside a held buffer (`memory_of` checks the
         // range), stays at its address while held, and is held until the answer was taken
         // (`under_way` counts; `release` refuses; Drop drains or leaks). A read's memory is borrowed

@@ -46,6 +46,11 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(700)
             .limit_seconds(600),
         without_switch("copy_files_after", "files_after.sh").disk_mib(160).disk_mib(900).limit_seconds(600),
+        main_job("copy_across_disks", "across_disks.sh")
+            .disk_mib(140)
+            .disk_mib(140)
+            .disk_mib(300)
+            .limit_seconds(300),
         main_job("copy_faults", "faults.sh")
             .disk_mib(96)
             .disk_mib(700)

@@ -55,6 +55,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_resume", A, A, F, "resume, two processors"),
     ("copy_hold", A, F, F, ""),
     ("copy_files_after", A, F, F, ""),
+    ("copy_across_disks", A, F, F, ""),
     ("copy_faults", A, F, F, ""),
     ("copy_refusals", A, F, F, ""),
     ("copy_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
