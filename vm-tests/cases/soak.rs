@@ -42,7 +42,7 @@ fn guest(index: usize) -> Case {
         // The origin's two, the secondary, the store, and one for everything else, which never fails.
         .disk_mib(112)
         .disk_mib(112)
-        .disk_mib(112)
+        .disk_mib(256)
         .disk_mib(256)
         .disk_mib(512)
         .memory_mib(1024)

@@ -48,7 +48,6 @@ class Part(threading.Thread):
 
     def run(self):
         try:
-            self.prepare()
             while not STOP.is_set():
                 try:
                     self.once()
@@ -107,11 +106,14 @@ class Overwrite(Part):
             with open(path, "wb") as file:
                 file.write(b"\0" * self.bytes())
         self.descriptor = os.open(path, self.flags())
+        self.memory = self.memory_of_its_own()
+
+    def start(self):
+        super().start()
         for number in range(1, self.spec["depth"]):
             thread = threading.Thread(target=self.work, args=(number,), daemon=True)
             thread.start()
             self.others.append(thread)
-        self.memory = self.memory_of_its_own()
 
     def memory_of_its_own(self):
         # Page-aligned, as direct I/O wants it.
@@ -336,6 +338,9 @@ def main():
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     parts = parts_of(json.loads(specs), target, int(size), seed)
+    # All have their space before one takes what is left.
+    for part in parts:
+        part.prepare()
     for part in parts:
         part.start()
     while not asked:

@@ -197,7 +197,7 @@ class Disk:
         self.sectors = sectors_of(self.kernel_name)
         self.delay = delay
         self.node = dm_create(self.name, self.own_table())
-        self.is_faulty = self.is_suspended = False
+        self.is_faulty = self.was_faulty = self.is_suspended = False
 
     def own_table(self):
         if self.delay is None:
@@ -213,7 +213,7 @@ class Disk:
 
     def fail(self, way, percent, choices):
         """`percent` of its blocks or requests fail from now on; `choices` decides which blocks."""
-        self.is_faulty = True
+        self.is_faulty = self.was_faulty = True
         whole = f"0 {self.sectors}"
         if way == "error" and percent == 100:
             self.reload(f"{whole} error")

@@ -27,6 +27,7 @@ CAPTURE = (
     f'dd if="$TIDEMARK_ORIGIN_BELOW" of={INSTANT}.new bs=1M iflag=direct status=none '
     f'&& grep -q "^State:.[RSD]" /proc/$PPID/status && mv {INSTANT}.new {INSTANT}'
 )
+EARLY_DEATHS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 PHASES = ("prepare", "instant", "data", "originals", "verify", "finish")
 
 
@@ -202,6 +203,10 @@ class Copy:
         while True:
             self.follow(command)
             status = command.status()
+            if status in EARLY_DEATHS and not command.phases:
+                # The signal came before the command was there to catch it: as if it had never begun, or gone on.
+                self.give_up()
+                break
             if status != -signal.SIGKILL:
                 break
             then = self.killed()

@@ -218,11 +218,7 @@ def choose_events(choose, copy, kib, filesystem, is_last):
         event = {"do": "crash", "point": choose.pick(*CRASH_POINTS), "then": choose.pick("resume", "resume", "recover")}
         return [event] + (choose_kills(choose, copy) if choose.chance(25) and event["then"] == "resume" else [])
     if kind == "overflow":
-        # Some of the chunks fit; the smallest store is 4 MiB, or eight chunks.
-        least = max(4 * MIB, 8 * copy["chunk_kib"])
-        copy["store"]["size_kib"] = max(least, kib // choose.pick(4, 8, 16))
-        copy["store"]["ram_mib"] = choose.pick(0, 1)
-        copy["store"]["keep"] = False
+        choose_small_store(choose, copy, kib)
         return [{"do": "overflow"}]
     if kind == "no-space":
         secondary["place"] = "small"
@@ -238,6 +234,18 @@ def choose_events(choose, copy, kib, filesystem, is_last):
     elif kind in ("store-hang", "stop"):
         event["ms"] = choose.number(100, 4000 if kind == "store-hang" else 2000)
     return [event]
+
+
+def choose_small_store(choose, copy, kib):
+    """Few of the chunks fit, and small writes preserve large ones; the smallest store is 4 MiB, or eight chunks."""
+    copy["chunk_kib"] = choose.pick(16, 64, 256)
+    copy["segment_kib"] = max(copy["segment_kib"], copy["chunk_kib"])
+    # What is released late is preserved for long.
+    copy["region_kib"] = choose.pick(kib, max(copy["region_kib"] or 8 * MIB, copy["segment_kib"]))
+    copy["rate_kib"] = int(kib * 1000 / choose.number(2000, 4000))
+    copy["store"]["size_kib"] = max(4 * MIB, 8 * copy["chunk_kib"])
+    copy["store"]["ram_mib"] = choose.pick(0, 1)
+    copy["store"]["keep"] = False
 
 
 def choose_event_kind(choose, copy, is_last):
@@ -274,12 +282,15 @@ def choose_kills(choose, copy):
 
 
 def choose_fault(choose, copy, event):
-    event["way"] = choose.pick("error", "flakey-writes", "flakey", "dust", "fail-make-request")
-    event["percent"] = choose.pick(1, 10, 100)
-    event["ms"] = choose.number(50, 3000)
+    event["way"] = choose.weighted(
+        (30, "error"), (25, "flakey-writes"), (15, "flakey"), (10, "dust"), (20, "fail-make-request"))
+    event["percent"] = choose.pick(10, 100, 100)
+    event["ms"] = choose.number(200, 3000)
     if event["do"] == "store-fault":
-        # In RAM nobody would see it.
+        # In RAM nobody would see it, nor behind the last write to the store.
         copy["store"]["ram_mib"] = 0
+        if choose.chance(70):
+            event["at"] = {"phase": "data", "percent": choose.number(0, 50), "ms": 0}
     else:
         copy["secondary"]["place"] = "own"
 

@@ -131,7 +131,12 @@ class Stage:
             self.mount(place, "ext4", self.disks[place].node)
 
     def own_filesystem(self, place):
-        """A file system on the disk of that name, made when it is first wanted; its folder."""
+        """A file system on the disk of that name, made when it is first wanted and after each fault; its folder."""
+        disk = self.disks[place]
+        if disk.was_faulty:
+            # One that has seen errors takes no more writes.
+            self.unmount(place)
+            disk.was_faulty = False
         if place not in self.mounted:
             run("mkfs.ext4", "-q", "-F", "-m", "0", "-N", "64", "-E", "nodiscard", self.disks[place].node)
             self.mount(place, "ext4", self.disks[place].node)
