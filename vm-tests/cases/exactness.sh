@@ -29,12 +29,14 @@ size=$(blockdev --getsize64 "$origin")
 make_filesystem "$FS" "$origin" /mnt/origin
 make_filesystem ext4 "$scratch_disk" /mnt/scratch
 
-# The load must have been felt: a copy in which no original was preserved proves nothing.
-preserved_something() {
+# The load must have been felt: copies in which no original was preserved prove little. One alone may be ahead of its
+# writers, above all where what is written most is copied first.
+preserved=0
+count_preserved() {
     local count
     count=$(grep -o '"originals_count":[0-9]*' /run/copy.json | cut -d: -f2 | tail -n 1)
     note "originals: $count"
-    [ "$count" -gt 0 ] || fail "nothing was preserved"
+    preserved=$((preserved + count))
 }
 
 one_copy() {
@@ -77,7 +79,7 @@ one_copy() {
         fi
         tidemark verify /mnt/scratch/copy.tdm --against "$target"
     fi
-    preserved_something
+    count_preserved
     compare "$target"
     [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed: $(dmsetup table "$origin")"
     assert_no_tidemark_left data
@@ -104,6 +106,12 @@ start_load /mnt/origin "$SEED"
 for kind in $(printf '%s\n' raw-device raw-file overlay append pipe | some_under_emulation kinds 1); do
     one_copy "$kind"
 done
+# Random options may let every copy be ahead of its writers: the next ones have others.
+for round in 1 2 3; do
+    [ "$preserved" = 0 ] || break
+    SEED=$((SEED + round)) one_copy append
+done
+[ "$preserved" -gt 0 ] || fail "nothing was preserved, in any copy"
 stop_load
 umount /mnt/origin
 filesystem_check "$FS" "$origin"
