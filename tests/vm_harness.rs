@@ -54,7 +54,7 @@ fn as_many_run_at_once_as_are_asked_for() {
         1,
         0..AT_ONCE,
         |_| false,
-        |_| {
+        |_, _| {
             let mut count = pool::locked(&inside);
             *count += 1;
             changed.notify_all();
@@ -66,10 +66,30 @@ fn as_many_run_at_once_as_are_asked_for() {
 }
 
 #[test]
+fn each_of_those_at_work_has_a_number_of_its_own() {
+    const WORKERS: usize = 3;
+    let busy = Mutex::new([false; WORKERS]);
+    pool::for_each(
+        WORKERS,
+        1,
+        0..30,
+        |_| false,
+        |worker, _| {
+            assert!(
+                !std::mem::replace(&mut pool::locked(&busy)[worker], true),
+                "two at once are worker {worker}"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+            pool::locked(&busy)[worker] = false;
+        },
+    );
+}
+
+#[test]
 fn every_item_is_worked_on_once() {
     for workers in [0, 1, 2, 9] {
         let done = Mutex::new(Vec::new());
-        pool::for_each(workers, 1, 0..7, |item| item % 3 == 0, |item| pool::locked(&done).push(item));
+        pool::for_each(workers, 1, 0..7, |item| item % 3 == 0, |_, item| pool::locked(&done).push(item));
         let mut done = done.into_inner().unwrap();
         done.sort_unstable();
         assert_eq!(done, (0..7).collect::<Vec<_>>(), "{workers} workers");
@@ -84,7 +104,7 @@ fn no_more_heavy_items_are_worked_on_at_once_than_allowed() {
         2,
         0..40,
         |item| item % 2 == 0,
-        |item| {
+        |_, item| {
             if item % 2 == 0 {
                 most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                 std::thread::sleep(Duration::from_millis(1));

@@ -39,6 +39,7 @@ fn remembered(host: &mut Host) -> Result<String> {
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     host.accel = "kvm".to_owned();
     let works = host.probe(&Boot {
+        worker: 0,
         kernel: Kernel::Main,
         clock: Clock::default(),
         memory_mib: 512,

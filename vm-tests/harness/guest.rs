@@ -34,6 +34,8 @@ pub struct Host {
 pub struct Boot<'case> {
     /// The kernel.
     pub kernel: Kernel,
+    /// Which of the runner's guests it is at the time, from 0.
+    pub worker: usize,
     /// What the guest's kernel reads the time from; QEMU only.
     pub clock: Clock,
     /// The guest's memory.

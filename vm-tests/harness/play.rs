@@ -84,15 +84,15 @@ impl<'run> Stage<'run> {
         Ok(Stage { host, binary, stamps, seed, seed_given, time_scale, skips_fail, options })
     }
 
-    /// Plays the case, unless it need not or cannot.
-    pub fn judge(&self, case: &Case, kernel: Kernel) -> Verdict {
-        match self.try_judge(case, kernel) {
+    /// Plays the case, unless it need not or cannot, as the runner's `worker`th.
+    pub fn judge(&self, case: &Case, kernel: Kernel, worker: usize) -> Verdict {
+        match self.try_judge(case, kernel, worker) {
             Ok(verdict) => verdict,
             Err(error) => Verdict::Failed(format!("  the harness: {error:#}")),
         }
     }
 
-    fn try_judge(&self, case: &Case, kernel: Kernel) -> Result<Verdict> {
+    fn try_judge(&self, case: &Case, kernel: Kernel, worker: usize) -> Result<Verdict> {
         let missing = self.missing(case, kernel);
         if case.expect == Expect::Skip {
             let failed = Verdict::Failed("  ran, where something was to be missing".to_owned());
@@ -110,7 +110,7 @@ impl<'run> Stage<'run> {
         }
         self.stamps.forget(&run_name);
         let folder = self.host.vm.join("run").join(&run_name);
-        let outcome = self.play(case, kernel, &folder)?;
+        let outcome = self.play(case, kernel, worker, &folder)?;
         if outcome == case.expect {
             if !self.options.keep {
                 remove_disks(&folder)?;
@@ -135,7 +135,7 @@ impl<'run> Stage<'run> {
     }
 
     /// Boots each phase until one does not go as it must.
-    fn play(&self, case: &Case, kernel: Kernel, folder: &Path) -> Result<Expect> {
+    fn play(&self, case: &Case, kernel: Kernel, worker: usize, folder: &Path) -> Result<Expect> {
         let share = folder.join("case");
         if folder.exists() {
             fs::remove_dir_all(folder).with_context(|| format!("cannot clear {}", folder.display()))?;
@@ -159,6 +159,7 @@ impl<'run> Stage<'run> {
             let delay_ms = phase.cut.as_ref().map_or(0, |cut| u64::from(self.seed) % (cut.delay_ms_max + 1));
             let boot = Boot {
                 kernel,
+                worker,
                 clock: case.clock,
                 memory_mib: case.memory_mib,
                 disks: disks.clone(),

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
-/// Calls `work` for every item, by `workers` threads, at least one; returns when all are done. Of the items for which
-/// `is_heavy` is true, at most `heavy_max`, at least one, are worked on at a time, and those are begun first.
+/// Calls `work` for every item, by `workers` threads, at least one; returns when all are done. It is given the thread's
+/// number, from 0: no two items are worked on under the same number at a time. Of the items for which `is_heavy` is
+/// true, at most `heavy_max`, at least one, are worked on at a time, and those are begun first.
 ///
 /// # Panics
 /// Where `work` does.
@@ -14,7 +15,7 @@ pub fn for_each<T: Send>(
     heavy_max: usize,
     items: impl IntoIterator<Item = T>,
     is_heavy: impl Fn(&T) -> bool,
-    work: impl Fn(T) + Sync,
+    work: impl Fn(usize, T) + Sync,
 ) {
     let (heavy, light): (VecDeque<T>, VecDeque<T>) = items.into_iter().partition(is_heavy);
     let heavy_max = heavy_max.clamp(1, workers.max(1));
@@ -32,7 +33,7 @@ pub fn for_each<T: Send>(
                         // work is done, and all would work one after the other.
                         let next = locked(queue).pop_front();
                         let Some(item) = next else { break };
-                        work(item);
+                        work(worker, item);
                     }
                 }
             });

@@ -60,9 +60,9 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally> {
         stage.seed
     );
     let tally = Mutex::new(Tally::default());
-    let work = |(case, kernel): Run| {
+    let work = |worker: usize, (case, kernel): Run| {
         let start = Instant::now();
-        let verdict = stage.judge(&case, kernel);
+        let verdict = stage.judge(&case, kernel, worker);
         report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
     };
     // Emulated guests that share processors take as much longer (measured: two of them twice as long), and what has a
