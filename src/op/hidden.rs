@@ -112,7 +112,14 @@ pub(super) mod trial {
             }
             .run(&interrupt)
         };
-        let stack = match Stack::insert(&dm, &mut job, &request, &mut at_instant, &interrupt) {
+        let stack = match Stack::insert(
+            &dm,
+            &mut job,
+            &request,
+            &super::watchdog::Standby::start(),
+            &mut at_instant,
+            &interrupt,
+        ) {
             Ok(stack) => stack,
             Err(error) => {
                 if error.failed_undos().is_empty() {

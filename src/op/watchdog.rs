@@ -1,10 +1,11 @@
 //! The watchdog: a process of its own that lets the origin go on if the command cannot.
 //!
-//! It is started before anything is frozen, has everything open and locked in memory that it will
-//! need, and leaves the command's session, so that a Ctrl-C or a kill of the process group does not
-//! reach it. Two pipes join it to the command: orders in, verdicts out.
+//! It is started before anything is frozen, and serves a command as long as that lives, order after order ([`Standby`]
+//! has it in between): for each it has everything open and locked in memory that it will need. It leaves the command's
+//! session, so that a Ctrl-C or a kill of the process group does not reach it. Two pipes join it to the command: orders
+//! in, verdicts out. An order is guarded from "arm" to "disarm"; a further "arm" starts its clock anew.
 //!
-//! It acts when its deadline passes, or when the order pipe ends without a "disarm" (the command is
+//! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is
 //! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
 //! thaw. Dropping comes first because a resume *activates* a loaded table: after it, the origin has
 //! either its old table (the stack never came to be) or, where the command had already switched, the
@@ -18,10 +19,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -71,7 +72,54 @@ pub enum Verdict {
     Lost,
 }
 
-/// The command's end of the watchdog.
+/// A command's watchdog while it has nothing to guard: one process for all that the command does, one change after the
+/// other. Clones have the same one.
+#[derive(Clone, Debug, Default)]
+pub struct Standby(Arc<Mutex<Option<Watchdog>>>);
+
+impl Standby {
+    /// Starts a watchdog without waiting for it: while it gets ready, the command prepares what is to be guarded.
+    /// Where it cannot be started, [`Standby::guard`] says so.
+    #[must_use]
+    pub fn start() -> Self {
+        let standby = Self::default();
+        *standby.lock() = Watchdog::launch().ok();
+        standby
+    }
+
+    /// A watchdog that is ready to be armed: the one that stands by, or where there is none, or it died, another one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::External`] where none can be started or gets ready.
+    pub fn guard(&self, order: &Order) -> Result<Watchdog> {
+        let waiting = self.lock().take();
+        if let Some(mut watchdog) = waiting
+            && watchdog.guard(order).is_ok()
+        {
+            return Ok(watchdog);
+        }
+        let mut watchdog = Watchdog::launch()?;
+        watchdog.guard(order)?;
+        Ok(watchdog)
+    }
+
+    /// What is guarded is over: `watchdog` stands by again, unless it has acted.
+    #[must_use]
+    pub fn dismiss(&self, mut watchdog: Watchdog) -> Verdict {
+        let verdict = watchdog.disarm();
+        if verdict == Verdict::Calm {
+            *self.lock() = Some(watchdog);
+        }
+        verdict
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Watchdog>> {
+        // It is set in one assignment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The command's end of a watchdog that has an order. Dropped while it is armed, it takes the command for dead and acts.
 #[derive(Debug)]
 pub struct Watchdog {
     child: Child,
@@ -80,13 +128,8 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts `program` as a watchdog and waits until it is ready.
-    ///
-    /// # Errors
-    /// [`ErrorKind::External`] where it cannot be started or does not get ready.
-    pub fn start(program: &Path, order: &Order) -> Result<Self> {
-        let failed = |what: &str| Error::new(ErrorKind::External, format!("the watchdog {what}"));
-        let mut child = Command::new(program)
+    fn launch() -> Result<Self> {
+        let mut child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -97,12 +140,16 @@ impl Watchdog {
             (Some(orders), Some(verdicts)) => (orders, verdicts),
             _ => unreachable!("both streams were asked for as pipes"),
         };
-        let mut watchdog = Self { child, orders: Some(orders), verdicts: Lines::new(verdicts) };
+        Ok(Self { child, orders: Some(orders), verdicts: Lines::new(verdicts) })
+    }
+
+    /// Gives it an order and waits until it is ready for that.
+    fn guard(&mut self, order: &Order) -> Result<()> {
         let text = serde_json::to_string(order)
             .map_err(|source| failed("'s order cannot be written").with_source(source))?;
-        watchdog.send(&text)?;
-        match watchdog.verdicts.next(ANSWER_MAX) {
-            Ok(Line::Text(line)) if line == "ready" => Ok(watchdog),
+        self.send(&text)?;
+        match self.verdicts.next(ANSWER_MAX) {
+            Ok(Line::Text(line)) if line == "ready" => Ok(()),
             Ok(Line::Text(line)) => Err(failed(&format!("is not ready: {line}"))),
             Ok(Line::End) => Err(failed("died at its start")),
             Ok(Line::Nothing) => Err(failed("does not get ready")),
@@ -110,7 +157,7 @@ impl Watchdog {
         }
     }
 
-    /// Starts its clock.
+    /// Starts its clock, anew where it runs.
     ///
     /// # Errors
     /// [`ErrorKind::External`] where it is gone.
@@ -130,23 +177,22 @@ impl Watchdog {
         }
     }
 
-    /// Stops it and waits for its end.
-    #[must_use]
-    pub fn dismiss(mut self) -> Verdict {
-        let asked = self.send("disarm").is_ok();
-        drop(self.orders.take());
+    /// Stops its clock. Where it has acted it ends.
+    fn disarm(&mut self) -> Verdict {
+        if self.send("disarm").is_err() {
+            // It may have acted, and ended, before.
+            drop(self.orders.take());
+        }
         let mut verdict = Verdict::Lost;
         let end = Instant::now() + ANSWER_MAX;
-        // Two lines at most, then the end: the one of its acting, and the last one.
-        for _ in 0..if asked { 3 } else { 0 } {
+        // One line where it is calm; else the one of its acting and the last one, then the end.
+        loop {
             match self.verdicts.next(end.saturating_duration_since(Instant::now())) {
-                Ok(Line::Text(line)) if line == "calm" => verdict = Verdict::Calm,
+                Ok(Line::Text(line)) if line == "calm" => return Verdict::Calm,
                 Ok(Line::Text(line)) => verdict = Verdict::Fired(line),
-                _ => break,
+                _ => return verdict,
             }
         }
-        self.reap(end);
-        verdict
     }
 
     fn reap(&mut self, end: Instant) {
@@ -171,6 +217,17 @@ impl Watchdog {
     }
 }
 
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        drop(self.orders.take());
+        self.reap(Instant::now() + ANSWER_MAX);
+    }
+}
+
+fn failed(what: &str) -> Error {
+    Error::new(ErrorKind::External, format!("the watchdog {what}"))
+}
+
 /// The error of a freeze budget that ran out.
 #[must_use]
 pub fn budget_ran_out() -> Error {
@@ -178,7 +235,7 @@ pub fn budget_ran_out() -> Error {
         .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
 }
 
-/// The process: reads its order from standard input, answers on standard output.
+/// The process: reads its orders from standard input, answers on standard output.
 #[must_use]
 pub fn main() -> ExitCode {
     // Leave the command's session and process group: what is sent to those must not reach us. Not
@@ -217,29 +274,38 @@ type Prepare<'a> = &'a mut dyn FnMut(Order) -> Result<Arc<dyn Hands>>;
 
 fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> {
     let mut orders = Lines::new(input);
-    let Line::Text(text) = orders.next(ANSWER_MAX)? else { return Ok(()) };
-    let order: Order = serde_json::from_str(&text)?;
-    let budget = Duration::from_millis(order.budget_ms);
-    let hands = match prepare(order) {
-        Ok(hands) => hands,
-        Err(error) => return writeln!(output, "{}", error.to_string().replace('\n', " ")),
-    };
-    writeln!(output, "ready")?;
-    // Nothing is frozen before it is armed: without a limit.
-    match orders.next(Duration::MAX)? {
-        Line::Text(line) if line == "arm" => {}
-        _ => return writeln!(output, "calm"),
-    }
-    let start = Instant::now();
-    match orders.next(budget)? {
-        Line::Text(_) => return writeln!(output, "calm"),
-        Line::Nothing => act_for_the_living(&hands, &mut orders, &mut output, start),
-        Line::End => {
-            let done = act_for_the_dead(&hands);
-            hands.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
+    // Nothing is frozen while it has no order: without a limit.
+    while let Line::Text(text) = orders.next(Duration::MAX)? {
+        let order: Order = serde_json::from_str(&text)?;
+        let budget = Duration::from_millis(order.budget_ms);
+        let hands = match prepare(order) {
+            Ok(hands) => hands,
+            Err(error) => return writeln!(output, "{}", error.to_string().replace('\n', " ")),
+        };
+        writeln!(output, "ready")?;
+        // Nor before it is armed.
+        let mut line = orders.next(Duration::MAX)?;
+        let mut armed = None;
+        while line == Line::Text("arm".to_owned()) {
+            armed = Some(Instant::now());
+            line = orders.next(budget)?;
+        }
+        match (line, armed) {
+            (Line::Text(_), _) => writeln!(output, "calm")?,
+            (Line::End, None) => return Ok(()),
+            (Line::End, Some(start)) => {
+                let done = act_for_the_dead(&hands);
+                hands.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
+                hands.end_hurry();
+                return Ok(());
+            }
+            (Line::Nothing, start) => {
+                act_for_the_living(&hands, &mut orders, &mut output, start.unwrap_or_else(Instant::now));
+                hands.end_hurry();
+                return Ok(());
+            }
         }
     }
-    hands.end_hurry();
     Ok(())
 }
 
@@ -457,7 +523,6 @@ fn pipe() -> (File, File) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
 
     #[derive(Default)]
@@ -501,7 +566,7 @@ mod tests {
     }
 
     fn start(budget_ms: u64) -> Setup {
-        let (input, mut orders) = pipe();
+        let (input, orders) = pipe();
         let (verdicts, output) = pipe();
         let hands = Arc::new(FakeHands::default());
         let theirs = Arc::clone(&hands);
@@ -511,20 +576,23 @@ mod tests {
                 Ok(hands)
             })
         });
-        let order = Order {
-            devices: vec!["data".into()],
-            filesystems: vec!["/a".into()],
-            budget_ms,
-            is_expedited: true,
-        };
-        writeln!(orders, "{}", serde_json::to_string(&order).unwrap()).unwrap();
         let mut setup =
             Setup { hands, orders: Some(orders), verdicts: Lines::new(verdicts), thread: Some(thread) };
-        assert_eq!(setup.answer(), Line::Text("ready".into()));
+        setup.order(budget_ms);
         setup
     }
 
     impl Setup {
+        fn order(&mut self, budget_ms: u64) {
+            let order = Order {
+                devices: vec!["data".into()],
+                filesystems: vec!["/a".into()],
+                budget_ms,
+                is_expedited: true,
+            };
+            self.say(&serde_json::to_string(&order).unwrap());
+            assert_eq!(self.answer(), Line::Text("ready".into()));
+        }
         fn say(&mut self, line: &str) {
             writeln!(self.orders.as_mut().unwrap(), "{line}").unwrap();
         }
@@ -551,6 +619,8 @@ mod tests {
         setup.hold();
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
+        // Nor when the command ends, which then is no death.
+        drop(setup.orders.take());
         setup.end();
         assert!(!setup.is_free());
         // The command does that itself, before it disarms.
@@ -576,6 +646,41 @@ mod tests {
         drop(setup.orders.take());
         setup.end();
         assert!(!setup.is_free());
+    }
+
+    #[test]
+    fn one_order_follows_the_other_and_each_is_guarded() {
+        let mut setup = start(60_000);
+        setup.say("arm");
+        setup.say("disarm");
+        assert_eq!(setup.answer(), Line::Text("calm".into()));
+        // Never armed, and over all the same.
+        setup.order(60_000);
+        setup.say("disarm");
+        assert_eq!(setup.answer(), Line::Text("calm".into()));
+        setup.order(30);
+        setup.hold();
+        setup.say("arm");
+        assert_eq!(setup.answer(), Line::Text("fired".into()));
+        drop(setup.orders.take());
+        setup.end();
+        assert!(setup.is_free());
+    }
+
+    #[test]
+    fn a_command_that_arms_again_in_time_is_given_the_whole_time_again() {
+        let mut setup = start(400);
+        setup.hold();
+        for _ in 0..10 {
+            setup.say("arm");
+            thread::sleep(Duration::from_millis(80));
+        }
+        assert!(!setup.is_free());
+        assert_eq!(setup.answer(), Line::Text("fired".into()));
+        setup.say("disarm");
+        assert_eq!(setup.answer(), Line::Text("fired: 1 device(s) resumed".into()));
+        setup.end();
+        assert!(!setup.hands.suspended.load(Ordering::SeqCst));
     }
 
     #[test]

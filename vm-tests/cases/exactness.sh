@@ -53,7 +53,7 @@ one_copy() {
         options+=(--order "$(pick "$kind-order" physical hot)" --region "$(pick "$kind-region" 1MiB 4MiB 16MiB)"
             --on-full "$(pick "$kind-full" abort hold)")
     else
-        options+=(--rate "$((size * pace / $(pick "$kind-rate" 3 6 12)))")
+        options+=(--rate "$((size * pace * pace / $(pick "$kind-rate" 3 6 12)))")
         options+=(--all --region "$(((size >> 20) + 1))MiB")
     fi
     [ "$(pick "$kind-verify" 0 1)" = 0 ] || [ "$kind" = pipe ] || options+=(--verify)

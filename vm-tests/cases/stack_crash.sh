@@ -8,7 +8,7 @@ start_load
 "$TIDEMARK" __stack /run/points points </dev/null
 [ "$(wc -l </run/points)" -ge 40 ] || fail "only $(wc -l </run/points) crash points"
 
-some_under_emulation points 8 </run/points >/run/some
+some_under_emulation points 5 </run/points >/run/some
 mv /run/some /run/points
 
 # How long a write to the origin's filesystem may take after the kill.

@@ -18,6 +18,8 @@ fails_with() {
         sleep 0.05
     done
     wait "$copy" || status=$?
+    # It may end as soon as it has said so.
+    if [ -z "$noticed" ] && grep -q 'the snapshot is lost' "$ARTIFACTS/out"; then noticed=$(uptime_now); fi
     # The kernel's own word and time.
     lost=$(dmesg | sed -n 's/^\[ *\([0-9.]*\)\].*Invalidating snapshot.*/\1/p' | tail -n 1)
     note "status $status; lost at ${lost:-?}, noticed at ${noticed:-?}"

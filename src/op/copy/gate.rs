@@ -9,7 +9,7 @@
 //!   fails is tried again with the next: until then the region is preserved.
 //! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
 //!   suspended, for some seconds at a stretch, so that the copier catches up and releases what is about to be
-//!   written. A watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
+//!   written. The watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
 //!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
 //!   never fails.
 //!
@@ -18,7 +18,6 @@
 //! of either kind for ours, and drops one that is loaded and not in use.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -45,13 +44,13 @@ const REST_MAX: Duration = Duration::from_secs(2);
 /// Between two looks at the store, while a hold may become necessary.
 const HOLD_POLL: Duration = Duration::from_millis(20);
 
-/// What one watchdog stands over: after so long a new one must have taken over, or the origin goes on.
+/// After so long the watchdog's clock is set anew, or the origin goes on.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
 
 /// Longest time until writers go on for a moment, where the store is still about to fill.
 const HOLD_STRETCH_MAX: Duration = Duration::from_secs(5);
 
-/// What a watchdog over a slice allows beyond it.
+/// What the watchdog allows beyond a slice.
 const HOLD_GRACE: Duration = Duration::from_secs(2);
 
 /// What the gate has done. Durations in seconds in JSON.
@@ -152,7 +151,6 @@ impl Gate {
             stack: stack.clone(),
             released: released.into_iter().collect(),
             hold,
-            ready: None,
             events: Box::new(events),
             spent_said: false,
         };
@@ -232,8 +230,6 @@ struct Keeper {
     stack: Stack,
     released: ExtentSet,
     hold: Option<HoldPolicy>,
-    /// For the next slice.
-    ready: Option<Watchdog>,
     events: Box<dyn Fn(GateEvent) + Send>,
     spent_said: bool,
 }
@@ -242,9 +238,6 @@ impl Keeper {
     fn run(&mut self, shared: &Shared) {
         // Released by the copier, not yet by the kernel.
         let mut due = !self.released.is_empty();
-        if self.hold.is_some() {
-            self.ready = self.watchdog().ok();
-        }
         let mut rest_until = Instant::now();
         loop {
             let rest = rest_until.saturating_duration_since(Instant::now());
@@ -323,7 +316,7 @@ impl Keeper {
         false
     }
 
-    /// A watchdog that is ready to be armed over a slice.
+    /// The copy's watchdog, ready to be armed over a slice.
     fn watchdog(&self) -> Result<Watchdog> {
         let order = Order {
             devices: vec![self.stack.origin().to_owned()],
@@ -331,47 +324,35 @@ impl Keeper {
             budget_ms: u64::try_from((HOLD_SLICE + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
             is_expedited: false,
         };
-        Watchdog::start(Path::new("/proc/self/exe"), &order)
+        self.stack.standby().guard(&order)
     }
 
-    /// Stays suspended, slice after slice, each under a watchdog of its own, until the copier has caught up,
+    /// Stays suspended, slice after slice, the watchdog's clock set anew for each, until the copier has caught up,
     /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
-    /// left of the store: so that is not done after every slice. Answers the watchdog that stands over what is left
-    /// to be done; None where there is none any more.
+    /// left of the store: so that is not done after every slice. Answers the watchdog, which stands over what is left
+    /// to be done; None where it has let writers go on, or has died.
     fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
-            // A process is not started in no time: the next one is ready when it is needed.
-            self.ready = self.watchdog().ok();
             let slice = HOLD_SLICE.min(end.saturating_duration_since(Instant::now()));
             let mut state = shared.wait(Some(slice), false);
             self.released.extend(state.pending.drain(..));
             let over = state.stop || Instant::now() >= end;
             drop(state);
             let caught_up = self.released.total() >= self.stack.size();
-            if watchdog.check().is_err() {
-                // It has let the origin go on, and does so until it is stopped; or it could not, or it has died.
-                let next = self.successor();
-                let _ = watchdog.dismiss();
-                self.tell_ended_early();
-                return next;
-            }
-            if over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)()) {
+            let stands = watchdog.check().is_ok();
+            let done = over || caught_up || !self.hold.as_ref().is_some_and(|hold| (hold.is_short)());
+            if stands && done {
                 return Some(watchdog);
             }
-            // Armed before the last one is stopped: the origin is never held unguarded.
-            let Some(next) = self.successor() else { return Some(watchdog) };
-            let verdict = std::mem::replace(&mut watchdog, next).dismiss();
-            if verdict != Verdict::Calm {
+            if !stands || watchdog.arm().is_err() {
+                // What it has let go on is not held again. What it could not, because it died, the caller lets go on at
+                // once: another process is not started while writers wait.
+                let _ = self.stack.standby().dismiss(watchdog);
                 self.tell_ended_early();
-                return Some(watchdog);
+                return None;
             }
         }
-    }
-
-    /// The watchdog that was made ready, armed. None is made here: that takes time, and the origin is held.
-    fn successor(&mut self) -> Option<Watchdog> {
-        self.ready.take().and_then(|mut next| next.arm().ok().map(|()| next))
     }
 
     fn tell_ended_early(&self) {
@@ -388,7 +369,7 @@ impl Keeper {
         }
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
         let origin = self.stack.origin().to_owned();
-        let mut watchdog = self.ready.take().map_or_else(|| self.watchdog(), Ok)?;
+        let mut watchdog = self.watchdog()?;
         watchdog.arm()?;
         let begin = Instant::now();
         let quick = SuspendFlags { flush: false, lock_filesystem: false };
@@ -407,7 +388,8 @@ impl Keeper {
             // It may still be suspended: dropped without a word, a watchdog takes us for dead and resumes.
             Err(_) => drop(watchdog),
             Ok(_) => {
-                if let Some(Verdict::Fired(_)) = watchdog.map(Watchdog::dismiss) {
+                let verdict = watchdog.map(|watchdog| self.stack.standby().dismiss(watchdog));
+                if let Some(Verdict::Fired(_)) = verdict {
                     self.tell_ended_early();
                 }
             }

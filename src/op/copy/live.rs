@@ -21,6 +21,7 @@ use crate::dm::Dm;
 use crate::op::hooks::Hook;
 use crate::op::job::Job;
 use crate::op::stack::{InstantContext, Stack, StackRequest};
+use crate::op::watchdog::Standby;
 use crate::store::{CowStore, KeptStore, StoreConfig};
 use crate::sys::process::crash_point;
 
@@ -86,6 +87,8 @@ impl Live {
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
+        // It gets ready while the store is made.
+        let standby = Standby::start();
         let config = StoreConfig { id: self.job.get_mut().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
         let store = Arc::new(CowStore::create(&config)?);
@@ -109,7 +112,8 @@ impl Live {
             }
             .run(interrupt),
         };
-        let stack = Stack::insert(&self.dm, self.job.get_mut(), &request, &mut at_instant, interrupt)?;
+        let stack =
+            Stack::insert(&self.dm, self.job.get_mut(), &request, &standby, &mut at_instant, interrupt)?;
         let times = stack.times();
         self.stack = Some(stack);
         observer.event(&Event::Instant {

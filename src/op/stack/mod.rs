@@ -31,6 +31,7 @@ use crate::topology::Topology;
 use crate::volume::free::FreeMapper;
 
 use super::job::Job;
+use super::watchdog::Standby;
 
 mod plan;
 mod runner;
@@ -119,6 +120,8 @@ pub struct Stack {
     below: PathBuf,
     budget: Duration,
     times: HoldTimes,
+    /// The copy's watchdog, while it guards nothing.
+    standby: Standby,
 }
 
 /// What is done at the instant.
@@ -135,6 +138,7 @@ impl Stack {
         dm: &Dm,
         job: &mut Job,
         request: &StackRequest,
+        standby: &Standby,
         at_instant: AtInstant<'_>,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
@@ -153,6 +157,7 @@ impl Stack {
         job.note_expedited();
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
+        runner.standby = standby.clone();
         runner.at_instant = Some(at_instant);
         runner.write_back_all = request.lock_filesystem;
         runner.below = Some(names.real.clone());
@@ -182,6 +187,7 @@ impl Stack {
             logs: std::mem::take(&mut runner.logs),
             budget: request.budget,
             times,
+            standby: standby.clone(),
         })
     }
 
@@ -250,6 +256,7 @@ impl Stack {
             logs: Vec::new(),
             budget: adopted.budget,
             times: adopted.times,
+            standby: Standby::start(),
         })
     }
 
@@ -260,6 +267,12 @@ impl Stack {
         preserved.extend(self.skipped.extents.iter().copied());
         let whole = Extent::new(Bytes::ZERO, self.size());
         whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
+    }
+
+    /// Where the copy's watchdog waits for what it is to guard.
+    #[must_use]
+    pub fn standby(&self) -> &Standby {
+        &self.standby
     }
 
     /// How long the origin was held.
@@ -416,6 +429,7 @@ impl Stack {
                 return Ok(());
             }
             let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
+            runner.standby = self.standby.clone();
             // What is below the origin tells how to go back, also where the record cannot be written any more.
             match restoration(&self.origin, &self.beneath.own).run(&mut runner, &mut AtBest::new(job)) {
                 Ok(()) => return Ok(()),

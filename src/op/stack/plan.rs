@@ -115,9 +115,8 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
         .then(step("expect", Action::ExpectOver { device: origin.to_owned() }))
 }
 
-/// Once the origin uses the new table, going back is a reload of its own, under a watchdog of its
-/// own (the first one may have fired: that may be why we go back).
-/// Filesystems first, while the watchdog that knows of them still stands.
+/// Once the origin uses the new table, going back is a reload of its own, guarded anew (the watchdog may have fired: that
+/// may be why we go back). Filesystems first, while the watchdog that knows of them still stands.
 fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
     step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
         .undo(Action::Dismiss)

@@ -10,7 +10,7 @@ use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, Dm, Executor, Slot, Table, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
-use crate::op::watchdog::{Order, Verdict, Watchdog, budget_ran_out};
+use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
@@ -45,6 +45,8 @@ pub(in crate::op) struct Runner<'a> {
     map_in_force: bool,
     /// What [`Action::LoadOver`] has loaded.
     pub(super) loaded: Option<(Beneath, Table)>,
+    /// Where a watchdog comes from, and goes to when it has nothing to guard.
+    pub(super) standby: Standby,
     watchdog: Option<Watchdog>,
     /// Turned on while writers wait.
     expedite: Option<Expedite>,
@@ -83,6 +85,7 @@ impl<'a> Runner<'a> {
             taking_back: false,
             map_in_force: false,
             loaded: None,
+            standby: Standby::default(),
             watchdog: None,
             expedite: None,
             files: Vec::new(),
@@ -121,14 +124,13 @@ impl<'a> Runner<'a> {
             self.files.push((path.clone(), file));
         }
         self.expedite = Expedite::find_off();
-        let program = Path::new("/proc/self/exe");
         let order = Order {
             devices: vec![device.to_owned()],
             filesystems: filesystems.to_vec(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
             is_expedited: self.expedite.is_some(),
         };
-        self.watchdog = Some(Watchdog::start(program, &order)?);
+        self.watchdog = Some(self.standby.guard(&order)?);
         if let Err(error) = process::lock_memory() {
             self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
         }
@@ -161,7 +163,7 @@ impl<'a> Runner<'a> {
         if let Some(Err(error)) = self.expedite.take().map(|expedite| expedite.turn(false)) {
             self.notes.push(format!("{} stays 1: {error}", crate::sys::rcu::PATH));
         }
-        let verdict = self.watchdog.take().map_or(Verdict::Calm, Watchdog::dismiss);
+        let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
         let _ = process::unlock_memory();
         verdict
     }
