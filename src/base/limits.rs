@@ -13,6 +13,10 @@ pub const DIRECT_IO_ALIGN: Bytes = Bytes::kib(4);
 /// itself reads ahead; most disks are as fast with it as with more.
 pub const LIVE_READ_BYTES: Bytes = Bytes::kib(128);
 
+/// The same for a disk that rotates. Its time goes to seeks, one for each request once an application's come in between:
+/// eight small reads would cost the application eight seeks, and one large read costs it the transfer of a mebibyte.
+pub const LIVE_READ_ROTATING_BYTES: Bytes = Bytes::mib(1);
+
 /// Memory for copy buffers, whatever the device's size.
 pub const COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(32);
 

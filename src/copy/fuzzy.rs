@@ -10,6 +10,7 @@
 //!   on the secondary.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::Duration;
 
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
@@ -22,7 +23,7 @@ use super::schedule::{Schedule, Work};
 use super::throttle::Throttle;
 use crate::base::{Bytes, Result, SegmentIx};
 use crate::extent::Extent;
-use crate::io::Buffer;
+use crate::io::{Buffer, Completion};
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
 /// What the fuzzy copy did.
@@ -60,7 +61,8 @@ struct Fuzzy<'a, 'p, 'd> {
     secondary: &'a mut dyn Secondary,
     sink: &'a mut Sink,
     checksums: &'a mut Checksums,
-    reads: HashMap<u64, Work>,
+    /// And when each began.
+    reads: HashMap<u64, (Work, Duration)>,
     /// For an ordered secondary: the segments being read, and those that wait for an earlier one.
     order: VecDeque<SegmentIx>,
     early: BTreeMap<SegmentIx, Filled>,
@@ -120,7 +122,7 @@ pub(super) fn run(
             pending = fuzzy.next_work();
         }
         match fuzzy.driver.next(pause)? {
-            Some(completion) => fuzzy.complete(completion)?,
+            Some(completion) => fuzzy.complete(completion, throttle)?,
             None if pause.is_some() => {}
             None if pending.is_some() => return Err(fuzzy.driver.out_of_buffers()),
             None => break,
@@ -176,13 +178,15 @@ impl Fuzzy<'_, '_, '_> {
         }
         let in_turn = self.plan.origin.piece_max.is_some();
         let token = self.driver.read_pieces(self.plan.origin.file, buffer, pieces, in_turn)?;
-        self.reads.insert(token, work);
+        self.reads.insert(token, (work, self.driver.now()));
         Ok(())
     }
 
-    fn complete(&mut self, completion: crate::io::Completion) -> Result<()> {
+    fn complete(&mut self, completion: Completion, throttle: &mut Throttle<'_>) -> Result<()> {
         let Some(completion) = self.sink.complete(self.driver, completion)? else { return self.settle() };
-        let work = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
+        let (work, begun) = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
+        let now = self.driver.now();
+        throttle.done(work.valid_bytes(), now.saturating_sub(begun), now);
         completion.result.map_err(|error| error.context("reading the origin failed"))?;
         let buffer = completion.buffer.expect("a read gives its buffer back");
         self.filled(Filled { work, buffer })

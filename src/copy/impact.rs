@@ -129,6 +129,8 @@ pub struct ImpactWatch {
     pub before: Option<Duration>,
     /// Its first sample covers what was done since it was made.
     pub probe: Box<dyn LatencyProbe>,
+    /// What the origin's disk is asked for at once while anybody is given way to; multiples of 4 KiB.
+    pub read_max: Bytes,
 }
 
 /// I/Os from which on a mean is one.
@@ -217,6 +219,16 @@ pub(super) struct Allowance {
     pub(super) reads: u64,
     /// Bytes per second; None: no limit.
     pub(super) rate: Option<Bytes>,
+}
+
+impl Allowance {
+    /// No limit: nobody is given way to.
+    const FREE: Self = Self { reads: WINDOW_MAX / ONE, rate: None };
+
+    /// True where nobody is given way to.
+    pub(super) fn is_free(self) -> bool {
+        self == Self::FREE
+    }
 }
 
 /// What happened since the last tick.
@@ -382,7 +394,7 @@ impl Controller {
 
     /// What the copier may do now.
     pub(super) fn allowance(&self) -> Allowance {
-        let free = Allowance { reads: WINDOW_MAX / ONE, rate: None };
+        let free = Allowance::FREE;
         if self.limits.is_none() || self.blind {
             return free;
         }

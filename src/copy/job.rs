@@ -22,7 +22,7 @@ use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, verify};
-use crate::base::limits::{DIRECT_IO_ALIGN, LIVE_READ_BYTES};
+use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::extent::{Extent, Original};
 use crate::io::Engine;
@@ -308,9 +308,8 @@ fn run_phases(
         return Err(Error::usage("what was sent to standard output cannot be read back")
             .next("leave --verify away, and run tidemark verify where the archive arrives"));
     }
-    let piece_max = plan.throttle.gives_way().then_some(LIVE_READ_BYTES);
-    let origin =
-        Origin::open(driver.engine, origin, &plan.origin_description, plan.schedule.size(), piece_max)?;
+    let (size, piece_max) = (plan.schedule.size(), plan.throttle.read_max());
+    let origin = Origin::open(driver.engine, origin, &plan.origin_description, size, piece_max)?;
     let mut checksums =
         Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), plan.verify);
     checksums.resume(&plan.resumed);

@@ -14,6 +14,7 @@ pub mod impact;
 pub mod job;
 mod origin;
 mod overlay;
+mod pace;
 mod placed;
 pub mod progress;
 pub mod regions;

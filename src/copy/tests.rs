@@ -403,8 +403,12 @@ fn a_copy_that_gives_way_is_the_image_at_the_instant() {
         }
     }
     let mut setup = Setup::new(&busy_case(true));
-    let watch =
-        ImpactWatch { impact: Impact::Low, before: Some(Duration::from_millis(1)), probe: Box::new(Slow(0)) };
+    let watch = ImpactWatch {
+        impact: Impact::Low,
+        before: Some(Duration::from_millis(1)),
+        probe: Box::new(Slow(0)),
+        read_max: Bytes::kib(64),
+    };
     // Two seconds: long enough for the copier to hold its breath in the middle.
     (setup.impact, setup.rate) = (Some(watch), Some(Bytes(setup.case.size.get() / 2)));
     let told = Told::default();

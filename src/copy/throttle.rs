@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::impact::{Controller, Impact, ImpactWatch, Moment, TICK};
+use super::pace::Pace;
 use super::progress::{Event, Observer};
 use crate::base::Bytes;
 
@@ -81,10 +82,11 @@ impl<'a> Throttle<'a> {
         Self { cap: Bucket::new(rate), giving_way }
     }
 
-    /// True where the origin has applications that are given way to.
+    /// What the origin's disk may be asked for at once; None where no applications are given way to.
     #[must_use]
-    pub fn gives_way(&self) -> bool {
-        self.giving_way.as_ref().is_some_and(|giving_way| giving_way.watch.impact != Impact::None)
+    pub fn read_max(&self) -> Option<Bytes> {
+        let watch = &self.giving_way.as_ref()?.watch;
+        (watch.impact != Impact::None).then_some(watch.read_max)
     }
 
     /// Lets a read of `bytes` begin at time `now` (since any fixed start) and answers None, or answers
@@ -104,6 +106,13 @@ impl<'a> Throttle<'a> {
         }
         None
     }
+
+    /// A read that was let begin is done at `now`; it took `latency`.
+    pub fn done(&mut self, bytes: Bytes, latency: Duration, now: Duration) {
+        if let Some(giving_way) = &mut self.giving_way {
+            giving_way.own.read(bytes, latency, now);
+        }
+    }
 }
 
 /// The controller, its clock and its senses.
@@ -114,7 +123,11 @@ struct GivingWay<'a> {
     controller: Option<Controller>,
     ticked: Duration,
     told: Option<Duration>,
+    /// What the controller allows.
     pace: Bucket,
+    /// What the copier's own reads tell, and what it allows by that.
+    own: Pace,
+    own_pace: Bucket,
     /// Reads begun, and their bytes; of those, bytes told to the controller as read.
     begun_count: u64,
     begun: Bytes,
@@ -131,6 +144,8 @@ impl<'a> GivingWay<'a> {
             ticked: Duration::ZERO,
             told: None,
             pace: Bucket::new(None),
+            own: Pace::default(),
+            own_pace: Bucket::new(None),
             begun_count: 0,
             begun: Bytes::ZERO,
             told_read: Bytes::ZERO,
@@ -141,10 +156,17 @@ impl<'a> GivingWay<'a> {
     fn wait(&mut self, now: Duration, reads: u64) -> Option<Duration> {
         let allowance = self.controller_at(now, reads).allowance();
         self.pace.set_rate(allowance.rate, now);
+        self.own_pace.set_rate(self.own.rate().filter(|_| !allowance.is_free()), now);
         let until_tick = (self.ticked + TICK).saturating_sub(now).max(Duration::from_millis(1));
         if reads >= allowance.reads {
+            if allowance.reads == 0 {
+                self.own.interrupted();
+            }
             self.since.lacked_slot = true;
             return Some(until_tick);
+        }
+        if let Some(wait) = self.own_pace.wait(now) {
+            return Some(wait.min(until_tick));
         }
         let wait = self.pace.wait(now)?;
         self.since.lacked_rate = true;
@@ -154,6 +176,7 @@ impl<'a> GivingWay<'a> {
 
     fn begun(&mut self, bytes: Bytes, reads: u64) {
         self.pace.spend(bytes);
+        self.own_pace.spend(bytes);
         self.begun += bytes;
         self.begun_count += 1;
         self.since.reads_max = self.since.reads_max.max(reads + 1);

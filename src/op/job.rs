@@ -92,7 +92,7 @@ impl Job {
                 Ok(()) => error,
                 Err(undo) => error.with_failed_undo(undo),
             }),
-            Err(error) => Err(error),
+            Err(error) => Err(names_recover(error)),
         }
     }
 
@@ -287,6 +287,20 @@ pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
         tracing::warn!("all is done, but its record stays, which 'tidemark recover' removes: {error}");
     }
     Ok(value)
+}
+
+/// What failed to be put back stays in the record, and whoever reads the error has to learn who clears it away.
+fn names_recover(error: Error) -> Error {
+    const RECOVER: &str =
+        "run 'tidemark recover', which clears away what is left, once what failed above is in order";
+    match error.next_step() {
+        Some(next) if next.contains("tidemark recover") => error,
+        Some(next) => {
+            let next = format!("{RECOVER}; then {next}");
+            error.next(next)
+        }
+        None => error.next(RECOVER),
+    }
 }
 
 /// The files that the job was to complete, by its record. One may be named twice.
@@ -582,6 +596,27 @@ mod tests {
         fs::remove_file(&record).unwrap();
         fs::create_dir(&record).unwrap();
         assert_eq!(conclude(Some(job), Ok(7)).unwrap(), 7);
+    }
+
+    #[test]
+    fn whoever_leaves_a_record_names_who_clears_it_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let failed = |error: Error, undos: usize| {
+            let job = Job::begin_in(dir.path(), "copy").unwrap();
+            let record = record_path(dir.path(), job.id());
+            let undo = || Error::new(crate::base::ErrorKind::Io, "remove the partial file /srv/x");
+            let error = (0..undos).fold(error, |error, _| error.with_failed_undo(undo()));
+            let next = job.conclude::<()>(Err(error)).unwrap_err().next_step().map(str::to_owned);
+            (next.unwrap_or_default(), record.exists())
+        };
+        let error = || Error::new(crate::base::ErrorKind::Io, "sync of /srv/x");
+        assert_eq!(failed(error(), 0), (String::new(), false));
+        let (next, is_left) = failed(error(), 1);
+        assert!(is_left && next.contains("tidemark recover"), "{next}");
+        let (next, _) = failed(error().next("make room"), 1);
+        assert!(next.contains("tidemark recover") && next.ends_with("; then make room"), "{next}");
+        let (next, _) = failed(error().next("run 'tidemark recover', and copy again"), 1);
+        assert_eq!(next, "run 'tidemark recover', and copy again");
     }
 
     #[test]

@@ -12,8 +12,9 @@ Loads, one application each, which waits for every write to be on the disk:
 Contenders, in an order that rotates from round to round:
   none      the load alone
   dd        dd of the live device: not a copy of any instant, but what reading and writing it costs at least
-  stream    fio reads as much of the live device as is in use, in requests of 128 KiB, and writes as much to the
-            secondary, both at once: what it costs to read and write, with no copy-on-write
+  stream    fio reads as much of the live device as is in use, in requests of 128 KiB (1 MiB where the disk
+            rotates), one at a time and at 85 % of the limit's rate, and writes as much to the secondary, both at once:
+            what it costs to read and write, with no copy-on-write and at a pace that leaves the disk some air
   lvm       a thick LVM snapshot with chunks of 4 KiB, dd of it, and its removal
   tidemark  tidemark copy, with TIDEMARK_BENCH_OPTIONS; NAME=OPTIONS are further variants of it, and
             TIDEMARK_BENCH_BUILDS (NAME=PATH, ...) holds other programs for some of them
@@ -34,6 +35,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +52,10 @@ COOL_SECONDS = SETTLE_SECONDS
 # The end of the warm-up is measured too: it tells whether a load had come to its pace.
 WARM_SKIPPED_SECONDS = WARM_SECONDS / 5
 LIMIT_RUNS = 3
+# Seconds, as they were measured.
+LIMITS = []
+# Of the limit's rate, how fast the stream is.
+STREAM_SHARE = 0.85
 # A load has begun when the origin has seen so many writes.
 WRITES_BEGUN = 50
 STEP_SECONDS_MAX = 600
@@ -207,12 +213,12 @@ def used_bytes():
     return (int(ENV["TIDEMARK_BENCH_VOLUME_MIB"]) << 20) - found.f_bfree * found.f_frsize
 
 
-def run_stream(block_kib, depth):
+def run_stream(block_kib, depth, more=()):
     """Reads what is in use and writes as much, both at once; seconds by fio's clock, for starting it is no reading."""
     both = ["--direct=1", "--ioengine=io_uring", f"--iodepth={depth}", f"--size={used_bytes() >> 12 << 12}"]
     reader = ["--name=read", f"--filename={ORIGIN}", "--rw=read", f"--bs={block_kib}k"]
     writer = ["--name=write", f"--filename={SECONDARY}", "--rw=write", "--bs=1M", "--end_fsync=1"]
-    out = run(["fio", "--thread", "--output-format=json", *both, *reader, *writer])
+    out = run(["fio", "--thread", "--output-format=json", *both, *more, *reader, *writer])
     # Notes may stand before the JSON.
     jobs = json.loads(out[out.index("{") :])["jobs"]
     return max(job[way]["runtime"] for job in jobs for way in ("read", "write")) / 1000
@@ -220,7 +226,9 @@ def run_stream(block_kib, depth):
 
 def copy_stream(_options):
     start = time.time()
-    run_stream(128, 2)
+    paced = int(STREAM_SHARE * used_bytes() / statistics.median(LIMITS))
+    is_rotating = "rotational=1" in ENV["TIDEMARK_BENCH_MODEL"].split()
+    run_stream(1024 if is_rotating else 128, 1, [f"--rate={paced},{paced}"])
     return {"start": start, "end": time.time()}
 
 
@@ -400,6 +408,7 @@ def main():
             time.sleep(SETTLE_SECONDS)
             line = {"type": "limit", "bytes": used_bytes(), "seconds": run_stream(1024, 16)}
             note(f"read and written at once, with no load: {line['bytes'] >> 20} MiB in {line['seconds']:.2f} s")
+            LIMITS.append(line["seconds"])
             out.write(json.dumps(line) + "\n")
         for load_name in ENV["TIDEMARK_BENCH_LOADS"].split(","):
             load = LOADS[load_name]

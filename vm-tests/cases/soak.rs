@@ -1,5 +1,6 @@
 //! Random copies by the hundred, each compared with what was captured at its instant; `vm-tests/soak` says what a seed
-//! stands for. Among the tests two guests play new seeds for two minutes; `scripts/soak` plays more, or those it is told.
+//! stands for. Among the tests two guests play the same seeds every time, for two minutes; `scripts/soak` plays new ones,
+//! or those it is told.
 
 use crate::harness::Case;
 

@@ -321,16 +321,21 @@ class Copy:
         LOG.say(f"status {status}, error {error}, fired {self.fired}, late {self.events}")
         if status == 3 and not self.is_given_up:
             self.judge_refusal(error)
-        if status == 1 and "store-fault" in self.result["events"] and self.stage.left_behind():
-            self.put_away_later(error)
+        faulty = [place for place in ("store", "secondary") if f"{place}-fault" in self.result["events"]]
+        if status == 1 and faulty and self.stage.left_behind():
+            self.put_away_later(error, faulty)
         self.stage.is_as_before("after the copy")
         self.stage.load_goes_on("after the copy")
         self.stage.pause_load()
         # What has its name is complete, whatever became of the command behind that; so is an archive that verifies.
-        if status == 0 or self.is_complete or self.has_name() or self.is_whole_stream():
+        # What a dead reader had not taken out of the pipe yet its writer cannot know.
+        is_exact = status == 0 and "reader-dies" not in self.result["events"]
+        if is_exact or self.is_complete or self.has_name() or self.is_whole_stream():
             self.compare()
             self.result["outcome"] = "exact" if status == 0 else "exact, ended behind its name"
             self.note_originals(command)
+        elif status == 0:
+            self.result["outcome"] = "cut behind its end: the reader died"
         elif self.is_given_up:
             self.result["outcome"] = "given up"
         else:
@@ -365,16 +370,17 @@ class Copy:
             raise Failure(f"refused: {error}")
         self.give_up()
 
-    def put_away_later(self, error):
-        """A store whose disk fails may not be all given back. The error has to say so, and what to do; the origin is
-        not to wait for that."""
-        self.stage.has_own_table("a store is left")
+    def put_away_later(self, error, faulty):
+        """Of a store whose disk fails, or a part of a copy on such a one, something may be left. The error has to say so,
+        and what to do; the origin is not to wait for that."""
+        self.stage.has_own_table("something is left")
         if "tidemark recover" not in f"{error}":
             raise Failure(f"something is left, and nobody is told: {self.stage.left_behind()}, {error}")
         status, output = run(TIDEMARK, "recover", check=False)
         if status != 0:
             LOG.say(f"recover ended with {status}: {output}")
-            self.stage.remount("store")
+            for place in faulty:
+                self.stage.remount(place)
             self.give_up()
         self.result["put away later"] = True
 

@@ -101,7 +101,11 @@ impl<'a> Disk<'a> {
         println!("seed {seed}, {load:?}");
         let counters = copier.as_ref().map(|(_, _, probe)| Rc::clone(&probe.0)).unwrap_or_default();
         let throttle = copier.map(|(impact, before, probe)| {
-            Throttle::new(None, Some(ImpactWatch { impact, before, probe: Box::new(probe) }), observer)
+            Throttle::new(
+                None,
+                Some(ImpactWatch { impact, before, probe: Box::new(probe), read_max: Bytes::kib(128) }),
+                observer,
+            )
         });
         let mut disk = Self {
             load,

@@ -101,12 +101,16 @@ pub fn check_units(segment: SegmentSize, chunk: ChunkSize) -> Result<()> {
 /// copied early spares its writers the preservation. Where heads have to move to a region and back, it costs more than
 /// it saves. An origin at rest has no writers.
 pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order {
-    let is_rotating = || origin.number.is_some_and(|number| Topology::default().is_rotational(number));
     let suits = match origin.kind {
-        OriginKind::Live { .. } if !is_rotating() => Order::Hot,
+        OriginKind::Live { .. } if !is_rotating(origin) => Order::Hot,
         _ => Order::Physical,
     };
     request.order.unwrap_or(suits)
+}
+
+/// True where a disk of the origin has heads to move.
+pub(in crate::op) fn is_rotating(origin: &Origin) -> bool {
+    origin.number.is_some_and(|number| Topology::default().is_rotational(number))
 }
 
 /// What only a live origin has a use for must not be ignored in silence.

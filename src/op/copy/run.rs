@@ -19,9 +19,11 @@ use super::cold::ColdOrigin;
 use super::gate::{Gate, GateEvent, GateReport, HoldPolicy};
 use super::live::Live;
 use super::originals::{StoreOriginals, StoreReleases};
-use super::plan::{CopyPlan, LivePlan};
+use super::plan::{CopyPlan, LivePlan, is_rotating};
 use crate::base::clock::{self, Stopwatch};
-use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
+use crate::base::limits::{
+    COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX, LIVE_READ_BYTES, LIVE_READ_ROTATING_BYTES,
+};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 use crate::copy::{
@@ -447,6 +449,7 @@ fn copy_below(
         impact: plan.request.impact,
         before: live.latency_before(),
         probe: Box::new(probe),
+        read_max: if is_rotating(&plan.origin) { LIVE_READ_ROTATING_BYTES } else { LIVE_READ_BYTES },
     });
     if impact.is_none() && plan.request.impact != Impact::None {
         observer.event(&Event::Note { text: blind_text(plan) });
