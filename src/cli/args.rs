@@ -154,7 +154,7 @@ pub struct CopyArgs {
     #[arg(long)]
     pub all: bool,
     /// Copy regions as they lie on the origin, or first those that are being written most; filesystems' logs come first
-    /// [default: hot, on rotating disks physical]
+    /// [default: hot; physical for an origin at rest]
     #[arg(long, value_enum)]
     pub order: Option<OrderArg>,
     /// Unit in which the origin is released from copy-on-write as it is copied [default: a 128th of it]

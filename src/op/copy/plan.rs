@@ -97,12 +97,12 @@ pub fn check_units(segment: SegmentSize, chunk: ChunkSize) -> Result<()> {
         .next("make the segment at least as large as the chunk"))
 }
 
-/// The order asked for, else the one that suits the origin's disks. What is being written most comes first: each region
-/// copied early spares its writers the preservation. Where heads have to move to a region and back, it costs more than
-/// it saves. An origin at rest has no writers.
+/// The order asked for, else the one that suits. What is being written most comes first: each region copied early spares
+/// its writers the preservation. That holds for a disk that rotates too, whose heads move between the copier and the
+/// writers anyway. An origin at rest has no writers.
 pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order {
     let suits = match origin.kind {
-        OriginKind::Live { .. } if !is_rotating(origin) => Order::Hot,
+        OriginKind::Live { .. } => Order::Hot,
         _ => Order::Physical,
     };
     request.order.unwrap_or(suits)
