@@ -27,7 +27,7 @@ impl Hasher for CodeHasher {
     }
 
     fn write_u64(&mut self, code: u64) {
-        let product = u128::from(code) * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
+        let product = u128::from(code).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
         self.0 = u64::try_from(product >> 64 & u128::from(u64::MAX)).expect("64 bits remain");
     }
 }
