@@ -65,6 +65,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("stack_crash", A, A, F, "a crash at every step, two processors"),
     ("stack_watchdog", A, A, F, "command and watchdog at the same moment, two processors"),
     ("stack_flush", A, A, F, "flushes on virtio disks"),
+    ("stack_judge", A, F, F, ""),
     ("stack_volume", A, F, F, ""),
     ("store_grows", A, F, F, ""),
     ("store_fails", A, F, F, ""),

@@ -13,6 +13,7 @@ pub fn cases() -> Vec<Case> {
             .commands(&["python3", "filefrag"])
             .disk_mib(40)
             .limit_seconds(180),
+        case("stack_judge", "stack_judge.sh").tool("dm-judge", "judge").limit_seconds(180),
         case("stack_volume", "stack_volume.sh").commands(&["pvcreate", "lvs"]).limit_seconds(300),
     ]
 }

@@ -135,6 +135,8 @@ pub struct Case {
     pub modules: Vec<String>,
     /// Commands of the host's root that the script calls.
     pub commands: Vec<String>,
+    /// Programs of `vm-tests` that it calls: scripts/setup builds them beside the binary under test.
+    pub tools: Vec<String>,
     /// Its disks.
     pub disks: Vec<Disk>,
     /// The guest's memory in MiB.
@@ -169,6 +171,7 @@ impl Case {
             why: "",
             modules: Vec::new(),
             commands: Vec::new(),
+            tools: Vec::new(),
             disks: Vec::new(),
             memory_mib: 768,
             clock: Clock::default(),
@@ -193,6 +196,12 @@ impl Case {
     pub fn commands(mut self, names: &[&str]) -> Case {
         self.commands.extend(names.iter().map(|name| (*name).to_owned()));
         self
+    }
+
+    /// Calls this program of `vm-tests`, whose source is in the folder `vm-tests/source`.
+    pub fn tool(mut self, name: &str, source: &str) -> Case {
+        self.tools.push(name.to_owned());
+        self.uses_folder(&format!("vm-tests/{source}"))
     }
 
     /// One more disk, with 512-byte blocks.

@@ -130,6 +130,9 @@ impl<'run> Stage<'run> {
         if let Some(command) = case.commands.iter().find(|command| !on_path(command)) {
             return Some(format!("no command {command} (run scripts/setup)"));
         }
+        if let Some(tool) = case.tools.iter().find(|tool| !self.host.binaries.join(tool).is_file()) {
+            return Some(format!("no program {tool} (run scripts/setup)"));
+        }
         let absent = kernel.absent_module(&self.host.vm, &case.modules);
         absent.map(|module| format!("kernel {name} has no module {module}"))
     }
