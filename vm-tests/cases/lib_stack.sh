@@ -24,15 +24,19 @@ TABLE
 
 fresh_store() { dd if=/dev/zero of="$(disk 1)" bs=1M count=1 oflag=direct status=none; }
 
-# Random writes with verification headers, until stop_load: the application.
+# Random writes with verification headers, until stop_load: the application. All of its file is there before: what it
+# would allocate behind an instant was free at the instant, and what is free is not preserved.
 start_load() {
+    dd if=/dev/zero of=/mnt/data/load.0.0 bs=1M count=12 oflag=direct conv=fsync status=none
     fio --name=load --directory=/mnt/data --size=12m --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
         --verify=crc32c --do_verify=0 --rate_iops=150 --time_based --runtime=3600 --randseed="$SEED" --fallocate=none \
         >"$ARTIFACTS/fio" 2>&1 &
     LOAD=$!
-    wait_until 30 test -s /mnt/data/load.0.0
-    sleep 0.5
+    wait_until 30 load_runs
+    load_goes_on
 }
+
+load_runs() { pgrep -P "$LOAD" fio >/dev/null; }
 
 load_written() { awk '/^write_bytes/ { print $2 }' "/proc/$(pgrep -P "$LOAD" fio | head -n 1)/io"; }
 
