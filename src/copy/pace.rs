@@ -2,12 +2,14 @@
 //!
 //! [`impact`](super::impact) looks at the applications, which takes tenths of a second for each step. A disk with a
 //! bandwidth that is used up makes everybody wait, and that shows within milliseconds, in the copier's own reads: they
-//! take longer for each byte than the fastest did. So time is cut into spans. Where the reads of a free span show that
-//! the disk is saturated, the next ones are paced at a part of the rate it had ([`PACED_PERCENT`]): the reads come
-//! evenly, the disk is never used up, and an application's request finds room at once. Now and then a free span tells
-//! what the disk can do by then. A disk that reads do not saturate is never paced.
+//! take longer for each byte than the fastest of late did. So time is cut into spans. Where the reads of a free span
+//! show that the disk is saturated, what follows is paced at a part of the rate it had ([`PACED_PERCENT`]): the reads
+//! come evenly, the disk is never used up, and an application's request finds room at once. After [`PACED_MAX`] the next
+//! free span tells what the disk can do by then.
 //!
-//! The price is the rest of the rate in the paced spans, an eighth of the copy's time in all.
+//! The price is the rest of the rate in the paced time, an eighth of the copy's in all. It is paid as well where reads
+//! take longer for another reason: because applications have the disk, or the processor. A stall makes a span's rate
+//! low, so paced time is bounded by time, not by reads.
 //!
 //! Pure: time is passed in.
 
@@ -28,65 +30,75 @@ const SATURATED_PERCENT: u128 = 150;
 /// The rate of paced spans, of that of the free one before them.
 const PACED_PERCENT: u64 = 85;
 
-/// Paced spans between two free ones.
-const PACED_SPANS: u32 = 6;
+/// Paced time between two free spans, six times the shortest of these.
+const PACED_MAX: Duration = Duration::from_millis(300);
+
+/// Where no read is as fast as the fastest was, that one counts for less with each free span, by this part of it: it may
+/// have been of the disk's cache.
+const BEST_AGES_PARTS: u32 = 8;
 
 /// See the module's head.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
     /// What a read of the largest size seen takes at best.
     best: Option<(Bytes, Duration)>,
+    /// And what one of this span did.
+    best_of_span: Option<Duration>,
     /// The span: its begin, what was read in it, in how many reads of the largest size, and what those took.
     begun: Option<Duration>,
     read: Bytes,
     reads: u32,
     waited: Duration,
-    /// The rate, and for how many spans yet.
-    paced: Option<(Bytes, u32)>,
+    /// The rate, and until when.
+    paced: Option<(Bytes, Duration)>,
 }
 
 impl Pace {
-    /// Bytes per second at most; None: no limit.
-    pub(super) fn rate(&self) -> Option<Bytes> {
+    /// Bytes per second at most, at `now`; None: no limit.
+    pub(super) fn rate(&mut self, now: Duration) -> Option<Bytes> {
+        if self.paced.is_some_and(|(_, until)| now >= until) {
+            self.interrupted();
+        }
         self.paced.map(|(rate, _)| rate)
     }
 
     /// A read of `bytes` is done at `now`; it took `latency`.
     pub(super) fn read(&mut self, bytes: Bytes, latency: Duration, now: Duration) {
+        if self.rate(now).is_some() {
+            return;
+        }
         let begun = *self.begun.get_or_insert(now.saturating_sub(latency));
         self.read += bytes;
         // Latencies are compared of reads of one size only.
         match &mut self.best {
             Some((size, best)) if bytes == *size => {
                 *best = latency.min(*best);
+                self.best_of_span = Some(self.best_of_span.map_or(latency, |it| it.min(latency)));
                 self.reads += 1;
                 self.waited += latency;
             }
             Some((size, _)) if bytes < *size => {}
             best => {
                 *best = Some((bytes, latency));
+                self.best_of_span = Some(latency);
                 (self.reads, self.waited) = (1, latency);
             }
         }
         let span = now.saturating_sub(begun);
         if span >= SPAN_MIN && self.reads >= READS_MIN {
-            self.end_span(span);
-            (self.begun, self.read, self.reads, self.waited) = (Some(now), Bytes::ZERO, 0, Duration::ZERO);
+            let paced = self.is_saturated().then(|| (self.rate_of(span), now + PACED_MAX));
+            if let (Some((_, best)), Some(of_span)) = (&mut self.best, self.best_of_span) {
+                *best = of_span.min(*best + *best / BEST_AGES_PARTS);
+            }
+            self.interrupted();
+            self.paced = paced;
         }
     }
 
-    /// The copier was stopped for another reason: the span would say nothing.
+    /// A free span begins, whatever was before: the copier was stopped for another reason, for one.
     pub(super) fn interrupted(&mut self) {
         (self.begun, self.read, self.reads, self.waited) = (None, Bytes::ZERO, 0, Duration::ZERO);
-    }
-
-    fn end_span(&mut self, span: Duration) {
-        self.paced = match self.paced {
-            Some((rate, left)) if left > 1 => Some((rate, left - 1)),
-            Some(_) => None,
-            None if self.is_saturated() => Some((self.rate_of(span), PACED_SPANS)),
-            None => None,
-        };
+        (self.best_of_span, self.paced) = (None, None);
     }
 
     fn is_saturated(&self) -> bool {
@@ -115,7 +127,7 @@ mod tests {
                 let took = Duration::from_micros(latency(number));
                 now += took;
                 pace.read(READ, took, now);
-                pace.rate().map(|rate| rate.get() >> 20)
+                pace.rate(now).map(|rate| rate.get() >> 20)
             })
             .collect()
     }
@@ -147,7 +159,7 @@ mod tests {
             let now = Duration::from_millis(u64::from(number));
             let (bytes, took) = if number % 2 == 0 { (READ, 1000) } else { (Bytes::kib(4), 50) };
             pace.read(bytes, Duration::from_micros(took), now);
-            assert_eq!(pace.rate(), None);
+            assert_eq!(pace.rate(now), None);
         }
     }
 
@@ -160,6 +172,28 @@ mod tests {
             play(&mut pace, Duration::from_secs(number), 3, |_| 20_000);
             pace.interrupted();
         }
-        assert_eq!(pace.rate(), None);
+        assert_eq!(pace.rate(Duration::from_secs(100)), None);
+    }
+
+    #[test]
+    fn after_a_stall_the_copier_does_not_crawl() {
+        let mut pace = Pace::default();
+        play(&mut pace, Duration::ZERO, 40, |_| 1000);
+        // One read of ten seconds: the span's rate is next to nothing.
+        let now = Duration::from_secs(20);
+        for number in 0..10 {
+            pace.read(READ, Duration::from_secs(if number == 9 { 10 } else { 0 }), now);
+        }
+        assert!(pace.rate(now).is_some_and(|rate| rate < Bytes::mib(20)));
+        assert_eq!(pace.rate(now + PACED_MAX), None, "whether anything was read meanwhile or not");
+    }
+
+    #[test]
+    fn one_fast_read_does_not_count_for_ever() {
+        let mut pace = Pace::default();
+        play(&mut pace, Duration::ZERO, 1, |_| 100);
+        let rates = play(&mut pace, Duration::from_secs(1), 9000, |_| 1000);
+        assert!(rates.iter().flatten().count() > 0, "at first it looks saturated");
+        assert!(rates[8000..].iter().all(Option::is_none));
     }
 }

@@ -156,7 +156,7 @@ impl<'a> GivingWay<'a> {
     fn wait(&mut self, now: Duration, reads: u64) -> Option<Duration> {
         let allowance = self.controller_at(now, reads).allowance();
         self.pace.set_rate(allowance.rate, now);
-        self.own_pace.set_rate(self.own.rate().filter(|_| !allowance.is_free()), now);
+        self.own_pace.set_rate(self.own.rate(now).filter(|_| !allowance.is_free()), now);
         let until_tick = (self.ticked + TICK).saturating_sub(now).max(Duration::from_millis(1));
         if reads >= allowance.reads {
             if allowance.reads == 0 {

@@ -87,10 +87,10 @@ impl Job {
     /// `result`'s, else I/O errors.
     pub fn conclude<T>(self, result: Result<T>) -> Result<T> {
         match result {
-            Ok(value) => self.finish().map(|()| value),
+            Ok(value) => self.finish().map(|()| value).map_err(names_recover),
             Err(error) if error.failed_undos().is_empty() => Err(match self.finish() {
                 Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
+                Err(undo) => names_recover(error.with_failed_undo(undo)),
             }),
             Err(error) => Err(names_recover(error)),
         }
@@ -294,7 +294,10 @@ fn names_recover(error: Error) -> Error {
     const RECOVER: &str =
         "run 'tidemark recover', which clears away what is left, once what failed above is in order";
     match error.next_step() {
-        Some(next) if next.contains("tidemark recover") => error,
+        // "After a crash: ..." is no advice to do so.
+        Some(next) if next.contains("run 'tidemark recover'") || next.contains("run tidemark recover") => {
+            error
+        }
         Some(next) => {
             let next = format!("{RECOVER}; then {next}");
             error.next(next)

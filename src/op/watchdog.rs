@@ -125,6 +125,7 @@ pub struct Watchdog {
     child: Child,
     orders: Option<ChildStdin>,
     verdicts: Lines<ChildStdout>,
+    is_armed: bool,
 }
 
 impl Watchdog {
@@ -140,7 +141,7 @@ impl Watchdog {
             (Some(orders), Some(verdicts)) => (orders, verdicts),
             _ => unreachable!("both streams were asked for as pipes"),
         };
-        Ok(Self { child, orders: Some(orders), verdicts: Lines::new(verdicts) })
+        Ok(Self { child, orders: Some(orders), verdicts: Lines::new(verdicts), is_armed: false })
     }
 
     /// Gives it an order and waits until it is ready for that.
@@ -162,6 +163,7 @@ impl Watchdog {
     /// # Errors
     /// [`ErrorKind::External`] where it is gone.
     pub fn arm(&mut self) -> Result<()> {
+        self.is_armed = true;
         self.send("arm")
     }
 
@@ -188,7 +190,10 @@ impl Watchdog {
         // One line where it is calm; else the one of its acting and the last one, then the end.
         loop {
             match self.verdicts.next(end.saturating_duration_since(Instant::now())) {
-                Ok(Line::Text(line)) if line == "calm" => return Verdict::Calm,
+                Ok(Line::Text(line)) if line == "calm" => {
+                    self.is_armed = false;
+                    return Verdict::Calm;
+                }
                 Ok(Line::Text(line)) => verdict = Verdict::Fired(line),
                 _ => return verdict,
             }
@@ -202,8 +207,11 @@ impl Watchdog {
                 _ => return,
             }
         }
-        // Best effort: it holds nothing that a later command needs.
-        let _ = self.child.kill();
+        // One that still has something to let go on must not be stopped; another holds nothing that anybody needs.
+        if !self.is_armed {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
 
     fn send(&mut self, line: &str) -> Result<()> {
@@ -244,6 +252,9 @@ pub fn main() -> ExitCode {
     for signal in [nix::sys::signal::Signal::SIGINT, nix::sys::signal::Signal::SIGTERM] {
         let _ = process::ignore_signal(signal);
     }
+    // What the shell has left open, and where we stand, is kept from nobody.
+    process::close_inherited();
+    let _ = nix::unistd::chdir("/");
     // The last process that the kernel should kill for memory; without the right to say so we go on.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let streams = io::stdin()
@@ -288,10 +299,15 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> 
         let mut armed = None;
         while line == Line::Text("arm".to_owned()) {
             armed = Some(Instant::now());
-            line = orders.next(budget)?;
+            // An order pipe that cannot be read any more is one that has ended.
+            line = orders.next(budget).unwrap_or(Line::End);
         }
         match (line, armed) {
-            (Line::Text(_), _) => writeln!(output, "calm")?,
+            (Line::Text(_), _) => {
+                // What it had open keeps nobody from unmounting.
+                drop(hands);
+                writeln!(output, "calm")?;
+            }
             (Line::End, None) => return Ok(()),
             (Line::End, Some(start)) => {
                 let done = act_for_the_dead(&hands);
@@ -333,6 +349,8 @@ fn act_for_the_living(hands: &Arc<dyn Hands>, orders: &mut Lines<File>, output: 
     while Instant::now() < end {
         match orders.next(ROUND) {
             Ok(Line::Nothing) => released += release(hands),
+            // It had not seen yet that the clock had run out.
+            Ok(Line::Text(line)) if line == "arm" => {}
             Ok(Line::Text(_)) => {
                 stop.store(true, Ordering::SeqCst);
                 let _ = writeln!(output, "fired: {released} device(s) resumed");

@@ -18,6 +18,8 @@ from machine import LOG, Failure, dm_table, now, old_data, run, who_waits
 from stage import MOUNTS, TIDEMARK, WORK
 
 COPY_SECONDS_MAX = 90
+# What fits into a pipe, and into the hands of who reads it.
+PIPE_BYTES = 1 << 20
 # In memory: the origin is held until it is there.
 INSTANT = f"{WORK}/instant"
 # What no run may say, whatever happened to it.
@@ -335,6 +337,10 @@ class Copy:
             self.result["outcome"] = "exact" if status == 0 else "exact, ended behind its name"
             self.note_originals(command)
         elif status == 0:
+            written = command.of_type("result")["report"]["written_bytes"]
+            missing = written - Path(self.target).stat().st_size
+            if missing > PIPE_BYTES:
+                raise Failure(f"it succeeded, and {missing} bytes of {written} were never read")
             self.result["outcome"] = "cut behind its end: the reader died"
         elif self.is_given_up:
             self.result["outcome"] = "given up"

@@ -191,9 +191,7 @@ impl Live {
         let error = match self.put_back(false) {
             Ok(_) => error,
             // Before anything else: who copies again finds what is left in the way.
-            Err(undo) => error
-                .with_failed_undo(undo)
-                .next("run 'tidemark recover', which puts back what is left, and then copy again"),
+            Err(undo) => error.with_failed_undo(undo),
         };
         let ended: Result<()> = self.job.into_inner().conclude(Err(give_up(error)));
         ended.expect_err("what began as an error stays one")
