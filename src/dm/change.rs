@@ -34,6 +34,9 @@ pub const STEPS_MAX: usize = 64;
 pub enum Action {
     /// Make a device without a table.
     Create { device: String, uuid: String },
+    /// From here on the device's table is changed by one [`Owner`](super::Owner): fail unless the table in use is this one
+    /// and nobody else is changing it.
+    Own { device: String, table: Template },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
     /// Load a table that is made only then: wherever somebody needs what is there it leads to `preserve`, elsewhere
@@ -326,7 +329,8 @@ impl Dm {
                     format!("the table of {device} is '{found}' instead of '{table}'"),
                 ))
             }
-            Action::LoadOver { .. }
+            Action::Own { .. }
+            | Action::LoadOver { .. }
             | Action::ExpectOver { .. }
             | Action::Freeze { .. }
             | Action::Thaw { .. }
@@ -347,6 +351,7 @@ impl fmt::Display for Action {
         };
         match self {
             Self::Create { device, .. } => write!(f, "make device {device}"),
+            Self::Own { device, .. } => write!(f, "see that nobody else is changing the table of {device}"),
             Self::Load { device, table } => {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }

@@ -432,18 +432,16 @@ impl Dm {
         Ok(number)
     }
 
-    /// Replaces the table of a device in use, I/O in flight completing first, by a load and *one* call: the
+    /// Puts the table that is loaded into a device in use to use, I/O in flight completing first, in *one* call: the
     /// resume of a device that is not suspended suspends it (nothing flushed, no filesystem frozen), swaps
     /// the tables and resumes it in itself (`do_resume` in Linux `drivers/md/dm-ioctl.c`). So there is no
-    /// moment at which our death would leave the device suspended. A device that is suspended gets the table
-    /// and goes on. Where the swap fails the loaded table is dropped.
+    /// moment at which our death would leave the device suspended. A device that is suspended goes on with the table.
     ///
     /// Answers how long the swap took: the longest that I/O can have been held.
     ///
     /// # Errors
-    /// The first failure, with a failed undo; the device goes on with the table it had.
-    pub fn swap(&self, name: &str, table: &Table) -> Result<Duration> {
-        self.load(name, table)?;
+    /// The kernel's; the device may then be suspended, with the table still loaded.
+    pub(super) fn swap_loaded(&self, name: &str) -> Result<Duration> {
         let mut attempt = 1;
         loop {
             let watch = Stopwatch::start();
@@ -453,13 +451,7 @@ impl Dm {
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SUSPEND_ATTEMPTS => {
                     attempt += 1
                 }
-                // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
-                Err(error) => {
-                    return Err(match self.clear(name).and_then(|()| self.let_go(name)) {
-                        Ok(()) => error.state(format!("{name} keeps the table it had")),
-                        Err(undo) => error.with_failed_undo(undo),
-                    });
-                }
+                Err(error) => return Err(error),
             }
         }
     }

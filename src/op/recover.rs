@@ -26,12 +26,16 @@ use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
 use crate::sys::rcu::{self, Expedite};
+use crate::volume::lvm_lock::LvmLock;
 
 use super::job::{FoundJob, find_jobs, is_expedited, look_at_jobs, partials};
 use super::stack::{Runner, restoration};
 
 /// Longest time that an origin may be suspended while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
+
+/// Longest time that a command of LVM is waited for.
+const LVM_MAX: Duration = Duration::from_secs(60);
 
 /// A device as the kernel shows it.
 #[derive(Clone, Debug)]
@@ -143,9 +147,12 @@ impl Scene {
 pub(super) fn plan_release(scene: &Scene) -> Change {
     let mut change = Change::new("recover-release");
     let mut seen = BTreeSet::new();
-    for (origin, _) in scene.origins() {
-        if (origin.inactive.is_some() || origin.suspended) && seen.insert(&origin.name) {
-            change = let_go(change, origin, true);
+    for (origin, beneath) in scene.origins() {
+        // What somebody else has loaded stays.
+        let is_ours = |table: &Table| beneath.is_under(table) || *table == beneath.own;
+        let drop_loaded = origin.inactive.as_ref().is_some_and(is_ours);
+        if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
+            change = let_go(change, origin, drop_loaded);
         }
     }
     for device in scene.leftovers() {
@@ -193,11 +200,11 @@ pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
     scene
         .origins()
         .into_iter()
-        .filter(|(origin, beneath)| origin.active.as_ref().is_some_and(|table| beneath.is_under(table)))
-        .map(|(origin, beneath)| {
-            let mut change = restoration(&origin.name, &beneath.own);
+        .filter_map(|(origin, beneath)| {
+            let current = origin.active.as_ref().filter(|table| beneath.is_under(table))?;
+            let mut change = restoration(&origin.name, current, &beneath.own);
             change.name = "recover-restore".to_owned();
-            change
+            Some(change)
         })
         .collect()
 }
@@ -310,6 +317,14 @@ fn end_hurry(done: &mut Vec<String>) -> Result<()> {
 fn put_back(dm: &Dm, done: &mut Vec<String>) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
     let mut machine = Kernel { dm, runner: Runner::new(dm, BUDGET, &interrupt), jobs: Vec::new() };
+    // What lvm2 is at is not touched: where a volume is suspended after that, it is no command of lvm2 that did it.
+    let scene = machine.scene()?;
+    let mut lvm = Vec::new();
+    for (origin, _) in scene.origins() {
+        if let Some(info) = dm.info(&origin.name)? {
+            lvm.push(LvmLock::hold(&info, LVM_MAX, &interrupt)?);
+        }
+    }
     done.extend(recover_devices(&mut machine)?);
     done.extend(crate::store::release_leftovers()?);
     Ok(machine.jobs)

@@ -15,6 +15,14 @@ use crate::op::stack::{StackNames, StackRequest, dismantling, insertion};
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
 
+/// All of it is released.
+const RELEASED: &str = "0 8192 linear {data-real} 0";
+
+/// A table over a stack, as [`Action::LoadOver`] loads it.
+fn over(real: &str, preserve: &str) -> String {
+    format!("0 4096 linear {{{real}}} 0\n4096 4096 switch 1 4096 0 {{{preserve}}} 4096")
+}
+
 /// Thrown where the process dies.
 struct Crash;
 
@@ -120,10 +128,15 @@ impl FakeKernel {
             }
             // A part of the origin is free.
             Action::LoadOver { device, real, preserve } => {
-                let text =
-                    format!("0 4096 linear {{{real}}} 0\n4096 4096 switch 1 4096 0 {{{preserve}}} 4096");
-                let table = self.resolve(&Template::new(text))?;
+                let table = self.resolve(&Template::new(over(real, preserve)))?;
                 self.device(device)?.inactive = Some(table);
+                Ok(())
+            }
+            Action::Own { device, table } => {
+                let table = self.resolve(table)?;
+                let device = self.device(device)?;
+                assert_eq!((device.active.as_ref(), &device.inactive), (Some(&table), &None));
+                assert!(!device.suspended);
                 Ok(())
             }
             Action::ExpectOver { device } => {
@@ -282,8 +295,8 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
         release(
             "0 2048 linear {data-preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 switch 1 4096 0 8:32 0",
         ),
-        release("0 8192 linear {data-real} 0"),
-        restoration("data", &own),
+        release(RELEASED),
+        restoration("data", Template::new(RELEASED.to_owned()), &own),
         dismantling(&StackNames::new("data", id)),
     ];
     let result = catch_unwind(AssertUnwindSafe(|| {
@@ -349,7 +362,8 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
             Err(_) => taken_back += 1,
             Ok(()) => {
                 removed += 1;
-                for change in [restoration("data", &own), dismantling(&StackNames::new("data", &id))] {
+                let over = Template::new(over("data-real", "data-preserve"));
+                for change in [restoration("data", over, &own), dismantling(&StackNames::new("data", &id))] {
                     change.run(&mut kernel, &mut AtBest::new(&mut journal)).unwrap();
                 }
             }

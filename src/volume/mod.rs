@@ -11,6 +11,7 @@
 
 pub mod free;
 mod layers;
+pub mod lvm_lock;
 mod mounts;
 mod users;
 

@@ -9,6 +9,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 /// The cases that run `tidemark copy`.
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
+    cases.push(lvm_races());
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -42,7 +43,7 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(1200),
         main_job("copy_hold", "hold.sh")
             .commands(&["dumpe2fs", "python3"])
-            .disk_mib(96)
+            .delayed_disk_mib(96, SLOW)
             .disk_mib(700)
             .limit_seconds(600),
         without_switch("copy_files_after", "files_after.sh").disk_mib(160).disk_mib(900).limit_seconds(600),
@@ -72,6 +73,17 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(300),
     ]);
     cases
+}
+
+/// On disks whose writes take long a suspension of LVM's lasts long enough to be met.
+fn lvm_races() -> Case {
+    main_job("copy_lvm_races", "lvm_races.sh")
+        .modules(&["dm-mirror"])
+        .commands(&["lvcreate", "lvextend", "pvmove"])
+        .delayed_disk_mib(72, SLOW)
+        .delayed_disk_mib(72, SLOW)
+        .disk_mib(300)
+        .limit_seconds(600)
 }
 
 /// Twice each: with everything copied, and with what spares the applications. And on disks whose writes take long: what

@@ -51,6 +51,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_kernel_judge", A, A, F, "the kernel merges the originals itself, two processors"),
     ("copy_postgresql", A, F, F, ""),
     ("copy_lvm_udev", A, A, F, "udev and LVM on a stock kernel"),
+    ("copy_lvm_races", A, F, F, ""),
     ("copy_killed", A, F, F, ""),
     ("copy_resume", A, A, F, "resume, two processors"),
     ("copy_hold", A, F, F, ""),

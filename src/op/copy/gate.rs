@@ -13,7 +13,7 @@
 //!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
 //!   never fails.
 //!
-//! Crash argument: a release is one call of the kernel on a device in use ([`Dm::swap`]), so the origin has
+//! Crash argument: a release is one call of the kernel on a device in use ([`Owner`](crate::dm::Owner)), so the origin has
 //! either table, whole, and goes on. A hold's suspension is ended by its watchdog. `recover` takes a table
 //! of either kind for ours, and drops one that is loaded and not in use.
 
@@ -25,11 +25,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, clock};
-use crate::dm::{Dm, Udev};
+use crate::dm::Dm;
 use crate::extent::{Extent, ExtentSet};
-use crate::op::stack::Stack;
+use crate::op::stack::{Hold, Stack};
 use crate::op::watchdog::{Order, Verdict, Watchdog};
-use crate::sys::dm_ioctl::SuspendFlags;
 
 /// A release that holds the origin for longer makes the following regions larger.
 pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
@@ -43,6 +42,9 @@ const REST_MAX: Duration = Duration::from_secs(2);
 
 /// Between two looks at the store, while a hold may become necessary.
 const HOLD_POLL: Duration = Duration::from_millis(20);
+
+/// And behind a hold, after which the store is as full as before: those that waited write at once.
+const HOLD_BREATH: Duration = Duration::from_millis(1);
 
 /// After so long the watchdog's clock is set anew, or the origin goes on.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
@@ -239,10 +241,13 @@ impl Keeper {
         // Released by the copier, not yet by the kernel.
         let mut due = !self.released.is_empty();
         let mut rest_until = Instant::now();
+        let mut hold_rest_until = rest_until;
+        let mut has_held = false;
         loop {
             let rest = rest_until.saturating_duration_since(Instant::now());
             let resting = rest > Duration::ZERO;
             let time = match &self.hold {
+                Some(_) if std::mem::take(&mut has_held) => Some(HOLD_BREATH),
                 Some(_) => Some(HOLD_POLL),
                 None if resting || due => Some(rest),
                 None => None,
@@ -255,8 +260,14 @@ impl Keeper {
             self.released.extend(state.pending.drain(..));
             let held = state.report.held;
             drop(state);
-            let outcome = if self.must_hold(held) {
-                self.hold(shared)
+            let outcome = if Instant::now() >= hold_rest_until && self.must_hold(held) {
+                let outcome = self.hold(shared);
+                has_held = outcome.is_ok();
+                if !has_held {
+                    // What is released meanwhile does not fill the store.
+                    hold_rest_until = Instant::now() + REST_MAX;
+                }
+                outcome
             } else if due && Instant::now() >= rest_until {
                 self.release(shared)
             } else {
@@ -283,7 +294,7 @@ impl Keeper {
     /// One swap for everything that is released.
     fn release(&self, shared: &Shared) -> Result<Duration> {
         let released: Vec<Extent> = self.released.iter().collect();
-        let stall = self.stack.release(&self.dm, &released)?;
+        let stall = self.stack.release(&self.dm, &released, None)?;
         if stall > Duration::ZERO {
             let report = self.note(shared, stall);
             (self.events)(GateEvent::Released(report, stall));
@@ -349,7 +360,6 @@ impl Keeper {
                 // What it has let go on is not held again. What it could not, because it died, the caller lets go on at
                 // once: another process is not started while writers wait.
                 let _ = self.stack.standby().dismiss(watchdog);
-                self.tell_ended_early();
                 return None;
             }
         }
@@ -364,32 +374,34 @@ impl Keeper {
     /// is not followed by a rest.
     fn hold(&mut self, shared: &Shared) -> Result<Duration> {
         let report = shared.lock().report;
-        if report.holds == 0 {
-            (self.events)(GateEvent::Holding);
-        }
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
-        let origin = self.stack.origin().to_owned();
         let mut watchdog = self.watchdog()?;
         watchdog.arm()?;
         let begin = Instant::now();
-        let quick = SuspendFlags { flush: false, lock_filesystem: false };
-        let suspended = self.dm.suspend(&origin, quick);
-        let watchdog = match suspended {
-            Ok(()) => self.stay(shared, watchdog, budget.saturating_sub(report.held)),
-            Err(_) => Some(watchdog),
+        // Given back when the watchdog stands by again: it would drop what lvm2 has loaded.
+        let hold = match self.stack.hold(&self.dm) {
+            Ok(hold) => hold,
+            Err(error) if self.stack.is_held() => {
+                // Dropped without a word, it takes us for dead, and lets the origin go on.
+                drop(watchdog);
+                return Err(error);
+            }
+            Err(error) => {
+                let _ = self.stack.standby().dismiss(watchdog);
+                return Err(error);
+            }
         };
-        let resumed = suspended.and_then(|()| {
-            let released: Vec<Extent> = self.released.iter().collect();
-            // The swap lets a suspended device go on. Where it did not come to that, the resume does.
-            let swapped = self.stack.release(&self.dm, &released);
-            self.dm.resume(&origin, Udev::None).and(swapped)
-        });
-        match &resumed {
-            // It may still be suspended: dropped without a word, a watchdog takes us for dead and resumes.
-            Err(_) => drop(watchdog),
-            Ok(_) => {
-                let verdict = watchdog.map(|watchdog| self.stack.standby().dismiss(watchdog));
-                if let Some(Verdict::Fired(_)) = verdict {
+        if report.holds == 0 {
+            (self.events)(GateEvent::Holding);
+        }
+        let watchdog = self.stay(shared, watchdog, budget.saturating_sub(report.held));
+        let resumed = self.go_on(&hold, watchdog.is_some());
+        match (watchdog, self.stack.is_held()) {
+            (watchdog, true) => drop(watchdog),
+            // Said only now: who reads it may be slow.
+            (None, false) => self.tell_ended_early(),
+            (Some(watchdog), false) => {
+                if let Verdict::Fired(_) = self.stack.standby().dismiss(watchdog) {
                     self.tell_ended_early();
                 }
             }
@@ -399,5 +411,17 @@ impl Keeper {
         state.report.held += begin.elapsed();
         state.report.released_bytes = self.released.iter().map(|extent| extent.length()).sum();
         resumed.map(|_| Duration::ZERO)
+    }
+
+    /// The origin goes on, with what is released if that can be.
+    fn go_on(&self, hold: &Hold, is_guarded: bool) -> Result<Duration> {
+        if !is_guarded {
+            // The watchdog has let it go on, or has died.
+            self.stack.let_go(&self.dm)?;
+        }
+        let released: Vec<Extent> = self.released.iter().collect();
+        let swapped = self.stack.release(&self.dm, &released, Some(hold));
+        // The swap has done that. Where it did not come to it, this does.
+        self.stack.let_go(&self.dm).and(swapped)
     }
 }

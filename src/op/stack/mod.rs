@@ -19,16 +19,19 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, AtBest, Dm, Slot, SnapshotStatus, Table, Target, node};
+use crate::dm::{Action, AtBest, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
+use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::process::crash_point;
 use crate::topology::Topology;
 use crate::volume::free::FreeMapper;
+use crate::volume::lvm_lock::LvmLock;
 
 use super::job::Job;
 use super::watchdog::Standby;
@@ -41,6 +44,12 @@ pub(in crate::op) use runner::Runner;
 
 /// Attempts to put the origin's own table back when the watchdog intervenes.
 const RESTORE_ATTEMPTS: u32 = 3;
+
+/// Longest time that whoever else is changing the origin's table, or its volume group, is waited for.
+const OTHERS_MAX: Duration = Duration::from_secs(60);
+
+/// Between two looks at what they do.
+const OTHERS_PAUSE: Duration = Duration::from_millis(50);
 
 /// What to put where.
 #[derive(Clone, Debug)]
@@ -113,8 +122,8 @@ pub struct Stack {
     names: StackNames,
     beneath: Beneath,
     form: Form,
-    /// The table that the origin has now by our doing; held while it is being replaced.
-    current: Arc<Mutex<Table>>,
+    /// The only one that changes the origin's table; held while it does.
+    owner: Arc<Mutex<Owner>>,
     skipped: Skipped,
     logs: Vec<Extent>,
     below: PathBuf,
@@ -122,6 +131,12 @@ pub struct Stack {
     times: HoldTimes,
     /// The copy's watchdog, while it guards nothing.
     standby: Standby,
+}
+
+/// The origin is held, and lvm2 kept away from it as long as this lives.
+#[derive(Debug)]
+pub struct Hold {
+    _lvm: LvmLock,
 }
 
 /// What is done at the instant.
@@ -143,6 +158,8 @@ impl Stack {
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let origin = request.origin.as_str();
+        // From before its table is read until it leads through the stack.
+        let _lvm = LvmLock::hold(&dm.info_of(origin)?, OTHERS_MAX, interrupt)?;
         let own_table = own_table(dm, origin)?;
         refuse_own_record(job, &request.filesystems)?;
         let names = StackNames::new(origin, job.id());
@@ -175,14 +192,15 @@ impl Stack {
         runner.report(origin);
         // Nothing after the change may fail: the stack is in place.
         let below = runner.below_found.take().expect("the instant has run, and looked it up");
-        let (beneath, current) = runner.loaded.take().expect("a table was loaded, or the change had failed");
+        let beneath = runner.beneath.take().expect("a table was loaded, or the change had failed");
+        let owner = runner.owner.take().expect("the change's first step makes it");
         Ok(Self {
             origin: origin.to_owned(),
             names,
             beneath,
             form: runner.form,
             below,
-            current: Arc::new(Mutex::new(current)),
+            owner: Arc::new(Mutex::new(owner)),
             skipped: std::mem::take(&mut runner.skipped),
             logs: std::mem::take(&mut runner.logs),
             budget: request.budget,
@@ -242,15 +260,14 @@ impl Stack {
         if !status.is_usable() {
             return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
         }
-        // A table that was loaded when the process died, and never used.
-        dm.clear(origin)?;
+        let owner = take_over(dm, origin, current, &beneath)?;
         Ok(Self {
             origin: origin.to_owned(),
             below: node::device_path(beneath.real)?,
             names,
             beneath,
             form: form(dm, record.number),
-            current: Arc::new(Mutex::new(current)),
+            owner: Arc::new(Mutex::new(owner)),
             skipped: adopted.skipped,
             // Copied by now, or soon enough.
             logs: Vec::new(),
@@ -263,7 +280,8 @@ impl Stack {
     /// What is in use and leads past the snapshot all the same in the origin's table: what was released.
     #[must_use]
     pub fn released(&self) -> Vec<Extent> {
-        let mut preserved: ExtentSet = self.beneath.preserved(&lock(&self.current)).into_iter().collect();
+        let mut preserved: ExtentSet =
+            self.beneath.preserved(lock(&self.owner).active()).into_iter().collect();
         preserved.extend(self.skipped.extents.iter().copied());
         let whole = Extent::new(Bytes::ZERO, self.size());
         whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
@@ -324,33 +342,62 @@ impl Stack {
     }
 
     /// Replaces the origin's table by one in which what is in `released` is preserved no more, in one call
-    /// of the kernel. Answers how long the origin was held. Where the origin is suspended, it goes on.
+    /// of the kernel. Answers how long the origin was held. Where it is held, by `hold`, it goes on.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; the kernel's, and then
-    /// everything is as it was.
-    pub fn release(&self, dm: &Dm, released: &[Extent]) -> Result<Duration> {
-        let mut current = lock(&self.current);
+    /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; [`ErrorKind::Refused`] where somebody is
+    /// about to, which may be over soon; the kernel's. In all cases everything is as it was.
+    pub fn release(&self, dm: &Dm, released: &[Extent], hold: Option<&Hold>) -> Result<Duration> {
+        let mut owner = lock(&self.owner);
         // A region's free ranges are free as before: as lines, they count among the others.
         let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
         let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
         let released: Vec<Extent> = released.iter().collect();
         let table = self.beneath.table(&self.skipped.extents, &released, self.form)?;
         self.refuse_to_preserve_again(&table, &released)?;
-        self.check_table(dm, &current)?;
-        if table == *current {
-            return Ok(Duration::ZERO);
+        let _lvm = match hold {
+            Some(_) => None,
+            None => Some(self.keep_lvm_away(dm)?),
+        };
+        if table == *owner.active() {
+            return owner.check(dm).map(|()| Duration::ZERO);
         }
         crash_point("release.swap.before");
-        let held = dm.swap(&self.origin, &table)?;
+        let held = owner.swap(dm, &table)?;
         crash_point("release.swap.after");
-        // A watchdog that lets the origin go on drops what is loaded: then the swap swapped nothing.
-        if dm.table(&self.origin, Slot::Active)?.as_ref() != Some(&table) {
-            self.check_table(dm, &current)?;
-            return Err(Error::new(ErrorKind::Kernel, format!("the table of {} was dropped", self.origin)));
-        }
-        *current = table;
         Ok(held)
+    }
+
+    /// Suspends the origin, until [`Stack::release`] or [`Stack::let_go`].
+    ///
+    /// # Errors
+    /// As [`Stack::release`].
+    pub fn hold(&self, dm: &Dm) -> Result<Hold> {
+        let mut owner = lock(&self.owner);
+        let lvm = self.keep_lvm_away(dm)?;
+        owner.suspend(dm, SuspendFlags { flush: false, lock_filesystem: false })?;
+        Ok(Hold { _lvm: lvm })
+    }
+
+    /// True where the origin is held by us, as far as we know.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        lock(&self.owner).is_held()
+    }
+
+    /// Lets the origin go on where it is held by us.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn let_go(&self, dm: &Dm) -> Result<()> {
+        lock(&self.owner).let_go(dm)
+    }
+
+    /// Where lvm2 is at it, it goes first.
+    fn keep_lvm_away(&self, dm: &Dm) -> Result<LvmLock> {
+        let busy =
+            || Error::refused(format!("a command of LVM is changing the volume group of {}", self.origin));
+        LvmLock::try_hold(&dm.info_of(&self.origin)?)?.ok_or_else(busy)
     }
 
     /// A range that was released must never be preserved again: what is there is not the instant's any more,
@@ -381,18 +428,11 @@ impl Stack {
     /// # Errors
     /// [`ErrorKind::StoreInvalid`].
     pub fn check_in_place(&self, dm: &Dm) -> Result<()> {
-        self.check_table(dm, &lock(&self.current))
-    }
-
-    fn check_table(&self, dm: &Dm, expected: &Table) -> Result<()> {
-        if dm.table(&self.origin, Slot::Active)?.as_ref() == Some(expected) {
-            return Ok(());
+        match lock(&self.owner).check(dm) {
+            // Somebody is about to change it: what was read until now holds.
+            Err(error) if error.kind() == ErrorKind::Refused => Ok(()),
+            result => result,
         }
-        Err(Error::new(
-            ErrorKind::StoreInvalid,
-            format!("somebody replaced the table of {} while it was being copied", self.origin),
-        )
-        .next("copy again, and do not resize or move the volume meanwhile"))
     }
 
     /// Takes the stack away: the origin gets its own table back, then the devices beneath go. Can be
@@ -422,17 +462,25 @@ impl Stack {
 
     fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
         job.note_expedited();
+        let mut owner = lock(&self.owner);
+        owner.let_go(dm)?;
+        // Nothing is asked here whether to: what was begun is put back, or said to be in place.
+        let _lvm = LvmLock::hold(&dm.info_of(&self.origin)?, OTHERS_MAX, &|| Ok(()))?;
+        let begin = Instant::now();
         let mut attempt = 1;
         loop {
-            let active = dm.table(&self.origin, Slot::Active)?;
-            if !active.is_some_and(|table| self.beneath.is_under(&table)) {
-                return Ok(());
-            }
+            let active = dm.table(&self.origin, Slot::Active)?.filter(|table| self.beneath.is_under(table));
+            let Some(active) = active else { return Ok(()) };
             let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
             runner.standby = self.standby.clone();
             // What is below the origin tells how to go back, also where the record cannot be written any more.
-            match restoration(&self.origin, &self.beneath.own).run(&mut runner, &mut AtBest::new(job)) {
+            let change = restoration(&self.origin, &active, &self.beneath.own);
+            match change.run(&mut runner, &mut AtBest::new(job)) {
                 Ok(()) => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Refused && begin.elapsed() < OTHERS_MAX => {
+                    thread::sleep(OTHERS_PAUSE);
+                    continue;
+                }
                 Err(error) if attempt >= RESTORE_ATTEMPTS => return Err(error),
                 Err(error) => tracing::warn!("{error}; trying again"),
             }
@@ -441,9 +489,22 @@ impl Stack {
     }
 }
 
-fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
-    // It is set in one assignment, after the kernel has the table.
-    table.lock().unwrap_or_else(PoisonError::into_inner)
+/// The table of an origin whose owner died.
+fn take_over(dm: &Dm, origin: &str, current: Table, beneath: &Beneath) -> Result<Owner> {
+    let _lvm = LvmLock::hold(&dm.info_of(origin)?, OTHERS_MAX, &|| Ok(()))?;
+    // One that was loaded when the process died, and never used. Another one is somebody else's.
+    let is_ours = |table: &Table| beneath.is_under(table) || *table == beneath.own;
+    if dm.table(origin, Slot::Inactive)?.as_ref().is_some_and(is_ours) {
+        dm.clear(origin)?;
+    }
+    let owner = Owner::new(dm, origin, current)?;
+    owner.check(dm)?;
+    Ok(owner)
+}
+
+fn lock(owner: &Mutex<Owner>) -> MutexGuard<'_, Owner> {
+    // What it knows of itself it asks the kernel before each act.
+    owner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What an origin's tables are made of. `switch` lines have no direct access to memory (DAX), and the kernel does not load

@@ -14,7 +14,8 @@ use super::StackRequest;
 
 /// The steps of an insertion, in order: with `insert.` before and `.before`, `.after` behind, the
 /// names of its crash points.
-pub const INSERT_STEPS: [&str; 18] = [
+pub const INSERT_STEPS: [&str; 19] = [
+    "own",
     "create-real",
     "load-real",
     "resume-real",
@@ -35,7 +36,7 @@ pub const INSERT_STEPS: [&str; 18] = [
     "expect",
 ];
 /// The steps of putting the origin's table back (`restore.`).
-pub const RESTORE_STEPS: [&str; 6] = ["load-own", "guard", "suspend", "switch", "unguard", "expect"];
+pub const RESTORE_STEPS: [&str; 7] = ["own", "load-own", "guard", "suspend", "switch", "unguard", "expect"];
 /// The steps of removing the devices beneath (`dismantle.`).
 pub const DISMANTLE_STEPS: [&str; 3] = ["remove-preserve", "remove-snap", "remove-real"];
 
@@ -91,7 +92,8 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
             .then(Step::new(&name("load"), Action::Load { device: device(), table }))
             .then(Step::new(&name("resume"), Action::Resume { device: device(), udev: Udev::Internal }))
     };
-    let change = made(Change::new("insert"), &real, ROLE_REAL, own_table.into());
+    let change = Change::new("insert").then(step("own", own(origin, own_table)));
+    let change = made(change, &real, ROLE_REAL, own_table.into());
     let change = made(change, &snap, ROLE_SNAP, Template::new(snap_table));
     made(change, &preserve, ROLE_PRESERVE, Template::new(preserve_table))
         .then(step("guard", guard(origin, &filesystems)).undo(Action::Dismiss))
@@ -127,11 +129,12 @@ fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathB
         .undo(Action::Dismiss)
 }
 
-/// The plan of putting the origin's own table back.
+/// The plan of putting the origin's own table back where it has the table `current`.
 #[must_use]
-pub fn restoration(origin: &str, own_table: &Table) -> Change {
+pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table) -> Change {
     let clear = Action::Clear { device: origin.to_owned() };
     Change::new("restore")
+        .then(Step::new("own", own(origin, current)))
         .then(
             Step::new("load-own", Action::Load { device: origin.to_owned(), table: own_table.into() })
                 .undo(clear.clone()),
@@ -151,6 +154,10 @@ pub fn dismantling(names: &StackNames) -> Change {
     let steps = DISMANTLE_STEPS.iter().zip(names.removable());
     steps
         .fold(Change::new("dismantle"), |change, (step, device)| change.then(Step::new(step, remove(device))))
+}
+
+fn own(origin: &str, table: impl Into<Template>) -> Action {
+    Action::Own { device: origin.to_owned(), table: table.into() }
 }
 
 fn guard(origin: &str, filesystems: &[PathBuf]) -> Action {
@@ -202,7 +209,7 @@ mod tests {
         let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
         let id = crate::dm::naming::new_id();
         let mut points = insertion(&request(), &own, &id).crash_points();
-        points.extend(restoration("vg-data", &own).crash_points());
+        points.extend(restoration("vg-data", &own, &own).crash_points());
         points.extend(dismantling(&StackNames::new("vg-data", &id)).crash_points());
         assert_eq!(points, crash_points());
     }
@@ -222,9 +229,11 @@ mod tests {
                 _ => {}
             }
         }
+        let load = plan.steps.iter().find(|step| step.name == "load-origin").unwrap();
         assert_eq!(
-            plan.steps[11].action.to_string(),
+            load.action.to_string(),
             "load into vg-data: linear to vg-data-preserve, past it where nothing is in use"
         );
+        assert_eq!(plan.steps[0].action.to_string(), "see that nobody else is changing the table of vg-data");
     }
 }

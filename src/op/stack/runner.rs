@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, Dm, Executor, Slot, Table, Udev, node};
+use crate::dm::{Action, Dm, Executor, Owner, Table, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
 use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
+use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
@@ -27,6 +28,8 @@ pub(in crate::op) struct Runner<'a> {
     pub(super) below_found: Option<PathBuf>,
     /// The origin's own; None where none is to be inserted.
     pub(super) own_table: Option<Table>,
+    /// The only one that changes the origin's table, from [`Action::Own`] on.
+    pub(super) owner: Option<Owner>,
     pub(super) form: Form,
     /// Asked what is in use while everything is frozen; None: everything is.
     pub(super) mapper: Option<FreeMapper>,
@@ -43,8 +46,8 @@ pub(in crate::op) struct Runner<'a> {
     taking_back: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
     map_in_force: bool,
-    /// What [`Action::LoadOver`] has loaded.
-    pub(super) loaded: Option<(Beneath, Table)>,
+    /// What [`Action::LoadOver`] has loaded leads there.
+    pub(super) beneath: Option<Beneath>,
     /// Where a watchdog comes from, and goes to when it has nothing to guard.
     pub(super) standby: Standby,
     watchdog: Option<Watchdog>,
@@ -75,6 +78,7 @@ impl<'a> Runner<'a> {
             below: None,
             below_found: None,
             own_table: None,
+            owner: None,
             form: Form::new(false),
             mapper: None,
             limits: None,
@@ -84,7 +88,7 @@ impl<'a> Runner<'a> {
             write_back_all: false,
             taking_back: false,
             map_in_force: false,
-            loaded: None,
+            beneath: None,
             standby: Standby::default(),
             watchdog: None,
             expedite: None,
@@ -230,19 +234,15 @@ impl<'a> Runner<'a> {
             self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
         let table = beneath.table(&self.skipped.extents, &[], self.form)?;
-        self.dm.load(device, &table)?;
-        self.loaded = Some((beneath, table));
+        self.load(device, &table)?;
+        self.beneath = Some(beneath);
         self.map_in_force = !self.skipped.extents.is_empty();
         Ok(())
     }
 
     fn expect_over(&self, device: &str) -> Result<()> {
-        let found = self.dm.table(device, Slot::Active)?;
-        if found.is_none() || found.as_ref() != self.loaded.as_ref().map(|(_, table)| table) {
-            return Err(Error::new(
-                ErrorKind::Kernel,
-                format!("{device} does not have the table that was loaded into it"),
-            ));
+        if let Some(owner) = self.owner.as_ref().filter(|owner| owner.name() == device) {
+            owner.check(self.dm)?;
         }
         if self.picture.as_ref().is_none_or(Picture::still_holds) {
             return Ok(());
@@ -298,14 +298,62 @@ impl<'a> Runner<'a> {
         result
     }
 
-    fn suspend(&mut self, action: &Action, device: &str) -> Result<()> {
+    /// The owner of `device`; None for a device that is not the origin.
+    fn owner_of(&mut self, device: &str) -> Option<&mut Owner> {
+        self.owner.as_mut().filter(|owner| owner.name() == device)
+    }
+
+    /// What the watchdog has done looks to the owner as if somebody else had: then it is the watchdog's error that counts.
+    fn or_watchdog(&mut self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(error) if error.kind() == ErrorKind::Refused => {
+                self.check(false)?;
+                Err(error)
+            }
+            result => result,
+        }
+    }
+
+    fn own(&mut self, device: &str, table: Table) -> Result<()> {
+        let owner = Owner::new(self.dm, device, table)?;
+        owner.check(self.dm)?;
+        self.owner = Some(owner);
+        Ok(())
+    }
+
+    fn load(&mut self, device: &str, table: &Table) -> Result<()> {
+        let dm = self.dm;
+        match self.owner_of(device) {
+            Some(owner) => owner.load(dm, table),
+            None => dm.load(device, table),
+        }
+    }
+
+    fn clear(&mut self, device: &str) -> Result<()> {
+        self.map_in_force = false;
+        let dm = self.dm;
+        match self.owner_of(device) {
+            Some(owner) => owner.drop_loaded(dm),
+            None => dm.clear(device),
+        }
+    }
+
+    fn suspend(&mut self, device: &str, how: SuspendFlags) -> Result<()> {
         self.check(true)?;
         self.suspended_since = Some(Instant::now());
-        self.dm.execute(action)?;
+        let dm = self.dm;
+        let result = match self.owner_of(device) {
+            Some(owner) => owner.suspend(dm, how),
+            None => dm.suspend(device, how),
+        };
+        self.or_watchdog(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
         if let Err(error) = self.check(false) {
             // The watchdog acted too early to see this suspension.
-            let undo = self.dm.clear(device).and_then(|()| self.dm.let_go(device));
+            let undo = match self.owner_of(device) {
+                Some(owner) => owner.let_go(dm),
+                None => dm.clear(device).and_then(|()| dm.let_go(device)),
+            };
             return Err(match undo {
                 Ok(()) => error,
                 Err(undo) => error.with_failed_undo(undo),
@@ -332,11 +380,17 @@ impl<'a> Runner<'a> {
     }
 
     fn resume(&mut self, action: &Action, device: &str) -> Result<()> {
-        if self.taking_back {
+        let (dm, taking_back) = (self.dm, self.taking_back);
+        match self.owner_of(device) {
+            // On the way back there may be a table to be put to use, or only a suspension to be ended.
+            Some(owner) if taking_back && !owner.has_loaded() => owner.let_go(dm)?,
+            Some(owner) => {
+                let result = owner.resume(dm);
+                self.or_watchdog(result)?;
+            }
             // A watchdog that has fired does the same.
-            self.dm.let_go(device)?;
-        } else {
-            self.dm.execute(action)?;
+            None if taking_back => dm.let_go(device)?,
+            None => dm.execute(action)?,
         }
         if let Some(since) = self.suspended_since.take() {
             self.times.suspended = since.elapsed();
@@ -364,13 +418,14 @@ impl Executor for Runner<'_> {
             Action::ExpectOver { device } => self.expect_over(device),
             Action::Freeze { .. } => self.freeze(),
             Action::Thaw { filesystems } => self.thaw(filesystems),
-            Action::Suspend { device, .. } => self.suspend(action, device),
+            Action::Own { device, table } => self.own(device, self.dm.resolve(table)?),
+            Action::Load { device, table } => self.load(device, &self.dm.resolve(table)?),
+            Action::Suspend { device, flush, lock_filesystem } => {
+                self.suspend(device, SuspendFlags { flush: *flush, lock_filesystem: *lock_filesystem })
+            }
             Action::Instant => self.instant(),
             Action::Resume { device, udev: Udev::None } => self.resume(action, device),
-            Action::Clear { .. } => {
-                self.map_in_force = false;
-                self.dm.execute(action)
-            }
+            Action::Clear { device } => self.clear(device),
             Action::Unguard => match self.dismiss() {
                 Verdict::Fired(_) => Err(budget_ran_out()),
                 Verdict::Calm => Ok(()),

@@ -1,0 +1,268 @@
+//! Who may change an origin's table? One owner, that undoes nothing others have done meanwhile.
+//!
+//! device-mapper has one active and one inactive table for each device, and one suspension, for everybody: a load
+//! replaces whatever was loaded, a resume ends whosever suspension it is and puts whatever is loaded to use. The kernel
+//! does not say whose they are. lvm2 loads its table first, suspends (for seconds, on a busy disk), commits its
+//! metadata, and resumes; whoever loads and resumes in between undoes that, and both report success.
+//!
+//! So an origin's table is loaded, suspended and resumed by [`Owner`] alone, which looks before and behind each act:
+//! - the device is the one it was, by number and UUID;
+//! - its active table is the one that it is expected to have;
+//! - what is loaded is what the owner has loaded, and nothing where it has loaded nothing;
+//! - it is suspended only where the owner has suspended it.
+//!
+//! Where that does not hold, the owner does not act. A suspension that is not its own is never ended, a table that it
+//! has not loaded never replaced, dropped or put to use. Only what the owner itself holds goes on in any case.
+//!
+//! What remains: between a look and the act lie some microseconds. lvm2 is kept out of them by its own lock
+//! (`volume::lvm_lock`). Somebody who loads a table by hand in just these is seen by the look behind the act: the copy is
+//! void, and the device has the table that the kernel made of it.
+
+use std::time::Duration;
+
+use crate::base::{DeviceNumber, Error, ErrorKind, Result};
+use crate::sys::dm_ioctl::SuspendFlags;
+
+use super::context::{DeviceInfo, Dm, Slot};
+use super::table::Table;
+use super::udev::Udev;
+
+/// See the module's head. Knows what it has done itself; what others do it asks the kernel.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    name: String,
+    number: DeviceNumber,
+    uuid: String,
+    active: Table,
+    loaded: Option<Table>,
+    is_held: bool,
+}
+
+/// What somebody else has done to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Foreign {
+    Device,
+    Active,
+    Loaded,
+    Suspended,
+    Resumed,
+}
+
+impl Owner {
+    /// Of the device `name`, which is expected to have the table `active` in use. Looks at nothing but who it is.
+    ///
+    /// # Errors
+    /// The kernel's, for a device that does not exist.
+    pub fn new(dm: &Dm, name: &str, active: Table) -> Result<Self> {
+        let DeviceInfo { number, uuid, .. } = dm.info_of(name)?;
+        Ok(Self { name: name.to_owned(), number, uuid, active, loaded: None, is_held: false })
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The table in use, by the owner's doing.
+    #[must_use]
+    pub fn active(&self) -> &Table {
+        &self.active
+    }
+
+    /// True where the owner has suspended the device, and not let it go on.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.is_held
+    }
+
+    /// True where the owner has loaded a table that is not in use yet.
+    #[must_use]
+    pub fn has_loaded(&self) -> bool {
+        self.loaded.is_some()
+    }
+
+    /// Fails unless everything is as the owner left it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`] where the device has another table or is another device; [`ErrorKind::Refused`] where
+    /// somebody else is about to change it, which may be over soon; the kernel's.
+    pub fn check(&self, dm: &Dm) -> Result<()> {
+        match self.look(dm)? {
+            None => Ok(()),
+            Some(foreign) => Err(self.explain(foreign)),
+        }
+    }
+
+    /// Loads a table, not used yet.
+    ///
+    /// # Errors
+    /// As [`Owner::check`], before and behind; the kernel's.
+    pub fn load(&mut self, dm: &Dm, table: &Table) -> Result<()> {
+        self.check(dm)?;
+        dm.load(&self.name, table)?;
+        self.loaded = Some(table.clone());
+        let Err(error) = self.check(dm) else { return Ok(()) };
+        Err(match self.drop_loaded(dm) {
+            Ok(()) => error,
+            Err(undo) => error.with_failed_undo(undo),
+        })
+    }
+
+    /// Drops what the owner has loaded. What somebody else has loaded stays.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn drop_loaded(&mut self, dm: &Dm) -> Result<()> {
+        let Some(loaded) = &self.loaded else { return Ok(()) };
+        let info = self.info(dm)?;
+        if info.is_some_and(|info| info.has_inactive)
+            && dm.table(&self.name, Slot::Inactive)?.as_ref() == Some(loaded)
+        {
+            dm.clear(&self.name)?;
+        }
+        self.loaded = None;
+        Ok(())
+    }
+
+    /// Suspends the device.
+    ///
+    /// # Errors
+    /// As [`Owner::check`], before and behind; the device then goes on. The kernel's.
+    pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
+        self.check(dm)?;
+        dm.suspend(&self.name, how)?;
+        self.is_held = true;
+        // A suspension takes as long as the I/O in flight: others had time.
+        let Err(error) = self.check(dm) else { return Ok(()) };
+        Err(match self.let_go(dm) {
+            Ok(()) => error,
+            Err(undo) => error.with_failed_undo(undo),
+        })
+    }
+
+    /// Puts what was loaded to use and lets the device go on. What comes of it the next look tells.
+    ///
+    /// # Errors
+    /// As [`Owner::check`], before: the device then goes on with the table it had. The kernel's.
+    pub fn resume(&mut self, dm: &Dm) -> Result<()> {
+        if let Err(error) = self.check(dm) {
+            return Err(match self.let_go(dm) {
+                Ok(()) => error,
+                Err(undo) => error.with_failed_undo(undo),
+            });
+        }
+        dm.resume(&self.name, Udev::None)?;
+        self.went_on();
+        Ok(())
+    }
+
+    /// Drops what the owner has loaded, and lets the device go on where the owner has suspended it: for undo.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn let_go(&mut self, dm: &Dm) -> Result<()> {
+        self.drop_loaded(dm)?;
+        if self.is_held && self.info(dm)?.is_some_and(|info| info.suspended) {
+            dm.let_go(&self.name)?;
+        }
+        self.is_held = false;
+        Ok(())
+    }
+
+    /// Replaces the table in one call of the kernel, in use or held; a device that the owner holds goes on.
+    ///
+    /// # Errors
+    /// As [`Owner::check`], before and behind; the kernel's: then the device has the table it had.
+    pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
+        self.load(dm, table)?;
+        let swapped = dm.swap_loaded(&self.name);
+        match swapped {
+            Ok(held) => {
+                if dm.table(&self.name, Slot::Active)?.as_ref() == Some(&self.active) && *table != self.active
+                {
+                    // A watchdog that lets the device go on drops what is loaded: then the swap swapped nothing.
+                    (self.loaded, self.is_held) = (None, false);
+                    return Err(self.explain(Foreign::Resumed));
+                }
+                self.went_on();
+                self.check(dm)?;
+                Ok(held)
+            }
+            Err(error) => {
+                // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
+                self.is_held = true;
+                Err(match self.let_go(dm) {
+                    Ok(()) => error.state(format!("{} keeps the table it had", self.name)),
+                    Err(undo) => error.with_failed_undo(undo),
+                })
+            }
+        }
+    }
+
+    fn went_on(&mut self) {
+        self.is_held = false;
+        if let Some(table) = self.loaded.take() {
+            self.active = table;
+        }
+    }
+
+    /// The device; None where it is another one by now, or none.
+    fn info(&self, dm: &Dm) -> Result<Option<DeviceInfo>> {
+        let is_it = |info: &DeviceInfo| info.number == self.number && info.uuid == self.uuid;
+        Ok(dm.info(&self.name)?.filter(is_it))
+    }
+
+    fn look(&self, dm: &Dm) -> Result<Option<Foreign>> {
+        let Some(info) = self.info(dm)? else { return Ok(Some(Foreign::Device)) };
+        let active = dm.table(&self.name, Slot::Active)?;
+        let loaded = if info.has_inactive { dm.table(&self.name, Slot::Inactive)? } else { None };
+        Ok(self.compare(info.suspended, active.as_ref(), info.has_inactive, loaded.as_ref()))
+    }
+
+    fn compare(
+        &self,
+        suspended: bool,
+        active: Option<&Table>,
+        has_loaded: bool,
+        loaded: Option<&Table>,
+    ) -> Option<Foreign> {
+        if active != Some(&self.active) {
+            return Some(Foreign::Active);
+        }
+        if has_loaded != self.loaded.is_some() || loaded != self.loaded.as_ref() {
+            return Some(Foreign::Loaded);
+        }
+        match (suspended, self.is_held) {
+            (true, false) => Some(Foreign::Suspended),
+            (false, true) => Some(Foreign::Resumed),
+            _ => None,
+        }
+    }
+
+    fn explain(&self, foreign: Foreign) -> Error {
+        let name = &self.name;
+        let replaced = |what: String| {
+            Error::new(ErrorKind::StoreInvalid, what)
+                .next("copy again, and do not resize or move the volume meanwhile")
+        };
+        let busy = |what: String| {
+            Error::refused(what).state(format!("{name} was left to whoever changes it")).next(
+                "wait until that is over; if nobody is at it any more: 'dmsetup info', 'dmsetup resume'",
+            )
+        };
+        match foreign {
+            Foreign::Device => replaced(format!("{name} is not the device that it was")),
+            Foreign::Active => {
+                replaced(format!("somebody replaced the table of {name} while it was being copied"))
+            }
+            Foreign::Loaded => {
+                busy(format!("somebody is changing {name}: what is loaded into it is not ours"))
+            }
+            Foreign::Suspended => {
+                busy(format!("somebody is changing {name}: it is suspended, and not by us"))
+            }
+            Foreign::Resumed => busy(format!("somebody else has let {name} go on while we held it")),
+        }
+    }
+}
