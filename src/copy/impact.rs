@@ -222,10 +222,10 @@ pub(super) struct Allowance {
 }
 
 impl Allowance {
-    /// No limit: nobody is given way to.
+    /// No limit: there is no application to yield to.
     const FREE: Self = Self { reads: WINDOW_MAX / ONE, rate: None };
 
-    /// True where nobody is given way to.
+    /// True if the copier need not yield.
     pub(super) fn is_free(self) -> bool {
         self == Self::FREE
     }

@@ -34,8 +34,8 @@ pub const STEPS_MAX: usize = 64;
 pub enum Action {
     /// Make a device without a table.
     Create { device: String, uuid: String },
-    /// From here on the device's table is changed by one [`Owner`](super::Owner): fail unless the table in use is this one
-    /// and nobody else is changing it.
+    /// Put the device's table under one [`Owner`](super::Owner) for the rest of the change. Fail unless the active table is
+    /// this one and nobody else is changing it.
     Own { device: String, table: Template },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
@@ -351,7 +351,7 @@ impl fmt::Display for Action {
         };
         match self {
             Self::Create { device, .. } => write!(f, "make device {device}"),
-            Self::Own { device, .. } => write!(f, "see that nobody else is changing the table of {device}"),
+            Self::Own { device, .. } => write!(f, "check that nobody else is changing the table of {device}"),
             Self::Load { device, table } => {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }

@@ -77,6 +77,12 @@ pub struct Beneath {
 }
 
 impl Beneath {
+    /// True for a table that a copy may have loaded into its origin: one over the stack, or the origin's own.
+    #[must_use]
+    pub fn is_of_copy(&self, table: &Table) -> bool {
+        self.is_under(table) || *table == self.own
+    }
+
     /// The origin's table. `free` is what nobody needs, `released` what is on the secondary already. Where there would
     /// be more runs than `form` allows, the smallest runs of free ranges alone are preserved; when none is
     /// left, the smallest of the other runs.

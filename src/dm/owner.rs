@@ -1,22 +1,22 @@
-//! Who may change an origin's table? One owner, that undoes nothing others have done meanwhile.
+//! Changes an origin's table without undoing what others do to it.
 //!
-//! device-mapper has one active and one inactive table for each device, and one suspension, for everybody: a load
-//! replaces whatever was loaded, a resume ends whosever suspension it is and puts whatever is loaded to use. The kernel
-//! does not say whose they are. lvm2 loads its table first, suspends (for seconds, on a busy disk), commits its
-//! metadata, and resumes; whoever loads and resumes in between undoes that, and both report success.
+//! A device-mapper device has one active table, one inactive table and one suspended state, shared by everybody. A load
+//! replaces the inactive table; a resume ends any suspension and activates the inactive table. The kernel does not record
+//! who loaded a table or suspended the device. lvm2 loads a table, suspends (for seconds on a busy disk), commits its
+//! metadata, and resumes. A load and a resume by somebody else in between undo that, and both report success.
 //!
-//! So an origin's table is loaded, suspended and resumed by [`Owner`] alone, which looks before and behind each act:
-//! - the device is the one it was, by number and UUID;
-//! - its active table is the one that it is expected to have;
-//! - what is loaded is what the owner has loaded, and nothing where it has loaded nothing;
-//! - it is suspended only where the owner has suspended it.
+//! So only [`Owner`] loads, suspends and resumes an origin's table. Before and after each step it checks that:
+//! - the device has the same number and UUID;
+//! - the active table is the expected one;
+//! - the inactive table is the one that the owner loaded, or there is none;
+//! - the device is suspended only if the owner suspended it.
 //!
-//! Where that does not hold, the owner does not act. A suspension that is not its own is never ended, a table that it
-//! has not loaded never replaced, dropped or put to use. Only what the owner itself holds goes on in any case.
+//! If a check fails, the owner takes no further step. It never ends a suspension of somebody else, and never replaces,
+//! drops or activates a table that it did not load. A device that the owner itself suspended is always resumed.
 //!
-//! What remains: between a look and the act lie some microseconds. lvm2 is kept out of them by its own lock
-//! (`volume::lvm_lock`). Somebody who loads a table by hand in just these is seen by the look behind the act: the copy is
-//! void, and the device has the table that the kernel made of it.
+//! A race of some microseconds remains between a check and the step behind it. The lock of lvm2 (`volume::lvm_lock`)
+//! closes it for lvm2. A table that somebody else loads by hand in that window is found by the check after the step: the
+//! copy is void, and the device keeps the table that it then has.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use super::context::{DeviceInfo, Dm, Slot};
 use super::table::Table;
 use super::udev::Udev;
 
-/// See the module's head. Knows what it has done itself; what others do it asks the kernel.
+/// The only one that changes a device's table. Remembers its own steps; reads everything else from the kernel.
 #[derive(Clone, Debug)]
 pub struct Owner {
     name: String,
@@ -38,7 +38,7 @@ pub struct Owner {
     is_held: bool,
 }
 
-/// What somebody else has done to a device.
+/// A change to the device that the owner did not make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Foreign {
     Device,
@@ -49,7 +49,7 @@ enum Foreign {
 }
 
 impl Owner {
-    /// Of the device `name`, which is expected to have the table `active` in use. Looks at nothing but who it is.
+    /// For the device `name`, whose active table should be `active`; [`Owner::check`] tells whether it is.
     ///
     /// # Errors
     /// The kernel's, for a device that does not exist.
@@ -85,8 +85,8 @@ impl Owner {
     /// Fails unless everything is as the owner left it.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] where the device has another table or is another device; [`ErrorKind::Refused`] where
-    /// somebody else is about to change it, which may be over soon; the kernel's.
+    /// [`ErrorKind::StoreInvalid`] if the device or its active table was replaced; [`ErrorKind::Refused`] while somebody
+    /// else is changing it, where a retry can succeed; the kernel's.
     pub fn check(&self, dm: &Dm) -> Result<()> {
         match self.look(dm)? {
             None => Ok(()),
@@ -97,7 +97,7 @@ impl Owner {
     /// Loads a table, not used yet.
     ///
     /// # Errors
-    /// As [`Owner::check`], before and behind; the kernel's.
+    /// As [`Owner::check`], before and after; the kernel's.
     pub fn load(&mut self, dm: &Dm, table: &Table) -> Result<()> {
         self.check(dm)?;
         dm.load(&self.name, table)?;
@@ -128,7 +128,7 @@ impl Owner {
     /// Suspends the device.
     ///
     /// # Errors
-    /// As [`Owner::check`], before and behind; the device then goes on. The kernel's.
+    /// As [`Owner::check`], before and after; the device is then resumed. The kernel's.
     pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
         self.check(dm)?;
         dm.suspend(&self.name, how)?;
@@ -173,7 +173,7 @@ impl Owner {
     /// Replaces the table in one call of the kernel, in use or held; a device that the owner holds goes on.
     ///
     /// # Errors
-    /// As [`Owner::check`], before and behind; the kernel's: then the device has the table it had.
+    /// As [`Owner::check`], before and after; the kernel's: then the device has the table it had.
     pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
         self.load(dm, table)?;
         let swapped = dm.swap_loaded(&self.name);

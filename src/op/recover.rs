@@ -34,9 +34,6 @@ use super::stack::{Runner, restoration};
 /// Longest time that an origin may be suspended while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
 
-/// Longest time that a command of LVM is waited for.
-const LVM_MAX: Duration = Duration::from_secs(60);
-
 /// A device as the kernel shows it.
 #[derive(Clone, Debug)]
 pub(super) struct SeenDevice {
@@ -148,9 +145,8 @@ pub(super) fn plan_release(scene: &Scene) -> Change {
     let mut change = Change::new("recover-release");
     let mut seen = BTreeSet::new();
     for (origin, beneath) in scene.origins() {
-        // What somebody else has loaded stays.
-        let is_ours = |table: &Table| beneath.is_under(table) || *table == beneath.own;
-        let drop_loaded = origin.inactive.as_ref().is_some_and(is_ours);
+        // A table that somebody else loaded stays.
+        let drop_loaded = origin.inactive.as_ref().is_some_and(|table| beneath.is_of_copy(table));
         if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
             change = let_go(change, origin, drop_loaded);
         }
@@ -317,12 +313,12 @@ fn end_hurry(done: &mut Vec<String>) -> Result<()> {
 fn put_back(dm: &Dm, done: &mut Vec<String>) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
     let mut machine = Kernel { dm, runner: Runner::new(dm, BUDGET, &interrupt), jobs: Vec::new() };
-    // What lvm2 is at is not touched: where a volume is suspended after that, it is no command of lvm2 that did it.
+    // No command of lvm2 runs on these groups from here on: an origin that is suspended now was suspended by a dead job.
     let scene = machine.scene()?;
     let mut lvm = Vec::new();
     for (origin, _) in scene.origins() {
         if let Some(info) = dm.info(&origin.name)? {
-            lvm.push(LvmLock::hold(&info, LVM_MAX, &interrupt)?);
+            lvm.push(LvmLock::hold(&info, &interrupt)?);
         }
     }
     done.extend(recover_devices(&mut machine)?);

@@ -32,7 +32,10 @@ const LOCKING_DIR: &str = "/run/lock/lvm";
 /// How the UUIDs of lvm2's devices begin.
 const LVM_UUID_PREFIX: &str = "LVM-";
 
-/// Between two attempts.
+/// Longest wait for a command of lvm2.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Attempts to lock a file that is removed each time before we have it.
@@ -64,22 +67,22 @@ impl LvmLock {
         }
     }
 
-    /// As [`LvmLock::try_hold`], and waits for lvm2 for at most `patience`.
+    /// As [`LvmLock::try_hold`], but waits up to 60 s for lvm2.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where that is not enough; I/O errors, `interrupt`'s.
-    pub fn hold(device: &DeviceInfo, patience: Duration, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) after that; I/O errors, `interrupt`'s.
+    pub fn hold(device: &DeviceInfo, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let watch = Stopwatch::start();
         loop {
             if let Some(lock) = Self::try_hold(device)? {
                 return Ok(lock);
             }
             interrupt()?;
-            if watch.elapsed() >= patience {
+            if watch.elapsed() >= PATIENCE {
                 return Err(Error::refused(format!(
                     "a command of LVM has been changing the volume group of {} for {} s",
                     device.name,
-                    patience.as_secs()
+                    PATIENCE.as_secs()
                 ))
                 .next("wait until it is done (see who has the file open: fuser /run/lock/lvm/V_*)"));
             }
@@ -230,6 +233,6 @@ mod tests {
     #[test]
     fn what_is_not_of_lvm_is_at_rest() {
         let other = device("data", "");
-        LvmLock::hold(&other, Duration::ZERO, &|| panic!("nothing to wait for")).unwrap();
+        LvmLock::hold(&other, &|| panic!("nothing to wait for")).unwrap();
     }
 }

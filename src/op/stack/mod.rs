@@ -45,10 +45,10 @@ pub(in crate::op) use runner::Runner;
 /// Attempts to put the origin's own table back when the watchdog intervenes.
 const RESTORE_ATTEMPTS: u32 = 3;
 
-/// Longest time that whoever else is changing the origin's table, or its volume group, is waited for.
+/// Longest wait for somebody else who is changing the origin's table.
 const OTHERS_MAX: Duration = Duration::from_secs(60);
 
-/// Between two looks at what they do.
+/// Pause between two attempts.
 const OTHERS_PAUSE: Duration = Duration::from_millis(50);
 
 /// What to put where.
@@ -159,7 +159,7 @@ impl Stack {
     ) -> Result<Self> {
         let origin = request.origin.as_str();
         // From before its table is read until it leads through the stack.
-        let _lvm = LvmLock::hold(&dm.info_of(origin)?, OTHERS_MAX, interrupt)?;
+        let _lvm = LvmLock::hold(&dm.info_of(origin)?, interrupt)?;
         let own_table = own_table(dm, origin)?;
         refuse_own_record(job, &request.filesystems)?;
         let names = StackNames::new(origin, job.id());
@@ -393,7 +393,7 @@ impl Stack {
         lock(&self.owner).let_go(dm)
     }
 
-    /// Where lvm2 is at it, it goes first.
+    /// Keeps lvm2 away from the origin's volume group, unless one of its commands is running: that one goes first.
     fn keep_lvm_away(&self, dm: &Dm) -> Result<LvmLock> {
         let busy =
             || Error::refused(format!("a command of LVM is changing the volume group of {}", self.origin));
@@ -465,7 +465,7 @@ impl Stack {
         let mut owner = lock(&self.owner);
         owner.let_go(dm)?;
         // Nothing is asked here whether to: what was begun is put back, or said to be in place.
-        let _lvm = LvmLock::hold(&dm.info_of(&self.origin)?, OTHERS_MAX, &|| Ok(()))?;
+        let _lvm = LvmLock::hold(&dm.info_of(&self.origin)?, &|| Ok(()))?;
         let begin = Instant::now();
         let mut attempt = 1;
         loop {
@@ -491,10 +491,9 @@ impl Stack {
 
 /// The table of an origin whose owner died.
 fn take_over(dm: &Dm, origin: &str, current: Table, beneath: &Beneath) -> Result<Owner> {
-    let _lvm = LvmLock::hold(&dm.info_of(origin)?, OTHERS_MAX, &|| Ok(()))?;
-    // One that was loaded when the process died, and never used. Another one is somebody else's.
-    let is_ours = |table: &Table| beneath.is_under(table) || *table == beneath.own;
-    if dm.table(origin, Slot::Inactive)?.as_ref().is_some_and(is_ours) {
+    let _lvm = LvmLock::hold(&dm.info_of(origin)?, &|| Ok(()))?;
+    // The dead process may have loaded a table. Any other table is somebody else's.
+    if dm.table(origin, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
         dm.clear(origin)?;
     }
     let owner = Owner::new(dm, origin, current)?;
@@ -503,7 +502,7 @@ fn take_over(dm: &Dm, origin: &str, current: Table, beneath: &Beneath) -> Result
 }
 
 fn lock(owner: &Mutex<Owner>) -> MutexGuard<'_, Owner> {
-    // What it knows of itself it asks the kernel before each act.
+    // A panic leaves it usable: before each act it compares what it knows with the kernel's state.
     owner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

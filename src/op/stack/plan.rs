@@ -234,6 +234,9 @@ mod tests {
             load.action.to_string(),
             "load into vg-data: linear to vg-data-preserve, past it where nothing is in use"
         );
-        assert_eq!(plan.steps[0].action.to_string(), "see that nobody else is changing the table of vg-data");
+        assert_eq!(
+            plan.steps[0].action.to_string(),
+            "check that nobody else is changing the table of vg-data"
+        );
     }
 }

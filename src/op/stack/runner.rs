@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, Dm, Executor, Owner, Table, Udev, node};
+use crate::dm::{Action, Dm, Executor, Owner, Table, Template, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
 use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
@@ -234,16 +234,16 @@ impl<'a> Runner<'a> {
             self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
         let table = beneath.table(&self.skipped.extents, &[], self.form)?;
-        self.load(device, &table)?;
+        let dm = self.dm;
+        self.owner_of(device).expect("an insertion owns its origin").load(dm, &table)?;
         self.beneath = Some(beneath);
         self.map_in_force = !self.skipped.extents.is_empty();
         Ok(())
     }
 
-    fn expect_over(&self, device: &str) -> Result<()> {
-        if let Some(owner) = self.owner.as_ref().filter(|owner| owner.name() == device) {
-            owner.check(self.dm)?;
-        }
+    fn expect_over(&mut self, device: &str) -> Result<()> {
+        let dm = self.dm;
+        self.owner_of(device).expect("an insertion owns its origin").check(dm)?;
         if self.picture.as_ref().is_none_or(Picture::still_holds) {
             return Ok(());
         }
@@ -303,7 +303,7 @@ impl<'a> Runner<'a> {
         self.owner.as_mut().filter(|owner| owner.name() == device)
     }
 
-    /// What the watchdog has done looks to the owner as if somebody else had: then it is the watchdog's error that counts.
+    /// The owner cannot tell the watchdog from a stranger. Where the watchdog has fired, its error is reported instead.
     fn or_watchdog(&mut self, result: Result<()>) -> Result<()> {
         match result {
             Err(error) if error.kind() == ErrorKind::Refused => {
@@ -321,30 +321,30 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    fn load(&mut self, device: &str, table: &Table) -> Result<()> {
+    fn load(&mut self, action: &Action, device: &str, table: &Template) -> Result<()> {
         let dm = self.dm;
         match self.owner_of(device) {
-            Some(owner) => owner.load(dm, table),
-            None => dm.load(device, table),
+            Some(owner) => owner.load(dm, &dm.resolve(table)?),
+            None => dm.execute(action),
         }
     }
 
-    fn clear(&mut self, device: &str) -> Result<()> {
+    fn clear(&mut self, action: &Action, device: &str) -> Result<()> {
         self.map_in_force = false;
         let dm = self.dm;
         match self.owner_of(device) {
             Some(owner) => owner.drop_loaded(dm),
-            None => dm.clear(device),
+            None => dm.execute(action),
         }
     }
 
-    fn suspend(&mut self, device: &str, how: SuspendFlags) -> Result<()> {
+    fn suspend(&mut self, action: &Action, device: &str, how: SuspendFlags) -> Result<()> {
         self.check(true)?;
         self.suspended_since = Some(Instant::now());
         let dm = self.dm;
         let result = match self.owner_of(device) {
             Some(owner) => owner.suspend(dm, how),
-            None => dm.suspend(device, how),
+            None => dm.execute(action),
         };
         self.or_watchdog(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
@@ -419,13 +419,15 @@ impl Executor for Runner<'_> {
             Action::Freeze { .. } => self.freeze(),
             Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Own { device, table } => self.own(device, self.dm.resolve(table)?),
-            Action::Load { device, table } => self.load(device, &self.dm.resolve(table)?),
-            Action::Suspend { device, flush, lock_filesystem } => {
-                self.suspend(device, SuspendFlags { flush: *flush, lock_filesystem: *lock_filesystem })
-            }
+            Action::Load { device, table } => self.load(action, device, table),
+            Action::Suspend { device, flush, lock_filesystem } => self.suspend(
+                action,
+                device,
+                SuspendFlags { flush: *flush, lock_filesystem: *lock_filesystem },
+            ),
             Action::Instant => self.instant(),
             Action::Resume { device, udev: Udev::None } => self.resume(action, device),
-            Action::Clear { device } => self.clear(device),
+            Action::Clear { device } => self.clear(action, device),
             Action::Unguard => match self.dismiss() {
                 Verdict::Fired(_) => Err(budget_ran_out()),
                 Verdict::Calm => Ok(()),
