@@ -165,6 +165,15 @@ impl Error {
         self
     }
 
+    /// Adds the failure of an undo step, if it failed.
+    #[must_use]
+    pub fn after_undo(self, undo: Result<()>) -> Self {
+        match undo {
+            Ok(()) => self,
+            Err(undo) => self.with_failed_undo(undo),
+        }
+    }
+
     /// Puts this error beneath a wider description, keeping kind, state, next step and undo errors.
     #[must_use]
     pub fn context(mut self, what: impl Into<String>) -> Self {

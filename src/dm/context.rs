@@ -423,10 +423,7 @@ impl Dm {
         let number = self.create(name, uuid)?;
         let result = self.load(name, table).and_then(|()| self.resume(name, udev));
         if let Err(error) = result {
-            return Err(match self.remove(name, udev) {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
-            });
+            return Err(error.after_undo(self.remove(name, udev)));
         }
         node::announce(name, number);
         Ok(number)

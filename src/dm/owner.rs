@@ -103,10 +103,7 @@ impl Owner {
         dm.load(&self.name, table)?;
         self.loaded = Some(table.clone());
         let Err(error) = self.check(dm) else { return Ok(()) };
-        Err(match self.drop_loaded(dm) {
-            Ok(()) => error,
-            Err(undo) => error.with_failed_undo(undo),
-        })
+        Err(error.after_undo(self.drop_loaded(dm)))
     }
 
     /// Drops what the owner has loaded. What somebody else has loaded stays.
@@ -135,10 +132,7 @@ impl Owner {
         self.is_held = true;
         // A suspension takes as long as the I/O in flight: others had time.
         let Err(error) = self.check(dm) else { return Ok(()) };
-        Err(match self.let_go(dm) {
-            Ok(()) => error,
-            Err(undo) => error.with_failed_undo(undo),
-        })
+        Err(error.after_undo(self.let_go(dm)))
     }
 
     /// Puts what was loaded to use and lets the device go on. What comes of it the next look tells.
@@ -147,10 +141,7 @@ impl Owner {
     /// As [`Owner::check`], before: the device then goes on with the table it had. The kernel's.
     pub fn resume(&mut self, dm: &Dm) -> Result<()> {
         if let Err(error) = self.check(dm) {
-            return Err(match self.let_go(dm) {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
-            });
+            return Err(error.after_undo(self.let_go(dm)));
         }
         dm.resume(&self.name, Udev::None)?;
         self.went_on();

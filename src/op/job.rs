@@ -129,10 +129,7 @@ impl Job {
         match job.save() {
             Ok(()) => Ok(job),
             // What can be found of it would pass for a dead one.
-            Err(error) => Err(match job.finish() {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
-            }),
+            Err(error) => Err(error.after_undo(job.finish())),
         }
     }
 

@@ -546,10 +546,7 @@ fn make_device(dm: &Dm, name: &str, uuid: &str, table: &Table, chunk: ChunkSize)
     let number = dm.create_active(name, uuid, table, Udev::Internal)?;
     match zero_first_chunk(dm, number, chunk) {
         Ok(()) => Ok(number),
-        Err(error) => Err(match dm.remove(name, Udev::Internal) {
-            Ok(()) => error,
-            Err(undo) => error.with_failed_undo(undo),
-        }),
+        Err(error) => Err(error.after_undo(dm.remove(name, Udev::Internal))),
     }
 }
 
@@ -578,10 +575,7 @@ fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Erro
         Ok(()) if all_given => record.close(),
         Ok(()) => record.note(Made::Nothing),
     };
-    match given {
-        Ok(()) => error,
-        Err(undo) => error.with_failed_undo(undo),
-    }
+    error.after_undo(given)
 }
 
 const _: () = assert!(DIRECT_IO_ALIGN.get().is_multiple_of(SECTOR_BYTES));

@@ -451,10 +451,7 @@ fn create_named(path: &Path, record: &mut Record) -> Result<File> {
         Ok(file) => file,
         Err(error) => {
             let error = Error::io(format!("making the store {}", path.display()), error);
-            return Err(match record.note_file(None) {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
-            });
+            return Err(error.after_undo(record.note_file(None)));
         }
     };
     crash_point("store.named.after");

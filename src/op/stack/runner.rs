@@ -354,10 +354,7 @@ impl<'a> Runner<'a> {
                 Some(owner) => owner.let_go(dm),
                 None => dm.clear(device).and_then(|()| dm.let_go(device)),
             };
-            return Err(match undo {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(undo),
-            });
+            return Err(error.after_undo(undo));
         }
         Ok(())
     }
