@@ -33,7 +33,7 @@ use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
-use super::exceptions::{ExceptionReader, StoreDevice, Writing};
+use super::exceptions::{self, ExceptionReader, StoreDevice, Writing};
 use super::follow::Follower;
 use super::head::{Head, memory_available};
 use super::record::{About, Made, RECORD_DIR, Record};
@@ -392,6 +392,14 @@ impl CowStore {
     /// As [`CowStore::open_direct`].
     pub fn follower(&self) -> Result<Follower> {
         Ok(Follower::new(self.device_to_read()?, self.plan.chunk, self.origin_bytes))
+    }
+
+    /// See [`exceptions::is_marked_invalid`].
+    ///
+    /// # Errors
+    /// As there, and as [`CowStore::open_direct`].
+    pub fn is_marked_invalid(&self) -> Result<bool> {
+        exceptions::is_marked_invalid(&self.device_to_read()?, self.plan.chunk)
     }
 
     /// The store may grow while it is read: the bound is what it can ever be, and a read of what is

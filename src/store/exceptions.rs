@@ -235,6 +235,18 @@ fn bad_store(error: StoreError) -> Error {
     Error::from(error).with_kind(ErrorKind::BadData)
 }
 
+/// True where the kernel has marked the store on `device` invalid. It does so, with one write, when it
+/// gives the snapshot up and before a status says that (`__invalidate_snapshot`): a store that bears the
+/// mark could still be written then.
+///
+/// # Errors
+/// I/O errors, [`ErrorKind::BadData`] for what is no store.
+pub fn is_marked_invalid(device: &impl BlockRead, chunk: ChunkSize) -> Result<bool> {
+    let mut buffer = AlignedBuffer::zeroed(chunk.bytes().as_len());
+    device.read_at(&mut buffer, Bytes::ZERO)?;
+    Ok(!Header::decode(&buffer).map_err(bad_store)?.valid)
+}
+
 /// Which origin chunks have been named.
 struct Seen {
     bits: Option<Vec<u64>>,

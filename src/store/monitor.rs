@@ -30,6 +30,9 @@ pub const POLL_SHORT: Duration = Duration::from_millis(10);
 const GROWTH_PAUSE: Duration = Duration::from_secs(1);
 /// A store that would have been full within this time at its last rate counts as full.
 const FULL_DOUBT: Duration = Duration::from_secs(1);
+/// No store fills faster than this, bytes per second: what a few NVMe disks write together. What it had
+/// left of room may have gone at this rate since the last look.
+const FILL_RATE_MAX: u64 = 8 << 30;
 /// Exceptions are counted over this long for their number per second.
 const COUNT_TIME: Duration = Duration::from_secs(1);
 /// Failed looks in a row after which the snapshot counts as lost: within a second.
@@ -84,6 +87,11 @@ pub trait Growing: Send + Sync {
     fn is_at_its_largest(&self) -> bool;
     /// See [`CowStore::can_fill_up`].
     fn can_fill_up(&self) -> bool;
+    /// See [`CowStore::is_marked_invalid`].
+    ///
+    /// # Errors
+    /// See there.
+    fn is_marked_invalid(&self) -> Result<bool>;
     /// Unit of copy-on-write.
     fn chunk(&self) -> ChunkSize;
 }
@@ -106,6 +114,9 @@ impl Growing for CowStore {
     }
     fn can_fill_up(&self) -> bool {
         Self::can_fill_up(self)
+    }
+    fn is_marked_invalid(&self) -> Result<bool> {
+        Self::is_marked_invalid(self)
     }
     fn chunk(&self) -> ChunkSize {
         self.plan().chunk
@@ -262,6 +273,8 @@ struct Watch {
     events: Box<dyn Fn(StoreEvent) + Send>,
     rate: FillRate,
     fill: Fill,
+    /// When the kernel last said so.
+    filled: Duration,
     /// Exceptions of a while ago, and when.
     counted: Option<(Duration, u64)>,
     status_failures: u32,
@@ -281,6 +294,7 @@ impl Watch {
             events,
             rate: FillRate::default(),
             fill: Fill::default(),
+            filled: Duration::ZERO,
             counted: None,
             status_failures: 0,
             growth_failed: None,
@@ -338,10 +352,13 @@ impl Watch {
             }
         };
         self.status_failures = 0;
-        let SnapshotStatus::Active { used, metadata, .. } = status else { return Err(self.lost(&status)) };
-        let (Some(used), Some(metadata)) = (used.checked_bytes(), metadata.checked_bytes()) else {
-            return Err(self.lost(&status));
+        let SnapshotStatus::Active { used, metadata, .. } = status else {
+            return Err(self.lost(now, &status));
         };
+        let (Some(used), Some(metadata)) = (used.checked_bytes(), metadata.checked_bytes()) else {
+            return Err(self.lost(now, &status));
+        };
+        self.filled = now;
         self.rate.observe(now, used);
         self.grow(now, used);
         let exceptions = used.saturating_sub(metadata).get() / self.store.chunk().bytes().get();
@@ -387,16 +404,11 @@ impl Watch {
         }
     }
 
-    fn lost(&self, status: &SnapshotStatus) -> Lost {
+    fn lost(&self, now: Duration, status: &SnapshotStatus) -> Lost {
         let total = self.store.mapped_bytes();
-        // "Overflow" is only said of writes to the snapshot itself; a write to the origin that finds no
-        // room makes the snapshot as invalid as a store that fails does (seen on 6.1 and 6.12). So how
-        // full it was must tell them apart, with what has come since the last look.
-        let since = self.rate.over(FULL_DOUBT).max(self.store.chunk().bytes() * 3);
-        let nearly_full = total.saturating_sub(self.fill.used_bytes) < since;
         match status {
             SnapshotStatus::Overflow => self.full(total),
-            SnapshotStatus::Invalid if nearly_full => self.full(total),
+            SnapshotStatus::Invalid if self.has_filled_up(now, total) => self.full(total),
             SnapshotStatus::Invalid => Lost {
                 kind: ErrorKind::StoreInvalid,
                 what: "the COW store failed: the kernel could not write it and has given up the snapshot"
@@ -411,6 +423,21 @@ impl Watch {
                 next: "look at the kernel's log (dmesg), then run the copy again".to_owned(),
             },
         }
+    }
+
+    /// Of a store whose snapshot became invalid between the last look and `now`: was it full?
+    ///
+    /// "Overflow" is only said of writes to the snapshot itself; a write to the origin that finds no room
+    /// makes the snapshot as invalid as a store that fails does (seen on 6.1 and 6.12). So how full it was
+    /// tells them apart, with what has come since; and where that may have been the rest in one burst,
+    /// whether the kernel could still write to it.
+    fn has_filled_up(&self, now: Duration, total: Bytes) -> bool {
+        let free = total.saturating_sub(self.fill.used_bytes);
+        let expected = self.rate.over(FULL_DOUBT).max(self.store.chunk().bytes() * 3);
+        let since = now.saturating_sub(self.filled);
+        let burst = u128::from(FILL_RATE_MAX) * since.as_millis() / 1000;
+        free < expected
+            || (u128::from(free.get()) <= burst && self.store.is_marked_invalid().unwrap_or(false))
     }
 
     fn full(&self, total: Bytes) -> Lost {
@@ -447,6 +474,8 @@ mod tests {
         limit: Bytes,
         fails: bool,
         worst: Bytes,
+        /// What a read of the header says; None where it fails.
+        marked: Mutex<Option<bool>>,
     }
 
     impl Fake {
@@ -455,7 +484,7 @@ mod tests {
         }
 
         fn for_origin(limit: Bytes, fails: bool, worst: Bytes) -> Arc<Self> {
-            Arc::new(Self { total: Mutex::new(Bytes::mib(4)), limit, fails, worst })
+            Arc::new(Self { total: Mutex::new(Bytes::mib(4)), limit, fails, worst, marked: Mutex::new(None) })
         }
     }
 
@@ -486,6 +515,10 @@ mod tests {
         }
         fn can_fill_up(&self) -> bool {
             self.total_bytes() < self.worst
+        }
+        fn is_marked_invalid(&self) -> Result<bool> {
+            let marked = *self.marked.lock().unwrap();
+            marked.ok_or_else(|| Error::new(ErrorKind::Io, "the disk fails"))
         }
         fn chunk(&self) -> ChunkSize {
             ChunkSize::default()
@@ -612,6 +645,24 @@ mod tests {
             vec![Ok(active(Bytes::mib(2))), Ok(active(Bytes::kib(3300))), Ok(SnapshotStatus::Invalid)];
         let (mut fast, _heard) = watch(Fake::new(Bytes::mib(4), false), statuses);
         assert!(looks(&mut fast, 3).unwrap_err().what.contains("full"));
+    }
+
+    #[test]
+    fn a_store_that_filled_up_in_one_burst_is_full_where_it_could_still_be_written() {
+        let lost_after = |marked, total: Bytes| {
+            let store = Fake::for_origin(total, false, Bytes::gib(64));
+            *store.total.lock().unwrap() = total;
+            *store.marked.lock().unwrap() = marked;
+            let (mut watch, _heard) =
+                watch(store, vec![Ok(active(Bytes::kib(8))), Ok(SnapshotStatus::Invalid)]);
+            looks(&mut watch, 2).unwrap_err().what
+        };
+        let small = Bytes::mib(6);
+        assert!(lost_after(Some(true), small).contains("full"));
+        assert!(lost_after(Some(false), small).contains("could not write"));
+        assert!(lost_after(None, small).contains("could not write"));
+        // Nothing writes 2 GiB in a tenth of a second.
+        assert!(lost_after(Some(true), Bytes::gib(2)).contains("could not write"));
     }
 
     #[test]
