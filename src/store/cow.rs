@@ -376,7 +376,7 @@ impl CowStore {
     }
 
     /// Reads its originals while the snapshot is active. `status` was asked for after the last read
-    /// of the origin had completed (see [`exceptions`](super::exceptions)).
+    /// of the origin had completed (see [`exceptions`]).
     ///
     /// # Errors
     /// As [`Writing::from_status`] and [`ExceptionReader::open`].
