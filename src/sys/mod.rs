@@ -10,6 +10,7 @@ pub mod freeze;
 pub mod fsmap;
 pub mod loop_device;
 pub mod process;
+pub mod queue;
 pub mod rcu;
 pub mod ring;
 pub mod semaphore;
