@@ -50,6 +50,10 @@ pub enum Action {
     Resume { device: String, udev: Udev },
     /// Remove the device.
     Remove { device: String, udev: Udev },
+    /// Hold the device open, exclusively: the sign that the command lives, in whatever namespace somebody looks.
+    Claim { device: String },
+    /// Close what [`Action::Claim`] holds open.
+    Unclaim,
     /// Fail unless the device's active table is this one.
     Expect { device: String, table: Template },
     /// Fail unless the device's active table is the one that [`Action::LoadOver`] made.
@@ -331,6 +335,8 @@ impl Dm {
             }
             Action::Own { .. }
             | Action::LoadOver { .. }
+            | Action::Claim { .. }
+            | Action::Unclaim
             | Action::ExpectOver { .. }
             | Action::Freeze { .. }
             | Action::Thaw { .. }
@@ -371,6 +377,8 @@ impl fmt::Display for Action {
             }
             Self::Resume { device, .. } => write!(f, "resume {device}"),
             Self::Remove { device, .. } => write!(f, "remove device {device}"),
+            Self::Claim { device } => write!(f, "hold {device} open, which shows that the copy lives"),
+            Self::Unclaim => f.write_str("close it"),
             Self::Expect { device, .. } | Self::ExpectOver { device } => {
                 write!(f, "check the table of {device}")
             }

@@ -1,6 +1,6 @@
 //! The kernel's device-mapper, one method per call, with errors that name the device.
 //!
-//! Devices are addressed by name. Nothing here decides an order: that is
+//! A device is addressed by name or by number ([`Key`]). Nothing here decides an order: that is
 //! [`change`](super::change).
 
 use std::fs::{File, OpenOptions};
@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
-use crate::sys::dm_ioctl::{self, Ask, Call, Reply, SuspendFlags};
+use crate::sys::dm_ioctl::{self, Ask, Call, Key, Reply, SuspendFlags};
 
-use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, UUID_PREFIX, beside};
+use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, beside, is_ours};
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
@@ -133,7 +133,8 @@ impl Dm {
     /// (before 5.4).
     #[must_use]
     pub fn has_target(&self, kind: &str) -> bool {
-        let ask = Ask { name: Some(kind), ..Ask::default() };
+        // The kernel takes it in the field of a device's name.
+        let ask = Ask { device: Some(kind.into()), ..Ask::default() };
         dm_ioctl::call(&self.control, Call::GetTargetVersion, &ask).is_ok()
     }
 
@@ -146,15 +147,15 @@ impl Dm {
         wire::decode_names(&self.call(Call::ListDevices, &Ask::default(), what)?.payload)
     }
 
-    /// Every device whose UUID begins with `prefix`; one that goes away meanwhile is left out.
+    /// Every device of ours; one that goes away meanwhile is left out.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn list_by_uuid(&self, prefix: &str) -> Result<Vec<DeviceInfo>> {
+    pub fn list_ours(&self) -> Result<Vec<DeviceInfo>> {
         let mut found = Vec::new();
-        for (name, _) in self.list()? {
-            if let Some(info) = self.info(&name)?
-                && info.uuid.starts_with(prefix)
+        for (_, number) in self.list()? {
+            if let Some(info) = self.info(number)?
+                && is_ours(&info.uuid)
             {
                 found.push(info);
             }
@@ -162,20 +163,21 @@ impl Dm {
         Ok(found)
     }
 
-    /// What the kernel says of a device; None where there is none of this name.
+    /// What the kernel says of a device; None where there is none.
     ///
     /// # Errors
     /// The kernel's, and names that cannot be one.
-    pub fn info(&self, name: &str) -> Result<Option<DeviceInfo>> {
-        let ask = Ask { name: Some(name), ..Ask::default() };
+    pub fn info<'a>(&self, device: impl Into<Key<'a>>) -> Result<Option<DeviceInfo>> {
+        let device = device.into();
+        let ask = Ask { device: Some(device), ..Ask::default() };
         let reply = match dm_ioctl::call(&self.control, Call::DevStatus, &ask) {
             Ok(reply) => reply,
             Err(source) if source.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
-            Err(source) => return Err(Error::kernel(format!("asking for device {name}"), source)),
+            Err(source) => return Err(Error::kernel(format!("asking for device {device}"), source)),
         };
         let has = |flag| reply.flags & flag != 0;
         Ok(Some(DeviceInfo {
-            name: name.to_owned(),
+            name: reply.name.clone(),
             uuid: reply.uuid.clone(),
             number: DeviceNumber::from_dev(reply.dev),
             open_count: u32::try_from(reply.open_count).unwrap_or(0),
@@ -190,9 +192,10 @@ impl Dm {
     ///
     /// # Errors
     /// [`ErrorKind::Kernel`] where it does not.
-    pub fn info_of(&self, name: &str) -> Result<DeviceInfo> {
-        self.info(name)?.ok_or_else(|| {
-            Error::kernel(format!("asking for device {name}"), io::Error::from_raw_os_error(libc::ENXIO))
+    pub fn info_of<'a>(&self, device: impl Into<Key<'a>>) -> Result<DeviceInfo> {
+        let device = device.into();
+        self.info(device)?.ok_or_else(|| {
+            Error::kernel(format!("asking for device {device}"), io::Error::from_raw_os_error(libc::ENXIO))
         })
     }
 
@@ -208,16 +211,17 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's; [`ErrorKind::BadData`] for a table that breaks [`Table`]'s invariants.
-    pub fn table(&self, name: &str, slot: Slot) -> Result<Option<Table>> {
+    pub fn table<'a>(&self, device: impl Into<Key<'a>>, slot: Slot) -> Result<Option<Table>> {
+        let device = device.into();
         let mut flags = dm_ioctl::FLAG_STATUS_TABLE | dm_ioctl::FLAG_NOFLUSH;
         if slot == Slot::Inactive {
             flags |= dm_ioctl::FLAG_QUERY_INACTIVE_TABLE;
         }
-        let rows = self.status_rows(name, flags)?;
+        let rows = self.status_rows(device, flags)?;
         if rows.is_empty() {
             return Ok(None);
         }
-        Table::from_kernel(&rows).map(Some).map_err(|error| error.context(format!("the table of {name}")))
+        Table::from_kernel(&rows).map(Some).map_err(|error| error.context(format!("the table of {device}")))
     }
 
     /// The status text of each line: start, length, kind, text.
@@ -232,9 +236,10 @@ impl Dm {
             .collect())
     }
 
-    fn status_rows(&self, name: &str, flags: u32) -> Result<Vec<wire::Row>> {
-        let ask = Ask { name: Some(name), flags, ..Ask::default() };
-        let reply = self.call(Call::TableStatus, &ask, || format!("reading the table of {name}"))?;
+    fn status_rows<'a>(&self, device: impl Into<Key<'a>>, flags: u32) -> Result<Vec<wire::Row>> {
+        let device = device.into();
+        let ask = Ask { device: Some(device), flags, ..Ask::default() };
+        let reply = self.call(Call::TableStatus, &ask, || format!("reading the table of {device}"))?;
         wire::decode_rows(&reply.payload, reply.target_count)
     }
 
@@ -254,7 +259,7 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn dependencies(&self, name: &str) -> Result<Vec<DeviceNumber>> {
-        let ask = Ask { name: Some(name), ..Ask::default() };
+        let ask = Ask { device: Some(name.into()), ..Ask::default() };
         let reply = self.call(Call::TableDeps, &ask, || format!("asking what {name} maps to"))?;
         wire::decode_dependencies(&reply.payload)
     }
@@ -274,7 +279,7 @@ impl Dm {
                 is_named || is_beneath && table.as_ref().is_some_and(|table| table.maps_to(info.number))
             })
         };
-        Ok(self.list_by_uuid(UUID_PREFIX)?.into_iter().find(is_its))
+        Ok(self.list_ours()?.into_iter().find(is_its))
     }
 
     /// Sends a message to the target at `sector` of a device.
@@ -283,7 +288,7 @@ impl Dm {
     /// The kernel's.
     pub fn message(&self, name: &str, sector: Sectors, text: &str) -> Result<Option<String>> {
         let payload = wire::encode_message(sector.get(), text);
-        let ask = Ask { name: Some(name), payload: &payload, ..Ask::default() };
+        let ask = Ask { device: Some(name.into()), payload: &payload, ..Ask::default() };
         let reply = self.call(Call::TargetMessage, &ask, || format!("message '{text}' to {name}"))?;
         if reply.flags & dm_ioctl::FLAG_DATA_OUT == 0 {
             return Ok(None);
@@ -296,7 +301,7 @@ impl Dm {
     /// # Errors
     /// The kernel's: EBUSY where name or UUID is taken.
     pub fn create(&self, name: &str, uuid: &str) -> Result<DeviceNumber> {
-        let ask = Ask { name: Some(name), uuid: Some(uuid), ..Ask::default() };
+        let ask = Ask { device: Some(name.into()), uuid: Some(uuid), ..Ask::default() };
         let reply = self.call(Call::DevCreate, &ask, || format!("making device {name}"))?;
         Ok(DeviceNumber::from_dev(reply.dev))
     }
@@ -305,15 +310,16 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's; the details are in its log (`dmesg`).
-    pub fn load(&self, name: &str, table: &Table) -> Result<()> {
+    pub fn load<'a>(&self, device: impl Into<Key<'a>>, table: &Table) -> Result<()> {
+        let device = device.into();
         let payload = wire::encode_table(table);
         let ask = Ask {
-            name: Some(name),
+            device: Some(device),
             target_count: u32::try_from(table.lines().len()).expect("a table's lines are bounded"),
             payload: &payload,
             ..Ask::default()
         };
-        self.call(Call::TableLoad, &ask, || format!("loading the table of {name}"))
+        self.call(Call::TableLoad, &ask, || format!("loading the table of {device}"))
             .map(|_| ())
             .map_err(|error| error.next("the kernel's log has the reason: dmesg | grep device-mapper"))
     }
@@ -322,19 +328,21 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn clear(&self, name: &str) -> Result<()> {
-        dm_ioctl::clear(&self.control, name)
-            .map_err(|source| Error::kernel(format!("dropping the inactive table of {name}"), source))
+    pub fn clear<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
+        let device = device.into();
+        dm_ioctl::clear(&self.control, device)
+            .map_err(|source| Error::kernel(format!("dropping the inactive table of {device}"), source))
     }
 
     /// Holds a device's I/O.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn suspend(&self, name: &str, how: SuspendFlags) -> Result<()> {
+    pub fn suspend<'a>(&self, device: impl Into<Key<'a>>, how: SuspendFlags) -> Result<()> {
+        let device = device.into();
         let mut attempt = 1;
         loop {
-            match dm_ioctl::suspend(&self.control, name, how) {
+            match dm_ioctl::suspend(&self.control, device, how) {
                 Ok(()) => return Ok(()),
                 // A signal ended the wait for I/O in flight. Without a flush we are putting
                 // something back, which a signal must not prevent.
@@ -346,11 +354,10 @@ impl Dm {
                     attempt += 1;
                 }
                 Err(source) if source.raw_os_error() == Some(libc::EINTR) => {
-                    return Err(
-                        Error::new(ErrorKind::Interrupted, format!("suspending {name}")).with_source(source)
-                    );
+                    return Err(Error::new(ErrorKind::Interrupted, format!("suspending {device}"))
+                        .with_source(source));
                 }
-                Err(source) => return Err(Error::kernel(format!("suspending {name}"), source)),
+                Err(source) => return Err(Error::kernel(format!("suspending {device}"), source)),
             }
         }
     }
@@ -359,9 +366,10 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn resume(&self, name: &str, udev: Udev) -> Result<()> {
-        with_cookie(udev, name, |event_nr| dm_ioctl::resume(&self.control, name, event_nr))
-            .map_err(|source| Error::kernel(format!("resuming {name}"), source))
+    pub fn resume<'a>(&self, device: impl Into<Key<'a>>, udev: Udev) -> Result<()> {
+        let device = device.into();
+        with_cookie(udev, device, |event_nr| dm_ioctl::resume(&self.control, device, event_nr))
+            .map_err(|source| Error::kernel(format!("resuming {device}"), source))
     }
 
     /// As [`Dm::resume`] without a word to udev, where all that matters is that I/O goes on. Whoever lets a device go at
@@ -371,10 +379,11 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn let_go(&self, name: &str) -> Result<()> {
-        let Err(error) = self.resume(name, Udev::None) else { return Ok(()) };
+    pub fn let_go<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
+        let device = device.into();
+        let Err(error) = self.resume(device, Udev::None) else { return Ok(()) };
         let goes_on = |info: &DeviceInfo| info.has_active && !info.suspended && !info.has_inactive;
-        match self.info(name) {
+        match self.info(device) {
             Ok(Some(info)) if error.errno() == Some(libc::EINVAL) && goes_on(&info) => Ok(()),
             _ => Err(error),
         }
@@ -388,7 +397,7 @@ impl Dm {
         let number = self.info(name)?.map(|info| info.number);
         let mut attempt = 1;
         loop {
-            match with_cookie(udev, name, |event_nr| dm_ioctl::remove(&self.control, name, event_nr)) {
+            match with_cookie(udev, name, |event_nr| dm_ioctl::remove(&self.control, name.into(), event_nr)) {
                 Ok(()) => break,
                 Err(source) if source.raw_os_error() == Some(libc::EBUSY) && attempt < REMOVE_ATTEMPTS => {
                     attempt += 1;
@@ -438,11 +447,12 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's; the device may then be suspended, with the table still loaded.
-    pub(super) fn swap_loaded(&self, name: &str) -> Result<Duration> {
+    pub(super) fn swap_loaded<'a>(&self, device: impl Into<Key<'a>>) -> Result<Duration> {
+        let device = device.into();
         let mut attempt = 1;
         loop {
             let watch = Stopwatch::start();
-            match self.resume(name, Udev::None) {
+            match self.resume(device, Udev::None) {
                 Ok(()) => return Ok(watch.elapsed()),
                 // A signal ended the wait for I/O in flight.
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SUSPEND_ATTEMPTS => {
@@ -457,6 +467,30 @@ impl Dm {
     pub(super) fn announce(&self, name: &str) {
         if let Ok(Some(info)) = self.info(name) {
             node::announce(name, info.number);
+        }
+    }
+
+    /// Opens the device with this number exclusively: the kernel lets nobody else do so until it is closed, whatever
+    /// namespace they are in.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where somebody else has; I/O errors with the path.
+    pub fn claim(&self, number: DeviceNumber) -> Result<File> {
+        self.open_device(number, false, libc::O_EXCL).map_err(|error| match error.errno() {
+            Some(libc::EBUSY) => error.with_kind(ErrorKind::Refused),
+            _ => error,
+        })
+    }
+
+    /// True where somebody holds the device open exclusively.
+    ///
+    /// # Errors
+    /// I/O errors with the path.
+    pub fn is_claimed(&self, number: DeviceNumber) -> Result<bool> {
+        match self.claim(number) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Refused => Ok(true),
+            Err(error) => Err(error),
         }
     }
 

@@ -6,7 +6,7 @@
 //! metadata, and resumes. A load and a resume by somebody else in between undo that, and both report success.
 //!
 //! So only [`Owner`] loads, suspends and resumes an origin's table. Before and after each step it checks that:
-//! - the device has the same number and UUID;
+//! - the device has the same number and UUID (its name may change: lvrename);
 //! - the active table is the expected one;
 //! - the inactive table is the one that the owner loaded, or there is none;
 //! - the device is suspended only if the owner suspended it.
@@ -21,7 +21,8 @@
 use std::time::Duration;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
-use crate::sys::dm_ioctl::SuspendFlags;
+use crate::sys::dm_ioctl::{Key, SuspendFlags};
+use crate::sys::queue::QueueSettings;
 
 use super::context::{DeviceInfo, Dm, Slot};
 use super::table::Table;
@@ -36,6 +37,8 @@ pub struct Owner {
     active: Table,
     loaded: Option<Table>,
     is_held: bool,
+    /// As they were before the table was replaced, until they are put back.
+    settings: Option<QueueSettings>,
 }
 
 /// A change to the device that the owner did not make.
@@ -49,19 +52,25 @@ enum Foreign {
 }
 
 impl Owner {
-    /// For the device `name`, whose active table should be `active`; [`Owner::check`] tells whether it is.
+    /// For `device`, whose active table should be `active`; [`Owner::check`] tells whether it is.
     ///
     /// # Errors
     /// The kernel's, for a device that does not exist.
-    pub fn new(dm: &Dm, name: &str, active: Table) -> Result<Self> {
-        let DeviceInfo { number, uuid, .. } = dm.info_of(name)?;
-        Ok(Self { name: name.to_owned(), number, uuid, active, loaded: None, is_held: false })
+    pub fn new<'a>(dm: &Dm, device: impl Into<Key<'a>>, active: Table) -> Result<Self> {
+        let DeviceInfo { name, number, uuid, .. } = dm.info_of(device)?;
+        Ok(Self { name, number, uuid, active, loaded: None, is_held: false, settings: None })
     }
 
-    /// The device's name.
+    /// The device's name when it was owned.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The device's number.
+    #[must_use]
+    pub fn number(&self) -> DeviceNumber {
+        self.number
     }
 
     /// The table in use, by the owner's doing.
@@ -100,7 +109,7 @@ impl Owner {
     /// As [`Owner::check`], before and after; the kernel's.
     pub fn load(&mut self, dm: &Dm, table: &Table) -> Result<()> {
         self.check(dm)?;
-        dm.load(&self.name, table)?;
+        dm.load(self.number, table)?;
         self.loaded = Some(table.clone());
         let Err(error) = self.check(dm) else { return Ok(()) };
         Err(error.after_undo(self.drop_loaded(dm)))
@@ -112,11 +121,11 @@ impl Owner {
     /// The kernel's.
     pub fn drop_loaded(&mut self, dm: &Dm) -> Result<()> {
         let Some(loaded) = &self.loaded else { return Ok(()) };
-        let info = self.info(dm)?;
+        let info = self.device(dm)?;
         if info.is_some_and(|info| info.has_inactive)
-            && dm.table(&self.name, Slot::Inactive)?.as_ref() == Some(loaded)
+            && dm.table(self.number, Slot::Inactive)?.as_ref() == Some(loaded)
         {
-            dm.clear(&self.name)?;
+            dm.clear(self.number)?;
         }
         self.loaded = None;
         Ok(())
@@ -128,7 +137,7 @@ impl Owner {
     /// As [`Owner::check`], before and after; the device is then resumed. The kernel's.
     pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
         self.check(dm)?;
-        dm.suspend(&self.name, how)?;
+        dm.suspend(self.number, how)?;
         self.is_held = true;
         // A suspension takes as long as the I/O in flight: others had time.
         let Err(error) = self.check(dm) else { return Ok(()) };
@@ -143,9 +152,24 @@ impl Owner {
         if let Err(error) = self.check(dm) {
             return Err(error.after_undo(self.let_go(dm)));
         }
-        dm.resume(&self.name, Udev::None)?;
+        self.note_settings();
+        dm.resume(self.number, Udev::None)?;
         self.went_on();
         Ok(())
+    }
+
+    /// Puts back what an administrator has set on the device's queue, which the kernel drops with a table. Not while the
+    /// device is held.
+    pub fn put_back_settings(&mut self) {
+        for path in self.settings.take().iter().flat_map(QueueSettings::put_back) {
+            tracing::warn!("{} has lost its setting, and cannot be written", path.display());
+        }
+    }
+
+    fn note_settings(&mut self) {
+        if self.loaded.is_some() && self.settings.is_none() {
+            self.settings = Some(QueueSettings::read(self.number));
+        }
     }
 
     /// Drops what the owner has loaded, and lets the device go on where the owner has suspended it: for undo.
@@ -154,8 +178,8 @@ impl Owner {
     /// The kernel's.
     pub fn let_go(&mut self, dm: &Dm) -> Result<()> {
         self.drop_loaded(dm)?;
-        if self.is_held && self.info(dm)?.is_some_and(|info| info.suspended) {
-            dm.let_go(&self.name)?;
+        if self.is_held && self.device(dm)?.is_some_and(|info| info.suspended) {
+            dm.let_go(self.number)?;
         }
         self.is_held = false;
         Ok(())
@@ -167,16 +191,19 @@ impl Owner {
     /// As [`Owner::check`], before and after; the kernel's: then the device has the table it had.
     pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
         self.load(dm, table)?;
-        let swapped = dm.swap_loaded(&self.name);
+        self.note_settings();
+        let swapped = dm.swap_loaded(self.number);
         match swapped {
             Ok(held) => {
-                if dm.table(&self.name, Slot::Active)?.as_ref() == Some(&self.active) && *table != self.active
+                if dm.table(self.number, Slot::Active)?.as_ref() == Some(&self.active)
+                    && *table != self.active
                 {
                     // A watchdog that lets the device go on drops what is loaded: then the swap swapped nothing.
                     (self.loaded, self.is_held) = (None, false);
                     return Err(self.explain(Foreign::Resumed));
                 }
                 self.went_on();
+                self.put_back_settings();
                 self.check(dm)?;
                 Ok(held)
             }
@@ -198,16 +225,19 @@ impl Owner {
         }
     }
 
-    /// The device; None where it is another one by now, or none.
-    fn info(&self, dm: &Dm) -> Result<Option<DeviceInfo>> {
-        let is_it = |info: &DeviceInfo| info.number == self.number && info.uuid == self.uuid;
-        Ok(dm.info(&self.name)?.filter(is_it))
+    /// The device as it is now; None where there is none with its number and UUID any more. Its name may be another.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn device(&self, dm: &Dm) -> Result<Option<DeviceInfo>> {
+        let is_it = |info: &DeviceInfo| info.uuid == self.uuid;
+        Ok(dm.info(self.number)?.filter(is_it))
     }
 
     fn look(&self, dm: &Dm) -> Result<Option<Foreign>> {
-        let Some(info) = self.info(dm)? else { return Ok(Some(Foreign::Device)) };
-        let active = dm.table(&self.name, Slot::Active)?;
-        let loaded = if info.has_inactive { dm.table(&self.name, Slot::Inactive)? } else { None };
+        let Some(info) = self.device(dm)? else { return Ok(Some(Foreign::Device)) };
+        let active = dm.table(self.number, Slot::Active)?;
+        let loaded = if info.has_inactive { dm.table(self.number, Slot::Inactive)? } else { None };
         Ok(self.compare(info.suspended, active.as_ref(), info.has_inactive, loaded.as_ref()))
     }
 

@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn templates_name_devices() {
-        let template = Template::new("0 8 snapshot {data-real} {c} PO 8");
+        let template = Template::new("0 8 snapshot {data#real} {c} PO 8");
         let table = template
             .resolve(&mut |name| Ok(DeviceNumber { major: 253, minor: if name == "c" { 2 } else { 1 } }))
             .unwrap();

@@ -6,6 +6,7 @@
 //! protocol, `libdm/libdevmapper.h`). Invariants: a wait has a limit, a semaphore is destroyed
 //! whatever happened, and without a running udevd nothing is made and nothing is waited for.
 
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -70,7 +71,7 @@ pub fn is_running() -> bool {
 /// uevent. A wait that runs out is logged: the device itself is as asked for.
 pub(super) fn with_cookie(
     udev: Udev,
-    name: &str,
+    device: impl fmt::Display,
     call: impl FnOnce(u32) -> io::Result<UeventSent>,
 ) -> io::Result<()> {
     let Some(flags) = udev.flags().filter(|_| is_running()) else {
@@ -80,7 +81,7 @@ pub(super) fn with_cookie(
     let UeventSent(sent) = call((flags << FLAGS_SHIFT) | u32::from(base))?;
     if sent && !wait(&semaphore) {
         tracing::warn!(
-            "udev has not finished with {name} after {} s; going on without it",
+            "udev has not finished with {device} after {} s; going on without it",
             WAIT_MAX.as_secs()
         );
     }

@@ -27,7 +27,7 @@ use super::job::{Job, read_record, write_record};
 pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";
 /// Where systemd looks for units that an administrator made.
 const UNIT_DIR: &str = "/etc/systemd/system";
-/// Longest name of a volume: what its stack adds ("-real") still fits the kernel's 127 bytes.
+/// Longest name of a volume: what its stack adds ("#preserve") still fits the kernel's 127 bytes.
 const NAME_BYTES_MAX: usize = 64;
 
 /// What attaching came to.

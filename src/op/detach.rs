@@ -15,7 +15,7 @@ use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Udev};
 use crate::topology::Topology;
 
-use super::attach::{forget, record_path, unit_name};
+use super::attach::{forget, record_path, recorded_volumes, unit_name};
 
 /// What detaching came to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -36,14 +36,19 @@ pub struct Detached {
 pub fn detach(name: &str) -> Result<Detached> {
     super::privilege::require_root("detaching a volume")?;
     let dm = Dm::open()?;
+    // On record by the name that it was attached with: the device may have been renamed.
+    let mut recorded = name.to_owned();
     match dm.info(name)? {
         Some(info) => {
-            if DeviceIdentity::parse(&info.uuid).is_none_or(|identity| identity.role != ROLE_VOLUME) {
+            let identity = DeviceIdentity::parse(&info.uuid).filter(|identity| identity.role == ROLE_VOLUME);
+            let Some(identity) = identity else {
                 return Err(Error::refused(format!("{name} is a device that Tidemark did not attach"))
                     .state("nothing was changed")
                     .next("'tidemark status' lists the volumes"));
-            }
+            };
             refuse(&dm, name, info.open_count)?;
+            let record = recorded_volumes()?.into_iter().flatten().find(|record| record.id == identity.id);
+            recorded = record.map_or(recorded, |record| record.name);
             dm.remove(name, Udev::Public)?;
         }
         None if record_path(name).exists() => {}
@@ -52,8 +57,8 @@ pub fn detach(name: &str) -> Result<Detached> {
                 .next("'tidemark status' lists the volumes"));
         }
     }
-    let unit = remove_unit(name)?;
-    forget(name)?;
+    let unit = remove_unit(&recorded)?;
+    forget(&recorded)?;
     let next = unit.iter().map(|_| "systemctl daemon-reload".to_owned()).collect();
     Ok(Detached { name: name.to_owned(), unit, next })
 }

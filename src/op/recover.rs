@@ -1,6 +1,7 @@
 //! Putting back what a dead command left: from the kernel's tables first, its intents second.
 //!
-//! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock.
+//! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock, and where no record of
+//! it is to be seen (another mount namespace) by whether somebody holds its snapshot's device open ([`Action::Claim`]).
 //! Nothing of a living job is touched, and attached volumes stay. Order, the crash argument:
 //! 1. turn off what makes the kernel hurry, if a job may have left it on; let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
 //!    does not come to life), then thaw, for a thaw writes to the device;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
-use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_ours};
 use crate::dm::origin_table::Beneath;
 use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
 use crate::format::state::JobRecord;
@@ -132,6 +133,25 @@ impl Scene {
         }
     }
 
+    /// Devices that a dead job may have suspended for its insertion. By number, and by the table that the job found
+    /// there: a name, or a number, may be another device's by now. A table that somebody else has loaded would come to
+    /// life with the resume: such a device is left to him.
+    fn held_origins(&self) -> Vec<&SeenDevice> {
+        let records =
+            self.dead.iter().filter_map(|record| Some((record.origin.as_ref()?, record.change.as_ref()?)));
+        // A change suspends its origin alone.
+        let held = records.filter(|(_, change)| !change.suspended.is_empty());
+        held.filter_map(|(origin, _)| {
+            let own: Table = origin.table.parse().ok()?;
+            let device = self.devices.iter().find(|device| device.number == origin.number)?;
+            let may_load = |table: &Table| self.stacks().iter().any(|(_, beneath)| beneath.is_of_copy(table));
+            let is_ours =
+                device.active.as_ref() == Some(&own) && device.inactive.as_ref().is_none_or(may_load);
+            (device.suspended && is_ours).then_some(device)
+        })
+        .collect()
+    }
+
     fn is_named_by(&self, job: &str, name: &str) -> bool {
         let of_job = |identity: &DeviceIdentity| identity.id == job && identity.role == ROLE_REAL;
         let mut identities = self.devices.iter().filter_map(SeenDevice::identity);
@@ -157,12 +177,10 @@ pub(super) fn plan_release(scene: &Scene) -> Change {
             change = let_go(change, device, false);
         }
     }
-    for record in scene.dead.iter().filter_map(|record| record.change.as_ref()) {
-        for name in &record.suspended {
-            let device = scene.devices.iter().find(|device| device.name == *name && device.suspended);
-            if let Some(device) = device.filter(|device| seen.insert(&device.name)) {
-                change = let_go(change, device, true);
-            }
+    for device in scene.held_origins() {
+        if seen.insert(&device.name) {
+            let drop_loaded = device.inactive.is_some();
+            change = let_go(change, device, drop_loaded);
         }
     }
     let frozen: Vec<PathBuf> = scene
@@ -278,7 +296,7 @@ pub fn recover() -> Result<RecoverReport> {
     if let Err(error) = end_hurry(&mut report.done) {
         failures.push(error);
     }
-    let jobs = match Dm::open().and_then(|dm| put_back(&dm, &mut report.done)) {
+    let jobs = match Dm::open().and_then(|dm| put_back(&dm, &mut report)) {
         Ok(jobs) => jobs,
         // There are those that have nothing to do with device-mapper.
         Err(error) => {
@@ -310,19 +328,20 @@ fn end_hurry(done: &mut Vec<String>) -> Result<()> {
 }
 
 /// Devices and stores. The jobs that were found, the dead ones locked.
-fn put_back(dm: &Dm, done: &mut Vec<String>) -> Result<Vec<FoundJob>> {
+fn put_back(dm: &Dm, report: &mut RecoverReport) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
-    let mut machine = Kernel { dm, runner: Runner::new(dm, BUDGET, &interrupt), jobs: Vec::new() };
+    let runner = Runner::new(dm, BUDGET, &interrupt);
+    let mut machine = Kernel { dm, runner, jobs: Vec::new(), elsewhere: BTreeSet::new() };
     // No command of lvm2 runs on these groups from here on: an origin that is suspended now was suspended by a dead job.
     let scene = machine.scene()?;
-    let mut lvm = Vec::new();
-    for (origin, _) in scene.origins() {
-        if let Some(info) = dm.info(&origin.name)? {
-            lvm.push(LvmLock::hold(&info, &interrupt)?);
-        }
-    }
-    done.extend(recover_devices(&mut machine)?);
-    done.extend(crate::store::release_leftovers()?);
+    let mut numbers: BTreeSet<DeviceNumber> =
+        scene.origins().iter().map(|(origin, _)| origin.number).collect();
+    numbers.extend(scene.dead.iter().filter_map(|record| Some(record.origin.as_ref()?.number)));
+    let lock = |number| LvmLock::hold(dm, number, &interrupt);
+    let _lvm = numbers.into_iter().map(lock).collect::<Result<Vec<_>>>()?;
+    report.running.extend(machine.elsewhere.iter().cloned());
+    report.done.extend(recover_devices(&mut machine)?);
+    report.done.extend(crate::store::release_leftovers()?);
     Ok(machine.jobs)
 }
 
@@ -376,6 +395,29 @@ struct Kernel<'a> {
     runner: Runner<'a>,
     /// The dead ones are locked by us from the first look on.
     jobs: Vec<FoundJob>,
+    /// Jobs whose records are not to be seen here, and whose snapshots somebody holds open: they run in another mount
+    /// namespace.
+    elsewhere: BTreeSet<String>,
+}
+
+/// The jobs in another mount namespace that live, among those that `devices` (UUID and number) belong to: what we do not know by its record lives
+/// where its snapshot is claimed.
+///
+/// # Errors
+/// I/O errors.
+pub(super) fn living_elsewhere<'a>(
+    dm: &Dm,
+    devices: impl Iterator<Item = (&'a str, DeviceNumber)>,
+    is_known: impl Fn(&str) -> bool,
+) -> Result<BTreeSet<String>> {
+    let mut living = BTreeSet::new();
+    for (uuid, number) in devices {
+        let Some(identity) = DeviceIdentity::parse(uuid) else { continue };
+        if identity.role == ROLE_SNAP && !is_known(&identity.id) && dm.is_claimed(number)? {
+            living.insert(identity.id);
+        }
+    }
+    Ok(living)
 }
 
 impl Machine for Kernel<'_> {
@@ -410,6 +452,11 @@ impl Machine for Kernel<'_> {
                 scene.devices.push(device);
             }
         }
+        let seen = scene.devices.iter().filter(|device| device.active.is_some());
+        let seen = seen.map(|device| (device.uuid.as_str(), device.number));
+        let is_known = |id: &str| self.jobs.iter().any(|job| job.id == id);
+        self.elsewhere = living_elsewhere(self.dm, seen, is_known)?;
+        scene.alive.extend(self.elsewhere.iter().cloned());
         Ok(scene)
     }
 
@@ -424,7 +471,7 @@ fn look_at(dm: &Dm, name: &str) -> Result<Option<SeenDevice>> {
     let table = |slot| match dm.table(name, slot) {
         Err(error) if error.errno() == Some(libc::ENXIO) => Ok(None),
         // Somebody else's table that breaks our bounds is no concern of ours.
-        Err(error) if error.kind() == ErrorKind::BadData && !info.uuid.starts_with(UUID_PREFIX) => Ok(None),
+        Err(error) if error.kind() == ErrorKind::BadData && !is_ours(&info.uuid) => Ok(None),
         result => result,
     };
     Ok(Some(SeenDevice {

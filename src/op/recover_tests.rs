@@ -8,7 +8,7 @@ use crate::base::ChunkSize;
 use crate::base::ErrorKind;
 use crate::dm::naming::{ROLE_COW, ROLE_PRESERVE, new_id};
 use crate::dm::{AtBest, Template};
-use crate::format::state::OriginRecord;
+use crate::format::state::{ChangeRecord, OriginRecord};
 use crate::op::job::change_record;
 use crate::op::stack::{StackNames, StackRequest, dismantling, insertion};
 
@@ -16,7 +16,7 @@ const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
 
 /// All of it is released.
-const RELEASED: &str = "0 8192 linear {data-real} 0";
+const RELEASED: &str = "0 8192 linear {data#real} 0";
 
 /// A table over a stack, as [`Action::LoadOver`] loads it.
 fn over(real: &str, preserve: &str) -> String {
@@ -57,7 +57,7 @@ fn kernel(id: &str) -> FakeKernel {
         fail_in: None,
     };
     let cow_uuid = DeviceIdentity::new("data", ROLE_COW, id).uuid();
-    for (name, uuid, table) in [("data", "LVM-x", OWN), ("data-cow", cow_uuid.as_str(), "0 999 linear 7:0 0")]
+    for (name, uuid, table) in [("data", "LVM-x", OWN), ("data#cow", cow_uuid.as_str(), "0 999 linear 7:0 0")]
     {
         kernel.create(name, uuid).unwrap();
         kernel.devices.get_mut(name).unwrap().active = Some(table.parse().unwrap());
@@ -66,10 +66,28 @@ fn kernel(id: &str) -> FakeKernel {
 }
 
 impl FakeKernel {
+    /// A copy of "data", at no step.
+    fn record_of(&self, id: &str) -> JobRecord {
+        JobRecord {
+            job: id.to_owned(),
+            command: "copy".into(),
+            process: 1,
+            started_utc_ns: 0,
+            origin: Some(OriginRecord {
+                device: "data".into(),
+                number: self.devices["data"].number,
+                table: OWN.into(),
+            }),
+            change: None,
+            resources: Vec::new(),
+            copy: None,
+        }
+    }
+
     fn request(&self) -> StackRequest {
         StackRequest {
             origin: "data".into(),
-            cow: self.devices["data-cow"].number,
+            cow: self.devices["data#cow"].number,
             chunk: ChunkSize::default(),
             filesystems: vec![MOUNT.into()],
             lock_filesystem: false,
@@ -178,7 +196,12 @@ impl FakeKernel {
                 });
                 Ok(())
             }
-            Action::Guard { .. } | Action::Unguard | Action::Dismiss | Action::Instant => Ok(()),
+            Action::Claim { .. }
+            | Action::Unclaim
+            | Action::Guard { .. }
+            | Action::Unguard
+            | Action::Dismiss
+            | Action::Instant => Ok(()),
         }
     }
 
@@ -276,24 +299,11 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     }
     let own: Table = OWN.parse().unwrap();
     let request = kernel.request();
-    let mut record = JobRecord {
-        job: id.to_owned(),
-        command: "copy".into(),
-        process: 1,
-        started_utc_ns: 0,
-        origin: Some(OriginRecord {
-            device: "data".into(),
-            number: kernel.devices["data"].number,
-            table: OWN.into(),
-        }),
-        change: None,
-        resources: Vec::new(),
-        copy: None,
-    };
+    let mut record = kernel.record_of(id);
     let changes = [
         insertion(&request, &own, id),
         release(
-            "0 2048 linear {data-preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 switch 1 4096 0 8:32 0",
+            "0 2048 linear {data#preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 switch 1 4096 0 8:32 0",
         ),
         release(RELEASED),
         restoration("data", Template::new(RELEASED.to_owned()), &own),
@@ -319,7 +329,7 @@ fn a_copy_that_is_let_finish_leaves_the_origin_as_it_was() {
     let id = new_id();
     let mut kernel = kernel(&id);
     run_copy(&mut kernel, &id).unwrap();
-    kernel.assert_clean(&["data-cow"], "finished");
+    kernel.assert_clean(&["data#cow"], "finished");
 }
 
 /// Works so many times, and never again: its disk is full.
@@ -362,13 +372,13 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
             Err(_) => taken_back += 1,
             Ok(()) => {
                 removed += 1;
-                let over = Template::new(over("data-real", "data-preserve"));
+                let over = Template::new(over("data#real", "data#preserve"));
                 for change in [restoration("data", over, &own), dismantling(&StackNames::new("data", &id))] {
                     change.run(&mut kernel, &mut AtBest::new(&mut journal)).unwrap();
                 }
             }
         }
-        kernel.assert_clean(&["data-cow"], &format!("{writes} writes"));
+        kernel.assert_clean(&["data#cow"], &format!("{writes} writes"));
     }
     assert!(taken_back > 14 && removed > 14, "{taken_back} {removed}");
 }
@@ -443,7 +453,7 @@ fn a_failure_anywhere_puts_everything_back_or_says_so() {
         if error.what().starts_with("insert") {
             // One failure was injected, so no undo has a reason to fail.
             assert!(error.failed_undos().is_empty(), "failure {fail_in}: {:?}", error.failed_undos());
-            kernel.assert_clean(&["data-cow"], &format!("failure {fail_in}"));
+            kernel.assert_clean(&["data#cow"], &format!("failure {fail_in}"));
         }
         recover_devices(&mut kernel).unwrap();
         kernel.assert_clean(&[], &format!("failure {fail_in}, recovered"));
@@ -465,6 +475,44 @@ fn a_living_job_and_other_peoples_devices_are_left_alone() {
     assert!(plan_release(&scene).steps.is_empty());
     assert!(plan_restore(&scene).is_empty());
     assert!(plan_remove(&scene).is_empty());
+}
+
+/// A copy that died while it held the origin left a record. What it tells of is let go; what somebody else holds is not,
+/// whatever name or number it has.
+#[test]
+fn only_what_the_dead_job_itself_holds_is_let_go() {
+    let id = new_id();
+    let mut kernel = kernel(&id);
+    kernel.device("data").unwrap().suspended = true;
+    let change = ChangeRecord {
+        name: "insert".into(),
+        step: 0,
+        undo: false,
+        frozen: Vec::new(),
+        suspended: vec!["data".into()],
+        steps: vec!["suspend data".into()],
+    };
+    let mut scene = kernel.scene().unwrap();
+    scene.dead = vec![JobRecord { change: Some(change), ..kernel.record_of(&id) }];
+    let resumes = |scene: &Scene| {
+        let steps = plan_release(scene).steps;
+        steps.iter().filter(|step| matches!(step.action, Action::Resume { .. })).count()
+    };
+    let data = |scene: &mut Scene, change: &dyn Fn(&mut SeenDevice)| {
+        change(scene.devices.iter_mut().find(|device| device.name == "data").unwrap());
+    };
+    assert_eq!(resumes(&scene), 1);
+    let mut other = scene.clone();
+    data(&mut other, &|device| device.name = "renamed".into());
+    assert_eq!(resumes(&other), 1, "renamed");
+    let mut other = scene.clone();
+    data(&mut other, &|device| device.number.minor += 100);
+    assert_eq!(resumes(&other), 0, "another device of this name");
+    let mut other = scene.clone();
+    data(&mut other, &|device| device.active = Some("0 8192 linear 8:48 0".parse().unwrap()));
+    assert_eq!(resumes(&other), 0, "another device with this number, or a table of somebody else's");
+    data(&mut scene, &|device| device.inactive = Some("0 16384 linear 8:48 0".parse().unwrap()));
+    assert_eq!(resumes(&scene), 0, "somebody is changing it");
 }
 
 #[test]
@@ -501,40 +549,27 @@ fn the_kernels_tables_are_enough_where_the_record_is_lost() {
 fn killed_with(table: &str, id: &str) -> FakeKernel {
     let mut kernel = kernel(id);
     let uuid = DeviceIdentity::new("data", ROLE_REAL, id).uuid();
-    kernel.act(&Action::Create { device: "data-real".into(), uuid }).unwrap();
-    kernel.device("data-real").unwrap().active = Some(OWN.parse().unwrap());
+    kernel.act(&Action::Create { device: "data#real".into(), uuid }).unwrap();
+    kernel.device("data#real").unwrap().active = Some(OWN.parse().unwrap());
     let uuid = DeviceIdentity::new("data", ROLE_PRESERVE, id).uuid();
-    kernel.act(&Action::Create { device: "data-preserve".into(), uuid }).unwrap();
-    let over_real = kernel.resolve(&Template::new("0 8192 snapshot-origin {data-real}")).unwrap();
-    kernel.device("data-preserve").unwrap().active = Some(over_real);
+    kernel.act(&Action::Create { device: "data#preserve".into(), uuid }).unwrap();
+    let over_real = kernel.resolve(&Template::new("0 8192 snapshot-origin {data#real}")).unwrap();
+    kernel.device("data#preserve").unwrap().active = Some(over_real);
     let table = kernel.resolve(&Template::new(table)).unwrap();
     kernel.device("data").unwrap().active = Some(table);
-    kernel.record = Some(JobRecord {
-        job: id.to_owned(),
-        command: "copy".into(),
-        process: 1,
-        started_utc_ns: 0,
-        origin: Some(OriginRecord {
-            device: "data".into(),
-            number: kernel.devices["data"].number,
-            table: OWN.into(),
-        }),
-        change: None,
-        resources: Vec::new(),
-        copy: None,
-    });
+    kernel.record = Some(kernel.record_of(id));
     kernel
 }
 
 #[test]
 fn a_strangers_device_over_ours_is_not_touched() {
     let origins = [
-        "0 8192 linear {data-preserve} 0",
-        "0 4096 linear {data-preserve} 0\n4096 4096 linear 8:32 0",
-        "0 8192 linear {data-real} 0",
+        "0 8192 linear {data#preserve} 0",
+        "0 4096 linear {data#preserve} 0\n4096 4096 linear 8:32 0",
+        "0 8192 linear {data#real} 0",
     ];
     let strangers =
-        ["0 8192 linear {data-real} 0", "0 8 linear {data-real} 4096", "0 8 striped 1 8 {data-real} 0"];
+        ["0 8192 linear {data#real} 0", "0 8 linear {data#real} 4096", "0 8 striped 1 8 {data#real} 0"];
     for (origin, stranger) in origins.iter().flat_map(|it| strangers.iter().map(move |other| (it, other))) {
         for (is_recorded, is_suspended) in [(true, false), (true, true), (false, false), (false, true)] {
             let what =
@@ -552,9 +587,9 @@ fn a_strangers_device_over_ours_is_not_touched() {
             }
             // It keeps `real` in use, which is said; everything else is done.
             let error = recover_devices(&mut kernel).unwrap_err();
-            assert!(error.to_string().contains("data-real is busy"), "{what}: {error}");
+            assert!(error.to_string().contains("data#real is busy"), "{what}: {error}");
             assert_eq!(kernel.devices["look"], before, "{what}");
-            kernel.assert_clean(&["data-real", "look"], &what);
+            kernel.assert_clean(&["data#real", "look"], &what);
             kernel.remove("look").unwrap();
             recover_devices(&mut kernel).unwrap();
             kernel.assert_clean(&[], &what);
@@ -565,7 +600,7 @@ fn a_strangers_device_over_ours_is_not_touched() {
 #[test]
 fn an_origin_that_was_renamed_is_known_by_its_number() {
     for table in
-        ["0 8192 linear {data-real} 0", "0 4096 linear {data-real} 0\n4096 4096 linear {data-preserve} 4096"]
+        ["0 8192 linear {data#real} 0", "0 4096 linear {data#real} 0\n4096 4096 linear {data#preserve} 4096"]
     {
         let id = new_id();
         let mut kernel = killed_with(table, &id);
@@ -581,8 +616,8 @@ fn an_origin_that_was_renamed_is_known_by_its_number() {
 #[test]
 fn an_origin_that_is_all_released_goes_back_also_without_what_preserved_it() {
     let id = new_id();
-    let mut kernel = killed_with("0 8192 linear {data-real} 0", &id);
-    kernel.remove("data-preserve").unwrap();
+    let mut kernel = killed_with("0 8192 linear {data#real} 0", &id);
+    kernel.remove("data#preserve").unwrap();
     recover_devices(&mut kernel).unwrap();
     kernel.assert_clean(&[], "all released");
 }
@@ -590,10 +625,10 @@ fn an_origin_that_is_all_released_goes_back_also_without_what_preserved_it() {
 #[test]
 fn a_table_that_no_copy_makes_is_left_to_whoever_made_it() {
     for table in [
-        "0 8192 linear {data-real} 8",
-        "0 8 striped 1 8 {data-real} 0\n8 8184 linear {data-preserve} 8",
-        "0 8 linear 8:48 0\n8 8184 linear {data-preserve} 8",
-        "0 8192 snapshot-origin {data-real}",
+        "0 8192 linear {data#real} 8",
+        "0 8 striped 1 8 {data#real} 0\n8 8184 linear {data#preserve} 8",
+        "0 8 linear 8:48 0\n8 8184 linear {data#preserve} 8",
+        "0 8192 snapshot-origin {data#real}",
     ] {
         for is_recorded in [true, false] {
             let id = new_id();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Result, clock};
-use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME};
 use crate::dm::origin_table::Beneath;
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
@@ -13,6 +13,7 @@ use crate::topology::Topology;
 
 use super::attach::recorded_volumes;
 use super::job::look_at_jobs;
+use super::recover::living_elsewhere;
 
 /// Everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -70,6 +71,8 @@ pub struct JobStatus {
 pub struct StackStatus {
     /// The job that it belongs to.
     pub job: String,
+    /// The name that its origin has now; None where no origin writes through it any more.
+    pub origin: Option<String>,
     /// The snapshot's device name.
     pub snapshot: String,
     /// The device that holds the origin's data.
@@ -92,7 +95,7 @@ pub fn status() -> Result<Status> {
     let mut status = Status::default();
     let ours = match Dm::open() {
         Ok(dm) => {
-            let ours = dm.list_by_uuid(UUID_PREFIX)?;
+            let ours = dm.list_ours()?;
             stacks(&dm, &ours, &mut status)?;
             ours
         }
@@ -103,7 +106,8 @@ pub fn status() -> Result<Status> {
         }
     };
     volumes(&ours, &mut status)?;
-    jobs(&ours, &mut status)?;
+    let known = jobs(&mut status)?;
+    strays(&ours, &known, &mut status)?;
     Ok(status)
 }
 
@@ -123,36 +127,38 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         };
         let below = of_job(ROLE_REAL);
         let preserve = of_job(ROLE_PRESERVE).map(|it| it.number);
-        let origin = below.map_or(Ok(None), |real| table_over(dm, real, preserve))?;
-        let preserved = |(beneath, table): &(Beneath, Table)| {
-            beneath.preserved(table).iter().map(|extent| extent.length()).sum()
-        };
+        let origin = below.map_or(Ok(None), |real| origin_over(dm, real, preserve))?;
+        let preserved =
+            |over: &Over| over.beneath.preserved(&over.table).iter().map(|extent| extent.length()).sum();
         status.stacks.push(StackStatus {
             job: identity.id.clone(),
+            origin: origin.as_ref().map(|over| over.name.clone()),
             snapshot: info.name.clone(),
             below: below.map(|other| other.name.clone()),
             status: dm.snapshot_status(&info.name)?,
             preserved: origin.as_ref().map(preserved),
-            size: origin.and_then(|(_, table)| table.length().checked_bytes()),
+            size: origin.and_then(|over| over.table.length().checked_bytes()),
         });
     }
     Ok(())
 }
 
-/// The table of the origin that writes through a stack, and what is beneath it.
-fn table_over(
-    dm: &Dm,
-    real: &DeviceInfo,
-    preserve: Option<DeviceNumber>,
-) -> Result<Option<(Beneath, Table)>> {
-    let Some(own) = dm.table(&real.name, Slot::Active)? else { return Ok(None) };
+/// An origin that writes through a stack.
+struct Over {
+    name: String,
+    table: Table,
+    beneath: Beneath,
+}
+
+fn origin_over(dm: &Dm, real: &DeviceInfo, preserve: Option<DeviceNumber>) -> Result<Option<Over>> {
+    let Some(own) = dm.table(real.number, Slot::Active)? else { return Ok(None) };
     let beneath = Beneath { own, real: real.number, preserve };
-    for (name, _) in dm.list()? {
+    for (name, number) in dm.list()? {
         // One that goes away, or whose table is none of ours to read, is not the one.
-        if let Ok(Some(table)) = dm.table(&name, Slot::Active)
+        if let Ok(Some(table)) = dm.table(number, Slot::Active)
             && beneath.is_under(&table)
         {
-            return Ok(Some((beneath, table)));
+            return Ok(Some(Over { name, table, beneath }));
         }
     }
     Ok(None)
@@ -173,7 +179,8 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         if identity.role != ROLE_VOLUME {
             continue;
         }
-        let record = records.iter().position(|record| record.name == info.name).map(|at| records.remove(at));
+        // By its id: somebody may have renamed the device.
+        let record = records.iter().position(|record| record.id == identity.id).map(|at| records.remove(at));
         status.volumes.push(VolumeStatus {
             name: info.name.clone(),
             path: node::mapper_path(&info.name),
@@ -201,7 +208,8 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
     Ok(())
 }
 
-fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
+/// The ids of the jobs on record.
+fn jobs(status: &mut Status) -> Result<Vec<String>> {
     let mut known = Vec::new();
     for job in look_at_jobs()? {
         known.push(job.id.clone());
@@ -230,14 +238,30 @@ fn jobs(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
             origin: record.and_then(|record| record.origin).map(|origin| origin.device),
         });
     }
-    for info in ours {
-        let Some(identity) = DeviceIdentity::parse(&info.uuid) else { continue };
-        let stays = identity.role == ROLE_VOLUME || identity.role == crate::dm::naming::ROLE_KEPT;
-        if !stays && !known.contains(&identity.id) {
-            status
-                .warnings
-                .push(format!("{} was left by a command that died: run 'tidemark recover'", info.name));
-        }
+    Ok(known)
+}
+
+/// Devices of jobs that are not on record.
+fn strays(ours: &[DeviceInfo], known: &[String], status: &mut Status) -> Result<()> {
+    let is_known = |id: &str| known.iter().any(|other| other == id);
+    let strays: Vec<(&DeviceInfo, DeviceIdentity)> = ours
+        .iter()
+        .filter_map(|info| Some((info, DeviceIdentity::parse(&info.uuid)?)))
+        .filter(|(_, identity)| identity.role != ROLE_VOLUME && identity.role != ROLE_KEPT)
+        .filter(|(_, identity)| !is_known(&identity.id))
+        .collect();
+    if strays.is_empty() {
+        return Ok(());
+    }
+    let devices = ours.iter().filter(|info| info.has_active).map(|info| (info.uuid.as_str(), info.number));
+    let living = living_elsewhere(&Dm::open()?, devices, is_known)?;
+    for (info, identity) in strays {
+        let name = &info.name;
+        status.warnings.push(if living.contains(&identity.id) {
+            format!("{name} belongs to job {}, which runs in another mount namespace", identity.id)
+        } else {
+            format!("{name} was left by a command that died: run 'tidemark recover'")
+        });
     }
     Ok(())
 }

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::Dm;
 use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
@@ -51,8 +51,8 @@ const DEAD_MAX: Duration = Duration::from_secs(60);
 /// What the watchdog guards.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Order {
-    /// Device-mapper names to be resumed.
-    pub devices: Vec<String>,
+    /// Device-mapper devices to be resumed: by number, as somebody may rename them meanwhile.
+    pub devices: Vec<DeviceNumber>,
     /// Mount points to be thawed.
     pub filesystems: Vec<PathBuf>,
     /// Time from arming until it acts.
@@ -388,7 +388,7 @@ fn act_for_the_dead(hands: &Arc<dyn Hands>) -> String {
 /// The kernel's devices and filesystems, opened beforehand.
 struct KernelHands {
     dm: Dm,
-    devices: Vec<String>,
+    devices: Vec<DeviceNumber>,
     filesystems: Vec<File>,
     /// The switch that the command turns on from here on.
     expedite: Option<Expedite>,
@@ -410,7 +410,7 @@ impl KernelHands {
             log: OpenOptions::new().write(true).open("/dev/kmsg").ok(),
         };
         // Walk the whole path once, so that nothing is read or linked for the first time later.
-        for device in &hands.devices {
+        for &device in &hands.devices {
             let _ = hands.dm.info(device)?;
         }
         process::lock_memory().io_context(|| "locking the watchdog in memory".to_owned())?;
@@ -422,7 +422,7 @@ impl Hands for KernelHands {
     fn release_devices(&self) -> io::Result<usize> {
         let mut count = 0;
         let mut failure = None;
-        for device in &self.devices {
+        for &device in &self.devices {
             let result = self.dm.info(device).and_then(|info| match info {
                 // A device that is not suspended may have a table that the command just loaded:
                 // dropping it makes the command's next step harmless.
@@ -603,7 +603,7 @@ mod tests {
     impl Setup {
         fn order(&mut self, budget_ms: u64) {
             let order = Order {
-                devices: vec!["data".into()],
+                devices: vec![DeviceNumber { major: 253, minor: 0 }],
                 filesystems: vec!["/a".into()],
                 budget_ms,
                 is_expedited: true,

@@ -68,7 +68,7 @@ pub struct SecondaryRequest {
     pub replace: bool,
     /// The copy will be verified: the secondary must be readable.
     pub verify: bool,
-    /// The devices that hold the origin's bytes at the origin's own level (the origin, its `-real`,
+    /// The devices that hold the origin's bytes at the origin's own level (the origin, its `real`,
     /// a volume's partition) and the store's: never to be written. What lies beneath them is found
     /// here. Not to be listed: a disk or physical volume that the origin shares with others, because
     /// everything that sits *on* a listed device is refused as well.

@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::Dm;
+use crate::sys::dm_ioctl::Key;
 
 use super::cow::StorePlan;
 use super::head;
@@ -309,7 +310,7 @@ pub fn release_leftovers() -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let dm = Dm::open()?;
-    release_leftovers_in(dir, &|uuid| dm.list_by_uuid(uuid).map(|found| !found.is_empty()), &mut Kernel)
+    release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut Kernel)
 }
 
 /// The RAM disks, or a test's fake of them.

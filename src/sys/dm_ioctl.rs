@@ -1,15 +1,17 @@
 //! Device-mapper's control device: one ioctl each, the udev cookie chosen by the caller, no retries.
 //!
-//! Why not the devicemapper crate: version 0.34 refuses every call where udevd does not run, and
-//! waits for udev without a time limit where it does. In the critical section that wait would hang
-//! the origin. The calls made while something is suspended ([`suspend`], [`resume`], [`clear`])
+//! Why not the devicemapper crate: version 0.34 waits for udev without a time limit. In the critical
+//! section that wait would hang the origin. It also knows devices by name and UUID alone. The calls made while something is suspended ([`suspend`], [`resume`], [`clear`])
 //! allocate nothing.
 //!
 //! Structure and numbers: Linux `include/uapi/linux/dm-ioctl.h`, interface version 4.0.0.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+
+use crate::base::DeviceNumber;
 
 /// Longest device name, in bytes (the kernel's field is 128 with its final zero).
 pub const NAME_BYTES_MAX: usize = 127;
@@ -93,11 +95,51 @@ pub enum Call {
     GetTargetVersion = 17,
 }
 
+/// Which device. The kernel finds it by either (`__find_device_hash_cell` in Linux `drivers/md/dm-ioctl.c`). A name can
+/// be given to another device at any time; a number stays as long as the device does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key<'a> {
+    /// The device that has this name now.
+    Name(&'a str),
+    /// The device with this number.
+    Number(DeviceNumber),
+    /// The device with this UUID.
+    Uuid(&'a str),
+}
+
+impl<'a> From<&'a str> for Key<'a> {
+    fn from(name: &'a str) -> Self {
+        Self::Name(name)
+    }
+}
+
+impl<'a> From<&'a String> for Key<'a> {
+    fn from(name: &'a String) -> Self {
+        Self::Name(name)
+    }
+}
+
+impl From<DeviceNumber> for Key<'_> {
+    fn from(number: DeviceNumber) -> Self {
+        Self::Number(number)
+    }
+}
+
+impl fmt::Display for Key<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Number(number) => write!(f, "device {number}"),
+            Self::Uuid(uuid) => write!(f, "the device with UUID {uuid}"),
+        }
+    }
+}
+
 /// What goes into a [`Call`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ask<'a> {
-    /// The device's name, where the call is about one.
-    pub name: Option<&'a str>,
+    /// The device, where the call is about one.
+    pub device: Option<Key<'a>>,
     /// The UUID of a device to be made.
     pub uuid: Option<&'a str>,
     /// `FLAG_` values.
@@ -121,6 +163,8 @@ pub struct Reply {
     pub dev: u64,
     /// Targets in `payload`.
     pub target_count: u32,
+    /// The device's name.
+    pub name: String,
     /// The device's UUID.
     pub uuid: String,
     /// What followed the header.
@@ -141,7 +185,7 @@ pub struct SuspendFlags {
 #[must_use]
 pub struct UeventSent(pub bool);
 
-fn header(name: Option<&str>, flags: u32, event_nr: u32, size: usize) -> io::Result<Header> {
+fn header(device: Option<Key<'_>>, flags: u32, event_nr: u32, size: usize) -> io::Result<Header> {
     let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
     let mut header = Header {
         version: [4, 0, 0],
@@ -157,8 +201,11 @@ fn header(name: Option<&str>, flags: u32, event_nr: u32, size: usize) -> io::Res
         uuid: [0; 129],
         data: [0; 7],
     };
-    if let Some(name) = name {
-        put_text(&mut header.name, name)?;
+    match device {
+        None => {}
+        Some(Key::Name(name)) => put_text(&mut header.name, name)?,
+        Some(Key::Number(number)) => header.dev = number.to_dev(),
+        Some(Key::Uuid(uuid)) => put_text(&mut header.uuid, uuid)?,
     }
     Ok(header)
 }
@@ -187,17 +234,17 @@ fn short_call(control: &File, number: libc::c_ulong, request: &mut Short) -> io:
     Ok(UeventSent(request.header.flags & FLAG_UEVENT_GENERATED != 0))
 }
 
-fn short(name: &str, flags: u32, event_nr: u32) -> io::Result<Short> {
-    let header = header(Some(name), flags, event_nr, std::mem::size_of::<Short>())?;
+fn short(device: Key<'_>, flags: u32, event_nr: u32) -> io::Result<Short> {
+    let header = header(Some(device), flags, event_nr, std::mem::size_of::<Short>())?;
     Ok(Short { header, payload: [0; 128] })
 }
 
-/// Holds all I/O of device `name` until it is resumed. `control` is /dev/mapper/control.
+/// Holds all I/O of `device` until it is resumed. `control` is /dev/mapper/control.
 ///
 /// # Errors
 /// The kernel's errno: ENXIO for no such device, EINVAL where it is suspended already, EINTR where a
 /// signal came while queued I/O was waited for (the device goes on).
-pub fn suspend(control: &File, name: &str, how: SuspendFlags) -> io::Result<()> {
+pub fn suspend(control: &File, device: Key<'_>, how: SuspendFlags) -> io::Result<()> {
     let mut flags = FLAG_SUSPEND;
     if !how.flush {
         flags |= FLAG_NOFLUSH;
@@ -205,35 +252,35 @@ pub fn suspend(control: &File, name: &str, how: SuspendFlags) -> io::Result<()> 
     if !how.lock_filesystem {
         flags |= FLAG_SKIP_LOCKFS;
     }
-    short_call(control, DEV_SUSPEND, &mut short(name, flags, 0)?).map(|_| ())
+    short_call(control, DEV_SUSPEND, &mut short(device, flags, 0)?).map(|_| ())
 }
 
-/// Activates the inactive table of `name`, if one is loaded, and lets I/O go on. A device that is
+/// Activates the inactive table of `device`, if one is loaded, and lets I/O go on. A device that is
 /// not suspended and has no inactive table stays as it is. `event_nr` is the udev cookie with its
 /// flags, or 0.
 ///
 /// # Errors
 /// The kernel's errno.
-pub fn resume(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSent> {
+pub fn resume(control: &File, device: Key<'_>, event_nr: u32) -> io::Result<UeventSent> {
     // Where a table is taken over, the kernel suspends by itself a device that is not: it must not
     // flush or freeze then.
-    short_call(control, DEV_SUSPEND, &mut short(name, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
+    short_call(control, DEV_SUSPEND, &mut short(device, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
 }
 
-/// Drops the inactive table of `name`, if one is loaded.
+/// Drops the inactive table of `device`, if one is loaded.
 ///
 /// # Errors
 /// The kernel's errno.
-pub fn clear(control: &File, name: &str) -> io::Result<()> {
-    short_call(control, TABLE_CLEAR, &mut short(name, 0, 0)?).map(|_| ())
+pub fn clear(control: &File, device: Key<'_>) -> io::Result<()> {
+    short_call(control, TABLE_CLEAR, &mut short(device, 0, 0)?).map(|_| ())
 }
 
-/// Removes device `name`: one attempt.
+/// Removes `device`: one attempt.
 ///
 /// # Errors
 /// The kernel's errno: EBUSY while somebody has it open or maps to it.
-pub fn remove(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSent> {
-    short_call(control, DEV_REMOVE, &mut short(name, 0, event_nr)?)
+pub fn remove(control: &File, device: Key<'_>, event_nr: u32) -> io::Result<UeventSent> {
+    short_call(control, DEV_REMOVE, &mut short(device, 0, event_nr)?)
 }
 
 /// Renames device `name` to `to`.
@@ -241,7 +288,7 @@ pub fn remove(control: &File, name: &str, event_nr: u32) -> io::Result<UeventSen
 /// # Errors
 /// The kernel's errno: EBUSY where the new name is taken.
 pub fn rename(control: &File, name: &str, to: &str, event_nr: u32) -> io::Result<UeventSent> {
-    let mut request = short(name, 0, event_nr)?;
+    let mut request = short(name.into(), 0, event_nr)?;
     put_text(&mut request.payload, to)?;
     short_call(control, DEV_RENAME, &mut request)
 }
@@ -266,7 +313,7 @@ pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
     };
     let mut size = (HEADER_BYTES + ask.payload.len()).max(REPLY_BYTES_FIRST);
     while size <= REPLY_BYTES_MAX {
-        let mut head = header(ask.name, ask.flags, 0, size)?;
+        let mut head = header(ask.device, ask.flags, 0, size)?;
         head.target_count = ask.target_count;
         if let Some(uuid) = ask.uuid {
             put_text(&mut head.uuid, uuid)?;
@@ -321,6 +368,7 @@ fn reply(buffer: &[u64], head: &Header, size: usize) -> io::Result<Reply> {
         open_count: head.open_count,
         dev: head.dev,
         target_count: head.target_count,
+        name: get_text(&head.name),
         uuid: get_text(&head.uuid),
         payload: bytes[start..end].to_vec(),
     })
@@ -339,10 +387,10 @@ mod tests {
 
     #[test]
     fn names_are_bounded() {
-        assert!(short("", 0, 0).is_err());
-        assert!(short("a\0b", 0, 0).is_err());
-        assert!(short(&"x".repeat(128), 0, 0).is_err());
-        assert!(short(&"x".repeat(127), 0, 0).is_ok());
+        assert!(short("".into(), 0, 0).is_err());
+        assert!(short("a\0b".into(), 0, 0).is_err());
+        assert!(short(Key::Name(&"x".repeat(128)), 0, 0).is_err());
+        assert!(short(Key::Name(&"x".repeat(127)), 0, 0).is_ok());
     }
 
     #[test]

@@ -23,8 +23,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::clock::Stopwatch;
-use crate::base::{Error, Result, ResultExt as _};
-use crate::dm::DeviceInfo;
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::dm::{DeviceInfo, Dm};
 
 /// lvm2's default for `global/locking_dir`.
 const LOCKING_DIR: &str = "/run/lock/lvm";
@@ -57,31 +57,25 @@ impl LvmLock {
     /// The volume group of `device`, held from now on; None where a command of lvm2 is at it, or waits to be.
     ///
     /// # Errors
-    /// I/O errors of the lock's files.
-    pub fn try_hold(device: &DeviceInfo) -> Result<Option<Self>> {
-        match volume_group(device) {
-            None => Ok(Some(Self { _held: None })),
-            Some(group) => {
-                Ok(try_hold_in(Path::new(LOCKING_DIR), &group)?.map(|held| Self { _held: Some(held) }))
-            }
-        }
+    /// I/O errors of the lock's files; the kernel's.
+    pub fn try_hold(dm: &Dm, device: DeviceNumber) -> Result<Option<Self>> {
+        try_hold_of(Path::new(LOCKING_DIR), &|| dm.info(device))
     }
 
     /// As [`LvmLock::try_hold`], but waits up to 60 s for lvm2.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) after that; I/O errors, `interrupt`'s.
-    pub fn hold(device: &DeviceInfo, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) after that; I/O errors, the kernel's, `interrupt`'s.
+    pub fn hold(dm: &Dm, device: DeviceNumber, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let watch = Stopwatch::start();
         loop {
-            if let Some(lock) = Self::try_hold(device)? {
+            if let Some(lock) = Self::try_hold(dm, device)? {
                 return Ok(lock);
             }
             interrupt()?;
             if watch.elapsed() >= PATIENCE {
                 return Err(Error::refused(format!(
-                    "a command of LVM has been changing the volume group of {} for {} s",
-                    device.name,
+                    "a command of LVM has been changing the volume group of device {device} for {} s",
                     PATIENCE.as_secs()
                 ))
                 .next("wait until it is done (see who has the file open: fuser /run/lock/lvm/V_*)"));
@@ -89,6 +83,20 @@ impl LvmLock {
             thread::sleep(PAUSE);
         }
     }
+}
+
+/// `look` tells the device as it is now. A device that is gone, or not of lvm2, needs no lock.
+fn try_hold_of(directory: &Path, look: &dyn Fn() -> Result<Option<DeviceInfo>>) -> Result<Option<LvmLock>> {
+    let group_now = || Ok::<_, Error>(look()?.as_ref().and_then(volume_group));
+    for _ in 0..RENEWALS_MAX {
+        let Some(group) = group_now()? else { return Ok(Some(LvmLock { _held: None })) };
+        let Some(held) = try_hold_in(directory, &group)? else { return Ok(None) };
+        // vgrename gives the lock another name. With this one held it cannot begin.
+        if group_now()?.as_ref() == Some(&group) {
+            return Ok(Some(LvmLock { _held: Some(held) }));
+        }
+    }
+    Ok(None)
 }
 
 /// The name of the volume group that a device of lvm2's belongs to. Its own name is `GROUP-VOLUME`, with a hyphen within
@@ -167,7 +175,6 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::DeviceNumber;
 
     fn device(name: &str, uuid: &str) -> DeviceInfo {
         DeviceInfo {
@@ -231,8 +238,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_of_lvm_is_at_rest() {
-        let other = device("data", "");
-        LvmLock::hold(&other, &|| panic!("nothing to wait for")).unwrap();
+    fn what_is_not_of_lvm_needs_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        for look in [None, Some(device("data", ""))] {
+            let lock = try_hold_of(dir.path(), &|| Ok(look.clone())).unwrap().unwrap();
+            assert!(lock._held.is_none());
+        }
+    }
+
+    #[test]
+    fn a_group_that_was_renamed_meanwhile_is_held_by_its_new_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = std::cell::RefCell::new(vec!["new-data", "new-data", "new-data", "old-data"]);
+        let look = || Ok(Some(device(names.borrow_mut().pop().unwrap(), "LVM-x")));
+        let lock = try_hold_of(dir.path(), &look).unwrap().unwrap();
+        assert!(names.borrow().is_empty());
+        assert_eq!(lock._held.as_ref().unwrap().path, dir.path().join("V_new"));
+        assert!(!dir.path().join("V_old").exists());
     }
 }

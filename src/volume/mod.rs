@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
-use crate::dm::naming::{ROLE_VOLUME, UUID_PREFIX};
+use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
 use crate::topology::{Ground, Topology};
 
@@ -193,7 +193,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     let uuid = info.uuid.as_str();
     let identity = DeviceIdentity::parse(uuid);
     let attached = identity.as_ref().is_some_and(|it| it.role == ROLE_VOLUME);
-    if uuid.starts_with(UUID_PREFIX) && !attached {
+    if identity.is_some() && !attached {
         return Err(Error::refused(format!("{} is a device that Tidemark made for a copy", path.display()))
             .next(
                 "copy the volume itself; 'tidemark status' names it, 'tidemark recover' clears leftovers",

@@ -9,7 +9,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 /// The cases that run `tidemark copy`.
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
-    cases.push(lvm_races());
+    cases.extend([lvm_races(), lvm_names(), lvm_above()]);
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -84,6 +84,24 @@ fn lvm_races() -> Case {
         .delayed_disk_mib(72, SLOW)
         .disk_mib(300)
         .limit_seconds(600)
+}
+
+fn lvm_names() -> Case {
+    main_job("copy_lvm_names", "lvm_names.sh")
+        .commands(&["lvcreate", "lvrename", "vgrename"])
+        .disk_mib(64)
+        .disk_mib(300)
+        .disk_mib(16)
+        .limit_seconds(300)
+}
+
+fn lvm_above() -> Case {
+    main_job("copy_lvm_above", "lvm_above.sh")
+        .commands(&["lvcreate", "lvextend", "blkid"])
+        .disk_mib(32)
+        .disk_mib(32)
+        .disk_mib(300)
+        .limit_seconds(300)
 }
 
 /// Twice each: with everything copied, and with what spares the applications. And on disks whose writes take long: what

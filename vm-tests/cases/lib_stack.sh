@@ -66,7 +66,7 @@ insert() {
 
 # What is in use leads to the device that preserves it, and what a filesystem says is free does not.
 assert_stack_is_over() { # ORIGIN
-    assert_same "the target of $1-preserve" "$(dmsetup table "$1-preserve" | cut -d' ' -f3)" snapshot-origin
+    assert_same "the target of $1#preserve" "$(dmsetup table "$1#preserve" | cut -d' ' -f3)" snapshot-origin
     # One line takes the flush.
     assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort | uniq -c | awk '{ print ($2 == "linear" ? $1 " " : "") $2 }' | xargs)" "1 linear switch"
     is_preserved "$1" || fail "nothing of $1 is preserved"

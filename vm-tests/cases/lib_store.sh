@@ -46,7 +46,7 @@ volume_as_before() {
 # Nothing of a store: no device, no loop device, no RAM disk with memory, no record.
 store_left_nothing() {
     local left
-    left=$(dmsetup info -c --noheadings -o uuid | grep -E '^TIDEMARK-.*-(cow|snap|real|preserve)-' || true)
+    left=$(dmsetup info -c --noheadings -o uuid | grep -E 'TIDEMARK-.*-(cow|snap|real|preserve)-' || true)
     [ -z "$left" ] || fail "devices are left: $left"
     # The kernel lets go of a loop device a moment after its last user.
     wait_until 10 no_store_is_attached

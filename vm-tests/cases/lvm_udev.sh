@@ -45,7 +45,7 @@ while kill -0 "$copy" 2>/dev/null && [ "$seen" -lt 4 ]; do
     [ "$(readlink -f "/dev/disk/by-uuid/$uuid")" = "$link_before" ] || fail "/dev/disk/by-uuid points elsewhere during the copy"
     for node in /sys/block/dm-*; do
         case "$(cat "$node/dm/uuid")" in
-            TIDEMARK-*)
+            LVM-TIDEMARK-*)
                 udevadm info --query=property --path="$node" >/run/udev.props || true
                 ! grep -qE '^(ID_FS_UUID|ID_FS_TYPE|DEVLINKS=.*by-uuid)' /run/udev.props ||
                     fail "udev scanned an internal device: $(cat /run/udev.props)"

@@ -115,7 +115,7 @@ refused 'is running' "$job"
 kill -KILL "$process"
 wait "$process" || true
 # The snapshot is lost while nobody looks: the store's device is gone.
-cow=$(dmsetup ls | awk '/-cow/ { print $1 }')
+cow=$(dmsetup ls | awk '/#cow/ { print $1 }')
 dmsetup load "$cow" --table "0 $(blockdev --getsz "/dev/mapper/$cow" 2>/dev/null || dmsetup table "$cow" | awk '{ n += $2 } END { print n }') error"
 dmsetup resume "$cow"
 fio --name=after --directory=/mnt/origin --filename=fio.dat --size=24m --rw=randwrite --bs=4k --direct=1 --io_size=2m \

@@ -49,7 +49,7 @@ dmsetup table data
 # What was there at the instant is preserved, what is new lies in what was free.
 overwrites "a copy, what is preserved" /mnt/data/old
 make_file /mnt/data/new
-python3 - "$(dmsetup table data)" "$(filefrag -v -b512 /mnt/data/new)" "$(dmsetup info -c --noheadings -o major,minor data-preserve)" <<'END'
+python3 - "$(dmsetup table data)" "$(filefrag -v -b512 /mnt/data/new)" "$(dmsetup info -c --noheadings -o major,minor data#preserve)" <<'END'
 import re
 import sys
 
@@ -72,7 +72,7 @@ copy=$!
 begins_past() {
     local preserve
     is_preserved data || return 1
-    preserve=$(dmsetup info -c --noheadings -o major,minor data-preserve)
+    preserve=$(dmsetup info -c --noheadings -o major,minor data#preserve)
     ! dmsetup table data | head -n 1 | grep -q " $preserve "
 }
 wait_until 60 begins_past

@@ -13,7 +13,7 @@ for round in 1 2; do
     assert_same "the kernel hurries while writers wait" "$(cat /run/expedited)" "$hurry_of_a_copy"
     assert_same "the kernel hurries afterwards" "$(kernel_hurries)" 0
     load_goes_on
-    assert_same "the snapshot" "$(digest "$(dm_node data-snap)")" "$(cut -d' ' -f1 /run/digest)"
+    assert_same "the snapshot" "$(digest "$(dm_node data#snap)")" "$(cut -d' ' -f1 /run/digest)"
     remove_stack
     grep -q 'status Active' "$REPORT" || fail "$(cat "$REPORT")"
     assert_as_before

@@ -22,18 +22,18 @@ reads inserted
 "$judge" stack data | tee "$ARTIFACTS/stack"
 # Tidemark names its devices after the origin: all of them lie on the way down, the snapshot above it aside.
 assert_same "the devices of Tidemark" "$(sed -n 's/^of Tidemark: //p' "$ARTIFACTS/stack" | tr ' ' '\n' | sort | xargs)" \
-    "$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /^TIDEMARK-/ { print $1 }' | sort | xargs)"
+    "$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /TIDEMARK-/ { print $1 }' | sort | xargs)"
 # First writes are preserved: what the snapshot has in use is what both see, whatever it is by then.
 dd if=/dev/urandom of=/mnt/data/file bs=64k count=20 oflag=direct status=none
 sync
 reads preserving
-grep '^status data-snap: .* snapshot [0-9]*/' "$ARTIFACTS/preserving" || fail "no status of the snapshot"
+grep '^status data#snap: .* snapshot [0-9]*/' "$ARTIFACTS/preserving" || fail "no status of the snapshot"
 ! cmp -s "$ARTIFACTS/inserted" "$ARTIFACTS/preserving" || fail "nothing has changed: this proves nothing"
 # What no longer fits together is seen.
-dmsetup suspend data-snap
+dmsetup suspend data#snap
 ! "$judge" stack data >/run/judged 2>&1 || fail "a suspended snapshot is not seen: $(cat /run/judged)"
-grep 'data-snap is suspended' /run/judged || fail "another reason: $(cat /run/judged)"
-dmsetup resume data-snap
+grep 'data#snap is suspended' /run/judged || fail "another reason: $(cat /run/judged)"
+dmsetup resume data#snap
 "$judge" stack data >/dev/null
 
 remove_stack

@@ -32,12 +32,25 @@ grep -q data /run/status || fail "status does not know the volume"
 TABLE_BEFORE=$(dmsetup table data)
 COW=$(stat -L -c '%Hr:%Lr' "$(disk 1)")
 fresh_store
+# What an administrator has set on the volume's queue stays through insertion and removal.
+queue=/sys/dev/block/$(stat -L -c '%Hr:%Lr' "$(dm_node data)")/queue
+settings() { cat "$queue/read_ahead_kb" "$queue/max_sectors_kb" | xargs; }
+echo 4096 >"$queue/read_ahead_kb"
+echo 64 >"$queue/max_sectors_kb"
 insert 20000 true
+assert_same "read-ahead and largest request, over the stack" "$(settings)" "4096 64"
 grep -q '^in place' "$REPORT" || fail "$(cat "$REPORT")"
 refused 'being copied' "$TIDEMARK" detach data
 "$TIDEMARK" recover
 assert_stack_is_over data
+# Nor does one that sees nothing of the job's record and lock, in another mount namespace.
+unshare -m sh -c "mount -t tmpfs none /run && '$TIDEMARK' recover && '$TIDEMARK' status" >"$ARTIFACTS/elsewhere" 2>&1 ||
+    fail "recover in another namespace: $(cat "$ARTIFACTS/elsewhere")"
+assert_stack_is_over data
+grep -q 'runs in another mount namespace' "$ARTIFACTS/elsewhere" ||
+    fail "status in another namespace does not know it for alive: $(cat "$ARTIFACTS/elsewhere")"
 remove_stack
+assert_same "read-ahead and largest request, afterwards" "$(settings)" "4096 64"
 assert_same "the table of data" "$(dmsetup table data)" "$TABLE_BEFORE"
 umount /mnt/data
 "$TIDEMARK" detach data

@@ -118,7 +118,7 @@ dm_node() { echo "/dev/dm-$(dmsetup info -c --noheadings -o minor "$1" | tr -d '
 is_preserved() {
     local name number
     name=$(dmsetup info -c --noheadings -o name "$1")
-    number=$(dmsetup info -c --noheadings -o major,minor "$name-preserve" 2>/dev/null) || return 1
+    number=$(dmsetup info -c --noheadings -o major,minor "$name#preserve" 2>/dev/null) || return 1
     dmsetup table "$name" | grep -q " $number "
 }
 
@@ -162,7 +162,7 @@ wait_until() {
 # named, no loop device, no zram, no job on record.
 assert_no_tidemark_left() {
     local left volume
-    left=$(dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep '^TIDEMARK-' || true)
+    left=$(dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep 'TIDEMARK-' || true)
     for volume in "$@"; do
         left=$(printf '%s' "$left" | grep -v "^TIDEMARK-$volume-volume-[0-9a-f]*:$volume\$" || true)
     done

@@ -231,7 +231,7 @@ class Stage:
         found = [
             f"device {name} ({uuid})"
             for name, (_, uuid, _) in dm_devices().items()
-            if uuid.startswith("TIDEMARK-") and not (name == volume and uuid.startswith(f"TIDEMARK-{volume}-volume-"))
+            if "TIDEMARK-" in uuid and not (name == volume and uuid.startswith(f"TIDEMARK-{volume}-volume-"))
         ]
         found += [f"{loop} of {file}" for loop, file in loop_devices().items() if loop != self.loop]
         for size in Path("/sys/block").glob("zram*/disksize"):

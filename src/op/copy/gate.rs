@@ -330,7 +330,7 @@ impl Keeper {
     /// The copy's watchdog, ready to be armed over a slice.
     fn watchdog(&self) -> Result<Watchdog> {
         let order = Order {
-            devices: vec![self.stack.origin().to_owned()],
+            devices: vec![self.stack.origin_number()],
             filesystems: Vec::new(),
             budget_ms: u64::try_from((HOLD_SLICE + HOLD_GRACE).as_millis()).unwrap_or(u64::MAX),
             is_expedited: false,

@@ -16,6 +16,7 @@
 //! back, the very text. A copy of that table is in `real` as long as the stack is in place, so the
 //! kernel alone is enough to undo it ([`recover`](super::recover)).
 
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, AtBest, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
+use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::sys::dm_ioctl::SuspendFlags;
@@ -124,6 +125,9 @@ pub struct Stack {
     form: Form,
     /// The only one that changes the origin's table; held while it does.
     owner: Arc<Mutex<Owner>>,
+    /// The snapshot's device, held open exclusively from before the instant until it is removed: whoever does not see our
+    /// locks, in another mount namespace, knows by this that the copy lives.
+    claim: Arc<Mutex<Option<File>>>,
     skipped: Skipped,
     logs: Vec<Extent>,
     below: PathBuf,
@@ -158,8 +162,9 @@ impl Stack {
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let origin = request.origin.as_str();
+        let number = dm.info_of(origin)?.number;
         // From before its table is read until it leads through the stack.
-        let _lvm = LvmLock::hold(&dm.info_of(origin)?, interrupt)?;
+        let _lvm = LvmLock::hold(dm, number, interrupt)?;
         let own_table = own_table(dm, origin)?;
         refuse_own_record(job, &request.filesystems)?;
         let names = StackNames::new(origin, job.id());
@@ -170,7 +175,7 @@ impl Stack {
                     .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
             }
         }
-        job.set_origin(origin, dm.info_of(origin)?.number, &own_table.to_string())?;
+        job.set_origin(origin, number, &own_table.to_string())?;
         job.note_expedited();
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
@@ -179,8 +184,8 @@ impl Stack {
         runner.write_back_all = request.lock_filesystem;
         runner.below = Some(names.real.clone());
         runner.own_table = Some(own_table);
-        runner.form = form(dm, dm.info_of(origin)?.number);
-        let mapper = FreeMapper::prepare(dm.info_of(origin)?.number, &request.filesystems)?;
+        runner.form = form(dm, number);
+        let mapper = FreeMapper::prepare(number, &request.filesystems)?;
         if request.all {
             runner.logs = mapper.into_logs();
         } else {
@@ -201,6 +206,7 @@ impl Stack {
             form: runner.form,
             below,
             owner: Arc::new(Mutex::new(owner)),
+            claim: Arc::new(Mutex::new(runner.claim.take())),
             skipped: std::mem::take(&mut runner.skipped),
             logs: std::mem::take(&mut runner.logs),
             budget: request.budget,
@@ -221,23 +227,11 @@ impl Stack {
         };
         let record = job.record().origin.as_ref();
         let record = record.ok_or_else(|| gone("its record names no origin".to_owned()))?;
-        let origin = record.device.as_str();
-        let names = StackNames::new(origin, job.id());
-        for name in [origin].into_iter().chain(names.removable()) {
-            let info = dm.info(name)?.ok_or_else(|| {
-                gone(format!("there is no device {name} any more")).next(
-                    "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
-                     while it put the origin back, the copy had ended, well or not: a file with the final name is \
-                     complete, but may be one that was there before; look at its time",
-                )
-            })?;
-            let wrong = name == origin && info.number != record.number;
-            if wrong || !info.has_active {
-                return Err(gone(format!("{name} is not the device that it was")));
-            }
-            if info.suspended {
-                return Err(gone(format!("{name} is suspended")));
-            }
+        let names = StackNames::new(&record.device, job.id());
+        // By its number: it may have been renamed.
+        let origin = check_adoptable(dm.info(record.number)?, &record.device, &gone)?;
+        for name in names.removable() {
+            check_adoptable(dm.info(name)?, name, &gone)?;
         }
         let table = |name: &str| dm.table(name, Slot::Active);
         let number = |name: &str| dm.info_of(name).map(|info| info.number);
@@ -251,23 +245,29 @@ impl Stack {
         if table(&names.preserve)? != Some(preserving) {
             return Err(gone(format!("{} does not preserve anything any more", names.preserve)));
         }
-        let current = table(origin)?.filter(|table| beneath.is_under(table)).ok_or_else(|| {
-            gone(format!(
-                "{origin} does not write through its snapshot any more: somebody replaced its table"
-            ))
-        })?;
+        let current = dm
+            .table(origin.number, Slot::Active)?
+            .filter(|table| beneath.is_under(table))
+            .ok_or_else(|| {
+                gone(format!(
+                    "{} does not write through its snapshot any more: somebody replaced its table",
+                    origin.name
+                ))
+            })?;
         let status = dm.snapshot_status(&names.snap)?;
         if !status.is_usable() {
             return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
         }
-        let owner = take_over(dm, origin, current, &beneath)?;
+        let claim = dm.claim(number(&names.snap)?)?;
+        let owner = take_over(dm, &origin, current, &beneath)?;
         Ok(Self {
-            origin: origin.to_owned(),
+            origin: origin.name,
             below: node::device_path(beneath.real)?,
             names,
             beneath,
             form: form(dm, record.number),
             owner: Arc::new(Mutex::new(owner)),
+            claim: Arc::new(Mutex::new(Some(claim))),
             skipped: adopted.skipped,
             // Copied by now, or soon enough.
             logs: Vec::new(),
@@ -335,10 +335,16 @@ impl Stack {
         self.beneath.real
     }
 
-    /// The origin's device-mapper name.
+    /// The origin's device-mapper name when the copy began; it may have been renamed since.
     #[must_use]
     pub fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// The origin's number.
+    #[must_use]
+    pub fn origin_number(&self) -> DeviceNumber {
+        lock(&self.owner).number()
     }
 
     /// Replaces the origin's table by one in which what is in `released` is preserved no more, in one call
@@ -357,7 +363,7 @@ impl Stack {
         self.refuse_to_preserve_again(&table, &released)?;
         let _lvm = match hold {
             Some(_) => None,
-            None => Some(self.keep_lvm_away(dm)?),
+            None => Some(self.keep_lvm_away(dm, &owner)?),
         };
         if table == *owner.active() {
             return owner.check(dm).map(|()| Duration::ZERO);
@@ -374,7 +380,7 @@ impl Stack {
     /// As [`Stack::release`].
     pub fn hold(&self, dm: &Dm) -> Result<Hold> {
         let mut owner = lock(&self.owner);
-        let lvm = self.keep_lvm_away(dm)?;
+        let lvm = self.keep_lvm_away(dm, &owner)?;
         owner.suspend(dm, SuspendFlags { flush: false, lock_filesystem: false })?;
         Ok(Hold { _lvm: lvm })
     }
@@ -394,10 +400,10 @@ impl Stack {
     }
 
     /// Keeps lvm2 away from the origin's volume group, unless one of its commands is running: that one goes first.
-    fn keep_lvm_away(&self, dm: &Dm) -> Result<LvmLock> {
+    fn keep_lvm_away(&self, dm: &Dm, owner: &Owner) -> Result<LvmLock> {
         let busy =
             || Error::refused(format!("a command of LVM is changing the volume group of {}", self.origin));
-        LvmLock::try_hold(&dm.info_of(&self.origin)?)?.ok_or_else(busy)
+        LvmLock::try_hold(dm, owner.number())?.ok_or_else(busy)
     }
 
     /// A range that was released must never be preserved again: what is there is not the instant's any more,
@@ -447,6 +453,7 @@ impl Stack {
                 .state(format!("{} goes on, with the snapshot in place", self.origin))
                 .next("run 'tidemark recover'")
         })?;
+        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
         let mut change = dismantling(&self.names);
         let names = self.names.removable().into_iter();
@@ -465,16 +472,18 @@ impl Stack {
         let mut owner = lock(&self.owner);
         owner.let_go(dm)?;
         // Nothing is asked here whether to: what was begun is put back, or said to be in place.
-        let _lvm = LvmLock::hold(&dm.info_of(&self.origin)?, &|| Ok(()))?;
+        let _lvm = LvmLock::hold(dm, owner.number(), &|| Ok(()))?;
         let begin = Instant::now();
         let mut attempt = 1;
         loop {
-            let active = dm.table(&self.origin, Slot::Active)?.filter(|table| self.beneath.is_under(table));
+            // By the name that it has now. One that is gone has nothing to be put back.
+            let Some(origin) = owner.device(dm)? else { return Ok(()) };
+            let active = dm.table(origin.number, Slot::Active)?.filter(|table| self.beneath.is_under(table));
             let Some(active) = active else { return Ok(()) };
             let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
             runner.standby = self.standby.clone();
             // What is below the origin tells how to go back, also where the record cannot be written any more.
-            let change = restoration(&self.origin, &active, &self.beneath.own);
+            let change = restoration(&origin.name, &active, &self.beneath.own);
             match change.run(&mut runner, &mut AtBest::new(job)) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Refused && begin.elapsed() < OTHERS_MAX => {
@@ -489,14 +498,36 @@ impl Stack {
     }
 }
 
-/// The table of an origin whose owner died.
-fn take_over(dm: &Dm, origin: &str, current: Table, beneath: &Beneath) -> Result<Owner> {
-    let _lvm = LvmLock::hold(&dm.info_of(origin)?, &|| Ok(()))?;
-    // The dead process may have loaded a table. Any other table is somebody else's.
-    if dm.table(origin, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
-        dm.clear(origin)?;
+/// A device of a stack that is to be adopted; `gone` says why it is not.
+fn check_adoptable(
+    found: Option<DeviceInfo>,
+    name: &str,
+    gone: &dyn Fn(String) -> Error,
+) -> Result<DeviceInfo> {
+    let info = found.ok_or_else(|| {
+        gone(format!("there is no device {name} any more")).next(
+            "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
+             while it put the origin back, the copy had ended, well or not: a file with the final name is \
+             complete, but may be one that was there before; look at its time",
+        )
+    })?;
+    if !info.has_active {
+        return Err(gone(format!("{name} is not the device that it was")));
     }
-    let owner = Owner::new(dm, origin, current)?;
+    if info.suspended {
+        return Err(gone(format!("{name} is suspended")));
+    }
+    Ok(info)
+}
+
+/// The table of an origin whose owner died.
+fn take_over(dm: &Dm, origin: &DeviceInfo, current: Table, beneath: &Beneath) -> Result<Owner> {
+    let _lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
+    // The dead process may have loaded a table. Any other table is somebody else's.
+    if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
+        dm.clear(origin.number)?;
+    }
+    let owner = Owner::new(dm, origin.number, current)?;
     owner.check(dm)?;
     Ok(owner)
 }

@@ -14,7 +14,7 @@ use super::StackRequest;
 
 /// The steps of an insertion, in order: with `insert.` before and `.before`, `.after` behind, the
 /// names of its crash points.
-pub const INSERT_STEPS: [&str; 19] = [
+pub const INSERT_STEPS: [&str; 20] = [
     "own",
     "create-real",
     "load-real",
@@ -22,6 +22,7 @@ pub const INSERT_STEPS: [&str; 19] = [
     "create-snap",
     "load-snap",
     "resume-snap",
+    "claim",
     "create-preserve",
     "load-preserve",
     "resume-preserve",
@@ -95,6 +96,7 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
     let change = Change::new("insert").then(step("own", own(origin, own_table)));
     let change = made(change, &real, ROLE_REAL, own_table.into());
     let change = made(change, &snap, ROLE_SNAP, Template::new(snap_table));
+    let change = change.then(step("claim", Action::Claim { device: snap }).undo(Action::Unclaim));
     made(change, &preserve, ROLE_PRESERVE, Template::new(preserve_table))
         .then(step("guard", guard(origin, &filesystems)).undo(Action::Dismiss))
         .then(
@@ -232,7 +234,7 @@ mod tests {
         let load = plan.steps.iter().find(|step| step.name == "load-origin").unwrap();
         assert_eq!(
             load.action.to_string(),
-            "load into vg-data: linear to vg-data-preserve, past it where nothing is in use"
+            "load into vg-data: linear to vg-data#preserve, past it where nothing is in use"
         );
         assert_eq!(
             plan.steps[0].action.to_string(),

@@ -46,6 +46,8 @@ pub(in crate::op) struct Runner<'a> {
     taking_back: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
     map_in_force: bool,
+    /// The snapshot's device, held open: see [`Action::Claim`].
+    pub(super) claim: Option<File>,
     /// What [`Action::LoadOver`] has loaded leads there.
     pub(super) beneath: Option<Beneath>,
     /// Where a watchdog comes from, and goes to when it has nothing to guard.
@@ -88,6 +90,7 @@ impl<'a> Runner<'a> {
             write_back_all: false,
             taking_back: false,
             map_in_force: false,
+            claim: None,
             beneath: None,
             standby: Standby::default(),
             watchdog: None,
@@ -129,7 +132,7 @@ impl<'a> Runner<'a> {
         }
         self.expedite = Expedite::find_off();
         let order = Order {
-            devices: vec![device.to_owned()],
+            devices: vec![self.dm.info_of(device)?.number],
             filesystems: filesystems.to_vec(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
             is_expedited: self.expedite.is_some(),
@@ -169,6 +172,10 @@ impl<'a> Runner<'a> {
         }
         let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
         let _ = process::unlock_memory();
+        // Nothing is held any more.
+        if let Some(owner) = self.owner.as_mut().filter(|owner| !owner.is_held()) {
+            owner.put_back_settings();
+        }
         verdict
     }
 
@@ -413,6 +420,14 @@ impl Executor for Runner<'_> {
             }
             Action::LoadOver { device, real, preserve } => self.load_over(device, real, preserve),
             Action::ExpectOver { device } => self.expect_over(device),
+            Action::Claim { device } => {
+                self.claim = Some(self.dm.claim(self.dm.info_of(device)?.number)?);
+                Ok(())
+            }
+            Action::Unclaim => {
+                self.claim = None;
+                Ok(())
+            }
             Action::Freeze { .. } => self.freeze(),
             Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Own { device, table } => self.own(device, self.dm.resolve(table)?),

@@ -16,7 +16,7 @@ use devicemapper::{DM, DevId, DeviceInfo, DmFlags, DmName, DmOptions};
 /// Beneath an application that writes, two readings in a row may differ.
 const ATTEMPTS: usize = 50;
 
-/// How the names of Tidemark's devices' UUIDs begin.
+/// What the UUIDs of Tidemark's devices contain.
 const OURS: &str = "TIDEMARK-";
 
 fn main() -> Result<()> {
@@ -215,7 +215,7 @@ fn stack(origin: &str) -> Result<()> {
     let mut way = Vec::new();
     go_down(top, &all, 0, &mut way)?;
     let ours: BTreeSet<&str> =
-        all.iter().filter(|it| it.uuid.starts_with(OURS)).map(|it| it.name.as_str()).collect();
+        all.iter().filter(|it| it.uuid.contains(OURS)).map(|it| it.name.as_str()).collect();
     if !way.iter().any(|(_, device)| ours.contains(device.name.as_str())) {
         wrong.push(format!("{origin} leads to no device of Tidemark"));
     }
