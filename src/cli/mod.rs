@@ -25,7 +25,7 @@ use args::Cli;
 use output::{Output, talk};
 
 use crate::base::{Error, ErrorKind, Result};
-use crate::sys::signal;
+use crate::sys::signal::{self, Arrived};
 
 /// The whole run; the exit code is the one of the README's table.
 #[must_use]
@@ -63,21 +63,29 @@ fn usage_exit(error: &clap::Error) -> ExitCode {
 }
 
 /// From here on a signal is a request to stop, which the operation's `interrupt` notices; somebody
-/// who waits is told at once, and told again for each further signal.
+/// who waits is told at once, and told again for each further signal. SIGUSR1 shows how far the operation is.
 ///
 /// # Errors
 /// The kernel's refusal to catch signals or to start a thread.
 pub fn stop_on_signals(output: Output) -> Result<()> {
     signal::catch_termination()?;
     let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        let mut seen = 0;
-        while let Some(count) = signal::wait(seen) {
-            output.note(if seen == 0 {
-                "stopping: putting things back"
-            } else {
-                "still putting things back, please wait"
-            });
-            seen = count;
+        if let Err(error) = signal::take_questions() {
+            tracing::debug!("SIGUSR1 is not answered: {error}");
+        }
+        let mut seen = Arrived::default();
+        while let Some(arrived) = signal::wait(seen) {
+            if arrived.questions != seen.questions {
+                progress::answer(output);
+            }
+            if arrived.stops != seen.stops {
+                output.note(if seen.stops == 0 {
+                    "stopping: putting things back"
+                } else {
+                    "still putting things back, please wait"
+                });
+            }
+            seen = arrived;
         }
     });
     spawned.map(|_| ()).map_err(|source| Error::io("starting the thread that waits for signals", source))

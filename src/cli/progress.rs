@@ -24,9 +24,51 @@ const JSON_INTERVAL: Duration = Duration::from_secs(1);
 /// Redraws of the bar per second.
 const BAR_HZ: u8 = 5;
 
-/// The observer that suits this run's output.
+/// The operation in progress, for who asks by a signal.
+static ASKED: Mutex<Option<Meter>> = Mutex::new(None);
+
+/// The observer that suits this run's output; what it sees, [`answer`] tells.
 #[must_use]
 pub fn observer(output: Output) -> Box<dyn Observer> {
+    *lock(&ASKED) = Some(Meter::default());
+    Box::new(Answering(shown(output)))
+}
+
+/// Says how far the operation in progress is: to somebody who has asked, `--quiet` or not.
+pub fn answer(output: Output) {
+    // Nobody waits for this lock while it is written: that may be to a file on a filesystem that is frozen.
+    let text = lock(&ASKED).as_ref().and_then(|meter| match output.json {
+        true => json_position(meter),
+        false => Some(plain_line(meter)),
+    });
+    let Some(text) = text else { return };
+    if output.json {
+        let _ = output.result_text(&text);
+    } else {
+        talk(&text);
+    }
+}
+
+/// None before the first phase.
+fn json_position(meter: &Meter) -> Option<String> {
+    let (done, total, segments) = (meter.done(), meter.total(), meter.segments());
+    let event = Event::Progress { phase: meter.phase()?, done, total, segments };
+    Some(json_line("progress", JsonEvent::with_figures(&event, meter)))
+}
+
+/// Remembers for [`answer`] what another observer shows.
+struct Answering(Box<dyn Observer>);
+
+impl Observer for Answering {
+    fn event(&self, event: &Event) {
+        if let Some(meter) = lock(&ASKED).as_mut() {
+            meter.take(event, Instant::now());
+        }
+        self.0.event(event);
+    }
+}
+
+fn shown(output: Output) -> Box<dyn Observer> {
     if output.json {
         Box::new(JsonLines::new(output))
     } else if output.quiet {
@@ -250,6 +292,17 @@ struct JsonEvent<'a> {
     store: Option<StoreFill>,
 }
 
+impl<'a> JsonEvent<'a> {
+    fn plain(event: &'a Event) -> Self {
+        Self { event, rate_bytes_per_second: None, left_seconds: None, store: None }
+    }
+
+    fn with_figures(event: &'a Event, meter: &Meter) -> Self {
+        let (rate, left) = (meter.rate(), meter.left().map(|left| left.as_secs()));
+        Self { event, rate_bytes_per_second: rate, left_seconds: left, store: meter.store().copied() }
+    }
+}
+
 impl JsonLines {
     fn new(output: Output) -> Self {
         Self { output, state: Mutex::default() }
@@ -261,7 +314,6 @@ impl Observer for JsonLines {
         let now = Instant::now();
         let mut state = lock(&self.state);
         state.meter.take(event, now);
-        let is_progress = matches!(event, Event::Progress { .. });
         if let Event::Progress { done, total, .. } = event
             && Some(*done) != *total
         {
@@ -270,13 +322,10 @@ impl Observer for JsonLines {
             }
             state.last = Some(now);
         }
-        let meter = &state.meter;
-        let (rate, left, store) = if is_progress {
-            (meter.rate(), meter.left().map(|left| left.as_secs()), meter.store().copied())
-        } else {
-            (None, None, None)
+        let body = match event {
+            Event::Progress { .. } => JsonEvent::with_figures(event, &state.meter),
+            _ => JsonEvent::plain(event),
         };
-        let body = JsonEvent { event, rate_bytes_per_second: rate, left_seconds: left, store };
         let line = json_line("progress", body);
         if matches!(event, Event::Phase { phase: Phase::Prepare, .. }) {
             state.held = line;
@@ -333,9 +382,8 @@ mod tests {
             Event::Note { text: "n".into() },
             Event::Warning { text: "w".into() },
         ] {
-            let body =
-                JsonEvent { event: &event, rate_bytes_per_second: None, left_seconds: None, store: None };
-            let value: serde_json::Value = serde_json::from_str(&json_line("progress", body)).unwrap();
+            let line = json_line("progress", JsonEvent::plain(&event));
+            let value: serde_json::Value = serde_json::from_str(&line).unwrap();
             assert_eq!(value["tidemark"], 1, "{value}");
             assert_eq!(value["type"], "progress", "{value}");
             assert!(value["event"].is_string(), "{value}");

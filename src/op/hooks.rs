@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::sys::signal;
 
 /// How often a running hook is looked at: short, because the origin is suspended meanwhile.
 const POLL: Duration = Duration::from_millis(2);
@@ -75,7 +76,7 @@ impl Hook<'_> {
             command.env("TIDEMARK_ORIGIN_BELOW", below);
         }
         command.stdin(Stdio::null()).stdout(Stdio::from(stderr)).process_group(0);
-        command.spawn().map_err(|source| {
+        signal::for_children(|| command.spawn()).map_err(|source| {
             Error::new(ErrorKind::External, format!("starting {} '{}'", self.option, self.command))
                 .with_source(source)
         })
