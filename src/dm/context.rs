@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::sys::dm_ioctl::{self, Ask, Call, Key, Reply, SuspendFlags};
+use crate::sys::nudge;
 
 use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, beside, is_ours};
 use super::node;
@@ -345,10 +346,12 @@ impl Dm {
             match dm_ioctl::suspend(&self.control, device, how) {
                 Ok(()) => return Ok(()),
                 // A signal ended the wait for I/O in flight. Without a flush we are putting
-                // something back, which a signal must not prevent.
+                // something back, which a signal must not prevent, but for the one that says that writers
+                // are held for too long.
                 Err(source)
                     if source.raw_os_error() == Some(libc::EINTR)
                         && !how.flush
+                        && !nudge::is_overdue()
                         && attempt < SUSPEND_ATTEMPTS =>
                 {
                     attempt += 1;

@@ -1,11 +1,11 @@
-//! Entrances that are no commands: the watchdog process and, in test builds, parts of a copy on their own.
+//! Entrances that are no commands: processes that help a command (watchdog, writing back) and, in test builds, parts of a copy on their own.
 //!
 //! Looked at before the command line is parsed: a watchdog must start fast and must not fail over an
 //! option.
 
 use std::process::ExitCode;
 
-use super::watchdog;
+use super::{watchdog, write_back};
 
 /// Runs a hidden entrance where the first argument names one; None for an ordinary command.
 #[must_use]
@@ -13,6 +13,9 @@ pub fn run() -> Option<ExitCode> {
     let first = std::env::args_os().nth(1)?;
     if first == watchdog::ARGUMENT {
         return Some(watchdog::main());
+    }
+    if first == write_back::ARGUMENT {
+        return Some(write_back::main());
     }
     #[cfg(feature = "vm")]
     if first == trial::ARGUMENT {
@@ -92,6 +95,7 @@ pub(super) mod trial {
             lock_filesystem: false,
             budget: Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?),
             all: false,
+            planned: None,
         };
         let dm = Dm::open()?;
         let mut job = Job::begin("trial")?;

@@ -1,5 +1,6 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
+mod apart;
 mod archive;
 pub mod attach;
 pub mod copy;
@@ -23,3 +24,4 @@ pub mod stack;
 pub mod status;
 pub mod verify;
 pub mod watchdog;
+pub mod write_back;

@@ -93,6 +93,7 @@ impl FakeKernel {
             lock_filesystem: false,
             budget: Duration::from_secs(2),
             all: false,
+            planned: None,
         }
     }
 

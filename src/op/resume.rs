@@ -29,7 +29,7 @@ use crate::extent::Extent;
 use crate::format::state::CopyRecord;
 use crate::secondary::{self, Resumed};
 use crate::store::CowStore;
-use crate::volume::{Origin, OriginKind};
+use crate::volume::{Frozen, Origin, OriginKind};
 
 /// What would be gone on with. Serialized for `--dry-run --json`.
 #[derive(Debug, Serialize)]
@@ -133,7 +133,9 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
         size,
         filesystems: Vec::new(),
         lock_filesystem: false,
+        not_frozen: Vec::new(),
         notes: Vec::new(),
+        frozen: Frozen::default(),
     };
     Ok(CopyPlan {
         order: order_for(&request, &origin),

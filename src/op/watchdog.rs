@@ -1,9 +1,9 @@
 //! The watchdog: a process of its own that lets the origin go on if the command cannot.
 //!
 //! It is started before anything is frozen, and serves a command as long as that lives, order after order ([`Standby`]
-//! has it in between): for each it has everything open and locked in memory that it will need. It leaves the command's
-//! session, so that a Ctrl-C or a kill of the process group does not reach it. Two pipes join it to the command: orders
-//! in, verdicts out. An order is guarded from "arm" to "disarm"; a further "arm" starts its clock anew.
+//! has it in between): for each it has everything open and locked in memory that it will need. It does not share what
+//! happens to the command ([`apart`]): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
+//! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm" to "disarm"; a further "arm" starts its clock anew.
 //!
 //! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is
 //! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
@@ -14,11 +14,15 @@
 //! While the command lives it may still suspend or freeze something after the watchdog has acted, so
 //! the watchdog goes on acting until the command answers: the command finds the verdict "fired"
 //! before and after each of its own critical steps, stops the watchdog, and takes everything back
-//! itself. Where the command had the kernel hurry ([`rcu`]), that is over once the watchdog has acted. FITHAW waits while a freeze is in progress, so every filesystem has its own thread.
+//! itself. Where the command had the kernel hurry ([`rcu`]), that is over once the watchdog has acted.
+//!
+//! A freeze in progress cannot be stopped, by anybody: FITHAW waits for its end, or answers that nothing is frozen yet.
+//! So every filesystem has its own thread, and the kernel's log is told what was done when it was done, not before.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +37,8 @@ use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::Dm;
 use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
+
+use super::apart;
 
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";
@@ -239,24 +245,14 @@ fn failed(what: &str) -> Error {
 /// The error of a freeze budget that ran out.
 #[must_use]
 pub fn budget_ran_out() -> Error {
-    Error::new(ErrorKind::Timeout, "the freeze budget ran out; the watchdog let the origin go on")
+    Error::new(ErrorKind::Timeout, "the freeze budget ran out before the instant was over")
         .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
 }
 
 /// The process: reads its orders from standard input, answers on standard output.
 #[must_use]
 pub fn main() -> ExitCode {
-    // Leave the command's session and process group: what is sent to those must not reach us. Not
-    // being allowed to means that we lead a group already, which is as good.
-    let _ = nix::unistd::setsid();
-    for signal in [nix::sys::signal::Signal::SIGINT, nix::sys::signal::Signal::SIGTERM] {
-        let _ = process::ignore_signal(signal);
-    }
-    // What the shell has left open, and where we stand, is kept from nobody.
-    process::close_inherited();
-    let _ = nix::unistd::chdir("/");
-    // The last process that the kernel should kill for memory; without the right to say so we go on.
-    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    apart::stand_apart();
     let streams = io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -334,13 +330,16 @@ fn act_for_the_living(hands: &Arc<dyn Hands>, orders: &mut Lines<File>, output: 
         // Not joined: it may be inside FITHAW until a freeze in progress is over.
         thread::spawn(move || {
             while !stop.load(Ordering::SeqCst) {
-                let _ = hands.thaw(index);
+                if hands.thaw(index).is_ok() {
+                    let took = start.elapsed().as_millis();
+                    hands.tell(&format!("filesystem {} thawed after {took} ms", index + 1));
+                }
                 thread::sleep(ROUND);
             }
         });
     }
     hands.tell(&format!(
-        "the freeze budget ran out after {} ms; the origin goes on",
+        "the freeze budget ran out after {} ms: {released} device(s) resumed, thawing",
         start.elapsed().as_millis()
     ));
     // The command may be dead by now; the order pipe tells below.
@@ -413,8 +412,31 @@ impl KernelHands {
         for &device in &hands.devices {
             let _ = hands.dm.info(device)?;
         }
-        process::lock_memory().io_context(|| "locking the watchdog in memory".to_owned())?;
+        if let Err(source) = process::lock_memory() {
+            hands.refuse_to_wait_for(source)?;
+        }
         Ok(Arc::new(hands))
+    }
+}
+
+impl KernelHands {
+    /// Without memory that is locked, what the watchdog runs on may have to be read from a disk again: that must be
+    /// none of those that it guards.
+    fn refuse_to_wait_for(&self, source: io::Error) -> Result<()> {
+        let frozen = |file: &File| file.metadata().map(|meta| DeviceNumber::from_dev(meta.dev()));
+        let frozen: Vec<DeviceNumber> = self
+            .filesystems
+            .iter()
+            .map(frozen)
+            .collect::<io::Result<_>>()
+            .io_context(|| "looking".to_owned())?;
+        let mapped = process::mapped_from().io_context(|| "reading /proc/self/maps".to_owned())?;
+        if !mapped.iter().any(|device| frozen.contains(device)) {
+            return Ok(());
+        }
+        Err(failed("lies on a filesystem that is to be frozen, and may not be locked in memory")
+            .with_source(source)
+            .next("raise 'ulimit -l' to 64 MiB, grant CAP_IPC_LOCK, or run tidemark from another filesystem"))
     }
 }
 
@@ -446,8 +468,8 @@ impl Hands for KernelHands {
     }
 
     fn end_hurry(&self) {
-        if let Some(Err(error)) = self.expedite.as_ref().map(|switch| switch.turn(false)) {
-            self.tell(&format!("{} stays 1: {error}", rcu::PATH));
+        if let Some(Err(error)) = self.expedite.as_ref().map(Expedite::turn_off) {
+            self.tell(&format!("{} stays on: {error}", rcu::PATH));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt as _;
 
 // Linux `include/uapi/linux/fs.h`: _IOWR('X', 119, int), _IOWR('X', 120, int).
 const FIFREEZE: libc::c_ulong = nix::request_code_readwrite!(b'X', 119, std::mem::size_of::<libc::c_int>());
@@ -14,6 +15,14 @@ const FITHAW: libc::c_ulong = nix::request_code_readwrite!(b'X', 120, std::mem::
 /// The kernel's errno; EIO for write-back errors since `file` was opened.
 pub fn sync_filesystem(file: &File) -> io::Result<()> {
     nix::unistd::syncfs(file).map_err(io::Error::from)
+}
+
+/// Writes back what `file` stands for: the kernel's cache of a block device, else the whole filesystem.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn write_back(file: &File) -> io::Result<()> {
+    if file.metadata()?.file_type().is_block_device() { file.sync_all() } else { sync_filesystem(file) }
 }
 
 /// Brings the filesystem of `file` to rest: returns when nothing is dirty and every writer waits.

@@ -9,6 +9,7 @@ pub mod dm_ioctl;
 pub mod freeze;
 pub mod fsmap;
 pub mod loop_device;
+pub mod nudge;
 pub mod process;
 pub mod queue;
 pub mod rcu;

@@ -1,17 +1,46 @@
 //! The process itself: memory locking, its own end, and the crash points of the tests.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
+use std::path::PathBuf;
 
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+
+use crate::base::DeviceNumber;
 
 /// Keeps every page of this process, present and future, in memory: a page fault served from a
-/// frozen filesystem would never return.
+/// frozen filesystem would never return. A limit that may be raised is.
 ///
 /// # Errors
 /// EPERM or ENOMEM where the limits forbid it.
 pub fn lock_memory() -> io::Result<()> {
+    if getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft != RLIM_INFINITY) {
+        // Not allowed to (CAP_SYS_RESOURCE): then CAP_IPC_LOCK may do, or the limit.
+        let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    }
     mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(io::Error::from)
+}
+
+/// A path that leads another process to the very file that we have open, for as long as we have.
+#[must_use]
+pub fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
+}
+
+/// The devices (`st_dev`) of the files that this process has mapped: its program and libraries.
+///
+/// # Errors
+/// I/O errors of reading /proc.
+pub fn mapped_from() -> io::Result<Vec<DeviceNumber>> {
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let device = |line: &str| {
+        let (major, minor) = line.split_whitespace().nth(3)?.split_once(':')?;
+        let number = |text| u32::from_str_radix(text, 16).ok();
+        Some(DeviceNumber { major: number(major)?, minor: number(minor)? })
+    };
+    Ok(maps.lines().filter_map(device).collect())
 }
 
 /// Ends [`lock_memory`].
@@ -20,16 +49,6 @@ pub fn lock_memory() -> io::Result<()> {
 /// The kernel's errno.
 pub fn unlock_memory() -> io::Result<()> {
     munlockall().map_err(io::Error::from)
-}
-
-/// From now on `signal` has no effect on this process.
-///
-/// # Errors
-/// EINVAL for a signal that cannot be ignored.
-pub fn ignore_signal(signal: Signal) -> io::Result<()> {
-    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    // SAFETY: SIG_IGN runs no code of ours.
-    unsafe { sigaction(signal, &ignore) }.map(|_| ()).map_err(io::Error::from)
 }
 
 /// Closes every descriptor but the three standard ones, at the start of a process that uses no other yet. Best effort
@@ -76,7 +95,7 @@ pub fn crash_point(name: &str) {
         *seen += 1;
         if *seen == wanted {
             // SIGKILL to oneself cannot fail and does not return to us.
-            let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
+            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
             loop {
                 std::thread::park();
             }

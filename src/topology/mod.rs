@@ -6,7 +6,7 @@
 
 pub mod stats;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -17,6 +17,9 @@ use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 /// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
 /// sysfs says ends.
 const STACK_DEVICES_MAX: usize = 4096;
+
+/// Devices on top of each other at most.
+const STACK_HEIGHT_MAX: usize = 64;
 
 /// Filesystems without a block device of this machine beneath them: in memory, or another's.
 const NO_LOCAL_DEVICE: [&str; 12] = [
@@ -247,18 +250,43 @@ impl Topology {
         found.collect()
     }
 
-    /// Every device above `device`, itself included: its partitions, whoever holds them, and so on.
+    /// The loop devices over files of the filesystem whose `st_dev` is `device`.
+    #[must_use]
+    pub fn loops_in(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        let Ok(entries) = fs::read_dir(self.root.join("sys/block")) else { return Vec::new() };
+        let found = entries.flatten().filter_map(|entry| {
+            let node = entry.path();
+            let file = fs::read_to_string(node.join("loop/backing_file")).ok()?;
+            let meta = fs::metadata(file.trim_end_matches('\n')).ok()?;
+            let is_in = meta.is_file() && DeviceNumber::from_dev(meta.dev()) == device;
+            if is_in { number_file(&node.join("dev")) } else { None }
+        });
+        found.collect()
+    }
+
+    /// Every device above `device`, itself included: its partitions, whoever holds them, loop devices over it or over
+    /// files of a filesystem on it, and so on; each with how many are between, by the longest way.
+    #[must_use]
+    pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
+        let mut heights = BTreeMap::new();
+        let mut open = vec![(device, 0)];
+        while let Some((at, height)) = open.pop() {
+            let is_known = heights.get(&at).is_some_and(|known| *known >= height);
+            if is_known || height > STACK_HEIGHT_MAX || heights.len() >= STACK_DEVICES_MAX {
+                continue;
+            }
+            heights.insert(at, height);
+            let loops = self.loops_over(at).into_iter().map(|(over, ..)| over);
+            let next = self.holders(at).into_iter().chain(self.partitions(at)).chain(loops);
+            open.extend(next.chain(self.loops_in(at)).map(|above| (above, height + 1)));
+        }
+        heights
+    }
+
+    /// Every device above `device`, itself included. As [`Topology::heights_above`].
     #[must_use]
     pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
-        let mut seen = BTreeSet::new();
-        let mut open = vec![device];
-        while let Some(at) = open.pop() {
-            if seen.len() < STACK_DEVICES_MAX && seen.insert(at) {
-                open.extend(self.holders(at));
-                open.extend(self.partitions(at));
-            }
-        }
-        seen
+        self.heights_above(device).into_keys().collect()
     }
 
     /// The mounts of our mount namespace, in the order in which they were made.
@@ -266,7 +294,15 @@ impl Topology {
     /// # Errors
     /// I/O errors of reading mountinfo.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
-        let file = self.root.join("proc/self/mountinfo");
+        Self::mounts_of(&self.root.join("proc/self"))
+    }
+
+    /// The mounts that a process sees, which has `node` in /proc.
+    ///
+    /// # Errors
+    /// I/O errors of reading mountinfo.
+    pub fn mounts_of(node: &Path) -> Result<Vec<Mount>> {
+        let file = node.join("mountinfo");
         let text = fs::read_to_string(&file).io_context(|| format!("read {}", file.display()))?;
         Ok(text.lines().filter_map(Mount::parse).collect())
     }

@@ -77,6 +77,14 @@ impl DiskStat {
         })
     }
 
+    /// Mean time of the writes since `earlier`; None where there was none, or it is another device.
+    #[must_use]
+    pub fn mean_write_since(&self, earlier: &Self) -> Option<Duration> {
+        let count = self.writes.checked_sub(earlier.writes)?;
+        let waited = u64::from(self.write_ticks_ms.wrapping_sub(earlier.write_ticks_ms));
+        waited.saturating_mul(1_000_000).checked_div(count).map(Duration::from_nanos)
+    }
+
     /// What was done since `earlier`; None where the counts have gone back: another device by the same
     /// number.
     #[must_use]

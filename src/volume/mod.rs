@@ -28,7 +28,7 @@ use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
 use crate::topology::{Ground, Topology};
 
-pub use mounts::{Frozen, filesystems_on};
+pub use mounts::{Frozen, filesystems_on, open_elsewhere};
 
 /// What an origin is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -73,8 +73,13 @@ pub struct Origin {
     pub filesystems: Vec<PathBuf>,
     /// Its own filesystem, if any, is not among these: the suspension must freeze it by its device.
     pub lock_filesystem: bool,
+    /// What of the filesystems on it is not frozen, and why; for people.
+    pub not_frozen: Vec<String>,
     /// What a person should know about how it will be held.
     pub notes: Vec<String>,
+    /// How its filesystems were found.
+    #[serde(skip)]
+    pub frozen: Frozen,
 }
 
 impl Origin {
@@ -164,7 +169,9 @@ fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
         size: Bytes(meta.len()),
         filesystems: Vec::new(),
         lock_filesystem: false,
+        not_frozen: Vec::new(),
         notes: Vec::new(),
+        frozen: Frozen::default(),
     })
 }
 
@@ -224,7 +231,11 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         return plain_device(path, number, topology);
     }
     let held = filesystems_on(number, topology)?;
-    if topology.is_dax(number) && (held.lock_filesystem || !held.points.is_empty()) {
+    if topology.is_dax(number) && held.points.is_empty() {
+        // At rest it needs no stack; where it is mounted out of our reach, it is in use.
+        return plain_device(path, number, topology);
+    }
+    if topology.is_dax(number) {
         return Err(Error::refused(format!(
             "{} is memory that programs map directly (DAX): what they store does not pass the block layer",
             path.display()
@@ -236,9 +247,11 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         kind: OriginKind::Live { name, attached },
         number: Some(number),
         size: table.length().bytes(),
-        filesystems: held.points,
+        filesystems: held.points.clone(),
         lock_filesystem: held.lock_filesystem,
-        notes: held.notes,
+        not_frozen: held.not_frozen.clone(),
+        notes: held.notes.clone(),
+        frozen: held,
         path,
     })
 }
@@ -305,7 +318,9 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
         size: Bytes(size),
         filesystems: Vec::new(),
         lock_filesystem: false,
+        not_frozen: Vec::new(),
         notes: Vec::new(),
+        frozen: Frozen::default(),
     })
 }
 

@@ -1,11 +1,17 @@
 //! Which filesystems must be frozen for an origin to be quiet, and where can they be reached?
 //!
 //! A filesystem may be mounted many times; one mount point of each is enough, because a freeze is the
-//! superblock's. Filesystems on devices above the origin (partitions, LVM on top) count too.
+//! superblock's. Filesystems on devices above the origin count too, by whatever way they stand there: partitions, LVM, md,
+//! loop devices over the origin or over a file of a filesystem on it. The topmost is frozen first, for what it writes back
+//! goes through those below.
+//!
+//! What was found holds for the moment: a mount can come, go or move. So it is looked for again right before and right
+//! after the freeze ([`Frozen::check_still`]).
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::base::{DeviceNumber, Error, Result};
 use crate::topology::{Mount, Topology, device_number};
@@ -19,15 +25,66 @@ const NEVER_FROZEN: [&str; 3] = ["btrfs", "bcachefs", "zfs"];
 /// The filesystems on an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Frozen {
-    /// One mount point of each, in the order of freezing: those mounted last come first, so that a
-    /// filesystem in a file on another is frozen before the one that it lies on.
+    /// One mount point of each, in the order of freezing.
     pub points: Vec<PathBuf>,
+    /// The device of each, as `st_dev` has it, in the same order.
+    pub devices: Vec<DeviceNumber>,
     /// The origin's own filesystem, if it has one, is mounted nowhere that we can reach (another
     /// namespace, hidden by another mount): the suspension must freeze it by its device. Never true
     /// together with a mount point of the same filesystem: Linux 6.1 refuses to freeze it twice.
     pub lock_filesystem: bool,
+    /// Filesystems above the origin that are mounted out of our reach: these are not frozen.
+    pub not_frozen: Vec<String>,
     /// What a person should know.
     pub notes: Vec<String>,
+}
+
+impl Frozen {
+    /// Fails unless the same filesystems are to be frozen now. `when` says what was done in between.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); as [`filesystems_on`].
+    pub fn check_still(&self, origin: DeviceNumber, when: &str) -> Result<Self> {
+        let topology = Topology::default();
+        let now = filesystems_on(origin, &topology)?;
+        let key = |frozen: &Self| {
+            let devices: BTreeSet<DeviceNumber> = frozen.devices.iter().copied().collect();
+            (devices, frozen.lock_filesystem, frozen.not_frozen.clone())
+        };
+        if key(self) == key(&now) {
+            return Ok(now);
+        }
+        Err(Error::refused(format!(
+            "what is mounted from {} changed {when}: it was {}, and is {}",
+            topology.name(origin),
+            self.in_words(),
+            now.in_words()
+        ))
+        .state("nothing of it is frozen")
+        .next("copy again, and leave mounts alone meanwhile; a hook must not mount or unmount what lies on the origin"))
+    }
+
+    /// Fails unless `file`, opened at `point`, is of the filesystem that is to be frozen there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), I/O errors.
+    pub fn check_file(&self, point: &Path, file: &File) -> Result<()> {
+        let meta =
+            file.metadata().map_err(|error| Error::io(format!("looking at {}", point.display()), error))?;
+        let device = DeviceNumber::from_dev(meta.dev());
+        let planned = self.points.iter().zip(&self.devices).find(|(known, _)| *known == point);
+        if planned.is_none_or(|(_, known)| *known == device) {
+            return Ok(());
+        }
+        Err(Error::refused(format!("another filesystem was mounted at {} meanwhile", point.display()))
+            .state("nothing is frozen")
+            .next("copy again"))
+    }
+
+    fn in_words(&self) -> String {
+        let all: Vec<String> = self.points.iter().map(|point| point.display().to_string()).collect();
+        if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
+    }
 }
 
 /// Finds the filesystems on `origin` and the devices above it.
@@ -38,7 +95,9 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
     let mounts = topology.mounts()?;
     let mut found = Frozen::default();
     let swaps = topology.swaps()?;
-    for device in topology.above(origin) {
+    // The topmost first; of those at one height, what was mounted last.
+    let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
+    for (device, height) in topology.heights_above(origin) {
         refuse_unfrozen(device, topology, &mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
@@ -48,12 +107,14 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
             .collect();
         let reachable = of_device.iter().find(|mount| is_reachable(mount));
         if let Some(mount) = reachable {
-            found.points.push(mount.point.clone());
+            let order = mounts.iter().position(|other| other.point == mount.point).unwrap_or_default();
+            points.push((height, order, mount.point.clone(), mount.device));
         } else if device == origin {
             found.lock_filesystem = true;
-        } else if !of_device.is_empty() {
-            found.notes.push(format!(
-                "the filesystem on {} is mounted out of our reach: the copy shows it as after a power cut",
+        } else if !of_device.is_empty() || is_mounted_elsewhere(device) {
+            found.not_frozen.push(format!(
+                "the filesystem on {} is mounted out of our reach (in another mount namespace, or beneath another mount) \
+                 and is not frozen: the copy shows it as after a power cut",
                 topology.name(device)
             ));
         }
@@ -63,9 +124,13 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
             }
         }
     }
-    let order = |point: &PathBuf| mounts.iter().position(|mount| mount.point == *point);
-    found.points.sort_by_key(|point| std::cmp::Reverse(order(point)));
-    found.points.dedup();
+    points.sort_by(|one, other| other.cmp(one));
+    for (_, _, point, device) in points {
+        if !found.devices.contains(&device) {
+            found.points.push(point);
+            found.devices.push(device);
+        }
+    }
     Ok(found)
 }
 
@@ -91,4 +156,33 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
 /// The mount point still leads to this very filesystem: nothing is mounted over it.
 fn is_reachable(mount: &Mount) -> bool {
     fs::metadata(&mount.point).is_ok_and(|meta| DeviceNumber::from_dev(meta.dev()) == mount.device)
+}
+
+/// An open directory of a filesystem on `device` that is mounted in another mount namespace, reached through a process
+/// there.
+#[must_use]
+pub fn open_elsewhere(device: DeviceNumber) -> Option<File> {
+    let mut seen = BTreeSet::new();
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        let process = entry.path();
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let mounts = Topology::mounts_of(&process).unwrap_or_default();
+        let root = process.join("root");
+        let opened = mounts.iter().filter(|mount| mount.device == device).find_map(|mount| {
+            let file = File::open(root.join(mount.point.strip_prefix("/").ok()?)).ok()?;
+            let meta = file.metadata().ok()?;
+            (DeviceNumber::from_dev(meta.dev()) == device).then_some(file)
+        });
+        if opened.is_some() {
+            return opened;
+        }
+    }
+    None
+}
+
+fn is_mounted_elsewhere(device: DeviceNumber) -> bool {
+    open_elsewhere(device).is_some()
 }

@@ -4,6 +4,7 @@
 mod bench;
 mod copy;
 mod free;
+mod freeze;
 mod golden;
 mod harness;
 mod placement;
@@ -20,6 +21,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(golden::cases());
     cases.extend(copy::cases());
     cases.extend(free::cases());
+    cases.extend(freeze::cases());
     cases.extend(stack::cases());
     cases.extend(store::cases());
     cases.extend(soak::cases());

@@ -177,9 +177,9 @@ assert_no_tidemark_left() {
     [ -z "$left" ] || fail "jobs are left: $left"
 }
 
-# Whether grace periods of RCU are hurried, 0 or 1, and what it is while a copy holds writers. A kernel with one
+# Whether grace periods of RCU are hurried, 0 for not, and what it is while a copy holds writers. A kernel with one
 # processor has none to hurry.
-hurry_of_a_copy=$(if [ -e /sys/kernel/rcu_expedited ]; then echo 1; else echo 0; fi)
+hurry_of_a_copy=$(if [ -e /sys/kernel/rcu_expedited ]; then echo 21581; else echo 0; fi)
 kernel_hurries() { cat /sys/kernel/rcu_expedited 2>/dev/null || echo 0; }
 
 # What device-mapper has suspended, by name.

@@ -14,7 +14,7 @@ use crate::copy::{Order, region_size_for, segment_size_for};
 use crate::dm::{Change, Dm, Slot, Table, naming};
 use crate::op::privilege::require_root;
 use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
-use crate::op::stack::{self, StackRequest};
+use crate::op::stack::{self, Planned, StackRequest};
 use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
 use crate::topology::{Topology, device_number};
@@ -171,6 +171,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         lock_filesystem: origin.lock_filesystem,
         budget: request.freeze_budget,
         all: request.all,
+        planned: Some(Planned { frozen: origin.frozen.clone(), table: table.clone() }),
     };
     let steps = stack::insertion(&stack, &table, &config.id);
     Ok(LivePlan { store, steps, table: table.to_string(), config, stack })
@@ -358,6 +359,9 @@ impl fmt::Display for CopyPlan {
             write!(f, "{}{}", if at == 0 { "" } else { ", " }, path.display())?;
         }
         write!(f, " (for at most {:?})", self.request.freeze_budget)?;
+        for text in &self.origin.not_frozen {
+            write!(f, "\nnot frozen  {text}")?;
+        }
         for step in &live.steps.steps {
             write!(f, "\nstep        {}", step.name)?;
         }

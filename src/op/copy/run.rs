@@ -65,6 +65,8 @@ pub struct CopyOutcome {
     pub release: Option<GateReport>,
     /// What was neither copied nor preserved, because nothing there was in use.
     pub skipped: SkippedReport,
+    /// What of the filesystems on the origin was not frozen at the instant, and why.
+    pub not_frozen: Vec<String>,
     /// Where the store was kept.
     pub kept_store: Option<String>,
     /// The whole command, seconds.
@@ -138,6 +140,9 @@ pub fn run(
 ) -> Result<CopyOutcome> {
     let watch = clock::Stopwatch::start();
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
+    for text in &plan.origin.not_frozen {
+        observer.event(&Event::Warning { text: text.clone() });
+    }
     // Before the instant, and before --hook-before makes anybody wait: from then on writers pay for every moment in
     // which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
     let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
@@ -297,6 +302,7 @@ fn outcome(plan: &CopyPlan, made: Made, total: Duration) -> CopyOutcome {
         store: made.store,
         release: made.release,
         skipped: made.skipped,
+        not_frozen: plan.origin.not_frozen.clone(),
         kept_store: made.kept.map(|kept| kept.path.display().to_string()),
         total_seconds: total.as_secs_f64(),
     }

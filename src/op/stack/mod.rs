@@ -31,6 +31,7 @@ use crate::extent::{Extent, ExtentSet};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::process::crash_point;
 use crate::topology::Topology;
+use crate::volume::Frozen;
 use crate::volume::free::FreeMapper;
 use crate::volume::lvm_lock::LvmLock;
 
@@ -39,12 +40,18 @@ use super::watchdog::Standby;
 
 mod plan;
 mod runner;
+mod trial;
 
 pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
 pub(in crate::op) use runner::Runner;
 
-/// Attempts to put the origin's own table back when the watchdog intervenes.
-const RESTORE_ATTEMPTS: u32 = 3;
+/// Attempts to put the origin's own table back within the budget. On a disk that has become slow, I/O in flight may
+/// take longer than that: each attempt has [`RESTORE_PATIENCE`] times as long as the one before, and between two
+/// of them writers go on.
+const RESTORE_ATTEMPTS: u32 = 4;
+
+/// See [`RESTORE_ATTEMPTS`].
+const RESTORE_PATIENCE: u32 = 4;
 
 /// Longest wait for somebody else who is changing the origin's table.
 const OTHERS_MAX: Duration = Duration::from_secs(60);
@@ -70,6 +77,43 @@ pub struct StackRequest {
     pub budget: Duration,
     /// Preserve everything, what filesystems do not use as well.
     pub all: bool,
+    /// What the plan was made from, looked for again before anything is done; None: nobody planned.
+    pub planned: Option<Planned>,
+}
+
+/// What must not have changed since a copy was planned.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// The filesystems on the origin.
+    pub frozen: Frozen,
+    /// The origin's own table.
+    pub table: Table,
+}
+
+impl StackRequest {
+    /// The request as things are now: a filesystem may have been mounted at another place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the origin is not what was planned for.
+    fn look_again(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
+        let Some(planned) = &self.planned else { return Ok(self.clone()) };
+        if *own_table != planned.table {
+            return Err(Error::refused(format!(
+                "the table of {} was changed since the copy was planned",
+                self.origin
+            ))
+            .state("nothing was frozen or inserted")
+            .next("copy again, and do not resize or move the volume meanwhile"));
+        }
+        let frozen = planned.frozen.check_still(number, "since the copy was planned")?;
+        let planned = Planned { frozen: frozen.clone(), table: own_table.clone() };
+        Ok(Self {
+            filesystems: frozen.points,
+            lock_filesystem: frozen.lock_filesystem,
+            planned: Some(planned),
+            ..self.clone()
+        })
+    }
 }
 
 /// What can be done at the instant.
@@ -166,6 +210,7 @@ impl Stack {
         // From before its table is read until it leads through the stack.
         let _lvm = LvmLock::hold(dm, number, interrupt)?;
         let own_table = own_table(dm, origin)?;
+        let request = &request.look_again(number, &own_table)?;
         refuse_own_record(job, &request.filesystems)?;
         let names = StackNames::new(origin, job.id());
         for name in names.removable() {
@@ -181,7 +226,9 @@ impl Stack {
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.standby = standby.clone();
         runner.at_instant = Some(at_instant);
-        runner.write_back_all = request.lock_filesystem;
+        runner.number = Some(number);
+        runner.lock_filesystem = request.lock_filesystem;
+        runner.frozen = request.planned.as_ref().map(|planned| planned.frozen.clone());
         runner.below = Some(names.real.clone());
         runner.own_table = Some(own_table);
         runner.form = form(dm, number);
@@ -475,12 +522,13 @@ impl Stack {
         let _lvm = LvmLock::hold(dm, owner.number(), &|| Ok(()))?;
         let begin = Instant::now();
         let mut attempt = 1;
+        let mut budget = self.budget;
         loop {
             // By the name that it has now. One that is gone has nothing to be put back.
             let Some(origin) = owner.device(dm)? else { return Ok(()) };
             let active = dm.table(origin.number, Slot::Active)?.filter(|table| self.beneath.is_under(table));
             let Some(active) = active else { return Ok(()) };
-            let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
+            let mut runner = Runner::new(dm, budget, &|| Ok(()));
             runner.standby = self.standby.clone();
             // What is below the origin tells how to go back, also where the record cannot be written any more.
             let change = restoration(&origin.name, &active, &self.beneath.own);
@@ -494,6 +542,7 @@ impl Stack {
                 Err(error) => tracing::warn!("{error}; trying again"),
             }
             attempt += 1;
+            budget = budget.saturating_mul(RESTORE_PATIENCE);
         }
     }
 }

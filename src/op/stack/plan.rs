@@ -203,6 +203,7 @@ mod tests {
             lock_filesystem: false,
             budget: Duration::from_secs(2),
             all: false,
+            planned: None,
         }
     }
 

@@ -5,18 +5,21 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
-use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, Dm, Executor, Owner, Table, Template, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
 use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
+use crate::op::write_back::write_back;
 use crate::sys::dm_ioctl::SuspendFlags;
+use crate::sys::nudge::Nudge;
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
+use crate::volume::{Frozen, open_elsewhere};
 
-use super::{AtInstant, HoldTimes, InstantContext, Skipped};
+use super::{AtInstant, HoldTimes, InstantContext, Skipped, trial};
 
 /// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
 pub(in crate::op) struct Runner<'a> {
@@ -39,9 +42,13 @@ pub(in crate::op) struct Runner<'a> {
     pub(super) skipped: Skipped,
     /// Where the filesystems' logs are.
     pub(super) logs: Vec<Extent>,
-    /// What is frozen by its device cannot be named: everything is written back beforehand, or the suspension would do
-    /// it while writers wait.
-    pub(super) write_back_all: bool,
+    /// The origin's number; None where nothing is frozen.
+    pub(super) number: Option<DeviceNumber>,
+    /// What is on the origin itself is frozen by its device, as part of the suspension: it is written back beforehand, or
+    /// the suspension would do it while writers wait.
+    pub(super) lock_filesystem: bool,
+    /// What is to be frozen, as it was found; None where nobody looked.
+    pub(super) frozen: Option<Frozen>,
     /// Things are being put back: nobody is asked whether to.
     taking_back: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
@@ -56,6 +63,10 @@ pub(in crate::op) struct Runner<'a> {
     /// Turned on while writers wait.
     expedite: Option<Expedite>,
     files: Vec<(PathBuf, File)>,
+    /// Ends a suspension that takes longer than the budget.
+    nudge: Option<Nudge>,
+    /// Since when the watchdog's clock runs.
+    armed_since: Option<Instant>,
     frozen_since: Option<Instant>,
     suspended_since: Option<Instant>,
     pub(super) times: HoldTimes,
@@ -87,7 +98,9 @@ impl<'a> Runner<'a> {
             picture: None,
             skipped: Skipped::default(),
             logs: Vec::new(),
-            write_back_all: false,
+            number: None,
+            lock_filesystem: false,
+            frozen: None,
             taking_back: false,
             map_in_force: false,
             claim: None,
@@ -96,6 +109,8 @@ impl<'a> Runner<'a> {
             watchdog: None,
             expedite: None,
             files: Vec::new(),
+            nudge: None,
+            armed_since: None,
             frozen_since: None,
             suspended_since: None,
             times: HoldTimes::default(),
@@ -125,6 +140,9 @@ impl<'a> Runner<'a> {
         self.files.clear();
         for path in filesystems {
             let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
+            if let Some(frozen) = &self.frozen {
+                frozen.check_file(path, &file)?;
+            }
             if let Some(mapper) = &self.mapper {
                 mapper.check_same(path, &file)?;
             }
@@ -133,7 +151,8 @@ impl<'a> Runner<'a> {
         self.expedite = Expedite::find_off();
         let order = Order {
             devices: vec![self.dm.info_of(device)?.number],
-            filesystems: filesystems.to_vec(),
+            // These very ones, whatever is mounted at their places by the time that they are opened.
+            filesystems: self.files.iter().map(|(_, file)| process::path_of(file)).collect(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
             is_expedited: self.expedite.is_some(),
         };
@@ -141,35 +160,51 @@ impl<'a> Runner<'a> {
         if let Err(error) = process::lock_memory() {
             self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
         }
+        self.nudge =
+            Some(Nudge::new().io_context(|| "preparing for a suspension that takes too long".to_owned())?);
         let watch = Stopwatch::start();
         self.write_back()?;
         self.times.synced = watch.elapsed();
         self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)?;
+        self.armed_since = Some(Instant::now());
         // From here on the watchdog turns it off if we cannot.
         if let Some(expedite) = &self.expedite
-            && let Err(error) = expedite.turn(true)
+            && let Err(error) = expedite.turn_on()
         {
             self.notes.push(format!("the kernel's grace periods stay as long as they are: {error}"));
         }
         Ok(())
     }
 
+    /// Writes back what lies on the origin, again while that makes the next time shorter, and fails where the freeze
+    /// that is to follow would take longer than the budget.
     fn write_back(&self) -> Result<()> {
-        if self.write_back_all {
-            nix::unistd::sync();
+        let Some(number) = self.number.filter(|_| !self.taking_back) else { return Ok(()) };
+        let mut targets: Vec<(String, &File)> =
+            self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
+        // What is mounted in another namespace, and what was written to the device itself.
+        let hidden = if self.lock_filesystem { open_elsewhere(number) } else { None };
+        let device = File::open(node::device_path(number)?).io_context(|| "opening the origin".to_owned())?;
+        targets
+            .extend(hidden.iter().map(|file| ("the filesystem in another mount namespace".to_owned(), file)));
+        targets.push(("the device".to_owned(), &device));
+        let frozen_count = targets.len() - 1;
+        let interrupt = || self.ask();
+        let expected = trial::expected_freeze(number, frozen_count, || {
+            targets.iter().try_for_each(|(what, file)| write_back(file, what, &interrupt))
+        })?;
+        if frozen_count == 0 || expected.total() <= self.budget {
+            return Ok(());
         }
-        for (path, file) in &self.files {
-            freeze::sync_filesystem(file)
-                .io_context(|| format!("writing back the filesystem at {}", path.display()))?;
-        }
-        Ok(())
+        Err(expected.refusal(self.budget))
     }
 
     fn dismiss(&mut self) -> Verdict {
         // Before the watchdog goes, which would do it if we died here.
-        if let Some(Err(error)) = self.expedite.take().map(|expedite| expedite.turn(false)) {
-            self.notes.push(format!("{} stays 1: {error}", crate::sys::rcu::PATH));
+        if let Some(Err(error)) = self.expedite.take().map(|expedite| expedite.turn_off()) {
+            self.notes.push(format!("{} stays on: {error}", crate::sys::rcu::PATH));
         }
+        self.nudge = None;
         let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
         let _ = process::unlock_memory();
         // Nothing is held any more.
@@ -212,9 +247,13 @@ impl<'a> Runner<'a> {
                 }
             }
         }
-        let result = result
-            .and_then(|()| self.check(true))
-            .and_then(|()| if start.elapsed() > self.budget { Err(budget_ran_out()) } else { Ok(()) });
+        let took = start.elapsed();
+        let result = result.and_then(|()| self.check(true)).and_then(|()| self.check_frozen());
+        let result = match result {
+            Ok(()) if took > self.budget => Err(overran(took)),
+            Err(error) if error.kind() == ErrorKind::Timeout && took > self.budget => Err(overran(took)),
+            result => result,
+        };
         // All or none: this step is not taken back by itself.
         if result.is_err() {
             for (_, file) in self.files.iter().take(count).rev() {
@@ -223,6 +262,12 @@ impl<'a> Runner<'a> {
             self.frozen_since = None;
         }
         result
+    }
+
+    /// What was mounted meanwhile goes on writing: the same filesystems have to be there as before.
+    fn check_frozen(&self) -> Result<()> {
+        let (Some(frozen), Some(number)) = (&self.frozen, self.number) else { return Ok(()) };
+        frozen.check_still(number, "while it was being frozen").map(drop)
     }
 
     /// What the frozen filesystems do not use leads past the snapshot; whatever does not answer is all preserved.
@@ -349,9 +394,26 @@ impl<'a> Runner<'a> {
         self.check(true)?;
         self.suspended_since = Some(Instant::now());
         let dm = self.dm;
-        let result = match self.owner_of(device) {
+        let end = self.armed_since.map(|since| since + self.budget);
+        let nudge = self.nudge.take();
+        let mut work = || match self.owner_of(device) {
             Some(owner) => owner.suspend(dm, how),
             None => dm.execute(action),
+        };
+        let result = match (&nudge, end) {
+            (Some(nudge), Some(end)) => nudge.within(end, work),
+            _ => work(),
+        };
+        self.nudge = nudge;
+        let result = match result {
+            // I/O in flight took longer than writers may be held: they were let go on.
+            Err(error)
+                if error.kind() == ErrorKind::Interrupted && end.is_some_and(|end| Instant::now() >= end) =>
+            {
+                self.dismiss();
+                Err(budget_ran_out())
+            }
+            result => result,
         };
         self.or_watchdog(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
@@ -378,7 +440,7 @@ impl<'a> Runner<'a> {
         at_instant(&InstantContext {
             below: &path,
             utc_ns: self.times.instant_utc_ns,
-            deadline: held_since + self.budget,
+            deadline: self.armed_since.unwrap_or(held_since) + self.budget,
         })?;
         self.check(true)
     }
@@ -457,6 +519,18 @@ impl Executor for Runner<'_> {
             _ => self.dm.execute(action),
         }
     }
+}
+
+/// The kernel takes its time for a freeze, and nothing ends it: neither a signal nor the watchdog.
+fn overran(took: Duration) -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        format!(
+            "freezing the filesystems took {took:.1?}, longer than the freeze budget, and could not be stopped: writers \
+             waited for as long"
+        ),
+    )
+    .next("copy again while there is less load, or when the disk is faster; a larger --freeze-budget lets it pass")
 }
 
 fn freeze_error(path: &Path, source: std::io::Error) -> Error {

@@ -1,0 +1,145 @@
+//! An end to a call of the kernel that waits: at a given moment the waiting thread is sent a signal, again and again,
+//! until its work is done.
+//!
+//! A system call that sleeps interruptibly then answers EINTR (a suspension of device-mapper that waits for I/O in
+//! flight does); one that does not, goes on. The signal is SIGURG, which ends no process whoever sends it; its handler
+//! does nothing. Everything is made beforehand: [`Nudge::within`] allocates nothing.
+
+use std::io;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// Between two signals: the first may come before the call has begun to wait.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// It calls next to nothing, and where memory is locked all of it is made at once.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Whether a thread of this process is being nudged.
+static NUDGING: AtomicBool = AtomicBool::new(false);
+
+/// True while a call is to end: who was interrupted must not begin it anew.
+#[must_use]
+pub fn is_overdue() -> bool {
+    NUDGING.load(Ordering::SeqCst)
+}
+
+extern "C" fn on_nudge(_signal: libc::c_int) {}
+
+#[derive(Debug, Default)]
+struct State {
+    end: Option<Instant>,
+    over: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change of it is one assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self, thread: Pthread) {
+        let mut state = self.lock();
+        while !state.over {
+            state = match state.end.map(|end| end.saturating_duration_since(Instant::now())) {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => {
+                    NUDGING.store(true, Ordering::SeqCst);
+                    // Under the lock: once `within` has taken the deadline back, no signal follows.
+                    let _ = pthread_kill(thread, Signal::SIGURG);
+                    self.wait(state, PAUSE)
+                }
+                Some(left) => self.wait(state, left),
+            };
+        }
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, time).map_or_else(|error| error.into_inner().0, |(state, _)| state)
+    }
+}
+
+/// Who nudges the thread that made it, which it does not leave.
+#[derive(Debug)]
+pub struct Nudge {
+    shared: Arc<Shared>,
+    watcher: Option<JoinHandle<()>>,
+    /// The thread that is nudged lives as long as this does.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Nudge {
+    /// For the calling thread.
+    ///
+    /// # Errors
+    /// The kernel's refusal of a thread or a handler.
+    pub fn new() -> io::Result<Self> {
+        let action = SigAction::new(SigHandler::Handler(on_nudge), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler is an extern "C" function that does nothing.
+        unsafe { sigaction(Signal::SIGURG, &action) }?;
+        let shared = Arc::new(Shared::default());
+        let (theirs, thread) = (Arc::clone(&shared), pthread_self());
+        let watcher = thread::Builder::new()
+            .name("nudge".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || theirs.watch(thread))?;
+        Ok(Self { shared, watcher: Some(watcher), _thread: PhantomData })
+    }
+
+    /// Does `work`; what waits in it past `end`, and can be interrupted, is.
+    pub fn within<T>(&self, end: Instant, work: impl FnOnce() -> T) -> T {
+        self.set(Some(end));
+        let done = work();
+        self.set(None);
+        done
+    }
+
+    fn set(&self, end: Option<Instant>) {
+        self.shared.lock().end = end;
+        NUDGING.store(false, Ordering::SeqCst);
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for Nudge {
+    fn drop(&mut self) {
+        self.shared.lock().over = true;
+        self.shared.changed.notify_all();
+        if let Some(watcher) = self.watcher.take() {
+            // It does nothing that could panic.
+            let _ = watcher.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_waits_ends_at_its_time_and_one_that_does_not_is_left_alone() {
+        let nudge = Nudge::new().unwrap();
+        let start = Instant::now();
+        let waited = nudge.within(start + Duration::from_millis(50), || {
+            nix::poll::poll(&mut [], nix::poll::PollTimeout::from(20_000u16))
+        });
+        assert_eq!(waited, Err(nix::errno::Errno::EINTR));
+        assert!(start.elapsed() >= Duration::from_millis(50) && start.elapsed() < Duration::from_secs(15));
+        let calm = nudge.within(Instant::now() + Duration::from_secs(60), || {
+            nix::poll::poll(&mut [], nix::poll::PollTimeout::from(30u16))
+        });
+        assert_eq!(calm, Ok(0));
+    }
+}

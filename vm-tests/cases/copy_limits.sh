@@ -1,0 +1,49 @@
+# Small limits: little memory in the control group, little memory that may be locked and no right to more. The copy goes
+# on with less, or is refused beforehand; it is never killed with everything in place.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+tidemark attach "$(disk 0)" --name data
+origin=/dev/mapper/data
+make_filesystem ext4 "$origin" /mnt/origin
+head -c 40m /dev/urandom >/mnt/origin/some
+sync
+table_before=$(dmsetup table data)
+ended() { # WHAT STATUS WANTED...
+    local what=$1 status=$2
+    shift 2
+    note "$what: exit status $status: $(grep -v '^copying\|^instant\|^prepar' /run/copy.err | head -n 3 | xargs -d '\n')"
+    case " $* " in *" $status "*) ;; *) fail "$what: exit status $status: $(cat /run/copy.err)" ;; esac
+    assert_same "the table" "$(dmsetup table data)" "$table_before"
+    assert_no_tidemark_left data
+    rm -f /mnt/scratch/copy.*
+}
+
+note "memory of the control group"
+mkdir -p /run/cgroup2
+mount -t cgroup2 none /run/cgroup2
+echo +memory >/run/cgroup2/cgroup.subtree_control
+mkdir /run/cgroup2/job
+for limit in 48 24 8; do
+    echo "${limit}M" >/run/cgroup2/job/memory.max
+    status=0
+    sh -c 'echo $$ >"$0" && exec "$@"' /run/cgroup2/job/cgroup.procs "$TIDEMARK" copy "$origin" /mnt/scratch/copy.raw \
+        --yes --store /mnt/scratch >/run/copy.out 2>/run/copy.err || status=$?
+    if [ "$limit" = 48 ]; then ended "$limit MiB" "$status" 0; else ended "$limit MiB" "$status" 0 3; fi
+done
+rmdir /run/cgroup2/job
+umount /run/cgroup2
+
+note "little that may be locked, and no right to more"
+for limit in 8192 64; do
+    status=0
+    (ulimit -l "$limit"; exec setpriv --bounding-set -ipc_lock,-sys_resource --inh-caps -ipc_lock,-sys_resource \
+        "$TIDEMARK" copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch) >/run/copy.out 2>/run/copy.err || status=$?
+    ended "$limit KiB" "$status" 0
+done
+(ulimit -l 64; exec setpriv --bounding-set -ipc_lock,-sys_resource --inh-caps -ipc_lock,-sys_resource "$TIDEMARK" doctor) >/run/doctor 2>&1 || true
+grep -A 3 memlock /run/doctor
+grep -E 'warn.*memlock|memlock.*(warn|64)' /run/doctor || fail "doctor says nothing of the limit: $(cat /run/doctor)"
+umount /mnt/origin
+tidemark detach data

@@ -1,0 +1,106 @@
+# Safety promise 4 on a slow disk. What the kernel cannot be stopped in (a freeze) is refused beforehand where it does not
+# fit the budget, with the figure; what it can be stopped in (a suspension) ends at the budget; and nobody claims that
+# the origin goes on before it does.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_slow.sh"
+
+make_slow "$(disk 0)"
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+tidemark attach /dev/mapper/tidetest-slow --name data
+origin=/dev/mapper/data
+make_filesystem ext4 "$origin" /mnt/origin
+head -c 8m /dev/urandom >/mnt/origin/some
+sync
+table_before=$(dmsetup table data)
+
+# copied STATUS OPTION...
+copied() {
+    local want=$1 got=0
+    shift
+    rm -f /mnt/scratch/copy.raw
+    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch "$@" >/run/copy.out 2>/run/copy.err || got=$?
+    note "copy $*: exit status $got: $(grep -oE '"message":"[^"]*"' /run/copy.err || true)"
+    [ "$got" = "$want" ] || fail "exit status $got, not $want: $(tail -n 2 /run/copy.out) $(cat /run/copy.err)"
+    assert_same "the table" "$(dmsetup table data)" "$table_before"
+    assert_same "suspended devices" "$(suspended_devices)" ""
+    assert_no_tidemark_left data
+}
+frozen_ms() { grep '"result"' /run/copy.out | grep -oE '"frozen_ms":[0-9]+' | cut -d: -f2; }
+appends() { (while [ -e /run/appends ]; do head -c 20000 /dev/urandom >>/mnt/origin/log; mv -f /mnt/origin/log /mnt/origin/log.1; cp /mnt/origin/log.1 /mnt/origin/log; sleep 0.1; done) & APPENDS=$!; }
+
+note "a freeze that does not fit is refused, with the time that it would take"
+touch /run/appends
+appends
+slow 300 300
+sleep 1
+before=$(dmesg | grep -c 'tidemark watchdog' || true)
+copied 3 --freeze-budget 500ms
+assert_same "what the watchdog said" "$(dmesg | grep -c 'tidemark watchdog' || true)" "$before"
+expected=$(grep -oE 'would hold writers for up to [0-9.]+ s' /run/copy.err | sed -n '1s/[^0-9.]//gp')
+[ -n "$expected" ] || fail "the refusal says no time: $(cat /run/copy.err)"
+copied 0 --freeze-budget 120s
+took=$(frozen_ms)
+note "expected: at most $expected s; frozen for $took ms"
+[ "$took" -le "$(echo "$expected" | awk '{ print int($1 * 1000) }')" ] || fail "the freeze takes longer than what it was said to"
+rm /run/appends
+wait "$APPENDS"
+
+note "the disk becomes slow behind the last look: the freeze cannot be stopped, and nobody says that it was"
+slow 0 0
+sync
+rm -f /mnt/scratch/copy.raw
+TIDEMARK_STALL_AT=insert.freeze.before:2 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch \
+    --freeze-budget 3s >/run/copy.out 2>/run/copy.err &
+process=$!
+wait_until 20 dmsetup info "data#real" >/dev/null
+sleep 1
+head -c 40000 /dev/urandom >/mnt/origin/late
+slow 600 600
+start=${EPOCHREALTIME/./}
+status=0
+wait "$process" || status=$?
+took=$(((${EPOCHREALTIME/./} - start) / 1000))
+note "exit status $status after $took ms: $(cat /run/copy.err)"
+dmesg | grep 'tidemark watchdog' | tail -n 2
+assert_same "the exit status" "$status" 1
+grep -q 'freeze budget' /run/copy.err || fail "nothing says that the budget ran out"
+grep -q 'could not be stopped' /run/copy.err || fail "nothing says that the kernel could not be stopped"
+! dmesg | grep -q 'the origin goes on$' || fail "the watchdog claims that the origin goes on"
+assert_same "the table" "$(dmsetup table data)" "$table_before"
+timeout 30 touch /mnt/origin/probe || fail "the filesystem stays frozen"
+slow 0 0
+assert_no_tidemark_left data
+
+note "a suspension that waits for slow writes ends at the budget: reads, which are fast, are held no longer"
+umount /mnt/origin
+slow 2500 2500
+writes() { dd if=/dev/zero of="$origin" bs=4k count=1 seek=20000 oflag=direct conv=notrunc status=none; }
+reads() { dd if="$origin" of=/dev/null bs=4k count=1 skip=9000 iflag=direct status=none; }
+(while [ ! -e /run/no-writes ]; do writes; done) &
+writer=$!
+measure reads
+copied 1 --freeze-budget 500ms
+measured
+note "the slowest read: $WORST ms"
+[ "$WORST" -lt 1800 ] || fail "a read took $WORST ms at a budget of 500 ms"
+grep -q 'freeze budget' /run/copy.err || fail "nothing says that the budget ran out"
+
+note "slow only once the copy runs: the table is put back all the same, after one attempt that took too long or more"
+slow 0 0
+rm -f /mnt/scratch/copy.raw
+tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch --rate 24MiB --region 96MiB \
+    --freeze-budget 500ms >/run/copy.out 2>/run/copy.err &
+process=$!
+wait_until 20 is_preserved "$origin"
+slow 2000 2000
+status=0
+wait "$process" || status=$?
+touch /run/no-writes
+wait "$writer"
+slow 0 0
+assert_same "the exit status: $(cat /run/copy.err)" "$status" 0
+assert_same "the table" "$(dmsetup table data)" "$table_before"
+assert_no_tidemark_left data
+tidemark detach data
+dmsetup remove --noudevsync tidetest-slow
