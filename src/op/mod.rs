@@ -13,6 +13,7 @@ pub mod hooks;
 pub mod inspect;
 pub mod job;
 pub mod journal;
+mod memory;
 pub mod privilege;
 pub mod progress_file;
 pub mod recover;

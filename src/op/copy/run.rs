@@ -39,6 +39,7 @@ use crate::io::{Engine, EnginePreference, open_engine};
 use crate::op::hooks::Hook;
 use crate::op::job::{Job, conclude};
 use crate::op::journal::SegmentJournal;
+use crate::op::memory;
 use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat};
 use crate::op::stack::{HoldTimes, Skipped, Stack};
@@ -190,7 +191,8 @@ fn begin_job(plan: &CopyPlan, secondary: &dyn Secondary) -> Result<Option<Job>> 
 /// # Errors
 /// As [`open_engine`].
 pub(in crate::op) fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
-    let buffers = if plan.live.is_some() { LIVE_COPY_BUFFER_BYTES_MAX } else { COPY_BUFFER_BYTES_MAX };
+    let most = if plan.live.is_some() { LIVE_COPY_BUFFER_BYTES_MAX } else { COPY_BUFFER_BYTES_MAX };
+    let buffers = memory::for_buffers(plan.segment, most)?;
     open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
