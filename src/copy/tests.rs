@@ -696,6 +696,7 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
     secondary.begin(INSTANT);
     let partial = secondary.partial_path().unwrap().to_owned();
     let archive = secondary.archive_id();
+    let target = secondary.target().cloned();
     let saved = setup.directory.path().join("saved");
     for killed in 0.. {
         // A process of its own: nothing of the engine or of the copier's memory is left of the last one.
@@ -746,6 +747,7 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
             instant_ns: INSTANT,
             archive,
             partial: Some(partial.clone()),
+            target: target.clone(),
             placed: survives.placed.clone(),
             originals_begun: survives.originals_begun,
         };

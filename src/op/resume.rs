@@ -171,6 +171,7 @@ pub fn run(
         instant_ns: copy.instant_utc_ns,
         archive: copy.archive.as_deref().map(parse_uuid).transpose()?,
         partial: copy.partial.clone().map(Into::into),
+        target: copy.target.clone(),
         placed: content.placed.clone(),
         originals_begun: content.originals_begun,
     };

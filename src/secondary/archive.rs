@@ -38,6 +38,7 @@ use crate::format::archive::{
     ArchiveError, BLOCK, Block, FrameFacts, FrameKind, Layout, Superblock, Totals, control, frame,
     frame_offset, map,
 };
+use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece, Place};
 use crate::sys::stdio::stdout_was_closed;
 use crate::topology::Topology;
@@ -149,7 +150,15 @@ impl Archive {
         let present_bytes = framed.map(|segment| present(segment.ix)).sum();
         Topology::default().check_file(directory_of(path), &request.forbidden)?;
         // Last: what refuses before this leaves the partial file to a later attempt.
-        let partial = PartialFile::reopen(state.partial.as_deref(), path, request.replace)?;
+        let mut partial =
+            PartialFile::reopen(state.partial.as_deref(), path, request.replace, state.target.as_ref())?;
+        let end = frame_offset(frames.end(), request.segment)
+            .expect("an origin of at most SEGMENT_COUNT_MAX segments gives offsets below 2^63");
+        let noted = if frames.end() == 0 { Bytes::ZERO } else { end };
+        if let Err(error) = partial.check_length(noted) {
+            partial.leave();
+            return Err(error);
+        }
         let mut reopened = Self::new(Out::File(partial), path.display().to_string(), request);
         reopened.superblock.archive = archive;
         reopened.superblock.instant_utc_ns = state.instant_ns;
@@ -532,6 +541,13 @@ impl Secondary for Archive {
     fn partial_path(&self) -> Option<&Path> {
         match &self.out {
             Out::File(partial) => Some(partial.partial()),
+            Out::Pipe(_) => None,
+        }
+    }
+
+    fn target(&self) -> Option<&TargetRecord> {
+        match &self.out {
+            Out::File(partial) => Some(partial.identity()),
             Out::Pipe(_) => None,
         }
     }

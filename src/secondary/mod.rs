@@ -19,12 +19,14 @@ use uuid::Uuid;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
+use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece};
 
 pub mod archive;
 pub mod archive_read;
 mod frames;
 pub mod guard;
+pub mod identity;
 pub mod partial;
 pub mod raw;
 #[cfg(test)]
@@ -119,6 +121,8 @@ pub struct Resumed {
     pub archive: Option<Uuid>,
     /// Where the partial file is; None for a device.
     pub partial: Option<PathBuf>,
+    /// By what the device or the file is known again.
+    pub target: Option<TargetRecord>,
     /// The segments on the secondary, each once.
     pub placed: Vec<PlacedSegment>,
     /// Originals may have been laid over them.
@@ -195,6 +199,10 @@ pub trait Secondary: Send {
     }
     /// The archive's identity; None for a raw secondary.
     fn archive_id(&self) -> Option<Uuid> {
+        None
+    }
+    /// By what the device or the file is known again; None for a pipe.
+    fn target(&self) -> Option<&TargetRecord> {
         None
     }
     /// Ranges of the origin that are not copied, and must read as zeros on the secondary: what is to be

@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use crate::base::{Error, ErrorKind, Result, ResultExt as _};
+use super::identity::{Known, identify, recognize};
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
+use crate::format::state::TargetRecord;
 
 /// A file under construction; see the module's head.
 #[derive(Debug)]
@@ -35,16 +37,42 @@ pub struct PartialFile {
     /// Nothing of ours is under the partial name any more, or it is to stay.
     published: bool,
     direct: bool,
+    identity: TargetRecord,
+    known: Known,
 }
 
 /// Between the final name and the id, in a partial file's name.
 const INFIX: &str = ".tidemark-partial.";
 
 /// How long the last writes of a killed process are waited for.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(10);
+const LAST_WRITES_MAX: Duration = Duration::from_secs(10);
 
 /// Between two looks.
-const LOCK_POLL: Duration = Duration::from_millis(20);
+const LAST_WRITES_POLL: Duration = Duration::from_millis(20);
+
+/// For how long the last writes of a killed process are still waited for.
+pub(super) struct Patience {
+    end: Instant,
+}
+
+impl Patience {
+    pub(super) fn new() -> Self {
+        Self::of(LAST_WRITES_MAX)
+    }
+
+    fn of(time: Duration) -> Self {
+        Self { end: Instant::now() + time }
+    }
+
+    /// Waits a moment; false where there was patience for no more.
+    pub(super) fn pause(&self) -> bool {
+        let is_left = Instant::now() < self.end;
+        if is_left {
+            std::thread::sleep(LAST_WRITES_POLL);
+        }
+        is_left
+    }
+}
 
 /// Hexadecimal digits of the id.
 const ID_LENGTH: usize = 12;
@@ -63,20 +91,26 @@ impl PartialFile {
         partial_name.push(format!("{INFIX}{id}"));
         let partial = directory.join(partial_name);
         let (file, direct) = open_direct_or_buffered(&partial)?;
-        if let Err(error) = lock(&file, &partial, LOCK_WAIT_MAX) {
+        let locked = lock(&file, &partial, &Patience::new()).and_then(|()| identify(&file, &partial));
+        let identity = locked.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
-            return Err(error);
-        }
-        Ok(Self { file, directory, partial, target, replace, published: false, direct })
+        })?;
+        let known = Known::Throughout;
+        Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
     }
 
     /// Opens the partial file that a killed process has left beside `target`, as it is. After an error
     /// it is still there.
     ///
     /// # Errors
-    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, gone, or not a
-    /// file that we have made for `target`.
-    pub fn reopen(partial: Option<&Path>, target: &Path, replace: bool) -> Result<Self> {
+    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, gone, not a
+    /// file that we have made for `target`, or not the one that was `noted`.
+    pub fn reopen(
+        partial: Option<&Path>,
+        target: &Path,
+        replace: bool,
+        noted: Option<&TargetRecord>,
+    ) -> Result<Self> {
         let (target, directory, name) = look_at_target(target, replace)?;
         let Some(partial) = partial else {
             return Err(cannot_go_on(format!("no partial file is recorded for {}", target.display())));
@@ -114,8 +148,30 @@ impl PartialFile {
                  second name"
             )));
         }
-        lock(&file, &partial, LOCK_WAIT_MAX)?;
-        Ok(Self { file, directory, partial, target, replace, published: false, direct })
+        let identity = identify(&file, &partial)?;
+        let known = recognize(noted, &identity, &partial)?;
+        lock(&file, &partial, &Patience::new())?;
+        Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
+    }
+
+    /// Refuses a file that is too short for what was written to it.
+    pub(super) fn check_length(&self, noted: Bytes) -> Result<()> {
+        let shown = self.partial.display();
+        let length = self.file.metadata().io_context(|| format!("look at {shown}"))?.len();
+        if Bytes(length) >= noted {
+            return Ok(());
+        }
+        Err(cannot_go_on(format!("{shown} has become shorter than what was written to it: {length} bytes")))
+    }
+
+    /// By what the file is known again.
+    pub(super) fn identity(&self) -> &TargetRecord {
+        &self.identity
+    }
+
+    /// Whether it was there all the time.
+    pub(super) fn known(&self) -> Known {
+        self.known
     }
 
     /// The open file, for reading and writing.
@@ -339,12 +395,11 @@ fn resolve(target: &Path) -> Result<PathBuf> {
 }
 
 /// Locks the file for as long as it is open anywhere through this handle or a duplicate of it.
-fn lock(file: &File, path: &Path, wait_max: Duration) -> Result<()> {
-    let end = Instant::now() + wait_max;
+fn lock(file: &File, path: &Path, patience: &Patience) -> Result<()> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(LOCK_POLL),
+            Err(TryLockError::WouldBlock) if patience.pause() => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::refused(format!(
                     "{} is still being written by another process, or by the last writes of a killed one",
@@ -469,7 +524,9 @@ mod tests {
     }
 
     fn reopen(partial: &Path, target: &Path) -> Result<PartialFile> {
-        PartialFile::reopen(Some(partial), target, false)
+        let is_file = fs::metadata(partial).is_ok_and(|found| found.is_file());
+        let noted = is_file.then(|| identify(&File::open(partial).unwrap(), partial).unwrap());
+        PartialFile::reopen(Some(partial), target, false, noted.as_ref())
     }
 
     /// The partial file of a process that was killed, and a handle that outlives it.
@@ -502,7 +559,7 @@ mod tests {
         let target = directory.path().join("out");
         // What an io_uring that is being torn down still holds.
         let (path, in_flight) = killed(&target);
-        let error = lock(&File::open(&path).unwrap(), &path, Duration::ZERO).unwrap_err();
+        let error = lock(&File::open(&path).unwrap(), &path, &Patience::of(Duration::ZERO)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
         let landed = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -527,7 +584,7 @@ mod tests {
             assert!(error.next_step().is_some());
         };
         refused(&path, &target);
-        assert_eq!(PartialFile::reopen(None, &target, false).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(PartialFile::reopen(None, &target, false, None).unwrap_err().kind(), ErrorKind::Refused);
         let other = directory.path().join("theirs");
         fs::write(&other, b"theirs").unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();

@@ -15,7 +15,8 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use super::partial::PartialFile;
+use super::identity::{Known, identify, recognize};
+use super::partial::{PartialFile, Patience};
 use super::{
     Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
     zero_padding,
@@ -23,6 +24,7 @@ use super::{
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::extent::Extent;
+use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece, Place};
 use crate::topology::{self, Topology};
 
@@ -50,7 +52,7 @@ impl From<&SecondaryRequest> for RawRequest {
 
 #[derive(Debug)]
 enum Kind {
-    Device(File),
+    Device { file: File, identity: TargetRecord },
     File(PartialFile),
 }
 
@@ -65,6 +67,7 @@ pub struct RawTarget {
     written: bool,
     /// Something may have been written anywhere before: see [`RawTarget::reopen`].
     reopened: bool,
+    known: Known,
 }
 
 impl RawTarget {
@@ -95,12 +98,15 @@ impl RawTarget {
             .next("connect what the copy was made to, or run tidemark recover and copy again"));
         }
         let mut target = if device {
-            Self::open_device(path, request)?
+            Self::reopen_device(path, request, state.target.as_ref())?
         } else {
             Topology::default().check_file(directory_of(path), &request.forbidden)?;
-            let mut partial = PartialFile::reopen(state.partial.as_deref(), path, request.replace)?;
+            let mut partial =
+                PartialFile::reopen(state.partial.as_deref(), path, request.replace, state.target.as_ref())?;
             // It has its exact length where the process died between the seal and the final name.
-            if let Err(error) = set_rounded_length(&partial, request.size) {
+            let noted = if state.placed.is_empty() { Bytes::ZERO } else { request.size };
+            let long_enough = partial.check_length(noted);
+            if let Err(error) = long_enough.and_then(|()| set_rounded_length(&partial, request.size)) {
                 partial.leave();
                 return Err(error);
             }
@@ -108,6 +114,20 @@ impl RawTarget {
         };
         target.written = true;
         target.reopened = true;
+        Ok(target)
+    }
+
+    /// A killed process's last writes hold the device: they are waited for.
+    fn reopen_device(path: &Path, request: &RawRequest, noted: Option<&TargetRecord>) -> Result<Self> {
+        let patience = Patience::new();
+        let mut target = loop {
+            match Self::open_device(path, request) {
+                Err(error) if error.errno() == Some(libc::EBUSY) && patience.pause() => {}
+                opened => break opened?,
+            }
+        };
+        let Kind::Device { identity, .. } = &target.kind else { unreachable!("it was opened as a device") };
+        target.known = recognize(noted, identity, path)?;
         Ok(target)
     }
 
@@ -143,13 +163,15 @@ impl RawTarget {
             .state("it was not touched")
             .next("choose a secondary at least as large as the origin"));
         }
+        let identity = identify(&file, path)?;
         Ok(Self {
-            kind: Kind::Device(file),
+            kind: Kind::Device { file, identity },
             description: shown.to_string(),
             size: request.size,
             block: Bytes(topology.logical_block_bytes(device)),
             written: false,
             reopened: false,
+            known: Known::Throughout,
         })
     }
 
@@ -163,6 +185,7 @@ impl RawTarget {
     fn over_partial(partial: PartialFile, path: &Path, request: &RawRequest) -> Self {
         Self {
             description: path.display().to_string(),
+            known: partial.known(),
             kind: Kind::File(partial),
             size: request.size,
             block: DIRECT_IO_ALIGN,
@@ -174,7 +197,7 @@ impl RawTarget {
     /// True for a block device.
     #[must_use]
     pub fn is_device(&self) -> bool {
-        matches!(self.kind, Kind::Device(_))
+        matches!(self.kind, Kind::Device { .. })
     }
 
     /// Bytes that the copy has.
@@ -185,7 +208,7 @@ impl RawTarget {
 
     fn file(&self) -> &File {
         match &self.kind {
-            Kind::Device(file) => file,
+            Kind::Device { file, .. } => file,
             Kind::File(partial) => partial.file(),
         }
     }
@@ -339,9 +362,16 @@ impl Secondary for RawTarget {
 
     fn partial_path(&self) -> Option<&Path> {
         match &self.kind {
-            Kind::Device(_) => None,
+            Kind::Device { .. } => None,
             Kind::File(partial) => Some(partial.partial()),
         }
+    }
+
+    fn target(&self) -> Option<&TargetRecord> {
+        Some(match &self.kind {
+            Kind::Device { identity, .. } => identity,
+            Kind::File(partial) => partial.identity(),
+        })
     }
 
     /// A device holds what it held; a new file reads as zeros where nothing is written.
@@ -359,7 +389,7 @@ impl Secondary for RawTarget {
 
     fn seal(&mut self) -> Result<()> {
         match &self.kind {
-            Kind::Device(_) => Ok(()),
+            Kind::Device { .. } => Ok(()),
             Kind::File(partial) => partial.file().set_len(self.size.get()).io_context(|| {
                 format!("set the length of {} to {}", partial.partial().display(), self.size.get())
             }),
@@ -368,7 +398,7 @@ impl Secondary for RawTarget {
 
     fn finish(&mut self) -> Result<()> {
         match &mut self.kind {
-            Kind::Device(file) => file.sync_all().io_context(|| format!("sync {}", self.description)),
+            Kind::Device { file, .. } => file.sync_all().io_context(|| format!("sync {}", self.description)),
             Kind::File(partial) => partial.publish(),
         }
     }
@@ -381,11 +411,11 @@ impl Secondary for RawTarget {
 
     fn abandon(&mut self) -> Result<String> {
         match &mut self.kind {
-            Kind::Device(_) if self.written => Ok(format!(
+            Kind::Device { .. } if self.written => Ok(format!(
                 "{} is partly overwritten: neither the copy nor what it held before is whole",
                 self.description
             )),
-            Kind::Device(_) => Ok(format!("{} was not touched", self.description)),
+            Kind::Device { .. } => Ok(format!("{} was not touched", self.description)),
             Kind::File(partial) => partial.abandon(),
         }
     }

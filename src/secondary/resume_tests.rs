@@ -68,6 +68,7 @@ struct World {
     originals_begun: bool,
     archive: Option<Uuid>,
     partial: Option<PathBuf>,
+    target: Option<TargetRecord>,
 }
 
 #[derive(Clone, Debug)]
@@ -118,6 +119,7 @@ impl World {
             originals_begun: false,
             archive: None,
             partial: None,
+            target: None,
         }
     }
 
@@ -145,6 +147,7 @@ impl World {
             instant_ns: INSTANT,
             archive: self.archive,
             partial: self.partial.clone(),
+            target: self.target.clone(),
             placed: self.placed.clone(),
             originals_begun: self.originals_begun,
         }
@@ -351,6 +354,7 @@ impl World {
         };
         secondary.begin(INSTANT);
         self.partial = secondary.partial_path().map(std::path::Path::to_owned);
+        self.target = secondary.target().cloned();
         if self.archive.is_some() {
             assert_eq!(secondary.archive_id(), self.archive, "another identity");
         }
@@ -515,6 +519,7 @@ fn what_was_in_flight_and_reads_as_zeros_now_is_zero_on_a_raw_file() {
             _ => reopen(&world.request(), &world.resumed()).unwrap(),
         };
         world.partial = secondary.partial_path().map(std::path::Path::to_owned);
+        world.target = secondary.target().cloned();
         let mut memory = World::memory();
         memory.fill(byte);
         let segment = Segment { ix: SegmentIx::ZERO, extent, valid: &valid, crc: None, zero: byte == 0 };
@@ -549,6 +554,7 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     let mut secondary = open(&world.request()).unwrap();
     secondary.begin(INSTANT);
     world.partial = secondary.partial_path().map(std::path::Path::to_owned);
+    world.target = secondary.target().cloned();
     world.archive = secondary.archive_id();
     assert!(world.data(secondary.as_mut(), usize::MAX).is_ok());
     die(secondary);

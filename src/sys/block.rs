@@ -156,6 +156,11 @@ mod raw {
     nix::ioctl_none_bad!(blkflsbuf, nix::request_code_none!(0x12, 97));
     nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    nix::ioctl_read_bad!(
+        fs_ioc_getversion,
+        nix::request_code_read!(b'v', 1, size_of::<usize>()),
+        libc::c_long
+    );
 }
 
 /// Calls again while a signal interrupts.
@@ -234,6 +239,18 @@ pub fn is_read_only(device: impl AsFd) -> io::Result<bool> {
     // for the borrow of `device`.
     uninterrupted(|| unsafe { raw::blkroget(fd, &raw mut answer) })?;
     Ok(answer != 0)
+}
+
+/// The generation of a regular file's inode: another one for each file that gets the same inode number. None where the
+/// file system does not tell.
+pub fn generation(file: impl AsFd) -> Option<u32> {
+    let fd = file.as_fd().as_raw_fd();
+    // File systems write an int; the number of the call says long, for which there is room.
+    let mut generation: libc::c_long = 0;
+    // SAFETY: FS_IOC_GETVERSION writes an int, at most a long, through the pointer, which is to a live local long;
+    // `fd` is open for the borrow of `file`.
+    uninterrupted(|| unsafe { raw::fs_ioc_getversion(fd, &raw mut generation) }).ok()?;
+    u32::try_from(generation & 0xffff_ffff).ok()
 }
 
 /// True where a regular file is open for writing by anybody, as far as the kernel will say: it refuses

@@ -1,9 +1,10 @@
 //! Which block devices are there, on top of what, and who uses them? Facts only, no judgement.
 //!
 //! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
-//! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]). Must
-//! not open, let alone write, what it looks at.
+//! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]); by what it is known
+//! again ([`identity`]). Must not open, let alone write, what it looks at.
 
+pub mod identity;
 pub mod stats;
 
 use std::collections::{BTreeMap, BTreeSet};

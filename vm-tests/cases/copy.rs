@@ -41,6 +41,11 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(104)
             .disk_mib(900)
             .limit_seconds(1200),
+        main_job("copy_resume_target", "resume_target.sh")
+            .disk_mib(64)
+            .disk_mib(80)
+            .disk_mib(700)
+            .limit_seconds(600),
         main_job("copy_hold", "hold.sh")
             .commands(&["dumpe2fs", "python3"])
             .delayed_disk_mib(96, SLOW)

@@ -56,6 +56,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_lvm_above", A, F, F, ""),
     ("copy_killed", A, F, F, ""),
     ("copy_resume", A, A, F, "resume, two processors"),
+    ("copy_resume_target", A, F, F, ""),
     ("copy_hold", A, F, F, ""),
     ("copy_files_after", A, F, F, ""),
     ("copy_across_disks", A, F, F, ""),

@@ -69,6 +69,63 @@ pub struct CopyRecord {
     pub skipped: Vec<(u64, u64)>,
     /// --hook-after has been run.
     pub hook_after_done: bool,
+    /// What the copy goes to, by what it is known again. None in a record of a program that did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<TargetRecord>,
+}
+
+/// What a copy goes to: the facts by which a later process tells it from another of the same name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetRecord {
+    /// The kernel's id of this boot.
+    pub boot: String,
+    /// The file; None where the target is a device.
+    pub file: Option<FileRecord>,
+    /// The target, or what the file's filesystem lies on, and every device beneath, in the order of their numbers.
+    pub devices: Vec<DeviceRecord>,
+}
+
+/// A file and the filesystem that it is in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRecord {
+    /// `st_dev`.
+    pub device: DeviceNumber,
+    /// The kernel's id of the mount.
+    pub mount: u64,
+    /// The filesystem's own id (`f_fsid`), made from its UUID where it has one.
+    pub filesystem: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// The inode's generation, where the filesystem tells.
+    pub generation: Option<u32>,
+    /// When the file was made, UTC, in nanoseconds since 1970, where the filesystem tells.
+    pub born_utc_ns: Option<u64>,
+}
+
+/// A block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRecord {
+    /// Its number.
+    pub number: DeviceNumber,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The kernel's count of disks, never used twice in a boot; of a partition its disk's.
+    pub sequence: Option<u64>,
+    /// Of device-mapper's or md's making: the UUID.
+    pub uuid: Option<String>,
+    /// The disk's world-wide name.
+    pub wwid: Option<String>,
+    /// The disk's serial number.
+    pub serial: Option<String>,
+    /// A loop device's file: "major:minor inode offset".
+    pub backing: Option<String>,
+    /// A partition's first byte on its disk.
+    pub partition_start_bytes: Option<u64>,
+    /// A partition's UUID, where the kernel tells.
+    pub partition_uuid: Option<String>,
 }
 
 /// The device being copied.
@@ -231,8 +288,39 @@ mod tests {
             partial: Some("/backup/.data.img.tidemark-partial.0123456789ab".to_owned()),
             skipped: vec![(4096, 1 << 20)],
             hook_after_done: true,
+            target: None,
         };
         JobRecord { copy: Some(copy), ..job() }
+    }
+
+    fn copying_to(target: TargetRecord) -> JobRecord {
+        let JobRecord { copy, .. } = copying();
+        JobRecord { copy: copy.map(|copy| CopyRecord { target: Some(target), ..copy }), ..job() }
+    }
+
+    fn target() -> TargetRecord {
+        TargetRecord {
+            boot: "01234567-89ab-4cde-8f01-23456789abcd".to_owned(),
+            file: Some(FileRecord {
+                device: DeviceNumber { major: 8, minor: 17 },
+                mount: 42,
+                filesystem: 0x0123_4567_89ab_cdef,
+                inode: 12,
+                generation: Some(7),
+                born_utc_ns: Some(1_763_712_000_000_000_001),
+            }),
+            devices: vec![DeviceRecord {
+                number: DeviceNumber { major: 8, minor: 17 },
+                size_bytes: 1 << 40,
+                sequence: Some(9),
+                uuid: None,
+                wwid: Some("naa.5000c500a1b2c3d4".to_owned()),
+                serial: Some("WD-1234".to_owned()),
+                backing: None,
+                partition_start_bytes: Some(1 << 20),
+                partition_uuid: Some("0a1b2c3d-01".to_owned()),
+            }],
+        }
     }
 
     fn volume() -> VolumeRecord {
@@ -253,6 +341,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/job-copy-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), copying());
         assert_eq!(encode(&copying()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/job-copy-target-v1.json");
+        assert_eq!(decode::<JobRecord>(golden).unwrap(), copying_to(target()));
+        assert_eq!(encode(&copying_to(target())).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/volume-v1.json");
         assert_eq!(decode::<VolumeRecord>(golden).unwrap(), volume());
         assert_eq!(encode(&volume()).unwrap(), golden);
@@ -260,7 +351,7 @@ mod tests {
 
     #[test]
     fn every_changed_byte_and_every_cut_is_noticed() {
-        let good = encode(&copying()).unwrap();
+        let good = encode(&copying_to(target())).unwrap();
         for at in 0..good.len() {
             for flip in [0x01, 0x20, 0x80, 0xff] {
                 let mut bad = good.clone();

@@ -346,6 +346,7 @@ fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<
         partial: secondary.partial_path().map(|path| path.display().to_string()),
         skipped: live.stack().skipped().extents.iter().map(range).collect(),
         hook_after_done: false,
+        target: secondary.target().cloned(),
     })?;
     Ok(Some(journal))
 }

@@ -1,0 +1,140 @@
+//! By what is a block device known again, when another may have got its name and number? Facts only; whether two
+//! devices are the same is for others to judge.
+//!
+//! Names and numbers are given out again and again. What stays with a disk is what its maker gave it (world-wide
+//! name, serial number); what stays with what the kernel makes of disks is its UUID, its partition or its file. The
+//! kernel's count of disks (`diskseq`) tells one appearance of a disk from the next.
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use super::Topology;
+use crate::base::DeviceNumber;
+use crate::base::units::SECTOR_BYTES;
+use crate::format::state::DeviceRecord;
+
+/// Longest attribute that is read.
+const ATTRIBUTE_BYTES_MAX: u64 = 4096;
+
+/// Directories above a disk's in which its serial number is looked for: a USB disk has it at its device.
+const ANCESTORS_MAX: usize = 12;
+
+impl Topology {
+    /// The facts of `device` and of every device beneath it, in the order of their numbers.
+    #[must_use]
+    pub fn identities(&self, device: DeviceNumber) -> Vec<DeviceRecord> {
+        self.stack(device).into_iter().map(|device| self.identity(device)).collect()
+    }
+
+    /// The facts of `device` alone.
+    #[must_use]
+    pub fn identity(&self, device: DeviceNumber) -> DeviceRecord {
+        let node = self.node(device);
+        let is_partition = node.join("partition").exists();
+        let disk = if is_partition { node.join("..") } else { node.clone() };
+        let sectors = |name: &str| {
+            let count: Option<u64> = text(&node.join(name)).and_then(|text| text.parse().ok());
+            count.and_then(|count| count.checked_mul(SECTOR_BYTES))
+        };
+        let first = |names: &[&str]| names.iter().find_map(|name| text(&disk.join(name)));
+        DeviceRecord {
+            number: device,
+            size_bytes: sectors("size").unwrap_or(0),
+            sequence: text(&disk.join("diskseq")).and_then(|text| text.parse().ok()),
+            uuid: if is_partition { None } else { first(&["dm/uuid", "md/uuid"]) },
+            wwid: first(&["wwid", "device/wwid"]),
+            serial: first(&["serial", "device/serial", "device/vpd_pg80"]).or_else(|| usb_serial(&disk)),
+            backing: backing(&node),
+            partition_start_bytes: if is_partition { sectors("start") } else { None },
+            partition_uuid: uevent(&node, "PARTUUID"),
+        }
+    }
+
+    /// The kernel's id of this boot; empty where it does not tell.
+    #[must_use]
+    pub fn boot(&self) -> String {
+        text(&self.root.join("proc/sys/kernel/random/boot_id")).unwrap_or_default()
+    }
+}
+
+/// An attribute without what is around it: spaces, and the binary head of a SCSI page. None where it says nothing.
+fn text(path: &Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    fs::File::open(path).ok()?.take(ATTRIBUTE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+    let text: String =
+        bytes.iter().map(|byte| char::from(*byte)).filter(|c| c.is_ascii_graphic() || *c == ' ').collect();
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn uevent(node: &Path, key: &str) -> Option<String> {
+    let text = fs::read_to_string(node.join("uevent")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
+}
+
+fn usb_serial(disk: &Path) -> Option<String> {
+    let device = fs::canonicalize(disk.join("device")).ok()?;
+    let usb = device.ancestors().take(ANCESTORS_MAX).find(|path| path.join("idVendor").exists())?;
+    text(&usb.join("serial"))
+}
+
+fn backing(node: &Path) -> Option<String> {
+    let path = fs::read_to_string(node.join("loop/backing_file")).ok()?;
+    let file = fs::metadata(path.trim_end_matches('\n')).ok()?;
+    let offset = text(&node.join("loop/offset")).unwrap_or_default();
+    Some(format!("{} {} {offset}", DeviceNumber::from_dev(file.dev()), file.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{dev, machine};
+    use super::*;
+
+    fn put(topology: &Topology, device: DeviceNumber, name: &str, content: &[u8]) {
+        let path = topology.node(device).join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    #[test]
+    fn what_sysfs_says_is_found() {
+        let (_keep, topology) = machine();
+        put(&topology, dev(8, 0), "size", b"2048\n");
+        put(&topology, dev(8, 0), "diskseq", b"7\n");
+        put(&topology, dev(8, 0), "device/wwid", b"naa.5000c500a1b2c3d4\n");
+        put(&topology, dev(8, 0), "device/vpd_pg80", b"\0\x80\0\x0c    WD-1234 \0");
+        put(&topology, dev(8, 1), "size", b"100\n");
+        put(&topology, dev(8, 1), "start", b"34\n");
+        put(&topology, dev(253, 0), "dm/uuid", b"LVM-abc\n");
+        let nothing = DeviceRecord {
+            number: dev(8, 16),
+            size_bytes: 0,
+            sequence: None,
+            uuid: None,
+            wwid: None,
+            serial: None,
+            backing: None,
+            partition_start_bytes: None,
+            partition_uuid: None,
+        };
+        assert_eq!(topology.identity(dev(8, 16)), nothing);
+        let disk = DeviceRecord {
+            number: dev(8, 0),
+            size_bytes: 2048 * 512,
+            sequence: Some(7),
+            wwid: Some("naa.5000c500a1b2c3d4".to_owned()),
+            serial: Some("WD-1234".to_owned()),
+            ..nothing.clone()
+        };
+        let partition = DeviceRecord {
+            number: dev(8, 1),
+            size_bytes: 51_200,
+            partition_start_bytes: Some(17_408),
+            ..disk.clone()
+        };
+        let volume = DeviceRecord { number: dev(253, 0), uuid: Some("LVM-abc".to_owned()), ..nothing };
+        assert_eq!(topology.identities(dev(253, 0)), [disk, partition, volume]);
+    }
+}

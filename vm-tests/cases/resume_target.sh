@@ -1,0 +1,139 @@
+# A copy that was killed goes on with what it wrote to, and with nothing else: whatever has come to the same name
+# meanwhile is refused (3), and not a byte of it is changed.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+tidemark attach "$(disk 0)" --name data
+origin=/dev/mapper/data
+make_filesystem ext4 "$origin" /mnt/origin
+make_filesystem ext4 "$(disk 2)" /mnt/scratch
+dd if=/dev/urandom of=/mnt/origin/content bs=1M count=16 status=none
+sync -f /mnt/origin
+table_before=$(dmsetup table "$origin")
+size=$(blockdev --getsize64 "$origin")
+
+is_resumable() { [ -n "$(find /run/tidemark -name '*.segments' -size +200c)" ]; }
+
+# start_and_kill TARGET OPTION...: a copy that has placed some segments when it is killed.
+start_and_kill() {
+    local process target=$1
+    shift
+    tidemark copy "$origin" "$target" --all --yes --store /mnt/scratch --store-ram 1MiB --rate 40MiB --region 4MiB \
+        --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)" "$@" >/run/copy.out 2>&1 &
+    process=$!
+    wait_until 60 is_resumable
+    sleep 0.5
+    kill -KILL "$process"
+    wait "$process" || true
+    dd if=/dev/urandom of=/mnt/origin/after bs=64k count=8 conv=fsync status=none
+}
+
+refused() { # WORDS
+    assert_status 3 tidemark resume 2>/run/err
+    grep -q "$1" /run/err || { cat /run/err; fail "resume does not say '$1'"; }
+    grep -q 'next: ' /run/err || fail "resume does not say what to do"
+}
+
+goes_on() { # TARGET: to the end, and the copy is right
+    tidemark resume >/run/resume.out 2>&1 || { cat /run/resume.out; fail "the resume"; }
+    local target=$1
+    if [[ "$target" = *.tdm ]]; then
+        tidemark restore "$target" /mnt/scratch/restored --yes
+        target=/mnt/scratch/restored
+    fi
+    same_bytes /mnt/scratch/instant "$target" "$size"
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
+    assert_no_tidemark_left data
+    rm -f /mnt/scratch/restored /mnt/scratch/instant
+}
+
+other_is_untouched() { assert_same "what is on the other disk" "$(digest "$1")" "$other"; }
+
+note "a disk that is unplugged, and another one that gets its name and number"
+truncate -s 80M /mnt/scratch/first
+fill /mnt/scratch/second $((80 << 20)) second
+other=$(digest /mnt/scratch/second)
+losetup /dev/loop5 /mnt/scratch/first
+start_and_kill /dev/loop5
+wait_until 20 losetup -d /dev/loop5
+wait_until 20 sh -c '! losetup /dev/loop5'
+losetup /dev/loop5 /mnt/scratch/second
+refused 'is not what the copy was made to'
+other_is_untouched /mnt/scratch/second
+losetup -d /dev/loop5
+refused '/dev/loop5'
+losetup /dev/loop5 /mnt/scratch/first
+note "and the first one, which comes back"
+goes_on /dev/loop5
+losetup -d /dev/loop5
+
+note "a volume of the same name over another disk"
+losetup /dev/loop5 /mnt/scratch/first
+losetup /dev/loop6 /mnt/scratch/second
+dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
+settle
+start_and_kill /dev/mapper/target
+wait_until 20 dmsetup remove --noudevsync target
+dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop6) linear /dev/loop6 0"
+settle
+refused 'is not what the copy was made to'
+note "and one whose table leads there"
+dmsetup remove --noudevsync target
+tidemark recover
+dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
+settle
+start_and_kill /dev/mapper/target
+dmsetup load target --table "0 $(blockdev --getsz /dev/loop6) linear /dev/loop6 0"
+dmsetup resume --noudevsync target
+refused 'is not what the copy was made to'
+other_is_untouched /mnt/scratch/second
+dmsetup load target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
+dmsetup resume --noudevsync target
+goes_on /dev/mapper/target
+dmsetup remove --noudevsync target
+losetup -d /dev/loop5
+losetup -d /dev/loop6
+rm /mnt/scratch/first /mnt/scratch/second
+
+for name in copy.raw copy.tdm; do
+    note "$name: another file under the partial file's name"
+    start_and_kill "/mnt/scratch/$name"
+    partial=$(find /mnt/scratch -name '*tidemark-partial*')
+    mv "$partial" /mnt/scratch/kept
+    cp --sparse=always /mnt/scratch/kept "$partial"
+    other=$(digest "$partial")
+    refused 'is not the file'
+    other_is_untouched "$partial"
+    mv /mnt/scratch/kept "$partial"
+    # A length that cannot hold what was noted.
+    length=$(stat -c %s "$partial")
+    cp --sparse=always "$partial" /mnt/scratch/kept
+    truncate -s 65536 "$partial"
+    refused 'shorter'
+    dd if=/mnt/scratch/kept of="$partial" bs=1M conv=notrunc,fsync status=none
+    rm /mnt/scratch/kept
+    [ "$(stat -c %s "$partial")" = "$length" ] || fail "the length"
+    goes_on "/mnt/scratch/$name"
+    rm "/mnt/scratch/$name"
+done
+
+note "another file system in the place of the file's"
+mkfs.ext4 -q "$(disk 1)"
+mkdir /mnt/first /mnt/target
+mount --bind /mnt/scratch /mnt/target
+start_and_kill /mnt/target/copy.raw
+partial=$(basename "$(find /mnt/target -name '*tidemark-partial*')")
+umount /mnt/target
+mount "$(disk 1)" /mnt/target
+refused 'gone'
+fill "/mnt/target/$partial" "$size" third
+other=$(digest "/mnt/target/$partial")
+refused 'is not the file'
+other_is_untouched "/mnt/target/$partial"
+umount /mnt/target
+mount --bind /mnt/scratch /mnt/target
+goes_on /mnt/target/copy.raw
+umount /mnt/target
+
+umount /mnt/origin
+filesystem_check ext4 "$origin"
