@@ -72,6 +72,12 @@ struct Registered {
 
 pub struct ChaosEngine {
     files: Vec<Registered>,
+    /// The file whose medium is told from its cache.
+    pub volatile: Option<&'static str>,
+    /// What is on its medium whatever happens.
+    medium: Vec<u8>,
+    /// What will be, once these syncs have ended.
+    syncs: BTreeMap<u64, Vec<u8>>,
     pool: Vec<Buffer>,
     queue: Vec<Request>,
     rng: Rng,
@@ -92,6 +98,9 @@ impl ChaosEngine {
         }
         Self {
             files: Vec::new(),
+            volatile: None,
+            medium: Vec::new(),
+            syncs: BTreeMap::new(),
             buffer_count: pool.len(),
             pool,
             queue: Vec::new(),
@@ -99,6 +108,39 @@ impl ChaosEngine {
             faults: Vec::new(),
             world,
             buffers_used_max: 0,
+        }
+    }
+
+    fn is_volatile(&self, file: FileIx) -> bool {
+        let description = &self.files[usize::from(file.0)].description;
+        self.volatile.is_some_and(|volatile| description.contains(volatile))
+    }
+
+    fn content(&self, file: FileIx) -> Vec<u8> {
+        let file = &self.files[usize::from(file.0)].file;
+        let length = Bytes(file.metadata().unwrap().len());
+        // Aligned, because the file may be open for direct I/O.
+        let mut content = AlignedBuffer::zeroed(length.align_up(Bytes(4096)).as_len());
+        let mut done = 0;
+        while done < content.len() {
+            match file.read_at(&mut content[done..], Bytes::from_len(done).get()).unwrap() {
+                0 => break,
+                count => done += count,
+            }
+        }
+        content[..length.as_len()].to_vec()
+    }
+
+    /// The volatile file's disk loses its power: of each block that was not synced, the old content is left, or the new.
+    pub fn lose_power(&mut self, file: &File) {
+        let mut content = Vec::new();
+        io::Read::read_to_end(&mut &*file, &mut content).unwrap();
+        self.medium.resize(content.len(), 0);
+        let blocks = self.medium.chunks(4096).zip(content.chunks(4096));
+        for (at, (medium, cache)) in (0u64..).zip(blocks) {
+            if medium != cache && self.rng.chance(50) {
+                file.write_all_at(medium, at * 4096).unwrap();
+            }
         }
     }
 
@@ -234,7 +276,10 @@ impl ChaosEngine {
                 let result = file.write_all_at(&zeros, extent.start().get()).io_context(|| "zero".to_owned());
                 Completion { token, buffer: None, result }
             }
-            Request::Sync { token, .. } => Completion { token, buffer: None, result: Ok(()) },
+            Request::Sync { token, .. } => {
+                self.medium = self.syncs.remove(&token).unwrap_or_default();
+                Completion { token, buffer: None, result: Ok(()) }
+            }
         }
     }
 }
@@ -251,7 +296,11 @@ impl Engine for ChaosEngine {
             writes: 0,
             read_blocks: BTreeMap::new(),
         });
-        Ok(FileIx(u16::try_from(self.files.len() - 1).unwrap()))
+        let file = FileIx(u16::try_from(self.files.len() - 1).unwrap());
+        if self.is_volatile(file) {
+            self.medium = self.content(file);
+        }
+        Ok(file)
     }
     fn take_buffer(&mut self) -> Option<Buffer> {
         if self.pool.is_empty() {
@@ -268,6 +317,12 @@ impl Engine for ChaosEngine {
     }
     fn submit(&mut self, request: Request) -> Result<()> {
         self.check(&request);
+        if let Request::Sync { token, file } = request
+            && self.is_volatile(file)
+        {
+            // What is written later may or may not be on the medium.
+            self.syncs.insert(token, self.content(file));
+        }
         self.queue.push(request);
         Ok(())
     }
@@ -352,6 +407,9 @@ impl World {
 
     /// The process that copies is gone; another may open the store.
     pub fn copier_died(&mut self) {
+        for _ in 0..5 {
+            self.step();
+        }
         self.opened = false;
     }
 
@@ -391,6 +449,11 @@ impl World {
             self.rng.fill(&mut data);
         }
         self.origin.write_all_at(&data, start.get()).unwrap();
+    }
+
+    /// What is written without anything being preserved.
+    pub fn released(&self) -> Vec<Extent> {
+        self.linear.clone()
     }
 
     pub fn preserved_count(&self) -> usize {

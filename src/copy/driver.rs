@@ -160,10 +160,21 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Makes all completed writes to `file` durable.
-    pub(super) fn sync(&mut self, file: FileIx) -> Result<()> {
+    /// Says something to who watches.
+    pub(super) fn note(&self, text: String) {
+        self.observer.event(&Event::Note { text });
+    }
+
+    /// Begins to make durable all writes to `file` that have completed; others may be in flight.
+    pub(super) fn begin_sync(&mut self, file: FileIx) -> Result<u64> {
         let token = self.token();
         self.engine.submit(Request::Sync { token, file })?;
+        Ok(token)
+    }
+
+    /// Makes all completed writes to `file` durable.
+    pub(super) fn sync(&mut self, file: FileIx) -> Result<()> {
+        let token = self.begin_sync(file)?;
         match self.next(None)? {
             Some(completion) if completion.token == token => completion.result,
             _ => panic!("a sync is submitted when nothing else is in flight"),
@@ -348,7 +359,7 @@ impl Sink {
         }
     }
 
-    fn explain(&self, error: Error) -> Error {
+    pub(super) fn explain(&self, error: Error) -> Error {
         match error.errno() {
             Some(libc::EPIPE) => error
                 .context("the reader of standard output is gone")

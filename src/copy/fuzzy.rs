@@ -4,8 +4,9 @@
 //! Invariants:
 //! - each byte of the block list is read once;
 //! - reads and writes of different segments overlap, bounded by the engine's buffers;
-//! - a region is released after the last of its segments has been written and noted as placed, so
-//!   nothing will read it from the origin again: not this process, and not one that goes on after it;
+//! - a region is released after the last of its segments has been written and, where somebody could go on, made
+//!   durable ([`durable`](super::durable)) and noted as placed, so nothing will read it from the origin again: not this
+//!   process, and not one that goes on after it, whatever the secondary has lost by then;
 //! - when [`run`] returns, no read of the origin is in flight and none will follow, and every segment is
 //!   on the secondary.
 
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
+use super::durable::Durable;
 use super::job::{Progress, Releases};
 use super::origin::{Origin, payload};
 use super::placed::PlacedSet;
@@ -68,6 +70,7 @@ struct Fuzzy<'a, 'p, 'd> {
     early: BTreeMap<SegmentIx, Filled>,
     /// Segments being written.
     placing: HashMap<SegmentIx, PlacedSegment>,
+    durable: Durable,
     stats: FuzzyStats,
 }
 
@@ -86,6 +89,7 @@ pub(super) fn run(
     driver.count_segments(plan.placed.count(), schedule.work_count());
     let mut regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
     regions.put_first(plan.first);
+    let durable = Durable::new(sink.file);
     let mut fuzzy = Fuzzy {
         driver,
         plan,
@@ -97,6 +101,7 @@ pub(super) fn run(
         order: VecDeque::new(),
         early: BTreeMap::new(),
         placing: HashMap::new(),
+        durable,
         stats: FuzzyStats::default(),
     };
     fuzzy.settle()?;
@@ -121,6 +126,9 @@ pub(super) fn run(
             fuzzy.start(work, buffer)?;
             pending = fuzzy.next_work();
         }
+        // At the end, what has landed waits for nothing but its sync.
+        let is_end = pause.is_none() && pending.is_none() && fuzzy.driver.engine.in_flight() == 0;
+        fuzzy.durable.advance(fuzzy.driver, is_end)?;
         match fuzzy.driver.next(pause)? {
             Some(completion) => fuzzy.complete(completion, throttle)?,
             None if pause.is_some() => {}
@@ -149,16 +157,31 @@ impl Fuzzy<'_, '_, '_> {
         self.regions.next(&|ix| placed.contains(ix))
     }
 
-    /// Notes what has landed since the last call, then releases the regions that are done by it: in this
-    /// order, because what is released must never be read from the origin again.
+    /// Hands what has landed since the last call to the next sync; where nobody could go on, it is placed as it is.
     fn settle(&mut self) -> Result<()> {
         while let Some(ix) = self.sink.take_landed() {
             let segment = self.placing.remove(&ix).expect("what lands was placed");
-            if let Some(progress) = self.plan.progress.as_deref_mut() {
-                progress.placed(&segment)?;
+            match self.plan.progress {
+                Some(_) => self.durable.landed(segment),
+                None => self.regions.placed(ix),
             }
-            self.regions.placed(ix);
         }
+        self.release_done()
+    }
+
+    /// Notes what is durable, then releases the regions that are done by it: in this order, because what is released
+    /// must never be read from the origin again.
+    fn note(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        if let Some(progress) = self.plan.progress.as_deref_mut() {
+            progress.placed(segments)?;
+        }
+        for segment in segments {
+            self.regions.placed(segment.ix);
+        }
+        self.release_done()
+    }
+
+    fn release_done(&mut self) -> Result<()> {
         while let Some(region) = self.regions.take_done() {
             if let Some(releases) = self.plan.releases.as_deref_mut() {
                 releases.release(region)?;
@@ -184,6 +207,10 @@ impl Fuzzy<'_, '_, '_> {
 
     fn complete(&mut self, completion: Completion, throttle: &mut Throttle<'_>) -> Result<()> {
         let Some(completion) = self.sink.complete(self.driver, completion)? else { return self.settle() };
+        if let Some(durable) = self.durable.take(completion.token, self.driver.now()) {
+            completion.result.map_err(|error| self.sink.explain(error))?;
+            return self.note(&durable);
+        }
         let (work, begun) = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
         let now = self.driver.now();
         throttle.done(work.valid_bytes(), now.saturating_sub(begun), now);
@@ -211,8 +238,10 @@ impl Fuzzy<'_, '_, '_> {
         let bytes = work.valid_bytes();
         let data = payload(&work, &buffer);
         let zero = is_zero(data);
-        let crc =
-            (self.checksums.is_kept() || self.secondary.is_framed()).then(|| self.checksums.of(data, zero));
+        // Who goes on may have to compare what the secondary still holds.
+        let is_wanted =
+            self.checksums.is_kept() || self.secondary.is_framed() || self.plan.progress.is_some();
+        let crc = is_wanted.then(|| self.checksums.of(data, zero));
         if let Some(crc) = crc {
             self.checksums.set(work.ix, crc);
         }

@@ -21,12 +21,12 @@ use super::progress::{Observer, Phase, Silent};
 use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
-use super::{append, verify};
+use super::{append, confirm, verify};
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::extent::{Extent, Original};
-use crate::io::Engine;
 use crate::io::engine::EngineConfig;
+use crate::io::{Engine, FileIx};
 use crate::secondary::{PlacedSegment, Secondary};
 
 /// Buffers at most: more than this many transfers in flight gain nothing on any device.
@@ -74,11 +74,16 @@ pub trait OriginalsProvider {
 
 /// Who keeps the note of what is on the secondary, for a process that goes on after this one.
 pub trait Progress {
-    /// All of `segment` has been written.
+    /// All of these segments has been written and made durable.
     ///
     /// # Errors
     /// I/O errors; they end the copy.
-    fn placed(&mut self, segment: &PlacedSegment) -> Result<()>;
+    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()>;
+    /// These segments and no others are on the secondary, whatever was said before.
+    ///
+    /// # Errors
+    /// I/O errors; they end the copy.
+    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()>;
     /// Every segment is placed; originals come now, and change segments that are placed.
     ///
     /// # Errors
@@ -107,6 +112,8 @@ pub struct ResumePoint {
     pub placed: Vec<PlacedSegment>,
     /// It had begun to lay originals over them.
     pub originals_begun: bool,
+    /// Parts of the origin that are not preserved any more: what they held at the instant is on the secondary, or lost.
+    pub released: Vec<Extent>,
 }
 
 /// A copy to be made.
@@ -250,7 +257,7 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     let mut driver = Driver::new(engine, observer, interrupt);
     let resumed = job.resumed.unwrap_or_default();
     let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
-        placed: PlacedSet::new(&resumed.placed, schedule.segment_count()),
+        placed: PlacedSet::default(),
         resumed,
         schedule,
         region: job.region,
@@ -297,6 +304,24 @@ struct Plan<'a> {
     progress: Option<&'a mut dyn Progress>,
 }
 
+impl Plan<'_> {
+    /// What an earlier process has placed and is still there counts as placed.
+    fn confirm(
+        &mut self,
+        driver: &mut Driver<'_>,
+        secondary: &mut dyn Secondary,
+        file: FileIx,
+        checksums: &Checksums,
+    ) -> Result<()> {
+        if !self.resumed.placed.is_empty() {
+            let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn Progress);
+            confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, checksums, progress)?;
+        }
+        self.placed = PlacedSet::new(&self.resumed.placed, self.schedule.segment_count());
+        Ok(())
+    }
+}
+
 fn run_phases(
     driver: &mut Driver<'_>,
     mut plan: Plan<'_>,
@@ -312,8 +337,9 @@ fn run_phases(
     let origin = Origin::open(driver.engine, origin, &plan.origin_description, size, piece_max)?;
     let mut checksums =
         Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), plan.verify);
-    checksums.resume(&plan.resumed);
     let mut sink = Sink::new(secondary.attach(driver.engine)?, secondary.is_stream());
+    plan.confirm(driver, secondary, sink.file, &checksums)?;
+    checksums.resume(&plan.resumed);
     let mut report = CopyReport {
         engine: driver.engine.name(),
         secondary: secondary.description().to_owned(),

@@ -6,9 +6,11 @@ mod append;
 #[cfg(test)]
 mod chaos;
 mod checksums;
+mod confirm;
 #[cfg(test)]
 mod device_tests;
 mod driver;
+mod durable;
 mod fuzzy;
 pub mod impact;
 pub mod job;

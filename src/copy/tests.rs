@@ -20,6 +20,7 @@ use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::{Extent, ExtentSet};
 use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
+use crate::format::state::TargetRecord;
 use crate::io::engine::EngineConfig;
 use crate::secondary::archive::Archive;
 use crate::secondary::{
@@ -673,10 +674,17 @@ impl Mortal<'_> {
 }
 
 impl Progress for Mortal<'_> {
-    fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
+    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        for segment in segments {
+            self.live()?;
+            assert!(self.survives.placed.iter().all(|other| other.ix != segment.ix), "placed twice");
+            self.survives.placed.push(*segment);
+        }
+        Ok(())
+    }
+    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         self.live()?;
-        assert!(self.survives.placed.iter().all(|other| other.ix != segment.ix), "placed twice");
-        self.survives.placed.push(*segment);
+        self.survives.placed = segments.to_vec();
         Ok(())
     }
     fn originals_begun(&mut self) -> Result<()> {
@@ -686,9 +694,75 @@ impl Progress for Mortal<'_> {
     }
 }
 
+/// What happens to the secondary when a process is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loss {
+    Nothing,
+    /// What was not synced, or some of it.
+    Unsynced,
+    /// That, and it is seen to have been away.
+    Unplugged,
+    /// Anything, and it is seen to have been away.
+    Lying,
+}
+
+impl Loss {
+    /// Of a process of its own: nothing of the engine or of the copier's memory is left of the last one.
+    fn engine(self, setup: &Setup, seed: u64) -> ChaosEngine {
+        let buffer_bytes = setup.case.segment + Bytes(8192);
+        let config = EngineConfig { buffer_count: setup.case.buffers, buffer_bytes };
+        let mut engine = ChaosEngine::new(config, seed, Some(setup.world.clone()));
+        engine.volatile = (self != Self::Nothing).then_some("out");
+        engine
+    }
+
+    /// It happens to the partial file of a process that `engine` worked for, and that noted `target`.
+    fn happen(
+        self,
+        engine: &mut ChaosEngine,
+        partial: &Path,
+        target: &mut Option<TargetRecord>,
+        rng: &mut Rng,
+    ) {
+        use std::os::unix::fs::FileExt as _;
+        let file = fs::OpenOptions::new().read(true).write(true).open(partial).unwrap();
+        if self != Self::Nothing {
+            engine.lose_power(&file);
+        }
+        if self == Self::Lying {
+            let at = rng.below(file.metadata().unwrap().len());
+            file.write_all_at(&rng.next().to_le_bytes()[..1], at).unwrap();
+        }
+        if matches!(self, Self::Unplugged | Self::Lying) {
+            target.as_mut().unwrap().file.as_mut().unwrap().mount += 1;
+        }
+    }
+}
+
+/// How a process is killed: after so many notes, or in the middle of a write.
+fn death(engine: &mut ChaosEngine, rng: &mut Rng) -> usize {
+    if rng.chance(50) {
+        return rng.index(20);
+    }
+    let after = rng.below(60);
+    engine.faults.push(Fault { file: "out", write: true, after, errno: libc::EIO, torn: true });
+    usize::MAX
+}
+
 /// Copies, is killed again and again, after so many segments or in the middle of a write, and goes on each
 /// time. Answers how often it was killed.
 fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, deaths: u64) -> u64 {
+    copy_with_losses(setup, form, originals, deaths, Loss::Nothing).unwrap()
+}
+
+/// As [`copy_with_deaths`], and `loss` happens each time. An error is that of a process which was not killed.
+fn copy_with_losses(
+    setup: &mut Setup,
+    form: Form,
+    originals: OriginalsMode,
+    deaths: u64,
+    loss: Loss,
+) -> Result<u64> {
     let mut rng = Rng(setup.case.seed ^ 0xdead);
     let mut survives = Survives::default();
     let request = setup.request("out", form, originals);
@@ -696,24 +770,16 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
     secondary.begin(INSTANT);
     let partial = secondary.partial_path().unwrap().to_owned();
     let archive = secondary.archive_id();
-    let target = secondary.target().cloned();
+    let mut target = secondary.target().cloned();
     let saved = setup.directory.path().join("saved");
     for killed in 0.. {
-        // A process of its own: nothing of the engine or of the copier's memory is left of the last one.
-        let config =
-            EngineConfig { buffer_count: setup.case.buffers, buffer_bytes: setup.case.segment + Bytes(8192) };
-        let mut engine = ChaosEngine::new(config, rng.next(), Some(setup.world.clone()));
-        let mut left = usize::MAX;
-        if killed < deaths {
-            if rng.chance(50) {
-                left = rng.index(20);
-            } else {
-                let after = rng.below(60);
-                engine.faults.push(Fault { file: "out", write: true, after, errno: libc::EIO, torn: true });
-            }
-        }
-        let point =
-            ResumePoint { placed: survives.placed.clone(), originals_begun: survives.originals_begun };
+        let mut engine = loss.engine(setup, rng.next());
+        let left = if killed < deaths { death(&mut engine, &mut rng) } else { usize::MAX };
+        let point = ResumePoint {
+            placed: survives.placed.clone(),
+            originals_begun: survives.originals_begun,
+            released: setup.world.borrow().released(),
+        };
         let mut mortal = Mortal { survives: &mut survives, left };
         let mut provider =
             WorldProvider { world: setup.world.clone(), batch_max: setup.case.batch_max, invalid: false };
@@ -731,17 +797,20 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
             verify: setup.case.verify,
             ..job(&mut engine, origin, &setup.case, secondary)
         });
-        if outcome.is_ok() {
+        let Err(error) = outcome else {
             fs::remove_file(&saved).unwrap();
-            return killed;
+            return Ok(killed);
+        };
+        if loss != Loss::Nothing && error.kind() == ErrorKind::BadData {
+            fs::remove_file(&saved).unwrap();
+            assert!(loss == Loss::Lying || survives.originals_begun, "{error}");
+            return Err(error);
         }
-        assert!(killed < deaths, "the last process was not killed: {}", outcome.unwrap_err());
+        assert!(killed < deaths, "the last process was not killed: {error}");
         // Killed, not failed: the partial file stays.
         fs::rename(&saved, &partial).unwrap();
+        loss.happen(&mut engine, &partial, &mut target, &mut rng);
         drop(engine);
-        for _ in 0..5 {
-            setup.world.borrow_mut().step();
-        }
         setup.world.borrow_mut().copier_died();
         let state = Resumed {
             instant_ns: INSTANT,
@@ -758,6 +827,22 @@ fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, dea
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_the_secondary_has_lost_is_never_trusted(
+        case in cases(), deaths in 1u64..5, form in 0..FORMS.len(), loss in 0usize..3
+    ) {
+        let mut setup = Setup::new(&case);
+        let (form, originals) = FORMS[form];
+        let loss = [Loss::Unsynced, Loss::Unplugged, Loss::Lying][loss];
+        if copy_with_losses(&mut setup, form, originals, deaths, loss).is_err() {
+            prop_assert!(setup.names().is_empty());
+            return Ok(());
+        }
+        let found = setup.only_file();
+        let found = if form == Form::Raw { found } else { extract(&found).0 };
+        assert_same(&found, &setup.world.borrow().image);
+    }
 
     #[test]
     fn a_killed_copy_goes_on_and_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {

@@ -478,6 +478,7 @@ fn remove_job(directory: &Path, id: &str) -> Result<()> {
     for path in [
         progress_file::temporary(&progress),
         progress,
+        segments_path(directory, id).with_extension("segments-new"),
         segments_path(directory, id),
         temporary(&record),
         record,

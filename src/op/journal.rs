@@ -2,14 +2,14 @@
 //! job's record (see [`format::progress`](crate::format::progress)).
 //!
 //! Invariants:
-//! - a record is appended only after the segment's write has completed, with one write(2) for each
-//!   call; nothing is buffered, so what a call answered survives SIGKILL;
+//! - a record is appended only after the segment's write has completed and a sync of the secondary behind it, with one
+//!   write(2) for each call; nothing is buffered, so what a call answered survives SIGKILL;
 //! - nothing is synced: the journal outlives the process, and a copy never outlives the host;
 //! - after a failed append every later one fails, and the file ends with its last whole record.
 //!
 //! Must not decide what a resumed copy does with it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -110,6 +110,24 @@ impl SegmentJournal {
         self.write(&mut records)
     }
 
+    /// Replaces the whole journal: these segments are placed, and nothing else is noted. Killed in between: the old
+    /// journal, or the new one.
+    ///
+    /// # Errors
+    /// As [`SegmentJournal::append`]; the old journal is still there.
+    pub fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        let new = self.path.with_extension("segments-new");
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.failure(error)),
+            _ => {}
+        }
+        let mut journal = Self::create(&new, &self.header)?;
+        journal.append(segments)?;
+        fs::rename(&new, &self.path).map_err(|error| self.failure(error))?;
+        *self = Self { path: self.path.clone(), ..journal };
+        Ok(())
+    }
+
     /// Notes that originals may be laid over the data from now on.
     ///
     /// # Errors
@@ -155,8 +173,11 @@ impl SegmentJournal {
 }
 
 impl Progress for SegmentJournal {
-    fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
-        Self::placed(self, segment)
+    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        self.append(segments)
+    }
+    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        Self::restate(self, segments)
     }
     fn originals_begun(&mut self) -> Result<()> {
         Self::originals_begun(self)
@@ -264,7 +285,6 @@ impl Latest {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::fs;
 
     use proptest::prelude::*;
     use uuid::Uuid;
@@ -327,6 +347,23 @@ mod tests {
             let placed = read(&path).unwrap().placed;
             assert_eq!((placed.len(), placed[kept]), (kept + 1, segment(2, 5)), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn what_is_restated_is_all_there_is_and_the_journal_goes_on() {
+        let (keep, path) = place();
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        journal.append(&[segment(0, 1), segment(1, 2), segment(2, 3)]).unwrap();
+        fs::write(keep.path().join("0123.segments-new"), "what a kill has left").unwrap();
+        journal.restate(&[segment(0, 1), segment(2, 3)]).unwrap();
+        assert_eq!(read(&path).unwrap().placed, [segment(0, 1), segment(2, 3)]);
+        // The frame of the one that was lost is given to another.
+        journal.placed(&PlacedSegment { frame: Some(1), ..segment(5, 9) }).unwrap();
+        journal.originals_begun().unwrap();
+        let (_, content) = SegmentJournal::open(&path).unwrap();
+        assert_eq!(content.placed.len(), 3);
+        assert!(content.originals_begun);
+        assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 1, "nothing else is left");
     }
 
     #[test]

@@ -179,7 +179,11 @@ pub fn run(
     // Last, because its release gives back what the kernel has.
     let store = Arc::new(CowStore::adopt(job.id()).inspect_err(|_| secondary.leave())?);
     let live = Live::adopt(dm, job, store, stack, plan.origin.number);
-    let from = ResumePoint { placed: content.placed, originals_begun: content.originals_begun };
+    let from = ResumePoint {
+        placed: content.placed,
+        originals_begun: content.originals_begun,
+        released: live.stack().released(),
+    };
     let way =
         Way { secondary, engine, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };
     resume_copy(&plan, live, way, observer, interrupt)

@@ -25,6 +25,7 @@ use uuid::Uuid;
 
 use super::archive_read::SegmentBits;
 use super::frames::Frames;
+use super::identity::Known;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
@@ -542,6 +543,19 @@ impl Secondary for Archive {
         match &self.out {
             Out::File(partial) => Some(partial.partial()),
             Out::Pipe(_) => None,
+        }
+    }
+
+    fn known(&self) -> Known {
+        match &self.out {
+            Out::File(partial) => partial.known(),
+            Out::Pipe(_) => Known::Throughout,
+        }
+    }
+
+    fn forget(&mut self, segment: &Segment<'_>) {
+        if self.frames.take_back(segment.ix) {
+            self.rest.present_bytes -= segment.valid.iter().map(|extent| extent.length()).sum();
         }
     }
 

@@ -8,7 +8,8 @@
 //! Why every gap is filled before the data ends: the number of a gap was given to a segment that is not
 //! placed, and no two gaps to the same one. So at least as many segments are still to be placed as there
 //! are gaps, as long as each of them takes a number, even one that has become all zero; and that is what
-//! [`Frames::is_wanted`] is for. A later kill keeps it so: what it leaves unplaced has numbers of its own.
+//! [`Frames::is_wanted`] is for. A later kill keeps it so: what it leaves unplaced has numbers of its own. So does a
+//! segment that the secondary has lost: it is to be placed again.
 //!
 //! Memory: four bytes for each segment, and eight for each gap. Pure.
 
@@ -105,6 +106,13 @@ impl Frames {
                 self.end += 1;
             }
         }
+    }
+
+    /// Takes a segment's frame from it, for whoever is placed next; false where it has none.
+    pub(super) fn take_back(&mut self, ix: SegmentIx) -> bool {
+        let Some(frame) = self.get(ix) else { return false };
+        self.of[Bytes(ix.get()).as_len()] = 0;
+        self.gaps.insert(frame)
     }
 
     /// Behind the last data frame; gaps below it count.

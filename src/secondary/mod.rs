@@ -32,6 +32,8 @@ pub mod raw;
 #[cfg(test)]
 mod resume_tests;
 
+use identity::Known;
+
 pub use crate::format::archive::OriginalsMode;
 /// A segment that is on the secondary: what a later process needs to go on where this one stopped.
 pub use crate::format::progress::PlacedSegment;
@@ -200,6 +202,14 @@ pub trait Secondary: Send {
     /// The archive's identity; None for a raw secondary.
     fn archive_id(&self) -> Option<Uuid> {
         None
+    }
+    /// Whether what was opened to be gone on with was there all the time since the copy began.
+    fn known(&self) -> Known {
+        Known::Throughout
+    }
+    /// The segment turned out not to be there any more; it is placed again.
+    fn forget(&mut self, segment: &Segment<'_>) {
+        let _ = segment;
     }
     /// By what the device or the file is known again; None for a pipe.
     fn target(&self) -> Option<&TargetRecord> {

@@ -367,6 +367,10 @@ impl Secondary for RawTarget {
         }
     }
 
+    fn known(&self) -> Known {
+        self.known
+    }
+
     fn target(&self) -> Option<&TargetRecord> {
         Some(match &self.kind {
             Kind::Device { identity, .. } => identity,

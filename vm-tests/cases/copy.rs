@@ -10,6 +10,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
     cases.extend([lvm_races(), lvm_names(), lvm_above()]);
+    cases.extend(resumes());
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -35,17 +36,6 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(700)
             .limit_seconds(600),
         main_job("copy_killed", "copy_killed.sh").disk_mib(96).disk_mib(700).limit_seconds(600),
-        main_job("copy_resume", "resume.sh")
-            .commands(&["dumpe2fs", "python3"])
-            .disk_mib(96)
-            .disk_mib(104)
-            .disk_mib(900)
-            .limit_seconds(1200),
-        main_job("copy_resume_target", "resume_target.sh")
-            .disk_mib(64)
-            .disk_mib(80)
-            .disk_mib(700)
-            .limit_seconds(600),
         main_job("copy_hold", "hold.sh")
             .commands(&["dumpe2fs", "python3"])
             .delayed_disk_mib(96, SLOW)
@@ -78,6 +68,32 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(300),
     ]);
     cases
+}
+
+/// Copies that are killed and gone on with.
+fn resumes() -> [Case; 3] {
+    [
+        main_job("copy_resume", "resume.sh")
+            .commands(&["dumpe2fs", "python3"])
+            .disk_mib(96)
+            .disk_mib(104)
+            .disk_mib(900)
+            .limit_seconds(1200),
+        main_job("copy_resume_target", "resume_target.sh")
+            .disk_mib(64)
+            .disk_mib(80)
+            .disk_mib(700)
+            .limit_seconds(600),
+        main_job("copy_resume_lost", "resume_lost.sh")
+            .disk_mib(64)
+            .disk_mib(400)
+            .limit_seconds(600)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev usb")
+            .tolerate("I/O error while writing superblock")
+            .tolerate("device dm-")
+            .tolerate("(dm-"),
+    ]
 }
 
 /// On disks whose writes take long a suspension of LVM's lasts long enough to be met.

@@ -1,0 +1,191 @@
+//! Is what an earlier process has noted still on the secondary? Where that may have been away meanwhile, all of it is
+//! read back and compared with the checksums that were noted; where it was there all the time, a sample, for somebody may
+//! have written to it. What is not there any more is copied again, as long as the origin still holds it.
+//!
+//! Invariants:
+//! - nothing is written, and the origin is not read;
+//! - a segment that was not read back, or was found to be another, is trusted only where the secondary was there all the
+//!   time and no sample of it differs.
+//!
+//! Must not decide who noted what, nor where it is kept.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::checksums::Checksums;
+use super::driver::Driver;
+use super::job::{Progress, ResumePoint};
+use super::origin::{payload, zero_gaps};
+use super::progress::Phase;
+use super::schedule::{Schedule, Work};
+use crate::base::{Error, Result, SegmentIx};
+use crate::io::{Completion, FileIx};
+use crate::secondary::identity::Known;
+use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
+
+/// Segments in a sample, evenly spread over those that were noted.
+const SAMPLE: usize = 64;
+
+struct Confirm<'a, 'd> {
+    driver: &'a mut Driver<'d>,
+    secondary: &'a dyn Secondary,
+    checksums: &'a Checksums,
+    reads: HashMap<u64, (Work, PlacedSegment)>,
+    lost: BTreeSet<SegmentIx>,
+}
+
+/// Takes out of `resumed` what is not on the secondary any more; see the module's head.
+pub(super) fn run(
+    driver: &mut Driver<'_>,
+    schedule: &Schedule,
+    secondary: &mut dyn Secondary,
+    file: FileIx,
+    resumed: &mut ResumePoint,
+    checksums: &Checksums,
+    progress: Option<&mut (dyn Progress + '_)>,
+) -> Result<()> {
+    let is_sampled = secondary.known() == Known::Throughout;
+    // Their checksums are of what was there before any original was laid over it.
+    if is_sampled && resumed.originals_begun && !secondary.appends() {
+        return Ok(());
+    }
+    let mut lost = BTreeSet::new();
+    if is_sampled {
+        lost = read_back(driver, schedule, secondary, file, &sample(&resumed.placed), checksums)?;
+    }
+    if !is_sampled || !lost.is_empty() {
+        lost = read_back(driver, schedule, secondary, file, &resumed.placed, checksums)?;
+    }
+    if lost.is_empty() {
+        return Ok(());
+    }
+    check_can_be_copied_again(schedule, secondary, resumed, &lost)?;
+    driver.note(format!(
+        "{} segments are not on {} any more: they are copied again",
+        lost.len(),
+        secondary.description()
+    ));
+    resumed.placed.retain(|segment| !lost.contains(&segment.ix));
+    // Before anything is written: the place of one that is lost may be given to another.
+    if let Some(progress) = progress {
+        progress.restate(&resumed.placed)?;
+    }
+    for work in lost.iter().filter_map(|ix| schedule.work(*ix)) {
+        secondary.forget(&segment(&work, None));
+    }
+    Ok(())
+}
+
+fn sample(placed: &[PlacedSegment]) -> Vec<PlacedSegment> {
+    let mut sorted = placed.to_vec();
+    sorted.sort_by_key(|segment| segment.ix);
+    let step = sorted.len().div_ceil(SAMPLE).max(1);
+    let last = sorted.last().copied();
+    let mut sample: Vec<PlacedSegment> = sorted.into_iter().step_by(step).collect();
+    sample.extend(last.filter(|last| sample.last().is_some_and(|taken| taken.ix != last.ix)));
+    sample
+}
+
+fn check_can_be_copied_again(
+    schedule: &Schedule,
+    secondary: &dyn Secondary,
+    resumed: &ResumePoint,
+    lost: &BTreeSet<SegmentIx>,
+) -> Result<()> {
+    let is_released = |ix: &&SegmentIx| {
+        schedule.work(**ix).is_some_and(|work| {
+            work.valid.iter().any(|part| resumed.released.iter().any(|released| released.overlaps(*part)))
+        })
+    };
+    let gone = lost.iter().filter(is_released).count();
+    let why = if gone > 0 {
+        format!("of {gone} of them the origin does not hold any more what it held at the instant")
+    } else if resumed.originals_begun {
+        "originals were being laid over them, so what they have to hold is not known".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::bad_data(format!(
+        "{} segments on {} are not what was written to them, and {why}",
+        lost.len(),
+        secondary.description()
+    ))
+    .next("copy again; a secondary that has lost what it had confirmed to be on its medium is not to be relied on"))
+}
+
+/// Those of `placed` that the secondary does not hold.
+fn read_back(
+    driver: &mut Driver<'_>,
+    schedule: &Schedule,
+    secondary: &dyn Secondary,
+    file: FileIx,
+    placed: &[PlacedSegment],
+    checksums: &Checksums,
+) -> Result<BTreeSet<SegmentIx>> {
+    let listed = placed.iter().filter_map(|segment| Some((schedule.work(segment.ix)?, *segment)));
+    driver.begin_phase(Phase::Verify, Some(listed.clone().map(|(work, _)| work.valid_bytes()).sum()));
+    let (reads, lost) = (HashMap::new(), BTreeSet::new());
+    let mut confirm = Confirm { driver, secondary, checksums, reads, lost };
+    let mut listed = listed.peekable();
+    loop {
+        while listed.peek().is_some()
+            && let Some(mut buffer) = confirm.driver.engine.take_buffer()
+        {
+            let (work, placed) = listed.next().expect("it was seen");
+            zero_gaps(&work, &mut buffer);
+            match secondary.stored(&segment(&work, placed.crc)) {
+                Some(pieces) => {
+                    let token = confirm.driver.read(file, buffer, pieces)?;
+                    confirm.reads.insert(token, (work, placed));
+                }
+                // Zeros, for which nothing is stored.
+                None => confirm.driver.engine.give_buffer(buffer),
+            }
+        }
+        match confirm.driver.next(None)? {
+            Some(completion) => confirm.complete(completion)?,
+            None if listed.peek().is_some() => return Err(confirm.driver.out_of_buffers()),
+            None => break,
+        }
+    }
+    confirm.driver.end_phase();
+    Ok(confirm.lost)
+}
+
+impl Confirm<'_, '_> {
+    fn complete(&mut self, completion: Completion) -> Result<()> {
+        let (work, placed) = self.reads.remove(&completion.token).expect("every token is a read's");
+        completion.result.map_err(|error| error.context("reading the secondary back failed"))?;
+        let buffer = completion.buffer.expect("a read gives its buffer back");
+        let data = payload(&work, &buffer);
+        let found = self.checksums.of(data, is_zero(data));
+        let is_framed_right = self.secondary.check_stored(&segment(&work, placed.crc), &buffer).is_ok();
+        if placed.crc != Some(found) || !is_framed_right {
+            self.lost.insert(work.ix);
+        }
+        self.driver.engine.give_buffer(buffer);
+        self.driver.advance(work.valid_bytes());
+        Ok(())
+    }
+}
+
+fn segment(work: &Work, crc: Option<u32>) -> Segment<'_> {
+    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_is_spread_over_all_and_has_both_ends() {
+        let placed = |ix| PlacedSegment { ix: SegmentIx(ix), frame: None, crc: Some(1), zero: false };
+        for count in [1u64, 2, 63, 64, 65, 1000, 4096] {
+            let all: Vec<PlacedSegment> = (0..count).rev().map(placed).collect();
+            let sample: Vec<u64> = sample(&all).iter().map(|segment| segment.ix.get()).collect();
+            assert!(sample.len() <= SAMPLE + 1, "{count}: {}", sample.len());
+            assert_eq!((sample.first(), sample.last()), (Some(&0), Some(&(count - 1))));
+            assert!(sample.windows(2).all(|pair| pair[0] < pair[1]));
+        }
+        assert!(sample(&[]).is_empty());
+    }
+}
