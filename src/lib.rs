@@ -13,7 +13,7 @@
 //! | L1 | [`extent`] | extent sets and block lists, pure |
 //! | L2 | [`io`] | block reading and writing: traits and engines |
 //! | L2 | [`dm`] | device-mapper: targets, tables, devices, steps with undo |
-//! | L2 | [`topology`] | which block devices there are, on top of what, mounted where |
+//! | L2 | [`topology`] | which block devices there are, on top of what, mounted where; who waits for whom |
 //! | L3 | [`store`] | the COW store: RAM head, tail, growth, exceptions, originals |
 //! | L3 | [`volume`] | what an origin is: resolve, mounts, freeze |
 //! | L3 | [`secondary`] | where a copy goes: raw device, raw file, archive, pipe |

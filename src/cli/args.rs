@@ -125,7 +125,7 @@ pub struct CopyArgs {
     /// [default: overlay; append for -]
     #[arg(long, value_enum)]
     pub originals: Option<OriginalsArg>,
-    /// Directory, new file or block device for the COW store's tail [default: /var/lib/tidemark]
+    /// Directory, new file or block device of this machine for the COW store's tail, not on the origin [default: /var/lib/tidemark]
     #[arg(long, value_name = "PATH|DEVICE", value_hint = ValueHint::AnyPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
     /// Most that the COW store may grow to [default: what the origin can need]

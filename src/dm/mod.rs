@@ -17,7 +17,7 @@ pub mod udev;
 mod wire;
 
 pub use change::{Action, AtBest, Change, Executor, Journal, NoJournal, Step};
-pub use context::{DeviceInfo, Dm, Slot, TargetVersion};
+pub use context::{CONTROL_PATH, DeviceInfo, Dm, Slot, TargetVersion};
 pub use naming::DeviceIdentity;
 pub use owner::Owner;
 pub use status::SnapshotStatus;

@@ -1,5 +1,6 @@
 //! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
 
+pub mod admission;
 mod apart;
 mod archive;
 pub mod attach;

@@ -14,12 +14,13 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::admission::Question;
 use super::copy::plan::order_for;
 use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
 use super::journal::{self, SegmentJournal};
-use super::request::CopyRequest;
+use super::request::{CopyRequest, SecondaryTarget};
 use super::stack::{Adopted, HoldTimes, Skipped, Stack};
 use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::ResumePoint;
@@ -164,6 +165,9 @@ pub fn run(
     let (journal, content) = SegmentJournal::open(&job.segments_path())?;
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
+    if let (SecondaryTarget::Path(path), Some(origin)) = (&plan.request.secondary, plan.origin.number) {
+        Question::of(&dm, origin)?.check_secondary(path)?;
+    }
     let mut request = plan.secondary_request(plan.forbidden_with(stack.number()));
     // As the other process had it: an archive counts what its frames hold by it.
     request.block_list = block_list_of(&plan, &stack);

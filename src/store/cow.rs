@@ -58,10 +58,6 @@ pub struct StoreConfig {
     pub chunk: ChunkSize,
     /// Where the tail is to be.
     pub place: TailPlace,
-    /// Every device beneath [`TailPlace::anchor`], down to the disks.
-    pub tail_devices: Vec<DeviceNumber>,
-    /// The origin and every device above it up to its mounts: the tail must not be on them.
-    pub forbidden: Vec<DeviceNumber>,
     /// Head and tail together at most; None: what the origin can need at most.
     pub size_max: Option<Bytes>,
     /// Size of the RAM head, zero for none; None: from the memory available.
@@ -88,13 +84,12 @@ pub struct StorePlan {
 }
 
 impl StoreConfig {
-    /// Checks the configuration against the system and fixes the sizes. Changes nothing.
+    /// Checks the configuration against the system and fixes the sizes. Changes nothing. Whether the origin may wait for
+    /// what is at its place is not asked here.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] for a tail on the origin, [`ErrorKind::Usage`] for sizes that cannot
-    /// be, [`ErrorKind::NoSpace`] where the tail's place has too little.
+    /// [`ErrorKind::Usage`] for sizes that cannot be, [`ErrorKind::NoSpace`] where the tail's place has too little.
     pub fn plan(&self) -> Result<StorePlan> {
-        self.check_place()?;
         let worst = size::worst_case(self.origin_bytes, self.chunk)?;
         let least = size::smallest(self.chunk);
         let total_max = match self.size_max {
@@ -139,25 +134,6 @@ impl StoreConfig {
             chunk: self.chunk,
             keep: self.keep,
         })
-    }
-
-    /// A write to the origin waits for the store; a store that waits for a write to the origin would
-    /// make both wait for ever.
-    fn check_place(&self) -> Result<()> {
-        let own = match &self.place {
-            TailPlace::Device { number, .. } => Some(*number),
-            _ => None,
-        };
-        let below = self.tail_devices.iter().copied().chain(own);
-        match below.into_iter().find(|device| self.forbidden.contains(device)) {
-            None => Ok(()),
-            Some(device) => Err(Error::refused(format!(
-                "the store at {} would be on the origin itself (device {device})",
-                self.place.path().display()
-            ))
-            .state("nothing was changed; writes to the origin would have waited for themselves")
-            .next("name a directory on another device, or a block device, with --store")),
-        }
     }
 
     fn head_bytes(&self, total_max: Bytes) -> Result<Bytes> {
@@ -302,6 +278,14 @@ impl CowStore {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// The devices that it has: its own, and all that it is made of, also where they are no part of its table yet.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DeviceNumber> {
+        let parts = self.lock();
+        let head = parts.head.iter().map(|head| head.number);
+        head.chain(parts.tails.iter().map(|tail| tail.number)).chain([self.number]).collect()
     }
 
     /// Size of its RAM head; zero where it has none.
@@ -600,8 +584,6 @@ mod tests {
             origin_bytes: Bytes::gib(10),
             chunk: ChunkSize::default(),
             place,
-            tail_devices: Vec::new(),
-            forbidden: Vec::new(),
             size_max: None,
             ram: None,
             keep: false,
@@ -610,18 +592,6 @@ mod tests {
 
     fn device(bytes: Bytes) -> TailPlace {
         TailPlace::Device { path: "/dev/x".into(), number: DeviceNumber { major: 8, minor: 16 }, bytes }
-    }
-
-    #[test]
-    fn a_tail_on_the_origin_is_refused() {
-        let disk = DeviceNumber { major: 8, minor: 0 };
-        let mut on_file = config(TailPlace::Directory(std::env::temp_dir()));
-        on_file.tail_devices = vec![DeviceNumber { major: 253, minor: 1 }, disk];
-        on_file.forbidden = vec![disk];
-        assert_eq!(on_file.plan().unwrap_err().kind(), ErrorKind::Refused);
-        let mut itself = config(device(Bytes::gib(1)));
-        itself.forbidden = vec![DeviceNumber { major: 8, minor: 16 }];
-        assert_eq!(itself.plan().unwrap_err().kind(), ErrorKind::Refused);
     }
 
     #[test]

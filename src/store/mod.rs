@@ -20,7 +20,7 @@
 //! - after a crash nothing is left that the kernel does not drop by itself (a file without a name
 //!   behind an autoclear loop device) or that [`release_leftovers`] does not know.
 //!
-//! Knows nothing of volumes or mounts: `op` says which devices the tail must not be on.
+//! Knows nothing of volumes or mounts: `op` says where the tail must not be.
 
 mod adopt;
 pub mod cow;

@@ -91,6 +91,8 @@ pub struct LoopStatus {
     pub backing_dev: u64,
     /// `st_ino` of the backing file.
     pub backing_inode: u64,
+    /// `st_rdev` of the backing file: of a block device its number, of anything else zero.
+    pub backing_rdev: u64,
     /// Detached by the kernel on the last close.
     pub autoclear: bool,
     /// Reads and writes bypass the page cache of the backing file's filesystem.
@@ -224,6 +226,7 @@ fn status_of(device: &File) -> io::Result<LoopStatus> {
     Ok(LoopStatus {
         backing_dev: info.device,
         backing_inode: info.inode,
+        backing_rdev: info.rdevice,
         autoclear: info.flags & FLAG_AUTOCLEAR != 0,
         direct_io: info.flags & FLAG_DIRECT_IO != 0,
     })

@@ -4,14 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 use crate::base::DeviceNumber;
 
+/// How many have locked memory and not ended it.
+static LOCKS: Mutex<u32> = Mutex::new(0);
+
 /// Keeps every page of this process, present and future, in memory: a page fault served from a
-/// frozen filesystem would never return. A limit that may be raised is.
+/// frozen filesystem would never return. A limit that may be raised is. Calls count.
 ///
 /// # Errors
 /// EPERM or ENOMEM where the limits forbid it.
@@ -20,7 +24,10 @@ pub fn lock_memory() -> io::Result<()> {
         // Not allowed to (CAP_SYS_RESOURCE): then CAP_IPC_LOCK may do, or the limit.
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     }
-    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(io::Error::from)
+    let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
+    *locks += 1;
+    Ok(())
 }
 
 /// A path that leads another process to the very file that we have open, for as long as we have.
@@ -43,12 +50,35 @@ pub fn mapped_from() -> io::Result<Vec<DeviceNumber>> {
     Ok(maps.lines().filter_map(device).collect())
 }
 
-/// Ends [`lock_memory`].
+/// Ends one [`lock_memory`]; where none was successful, does nothing.
 ///
 /// # Errors
 /// The kernel's errno.
 pub fn unlock_memory() -> io::Result<()> {
-    munlockall().map_err(io::Error::from)
+    let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    *locks = locks.saturating_sub(1);
+    if *locks == 0 { munlockall().map_err(io::Error::from) } else { Ok(()) }
+}
+
+/// [`lock_memory`], as long as it lives.
+#[derive(Debug)]
+pub struct LockedMemory(());
+
+impl LockedMemory {
+    /// Locks.
+    ///
+    /// # Errors
+    /// As [`lock_memory`].
+    pub fn lock() -> io::Result<Self> {
+        lock_memory().map(|()| Self(()))
+    }
+}
+
+impl Drop for LockedMemory {
+    fn drop(&mut self) {
+        // Pages that stay where they are do no harm.
+        let _ = unlock_memory();
+    }
 }
 
 /// Closes every descriptor but the three standard ones, at the start of a process that uses no other yet. Best effort

@@ -1,11 +1,17 @@
 //! Which block devices are there, on top of what, and who uses them? Facts only, no judgement.
 //!
+//! Who waits for whom is the one judgement, in [`graph`], which is pure and fed by [`Observer`].
+//!
 //! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
 //! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]); by what it is known
 //! again ([`identity`]). Must not open, let alone write, what it looks at.
 
+pub mod graph;
 pub mod identity;
+mod observe;
 pub mod stats;
+
+pub use observe::Observer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -151,6 +157,12 @@ impl Topology {
     fn numbers_in(&self, directory: &Path) -> Vec<DeviceNumber> {
         let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
         entries.flatten().filter_map(|entry| number_file(&entry.path().join("dev"))).collect()
+    }
+
+    /// Every block device there is.
+    fn all_devices(&self) -> Vec<DeviceNumber> {
+        let Ok(entries) = fs::read_dir(self.root.join("sys/dev/block")) else { return Vec::new() };
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
     }
 
     /// The device's partitions.
@@ -340,6 +352,8 @@ fn number_file(path: &Path) -> Option<DeviceNumber> {
 /// One line of mountinfo, as far as needed (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// The mount's own number, as in fdinfo.
+    pub id: u64,
     /// `st_dev` of its files.
     pub device: DeviceNumber,
     /// Where in the filesystem it begins: "/" unless it is a bind mount of a part.
@@ -350,18 +364,22 @@ pub struct Mount {
     pub kind: String,
     /// What was mounted: a device's path for most.
     pub source: PathBuf,
+    /// The superblock's options, as they stand there, escapes and all.
+    pub options: String,
 }
 
 impl Mount {
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.split(' ');
-        let device = fields.nth(2)?.parse().ok()?;
+        let id = fields.next()?.parse().ok()?;
+        let device = fields.nth(1)?.parse().ok()?;
         let root = unescape(fields.next()?);
         let point = unescape(fields.next()?);
         let mut behind = line.split_once(" - ")?.1.split(' ');
         let kind = behind.next()?.to_owned();
         let source = unescape(behind.next()?);
-        Some(Self { device, root, point, kind, source })
+        let options = behind.next().unwrap_or_default().to_owned();
+        Some(Self { id, device, root, point, kind, source, options })
     }
 }
 

@@ -14,6 +14,7 @@ mod layers;
 pub mod lvm_lock;
 mod mounts;
 mod users;
+pub mod waits;
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -26,7 +27,7 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
-use crate::topology::{Ground, Topology};
+use crate::topology::Topology;
 
 pub use mounts::{Frozen, filesystems_on, open_elsewhere};
 
@@ -360,41 +361,6 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
         }
     }
     Ok(())
-}
-
-/// The devices that the filesystem or device at `path` lies on, down to the disks.
-///
-/// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where that cannot be told, I/O errors of
-/// stat.
-pub fn devices_below_path(path: &Path) -> Result<Vec<DeviceNumber>> {
-    let topology = Topology::default();
-    let meta = fs::metadata(path).io_context(|| format!("looking at {}", path.display()))?;
-    let own = DeviceNumber::from_dev(meta.rdev());
-    let full = fs::canonicalize(path).io_context(|| format!("resolving {}", path.display()))?;
-    let ground = if meta.file_type().is_block_device() {
-        Ground::Devices(vec![own])
-    } else {
-        topology.ground(DeviceNumber::from_dev(meta.dev()), &full)
-    };
-    match ground {
-        Ground::Devices(tops) => Ok(tops.into_iter().flat_map(|top| topology.stack(top)).collect()),
-        Ground::Elsewhere => Ok(Vec::new()),
-        // Not knowing must not pass for "not on the origin": a store there would wait for itself.
-        Ground::Unknown(kind) => Err(Error::refused(format!(
-            "the filesystem of {} is of the kind {kind}, which does not say on which devices it lies: they may \
-             be the origin's",
-            path.display()
-        ))
-        .state("nothing was changed")
-        .next("name a directory on an ordinary filesystem of another device, or a block device, with --store")),
-    }
-}
-
-/// The devices above `device`, itself included: what stops when it is suspended.
-#[must_use]
-pub fn devices_above(device: DeviceNumber) -> Vec<DeviceNumber> {
-    Topology::default().above(device).into_iter().collect()
 }
 
 #[cfg(test)]

@@ -15,6 +15,13 @@ pub fn cases() -> Vec<Case> {
             .tolerate("Buffer I/O error")
             .tolerate("I/O error, dev dm-"),
         case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(1200),
+        case("store_circles")
+            .modules(&["dm-switch", "overlay"])
+            .commands(&["unshare"])
+            .disk_mib(64)
+            .disk_mib(64)
+            .disk_mib(300)
+            .limit_seconds(300),
         // A head of the smallest size that goes without its tail, and an origin that needs more.
         // One process takes over from another: hardly a matter of the kernel.
         base("store_adopt").disk_mib(80).disk_mib(480).memory_mib(1024).limit_seconds(1200),

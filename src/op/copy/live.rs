@@ -18,12 +18,14 @@ use super::plan::{CopyPlan, LivePlan};
 use crate::base::{DeviceNumber, Error, Result};
 use crate::copy::progress::{Event, Observer, Phase};
 use crate::dm::Dm;
+use crate::op::admission::{Admission, Question};
 use crate::op::hooks::Hook;
 use crate::op::job::Job;
+use crate::op::request::SecondaryTarget;
 use crate::op::stack::{InstantContext, Stack, StackRequest};
 use crate::op::watchdog::Standby;
 use crate::store::{CowStore, KeptStore, StoreConfig};
-use crate::sys::process::crash_point;
+use crate::sys::process::{LockedMemory, crash_point};
 
 /// See the module's head.
 pub struct Live {
@@ -33,6 +35,8 @@ pub struct Live {
     stack: Option<Stack>,
     probe: Option<OriginProbe>,
     latency_before: Option<Duration>,
+    /// Where memory may wait for the origin.
+    memory: Option<LockedMemory>,
 }
 
 impl Live {
@@ -60,6 +64,7 @@ impl Live {
             // While the store is made, the origin is watched: how it is before the instant.
             probe: plan.origin.number.and_then(OriginProbe::new),
             latency_before: None,
+            memory: None,
         };
         match this.make(plan, live, observer, interrupt) {
             Ok(()) => Ok(this),
@@ -77,6 +82,7 @@ impl Live {
             stack: Some(stack),
             probe: origin.and_then(OriginProbe::new),
             latency_before: None,
+            memory: None,
         }
     }
 
@@ -87,12 +93,14 @@ impl Live {
         observer: &dyn Observer,
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
+        let admission = self.admit(live, observer, interrupt)?;
         // It gets ready while the store is made.
         let standby = Standby::start();
         let config = StoreConfig { id: self.job.get_mut().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
         let store = Arc::new(CowStore::create(&config)?);
         self.store = Some(Arc::clone(&store));
+        self.check_circles(plan, live, &store)?;
         crash_point("copy.store.after");
         for warning in store.warnings() {
             observer.event(&Event::Warning { text: warning.clone() });
@@ -116,12 +124,52 @@ impl Live {
             Stack::insert(&self.dm, self.job.get_mut(), &request, &standby, &mut at_instant, interrupt)?;
         let times = stack.times();
         self.stack = Some(stack);
+        drop(admission);
         observer.event(&Event::Instant {
             utc_ns: times.instant_utc_ns,
             frozen: times.frozen,
             suspended: times.suspended,
         });
         Ok(())
+    }
+
+    /// Until the stack is in place nobody else may place a store.
+    fn admit(
+        &mut self,
+        live: &LivePlan,
+        observer: &dyn Observer,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Admission> {
+        let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
+        let admission =
+            Admission::enter(&|| note("waiting: another copy is about to take its instant"), interrupt)?;
+        // As things are now, which may not be as they were when the plan was made.
+        self.question(live)?.check_place(&live.config.place)?;
+        if live.memory_waits {
+            note("memory may wait for the origin (swap space): no part of the store is in memory");
+            self.memory = Some(LockedMemory::lock().map_err(|source| {
+                Error::refused("memory may wait for the origin (swap space), and the copy cannot be locked in memory")
+                    .with_source(source)
+                    .state("nothing was frozen or inserted")
+                    .next("take the swap space out of use for the copy (swapoff), or raise the memlock limit (ulimit -l)")
+            })?);
+        }
+        Ok(admission)
+    }
+
+    fn question(&self, live: &LivePlan) -> Result<Question> {
+        Question::of(&self.dm, self.dm.info_of(&live.stack.origin)?.number)
+    }
+
+    /// What was made is asked about by its own devices: paths may have led elsewhere.
+    fn check_circles(&self, plan: &CopyPlan, live: &LivePlan, store: &CowStore) -> Result<()> {
+        let question = self.question(live)?;
+        question.check_store(store)?;
+        question.check_records()?;
+        match &plan.request.secondary {
+            SecondaryTarget::Path(path) => question.check_secondary(path),
+            SecondaryTarget::Pipe => Ok(()),
+        }
     }
 
     /// The store.

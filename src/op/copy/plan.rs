@@ -12,6 +12,7 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{Order, region_size_for, segment_size_for};
 use crate::dm::{Change, Dm, Slot, Table, naming};
+use crate::op::admission::Question;
 use crate::op::privilege::require_root;
 use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
 use crate::op::stack::{self, Planned, StackRequest};
@@ -49,6 +50,8 @@ pub struct LivePlan {
     pub steps: Change,
     /// The origin's own table, as it will be put back.
     pub table: String,
+    /// Swap space may lie on the origin: then no part of the store is in memory, and the copy itself is locked there.
+    pub memory_waits: bool,
     #[serde(skip)]
     pub(super) config: StoreConfig,
     #[serde(skip)]
@@ -147,7 +150,15 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     let number = dm.info_of(name)?.number;
     let table = own_table(&dm, name)?;
     let place = TailPlace::resolve(request.store.tail.as_deref())?;
-    let tail_devices = volume::devices_below_path(&place.anchor())?;
+    let question = Question::of(&dm, number)?;
+    question.check_place(&place)?;
+    let objection = question.objection_to_memory();
+    let memory_waits = objection.is_some();
+    let ram = match (request.store.ram, objection) {
+        (None, Some(_)) => Some(Bytes::ZERO),
+        (Some(wanted), Some(objection)) if wanted > Bytes::ZERO => return Err(objection),
+        (ram, _) => ram,
+    };
     let config = StoreConfig {
         origin_name: name.to_owned(),
         volume: name.to_owned(),
@@ -155,10 +166,8 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         origin_bytes: origin.size,
         chunk: request.chunk,
         place,
-        tail_devices,
-        forbidden: volume::devices_above(number),
         size_max: request.store.size_max,
-        ram: request.store.ram,
+        ram,
         keep: request.store.keep,
     };
     let store = config.plan()?;
@@ -174,7 +183,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         planned: Some(Planned { frozen: origin.frozen.clone(), table: table.clone() }),
     };
     let steps = stack::insertion(&stack, &table, &config.id);
-    Ok(LivePlan { store, steps, table: table.to_string(), config, stack })
+    Ok(LivePlan { store, steps, table: table.to_string(), memory_waits, config, stack })
 }
 
 fn own_table(dm: &Dm, name: &str) -> Result<Table> {
@@ -219,7 +228,10 @@ impl CopyPlan {
             Ok(Some(number)) => topology.check_device(number, path, &self.forbidden)?,
             _ => topology.check_file(parent(path).as_path(), &self.forbidden)?,
         }
-        Ok(())
+        match (&self.live, self.origin.number) {
+            (Some(_), Some(number)) => Question::of(&Dm::open()?, number)?.check_secondary(path),
+            _ => Ok(()),
+        }
     }
 
     /// What would lose what it holds: a secondary that exists, a device given to the store.
@@ -349,6 +361,9 @@ impl fmt::Display for CopyPlan {
             store.chunk,
             if store.keep { ", kept" } else { "" }
         )?;
+        if live.memory_waits {
+            write!(f, "\nmemory      may wait for the origin (swap space): the copy is locked in memory")?;
+        }
         self.fmt_regions(f)?;
         write!(f, "\nimpact      {}", self.request.impact)?;
         write!(f, "\nfrozen      ")?;

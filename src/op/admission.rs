@@ -1,0 +1,214 @@
+//! May this copy's store stand in the way of its origin? The one question about who waits for whom, asked for
+//! everything of a job that could close a circle, and the lock under which the answer holds.
+//!
+//! From the instant on a write to the origin waits for the store. So the store must not wait for the origin, by any
+//! road ([`Waits`]), nor for what cannot be looked through or for another machine. The same is asked of the secondary,
+//! which holds writers up with `--on-full hold`, and of the job's records.
+//!
+//! Two copies that begin at once, each with its store on the other's file system, would each find the other's origin
+//! free. So the host has one lock, held from before the store gets its place until the stack is in place and the
+//! kernel's tables show it. It is on the inode of device-mapper's control device: there is one of it, whatever mount
+//! namespace a process is in.
+//!
+//! Not seen: what others make of their mounts, loop devices, tables and swap space behind the instant.
+
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::job::RUN_DIR;
+use crate::base::clock::Stopwatch;
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::dm::{CONTROL_PATH, Dm};
+use crate::store::{CowStore, TailPlace};
+use crate::topology::graph::{Answer, Node};
+use crate::volume::waits::{Waits, refusal};
+
+/// Longest wait for other copies: each takes seconds, and as long as its freeze budget allows.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Pause between two attempts.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What to do where a store's place is wrong.
+const NAME_ANOTHER: &str = "name a directory on a file system of another device of this machine, or a block device, \
+                            with --store";
+
+/// What to do where memory may wait for the origin.
+const WITHOUT_MEMORY: &str = "take the swap space out of use for the copy (swapoff), or name a block device that is \
+                              no loop device with --store, and leave --store-ram away";
+
+/// No other copy of this host places its store as long as this lives.
+#[derive(Debug)]
+pub struct Admission {
+    _lock: Flock<File>,
+}
+
+impl Admission {
+    /// Waits for its turn; says so with `waiting`, once, where it has to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) after ten minutes; `interrupt`'s; I/O errors.
+    pub fn enter(waiting: &dyn Fn(), interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+        Self::enter_by(Path::new(CONTROL_PATH), waiting, interrupt)
+    }
+
+    fn enter_by(path: &Path, waiting: &dyn Fn(), interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+        let what = || format!("locking {}", path.display());
+        let mut file = File::open(path).io_context(what)?;
+        let watch = Stopwatch::start();
+        let mut has_said = false;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Self { _lock: lock }),
+                Err((back, Errno::EWOULDBLOCK)) => file = back,
+                Err((_, errno)) => return Err(Error::io(what(), errno.into())),
+            }
+            if !has_said {
+                waiting();
+                has_said = true;
+            }
+            interrupt()?;
+            if watch.elapsed() >= PATIENCE {
+                return Err(Error::refused(format!(
+                    "another copy has been about to take its instant for {} minutes",
+                    PATIENCE.as_secs() / 60
+                ))
+                .state("nothing was changed")
+                .next("see which with 'tidemark status'"));
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// Who waits for whom, as far as it concerns the copy of one origin.
+#[derive(Debug)]
+pub struct Question {
+    waits: Waits,
+    origin: DeviceNumber,
+}
+
+impl Question {
+    /// Looks at the machine as it is now.
+    ///
+    /// # Errors
+    /// I/O errors and the kernel's of looking.
+    pub fn of(dm: &Dm, origin: DeviceNumber) -> Result<Self> {
+        Ok(Self { waits: Waits::observe(dm)?, origin })
+    }
+
+    /// Refuses a place for the store's tail that may wait for the origin.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the road; I/O errors.
+    pub fn check_place(&self, place: &TailPlace) -> Result<()> {
+        let what = format!("the store at {}", place.path().display());
+        match place {
+            TailPlace::Device { number, .. } => self.check_store_on(&Node::Device(*number), &what),
+            TailPlace::Directory(_) | TailPlace::NewFile(_) => {
+                self.check_store_on(&self.waits.at(&place.anchor())?, &what)?;
+                // Its file will be shown by a loop device.
+                self.check_memory(&Node::Memory, &what)
+            }
+        }
+    }
+
+    /// What stands against a part of the store in memory; None where nothing does.
+    #[must_use]
+    pub fn objection_to_memory(&self) -> Option<Error> {
+        self.check_memory(&Node::Memory, "a store in memory").err()
+    }
+
+    /// As [`Question::check_place`], of the devices that the store has.
+    ///
+    /// # Errors
+    /// As [`Question::check_place`].
+    pub fn check_store(&self, store: &CowStore) -> Result<()> {
+        let what = format!("the store at {}", store.plan().place.path().display());
+        store.devices().into_iter().try_for_each(|device| self.check_store_on(&Node::Device(device), &what))
+    }
+
+    fn check_store_on(&self, node: &Node, what: &str) -> Result<()> {
+        let answer = self.waits.ask(node, self.origin, &[Node::Memory]);
+        match refusal(&self.waits, what, &answer, false) {
+            Some(error) => Err(error.next(NAME_ANOTHER)),
+            None => self.check_memory(node, what),
+        }
+    }
+
+    /// Where `from` needs memory, which may have to be written to swap space first.
+    fn check_memory(&self, from: &Node, what: &str) -> Result<()> {
+        let answer = self.waits.ask(from, self.origin, &[]);
+        refusal(&self.waits, what, &answer, true).map_or(Ok(()), |error| Err(error.next(WITHOUT_MEMORY)))
+    }
+
+    /// Refuses a secondary that may wait for the origin. `path` need not exist.
+    ///
+    /// # Errors
+    /// As [`Question::check_place`].
+    pub fn check_secondary(&self, path: &Path) -> Result<()> {
+        let node = match std::fs::metadata(path) {
+            Ok(meta) if meta.file_type().is_block_device() => self.waits.at(path)?,
+            _ => self.waits.at(&directory_of(path))?,
+        };
+        let answer = self.waits.ask(&node, self.origin, &[Node::Memory]);
+        match refusal(&self.waits, &format!("the secondary {}", path.display()), &answer, true) {
+            None => Ok(()),
+            Some(error) => Err(error
+                .next("choose a secondary on another disk or file system, or - to send the copy elsewhere")),
+        }
+    }
+
+    /// Refuses records of jobs that wait for the origin.
+    ///
+    /// # Errors
+    /// As [`Question::check_place`].
+    pub fn check_records(&self) -> Result<()> {
+        let answer = self.waits.ask(&self.waits.at(Path::new(RUN_DIR))?, self.origin, &[Node::Memory]);
+        match answer {
+            Answer::Yes(_) => refusal(&self.waits, RUN_DIR, &answer, true)
+                .map_or(Ok(()), |error| Err(error.next("mount a tmpfs on /run, as every distribution does"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::base::ErrorKind;
+
+    #[test]
+    fn one_after_the_other_and_a_signal_ends_the_wait() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let enter = |interrupt: &dyn Fn() -> Result<()>, said: &Cell<u32>| {
+            Admission::enter_by(file.path(), &|| said.set(said.get() + 1), interrupt)
+        };
+        let said = Cell::new(0);
+        let first = enter(&|| Ok(()), &said).unwrap();
+        let asked = Cell::new(0);
+        let interrupt = || {
+            asked.set(asked.get() + 1);
+            if asked.get() < 3 { Ok(()) } else { Err(Error::new(ErrorKind::Interrupted, "a signal")) }
+        };
+        enter(&interrupt, &said).unwrap_err();
+        assert_eq!((said.get(), asked.get()), (1, 3));
+        drop(first);
+        enter(&|| Ok(()), &said).unwrap();
+    }
+}

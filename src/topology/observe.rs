@@ -1,0 +1,530 @@
+//! What does a device, a file system or memory wait for? The observer behind the [`graph`](super::graph).
+//!
+//! | of | is told by |
+//! |---|---|
+//! | a device | `slaves` in sysfs, the disk of a partition; a driver that is known to reach further |
+//! | a loop device | the kernel's own identity of its file (`LOOP_GET_STATUS64`), never the path that it was opened by |
+//! | a file system | its superblock's number where that is a device; btrfs' and bcachefs' devices; logs elsewhere |
+//! | an overlay | its layers, where their paths still lead to what the kernel reports on |
+//! | memory | swap devices and files |
+//!
+//! Mounts are those of every mount namespace that a process is in. What cannot be looked through is
+//! [`Node::Unknown`], with the reason; that includes what we are not allowed to see. A file system of another machine is
+//! [`Node::Network`].
+//!
+//! What a device waits for by its device-mapper table and sysfs does not say (a snapshot's store) is added by whoever
+//! reads tables. Must not open what it looks at, but loop devices, which answer by no other way, and paths without any
+//! access (`O_PATH`).
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+
+use super::graph::Node;
+use super::{Mount, Topology, device_number, number_file, unescape};
+use crate::base::{DeviceNumber, Result, ResultExt as _};
+use crate::sys::loop_device;
+
+/// Mount namespaces looked at, at most.
+const NAMESPACES_MAX: usize = 4096;
+
+/// File systems in memory.
+const IN_MEMORY: [&str; 5] = ["tmpfs", "ramfs", "devtmpfs", "hugetlbfs", "rootfs"];
+
+/// File systems that other machines serve, or share and have to agree to.
+const OF_THE_NETWORK: [&str; 22] = [
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "virtiofs",
+    "ceph",
+    "afs",
+    "coda",
+    "lustre",
+    "orangefs",
+    "pvfs2",
+    "beegfs",
+    "gpfs",
+    "vboxsf",
+    "vmhgfs",
+    "hostfs",
+    "gfs2",
+    "ocfs2",
+    "fuse.sshfs",
+    "fuse.glusterfs",
+];
+
+/// File systems that are all of their one device, and have no further one that they do not name.
+const ON_ONE_DEVICE: [&str; 12] = [
+    "ext2", "ext3", "ext4", "xfs", "vfat", "exfat", "msdos", "ntfs3", "f2fs", "nilfs2", "iso9660", "squashfs",
+];
+
+/// Block devices that another machine serves, by how their names begin.
+const NETWORK_DISKS: [&str; 3] = ["nbd", "rbd", "etherd"];
+
+/// A mount, and where a process that sees it has its root.
+#[derive(Clone, Debug)]
+struct Seen {
+    mount: Mount,
+    root: PathBuf,
+}
+
+/// The machine as it is now: to be asked, and thrown away.
+#[derive(Debug)]
+pub struct Observer {
+    topology: Topology,
+    mounts: Vec<Seen>,
+}
+
+impl Observer {
+    /// Reads the mounts of every namespace.
+    ///
+    /// # Errors
+    /// I/O errors of reading our own.
+    pub fn new(topology: Topology) -> Result<Self> {
+        let proc = topology.root.join("proc");
+        let own = topology.mounts()?;
+        let mut mounts: Vec<Seen> =
+            own.into_iter().map(|mount| Seen { mount, root: topology.root.clone() }).collect();
+        let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
+        let mut known: BTreeSet<PathBuf> = namespace(&proc.join("self")).into_iter().collect();
+        for entry in fs::read_dir(&proc).into_iter().flatten().flatten() {
+            let process = entry.path();
+            let is_process = entry.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok());
+            if !is_process || known.len() >= NAMESPACES_MAX {
+                continue;
+            }
+            if let Some(namespace) = namespace(&process)
+                && !known.contains(&namespace)
+                && let Ok(text) = fs::read_to_string(process.join("mountinfo"))
+            {
+                known.insert(namespace);
+                let root = process.join("root");
+                let seen = text.lines().filter_map(Mount::parse);
+                mounts.extend(seen.map(|mount| Seen { mount, root: root.clone() }));
+            }
+        }
+        Ok(Self { topology, mounts })
+    }
+
+    /// What I/O on `node` waits for directly.
+    #[must_use]
+    pub fn waits_for(&self, node: &Node) -> BTreeSet<Node> {
+        match node {
+            Node::Device(device) => self.of_device(*device),
+            Node::FileSystem(number) => self.of_filesystem(*number),
+            Node::Memory => self.of_memory(),
+            Node::Network(_) | Node::Unknown(_) => BTreeSet::new(),
+        }
+    }
+
+    /// What is at `path`: the block device itself, or the file system of anything else.
+    ///
+    /// # Errors
+    /// I/O errors of looking.
+    pub fn at(&self, path: &Path) -> Result<Node> {
+        let what = || format!("looking at {}", path.display());
+        let (file, meta) = open_path(path).io_context(what)?;
+        if meta.file_type().is_block_device() {
+            return Ok(Node::Device(DeviceNumber::from_dev(meta.rdev())));
+        }
+        Ok(self.filesystem_of(&file, DeviceNumber::from_dev(meta.dev()), path))
+    }
+
+    /// In words.
+    #[must_use]
+    pub fn describe(&self, node: &Node) -> String {
+        match node {
+            Node::Device(device) => self.topology.name(*device),
+            Node::FileSystem(number) => match self.mounted(*number).next() {
+                Some(Seen { mount, .. }) => format!("the {} at {}", mount.kind, mount.point.display()),
+                None => format!("the file system {number}"),
+            },
+            Node::Memory => "memory".to_owned(),
+            Node::Network(what) => format!("another machine ({what})"),
+            Node::Unknown(why) => why.clone(),
+        }
+    }
+
+    /// The file system of an open file. Its mount is told by its number, which no other mount has, wherever it is: a
+    /// subvolume of btrfs shows a number of its own in `st_dev`.
+    fn filesystem_of(&self, file: &File, st_dev: DeviceNumber, path: &Path) -> Node {
+        let mount = mount_id(file).and_then(|id| self.mounts.iter().find(|seen| seen.mount.id == id));
+        match mount {
+            Some(seen) => Node::FileSystem(seen.mount.device),
+            None => self.by_number(st_dev, &path.display().to_string()),
+        }
+    }
+
+    fn by_number(&self, number: DeviceNumber, of: &str) -> Node {
+        if self.mounted(number).next().is_some() || self.topology.node(number).exists() {
+            Node::FileSystem(number)
+        } else {
+            Node::Unknown(format!("a file system that no mount shows ({of})"))
+        }
+    }
+
+    fn mounted(&self, number: DeviceNumber) -> impl Iterator<Item = &Seen> {
+        self.mounts.iter().filter(move |seen| seen.mount.device == number)
+    }
+
+    fn of_device(&self, device: DeviceNumber) -> BTreeSet<Node> {
+        let node = self.topology.node(device);
+        let mut found: BTreeSet<Node> =
+            self.topology.numbers_in(&node.join("slaves")).into_iter().map(Node::Device).collect();
+        if node.join("partition").exists()
+            && let Some(disk) = number_file(&node.join("../dev"))
+        {
+            found.insert(Node::Device(disk));
+        }
+        let link = fs::read_link(&node).unwrap_or_default();
+        let name = link.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let is = |kind: &str| {
+            name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        };
+        if node.join("loop").exists() {
+            // It allocates memory for each request, and may have to wait for it.
+            found.insert(Node::Memory);
+            found.insert(self.of_loop(device));
+        } else if is("zram") {
+            found.insert(Node::Memory);
+            if let Ok(text) = fs::read_to_string(node.join("backing_dev"))
+                && text.trim() != "none"
+            {
+                let path = Path::new(text.trim());
+                found.insert(self.at(path).unwrap_or_else(|_| {
+                    Node::Unknown(format!("the device that {name} writes back to ({})", path.display()))
+                }));
+            }
+        } else if is("ram") {
+            found.insert(Node::Memory);
+        } else if is("ublkb") {
+            found.insert(Node::Unknown(format!("a program that serves {name}")));
+        } else if let Some(kind) = NETWORK_DISKS.iter().find(|kind| name.starts_with(*kind)) {
+            found.insert(Node::Network((*kind).to_owned()));
+        }
+        found
+    }
+
+    fn of_loop(&self, device: DeviceNumber) -> Node {
+        let path = self.topology.name(device);
+        let status = match loop_device::status(Path::new(&path)) {
+            Ok(Some(status)) => status,
+            Ok(None) => return Node::Unknown(format!("{path}, which is being set up")),
+            Err(error) => return Node::Unknown(format!("the file of {path} ({error})")),
+        };
+        if status.backing_rdev != 0 {
+            return Node::Device(DeviceNumber::from_dev(status.backing_rdev));
+        }
+        let number = DeviceNumber::from_dev(status.backing_dev);
+        // The path counts only where it leads to that very file: it tells the mount of a subvolume, whose number is none.
+        let shown =
+            fs::read_to_string(self.topology.node(device).join("loop/backing_file")).unwrap_or_default();
+        let shown = Path::new(shown.trim_end_matches('\n'));
+        if let Ok((file, meta)) = open_path(shown)
+            && (meta.dev(), meta.ino()) == (status.backing_dev, status.backing_inode)
+        {
+            return self.filesystem_of(&file, number, shown);
+        }
+        self.by_number(number, &format!("the file of {path}"))
+    }
+
+    fn of_filesystem(&self, number: DeviceNumber) -> BTreeSet<Node> {
+        let Some(first) = self.mounted(number).next() else {
+            // Unmounted everywhere, and still in use.
+            return BTreeSet::from([Node::Device(number)]);
+        };
+        let mount = &first.mount;
+        let kind = mount.kind.as_str();
+        let on_device = self.topology.node(number).exists().then_some(Node::Device(number));
+        if IN_MEMORY.contains(&kind) {
+            return BTreeSet::from([Node::Memory]);
+        }
+        let mut found: BTreeSet<Node> = on_device.clone().into_iter().collect();
+        if OF_THE_NETWORK.contains(&kind) {
+            found.insert(Node::Network(format!("{kind} {}", mount.source.display())));
+            return found;
+        }
+        if kind == "overlay" {
+            return self.layers(number);
+        }
+        if kind == "btrfs" || kind == "bcachefs" {
+            return self.of_many_devices(mount);
+        }
+        if !ON_ONE_DEVICE.contains(&kind) || on_device.is_none() {
+            let at = mount.point.display();
+            found.insert(Node::Unknown(format!("the {kind} at {at}, which does not say what it lies on")));
+            return found;
+        }
+        for device in options(&mount.options, &["logdev", "rtdev"]) {
+            found.insert(self.at(&device).unwrap_or_else(|_| {
+                Node::Unknown(format!("the device {} of a file system", device.display()))
+            }));
+        }
+        if kind.starts_with("ext") {
+            found.extend(self.journals(number));
+        }
+        found
+    }
+
+    /// Where ext4 has a journal outside, it may be any of those that the kernel has open (`/proc/fs/jbd2/DEVICE`; one
+    /// within is `DEVICE-INODE`).
+    fn journals(&self, number: DeviceNumber) -> Vec<Node> {
+        let Ok(entries) = fs::read_dir(self.topology.root.join("proc/fs/jbd2")) else { return Vec::new() };
+        let names: Vec<String> =
+            entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let kernel_name = |device| self.topology.name(device).trim_start_matches("/dev/").replace('/', "!");
+        let own = format!("{}-", kernel_name(number));
+        let is_within = |name: &String| {
+            name.strip_prefix(&own).is_some_and(|inode| inode.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        if names.iter().any(is_within) {
+            return Vec::new();
+        }
+        let devices = self.topology.all_devices().into_iter();
+        devices.filter(|device| names.contains(&kernel_name(*device))).map(Node::Device).collect()
+    }
+
+    /// btrfs names one of its devices as the mount's source, and sysfs the others; bcachefs names all.
+    fn of_many_devices(&self, mount: &Mount) -> BTreeSet<Node> {
+        let mut found = BTreeSet::new();
+        for source in mount.source.to_string_lossy().split(':') {
+            match device_number(Path::new(source)) {
+                Ok(Some(device)) => {
+                    let beside = self.topology.btrfs_beside(device);
+                    if mount.kind == "btrfs" && beside.is_empty() {
+                        found.insert(Node::Unknown(format!("the devices of the btrfs on {source}")));
+                    }
+                    found.extend(beside.into_iter().chain([device]).map(Node::Device));
+                }
+                _ => {
+                    found.insert(Node::Unknown(format!("the devices of the {} on {source}", mount.kind)));
+                }
+            }
+        }
+        found
+    }
+
+    /// The layers of an overlay. Their paths are as whoever mounted it had them, in a namespace and at a time that
+    /// nobody knows; so they count only where they lead to a file system whose figures the overlay reports as its own,
+    /// and all that they may lead to counts.
+    fn layers(&self, number: DeviceNumber) -> BTreeSet<Node> {
+        let mut found = BTreeSet::new();
+        for Seen { mount, root } in self.mounted(number) {
+            let here = format!("a layer of the overlay at {}", mount.point.display());
+            let top = options(&mount.options, &["upperdir"]);
+            let lower = options(&mount.options, &["lowerdir", "lowerdir+", "datadir+"]);
+            let is_the_top = |path: &Path| {
+                let Some(top) = top.first().or(lower.first()) else { return false };
+                let [told, real] =
+                    [within(root, &mount.point), path.to_owned()].map(|path| statvfs(&path).ok());
+                let figures = |it: nix::sys::statvfs::Statvfs| (it.blocks(), it.fragment_size(), it.files());
+                path != within(root, top) || told.map(figures) == real.map(figures)
+            };
+            for layer in top.iter().chain(&lower).chain(&options(&mount.options, &["workdir"])) {
+                let path = within(root, layer);
+                let node = if layer.is_absolute() && is_the_top(&path) { self.at(&path).ok() } else { None };
+                found.insert(node.unwrap_or_else(|| Node::Unknown(format!("{here} ({})", layer.display()))));
+            }
+        }
+        if found.is_empty() {
+            found.insert(Node::Unknown("an overlay whose layers nobody names".to_owned()));
+        }
+        found
+    }
+
+    fn of_memory(&self) -> BTreeSet<Node> {
+        let unknown = |what: String| BTreeSet::from([Node::Unknown(what)]);
+        match self.topology.swaps() {
+            Err(error) => unknown(format!("swap space ({error})")),
+            Ok(swaps) => {
+                let at = |path: &PathBuf| {
+                    self.at(path)
+                        .unwrap_or_else(|_| Node::Unknown(format!("the swap space {}", path.display())))
+                };
+                swaps.iter().map(at).collect()
+            }
+        }
+    }
+}
+
+fn open_path(path: &Path) -> std::io::Result<(File, fs::Metadata)> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
+    let meta = file.metadata()?;
+    Ok((file, meta))
+}
+
+/// The number of the mount that `file` was opened through.
+fn mount_id(file: &File) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+}
+
+/// `path` as it is for a process whose root is `root`.
+fn within(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// The paths that the options `names` of a mount hold, in the order of `names`.
+fn options(text: &str, names: &[&str]) -> Vec<PathBuf> {
+    let of = |name: &&str| {
+        let values =
+            text.split(',').filter_map(|option| option.split_once('=')).filter(|(key, _)| key == name);
+        values.flat_map(|(_, value)| split_paths(value)).collect::<Vec<_>>()
+    };
+    names.iter().flat_map(of).collect()
+}
+
+/// Splits at colons, but for those behind a backslash, which mountinfo shows as `\134`.
+fn split_paths(value: &str) -> Vec<PathBuf> {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+    let (mut paths, mut current) = (Vec::new(), Vec::new());
+    let text = unescape(value);
+    let mut bytes = text.as_os_str().as_bytes().iter().copied();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'\\' => current.extend(bytes.next()),
+            b':' => paths.push(std::mem::take(&mut current)),
+            _ => current.push(byte),
+        }
+    }
+    paths.push(current);
+    paths.into_iter().filter(|path| !path.is_empty()).map(|path| OsString::from_vec(path).into()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{dev, machine};
+    use super::*;
+
+    /// The made-up machine with more mounts.
+    fn with_mounts(lines: &[&str]) -> (tempfile::TempDir, Observer) {
+        let (keep, topology) = machine();
+        let file = keep.path().join("proc/self/mountinfo");
+        let text = fs::read_to_string(&file).unwrap() + &lines.join("\n");
+        fs::write(file, text).unwrap();
+        let observer = Observer::new(topology).unwrap();
+        (keep, observer)
+    }
+
+    fn of_fs(observer: &Observer, number: DeviceNumber) -> BTreeSet<Node> {
+        observer.waits_for(&Node::FileSystem(number))
+    }
+
+    #[test]
+    fn devices_wait_for_what_they_are_made_of() {
+        let (_keep, observer) = with_mounts(&[]);
+        let of = |device| observer.waits_for(&Node::Device(device));
+        assert_eq!(of(dev(253, 0)), BTreeSet::from([Node::Device(dev(8, 1))]));
+        assert_eq!(of(dev(8, 1)), BTreeSet::from([Node::Device(dev(8, 0))]));
+        assert_eq!(of(dev(8, 0)), BTreeSet::new());
+        assert_eq!(of_fs(&observer, dev(8, 2)), BTreeSet::from([Node::Device(dev(8, 2))]));
+    }
+
+    #[test]
+    fn file_systems_of_other_machines_are_told_and_those_that_hide_are_not_known() {
+        let kinds = [
+            "nfs4",
+            "cifs",
+            "9p",
+            "virtiofs",
+            "ceph",
+            "fuse.sshfs",
+            "zfs",
+            "fuse.mergerfs",
+            "tmpfs",
+            "ecryptfs",
+        ];
+        let lines: Vec<String> = kinds
+            .iter()
+            .enumerate()
+            .map(|(at, kind)| format!("{} 35 0:{at} / /mnt/{at} rw - {kind} server:/x rw", 100 + at))
+            .collect();
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        let (_keep, observer) = with_mounts(&lines);
+        for (at, kind) in kinds.iter().enumerate() {
+            let found = of_fs(&observer, dev(0, u32::try_from(at).unwrap()));
+            let is_right = |node: &Node| match at {
+                0..6 => *node == Node::Network(format!("{kind} server:/x")),
+                8 => *node == Node::Memory,
+                _ => matches!(node, Node::Unknown(_)),
+            };
+            assert!(found.len() == 1 && found.iter().all(is_right), "{kind}: {found:?}");
+        }
+        // Shared with other machines, on a device that is seen.
+        let (_keep, observer) = with_mounts(&["99 35 8:16 / /mnt/c rw - ocfs2 /dev/sdb rw"]);
+        let network = Node::Network("ocfs2 /dev/sdb".to_owned());
+        assert_eq!(of_fs(&observer, dev(8, 16)), BTreeSet::from([Node::Device(dev(8, 16)), network]));
+    }
+
+    #[test]
+    fn an_overlay_waits_for_what_its_layers_lie_on_or_nobody_knows() {
+        let missing =
+            "90 35 0:50 / /mnt/o rw - overlay overlay rw,lowerdir=/no/where,upperdir=/neither,workdir=/w";
+        let relative = "91 35 0:51 / /mnt/o2 rw - overlay overlay rw,lowerdir=l/A:l/B";
+        let (_keep, observer) = with_mounts(&[missing, relative]);
+        for minor in [50, 51] {
+            let found = of_fs(&observer, dev(0, minor));
+            assert!(
+                !found.is_empty() && found.iter().all(|node| matches!(node, Node::Unknown(_))),
+                "{found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn swap_space_is_what_memory_waits_for() {
+        let (keep, observer) = with_mounts(&[]);
+        assert_eq!(observer.waits_for(&Node::Memory), BTreeSet::new());
+        fs::write(keep.path().join("proc/swaps"), "Filename\tType\n/no/where\\040(deleted) file 1 0 -2\n")
+            .unwrap();
+        let found = observer.waits_for(&Node::Memory);
+        assert!(
+            matches!(found.first(), Some(Node::Unknown(what)) if what.contains("/no/where (deleted)")),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn a_log_on_another_device_is_waited_for() {
+        let (keep, observer) =
+            with_mounts(&["99 35 8:16 / /mnt/x rw - xfs /dev/sdb rw,attr2,logdev=/dev/none"]);
+        let found = of_fs(&observer, dev(8, 16));
+        assert!(found.iter().any(|node| matches!(node, Node::Unknown(what) if what.contains("/dev/none"))));
+        // ext4's within, then not.
+        let jbd2 = keep.path().join("proc/fs/jbd2");
+        fs::create_dir_all(jbd2.join("sda2-8")).unwrap();
+        fs::create_dir_all(jbd2.join("sdb")).unwrap();
+        assert_eq!(of_fs(&observer, dev(8, 2)), BTreeSet::from([Node::Device(dev(8, 2))]));
+        fs::remove_dir(jbd2.join("sda2-8")).unwrap();
+        let both = BTreeSet::from([Node::Device(dev(8, 2)), Node::Device(dev(8, 16))]);
+        assert_eq!(of_fs(&observer, dev(8, 2)), both);
+    }
+
+    #[test]
+    fn paths_in_options_are_split_where_the_overlay_splits_them() {
+        let text = "rw,lowerdir=/a\\040b:/c\\134:d::/e,upperdir=/u,lowerdir+=/f";
+        let paths = |names: &[&str]| options(text, names);
+        assert_eq!(paths(&["lowerdir", "lowerdir+"]), ["/a b", "/c:d", "/e", "/f"].map(PathBuf::from));
+        assert_eq!(paths(&["upperdir"]), [PathBuf::from("/u")]);
+    }
+
+    #[test]
+    fn a_path_is_found_by_its_mount() {
+        let observer = Observer::new(Topology::default()).unwrap();
+        let meta = fs::metadata("/proc").unwrap();
+        assert_eq!(
+            observer.at(Path::new("/proc")).unwrap(),
+            Node::FileSystem(DeviceNumber::from_dev(meta.dev()))
+        );
+        assert!(observer.at(Path::new("/no/where")).is_err());
+    }
+}

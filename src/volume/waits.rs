@@ -1,0 +1,191 @@
+//! May this place wait for that origin? The [`graph`] of this machine, with what only
+//! device-mapper's tables say.
+//!
+//! A write through a `snapshot-origin` waits for the store of every snapshot of that device, LVM's as well as ours:
+//! the kernel finds them by the device beneath, and sysfs shows no such edge. Tables that wait to be used count, too.
+//!
+//! Observed at one moment; who changes what it says holds the host's admission lock meanwhile.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use crate::base::{DeviceNumber, Error, Result};
+use crate::dm::{Dm, Slot, Target};
+use crate::topology::graph::{self, Answer, Node};
+use crate::topology::{Observer, Topology};
+
+/// The machine as it is now: to be asked, and thrown away.
+#[derive(Debug)]
+pub struct Waits {
+    observer: Observer,
+    /// What a device waits for beside what sysfs says.
+    stores: BTreeMap<DeviceNumber, BTreeSet<Node>>,
+    /// Nodes asked before.
+    known: RefCell<BTreeMap<Node, BTreeSet<Node>>>,
+}
+
+impl Waits {
+    /// Looks at mounts and tables.
+    ///
+    /// # Errors
+    /// I/O errors of reading mountinfo; the kernel's.
+    pub fn observe(dm: &Dm) -> Result<Self> {
+        let observer = Observer::new(Topology::default())?;
+        Ok(Self { observer, stores: stores(&targets(dm)?), known: RefCell::default() })
+    }
+
+    /// What is at `path`, to be asked about.
+    ///
+    /// # Errors
+    /// I/O errors of looking.
+    pub fn at(&self, path: &Path) -> Result<Node> {
+        self.observer.at(path)
+    }
+
+    /// May `from` wait for `origin`? What is in `past` is not followed.
+    #[must_use]
+    pub fn ask(&self, from: &Node, origin: DeviceNumber, past: &[Node]) -> Answer {
+        let mut waits_for = |node: &Node| {
+            let mut known = self.known.borrow_mut();
+            known.entry(node.clone()).or_insert_with(|| self.waits_for(node)).clone()
+        };
+        graph::may_wait(from, &Node::Device(origin), past, &mut waits_for)
+    }
+
+    fn waits_for(&self, node: &Node) -> BTreeSet<Node> {
+        let mut found = self.observer.waits_for(node);
+        if let Node::Device(device) = node
+            && let Some(stores) = self.stores.get(device)
+        {
+            found.extend(stores.iter().cloned());
+        }
+        found
+    }
+
+    /// A road, in words.
+    #[must_use]
+    pub fn describe(&self, road: &[Node]) -> String {
+        let words: Vec<String> = road.iter().map(|node| self.observer.describe(node)).collect();
+        words.join(" -> ")
+    }
+}
+
+/// Each device with the targets of its tables; None for a table that is not understood.
+type Targets = Vec<(DeviceNumber, Option<Vec<Target>>)>;
+
+fn targets(dm: &Dm) -> Result<Targets> {
+    let mut found = Vec::new();
+    for (name, number) in dm.list()? {
+        let mut targets = Some(Vec::new());
+        for slot in [Slot::Active, Slot::Inactive] {
+            match dm.table(&name, slot) {
+                Ok(table) => {
+                    let lines = table.iter().flat_map(|table| table.lines()).map(|line| line.target.clone());
+                    targets.iter_mut().for_each(|targets| targets.extend(lines.clone()));
+                }
+                // Gone meanwhile, and with it all that it waited for.
+                Err(_) if dm.info(&name)?.is_none_or(|info| info.number != number) => {}
+                Err(_) => targets = None,
+            }
+        }
+        found.push((number, targets));
+    }
+    Ok(found)
+}
+
+fn stores(targets: &Targets) -> BTreeMap<DeviceNumber, BTreeSet<Node>> {
+    let all = || {
+        let lines = targets.iter().filter_map(|(device, lines)| Some((*device, lines.as_ref()?)));
+        lines.flat_map(|(device, lines)| lines.iter().map(move |target| (device, target)))
+    };
+    let snapshots: Vec<(DeviceNumber, DeviceNumber, DeviceNumber)> = all()
+        .filter_map(|(device, target)| snapshot(target).map(|(of, store)| (of, device, store)))
+        .collect();
+    let mut found: BTreeMap<DeviceNumber, BTreeSet<Node>> = BTreeMap::new();
+    for (device, target) in all() {
+        // A snapshot that is merged into its origin writes to that, and takes the part of an origin's target.
+        let of = match target {
+            Target::SnapshotOrigin { device } => Some(*device),
+            Target::Other { kind, .. } if kind == "snapshot-merge" => snapshot(target).map(|(of, _)| of),
+            _ => None,
+        };
+        for (_, snapshot, store) in snapshots.iter().filter(|(on, _, _)| Some(*on) == of) {
+            found.entry(device).or_default().extend([Node::Device(*snapshot), Node::Device(*store)]);
+        }
+    }
+    for (device, _) in targets.iter().filter(|(_, lines)| lines.is_none()) {
+        let why = Node::Unknown(format!("device-mapper device {device}, whose table cannot be read"));
+        found.entry(*device).or_default().insert(why);
+    }
+    found
+}
+
+/// The device that a target is a snapshot of, and its store.
+fn snapshot(target: &Target) -> Option<(DeviceNumber, DeviceNumber)> {
+    match target {
+        Target::Snapshot { origin, cow, .. } => Some((*origin, *cow)),
+        Target::Other { kind, .. } if kind == "snapshot-merge" => match target.devices()[..] {
+            [origin, store, ..] => Some((origin, store)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The refusal of `what`, whose I/O must not wait for the origin; None where the answer is no. `other_machines`: it may wait
+/// for those.
+#[must_use]
+pub fn refusal(waits: &Waits, what: &str, answer: &Answer, other_machines: bool) -> Option<Error> {
+    let (message, road) = match answer {
+        Answer::No => return None,
+        Answer::Network(_) if other_machines => return None,
+        Answer::Yes(road) => (format!("{what} would wait for the origin itself"), road),
+        Answer::Unknown(road) => {
+            (format!("whether {what} would wait for the origin itself cannot be told"), road)
+        }
+        Answer::Network(road) => {
+            (format!("{what} would be on another machine, and the origin would wait for that"), road)
+        }
+    };
+    Some(Error::refused(format!("{message}: {}", waits.describe(road))).state("nothing was changed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn dev(minor: u32) -> DeviceNumber {
+        DeviceNumber { major: 253, minor }
+    }
+
+    fn edges(tables: &[(u32, &str, &str)]) -> BTreeMap<DeviceNumber, BTreeSet<Node>> {
+        let targets = tables
+            .iter()
+            .map(|(minor, kind, text)| (dev(*minor), Some(vec![Target::parse(kind, text)])))
+            .collect();
+        stores(&targets)
+    }
+
+    #[test]
+    fn an_origin_waits_for_the_stores_of_all_its_snapshots() {
+        let device = |minor| Node::Device(dev(minor));
+        let tables = [
+            (0, "linear", "253:2 0"),
+            (2, "snapshot-origin", "253:1"),
+            (3, "snapshot", "253:1 253:4 P 8"),
+            (5, "snapshot", "253:1 253:6 PO 8"),
+            (7, "snapshot", "253:9 253:8 P 8"),
+        ];
+        let expected = BTreeSet::from([3, 4, 5, 6].map(device));
+        assert_eq!(edges(&tables), BTreeMap::from([(dev(2), expected)]));
+        let merging = [(2, "snapshot-merge", "253:1 253:4 P 8"), (5, "snapshot", "253:1 253:6 P 8")];
+        assert_eq!(edges(&merging)[&dev(2)], BTreeSet::from([2, 4, 5, 6].map(device)));
+    }
+
+    #[test]
+    fn a_table_that_is_not_understood_may_wait_for_anything() {
+        let found = stores(&vec![(dev(0), None)]);
+        assert!(matches!(found[&dev(0)].first(), Some(Node::Unknown(_))));
+    }
+}

@@ -1,0 +1,152 @@
+# A store that waits for the origin, by whatever road, would stop the origin for good. Each road is refused before
+# anything is changed, with the road and what to do; what looks like one and is none is accepted.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+home=$(disk 0) root=$(disk 1)
+tidemark attach "$home" --name home
+tidemark attach "$root" --name root
+make_filesystem ext4 /dev/mapper/home /mnt/home
+make_filesystem ext4 /dev/mapper/root /mnt/root
+make_filesystem ext4 "$(disk 2)" /mnt/scratch
+head -c 8m /dev/urandom >/mnt/home/file
+head -c 8m /dev/urandom >/mnt/root/file
+sync
+
+# refused PATTERN OPTION...: a copy of home is, and leaves nothing.
+refused() {
+    local pattern=$1 got=0 before
+    shift
+    before=$(dmsetup table | sort; losetup -n -O NAME,BACK-INO | sort)
+    timeout -s KILL 30 tidemark copy home /mnt/scratch/refused.raw --yes --store-ram 0 "$@" >/run/refused 2>&1 || got=$?
+    [ "$got" = 3 ] || { cat /run/refused; fail "exit code $got, expected 3: $*"; }
+    grep -q "$pattern" /run/refused || { cat /run/refused; fail "the refusal does not match '$pattern': $*"; }
+    grep -q 'next:' /run/refused || fail "the refusal does not say what to do instead: $*"
+    note "$(grep -m 1 '^tidemark:' /run/refused)"
+    assert_same "the kernel's state" "$(dmsetup table | sort; losetup -n -O NAME,BACK-INO | sort)" "$before"
+    assert_same "files left" "$(find /mnt/scratch -name '*refused*')" ""
+}
+
+accepted() {
+    tidemark copy home /mnt/scratch/accepted.raw --yes --store-ram 0 --dry-run "$@" >/run/accepted 2>&1 ||
+        { cat /run/accepted; fail "not accepted: $*"; }
+}
+
+image() { truncate -s 40m "$1"; }
+shown() { losetup -f --show "$1"; }
+
+note "the origin's own file system, a loop device on it, and a file system on that"
+mkdir /mnt/home/store
+refused 'the ext4 at /mnt/home' --store /mnt/home/store
+image /mnt/home/image
+loop=$(shown /mnt/home/image)
+refused 'itself' --store "$loop"
+make_filesystem ext4 "$loop" /mnt/above
+refused "$loop -> the ext4 at /mnt/home" --store /mnt/above
+umount /mnt/above
+
+note "its file is deleted"
+rm /mnt/home/image
+refused 'itself' --store "$loop"
+losetup -d "$loop"
+
+note "its file is on an overlay over the origin"
+mkdir /mnt/home/{lower,upper,work} /mnt/overlay
+mount -t overlay -o lowerdir=/mnt/home/lower,upperdir=/mnt/home/upper,workdir=/mnt/home/work overlay /mnt/overlay
+image /mnt/overlay/image
+loop=$(shown /mnt/overlay/image)
+refused 'overlay at /mnt/overlay' --store "$loop"
+refused 'overlay at /mnt/overlay' --store /mnt/overlay
+rm /mnt/overlay/image
+refused 'itself' --store "$loop"
+losetup -d "$loop"
+
+note "the layers' paths lead elsewhere by now"
+mkdir /mnt/hidden
+mkdir /mnt/scratch/hides
+for layer in lower upper work; do mount --bind /mnt/scratch/hides "/mnt/home/$layer"; done
+image /mnt/overlay/image
+loop=$(shown /mnt/overlay/image)
+refused 'cannot be told' --store "$loop"
+losetup -d "$loop"
+umount /mnt/home/{lower,upper,work}
+umount /mnt/overlay
+rmdir /mnt/scratch/hides
+
+note "another mount namespace has it, and nobody here"
+umount /mnt/home
+mkfifo /run/go
+# shellcheck disable=SC2016
+unshare -m sh -c 'mount --make-rprivate / && mount /dev/mapper/home /mnt/hidden &&
+    truncate -s 40m /mnt/hidden/image && losetup -f --show /mnt/hidden/image >/run/loop && read -r _ </run/go' &
+other=$!
+wait_until 10 test -s /run/loop
+loop=$(cat /run/loop)
+refused 'itself' --store "$loop"
+losetup -d "$loop"
+echo >/run/go
+wait "$other"
+mount /dev/mapper/home /mnt/home
+rm -f /mnt/home/image /run/loop
+
+note "another machine, by any name"
+refused 'another machine' --store "$ARTIFACTS"
+
+note "what is no circle"
+mkdir /mnt/scratch/{lower,upper,work}
+mount -t overlay -o lowerdir=/mnt/scratch/lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work overlay /mnt/overlay
+image /mnt/overlay/image
+loop=$(shown /mnt/overlay/image)
+accepted --store "$loop"
+accepted --store /mnt/overlay
+losetup -d "$loop"
+umount /mnt/overlay
+rm -rf /mnt/scratch/{lower,upper,work}
+accepted --store /mnt/scratch
+accepted --store /mnt/root
+image /mnt/root/image
+loop=$(shown /mnt/root/image)
+accepted --store "$loop"
+
+note "a copy of root with its store on home: home's must not be on root then, nor on a loop device over it"
+tidemark copy root /mnt/scratch/root.raw --yes --store /mnt/home --store-ram 0 --rate 1MiB >/run/root.out 2>&1 &
+first=$!
+wait_until 30 is_preserved root
+refused 'root' --store /mnt/root
+refused 'root' --store "$loop"
+losetup -d "$loop"
+note "and no secondary there"
+got=0
+timeout -s KILL 30 tidemark copy home /mnt/root/copy.raw --yes --store /mnt/scratch >/run/secondary 2>&1 || got=$?
+[ "$got" = 3 ] || { cat /run/secondary; fail "exit code $got of a copy whose secondary waits for its origin"; }
+# Both go on writing meanwhile.
+for where in home root; do
+    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/$where/file bs=64k count=32 conv=notrunc,fsync status=none ||
+        fail "$where is held"
+done
+kill -INT "$first"
+wait "$first" || true
+assert_no_tidemark_left home root
+
+note "two at once"
+for turn in 1 2 3; do
+    rm -f /mnt/scratch/*.raw
+    tidemark copy root /mnt/scratch/root.raw --yes --store /mnt/home --store-ram 0 --rate 8MiB >/run/root.out 2>&1 &
+    first=$!
+    tidemark copy home /mnt/scratch/home.raw --yes --store /mnt/root --store-ram 0 --rate 8MiB >/run/home.out 2>&1 &
+    second=$!
+    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/home/file bs=64k count=32 conv=notrunc,fsync status=none || fail "home is held"
+    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/root/file bs=64k count=32 conv=notrunc,fsync status=none || fail "root is held"
+    one=0 two=0
+    wait "$first" || one=$?
+    wait "$second" || two=$?
+    note "turn $turn: root's ended with $one, home's with $two"
+    assert_same "both together" "$((one + two))" 3
+    assert_no_tidemark_left home root
+done
+
+umount /mnt/home /mnt/root
+filesystem_check ext4 /dev/mapper/home
+filesystem_check ext4 /dev/mapper/root
+tidemark detach home
+tidemark detach root
