@@ -30,10 +30,15 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
     match command {
         Command::Attach(args) => {
             let request = resolve::attach(args)?;
+            stop_on_signals(output)?;
             let attached = op::attach::attach(&request.device, &request.name, request.install_unit)?;
             output.report("attach", &attached)
         }
-        Command::Detach(args) => output.report("detach", &op::detach::detach(&resolve::detach(args)?.name)?),
+        Command::Detach(args) => {
+            let request = resolve::detach(args)?;
+            stop_on_signals(output)?;
+            output.report("detach", &op::detach::detach(&request.name)?)
+        }
         Command::Copy(args) => copy(args, output),
         Command::Resume(args) => resume(args, output),
         Command::Restore(args) => restore(args, output),

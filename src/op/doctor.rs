@@ -9,12 +9,15 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{AccessFlags, access};
 use serde::Serialize;
 
-use crate::base::{Bytes, Error, Result};
+use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::dm::Dm;
 use crate::io::engine::EngineConfig;
 use crate::io::open::{EnginePreference, open_engine};
 use crate::store::TailPlace;
 use crate::store::size::{RESERVE_MAX, TAIL_FIRST_MIN};
+use crate::topology::Topology;
+
+use super::memory;
 
 /// The oldest kernel on which every call of ours exists (`LOOP_CONFIGURE`).
 const KERNEL_OLDEST: (u32, u32) = (5, 8);
@@ -125,6 +128,7 @@ impl Host {
             self.memory_head(),
             self.io_uring(),
             self.memlock(),
+            self.memory(),
             directory("run-writable", "/run/tidemark", "the record of what is in progress"),
             directory("state-writable", "/var/lib/tidemark", "attached volumes, and the store by default"),
             store_space(),
@@ -279,6 +283,26 @@ impl Host {
                 "run as root, or raise 'ulimit -l'",
             ),
             None => warn(name, needed_for, "the kernel does not say how much may be locked", "run as root"),
+        }
+    }
+
+    fn memory(&self) -> Check {
+        let (name, needed_for) = ("memory", "the buffers of a copy");
+        let (least, usual) = (memory::least(SegmentSize::default()), memory::USUAL);
+        match memory::left(&Topology::at(&self.root), &self.root) {
+            None => ok(name, needed_for, "no control group limits it"),
+            Some(left) if left >= usual => {
+                ok(name, needed_for, &format!("the control group may have {left} more"))
+            }
+            Some(left) => {
+                let found = format!("the control group may have only {left} more");
+                let remedy = format!("allow it {usual} (memory.max, systemd's MemoryMax=)");
+                if left >= least {
+                    warn(name, needed_for, &found, &remedy)
+                } else {
+                    missing(name, needed_for, &found, &remedy)
+                }
+            }
         }
     }
 

@@ -15,6 +15,9 @@ use crate::topology::Topology;
 /// originals. Measured: 7 MiB for a small origin.
 const BESIDE_BUFFERS: Bytes = Bytes::mib(12);
 
+/// What a live copy takes with as many buffers as it likes to have, rounded up.
+pub const USUAL: Bytes = Bytes::mib(32);
+
 /// Memory for the buffers of a copy with segments of `segment`, at most `bytes_max`.
 ///
 /// # Errors
@@ -26,23 +29,28 @@ pub fn for_buffers(segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
     }
 }
 
+/// The least that a copy takes, with the fewest buffers.
+#[must_use]
+pub fn least(segment: SegmentSize) -> Bytes {
+    let fewest = engine_config(segment, Bytes::ZERO);
+    BESIDE_BUFFERS + fewest.buffer_bytes * u64::from(fewest.buffer_count)
+}
+
 fn share(left: Bytes, segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
-    let least = engine_config(segment, Bytes::ZERO);
-    let least = least.buffer_bytes * u64::from(least.buffer_count);
-    let buffers = left.saturating_sub(BESIDE_BUFFERS);
-    if buffers >= least {
-        return Ok(buffers.min(bytes_max));
+    if left >= least(segment) {
+        return Ok((left - BESIDE_BUFFERS).min(bytes_max));
     }
     Err(Error::refused(format!(
         "the control group may have {left} of memory more, and a copy with segments of {segment} needs {}",
-        BESIDE_BUFFERS + least
+        least(segment)
     ))
     .state("nothing was changed")
     .next("raise its limit (memory.max, systemd's MemoryMax=), or take smaller segments: --segment 64KiB"))
 }
 
-/// None where nothing limits it, or nobody says.
-fn left(topology: &Topology, root: &Path) -> Option<Bytes> {
+/// What the groups of this process may still have; None where nothing limits them, or nobody says.
+#[must_use]
+pub fn left(topology: &Topology, root: &Path) -> Option<Bytes> {
     let own = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mounts = topology.mounts().ok()?;
     let mut least = None;

@@ -20,9 +20,12 @@ static LOCKS: Mutex<u32> = Mutex::new(0);
 /// # Errors
 /// EPERM or ENOMEM where the limits forbid it.
 pub fn lock_memory() -> io::Result<()> {
-    if getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft != RLIM_INFINITY) {
-        // Not allowed to (CAP_SYS_RESOURCE): then CAP_IPC_LOCK may do, or the limit.
-        let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK)
+        && soft != RLIM_INFINITY
+        && setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err()
+    {
+        // Without CAP_SYS_RESOURCE there is what was granted; CAP_IPC_LOCK needs none of it.
+        let _ = setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard);
     }
     let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
     mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
