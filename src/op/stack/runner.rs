@@ -14,6 +14,7 @@ use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
 use crate::op::write_back::write_back;
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
+use crate::sys::process::LockedMemory;
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
@@ -63,6 +64,8 @@ pub(in crate::op) struct Runner<'a> {
     /// Turned on while writers wait.
     expedite: Option<Expedite>,
     files: Vec<(PathBuf, File)>,
+    /// While something is guarded. Others of this process may have locked it for longer.
+    locked: Option<LockedMemory>,
     /// Ends a suspension that takes longer than the budget.
     nudge: Option<Nudge>,
     /// Since when the watchdog's clock runs.
@@ -109,6 +112,7 @@ impl<'a> Runner<'a> {
             watchdog: None,
             expedite: None,
             files: Vec::new(),
+            locked: None,
             nudge: None,
             armed_since: None,
             frozen_since: None,
@@ -157,8 +161,9 @@ impl<'a> Runner<'a> {
             is_expedited: self.expedite.is_some(),
         };
         self.watchdog = Some(self.standby.guard(&order)?);
-        if let Err(error) = process::lock_memory() {
-            self.notes.push(format!("memory cannot be locked during the freeze: {error}"));
+        match LockedMemory::lock() {
+            Ok(locked) => self.locked = Some(locked),
+            Err(error) => self.notes.push(format!("memory cannot be locked during the freeze: {error}")),
         }
         self.nudge =
             Some(Nudge::new().io_context(|| "preparing for a suspension that takes too long".to_owned())?);
@@ -206,7 +211,7 @@ impl<'a> Runner<'a> {
         }
         self.nudge = None;
         let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
-        let _ = process::unlock_memory();
+        self.locked = None;
         // Nothing is held any more.
         if let Some(owner) = self.owner.as_mut().filter(|owner| !owner.is_held()) {
             owner.put_back_settings();
