@@ -15,6 +15,14 @@ pub fn cases() -> Vec<Case> {
             .tolerate("Buffer I/O error")
             .tolerate("I/O error, dev dm-"),
         case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(1200),
+        case("store_swap")
+            .modules(&["dm-switch"])
+            .commands(&["mkswap", "swapon", "python3"])
+            .disk_mib(160)
+            .disk_mib(400)
+            .disk_mib(200)
+            .memory_mib(768)
+            .limit_seconds(400),
         case("store_circles")
             .modules(&["dm-switch", "overlay"])
             .commands(&["unshare"])

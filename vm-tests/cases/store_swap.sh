@@ -1,0 +1,51 @@
+# Swap space on the origin makes memory wait for it: no store in a file, no RAM head, and a copy that goes on under
+# pressure with a store that needs no memory.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+tidemark attach "$(disk 0)" --name data
+make_filesystem ext4 /dev/mapper/data /mnt/data
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+dd if=/dev/zero of=/mnt/data/swap bs=1M count=48 conv=fsync status=none
+chmod 600 /mnt/data/swap
+mkswap -q /mnt/data/swap
+
+# refused PATTERN OPTION...
+refused() {
+    local pattern=$1 got=0
+    shift
+    timeout -s KILL 60 tidemark copy data /mnt/scratch/copy.raw --yes "$@" >/run/refused 2>&1 || got=$?
+    [ "$got" = 3 ] || { cat /run/refused; fail "exit code $got, expected 3: $*"; }
+    grep -q "$pattern" /run/refused || { cat /run/refused; fail "the refusal does not match '$pattern': $*"; }
+    grep -q 'swapoff' /run/refused || fail "the refusal does not say what to do: $*"
+    note "$(grep -m 1 '^tidemark:' /run/refused)"
+}
+
+tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --dry-run | grep -q 'locked in memory' &&
+    fail "memory waits for nothing yet"
+swapon /mnt/data/swap
+refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch
+refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch --store-ram 0
+refused 'memory -> the ext4 at /mnt/data' --store "$(disk 2)" --store-ram 16MiB
+
+note "a block device, no RAM head by default; memory is short, and swapped out to the origin"
+pages() { awk '/^pswpout/ { print $2 }' /proc/vmstat; }
+before=$(pages)
+tidemark copy data /mnt/scratch/copy.raw --yes --store "$(disk 2)" --rate 4MiB >/run/copy 2>&1 &
+copy=$!
+wait_until 60 is_preserved data
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/hog
+echo 32M >/sys/fs/cgroup/hog/memory.max
+timeout -s KILL 120 sh -c 'echo 0 >/sys/fs/cgroup/hog/cgroup.procs; exec python3 -c "
+import os
+hog = [os.urandom(1 << 20) for _ in range(60)]
+assert sum(map(len, hog)) == 60 << 20"' || fail "the pressure on memory ended with $?"
+note "swapped out: $(($(pages) - before)) pages"
+[ "$(pages)" -gt "$before" ] || fail "nothing was swapped out: this proves nothing"
+wait "$copy" || { cat /run/copy; fail "the copy"; }
+grep -q 'memory may wait' /run/copy || { cat /run/copy; fail "the copy does not say why there is no RAM head"; }
+swapoff /mnt/data/swap
+umount /mnt/data
+tidemark detach data
+assert_no_tidemark_left
