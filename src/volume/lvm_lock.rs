@@ -101,7 +101,7 @@ fn try_hold_of(directory: &Path, look: &dyn Fn() -> Result<Option<DeviceInfo>>) 
 
 /// The name of the volume group that a device of lvm2's belongs to. Its own name is `GROUP-VOLUME`, with a hyphen within
 /// either doubled.
-fn volume_group(device: &DeviceInfo) -> Option<String> {
+pub(super) fn volume_group(device: &DeviceInfo) -> Option<String> {
     if !device.uuid.starts_with(LVM_UUID_PREFIX) {
         return None;
     }

@@ -13,6 +13,7 @@ pub mod free;
 mod layers;
 pub mod lvm_lock;
 mod mounts;
+mod shared;
 mod users;
 pub mod waits;
 
@@ -215,6 +216,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
                  resume', or given up by 'tidemark recover'",
             ));
     }
+    shared::refuse_shared(&dm, &info)?;
     let table = dm.table(&name, Slot::Active)?.ok_or_else(|| {
         Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
     })?;

@@ -22,6 +22,9 @@ const NEVER_WRITTEN: [&str; 4] = ["iso9660", "squashfs", "erofs", "udf"];
 /// Filesystem types that keep more than one device, or hide theirs.
 const NEVER_FROZEN: [&str; 3] = ["btrfs", "bcachefs", "zfs"];
 
+/// Filesystem types that other machines write, too: past every table of this one.
+const SHARED: [&str; 3] = ["gfs2", "ocfs2", "gpfs"];
+
 /// The filesystems on an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Frozen {
@@ -137,6 +140,17 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
 /// Filesystems that span devices, or that a freeze does not reach through one of them, have no
 /// instant that a copy of one device could show.
 fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) -> Result<()> {
+    let mut of_device = mounts.iter().filter(|mount| Topology::is_mount_of(mount, device));
+    if let Some(mount) = of_device.find(|mount| SHARED.contains(&mount.kind.as_str())) {
+        return Err(Error::refused(format!(
+            "{} holds a mounted {}, a file system that other machines may write: what they write there does not pass \
+             this one, and no copy would be exact",
+            topology.name(device),
+            mount.kind
+        ))
+        .state("nothing was changed")
+        .next("unmount it on all machines, then copy it"));
+    }
     let mounted = mounts
         .iter()
         .find(|mount| Topology::is_mount_of(mount, device) && NEVER_FROZEN.contains(&mount.kind.as_str()));

@@ -83,6 +83,15 @@ dmsetup remove --noudevsync stacked
 dmsetup remove --noudevsync snapstore
 dmsetup remove --noudevsync snapbase
 
+note "a volume group that other machines share"
+dmsetup create --noudevsync shared-data --uuid LVM-tidetestgroup-data --table "0 16384 linear $small 0"
+dmsetup create --noudevsync shared-lvmlock --uuid LVM-tidetestgroup-lock --table "0 8192 linear $small 16384"
+dmsetup mknodes
+refused 'shared with other machines' tidemark copy /dev/mapper/shared-data /mnt/b/copy.raw --yes --store /mnt/b
+dmsetup remove --noudevsync shared-lvmlock
+tidemark copy /dev/mapper/shared-data /mnt/b/copy.raw --yes --store /mnt/b --dry-run
+dmsetup remove --noudevsync shared-data
+
 note "not root"
 cp "$TIDEMARK" /run/tidemark-as-nobody && chmod 755 /run/tidemark-as-nobody
 refused 'root' setpriv --reuid=65534 --regid=65534 --clear-groups /run/tidemark-as-nobody copy "$origin" /mnt/b/x.raw --yes

@@ -1,0 +1,55 @@
+//! Do other machines use the volume, too? What they write does not pass this machine's tables, so no copy of it would be
+//! exact, nor its own snapshot.
+//!
+//! A volume group that lvmlockd shares between machines is known by what its locks leave in this kernel while it is
+//! started: with sanlock a volume `lvmlock` of the group, with dlm a lock space of its name. Whether other machines have
+//! this very volume active is known to them alone. Not seen: the lock type `idm`, whose locks are in the disks, and a
+//! group that other machines use without any locks.
+
+use std::path::Path;
+
+use super::lvm_lock::volume_group;
+use crate::base::{Error, Result};
+use crate::dm::{DeviceInfo, Dm};
+
+/// The lock spaces of dlm.
+const DLM: &str = "/sys/kernel/dlm";
+
+/// Refuses a volume of a group that is shared.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); the kernel's.
+pub(super) fn refuse_shared(dm: &Dm, device: &DeviceInfo) -> Result<()> {
+    let Some(group) = volume_group(device) else { return Ok(()) };
+    let by = if dm.info(&lock_volume(&group))?.is_some() {
+        "sanlock"
+    } else if Path::new(DLM).join(format!("lvm_{group}")).exists() {
+        "dlm"
+    } else {
+        return Ok(());
+    };
+    Err(Error::refused(format!(
+        "the volume group {group} of {} is shared with other machines (lvmlockd, {by}): what they write to the volume \
+         does not pass this one, and no copy would be exact",
+        device.name
+    ))
+    .state("nothing was changed")
+    .next(
+        "make the group this machine's own for the copy: deactivate it on the others, then 'vgchange --lock-type none'",
+    ))
+}
+
+/// The device-mapper name of the volume that sanlock keeps a group's leases in.
+fn lock_volume(group: &str) -> String {
+    format!("{}-lvmlock", group.replace('-', "--"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_volume_is_named_as_lvm_names_it() {
+        assert_eq!(lock_volume("my-vg"), "my--vg-lvmlock");
+    }
+}
