@@ -25,6 +25,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest time that an aborted copy waits for a stream whose reader has stopped reading.
 const STREAM_DRAIN_MAX: Duration = Duration::from_secs(2);
 
+/// Longest time that an aborted copy waits for the next answer of what it wrote to. The applications do not wait with it.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+
 /// Zero requests in flight at most; they carry no buffer that would bound them.
 pub const ZEROS_IN_FLIGHT_MAX: usize = 64;
 
@@ -181,24 +184,37 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// After an error: waits for what is in flight and forgets it. A stream whose reader has stopped
-    /// is given up after a while; the engine keeps the memory of such a write.
-    pub(super) fn drain(&mut self, stream: bool) {
-        let begin = self.now();
+    /// After an error: waits for what is in flight and forgets it. A stream whose reader has stopped, and a secondary
+    /// of which nothing comes back any more, is given up after a while; the engine keeps the memory of such a write.
+    /// False where something is still in flight.
+    pub(super) fn drain(&mut self, stream: bool) -> bool {
+        let mut heard = self.now();
+        let patience = if stream { STREAM_DRAIN_MAX } else { SILENCE_MAX };
         while self.engine.in_flight() > 0 {
-            if stream && self.now().saturating_sub(begin) >= STREAM_DRAIN_MAX {
-                tracing::warn!("a write to standard output does not end; it is given up");
-                return;
+            if self.now().saturating_sub(heard) >= patience {
+                tracing::warn!(
+                    "what is being written does not end: {} transfers are given up",
+                    self.engine.in_flight()
+                );
+                return false;
             }
             match self.engine.wait_timeout(POLL_INTERVAL) {
-                Ok(Some(Completion { buffer: Some(buffer), .. })) => self.engine.give_buffer(buffer),
-                Ok(_) => {}
+                Ok(Some(completion)) => {
+                    if !stream {
+                        heard = self.now();
+                    }
+                    if let Some(buffer) = completion.buffer {
+                        self.engine.give_buffer(buffer);
+                    }
+                }
+                Ok(None) => {}
                 Err(error) => {
                     tracing::warn!(%error, "the engine failed while it was drained");
-                    return;
+                    return false;
                 }
             }
         }
+        true
     }
 
     /// For the state "work is left, nothing is in flight, nothing pauses": the engine has no buffer.

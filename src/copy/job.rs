@@ -3,7 +3,8 @@
 //! Invariants:
 //! - the store is opened after the last read of the origin has completed ([`copy_and_lay_over`]);
 //! - whatever fails, nothing is in flight afterwards, the secondary is abandoned (no final name), and
-//!   the error says in which state it is left.
+//!   the error says in which state it is left. A secondary that does not answer any more is left as it is, with what is
+//!   in flight to it: the engine must then not be dropped.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -159,6 +160,9 @@ pub struct CopyJob<'a> {
     /// Asked behind the last read, before the archive's end is written and again before the secondary
     /// gets its name: can what was read still be believed? An error abandons the copy.
     pub before_publish: &'a dyn Fn() -> Result<()>,
+    /// Called where the copy fails, at once: before anything in flight is waited for, and before the secondary is given
+    /// up.
+    pub on_failure: &'a dyn Fn(),
 }
 
 fn go_on() -> Result<()> {
@@ -199,6 +203,7 @@ impl<'a> CopyJob<'a> {
             observer: &Silent,
             interrupt: &go_on,
             before_publish: &go_on,
+            on_failure: &|| (),
         })
     }
 }
@@ -253,7 +258,7 @@ pub struct CopyReport {
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a failed verification, whatever the
 /// interrupt and the originals provider answer.
 pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
-    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, .. } = job;
+    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, on_failure, .. } = job;
     let mut driver = Driver::new(engine, observer, interrupt);
     let resumed = job.resumed.unwrap_or_default();
     let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
@@ -274,18 +279,34 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     let outcome =
         plan.and_then(|plan| run_phases(&mut driver, plan, origin, secondary.as_mut(), before_publish));
     outcome.map_err(|error| {
-        driver.drain(secondary.is_stream());
-        match secondary.abandon() {
-            Ok(state) => {
-                let state = match error.state_left() {
-                    Some(known) => format!("{known}; {state}"),
-                    None => state,
-                };
-                error.state(state)
-            }
-            Err(undo) => error.with_failed_undo(undo),
-        }
+        on_failure();
+        let is_drained = driver.drain(secondary.is_stream());
+        give_up(secondary.as_mut(), error, is_drained)
     })
+}
+
+/// Gives up the secondary of a copy that failed with `error`.
+fn give_up(secondary: &mut dyn Secondary, error: Error, is_drained: bool) -> Error {
+    let abandoned = if is_drained || secondary.is_stream() {
+        secondary.abandon()
+    } else {
+        // Whatever is asked of it now may wait as what is in flight does.
+        secondary.leave();
+        Ok(format!(
+            "{} does not answer: what is being written to it may still arrive, and this process ends when it has",
+            secondary.description()
+        ))
+    };
+    match abandoned {
+        Ok(state) => {
+            let state = match error.state_left() {
+                Some(known) => format!("{known}; {state}"),
+                None => state,
+            };
+            error.state(state)
+        }
+        Err(undo) => error.with_failed_undo(undo),
+    }
 }
 
 /// The parts of a job that are plain values, checked, and those who take part in it.

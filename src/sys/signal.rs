@@ -111,6 +111,38 @@ pub fn ignore_all() {
     }
 }
 
+/// The signals that end, as the kernel takes them.
+fn ending_set() -> libc::sigset_t {
+    // SAFETY: sigemptyset makes a valid empty set of the local, and sigaddset adds to it.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in ending() {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        set
+    }
+}
+
+/// From now on this thread is given none of the signals that end; [`is_untaken`] needs that.
+pub fn refuse_in_this_thread() {
+    let set = ending_set();
+    // SAFETY: `set` is a live and valid set; the old mask is not asked for. It fails for an invalid `how` only.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+}
+
+/// True where a signal that ends has arrived and nobody has taken it: the kernel gave it to a thread that is inside a
+/// call which does not return, and gives it to no other. To be asked by a thread that refuses them.
+#[must_use]
+pub fn is_untaken() -> bool {
+    // SAFETY: sigpending writes a set to the live local; sigismember reads it.
+    unsafe {
+        let mut pending: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&raw mut pending) == 0
+            && ending().any(|signal| libc::sigismember(&raw const pending, signal) == 1)
+    }
+}
+
 /// Sets what `signal` does, and answers what it did.
 fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> io::Result<libc::sighandler_t> {
     // SAFETY: `handler` is SIG_IGN or `on_signal`, an extern "C" function that does only async-signal-safe work on

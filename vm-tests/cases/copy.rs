@@ -70,9 +70,20 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// Copies that are killed and gone on with.
-fn resumes() -> [Case; 3] {
+/// Copies that are killed and gone on with, or whose secondary leaves them.
+fn resumes() -> [Case; 4] {
     [
+        main_job("copy_secondary_hangs", "secondary_hangs.sh")
+            .disk_mib(64)
+            .disk_mib(80)
+            .disk_mib(300)
+            .limit_seconds(600)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev usb")
+            .tolerate("I/O error while writing superblock")
+            .tolerate("device dm-")
+            .tolerate("(dm-")
+            .tolerate("blocked for more than"),
         main_job("copy_resume", "resume.sh")
             .commands(&["dumpe2fs", "python3"])
             .disk_mib(96)

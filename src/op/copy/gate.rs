@@ -195,6 +195,15 @@ impl Gate {
         self.shared.lock().report
     }
 
+    /// Stops it from elsewhere: nothing is released any more. Does not wait.
+    pub(super) fn stopper(&self) -> Box<dyn Fn() + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Box::new(move || {
+            shared.lock().stop = true;
+            shared.wake.notify_all();
+        })
+    }
+
     /// Stops and answers what was done. What is pending is not released: the stack is about to go.
     pub fn stop(mut self) -> GateReport {
         self.join();

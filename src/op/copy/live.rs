@@ -8,9 +8,8 @@
 //! At a crash after any of these `recover` finds them by their UUIDs and records. On an error they
 //! are put back here; what cannot be is reported with the error and left to `recover`.
 
-use std::cell::RefCell;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::latency::OriginProbe;
@@ -30,7 +29,7 @@ use crate::sys::process::{LockedMemory, crash_point};
 /// See the module's head.
 pub struct Live {
     dm: Dm,
-    job: RefCell<Job>,
+    job: Arc<Mutex<Job>>,
     store: Option<Arc<CowStore>>,
     stack: Option<Stack>,
     probe: Option<OriginProbe>,
@@ -58,7 +57,7 @@ impl Live {
         };
         let mut this = Self {
             dm,
-            job: RefCell::new(job),
+            job: Arc::new(Mutex::new(job)),
             store: None,
             stack: None,
             // While the store is made, the origin is watched: how it is before the instant.
@@ -77,7 +76,7 @@ impl Live {
     pub fn adopt(dm: Dm, job: Job, store: Arc<CowStore>, stack: Stack, origin: Option<DeviceNumber>) -> Self {
         Self {
             dm,
-            job: RefCell::new(job),
+            job: Arc::new(Mutex::new(job)),
             store: Some(store),
             stack: Some(stack),
             probe: origin.and_then(OriginProbe::new),
@@ -96,7 +95,7 @@ impl Live {
         let admission = self.admit(live, observer, interrupt)?;
         // It gets ready while the store is made.
         let standby = Standby::start();
-        let config = StoreConfig { id: self.job.get_mut().id().to_owned(), ..live.config.clone() };
+        let config = StoreConfig { id: self.job().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
         let store = Arc::new(CowStore::create(&config)?);
         self.store = Some(Arc::clone(&store));
@@ -120,8 +119,9 @@ impl Live {
             }
             .run(interrupt),
         };
-        let stack =
-            Stack::insert(&self.dm, self.job.get_mut(), &request, &standby, &mut at_instant, interrupt)?;
+        let inserted =
+            Stack::insert(&self.dm, &mut self.job(), &request, &standby, &mut at_instant, interrupt);
+        let stack = inserted?;
         let times = stack.times();
         self.stack = Some(stack);
         drop(admission);
@@ -184,7 +184,7 @@ impl Live {
 
     /// Where the copy shows how far it is.
     pub fn progress_path(&self) -> PathBuf {
-        self.job.borrow().progress_path()
+        self.job().progress_path()
     }
 
     /// Sees how the applications on the origin fare; None where the kernel does not tell.
@@ -198,8 +198,19 @@ impl Live {
     }
 
     /// The job.
-    pub fn job(&self) -> &RefCell<Job> {
-        &self.job
+    pub fn job(&self) -> MutexGuard<'_, Job> {
+        // A panic leaves it whole: its record is replaced at once.
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The job, for who looks after the origin beside the copier.
+    pub(super) fn shared_job(&self) -> Arc<Mutex<Job>> {
+        Arc::clone(&self.job)
+    }
+
+    fn into_job(self) -> Job {
+        let job = Arc::try_unwrap(self.job).expect("who shares the job has ended with the copier");
+        job.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Device-mapper, for asking after the snapshot.
@@ -214,13 +225,13 @@ impl Live {
     /// The first failure; what is left is found by `recover`.
     pub fn end(mut self, keep: bool) -> Result<Option<KeptStore>> {
         let kept = self.put_back(keep)?;
-        self.job.into_inner().finish()?;
+        self.into_job().finish()?;
         Ok(kept)
     }
 
     fn put_back(&mut self, keep: bool) -> Result<Option<KeptStore>> {
         if let Some(stack) = self.stack.take() {
-            stack.remove(&self.dm, self.job.get_mut())?;
+            stack.remove(&self.dm, &mut self.job())?;
         }
         crash_point("copy.release.before");
         let kept = match self.store.take().map(Arc::try_unwrap) {
@@ -241,7 +252,7 @@ impl Live {
             // Before anything else: who copies again finds what is left in the way.
             Err(undo) => error.with_failed_undo(undo),
         };
-        let ended: Result<()> = self.job.into_inner().conclude(Err(give_up(error)));
+        let ended: Result<()> = self.into_job().conclude(Err(give_up(error)));
         ended.expect_err("what began as an error stays one")
     }
 }

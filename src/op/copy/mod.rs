@@ -22,6 +22,7 @@ mod latency;
 mod live;
 mod originals;
 pub mod plan;
+mod rescue;
 pub mod run;
 
 pub use live::Live;

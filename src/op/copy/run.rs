@@ -20,6 +20,7 @@ use super::gate::{Gate, GateEvent, GateReport, HoldPolicy};
 use super::live::Live;
 use super::originals::{StoreOriginals, StoreReleases};
 use super::plan::{CopyPlan, LivePlan, is_rotating};
+use super::rescue::Rescue;
 use crate::base::clock::{self, Stopwatch};
 use crate::base::limits::{
     COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX, LIVE_READ_BYTES, LIVE_READ_ROTATING_BYTES,
@@ -320,7 +321,7 @@ fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<
     let request = serde_json::to_string(&plan.request)
         .map_err(|source| Error::bad_data("the request cannot be written down").with_source(source))?;
     let range = |extent: &Extent| (extent.start().get(), extent.end().get());
-    let mut job = live.job().borrow_mut();
+    let mut job = live.job();
     let header = Header {
         job: Uuid::parse_str(job.id())
             .map_err(|source| Error::bad_data("the job's id").with_source(source))?,
@@ -443,7 +444,7 @@ fn copy_below(
         hook_after(plan, observer, &stop);
     }
     let below = match open_below(live).and_then(|below| {
-        live.job().borrow_mut().set_hook_after_done()?;
+        live.job().set_hook_after_done()?;
         Ok(below)
     }) {
         Ok(below) => below,
@@ -464,6 +465,7 @@ fn copy_below(
         observer.event(&Event::Note { text: blind_text(plan) });
     }
     let before_publish = || StoreOriginals::new(live, monitor, gate).check_valid();
+    let on_failure = || beside.rescue.restore();
     let report = copy_with(
         plan,
         below,
@@ -477,7 +479,7 @@ fn copy_below(
             first: live.stack().logs().to_vec(),
         }),
         (secondary, engine),
-        &Watch { observer, interrupt: &stop, before_publish: &before_publish },
+        &Watch { observer, interrupt: &stop, before_publish: &before_publish, on_failure: &on_failure },
     );
     drop((originals, releases));
     let (store, release) = beside.stop(plan, observer);
@@ -506,6 +508,7 @@ pub(in crate::op) fn block_list_of(plan: &CopyPlan, stack: &Stack) -> Vec<Extent
 struct Beside {
     monitor: Arc<Monitor>,
     gate: Gate,
+    rescue: Rescue,
     store_events: Receiver<StoreEvent>,
     gate_events: Receiver<GateEvent>,
 }
@@ -531,7 +534,8 @@ impl Beside {
             // Nobody listening any more means that the copy is over.
             let _ = say.send(event);
         })?;
-        Ok(Self { monitor, gate, store_events, gate_events })
+        let rescue = Rescue::start(live, &gate)?;
+        Ok(Self { monitor, gate, rescue, store_events, gate_events })
     }
 
     fn relay(&self, plan: &CopyPlan, observer: &dyn Observer) {
@@ -543,9 +547,10 @@ impl Beside {
         }
     }
 
-    /// Ends both; the gate first, which asks the monitor.
+    /// Ends all of them; the gate before the monitor, which asks the monitor.
     fn stop(self, plan: &CopyPlan, observer: &dyn Observer) -> (StoreFill, GateReport) {
         self.relay(plan, observer);
+        drop(self.rescue);
         let release = self.gate.stop();
         let fill = match Arc::try_unwrap(self.monitor) {
             Ok(monitor) => monitor.stop(),
@@ -636,7 +641,7 @@ fn copy_cold(
         Ok(origin) => origin,
         Err(error) => return Err(abandon(secondary, error)),
     };
-    let watch = Watch { observer, interrupt, before_publish: &before_publish };
+    let watch = Watch { observer, interrupt, before_publish: &before_publish, on_failure: &|| () };
     let copy = copy_with(plan, origin, None, (secondary, engine), &watch)?;
     Ok(Made { instant, copy, store: None, release: None, skipped: SkippedReport::default(), kept: None })
 }
@@ -646,6 +651,7 @@ struct Watch<'a> {
     observer: &'a dyn Observer,
     interrupt: &'a dyn Fn() -> Result<()>,
     before_publish: &'a dyn Fn() -> Result<()>,
+    on_failure: &'a dyn Fn(),
 }
 
 /// What only a live origin has.
@@ -666,6 +672,7 @@ fn copy_with(
     (secondary, mut engine): (Box<dyn Secondary>, Box<dyn Engine>),
     watch: &Watch<'_>,
 ) -> Result<CopyReport> {
+    let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.segment, secondary)?;
     job.origin_description = plan.origin.path.display().to_string();
     job.region = plan.region;
@@ -675,6 +682,7 @@ fn copy_with(
     job.observer = watch.observer;
     job.interrupt = watch.interrupt;
     job.before_publish = watch.before_publish;
+    job.on_failure = watch.on_failure;
     if let Some(preserved) = preserved {
         job.block_list = preserved.block_list;
         job.first = preserved.first;
@@ -684,5 +692,10 @@ fn copy_with(
         job.resumed = preserved.from;
         job.impact = preserved.impact;
     }
-    copy::run(job)
+    let copied = copy::run(job);
+    if engine.in_flight() > 0 && !is_stream {
+        // The kernel may still read from these buffers: they stay until the process has ended, which waits for that.
+        std::mem::forget(engine);
+    }
+    copied
 }

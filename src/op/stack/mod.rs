@@ -494,12 +494,7 @@ impl Stack {
     /// # Errors
     /// The kernel's.
     pub fn remove(&self, dm: &Dm, job: &mut Job) -> Result<()> {
-        self.put_back(dm, job).map_err(|error| {
-            error
-                .context(format!("putting back the table of {}", self.origin))
-                .state(format!("{} goes on, with the snapshot in place", self.origin))
-                .next("run 'tidemark recover'")
-        })?;
+        self.restore(dm, job)?;
         *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
         let mut change = dismantling(&self.names);
@@ -510,6 +505,19 @@ impl Stack {
         change.run(&mut runner, &mut AtBest::new(job)).map_err(|error| {
             error
                 .state(format!("{} has its own table again; devices of the copy are left", self.origin))
+                .next("run 'tidemark recover'")
+        })
+    }
+
+    /// The origin gets its own table back, and nothing more: the devices beneath stay. Waits for nothing but the origin.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn restore(&self, dm: &Dm, job: &mut Job) -> Result<()> {
+        self.put_back(dm, job).map_err(|error| {
+            error
+                .context(format!("putting back the table of {}", self.origin))
+                .state(format!("{} goes on, with the snapshot in place", self.origin))
                 .next("run 'tidemark recover'")
         })
     }
