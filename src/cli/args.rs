@@ -210,7 +210,7 @@ pub struct ResumeArgs {
 /// Options of commands that destroy something.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Consent {
-    /// Show the plan and change nothing
+    /// Make all checks, show the plan and what it would overwrite, and change nothing
     #[arg(long)]
     pub dry_run: bool,
     /// Replace a file or overwrite a device without asking

@@ -1,26 +1,9 @@
 //! Before something is destroyed: is that what the user wants?
 
-use std::fs;
 use std::io::{self, BufRead, IsTerminal};
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 
 use super::output::talk;
 use crate::base::{Error, ErrorKind, Result, ResultExt};
-
-/// What writing to `target` would destroy, or None where nothing is in the way. A target that cannot
-/// be looked at is left to the operation, which says more about it.
-#[must_use]
-pub fn destroyed_by(target: &Path) -> Option<String> {
-    let metadata = fs::metadata(target).ok()?;
-    if metadata.file_type().is_block_device() {
-        Some(format!("everything on {} is overwritten", target.display()))
-    } else if metadata.is_file() {
-        Some(format!("the file {} is replaced", target.display()))
-    } else {
-        None
-    }
-}
 
 /// True where a question can be put and answered: both ends are a terminal.
 #[must_use]
@@ -48,19 +31,4 @@ pub fn ask(plan: &str, destroys: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Refused, "not confirmed").state("nothing was changed"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_files_and_devices_are_destroyed() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("f");
-        assert_eq!(destroyed_by(&file), None);
-        assert_eq!(destroyed_by(dir.path()), None);
-        fs::write(&file, b"x").unwrap();
-        assert!(destroyed_by(&file).unwrap().contains("replaced"));
-    }
 }

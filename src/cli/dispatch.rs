@@ -125,13 +125,13 @@ fn resume(args: &ResumeArgs, output: Output) -> Result<()> {
 }
 
 fn restore(args: &RestoreArgs, output: Output) -> Result<()> {
-    let mut request = resolve::restore(args)?;
-    let destroys = confirm::destroyed_by(&request.target);
-    request.replace |= destroys.is_some();
-    let plan = op::restore_plan::plan(&request, &interrupt)?;
+    let mut plan = op::restore_plan::plan(&resolve::restore(args)?, &interrupt)?;
+    let destroys = plan.target.overwrites.clone();
     if !agreed(output, "restore", args.consent, destroys.as_deref(), &plan)? {
         return Ok(());
     }
+    // Consent was given for what was seen: what appears from here on is not replaced.
+    plan.request.replace = args.consent.yes || destroys.is_some();
     stop_on_signals(output)?;
     let observer = observer(output);
     let report = op::restore::run(&plan.request, observer.as_ref(), &interrupt)?;

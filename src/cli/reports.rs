@@ -265,11 +265,17 @@ impl Human for RestorePlan {
         lines.add(
             "to",
             match self.target_kind {
-                TargetKind::Device => format!("the device {target}, which is overwritten"),
+                TargetKind::Device => format!("the device {target}"),
                 TargetKind::ExistingFile => format!("the file {target}, which is replaced once complete"),
                 TargetKind::NewFile => format!("a new file {target}"),
             },
         );
+        if let Some(overwrites) = &self.target.overwrites {
+            lines.add("overwrites", overwrites);
+        }
+        for warning in &self.target.warnings {
+            lines.add("warning", warning);
+        }
         lines.finish()
     }
 }

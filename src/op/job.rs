@@ -3,7 +3,9 @@
 //! `/run/tidemark/<id>.lock` is locked (flock) from the job's beginning to the process's end, however
 //! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
 //! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](super::journal) of a
-//! copy's segments and `/run/tidemark/<id>.progress` shows how far it is; both end with the job. Crash argument of a record's replacement:
+//! copy's segments and `/run/tidemark/<id>.progress` shows how far it is; both end with the job.
+//! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. Crash argument of a
+//! record's replacement:
 //! 1. the new record is written under a temporary name and synced;
 //! 2. it is renamed over the old one;
 //! 3. the directory is synced.
@@ -14,6 +16,8 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -28,12 +32,20 @@ use crate::format::state::{
 
 use super::{privilege, progress_file};
 use crate::sys::rcu::{self, Expedite};
+use crate::topology::Topology;
 
 /// Where jobs are.
 pub const RUN_DIR: &str = "/run/tidemark";
 
 /// Most jobs looked at: a bound on a directory that somebody else filled.
 const JOBS_MAX: usize = 4096;
+
+/// How often a job that finds an origin's lock held looks again, and how long it waits in between.
+const ORIGIN_LOOKS: u32 = 10;
+const ORIGIN_LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// What is read of an origin's lock at most.
+const OWNER_TEXT_BYTES_MAX: u64 = 256;
 
 /// The kind of a resource: the kernel's switch that a watchdog turns off, if it can.
 const EXPEDITED: &str = "rcu-expedited";
@@ -46,6 +58,8 @@ const PARTIAL: &str = "partial";
 pub struct Job {
     record: JobRecord,
     directory: PathBuf,
+    /// Of a live copy.
+    origin_lock: Option<OriginLock>,
     /// Held until the process ends or the job is dropped.
     _lock: Flock<File>,
 }
@@ -59,22 +73,50 @@ impl Job {
         Self::begin_in(Path::new(RUN_DIR), command)
     }
 
-    /// Begins a job that has made nothing but the file `partial`, which is to become a command's result, so that
-    /// `recover` removes it if we die. None where there is no such file or no record can be made of it: the command
-    /// can do without (an ordinary user's has none, and none is needed to clean up behind an error).
-    #[must_use]
-    pub fn begin_for_partial(command: &str, partial: Option<&Path>) -> Option<Self> {
-        Self::begin_for_partial_in(Path::new(RUN_DIR), command, partial.filter(|_| privilege::is_root())?)
+    /// Begins the job of a copy of the live origin `number`, which no other job has then.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where one has; I/O errors.
+    pub fn begin_for_origin(command: &str, number: DeviceNumber) -> Result<Self> {
+        Self::begin_for_origin_in(Path::new(RUN_DIR), command, number)
     }
 
-    fn begin_for_partial_in(directory: &Path, command: &str, partial: &Path) -> Option<Self> {
-        match Self::begin_in(directory, command) {
-            Ok(mut job) => {
-                job.note_partial(partial);
+    fn begin_for_origin_in(directory: &Path, command: &str, number: DeviceNumber) -> Result<Self> {
+        let mut job = Self::begin_in(directory, command)?;
+        match OriginLock::take(directory, number, job.id()) {
+            Ok(lock) => {
+                job.origin_lock = Some(lock);
+                Ok(job)
+            }
+            Err(error) => Err(error.after_undo(job.finish())),
+        }
+    }
+
+    /// Begins a job that has made nothing but `partial`, which is to become a command's result (none where the target
+    /// is a device), so that others learn who has it and `recover` removes a file if we die. None where no record can
+    /// be made: the command can do without (an ordinary user's has none, and none is needed to clean up behind an
+    /// error).
+    #[must_use]
+    pub fn begin_for_target(command: &str, partial: Option<&Path>) -> Option<Self> {
+        if privilege::is_root() {
+            Self::begin_for_target_in(Path::new(RUN_DIR), command, partial)
+        } else {
+            None
+        }
+    }
+
+    fn begin_for_target_in(directory: &Path, command: &str, partial: Option<&Path>) -> Option<Self> {
+        match (Self::begin_in(directory, command), partial) {
+            (Ok(mut job), partial) => {
+                partial.into_iter().for_each(|partial| job.note_partial(partial));
                 Some(job)
             }
-            Err(error) => {
+            (Err(error), Some(partial)) => {
                 warn_unrecorded(partial, &error);
+                None
+            }
+            (Err(error), None) => {
+                tracing::debug!(%error, "no record of the job");
                 None
             }
         }
@@ -125,7 +167,7 @@ impl Job {
             resources: Vec::new(),
             copy: None,
         };
-        let job = Self { record, directory: directory.to_owned(), _lock: lock };
+        let job = Self { record, directory: directory.to_owned(), origin_lock: None, _lock: lock };
         match job.save() {
             Ok(()) => Ok(job),
             // What can be found of it would pass for a dead one.
@@ -176,7 +218,10 @@ impl Job {
         };
         let mut record = found.record?;
         record.process = std::process::id();
-        let job = Self { record, directory: directory.to_owned(), _lock: lock };
+        let number = record.origin.as_ref().map(|origin| origin.number);
+        let origin_lock =
+            number.map(|number| OriginLock::take(directory, number, &record.job)).transpose()?;
+        let job = Self { record, directory: directory.to_owned(), origin_lock, _lock: lock };
         job.save()?;
         Ok(job)
     }
@@ -248,7 +293,10 @@ impl Job {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        if let Some(lock) = self.origin_lock.take() {
+            lock.release();
+        }
         remove_job(&self.directory, &self.record.job)
     }
 
@@ -260,6 +308,85 @@ impl Job {
         self.record.change = Some(change_record(change, index, undo));
         self.save()
     }
+}
+
+/// `/run/tidemark/origins/M:m.lock`, locked (flock) for as long as a job has the live origin of that number: whoever
+/// comes second is told by what it says. A killed process leaves the file, which locks nothing.
+#[derive(Debug)]
+struct OriginLock {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl OriginLock {
+    fn take(directory: &Path, number: DeviceNumber, job: &str) -> Result<Self> {
+        let path = origin_lock_path(directory, number);
+        let what = || format!("locking {}", path.display());
+        DirBuilder::new().recursive(true).mode(0o700).create(directory.join("origins")).io_context(what)?;
+        let mut looks_left = ORIGIN_LOOKS;
+        loop {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let file = options.open(&path).io_context(what)?;
+            let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => lock,
+                // Who only looks holds it for a moment.
+                Err((_, Errno::EWOULDBLOCK)) if looks_left > 0 => {
+                    looks_left -= 1;
+                    thread::sleep(ORIGIN_LOOK_PAUSE);
+                    continue;
+                }
+                Err((file, Errno::EWOULDBLOCK)) => return Err(held_origin(&file, number)),
+                Err((_, errno)) => return Err(Error::io(what(), errno.into())),
+            };
+            // Whoever had it may have taken the name away between our open and our lock.
+            let (ours, named) = (lock.metadata().io_context(what)?, fs::metadata(&path));
+            if named.is_ok_and(|named| named.ino() == ours.ino()) {
+                // For people: a full /run is no reason to fail.
+                let _ = lock.set_len(0).and_then(|()| {
+                    (&*lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
+                });
+                return Ok(Self { path, _lock: lock });
+            }
+        }
+    }
+
+    fn release(self) {
+        // A file that stays locks nothing.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn origin_lock_path(directory: &Path, number: DeviceNumber) -> PathBuf {
+    directory.join("origins").join(format!("{number}.lock"))
+}
+
+/// Refuses a live origin that a job has.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the job and its process.
+pub fn refuse_held_origin(number: DeviceNumber) -> Result<()> {
+    refuse_held_origin_in(Path::new(RUN_DIR), number)
+}
+
+fn refuse_held_origin_in(directory: &Path, number: DeviceNumber) -> Result<()> {
+    // Where it cannot be opened there is none, or we may not have the origin anyway.
+    let Ok(file) = File::open(origin_lock_path(directory, number)) else { return Ok(()) };
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((file, Errno::EWOULDBLOCK)) => Err(held_origin(&file, number)),
+        _ => Ok(()),
+    }
+}
+
+fn held_origin(lock: &File, number: DeviceNumber) -> Error {
+    let mut text = String::new();
+    let read = lock.take(OWNER_TEXT_BYTES_MAX).read_to_string(&mut text);
+    let who =
+        if read.is_ok() && !text.is_empty() { text.as_str() } else { "another job, which is beginning" };
+    let shown = Topology::default().name(number);
+    Error::refused(format!("the origin, {shown}, is being copied by {who}"))
+        .state("nothing was changed")
+        .next("wait for the copy in progress ('tidemark status --watch')")
 }
 
 fn warn_unrecorded(partial: &Path, error: &Error) {
@@ -575,10 +702,31 @@ mod tests {
     }
 
     #[test]
+    fn an_origin_has_one_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let number = DeviceNumber { major: 253, minor: 4 };
+        let begin = || Job::begin_for_origin_in(dir.path(), "copy", number);
+        let first = begin().unwrap();
+        for error in [begin().unwrap_err(), refuse_held_origin_in(dir.path(), number).unwrap_err()] {
+            assert_eq!(error.kind(), crate::base::ErrorKind::Refused);
+            let who = format!("job {} (process {})", first.id(), std::process::id());
+            assert!(error.to_string().contains(&who), "{error}");
+        }
+        assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1, "the one refused left nothing");
+        let other = DeviceNumber { minor: 5, ..number };
+        Job::begin_for_origin_in(dir.path(), "copy", other).unwrap().finish().unwrap();
+        // A killed one leaves the file, which locks nothing; an ended one leaves nothing.
+        drop(first);
+        refuse_held_origin_in(dir.path(), number).unwrap();
+        begin().unwrap().finish().unwrap();
+        assert!(!origin_lock_path(dir.path(), number).exists());
+    }
+
+    #[test]
     fn a_dead_job_names_what_it_was_to_complete() {
         let dir = tempfile::tempdir().unwrap();
         let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
-        drop(Job::begin_for_partial_in(dir.path(), "restore", partial).unwrap());
+        drop(Job::begin_for_target_in(dir.path(), "restore", Some(partial)).unwrap());
         let found = find_jobs_in(dir.path()).unwrap();
         assert_eq!(partials(found[0].record.as_ref().unwrap()).collect::<Vec<_>>(), [partial]);
     }
@@ -589,10 +737,10 @@ mod tests {
         let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
         let nowhere = dir.path().join("file");
         fs::write(&nowhere, b"").unwrap();
-        assert!(Job::begin_for_partial_in(&nowhere, "restore", partial).is_none());
-        assert!(Job::begin_for_partial("restore", None).is_none());
+        assert!(Job::begin_for_target_in(&nowhere, "restore", Some(partial)).is_none());
+        assert!(Job::begin_for_target_in(&nowhere, "restore", None).is_none());
         // A record that cannot be removed is no reason to call what is done failed.
-        let job = Job::begin_for_partial_in(dir.path(), "restore", partial).unwrap();
+        let job = Job::begin_for_target_in(dir.path(), "restore", Some(partial)).unwrap();
         let record = record_path(dir.path(), job.id());
         fs::remove_file(&record).unwrap();
         fs::create_dir(&record).unwrap();

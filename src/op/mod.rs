@@ -24,6 +24,7 @@ pub mod restore_plan;
 pub mod resume;
 pub mod stack;
 pub mod status;
+pub mod targets;
 pub mod verify;
 pub mod watchdog;
 pub mod write_back;

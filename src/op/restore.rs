@@ -22,6 +22,7 @@ use serde::Serialize;
 use super::archive::{FrameUser, Input, Io, engine_config_for, with_state};
 use super::job::{Job, conclude};
 use super::request::{ArchiveSource, RestoreRequest};
+use super::targets::naming_job;
 use crate::base::{Bytes, DeviceNumber, Error, Extent, Result, ResultExt as _, SegmentIx};
 use crate::copy::progress::{Event, Observer, Phase};
 use crate::format::archive::{FrameFacts, FrameKind, Layout, MapEntry, Superblock, Totals};
@@ -94,8 +95,9 @@ pub(super) fn restore(
         replace: request.replace,
         forbidden: forbidden(&request.archive, &request.target)?,
     };
-    let target = RawTarget::open(&request.target, &raw)?;
-    let job = Job::begin_for_partial("restore", target.partial_path());
+    let target =
+        RawTarget::open(&request.target, &raw).map_err(|error| naming_job(error, &request.target))?;
+    let job = Job::begin_for_target("restore", target.partial_path());
     conclude(job, restore_to(target, input, superblock, observer, interrupt))
 }
 
@@ -133,7 +135,7 @@ fn restore_to(
 }
 
 /// The archive must survive its own restore: what it lies on is no target, and neither is the archive.
-fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
+pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
     let ArchiveSource::Path(path) = archive else { return Ok(Vec::new()) };
     let found = std::fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
     if let Ok(other) = std::fs::metadata(target)

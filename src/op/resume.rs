@@ -22,6 +22,7 @@ use super::job::{FoundJob, Job, find_jobs};
 use super::journal::{self, SegmentJournal};
 use super::request::{CopyRequest, SecondaryTarget};
 use super::stack::{Adopted, HoldTimes, Skipped, Stack};
+use super::targets::TargetFacts;
 use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::ResumePoint;
 use crate::copy::progress::Observer;
@@ -146,6 +147,7 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
         region: Bytes(copy.region_bytes),
         live: None,
         forbidden: vec![number],
+        target: TargetFacts::default(),
     })
 }
 

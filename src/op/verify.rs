@@ -32,6 +32,7 @@ use crate::io::{Buffer, Completion};
 use crate::secondary::PAYLOAD_OFFSET;
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::sys::aligned::AlignedBuffer;
+use crate::volume;
 
 /// Runs of differing sectors that are remembered: some 40 MiB.
 pub const DIFFERENCE_RUNS_MAX: usize = 1 << 20;
@@ -70,8 +71,9 @@ pub fn run(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<VerifyReport> {
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
+    let against = request.against.as_deref().map(volume::find).transpose()?;
     let input = Input::open(&request.archive, interrupt)?;
-    verify(&input, request.against.as_deref(), observer, interrupt)
+    verify(&input, against.as_deref(), observer, interrupt)
 }
 
 /// Verifies what `input` holds.

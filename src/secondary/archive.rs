@@ -92,6 +92,16 @@ impl Archive {
         }
     }
 
+    /// The refusals of [`Archive::open`], without making anything; standard output is looked at when it is opened.
+    ///
+    /// # Errors
+    /// As [`Archive::open`].
+    pub fn check(request: &SecondaryRequest) -> Result<()> {
+        let Target::Path(path) = &request.target else { return Ok(()) };
+        check_place(path, request)?;
+        PartialFile::check(path, request.replace)
+    }
+
     /// Writes to an open stream: standard output, or a pipe of the caller's.
     #[must_use]
     pub fn over_stream(stream: File, description: &str, request: &SecondaryRequest) -> Self {
@@ -307,14 +317,18 @@ impl Archive {
 }
 
 fn open_file(path: &Path, request: &SecondaryRequest) -> Result<PartialFile> {
+    check_place(path, request)?;
+    PartialFile::create(path, request.replace)
+}
+
+fn check_place(path: &Path, request: &SecondaryRequest) -> Result<()> {
     let found = std::fs::metadata(path);
     if found.is_ok_and(|metadata| metadata.file_type().is_block_device()) {
         return Err(Error::refused(format!("{} is a block device; an archive is a file", path.display()))
             .state("it was not touched")
             .next("use --format raw for a device, or name a file for the archive"));
     }
-    Topology::default().check_file(directory_of(path), &request.forbidden)?;
-    PartialFile::create(path, request.replace)
+    Topology::default().check_file(directory_of(path), &request.forbidden)
 }
 
 /// True for what a mixture of two frames of the same number can show.

@@ -1,21 +1,24 @@
 //! May these bytes be written there? The refusals that keep a copy from changing its own origin, its
 //! store, or something else that is in use.
 //!
-//! The exclusive open is the last word on "in use"; the checks here come first because they can say
-//! by whom. Must not open, let alone write, what it judges.
+//! The exclusive open of a device is the last word on mounts and holders; the checks here come first because
+//! they can say by whom, and they find what an exclusive open does not: processes that write, loop devices. For a
+//! file there is a last word too: the kernel grants no read lease on one that anybody has open for writing.
+//! Must not write what it judges, and opens it for reading at most.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
+use crate::sys::block::is_open_for_writing;
 use crate::topology::{Ground, Topology, device_number};
 
 impl Topology {
-    /// Refuses a device that is mounted, swapped to, held by another device, read-only, or part of
-    /// the stack of one of the `forbidden` ones.
+    /// Refuses a device that is mounted, swapped to, held by another device, written by a process, shown by a
+    /// loop device, read-only, or part of the stack of one of the `forbidden` ones.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] with the reason and what to do.
@@ -28,8 +31,9 @@ impl Topology {
         if self.is_read_only(device) {
             return Err(Error::refused(format!("{shown} is read-only"))
                 .state("it was not touched")
-                .next("make it writable (blockdev --setrw) or choose another secondary"));
+                .next("make it writable (blockdev --setrw) or name another device"));
         }
+        parts.extend(self.same_bytes(device));
         self.check_not_mounted(&parts, path)?;
         self.check_not_swap(&parts, path)?;
         for &part in &parts {
@@ -40,10 +44,44 @@ impl Topology {
                     self.name(part)
                 ))
                 .state("it was not touched")
-                .next("take it out of use first (lsblk shows by what), or choose another secondary"));
+                .next("take it out of use first (lsblk shows by what), or name another device"));
             }
         }
-        Ok(())
+        self.check_unused(path)
+    }
+
+    /// Refuses a device or file that a process writes, a loop device shows or the kernel swaps to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] with who it is and what to do.
+    pub fn check_unused(&self, path: &Path) -> Result<()> {
+        match self.user_of(path)? {
+            None => Ok(()),
+            Some(user) => Err(Error::refused(format!("{} is {user}", path.display()))
+                .with_source(io::Error::from_raw_os_error(libc::EBUSY))
+                .state("it was not touched")
+                .next(format!("{}, or name another target", user.remedy()))),
+        }
+    }
+
+    /// Refuses to have a file replaced that somebody still writes: what they write would be lost when they close it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] with who it is, as far as that can be told.
+    pub fn check_replaceable(&self, file: &Path) -> Result<()> {
+        self.check_unused(file)?;
+        // Whoever cannot be seen from here, the kernel's own users among them. One that cannot be opened can
+        // still be replaced, and nobody else can be asked about it.
+        let opened =
+            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(file);
+        match opened {
+            Ok(open) if is_open_for_writing(&open) => {
+                Err(Error::refused(format!("{} is open for writing", file.display()))
+                    .state("it was not touched")
+                    .next("stop what writes it (fuser shows it), or name another target"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a file whose filesystem lies on one of the `forbidden` devices; `directory` is where
@@ -142,7 +180,7 @@ impl Topology {
             Some(mount) => {
                 Err(Error::refused(format!("{} is mounted (at {})", path.display(), mount.point.display()))
                     .state("it was not touched")
-                    .next(format!("umount {} first, or choose another secondary", mount.point.display())))
+                    .next(format!("umount {} first, or name another device", mount.point.display())))
             }
         }
     }
@@ -154,7 +192,7 @@ impl Topology {
             {
                 return Err(Error::refused(format!("{} is swap space", path.display()))
                     .state("it was not touched")
-                    .next(format!("swapoff {} first, or choose another secondary", swap.display())));
+                    .next(format!("swapoff {} first, or name another device", swap.display())));
             }
         }
         Ok(())

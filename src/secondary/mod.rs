@@ -326,6 +326,18 @@ pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
     }
 }
 
+/// The refusals of [`open`], as far as they can be told without making or touching anything: for a plan.
+///
+/// # Errors
+/// As [`open`].
+pub fn check(request: &SecondaryRequest) -> Result<()> {
+    match (&request.target, request.form) {
+        (Target::Path(path), Form::Raw) => raw::RawTarget::check(path, &raw::RawRequest::from(request)),
+        (_, Form::Archive) => archive::Archive::check(request),
+        (Target::Pipe, Form::Raw) => Ok(()),
+    }
+}
+
 /// Opens the secondary of a copy that was killed, to go on with it: what is on it stays. The same checks
 /// as for [`open`], of which `request` is the same again. After an error a partial file is still there.
 ///

@@ -8,11 +8,13 @@
 //! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
 //!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]);
 //! - it is locked (flock) for as long as any write to it may come: a killed process's writes that are still on
-//!   their way hold the file open, and the lock with it. Who goes on waits for their end.
+//!   their way hold the file open, and the lock with it. Who goes on waits for their end;
+//! - there is one locked partial file for a target at most: a second command to it is refused;
+//! - a file that somebody writes is not replaced, neither at the beginning nor at the end.
 //!
 //! Must not look at the bytes, and never writes to or removes a file that was not made here.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -21,10 +23,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::unistd::AccessFlags;
 
 use super::identity::{Known, identify, recognize};
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::format::state::TargetRecord;
+use crate::topology::Topology;
 
 /// A file under construction; see the module's head.
 #[derive(Debug)]
@@ -85,6 +89,9 @@ impl PartialFile {
     /// a regular file; [`ErrorKind::Usage`] where it names no file; I/O errors otherwise.
     pub fn create(target: &Path, replace: bool) -> Result<Self> {
         let (target, directory, name) = look_at_target(target, replace)?;
+        // Two that begin at once: one after the other, so that the second finds the first.
+        let _turn = Turn::take(&directory)?;
+        refuse_others(&target, &directory, &name, None)?;
         let id = &uuid::Uuid::new_v4().simple().to_string()[..ID_LENGTH];
         let mut partial_name = OsString::from(".");
         partial_name.push(name);
@@ -97,6 +104,21 @@ impl PartialFile {
         })?;
         let known = Known::Throughout;
         Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
+    }
+
+    /// The refusals of [`PartialFile::create`], without making anything.
+    ///
+    /// # Errors
+    /// As [`PartialFile::create`].
+    pub fn check(target: &Path, replace: bool) -> Result<()> {
+        let (target, directory, name) = look_at_target(target, replace)?;
+        refuse_others(&target, &directory, &name, None)?;
+        nix::unistd::eaccess(&directory, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|errno| {
+            Error::io(format!("create a file in {}", directory.display()), errno.into())
+                .with_kind(ErrorKind::Refused)
+                .state("nothing was changed")
+                .next("name a directory that can be written")
+        })
     }
 
     /// Opens the partial file that a killed process has left beside `target`, as it is. After an error
@@ -151,6 +173,7 @@ impl PartialFile {
         let identity = identify(&file, &partial)?;
         let known = recognize(noted, &identity, &partial)?;
         lock(&file, &partial, &Patience::new())?;
+        refuse_others(&target, &directory, &name, Some(&partial))?;
         Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
     }
 
@@ -211,6 +234,8 @@ impl PartialFile {
     pub fn publish(&mut self) -> Result<()> {
         self.file.sync_all().io_context(|| format!("sync {}", self.partial.display()))?;
         if self.replace {
+            // It may have been taken into use while the copy ran.
+            Topology::default().check_replaceable(&self.target)?;
             fs::rename(&self.partial, &self.target)
                 .io_context(|| format!("rename {} to {}", self.partial.display(), self.target.display()))?;
         } else {
@@ -298,6 +323,13 @@ fn partial_of(path: &Path) -> Option<&[u8]> {
     (is_id && !name.is_empty()).then_some(name)
 }
 
+/// True where `partial` is named as a partial file of `target`.
+#[must_use]
+pub fn is_partial_of(partial: &Path, target: &Path) -> bool {
+    let name = target.file_name().map(OsStr::as_bytes);
+    partial.parent() == target.parent() && name.is_some() && partial_of(partial) == name
+}
+
 /// A file as we make them: regular, our user's, with one name.
 fn is_ours(found: &fs::Metadata) -> bool {
     found.is_file() && found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() == 1
@@ -360,7 +392,7 @@ fn look_at_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsS
                 .next("name a file that does not exist yet, a block device, or - for standard output"));
         }
         Ok(_) if !replace => return Err(exists(&target)),
-        Ok(_) => {}
+        Ok(_) => Topology::default().check_replaceable(&target)?,
     }
     let (Some(directory), Some(name)) = (target.parent(), target.file_name()) else {
         return Err(Error::usage(format!("{} does not name a file", target.display())));
@@ -369,8 +401,11 @@ fn look_at_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsS
     Ok((target, directory, name))
 }
 
-/// Follows a symbolic link at the end of `target`, so that the file it names is the one replaced.
-fn resolve(target: &Path) -> Result<PathBuf> {
+/// The full path of `target`, through a symbolic link at its end: the file that it names is the one replaced.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] where it names no file, [`ErrorKind::Refused`] where its directory is not there; I/O errors.
+pub fn resolve(target: &Path) -> Result<PathBuf> {
     if target.as_os_str().as_bytes().is_empty() {
         return Err(Error::usage("an empty name does not name a file"));
     }
@@ -392,6 +427,44 @@ fn resolve(target: &Path) -> Result<PathBuf> {
             .next("create the directory first")
     })?;
     Ok(parent.join(name))
+}
+
+/// A lock of the target's directory: makers of partial files beside one target take turns.
+struct Turn {
+    _directory: Option<File>,
+}
+
+impl Turn {
+    fn take(directory: &Path) -> Result<Self> {
+        // Who may not read it, or has a filesystem without such locks, goes without: see [`lock`].
+        let Ok(file) = File::open(directory) else { return Ok(Self { _directory: None }) };
+        lock(&file, directory, &Patience::new())?;
+        Ok(Self { _directory: Some(file) })
+    }
+}
+
+/// Refuses a target to which a living process makes another partial file than `own`: whoever ended last would
+/// replace the other's result. One that nobody holds was left by a killed process.
+fn refuse_others(target: &Path, directory: &Path, name: &OsStr, own: Option<&Path>) -> Result<()> {
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if partial_of(&path) != Some(name.as_bytes()) || own == Some(&path) {
+            continue;
+        }
+        let flags = libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path) else { continue };
+        if !matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            continue;
+        }
+        let who = Topology::default().user_of(&path)?.map_or_else(
+            || format!("another process has {} open", path.display()),
+            |user| format!("its partial file is {user}"),
+        );
+        return Err(Error::refused(format!("{} is being written already: {who}", target.display()))
+            .state("it was not touched")
+            .next("wait for it ('tidemark status' shows jobs), or name another target"));
+    }
+    Ok(())
 }
 
 /// Locks the file for as long as it is open anywhere through this handle or a duplicate of it.

@@ -131,42 +131,31 @@ impl RawTarget {
         Ok(target)
     }
 
+    /// The refusals of [`RawTarget::open`], without making or touching anything.
+    ///
+    /// # Errors
+    /// As [`RawTarget::open`].
+    pub fn check(path: &Path, request: &RawRequest) -> Result<()> {
+        if is_block_device(path)? {
+            check_device(path, request)?;
+            // Opened for writing it would be scanned again by udev when it is closed.
+            open_exclusively(path, OpenOptions::new().read(true), request.size).map(drop)
+        } else {
+            Topology::default().check_file(directory_of(path), &request.forbidden)?;
+            PartialFile::check(path, request.replace)
+        }
+    }
+
     fn open_device(path: &Path, request: &RawRequest) -> Result<Self> {
-        let shown = path.display();
+        let device = check_device(path, request)?;
+        let file = open_exclusively(path, OpenOptions::new().read(true).write(true), request.size)?;
         let topology = Topology::default();
-        let device = topology::device_number(path)?
-            .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
-        topology.check_device(device, path, &request.forbidden)?;
-        if !request.replace {
-            return Err(Error::refused(format!("everything on {shown} would be overwritten"))
-                .state("it was not touched")
-                .next("give --yes if that is what you want"));
-        }
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_DIRECT | libc::O_EXCL | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
-                    .with_source(error)
-                    .state("it was not touched")
-                    .next("find out by what (lsblk, fuser), or choose another secondary"),
-                _ => Error::io(format!("open {shown}"), error),
-            })?;
-        let size = file.seek(SeekFrom::End(0)).io_context(|| format!("find the size of {shown}"))?;
-        if Bytes(size) < request.size {
-            return Err(Error::refused(format!(
-                "{shown} is too small: {size} bytes, the origin has {}",
-                request.size.get()
-            ))
-            .state("it was not touched")
-            .next("choose a secondary at least as large as the origin"));
-        }
+        // Once more: who came between the look and the exclusive open is not kept away by it.
+        topology.check_unused(path)?;
         let identity = identify(&file, path)?;
         Ok(Self {
             kind: Kind::Device { file, identity },
-            description: shown.to_string(),
+            description: path.display().to_string(),
             size: request.size,
             block: Bytes(topology.logical_block_bytes(device)),
             written: false,
@@ -266,6 +255,43 @@ impl RawTarget {
         };
         extents.iter().map(piece).collect()
     }
+}
+
+fn check_device(path: &Path, request: &RawRequest) -> Result<DeviceNumber> {
+    let shown = path.display();
+    let device = topology::device_number(path)?
+        .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
+    Topology::default().check_device(device, path, &request.forbidden)?;
+    if !request.replace {
+        return Err(Error::refused(format!("everything on {shown} would be overwritten"))
+            .state("it was not touched")
+            .next("give --yes if that is what you want"));
+    }
+    Ok(device)
+}
+
+fn open_exclusively(path: &Path, how: &mut OpenOptions, size: Bytes) -> Result<File> {
+    let shown = path.display();
+    let mut file =
+        how.custom_flags(libc::O_DIRECT | libc::O_EXCL | libc::O_CLOEXEC).open(path).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
+                    .with_source(error)
+                    .state("it was not touched")
+                    .next("find out by what (lsblk, fuser), or name another device"),
+                _ => Error::io(format!("open {shown}"), error),
+            }
+        })?;
+    let found = file.seek(SeekFrom::End(0)).io_context(|| format!("find the size of {shown}"))?;
+    if Bytes(found) < size {
+        return Err(Error::refused(format!(
+            "{shown} is too small: {found} bytes, the origin has {}",
+            size.get()
+        ))
+        .state("it was not touched")
+        .next("name a device at least as large as the origin"));
+    }
+    Ok(file)
 }
 
 fn set_rounded_length(partial: &PartialFile, size: Bytes) -> Result<()> {

@@ -21,6 +21,7 @@ const GET_STATUS64: libc::c_ulong = 0x4c05;
 const CONFIGURE: libc::c_ulong = 0x4c0a;
 const CTL_GET_FREE: libc::c_ulong = 0x4c82;
 
+const FLAG_READ_ONLY: u32 = 1;
 const FLAG_AUTOCLEAR: u32 = 4;
 const FLAG_DIRECT_IO: u32 = 16;
 
@@ -93,6 +94,8 @@ pub struct LoopStatus {
     pub backing_inode: u64,
     /// `st_rdev` of the backing file: of a block device its number, of anything else zero.
     pub backing_rdev: u64,
+    /// Writes are refused.
+    pub read_only: bool,
     /// Detached by the kernel on the last close.
     pub autoclear: bool,
     /// Reads and writes bypass the page cache of the backing file's filesystem.
@@ -227,6 +230,7 @@ fn status_of(device: &File) -> io::Result<LoopStatus> {
         backing_dev: info.device,
         backing_inode: info.inode,
         backing_rdev: info.rdevice,
+        read_only: info.flags & FLAG_READ_ONLY != 0,
         autoclear: info.flags & FLAG_AUTOCLEAR != 0,
         direct_io: info.flags & FLAG_DIRECT_IO != 0,
     })

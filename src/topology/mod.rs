@@ -4,12 +4,14 @@
 //!
 //! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
 //! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]); by what it is known
-//! again ([`identity`]). Must not open, let alone write, what it looks at.
+//! again ([`identity`]); who has it open, from `/proc/*/fd` and the kernel's loop devices ([`users`]). Must not open,
+//! let alone write, what it looks at.
 
 pub mod graph;
 pub mod identity;
 mod observe;
 pub mod stats;
+mod users;
 
 pub use observe::Observer;
 
@@ -20,6 +22,8 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+
+pub use users::User;
 
 /// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
 /// sysfs says ends.

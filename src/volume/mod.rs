@@ -14,7 +14,6 @@ mod layers;
 pub mod lvm_lock;
 mod mounts;
 mod shared;
-mod users;
 pub mod waits;
 
 use std::fmt;
@@ -28,7 +27,7 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
-use crate::topology::Topology;
+use crate::topology::{Topology, User, device_number};
 
 pub use mounts::{Frozen, filesystems_on, open_elsewhere};
 
@@ -122,30 +121,45 @@ pub fn resolve(typed: &Path) -> Result<Origin> {
     }
 }
 
-/// A path as typed, or the attached volume of that name.
-fn find(typed: &Path) -> Result<PathBuf> {
+/// A path as typed, or the device below /dev/mapper of that name.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it may be both, I/O errors where it is neither.
+pub fn find(typed: &Path) -> Result<PathBuf> {
+    let path = find_or_new(typed)?;
+    match fs::metadata(&path) {
+        Ok(_) => Ok(path),
+        Err(cause) => Err(Error::io(format!("looking at {}", typed.display()), cause)
+            .next("name a volume (see 'tidemark status'), a block device or a regular file")),
+    }
+}
+
+/// As [`find`], of a name that may be that of a file to be made.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is both a file and a device.
+pub fn find_or_new(typed: &Path) -> Result<PathBuf> {
     // "./data" is a path; "data" may be either.
     let volume = Path::new("/dev/mapper").join(typed);
-    let is_word = typed.parent() == Some(Path::new(""));
-    let is_volume = is_word && volume.exists();
-    if typed.exists() {
-        if is_volume {
-            return Err(Error::refused(format!(
-                "'{}' is both a file here and the device {}",
-                typed.display(),
-                volume.display()
-            ))
-            .state("nothing was changed")
-            .next(format!("write ./{} or {}", typed.display(), volume.display())));
-        }
+    if !is_word(typed) || !matches!(device_number(&volume), Ok(Some(_))) {
         return Ok(typed.to_owned());
     }
-    if is_volume {
-        return Ok(volume);
+    if typed.exists() {
+        return Err(Error::refused(format!(
+            "'{}' is both a file here and the device {}",
+            typed.display(),
+            volume.display()
+        ))
+        .state("nothing was changed")
+        .next(format!("write ./{} or {}", typed.display(), volume.display())));
     }
-    let cause = fs::metadata(typed).err().unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
-    Err(Error::io(format!("looking at {}", typed.display()), cause)
-        .next("name a volume (see 'tidemark status'), a block device or a regular file"))
+    Ok(volume)
+}
+
+/// True for a name without a folder, which may be a volume's.
+#[must_use]
+pub fn is_word(typed: &Path) -> bool {
+    typed.parent() == Some(Path::new(""))
 }
 
 fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
@@ -287,15 +301,13 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
 
 fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
     refuse_use(&path, number, topology)?;
-    if let Some(writer) = users::writer_of(&path) {
-        return Err(Error::refused(format!(
-            "{} is open for writing by {} (process {})",
-            path.display(),
-            writer.name,
-            writer.process
-        ))
-        .state("nothing was changed")
-        .next("stop it; to copy the device while it is used, attach it as a volume first"));
+    if let Some(user) = topology.user_of(&path)?.filter(User::writes) {
+        return Err(Error::refused(format!("{} is {user}", path.display()))
+            .state("nothing was changed")
+            .next(format!(
+                "{}; to copy the device while it is used, attach it as a volume first",
+                user.remedy()
+            )));
     }
     let mut file =
         OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(&path).map_err(

@@ -9,7 +9,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 /// The cases that run `tidemark copy`.
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
-    cases.extend([lvm_races(), lvm_names(), lvm_above()]);
+    cases.extend([lvm_races(), lvm_names(), lvm_above(), targets()]);
     cases.extend(resumes());
     cases.extend([
         main_job("demo", "demo.sh")
@@ -133,6 +133,16 @@ fn lvm_above() -> Case {
         .disk_mib(32)
         .disk_mib(32)
         .disk_mib(300)
+        .limit_seconds(300)
+}
+
+fn targets() -> Case {
+    main_job("copy_targets", "targets.sh")
+        .commands(&["python3", "mkswap"])
+        .disk_mib(40)
+        .disk_mib(400)
+        .disk_mib(32)
+        .disk_mib(40)
         .limit_seconds(300)
 }
 

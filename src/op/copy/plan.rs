@@ -4,7 +4,6 @@
 //! Changes nothing. Whatever is certain to be refused is refused here.
 
 use std::fmt;
-use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -13,10 +12,12 @@ use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{Order, region_size_for, segment_size_for};
 use crate::dm::{Change, Dm, Slot, Table, naming};
 use crate::op::admission::Question;
+use crate::op::job;
 use crate::op::privilege::require_root;
 use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
 use crate::op::stack::{self, Planned, StackRequest};
-use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
+use crate::op::targets::{self, TargetFacts};
+use crate::secondary::{self, Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
 use crate::topology::{Topology, device_number};
 use crate::volume::{self, Origin, OriginKind};
@@ -38,6 +39,8 @@ pub struct CopyPlan {
     pub live: Option<LivePlan>,
     /// Devices that the secondary must not be, be on or be beneath.
     pub forbidden: Vec<DeviceNumber>,
+    /// What would be lost where the secondary is to be, and what may go wrong there.
+    pub target: TargetFacts,
 }
 
 /// The part of a plan that concerns a live origin.
@@ -65,6 +68,11 @@ pub struct LivePlan {
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or the
 /// origin, I/O and kernel errors of looking.
 pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
+    let request = &with_names(request)?;
+    // Before the look at it: whoever has it is at work on its table.
+    if let Some(number) = device_number(&request.origin).ok().flatten() {
+        job::refuse_held_origin(number)?;
+    }
     let origin = volume::resolve(&request.origin)?;
     if origin.size == Bytes::ZERO {
         return Err(Error::refused(format!("{} is empty", origin.path.display()))
@@ -82,9 +90,26 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
         }
     };
     let order = order_for(request, &origin);
-    let plan = CopyPlan { request: request.clone(), origin, segment, region, order, live, forbidden };
-    plan.check_secondary()?;
+    let target = match &request.secondary {
+        SecondaryTarget::Pipe => TargetFacts::default(),
+        SecondaryTarget::Path(path) => TargetFacts::of(path, Some(origin.size)),
+    };
+    let plan = CopyPlan { request: request.clone(), origin, segment, region, order, live, forbidden, target };
+    plan.check_targets()?;
     Ok(plan)
+}
+
+/// The request with what its names mean: a volume's name is one wherever a device may be named.
+fn with_names(request: &CopyRequest) -> Result<CopyRequest> {
+    let mut request = request.clone();
+    request.origin = volume::find(&request.origin)?;
+    if let SecondaryTarget::Path(path) = &mut request.secondary {
+        *path = targets::named(path)?;
+    }
+    if let Some(path) = &mut request.store.tail {
+        *path = targets::named(path)?;
+    }
+    Ok(request)
 }
 
 /// A region is made of whole segments, and a segment of whole chunks: a chunk across a region's border would be
@@ -193,8 +218,9 @@ fn own_table(dm: &Dm, name: &str) -> Result<Table> {
 }
 
 impl CopyPlan {
-    /// The refusals that can be told without opening the secondary; opening it repeats them.
-    fn check_secondary(&self) -> Result<()> {
+    /// The refusals that opening the secondary and making the store repeat.
+    fn check_targets(&self) -> Result<()> {
+        self.check_store()?;
         let SecondaryTarget::Path(path) = &self.request.secondary else { return Ok(()) };
         if self.request.format == SecondaryFormat::Archive && is_device(path) {
             return Err(Error::refused(format!(
@@ -223,37 +249,46 @@ impl CopyPlan {
             .state("nothing was changed")
             .next("name a device or a file, or - for standard output"));
         }
-        let topology = Topology::default();
-        match device_number(path) {
-            Ok(Some(number)) => topology.check_device(number, path, &self.forbidden)?,
-            _ => topology.check_file(parent(path).as_path(), &self.forbidden)?,
-        }
+        secondary::check(&self.secondary_request(self.forbidden_with_store()))
+            .map_err(|error| targets::naming_job(error, path))?;
         match (&self.live, self.origin.number) {
             (Some(_), Some(number)) => Question::of(&Dm::open()?, number)?.check_secondary(path),
             _ => Ok(()),
         }
     }
 
+    /// A device given to the store is overwritten as well.
+    pub(super) fn check_store(&self) -> Result<()> {
+        let Some(TailPlace::Device { path, number, .. }) = self.live.as_ref().map(|live| &live.store.place)
+        else {
+            return Ok(());
+        };
+        Topology::default()
+            .check_device(*number, path, &self.forbidden)
+            .map_err(|error| targets::naming_job(error, path).context("the store"))
+    }
+
+    /// What the secondary must keep off: the origin's devices, and the store's.
+    pub(super) fn forbidden_with_store(&self) -> Vec<DeviceNumber> {
+        let store = self.live.as_ref().and_then(|live| match &live.store.place {
+            TailPlace::Device { number, .. } => Some(*number),
+            _ => None,
+        });
+        self.forbidden.iter().copied().chain(store).collect()
+    }
+
     /// What would lose what it holds: a secondary that exists, a device given to the store.
     #[must_use]
     pub fn destroys(&self) -> Option<String> {
-        let secondary = match &self.request.secondary {
-            SecondaryTarget::Path(path) if is_device(path) => {
-                Some(format!("Everything on the device {} will be overwritten", path.display()))
-            }
-            SecondaryTarget::Path(path) if path.exists() => {
-                Some(format!("The file {} will be replaced", path.display()))
-            }
-            _ => None,
-        };
+        let secondary = self.target.overwrites.clone();
         let store = match self.live.as_ref().map(|live| &live.store.place) {
             Some(TailPlace::Device { path, .. }) => {
-                Some(format!("Everything on the store's device {} will be overwritten", path.display()))
+                Some(format!("everything on the store's device {} will be overwritten", path.display()))
             }
             _ => None,
         };
         match (secondary, store) {
-            (Some(secondary), Some(store)) => Some(format!("{secondary}. {store}")),
+            (Some(secondary), Some(store)) => Some(format!("{secondary}, and {store}")),
             (secondary, store) => secondary.or(store),
         }
     }
@@ -309,13 +344,6 @@ fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-fn parent(path: &std::path::Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
-    }
-}
-
 impl fmt::Display for CopyPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
@@ -337,6 +365,7 @@ impl fmt::Display for CopyPlan {
             (SecondaryFormat::Archive, Originals::Append) => "archive, originals behind the data".to_owned(),
         };
         writeln!(f, "secondary   {target} ({format})")?;
+        self.fmt_target(f)?;
         write!(f, "segments    {} of {}", self.segment.count_for(self.origin.size), self.segment)?;
         if let Some(rate) = self.request.rate {
             write!(f, ", at most {rate}/s")?;
@@ -385,6 +414,11 @@ impl fmt::Display for CopyPlan {
 }
 
 impl CopyPlan {
+    fn fmt_target(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.destroys().iter().try_for_each(|destroys| writeln!(f, "overwrites  {destroys}"))?;
+        self.target.warnings.iter().try_for_each(|warning| writeln!(f, "warning     {warning}"))
+    }
+
     fn fmt_regions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let region = self.region;
         let free =

@@ -42,10 +42,11 @@ use crate::op::job::{Job, conclude};
 use crate::op::journal::SegmentJournal;
 use crate::op::memory;
 use crate::op::progress_file::ProgressFile;
-use crate::op::request::{OnFull, SecondaryFormat};
+use crate::op::request::{OnFull, SecondaryFormat, SecondaryTarget};
 use crate::op::stack::{HoldTimes, Skipped, Stack};
+use crate::op::targets::naming_job;
 use crate::secondary::{self, Secondary};
-use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent, TailPlace};
+use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent};
 use crate::sys::process::crash_point;
 use crate::volume::OriginKind;
 
@@ -142,17 +143,16 @@ pub fn run(
 ) -> Result<CopyOutcome> {
     let watch = clock::Stopwatch::start();
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
-    for text in &plan.origin.not_frozen {
+    for text in plan.origin.not_frozen.iter().chain(&plan.target.warnings) {
         observer.event(&Event::Warning { text: text.clone() });
     }
-    // Before the instant, and before --hook-before makes anybody wait: from then on writers pay for every moment in
-    // which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
-    let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
-    let secondary = open_secondary(plan)?;
-    let job = match begin_job(plan, secondary.as_ref()) {
-        Ok(job) => job,
-        Err(error) => return Err(abandon(secondary, error.state("nothing was frozen or inserted"))),
+    // First, with the origin's lock: of two copies that begin at once one is refused with nothing made.
+    let mut job = begin_live_job(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
+    let (engine, secondary) = match open_both(plan) {
+        Ok(both) => both,
+        Err(error) => return conclude(job, Err(error)),
     };
+    note_secondary(&mut job, secondary.as_ref());
     if let Some(command) = &plan.request.hooks.before {
         let hook =
             Hook { option: "--hook-before", command, origin: &plan.origin.path, below: None, deadline: None };
@@ -174,17 +174,27 @@ pub fn run(
     Ok(outcome(plan, made?, watch.elapsed()))
 }
 
-/// The job of a copy, from which `recover` knows what is left if we die: the partial file, and for a live origin (which
-/// always has a job) all that is made from now on.
-fn begin_job(plan: &CopyPlan, secondary: &dyn Secondary) -> Result<Option<Job>> {
-    if plan.live.is_none() {
-        return Ok(Job::begin_for_partial("copy", secondary.partial_path()));
+/// The job of a live copy, from which `recover` knows all that is made from now on if we die.
+fn begin_live_job(plan: &CopyPlan) -> Result<Option<Job>> {
+    let number = plan.origin.number.filter(|_| plan.live.is_some());
+    number.map(|number| Job::begin_for_origin("copy", number)).transpose()
+}
+
+/// Before the instant, and before --hook-before makes anybody wait: from the instant on writers pay for every moment in
+/// which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
+fn open_both(plan: &CopyPlan) -> Result<(Box<dyn Engine>, Box<dyn Secondary>)> {
+    let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
+    Ok((engine, open_secondary(plan)?))
+}
+
+/// Notes the partial file with the job, which a copy of an origin at rest has for that alone.
+fn note_secondary(job: &mut Option<Job>, secondary: &dyn Secondary) {
+    match (job, secondary.partial_path()) {
+        (Some(job), Some(partial)) => job.note_partial(partial),
+        (Some(_), None) => {}
+        (job, partial) if !secondary.is_stream() => *job = Job::begin_for_target("copy", partial),
+        _ => {}
     }
-    let mut job = Job::begin("copy")?;
-    if let Some(partial) = secondary.partial_path() {
-        job.note_partial(partial);
-    }
-    Ok(Some(job))
 }
 
 /// An engine with buffers for the segments of `plan`.
@@ -198,13 +208,12 @@ pub(in crate::op) fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
 }
 
 fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
-    let mut forbidden = plan.forbidden.clone();
-    if let Some(live) = &plan.live
-        && let TailPlace::Device { number, .. } = &live.store.place
-    {
-        forbidden.push(*number);
-    }
-    secondary::open(&plan.secondary_request(forbidden))
+    plan.check_store()?;
+    let opened = secondary::open(&plan.secondary_request(plan.forbidden_with_store()));
+    opened.map_err(|error| match &plan.request.secondary {
+        SecondaryTarget::Path(path) => naming_job(error, path),
+        SecondaryTarget::Pipe => error,
+    })
 }
 
 /// Gives up a secondary that nothing was copied to.

@@ -1,0 +1,139 @@
+//! What does a name on the command line mean as a target, what would be lost there, and which job has it?
+//!
+//! Looks only. The refusals that protect what is in use are the [`secondary`](crate::secondary)'s own.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+use serde::Serialize;
+
+use super::attach::recorded_volumes;
+use super::job::{look_at_jobs, partials};
+use super::privilege::is_root;
+use crate::base::{Bytes, Error, ErrorKind, Result};
+use crate::format::state::JobRecord;
+use crate::secondary::partial::{is_partial_of, resolve};
+use crate::topology::{Topology, device_number};
+use crate::volume;
+
+/// What a plan says of its target beside what was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TargetFacts {
+    /// What would be lost, in words; None where nothing is in the way.
+    pub overwrites: Option<String>,
+    /// What may go wrong although it is no reason to refuse.
+    pub warnings: Vec<String>,
+}
+
+impl TargetFacts {
+    /// Looks at `path`, to which at most `size` bytes are to be written.
+    #[must_use]
+    pub fn of(path: &Path, size: Option<Bytes>) -> Self {
+        Self {
+            overwrites: overwritten(path),
+            warnings: size.and_then(|size| space_warning(path, size)).into_iter().collect(),
+        }
+    }
+}
+
+/// The path that `typed` means as a target: a word names a device below /dev/mapper as it does for an origin, where
+/// there is one; else it is a file.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] where it may mean two things, or names a volume that is not attached now.
+pub fn named(typed: &Path) -> Result<PathBuf> {
+    let path = volume::find_or_new(typed)?;
+    if path.exists() || !volume::is_word(&path) {
+        return Ok(path);
+    }
+    let is_it = |name: &str| path.as_os_str() == name;
+    // Who may not read the records cannot attach anything either.
+    let recorded = recorded_volumes().unwrap_or_default();
+    if recorded.iter().flatten().any(|volume| is_it(&volume.name)) {
+        let name = path.display();
+        return Err(Error::refused(format!("{name} is a volume that is not attached"))
+            .state("nothing was changed")
+            .next(format!("attach it ('tidemark status' names its device), or write ./{name} for a file")));
+    }
+    Ok(path)
+}
+
+/// What writing to `target` would destroy. A target that cannot be looked at is left to the operation, which says
+/// more about it.
+fn overwritten(target: &Path) -> Option<String> {
+    let kind = fs::metadata(target).ok()?.file_type();
+    if kind.is_block_device() {
+        Some(format!("everything on the device {} will be overwritten", target.display()))
+    } else {
+        kind.is_file().then(|| format!("the file {} will be replaced", target.display()))
+    }
+}
+
+/// Zeros take no room in a file, so that a file system with less room is no reason to refuse.
+fn space_warning(target: &Path, size: Bytes) -> Option<String> {
+    if matches!(device_number(target), Ok(Some(_))) {
+        return None;
+    }
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = parent.unwrap_or(Path::new("."));
+    let room = statvfs(directory).ok()?;
+    let room = Bytes(room.blocks_available().saturating_mul(room.fragment_size()));
+    (room < size).then(|| {
+        format!(
+            "{} has room for {room}; up to {size} are needed, less where they are zeros",
+            directory.display()
+        )
+    })
+}
+
+/// Puts the job that has `target` before a refusal of it.
+#[must_use]
+pub fn naming_job(error: Error, target: &Path) -> Error {
+    if error.kind() != ErrorKind::Refused || !is_root() {
+        return error;
+    }
+    let topology = Topology::default();
+    let full = resolve(target).unwrap_or_else(|_| target.to_owned());
+    let has_it = |record: &JobRecord| {
+        partials(record).any(|partial| is_partial_of(partial, &full))
+            || topology.is_writing(record.process, target)
+    };
+    let jobs = look_at_jobs().unwrap_or_default();
+    let holder = jobs.into_iter().filter(|job| job.alive).find_map(|job| {
+        let record = job.record.ok()?;
+        has_it(&record).then_some((job.id, record.process))
+    });
+    match holder {
+        None => error,
+        Some((job, process)) => error
+            .context(format!("job {job} (process {process}) is at it"))
+            .next("wait for the job ('tidemark status --watch'), or name another target"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_and_devices_are_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("f");
+        assert_eq!(overwritten(&file), None);
+        assert_eq!(overwritten(directory.path()), None);
+        fs::write(&file, b"x").unwrap();
+        assert!(overwritten(&file).unwrap().contains("replaced"));
+        assert_eq!(TargetFacts::of(&file, Some(Bytes(1))).warnings, [""; 0]);
+        let warnings = TargetFacts::of(&file, Some(Bytes(u64::MAX))).warnings;
+        assert!(warnings[0].contains("has room for"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_word_is_a_file_where_no_device_has_the_name() {
+        for typed in ["no-such-device.tdm", "./x", "/tmp/x"] {
+            assert_eq!(named(Path::new(typed)).unwrap(), Path::new(typed));
+        }
+    }
+}
