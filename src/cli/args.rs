@@ -173,6 +173,9 @@ pub struct CopyArgs {
     /// table back
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
     pub freeze_budget: Duration,
+    /// For how long LVM's commands that change the volume group wait, where the origin is an LVM volume
+    #[arg(long, value_enum, default_value = "change")]
+    pub lvm_lock: LvmLockArg,
     /// Command to run before anything is frozen; if it fails, nothing is copied
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_before: Option<String>,
@@ -243,6 +246,15 @@ pub enum OnFullArg {
     Abort,
     /// Hold the origin's writers, up to five seconds at a time
     Hold,
+}
+
+/// `--lvm-lock`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LvmLockArg {
+    /// While the volume's table is changed; a command that changes the volume in between makes the copy void
+    Change,
+    /// Until the copy is over; then lvs and its like wait as well, as soon as such a command waits
+    Copy,
 }
 
 /// `--originals`.

@@ -387,7 +387,12 @@ fn job_progress(job: &JobStatus) -> String {
     let Some(view) = &job.progress else { return String::new() };
     let died = if job.alive { "" } else { " (when it died)" };
     let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
-    format!("job {}{died}\n{lines}\n", job.id)
+    let lvm = if job.keeps_lvm_away {
+        "  LVM's commands that change the volume group wait for its end\n"
+    } else {
+        ""
+    };
+    format!("job {}{died}\n{lines}{lvm}\n", job.id)
 }
 
 /// A table and an empty line, or nothing where there is only the head.
@@ -481,6 +486,7 @@ mod tests {
             process: Some(7),
             started: None,
             origin: None,
+            keeps_lvm_away: false,
             step: None,
             progress,
         };

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::{
-    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, OnFullArg, OrderArg, OriginalsArg, RestoreArgs,
-    StatusArgs, VerifyArgs,
+    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, OnFullArg, OrderArg, OriginalsArg,
+    RestoreArgs, StatusArgs, VerifyArgs,
 };
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
@@ -17,6 +17,7 @@ use crate::op::request::{
     ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals,
     RestoreRequest, SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
 };
+use crate::volume::lvm_lock::LvmScope;
 
 /// The name's ending that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
@@ -78,6 +79,10 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         impact: args.impact.into(),
         verify: args.verify,
         freeze_budget: args.freeze_budget,
+        lvm_lock: match args.lvm_lock {
+            LvmLockArg::Change => LvmScope::Change,
+            LvmLockArg::Copy => LvmScope::Copy,
+        },
         hooks: Hooks {
             before: args.hook_before.clone(),
             frozen: args.hook_frozen.clone(),

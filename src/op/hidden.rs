@@ -35,6 +35,7 @@ pub fn run() -> Option<ExitCode> {
 /// A stack inserted and removed without a copy, for the VM cases.
 #[cfg(feature = "vm")]
 pub(super) mod trial {
+    use crate::volume::lvm_lock::LvmScope;
     use std::fs::OpenOptions;
     use std::io::{Read, Write};
     use std::path::{Path, PathBuf};
@@ -96,6 +97,7 @@ pub(super) mod trial {
             budget: Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?),
             all: false,
             planned: None,
+            lvm_lock: LvmScope::Change,
         };
         let dm = Dm::open()?;
         let mut job = Job::begin("trial")?;

@@ -11,6 +11,7 @@ use crate::dm::{AtBest, Template};
 use crate::format::state::{ChangeRecord, OriginRecord};
 use crate::op::job::change_record;
 use crate::op::stack::{StackNames, StackRequest, dismantling, insertion};
+use crate::volume::lvm_lock::LvmScope;
 
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
@@ -94,6 +95,7 @@ impl FakeKernel {
             budget: Duration::from_secs(2),
             all: false,
             planned: None,
+            lvm_lock: LvmScope::Change,
         }
     }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::copy::Impact;
 use crate::copy::Order;
+use crate::volume::lvm_lock::LvmScope;
 
 /// The form of the secondary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +113,9 @@ pub struct CopyRequest {
     pub verify: bool,
     /// Longest time that filesystems may be frozen or the origin suspended.
     pub freeze_budget: Duration,
+    /// For how long LVM's commands wait where the origin is LVM's.
+    #[serde(default)]
+    pub lvm_lock: LvmScope,
     /// Hooks.
     pub hooks: Hooks,
     /// A file in the way may be replaced, a device overwritten.

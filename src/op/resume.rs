@@ -205,6 +205,7 @@ fn adopted(copy: &CopyRecord, plan: &CopyPlan) -> Adopted {
     Adopted {
         skipped: Skipped { extents: copy.skipped.iter().filter_map(extent).collect(), notes: Vec::new() },
         budget: plan.request.freeze_budget,
+        lvm_lock: plan.request.lvm_lock,
         times: HoldTimes {
             synced: nanos(copy.held_ns[0]),
             frozen: nanos(copy.held_ns[1]),

@@ -10,10 +10,12 @@ use crate::dm::origin_table::Beneath;
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
 use crate::topology::Topology;
+use crate::volume::lvm_lock::LvmScope;
 
 use super::attach::recorded_volumes;
 use super::job::look_at_jobs;
 use super::recover::living_elsewhere;
+use super::request::CopyRequest;
 
 /// Everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -62,6 +64,8 @@ pub struct JobStatus {
     pub origin: Option<String>,
     /// The change in progress, in words.
     pub step: Option<String>,
+    /// Commands that change the origin's volume group wait for the end of this copy (`--lvm-lock copy`).
+    pub keeps_lvm_away: bool,
     /// How far it is, or was when it died.
     pub progress: Option<ProgressView>,
 }
@@ -224,9 +228,12 @@ fn jobs(status: &mut Status) -> Result<Vec<String>> {
         }
         let record = job.record.ok();
         let change = record.as_ref().and_then(|record| record.change.as_ref());
+        let request = record.as_ref().and_then(|record| record.copy.as_ref());
+        let request = request.and_then(|copy| serde_json::from_str::<CopyRequest>(&copy.request).ok());
         status.jobs.push(JobStatus {
             id: job.id,
             alive: job.alive,
+            keeps_lvm_away: job.alive && request.is_some_and(|request| request.lvm_lock == LvmScope::Copy),
             progress: job.progress,
             step: change.and_then(|change| {
                 let step = change.steps.get(change.step)?;

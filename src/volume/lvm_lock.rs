@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
 
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
@@ -40,6 +41,18 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Attempts to lock a file that is removed each time before we have it.
 const RENEWALS_MAX: u32 = 100;
+
+/// For how long lvm2 is kept away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LvmScope {
+    /// While the origin's table is being changed.
+    #[default]
+    Change,
+    /// From before the instant until the origin has its own table again. Everything that would change the group waits that
+    /// long, and behind it everything that only looks: lvm2 lets nobody pass a writer that waits.
+    Copy,
+}
 
 /// A volume group at rest, as long as it lives. Of a device that is not lvm2's there is nothing to hold.
 #[derive(Debug)]

@@ -9,8 +9,8 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 /// The cases that run `tidemark copy`.
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
-    cases.extend([lvm_races(), lvm_names(), lvm_above(), targets()]);
     cases.extend(resumes());
+    cases.extend([lvm_races(), lvm_names(), lvm_above(), table_races(), targets()]);
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -116,6 +116,10 @@ fn lvm_races() -> Case {
         .delayed_disk_mib(72, SLOW)
         .disk_mib(300)
         .limit_seconds(600)
+}
+
+fn table_races() -> Case {
+    main_job("copy_table_races", "table_races.sh").delayed_disk_mib(64, SLOW).disk_mib(300).limit_seconds(300)
 }
 
 fn lvm_names() -> Case {

@@ -39,23 +39,28 @@ agree() { # WHEN
 
 # What a copy may say that is not a success: it was LVM's turn.
 accounted_for() { # STATUS
-    [ "$1" = 0 ] || grep -q 'somebody replaced the table\|somebody is changing\|a command of LVM' /run/copy.err ||
+    [ "$1" = 0 ] || grep -q 'somebody replaced the table\|somebody is changing\|a command of LVM\|changed since the copy was planned' /run/copy.err ||
         fail "the copy ended with $1: $(cat /run/copy.err)"
 }
 
 copied=0 void=0
 # round COMMAND...: the command begins somewhere in a copy with many releases.
 round() {
-    local status=0
+    local status=0 scope=${SCOPE:-change}
     rm -f /mnt/scratch/copy.raw
     tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --region 256KiB --segment 64KiB \
-        --rate 12MiB --freeze-budget 60s >/run/copy.out 2>/run/copy.err &
+        --rate 12MiB --freeze-budget 60s --lvm-lock "$scope" >/run/copy.out 2>/run/copy.err &
     local copy=$!
     sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
     [ $((RANDOM % 2)) = 0 ] || wait_until 30 is_preserved "$origin" || true
+    if [ "$scope" = copy ]; then
+        wait_until 30 sh -c "tidemark status --json | grep -q '\"keeps_lvm_away\":true'"
+        tidemark status | grep -q 'LVM' || fail "status does not say that LVM waits: $(tidemark status)"
+    fi
     "$@" >/run/lvm.out 2>&1 || fail "'$*' failed: $(cat /run/lvm.out)"
     wait "$copy" || status=$?
     accounted_for "$status"
+    [ "$scope" = change ] || assert_same "the copy that LVM waited for" "$status" 0
     if [ "$status" = 0 ]; then copied=$((copied + 1)); else void=$((void + 1)); fi
     note "$*: the copy ended with $status $(grep '^tidemark: ' /run/copy.err || true)"
     tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
@@ -69,6 +74,7 @@ for turn in 1 2; do
     [ "$turn" = 2 ] || round pvmove -q -n data "$(disk 0)" "$(disk 1)"
 done
 round true
+for turn in 1 2 3; do SCOPE=copy round lvextend -q -L +1m tidetest/data; done
 ends
 note "$copied copies, $void void"
 [ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"

@@ -52,6 +52,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_postgresql", A, F, F, ""),
     ("copy_lvm_udev", A, A, F, "udev and LVM on a stock kernel"),
     ("copy_lvm_races", A, F, F, ""),
+    ("copy_table_races", A, F, F, ""),
     ("copy_lvm_names", A, F, F, ""),
     ("copy_lvm_above", A, F, F, ""),
     ("copy_killed", A, F, F, ""),

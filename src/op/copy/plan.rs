@@ -206,6 +206,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         budget: request.freeze_budget,
         all: request.all,
         planned: Some(Planned { frozen: origin.frozen.clone(), table: table.clone() }),
+        lvm_lock: request.lvm_lock,
     };
     let steps = stack::insertion(&stack, &table, &config.id);
     Ok(LivePlan { store, steps, table: table.to_string(), memory_waits, config, stack })

@@ -33,7 +33,7 @@ use crate::sys::process::crash_point;
 use crate::topology::Topology;
 use crate::volume::Frozen;
 use crate::volume::free::FreeMapper;
-use crate::volume::lvm_lock::LvmLock;
+use crate::volume::lvm_lock::{LvmLock, LvmScope};
 
 use super::job::Job;
 use super::watchdog::Standby;
@@ -79,6 +79,8 @@ pub struct StackRequest {
     pub all: bool,
     /// What the plan was made from, looked for again before anything is done; None: nobody planned.
     pub planned: Option<Planned>,
+    /// For how long lvm2 is kept away.
+    pub lvm_lock: LvmScope,
 }
 
 /// What must not have changed since a copy was planned.
@@ -156,6 +158,8 @@ pub struct Adopted {
     pub skipped: Skipped,
     /// Longest time that the origin may be suspended.
     pub budget: Duration,
+    /// For how long lvm2 is kept away.
+    pub lvm_lock: LvmScope,
     /// How long it was held for the instant.
     pub times: HoldTimes,
 }
@@ -179,12 +183,14 @@ pub struct Stack {
     times: HoldTimes,
     /// The copy's watchdog, while it guards nothing.
     standby: Standby,
+    /// Of a copy that keeps lvm2 away until its end.
+    lvm: Arc<Mutex<Option<LvmLock>>>,
 }
 
 /// The origin is held, and lvm2 kept away from it as long as this lives.
 #[derive(Debug)]
 pub struct Hold {
-    _lvm: LvmLock,
+    _lvm: Option<LvmLock>,
 }
 
 /// What is done at the instant.
@@ -208,7 +214,7 @@ impl Stack {
         let origin = request.origin.as_str();
         let number = dm.info_of(origin)?.number;
         // From before its table is read until it leads through the stack.
-        let _lvm = LvmLock::hold(dm, number, interrupt)?;
+        let lvm = LvmLock::hold(dm, number, interrupt)?;
         let own_table = own_table(dm, origin)?;
         let request = &request.look_again(number, &own_table)?;
         refuse_own_record(job, &request.filesystems)?;
@@ -259,6 +265,7 @@ impl Stack {
             budget: request.budget,
             times,
             standby: standby.clone(),
+            lvm: Arc::new(Mutex::new(Some(lvm).filter(|_| request.lvm_lock == LvmScope::Copy))),
         })
     }
 
@@ -306,6 +313,7 @@ impl Stack {
             return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
         }
         let claim = dm.claim(number(&names.snap)?)?;
+        let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
         let owner = take_over(dm, &origin, current, &beneath)?;
         Ok(Self {
             origin: origin.name,
@@ -321,6 +329,7 @@ impl Stack {
             budget: adopted.budget,
             times: adopted.times,
             standby: Standby::start(),
+            lvm: Arc::new(Mutex::new(Some(lvm).filter(|_| adopted.lvm_lock == LvmScope::Copy))),
         })
     }
 
@@ -410,7 +419,7 @@ impl Stack {
         self.refuse_to_preserve_again(&table, &released)?;
         let _lvm = match hold {
             Some(_) => None,
-            None => Some(self.keep_lvm_away(dm, &owner)?),
+            None => self.keep_lvm_away(dm, &owner)?,
         };
         if table == *owner.active() {
             return owner.check(dm).map(|()| Duration::ZERO);
@@ -447,10 +456,14 @@ impl Stack {
     }
 
     /// Keeps lvm2 away from the origin's volume group, unless one of its commands is running: that one goes first.
-    fn keep_lvm_away(&self, dm: &Dm, owner: &Owner) -> Result<LvmLock> {
+    /// None where it is kept away already.
+    fn keep_lvm_away(&self, dm: &Dm, owner: &Owner) -> Result<Option<LvmLock>> {
+        if self.keeps_lvm_away() {
+            return Ok(None);
+        }
         let busy =
             || Error::refused(format!("a command of LVM is changing the volume group of {}", self.origin));
-        LvmLock::try_hold(dm, owner.number())?.ok_or_else(busy)
+        LvmLock::try_hold(dm, owner.number())?.ok_or_else(busy).map(Some)
     }
 
     /// A range that was released must never be preserved again: what is there is not the instant's any more,
@@ -495,7 +508,7 @@ impl Stack {
     /// The kernel's.
     pub fn remove(&self, dm: &Dm, job: &mut Job) -> Result<()> {
         self.restore(dm, job)?;
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *locked(&self.claim) = None;
         let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
         let mut change = dismantling(&self.names);
         let names = self.names.removable().into_iter();
@@ -509,7 +522,8 @@ impl Stack {
         })
     }
 
-    /// The origin gets its own table back, and nothing more: the devices beneath stay. Waits for nothing but the origin.
+    /// The origin gets its own table back, and nothing more: the devices beneath stay. Waits for nothing but the origin
+    /// and, where it is LVM's, for LVM.
     ///
     /// # Errors
     /// The kernel's.
@@ -519,7 +533,14 @@ impl Stack {
                 .context(format!("putting back the table of {}", self.origin))
                 .state(format!("{} goes on, with the snapshot in place", self.origin))
                 .next("run 'tidemark recover'")
-        })
+        })?;
+        // Whatever LVM does to the volume now, no copy depends on it.
+        *locked(&self.lvm) = None;
+        Ok(())
+    }
+
+    fn keeps_lvm_away(&self) -> bool {
+        locked(&self.lvm).is_some()
     }
 
     fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
@@ -527,7 +548,10 @@ impl Stack {
         let mut owner = lock(&self.owner);
         owner.let_go(dm)?;
         // Nothing is asked here whether to: what was begun is put back, or said to be in place.
-        let _lvm = LvmLock::hold(dm, owner.number(), &|| Ok(()))?;
+        let _lvm = match self.keeps_lvm_away() {
+            true => None,
+            false => Some(LvmLock::hold(dm, owner.number(), &|| Ok(()))?),
+        };
         let begin = Instant::now();
         let mut attempt = 1;
         let mut budget = self.budget;
@@ -579,7 +603,6 @@ fn check_adoptable(
 
 /// The table of an origin whose owner died.
 fn take_over(dm: &Dm, origin: &DeviceInfo, current: Table, beneath: &Beneath) -> Result<Owner> {
-    let _lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
     // The dead process may have loaded a table. Any other table is somebody else's.
     if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
         dm.clear(origin.number)?;
@@ -587,6 +610,11 @@ fn take_over(dm: &Dm, origin: &DeviceInfo, current: Table, beneath: &Beneath) ->
     let owner = Owner::new(dm, origin.number, current)?;
     owner.check(dm)?;
     Ok(owner)
+}
+
+fn locked<T>(part: &Mutex<Option<T>>) -> MutexGuard<'_, Option<T>> {
+    // It is set in one assignment.
+    part.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn lock(owner: &Mutex<Owner>) -> MutexGuard<'_, Owner> {

@@ -193,6 +193,7 @@ mod tests {
     use super::*;
     use crate::base::{ChunkSize, DeviceNumber};
     use crate::dm::Table;
+    use crate::volume::lvm_lock::LvmScope;
 
     fn request() -> StackRequest {
         StackRequest {
@@ -204,6 +205,7 @@ mod tests {
             budget: Duration::from_secs(2),
             all: false,
             planned: None,
+            lvm_lock: LvmScope::Change,
         }
     }
 

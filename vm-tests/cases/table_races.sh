@@ -1,0 +1,103 @@
+# Somebody with dmsetup changes the table of the volume while it is copied, on a slow disk: he suspends and resumes it,
+# loads a longer table and activates it, loads one and drops it again. What he did stays done, in whatever order it came:
+# his table is not undone, his suspension is not ended by anybody else. A copy succeeds or says why it is void.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+sectors=$((24 * 2048))
+own() { echo "0 $1 linear $(disk 0) 0"; }
+dmsetup create data --table "$(own $sectors)"
+dmsetup mknodes
+origin=/dev/mapper/data
+make_filesystem ext4 "$origin" /mnt/origin
+head -c 4m /dev/urandom >/mnt/origin/kept
+sum=$(sha256sum </mnt/origin/kept)
+fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
+    --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
+LOAD=$!
+wait_until 30 test -s /mnt/origin/hot
+
+pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }
+
+# Held until the copy is done with reading and waits: nobody else may let it go. (The kernel does not count suspensions:
+# one that begins while a copy has the volume suspended is over with the copy's. So it begins between two changes.)
+suspends() {
+    dmsetup suspend data
+    for _ in $(seq 10); do
+        sleep 0.3
+        dmsetup info data | grep -q 'State: *SUSPENDED' || fail "somebody ended a suspension that is not his"
+    done
+    dmsetup resume data
+}
+
+# As lvm2 enlarges a volume: loaded, suspended, activated.
+enlarges() {
+    sectors=$((sectors + 2048))
+    dmsetup load data --table "$(own $sectors)"
+    pause
+    dmsetup suspend data
+    pause
+    dmsetup resume data
+}
+
+# While his own table is in the inactive slot it stays there.
+loads_and_drops() {
+    dmsetup load data --table "$(own $((sectors + 4096)))"
+    pause
+    dmsetup table --inactive data | grep -q "^0 $((sectors + 4096)) linear" || fail "somebody dropped a table that is not his"
+    dmsetup clear data
+}
+
+copied=0 void=0
+# round WHAT [END]: it begins somewhere in the copy, which may be killed or interrupted in between.
+round() {
+    local status=0 what=$1 end=${2:-none} how='--region 256KiB --segment 64KiB --rate 16MiB'
+    [ "$what" != suspends ] || how='--region 64MiB --rate 40MiB'
+    rm -f /mnt/scratch/copy.raw
+    # shellcheck disable=SC2086
+    tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch $how --freeze-budget 60s >/run/copy.out 2>/run/copy.err &
+    local copy=$!
+    if [ "$what" = suspends ]; then
+        wait_until 30 is_preserved "$origin"
+    elif [ $((RANDOM % 3)) != 0 ]; then
+        wait_until 30 is_preserved "$origin" || true
+    fi
+    pause
+    "$what"
+    [ "$end" = none ] || kill "-$end" "$copy" 2>/dev/null || true
+    wait "$copy" 2>/dev/null || status=$?
+    case "$status" in
+        0) copied=$((copied + 1)) ;;
+        137 | 130 | 143) ;;
+        *)
+            void=$((void + 1))
+            grep -q 'somebody replaced the table\|somebody is changing\|somebody else has let\|somebody else has frozen it\|changed since the copy was planned' /run/copy.err ||
+                fail "$what: the copy ended with $status: $(cat /run/copy.err)"
+            ;;
+    esac
+    note "$what, $end: the copy ended with $status $(grep '^tidemark: ' /run/copy.err || true)"
+    tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
+    assert_same "$what: the table" "$(dmsetup table data)" "$(own $sectors | sed "s|$(disk 0)|$(stat -L -c '%Hr:%Lr' "$(disk 0)")|")"
+    assert_same "$what: suspended devices" "$(suspended_devices)" ""
+    assert_no_tidemark_left
+}
+
+for end in none INT KILL; do
+    round suspends "$end"
+    round enlarges "$end"
+    round loads_and_drops "$end"
+done
+round true
+kill -INT "$LOAD"
+wait "$LOAD" || true
+note "$copied copies, $void void"
+[ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
+[ "$void" -gt 0 ] || fail "nothing came between: this proves nothing"
+assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
+umount /mnt/origin
+e2fsck -fn "$origin" || fail "the origin's filesystem is damaged"
+mount "$origin" /mnt/origin
+assert_same "the file, mounted anew" "$(sha256sum </mnt/origin/kept)" "$sum"
+umount /mnt/origin
+dmsetup remove data
