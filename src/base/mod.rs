@@ -6,6 +6,7 @@ pub mod checksum;
 pub mod clock;
 pub mod device;
 pub mod error;
+pub mod escape;
 pub mod extent;
 pub mod limits;
 pub mod units;

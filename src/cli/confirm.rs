@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, IsTerminal};
 
 use super::output::talk;
-use crate::base::{Error, ErrorKind, Result, ResultExt};
+use crate::base::{Error, ErrorKind, Result, ResultExt, escape};
 
 /// True where a question can be put and answered: both ends are a terminal.
 #[must_use]
@@ -24,7 +24,7 @@ pub fn needs_yes(destroys: &str) -> Error {
 /// # Errors
 /// [`ErrorKind::Refused`] for any other answer, or the failed read.
 pub fn ask(plan: &str, destroys: &str) -> Result<()> {
-    talk(&format!("{}\n\n{destroys}. Go on? [y/N] ", plan.trim_end()));
+    talk(&escape::text(&format!("{}\n\n{destroys}. Go on? [y/N] ", plan.trim_end())));
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer).io_context(|| "reading the answer".to_owned())?;
     if matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::args::Global;
 use super::reports::Human;
-use crate::base::{Error, Result, ResultExt};
+use crate::base::{Error, Result, ResultExt, escape};
 
 /// Version of the JSON lines: goes up when a reader of the old ones would go wrong.
 pub const JSON_VERSION: u32 = 1;
@@ -56,7 +56,8 @@ struct Line<'a, T: Serialize> {
 /// `{"tidemark":1,"type":kind,...}` with a newline; `body` must serialize to an object.
 pub fn json_line(kind: &str, body: impl Serialize) -> String {
     let line = Line { tidemark: JSON_VERSION, kind, body };
-    let mut text = serde_json::to_string(&line).expect("our own values have string keys and serialize");
+    let text = serde_json::to_string(&line).expect("our own values have string keys and serialize");
+    let mut text = escape::json(text);
     text.push('\n');
     text
 }
@@ -158,7 +159,9 @@ impl Output {
     }
 }
 
-fn with_newline(mut text: String) -> String {
+/// Text of ours, in which other people's names may be.
+fn with_newline(text: String) -> String {
+    let mut text = escape::text(&text).into_owned();
     if !text.ends_with('\n') {
         text.push('\n');
     }
@@ -178,15 +181,15 @@ pub fn stderr_has_colour() -> bool {
 #[must_use]
 pub fn text_error(error: &Error, colour: bool) -> String {
     let (red, bold, plain) = if colour { ("\x1b[31;1m", "\x1b[1m", "\x1b[0m") } else { ("", "", "") };
-    let mut text = format!("{red}tidemark{plain}: {error}\n");
+    let mut text = format!("{red}tidemark{plain}: {}\n", escape::text(&error.to_string()));
     if let Some(state) = error.state_left() {
-        text.push_str(&format!("  {bold}state:{plain} {state}\n"));
+        text.push_str(&format!("  {bold}state:{plain} {}\n", escape::text(state)));
     }
     for undo in error.failed_undos() {
-        text.push_str(&format!("  {bold}not undone:{plain} {undo}\n"));
+        text.push_str(&format!("  {bold}not undone:{plain} {}\n", escape::text(&undo.to_string())));
     }
     if let Some(next) = error.next_step() {
-        text.push_str(&format!("  {bold}next:{plain} {next}\n"));
+        text.push_str(&format!("  {bold}next:{plain} {}\n", escape::text(next)));
     }
     text
 }

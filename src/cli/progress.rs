@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::meter::{Meter, duration_text, origin_text, phase_text, position_text, released_text, store_text};
 use super::output::{Output, json_line, set_bar, stderr_has_colour, talk};
-use crate::base::{Bytes, clock};
+use crate::base::{Bytes, clock, escape};
 use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 
 /// Between two plain lines of progress.
@@ -100,7 +100,7 @@ struct WarningsOnly;
 impl Observer for WarningsOnly {
     fn event(&self, event: &Event) {
         if let Event::Warning { text } = event {
-            talk(&format!("warning: {text}\n"));
+            talk(&escape::text(&format!("warning: {text}\n")));
         }
     }
 }
@@ -130,8 +130,8 @@ impl Observer for PlainLines {
             }
             Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {}
             Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
-            Event::Note { text } => talk(&format!("{text}\n")),
-            Event::Warning { text } => talk(&format!("warning: {text}\n")),
+            Event::Note { text } => talk(&escape::text(&format!("{text}\n"))),
+            Event::Warning { text } => talk(&escape::text(&format!("warning: {text}\n"))),
         }
     }
 }
@@ -250,8 +250,8 @@ impl Observer for Bar {
             Event::Progress { .. } => self.draw(&meter),
             Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => self.draw_beneath(&meter),
             Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
-            Event::Note { text } => talk(&format!("{text}\n")),
-            Event::Warning { text } => talk(&format!("warning: {text}\n")),
+            Event::Note { text } => talk(&escape::text(&format!("{text}\n"))),
+            Event::Warning { text } => talk(&escape::text(&format!("warning: {text}\n"))),
         }
     }
 }

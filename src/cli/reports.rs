@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::base::Bytes;
+use crate::base::{Bytes, escape};
 use crate::cli::meter::{duration_text, view_texts};
 use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
@@ -82,11 +82,8 @@ fn originals_text(mode: OriginalsMode, totals: &Totals) -> String {
 }
 
 fn origin_text(superblock: &Superblock) -> String {
-    if superblock.origin_name.is_empty() || superblock.origin_name == superblock.origin_path {
-        superblock.origin_path.clone()
-    } else {
-        format!("{} ({})", superblock.origin_name, superblock.origin_path)
-    }
+    let (name, path) = (escape::word(&superblock.origin_name), escape::word(&superblock.origin_path));
+    if name.is_empty() || name == path { path.into_owned() } else { format!("{name} ({path})") }
 }
 
 impl Human for CopyPlan {
@@ -186,7 +183,7 @@ impl Human for InspectReport {
         lines
             .add("archive", format!("{}, {}", self.archive, exact(self.archive_bytes)))
             .add("identity", block.archive)
-            .add("format", format!("version {}, written by {}", self.version, block.tool))
+            .add("format", format!("version {}, written by {}", self.version, escape::word(&block.tool)))
             .add("origin", origin_text(block))
             .add("origin size", exact(block.origin_size))
             .add("instant", instant_text(block))

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::base::{Bytes, DeviceNumber, Result, clock};
+use crate::base::{Bytes, DeviceNumber, Result, clock, escape};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME};
 use crate::dm::origin_table::Beneath;
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
@@ -44,6 +44,7 @@ pub struct VolumeStatus {
     /// Its size.
     pub size: Option<Bytes>,
     /// Where it is mounted.
+    #[serde(serialize_with = "escape::paths")]
     pub mounted_at: Vec<PathBuf>,
 }
 

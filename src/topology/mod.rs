@@ -320,8 +320,8 @@ impl Topology {
     /// I/O errors of reading mountinfo.
     pub fn mounts_of(node: &Path) -> Result<Vec<Mount>> {
         let file = node.join("mountinfo");
-        let text = fs::read_to_string(&file).io_context(|| format!("read {}", file.display()))?;
-        Ok(text.lines().filter_map(Mount::parse).collect())
+        let bytes = fs::read(&file).io_context(|| format!("read {}", file.display()))?;
+        Ok(escaped_text(&bytes).lines().filter_map(Mount::parse).collect())
     }
 
     /// True where `mount` is of a filesystem on `device`.
@@ -337,8 +337,9 @@ impl Topology {
     /// I/O errors of reading /proc/swaps.
     pub fn swaps(&self) -> Result<Vec<PathBuf>> {
         let file = self.root.join("proc/swaps");
-        match fs::read_to_string(&file) {
-            Ok(text) => {
+        match fs::read(&file) {
+            Ok(bytes) => {
+                let text = escaped_text(&bytes);
                 let first = |line: &str| unescape(line.split_whitespace().next().unwrap_or_default());
                 Ok(text.lines().skip(1).map(first).collect())
             }
@@ -385,6 +386,17 @@ impl Mount {
         let options = behind.next().unwrap_or_default().to_owned();
         Some(Self { id, device, root, point, kind, source, options })
     }
+}
+
+/// What the kernel says of paths, which are bytes: one that is no UTF-8 becomes an octal escape as the kernel has others,
+/// which [`unescape`] undoes.
+fn escaped_text(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|byte| format!("\\{byte:03o}")));
+    }
+    text
 }
 
 /// Undoes the octal escapes (`\040`) of mountinfo and swaps.
@@ -472,6 +484,22 @@ pub(crate) mod tests {
     fn escapes_are_undone() {
         assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
         assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
+    }
+
+    #[test]
+    fn a_mount_point_is_bytes() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let (keep, topology) = machine();
+        let file = keep.path().join("proc/self/mountinfo");
+        let mut lines = fs::read(&file).unwrap();
+        lines.extend(b"40 35 8:16 / /mnt/\xff\\040b rw - ext4 /dev/\xfe rw\n");
+        fs::write(&file, lines).unwrap();
+        let mounts = topology.mounts().unwrap();
+        assert_eq!(mounts[0].point, Path::new("/mnt/my disk"));
+        assert_eq!(mounts[1].point.as_os_str().as_bytes(), b"/mnt/\xff b");
+        assert_eq!(mounts[1].source.as_os_str().as_bytes(), b"/dev/\xfe");
+        fs::write(keep.path().join("proc/swaps"), b"Filename Type\n/swap\xff file 1\n").unwrap();
+        assert_eq!(topology.swaps().unwrap()[0].as_os_str().as_bytes(), b"/swap\xff");
     }
 
     #[test]

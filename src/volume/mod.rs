@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, escape};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
 use crate::topology::{Topology, User, device_number};
@@ -71,6 +71,7 @@ pub struct Origin {
     /// Size in bytes.
     pub size: Bytes,
     /// A mount point of every filesystem on it that is mounted, in the order of freezing.
+    #[serde(serialize_with = "escape::paths")]
     pub filesystems: Vec<PathBuf>,
     /// Its own filesystem, if any, is not among these: the suspension must freeze it by its device.
     pub lock_filesystem: bool,

@@ -107,6 +107,31 @@ fn inspect_tells_sizes() {
 }
 
 #[test]
+fn a_name_in_an_archive_does_not_reach_the_terminal_as_it_is() {
+    let bench = Bench::new(1 << 16, random_seed());
+    let (name, archive) = ("evil\u{1b}[2J\u{9b}1m\u{202e}\nverified: yes", bench.path("copy.tdm"));
+    fs::rename(bench.origin(), bench.path(name)).unwrap();
+    ok(&["copy", &bench.path(name), &archive]);
+    let is_harmless = |text: &str| !text.contains(['\u{1b}', '\u{9b}', '\u{202e}']);
+    let text = ok(&["inspect", &archive]).stdout;
+    assert!(is_harmless(&text) && !text.contains("\nverified"), "{text:?}");
+    assert!(text.contains(r"evil\x1b[2J\x9b1m\u{202e}\x0averified: yes"), "{text:?}");
+    let restored = bench.path("back.img");
+    for arguments in [vec!["restore", &archive, &restored, "--dry-run"], vec!["restore", &archive, &restored]]
+    {
+        let ran = ok(&arguments);
+        assert!(is_harmless(&ran.stdout) && is_harmless(&ran.stderr), "{}{}", ran.stdout, ran.stderr);
+    }
+    let text = ok(&["inspect", &archive, "--json"]).stdout;
+    assert!(is_harmless(&text), "{text:?}");
+    assert_eq!(json_lines(&text)[0]["report"]["superblock"]["origin_name"], name);
+    // Errors name files.
+    fs::write(bench.path(name), b"no archive").unwrap();
+    let ran = run(&["inspect", &bench.path(name)]);
+    assert!(ran.code == Some(4) && is_harmless(&ran.stderr), "{ran:?}", ran = ran.stderr);
+}
+
+#[test]
 fn json_results_come_last_and_alone_on_standard_output() {
     let bench = Bench::new(2 << 20, random_seed());
     let ran = ok(&["copy", &bench.origin(), &bench.path("copy.tdm"), "--json"]);

@@ -159,8 +159,25 @@ fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
     .next(format!("leave {option} away, or attach the device and copy the volume")))
 }
 
+/// The job's record is text: what it could not hold is refused while nothing is frozen yet.
+fn refuse_other_text(request: &CopyRequest, origin: &Origin) -> Result<()> {
+    let secondary = match &request.secondary {
+        SecondaryTarget::Pipe => None,
+        SecondaryTarget::Path(path) => Some(path),
+    };
+    let named = [Some(&request.origin), Some(&origin.path), secondary, request.store.tail.as_ref()];
+    let mut paths = named.into_iter().flatten().chain(&origin.filesystems);
+    match paths.find(|path| path.to_str().is_none()) {
+        None => Ok(()),
+        Some(path) => Err(Error::refused(format!("the path {} is not in UTF-8", path.display()))
+            .state("nothing was changed")
+            .next("name another file; a file system can be mounted at a second point (mount --bind)")),
+    }
+}
+
 fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LivePlan> {
     require_root("copying a live device")?;
+    refuse_other_text(request, origin)?;
     if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
         // The store's blocks are 4 KiB, and the kernel wants the snapshot to end on one.
         return Err(Error::refused(format!(
