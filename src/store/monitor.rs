@@ -409,14 +409,7 @@ impl Watch {
         match status {
             SnapshotStatus::Overflow => self.full(total),
             SnapshotStatus::Invalid if self.has_filled_up(now, total) => self.full(total),
-            SnapshotStatus::Invalid => Lost {
-                kind: ErrorKind::StoreInvalid,
-                what: "the COW store failed: the kernel could not write it and has given up the snapshot"
-                    .to_owned(),
-                next: "look at the kernel's log (dmesg) for errors of the store's disk, then copy again \
-                       with --store on another one"
-                    .to_owned(),
-            },
+            SnapshotStatus::Invalid => self.failed(),
             other => Lost {
                 kind: ErrorKind::Kernel,
                 what: format!("the snapshot is in a state that cannot be used: {other:?}"),
@@ -432,12 +425,35 @@ impl Watch {
     /// tells them apart, with what has come since; and where that may have been the rest in one burst,
     /// whether the kernel could still write to it.
     fn has_filled_up(&self, now: Duration, total: Bytes) -> bool {
+        if !self.store.can_fill_up() {
+            return false;
+        }
         let free = total.saturating_sub(self.fill.used_bytes);
         let expected = self.rate.over(FULL_DOUBT).max(self.store.chunk().bytes() * 3);
         let since = now.saturating_sub(self.filled);
         let burst = u128::from(FILL_RATE_MAX) * since.as_millis() / 1000;
         free < expected
             || (u128::from(free.get()) <= burst && self.store.is_marked_invalid().unwrap_or(false))
+    }
+
+    /// A store that could still be marked was not at fault, or only in one place: what failed may as well have been the
+    /// read of an original.
+    fn failed(&self) -> Lost {
+        let (what, next) = if self.store.is_marked_invalid().unwrap_or(false) {
+            (
+                "an original could not be preserved: it could not be read from the origin, or not be written to the \
+                 COW store; the kernel has given up the snapshot",
+                "look at the kernel's log (dmesg) for the disk that has errors; if it is the store's, copy again with \
+                 --store on another one",
+            )
+        } else {
+            (
+                "the COW store failed: the kernel could not write it and has given up the snapshot",
+                "look at the kernel's log (dmesg) for errors of the store's disk, then copy again with --store on \
+                 another one",
+            )
+        };
+        Lost { kind: ErrorKind::StoreInvalid, what: what.to_owned(), next: next.to_owned() }
     }
 
     fn full(&self, total: Bytes) -> Lost {
@@ -661,8 +677,14 @@ mod tests {
         assert!(lost_after(Some(true), small).contains("full"));
         assert!(lost_after(Some(false), small).contains("could not write"));
         assert!(lost_after(None, small).contains("could not write"));
+        // One with room for every chunk of the origin is never full.
+        let whole = Fake::for_origin(small, false, small);
+        *whole.total.lock().unwrap() = small;
+        *whole.marked.lock().unwrap() = Some(true);
+        let (mut whole, _heard) = watch(whole, vec![Ok(active(Bytes::kib(8))), Ok(SnapshotStatus::Invalid)]);
+        assert!(looks(&mut whole, 2).unwrap_err().what.contains("could not be read from the origin"));
         // Nothing writes 2 GiB in a tenth of a second.
-        assert!(lost_after(Some(true), Bytes::gib(2)).contains("could not write"));
+        assert!(lost_after(Some(true), Bytes::gib(2)).contains("could not be read from the origin"));
     }
 
     #[test]

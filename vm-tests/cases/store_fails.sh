@@ -63,6 +63,29 @@ store=$(dm_node tidemark-test-store)
 fails_with 'store failed' --store "$store" --store-ram 0
 dmsetup remove --noudevsync tidemark-test-store
 
+note "not the store: a bad sector of the origin"
+# The last block of a device that is never mounted; dm-dust fails the reads of it, and lets it be written.
+dmsetup create --noudevsync tidemark-test-dust --table "0 32768 dust $(disk 2) 0 4096"
+settle
+dmsetup create --noudevsync tidemark-test-bad --table "0 32768 linear /dev/mapper/tidemark-test-dust 0"
+settle
+bad=$(dm_node tidemark-test-bad)
+exec 9<>"$bad"
+status=0
+tidemark copy "$bad" /mnt/scratch/bad.raw --all --yes --rate 1MiB --order physical --store /mnt/scratch \
+    --hook-frozen "dmsetup message tidemark-test-dust 0 addbadblock 4095 && dmsetup message tidemark-test-dust 0 enable" \
+    >"$ARTIFACTS/out" 2>&1 &
+copy=$!
+wait_until 30 is_preserved "$bad"
+dd if=/dev/zero of="$bad" bs=4k seek=4095 count=1 oflag=direct conv=notrunc status=none || fail "a write to the origin fails"
+wait "$copy" || status=$?
+exec 9>&-
+cat "$ARTIFACTS/out"
+assert_same "the exit status" "$status" 1
+grep -q 'could not be read from the origin' "$ARTIFACTS/out" || fail "the store is blamed for a bad sector of the origin"
+dmsetup remove --noudevsync tidemark-test-bad
+dmsetup remove --noudevsync tidemark-test-dust
+
 note "refused: on the origin itself"
 assert_status 3 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store "$origin"
 
