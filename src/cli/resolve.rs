@@ -91,6 +91,18 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         replace: args.consent.yes,
     })
     .and_then(reject_raw_pipe)
+    .and_then(reject_hook_under_lock)
+}
+
+/// The hook's commands of LVM would wait for the copy, and the copy waits for the hook.
+fn reject_hook_under_lock(request: CopyRequest) -> Result<CopyRequest> {
+    if request.lvm_lock == LvmScope::Copy && request.hooks.after.is_some() {
+        return Err(Error::usage(
+            "--lvm-lock copy cannot be used with --hook-after, whose commands would wait for its end",
+        )
+        .next("use --lvm-lock change, or run the command when the copy is over"));
+    }
+    Ok(request)
 }
 
 fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {

@@ -154,8 +154,19 @@ impl Owner {
         }
         self.note_settings();
         dm.resume(self.number, Udev::None)?;
-        self.went_on();
-        Ok(())
+        if self.has_swapped(dm)? {
+            self.went_on();
+            return Ok(());
+        }
+        (self.loaded, self.is_held) = (None, false);
+        Err(self.explain(Foreign::Resumed))
+    }
+
+    /// False where the table that the owner loaded is not in use behind a call that should have seen to that: a watchdog
+    /// that lets the device go on drops what is loaded.
+    fn has_swapped(&self, dm: &Dm) -> Result<bool> {
+        let Some(loaded) = &self.loaded else { return Ok(true) };
+        Ok(*loaded == self.active || dm.table(self.number, Slot::Active)?.as_ref() != Some(&self.active))
     }
 
     /// Puts back what an administrator has set on the device's queue, which the kernel drops with a table. Not while the
@@ -195,10 +206,7 @@ impl Owner {
         let swapped = dm.swap_loaded(self.number);
         match swapped {
             Ok(held) => {
-                if dm.table(self.number, Slot::Active)?.as_ref() == Some(&self.active)
-                    && *table != self.active
-                {
-                    // A watchdog that lets the device go on drops what is loaded: then the swap swapped nothing.
+                if !self.has_swapped(dm)? {
                     (self.loaded, self.is_held) = (None, false);
                     return Err(self.explain(Foreign::Resumed));
                 }

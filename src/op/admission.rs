@@ -7,8 +7,8 @@
 //!
 //! Two copies that begin at once, each with its store on the other's file system, would each find the other's origin
 //! free. So the host has one lock, held from before the store gets its place until the stack is in place and the
-//! kernel's tables show it. It is on the inode of device-mapper's control device: there is one of it, whatever mount
-//! namespace a process is in.
+//! kernel's tables show it. It is on the inode of device-mapper's control device: there is one of it in whatever mount
+//! namespace a process is, as long as /dev there is the devtmpfs. A container with device nodes of its own has another.
 //!
 //! Not seen: what others make of their mounts, loop devices, tables and swap space behind the instant.
 

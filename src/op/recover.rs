@@ -165,8 +165,11 @@ pub(super) fn plan_release(scene: &Scene) -> Change {
     let mut change = Change::new("recover-release");
     let mut seen = BTreeSet::new();
     for (origin, beneath) in scene.origins() {
-        // A table that somebody else loaded stays.
         let drop_loaded = origin.inactive.as_ref().is_some_and(|table| beneath.is_of_copy(table));
+        if origin.inactive.is_some() && !drop_loaded {
+            // A resume would put what somebody else has loaded to use: the device is left to him.
+            continue;
+        }
         if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
             change = let_go(change, origin, drop_loaded);
         }

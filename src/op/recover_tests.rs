@@ -519,6 +519,21 @@ fn only_what_the_dead_job_itself_holds_is_let_go() {
 }
 
 #[test]
+fn an_origin_that_somebody_else_is_changing_is_not_resumed() {
+    let id = new_id();
+    let mut kernel = killed_with("0 8192 linear {data#preserve} 0", &id);
+    let data = kernel.device("data").unwrap();
+    data.suspended = true;
+    let resumes = |kernel: &mut FakeKernel| {
+        let steps = plan_release(&kernel.scene().unwrap()).steps;
+        steps.iter().any(|step| matches!(step.action, Action::Resume { .. }))
+    };
+    assert!(resumes(&mut kernel), "the dead copy has suspended it");
+    kernel.device("data").unwrap().inactive = Some("0 16384 linear 8:48 0".parse().unwrap());
+    assert!(!resumes(&mut kernel), "his table would come to life");
+}
+
+#[test]
 fn attached_volumes_and_kept_stores_stay() {
     let id = new_id();
     let mut kernel = kernel(&id);

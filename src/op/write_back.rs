@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -65,5 +66,7 @@ fn spawn(file: &File) -> std::io::Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .current_dir("/")
+        // A Ctrl-C is for us, who then say so.
+        .process_group(0)
         .spawn()
 }

@@ -1,9 +1,10 @@
 //! Which settings of a block device's queue did an administrator make, and are they still in force?
 //!
 //! A change of a device-mapper table computes the limits of the queue anew from what lies beneath
-//! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`) and drops two settings with that: the read-ahead (also
-//! lvm2's `--readahead`) and the largest request. All other files of the queue that can be written tell what the table
-//! can do, or stay.
+//! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`) and drops what an administrator has set with that. Put back
+//! are the read-ahead (also lvm2's `--readahead`) and the largest request. Others that are dropped (`discard_max_bytes`,
+//! and before 6.11 `write_cache` and `rotational`) tell what the table can do as well: with another table the old value
+//! may be wrong.
 
 use std::fs;
 use std::path::PathBuf;

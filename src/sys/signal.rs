@@ -131,7 +131,7 @@ pub fn refuse_in_this_thread() {
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }
 
-/// True where a signal that ends has arrived and nobody has taken it: the kernel gave it to a thread that is inside a
+/// True where a signal that asks us to stop (not one that asks for progress, or tells of a full file) has arrived and nobody has taken it: the kernel gave it to a thread that is inside a
 /// call which does not return, and gives it to no other. To be asked by a thread that refuses them.
 #[must_use]
 pub fn is_untaken() -> bool {
@@ -139,7 +139,9 @@ pub fn is_untaken() -> bool {
     unsafe {
         let mut pending: libc::sigset_t = std::mem::zeroed();
         libc::sigpending(&raw mut pending) == 0
-            && ending().any(|signal| libc::sigismember(&raw const pending, signal) == 1)
+            && ending()
+                .filter(|signal| ![libc::SIGUSR1, libc::SIGXFSZ].contains(signal))
+                .any(|signal| libc::sigismember(&raw const pending, signal) == 1)
     }
 }
 

@@ -9,8 +9,8 @@
 //! after the freeze ([`Frozen::check_still`]).
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{DeviceNumber, Error, Result};
@@ -186,7 +186,9 @@ pub fn open_elsewhere(device: DeviceNumber) -> Option<File> {
         let mounts = Topology::mounts_of(&process).unwrap_or_default();
         let root = process.join("root");
         let opened = mounts.iter().filter(|mount| mount.device == device).find_map(|mount| {
-            let file = File::open(root.join(mount.point.strip_prefix("/").ok()?)).ok()?;
+            // Whoever made that namespace chose what is there: nothing is waited for.
+            let path = root.join(mount.point.strip_prefix("/").ok()?);
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
             let meta = file.metadata().ok()?;
             (DeviceNumber::from_dev(meta.dev()) == device).then_some(file)
         });

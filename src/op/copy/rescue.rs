@@ -128,6 +128,9 @@ impl Shared {
                 return;
             }
             let is_asked = signal::stop_requested() || signal::is_untaken();
+            if !is_asked {
+                signalled = None;
+            }
             if !is_asked || signalled.get_or_insert_with(Instant::now).elapsed() < GRACE {
                 continue;
             }

@@ -426,6 +426,14 @@ struct Copied {
     release: GateReport,
 }
 
+/// The origin gets its own table back before anything waits for the secondary. Where that fails, it is tried again, and
+/// reported, when the rest is put back.
+fn restore_first(live: &Live) {
+    if let Err(error) = live.stack().restore(live.dm(), &mut live.job()) {
+        tracing::warn!("{error}");
+    }
+}
+
 /// The copy proper, with the monitor and the gate beside it; all have ended when this returns.
 fn copy_below(
     plan: &CopyPlan,
@@ -439,6 +447,7 @@ fn copy_below(
     let beside = match Beside::start(plan, live) {
         Ok(beside) => beside,
         Err(error) => {
+            restore_first(live);
             if hook {
                 hook_after(plan, observer, interrupt);
             }
@@ -452,12 +461,13 @@ fn copy_below(
     if hook {
         hook_after(plan, observer, &stop);
     }
-    let below = match open_below(live).and_then(|below| {
-        live.job().set_hook_after_done()?;
-        Ok(below)
-    }) {
+    let opened = open_below(live).and_then(|below| live.job().set_hook_after_done().map(|()| below));
+    let below = match opened {
         Ok(below) => below,
-        Err(error) => return Err(abandon(secondary, error)),
+        Err(error) => {
+            beside.rescue.restore();
+            return Err(abandon(secondary, error));
+        }
     };
     let block_list = block_list_of(plan, live.stack());
     secondary.restrict(&block_list);
