@@ -14,7 +14,8 @@ use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::block::is_open_for_writing;
-use crate::topology::{Ground, Topology, device_number};
+
+use crate::topology::{Ground, Topology, User, device_number};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, written by a process, shown by a
@@ -55,21 +56,18 @@ impl Topology {
     /// # Errors
     /// [`ErrorKind::Refused`] with who it is and what to do.
     pub fn check_unused(&self, path: &Path) -> Result<()> {
-        match self.user_of(path)? {
-            None => Ok(()),
-            Some(user) => Err(Error::refused(format!("{} is {user}", path.display()))
-                .with_source(io::Error::from_raw_os_error(libc::EBUSY))
-                .state("it was not touched")
-                .next(format!("{}, or name another target", user.remedy()))),
-        }
+        self.user_of(path)?.map_or(Ok(()), |user| Err(used(path, &user)))
     }
 
     /// Refuses to have a file replaced that somebody still writes: what they write would be lost when they close it.
+    /// Who only reads it goes on reading what it held.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] with who it is, as far as that can be told.
     pub fn check_replaceable(&self, file: &Path) -> Result<()> {
-        self.check_unused(file)?;
+        if let Some(user) = self.user_of(file)?.filter(User::writes) {
+            return Err(used(file, &user));
+        }
         // Whoever cannot be seen from here, the kernel's own users among them. One that cannot be opened can
         // still be replaced, and nobody else can be asked about it.
         let opened =
@@ -197,6 +195,13 @@ impl Topology {
         }
         Ok(())
     }
+}
+
+fn used(path: &Path, user: &User) -> Error {
+    Error::refused(format!("{} is {user}", path.display()))
+        .with_source(io::Error::from_raw_os_error(libc::EBUSY))
+        .state("it was not touched")
+        .next(format!("{}, or name another target", user.remedy()))
 }
 
 #[cfg(test)]

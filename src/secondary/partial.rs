@@ -10,7 +10,8 @@
 //! - it is locked (flock) for as long as any write to it may come: a killed process's writes that are still on
 //!   their way hold the file open, and the lock with it. Who goes on waits for their end;
 //! - there is one locked partial file for a target at most: a second command to it is refused;
-//! - a file that somebody writes is not replaced, neither at the beginning nor at the end.
+//! - a file that somebody writes is not replaced, neither at the beginning nor at the end;
+//! - a complete file is never removed: one that cannot get its name stays beside it, as `NAME.tidemark-complete.<id>`.
 //!
 //! Must not look at the bytes, and never writes to or removes a file that was not made here.
 
@@ -22,6 +23,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::unistd::AccessFlags;
 
@@ -38,15 +40,30 @@ pub struct PartialFile {
     target: PathBuf,
     directory: PathBuf,
     replace: bool,
-    /// Nothing of ours is under the partial name any more, or it is to stay.
-    published: bool,
+    fate: Fate,
     direct: bool,
     identity: TargetRecord,
     known: Known,
 }
 
+/// What becomes of the file when it is given up or closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is removed.
+    Unfinished,
+    /// It stays for a later attempt.
+    Left,
+    /// It is complete, and stays for who gives it its name.
+    Kept,
+    /// It has its name.
+    Published,
+}
+
 /// Between the final name and the id, in a partial file's name.
 const INFIX: &str = ".tidemark-partial.";
+
+/// The same, for a complete file that could not get its name.
+const COMPLETE_INFIX: &str = ".tidemark-complete.";
 
 /// How long the last writes of a killed process are waited for.
 const LAST_WRITES_MAX: Duration = Duration::from_secs(10);
@@ -103,7 +120,17 @@ impl PartialFile {
             let _ = fs::remove_file(&partial);
         })?;
         let known = Known::Throughout;
-        Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
+        Ok(Self {
+            file,
+            directory,
+            partial,
+            target,
+            replace,
+            fate: Fate::Unfinished,
+            direct,
+            identity,
+            known,
+        })
     }
 
     /// The refusals of [`PartialFile::create`], without making anything.
@@ -174,7 +201,17 @@ impl PartialFile {
         let known = recognize(noted, &identity, &partial)?;
         lock(&file, &partial, &Patience::new())?;
         refuse_others(&target, &directory, &name, Some(&partial))?;
-        Ok(Self { file, directory, partial, target, replace, published: false, direct, identity, known })
+        Ok(Self {
+            file,
+            directory,
+            partial,
+            target,
+            replace,
+            fate: Fate::Unfinished,
+            direct,
+            identity,
+            known,
+        })
     }
 
     /// Refuses a file that is too short for what was written to it.
@@ -228,72 +265,105 @@ impl PartialFile {
     /// between 2 and 3 either name, and the bytes under it are whole because of 1.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the final name appeared meanwhile and `replace` is false; I/O
-    /// errors. After an error the final name is as it was, except for a failed directory sync, which
-    /// says so.
+    /// [`ErrorKind::Refused`] where the final name appeared meanwhile and `replace` is false, or is in use; I/O
+    /// errors. After an error the final name is as it was, except for a failed directory sync, which says so. A file
+    /// that was synced stays.
     pub fn publish(&mut self) -> Result<()> {
         self.file.sync_all().io_context(|| format!("sync {}", self.partial.display()))?;
-        if self.replace {
-            // It may have been taken into use while the copy ran.
-            Topology::default().check_replaceable(&self.target)?;
-            fs::rename(&self.partial, &self.target)
-                .io_context(|| format!("rename {} to {}", self.partial.display(), self.target.display()))?;
-        } else {
-            self.rename_without_replacing()?;
+        self.take_name().map_err(|error| self.keep(error))?;
+        self.fate = Fate::Published;
+        self.sync_directory().map_err(|error| {
+            error
+                .state(format!(
+                    "{} is complete, but its name may not survive a power cut",
+                    self.target.display()
+                ))
+                .next("check the filesystem, run sync, and verify the copy")
+        })
+    }
+
+    fn take_name(&self) -> Result<()> {
+        if !self.replace {
+            return self.rename_without_replacing();
         }
-        self.published = true;
+        // It may have been taken into use while the copy ran.
+        Topology::default().check_replaceable(&self.target)?;
+        fs::rename(&self.partial, &self.target)
+            .io_context(|| format!("rename {} to {}", self.partial.display(), self.target.display()))
+    }
+
+    fn sync_directory(&self) -> Result<()> {
         File::open(&self.directory)
             .and_then(|directory| directory.sync_all())
             .io_context(|| format!("sync directory {}", self.directory.display()))
-            .map_err(|error| {
-                error
-                    .state(format!(
-                        "{} is complete, but its name may not survive a power cut",
-                        self.target.display()
-                    ))
-                    .next("check the filesystem, run sync, and verify the copy")
-            })
+    }
+
+    /// Keeps the complete file, which cannot get its name. It loses the partial name, by which job records and people
+    /// know what may be removed.
+    fn keep(&mut self, error: Error) -> Error {
+        self.fate = Fate::Kept;
+        if let Some(complete) = complete_name(&self.partial) {
+            match rename_to_new(&self.partial, &complete) {
+                Ok(()) => self.partial = complete,
+                Err(error) => tracing::warn!(%error, "{} keeps its name", self.partial.display()),
+            }
+        }
+        if let Err(error) = self.sync_directory() {
+            tracing::warn!("{error}");
+        }
+        let (kept, target) = (self.partial.display(), self.target.display());
+        error
+            .context("the copy is complete, but could not get its name")
+            .state(format!("{target} was not touched"))
+            .next(format!("mv -T {kept} {target}, once that is free, or give it another name"))
     }
 
     fn rename_without_replacing(&self) -> Result<()> {
-        let renamed =
-            renameat2(AT_FDCWD, &self.partial, AT_FDCWD, &self.target, RenameFlags::RENAME_NOREPLACE);
-        let error = match renamed {
-            Ok(()) => return Ok(()),
-            Err(nix::errno::Errno::EEXIST) => return Err(exists(&self.target)),
-            // Filesystems without the flag (some network ones): a hard link never replaces either.
-            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
-                match link_and_remove(&self.partial, &self.target, |partial| fs::remove_file(partial)) {
-                    Ok(()) => return Ok(()),
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        return Err(exists(&self.target));
-                    }
-                    Err(error) => error,
-                }
-            }
-            Err(errno) => io::Error::from(errno),
-        };
-        Err(Error::io(format!("rename {} to {}", self.partial.display(), self.target.display()), error))
+        rename_to_new(&self.partial, &self.target).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => exists(&self.target),
+            _ => Error::io(format!("rename {} to {}", self.partial.display(), self.target.display()), error),
+        })
     }
 
     /// Leaves the file under its partial name, for a later attempt.
     pub(super) fn leave(&mut self) {
-        self.published = true;
+        self.fate = Fate::Left;
     }
 
-    /// Removes the partial file; answers the state that is left, for an error's text.
+    /// Removes the partial file, unless it is complete; answers the state that is left, for an error's text.
     ///
     /// # Errors
     /// The removal's I/O error; the file is then still under its partial name.
     pub fn abandon(&mut self) -> Result<String> {
-        if self.published {
-            return Ok(format!("{} is complete", self.target.display()));
+        let shown = self.partial.display();
+        match self.fate {
+            Fate::Published => return Ok(format!("{} is complete", self.target.display())),
+            Fate::Kept => return Ok(format!("the copy is complete, in {shown}")),
+            Fate::Left => return Ok(format!("{shown} was left as it is")),
+            Fate::Unfinished => self.fate = Fate::Left,
         }
-        self.published = true;
         fs::remove_file(&self.partial)
             .io_context(|| format!("remove the partial file {}", self.partial.display()))?;
         Ok(format!("the partial file was removed, nothing was written to {}", self.target.display()))
     }
+}
+
+/// Renames a file to a name that nobody has.
+fn rename_to_new(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        Ok(()) => Ok(()),
+        // Filesystems without the flag (some network ones): a hard link never replaces either.
+        Err(Errno::EINVAL | Errno::ENOSYS) => link_and_remove(from, to, |from| fs::remove_file(from)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The name of a complete file that cannot get its own, beside it.
+fn complete_name(partial: &Path) -> Option<PathBuf> {
+    let name = partial_of(partial)?;
+    let id = &partial.file_name()?.as_bytes()[1 + name.len() + INFIX.len()..];
+    let complete = [name, COMPLETE_INFIX.as_bytes(), id].concat();
+    Some(partial.with_file_name(OsStr::from_bytes(&complete)))
 }
 
 /// Gives a file its second name, the final one, and takes the first. Once it has the final name the copy
@@ -367,7 +437,7 @@ fn cannot_go_on(what: String) -> Error {
 
 impl Drop for PartialFile {
     fn drop(&mut self) {
-        if !self.published
+        if self.fate == Fate::Unfinished
             && let Err(error) = fs::remove_file(&self.partial)
         {
             tracing::warn!(path = %self.partial.display(), %error, "a partial file could not be removed");
@@ -578,6 +648,49 @@ mod tests {
         let mut first = [1u8; 1];
         File::open(&target).unwrap().read_exact_at(&mut first, 0).unwrap();
         assert_eq!(first, [0]);
+    }
+
+    #[test]
+    fn a_complete_copy_that_cannot_get_its_name_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("out");
+        fs::write(&target, b"theirs").unwrap();
+        let kept = |replace: bool, hinder: &dyn Fn() -> Option<File>| {
+            let mut partial = PartialFile::create(&target, replace).unwrap();
+            let (id, hidden) =
+                (partial.partial().to_str().unwrap().rsplit_once('.').unwrap().1.to_owned(), {
+                    fs::write(partial.partial(), b"ours").unwrap();
+                    partial.partial().to_owned()
+                });
+            let hindrance = hinder();
+            let error = partial.publish().unwrap_err();
+            let complete = directory.path().join(format!("out.tidemark-complete.{id}"));
+            let shown = complete.to_str().unwrap();
+            assert!(partial.abandon().unwrap().contains(shown), "{error}");
+            assert!(error.next_step().unwrap().contains(shown), "{error}");
+            // 'recover', which has its name from a record, keeps off it as well.
+            assert!(!remove_leftover(&hidden).unwrap());
+            drop((partial, hindrance));
+            assert_eq!(fs::read(&complete).unwrap(), b"ours");
+            fs::remove_file(&complete).unwrap();
+            error
+        };
+        let error = kept(true, &|| OpenOptions::new().write(true).open(&target).ok());
+        assert_eq!(
+            (error.kind(), fs::read(&target).unwrap().as_slice()),
+            (ErrorKind::Refused, &b"theirs"[..])
+        );
+        fs::remove_file(&target).unwrap();
+        assert_eq!(
+            kept(false, &|| fs::write(&target, b"theirs").map(|()| None).unwrap()).kind(),
+            ErrorKind::Refused
+        );
+        let error = kept(true, &|| {
+            fs::remove_file(&target).unwrap();
+            fs::create_dir(&target).map(|()| None).unwrap()
+        });
+        assert_eq!(error.errno(), Some(libc::EISDIR));
+        assert_eq!(names(directory.path()), ["out"]);
     }
 
     #[test]

@@ -91,6 +91,43 @@ if swapon swapfile; then
     swapoff swapfile
 fi
 
+note "a file that a loop device only reads is replaced; one that is taken into use during the copy is not"
+losetup --read-only /dev/loop5 vm.img
+mount -o ro /dev/loop5 /mnt/vm
+tidemark copy small.img vm.img --format raw --yes
+assert_same "what the loop device shows" "$(cat /mnt/vm/file)" "$stranger"
+umount /mnt/vm
+losetup -d /dev/loop5
+cmp small.img vm.img
+is_begun() { compgen -G "/mnt/s/.$1.tidemark-partial.*" >/dev/null; }
+# kept CONTENT TARGET COMMAND...: a loop device shows the target once the command runs, and the copy is not lost.
+kept() {
+    local content=$1 target=$2 got=0 complete process
+    shift 2
+    before=$(digest "$target")
+    "$@" >/run/kept.out 2>/run/kept.err &
+    process=$!
+    wait_until 20 is_begun "$target"
+    losetup /dev/loop5 "$target"
+    wait "$process" || got=$?
+    cat /run/kept.err
+    [ "$got" = 3 ] || fail "exit code $got, expected 3: $*"
+    assert_same "$target" "$(digest "$target")" "$before"
+    complete=$(compgen -G "/mnt/s/$target.tidemark-complete.*") || fail "the copy is lost"
+    grep -q "next:.*mv .*$complete" /run/kept.err || fail "nothing says how to go on"
+    cmp "$content" "$complete"
+    rm "$complete"
+    losetup -d /dev/loop5
+}
+kept small.img vm.img tidemark copy small.img vm.img --format raw --yes --rate 4MiB
+tidemark attach "$origin_disk" --name data
+dd if=small.img of=/dev/mapper/data bs=1M oflag=direct status=none
+dd if=/dev/mapper/data of=live.img bs=1M status=none
+kept live.img vm.img tidemark copy data vm.img --format raw --yes --store /mnt/s --rate 20MiB
+rm live.img
+assert_no_tidemark_left data
+tidemark detach data
+
 note "the origin's own backing file, and a device of the store's that somebody writes"
 truncate -s 32M backing.img
 losetup /dev/loop5 backing.img
