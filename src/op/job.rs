@@ -27,7 +27,7 @@ use crate::dm::naming::{is_id, new_id};
 use crate::dm::{Action, Change, Journal, Step};
 use crate::format::state::{
     ChangeRecord, CopyRecord, JobRecord, OriginRecord, ProgressView, RECORD_BYTES_MAX, Record,
-    ResourceRecord, VIEW_BYTES_MAX, decode, encode,
+    ResourceRecord, VIEW_BYTES_MAX, decode, encode, is_fully_known,
 };
 
 use super::{privilege, progress_file};
@@ -503,6 +503,8 @@ pub struct FoundJob {
     pub alive: bool,
     /// Its record; an error where it cannot be read (the kernel's tables do without).
     pub record: Result<JobRecord>,
+    /// A newer program has written something into its record that this one does not know.
+    pub is_newer: bool,
     /// How far it is, or was when it died; None where it did not say.
     pub progress: Option<ProgressView>,
     /// Held while we look after a dead one, so that no two recovers do.
@@ -593,9 +595,12 @@ fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
         Err((_, Errno::EWOULDBLOCK)) => None,
         Err((_, errno)) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
     };
-    let record = read_record(&record_path(directory, &id));
+    let path = record_path(directory, &id);
+    let bytes = read_bytes(&path);
+    let is_newer = bytes.as_ref().is_ok_and(|bytes| !is_fully_known::<JobRecord>(bytes));
+    let record = bytes.and_then(|bytes| decode_at(&path, &bytes));
     let progress = read_progress(&progress_path(directory, &id));
-    Ok(Some(FoundJob { id, alive: lock.is_none(), record, progress, lock }))
+    Ok(Some(FoundJob { id, alive: lock.is_none(), record, is_newer, progress, lock }))
 }
 
 fn remove_job(directory: &Path, id: &str) -> Result<()> {
@@ -643,11 +648,19 @@ pub fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
 /// # Errors
 /// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for one that is not right.
 pub fn read_record<R: Record>(path: &Path) -> Result<R> {
+    decode_at(path, &read_bytes(path)?)
+}
+
+fn decode_at<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
+    decode(bytes).map_err(|error| error.context(path.display().to_string()))
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let what = || format!("reading {}", path.display());
     let limit = u64::try_from(RECORD_BYTES_MAX).expect("16 MiB fits u64") + 1;
     let mut bytes = Vec::new();
     File::open(path).io_context(what)?.take(limit).read_to_end(&mut bytes).io_context(what)?;
-    decode(&bytes).map_err(|error| error.context(path.display().to_string()))
+    Ok(bytes)
 }
 
 fn record_path(directory: &Path, id: &str) -> PathBuf {
@@ -795,6 +808,28 @@ mod tests {
         assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_newer_program_has_left_is_found_and_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut job = Job::begin_in(dir.path(), "copy").unwrap();
+        job.note_partial(Path::new("/srv/.copy.tidemark-partial.0123456789ab"));
+        let path = record_path(dir.path(), job.id());
+        drop(job);
+        let found = find_jobs_in(dir.path()).unwrap().remove(0);
+        assert!(!found.is_newer);
+        drop(found);
+        let text = fs::read_to_string(&path).unwrap();
+        let (body, _) = text.split_once("crc32c ").unwrap();
+        let body = body.replacen('{', "{\"added\":[1],", 1);
+        let sum = crate::base::checksum::crc32c_salted(b"job", body.as_bytes());
+        fs::write(&path, format!("{body}crc32c {sum:08x}\n")).unwrap();
+        let found = find_jobs_in(dir.path()).unwrap().remove(0);
+        assert!(found.is_newer);
+        // What `recover` goes by.
+        let record = found.record.unwrap();
+        assert_eq!(partials(&record).count(), 1);
     }
 
     #[test]

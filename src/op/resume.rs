@@ -75,6 +75,14 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
             format!("it is no copy but '{}'", record.command)
         })
     })?;
+    if found.is_newer {
+        return Err(Error::refused(format!(
+            "job {} cannot go on: a newer version of tidemark has made it",
+            found.id
+        ))
+        .state("nothing was changed")
+        .next("resume with that version, or run 'tidemark recover' and copy again"));
+    }
     let content = journal::read(&found.segments_path())?;
     let origin = record.origin.as_ref().ok_or_else(|| give_up("its record names no origin".to_owned()))?;
     let plan = copy_plan(copy, &origin.device, origin.number, content.header.origin_size)?;

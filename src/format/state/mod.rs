@@ -19,12 +19,12 @@ use crate::base::{DeviceNumber, Error, Result};
 /// Longest record, in bytes: a table of 65,536 lines of 100 bytes and room to spare.
 pub const RECORD_BYTES_MAX: usize = 16 << 20;
 
-/// The version that is written, and the only one that is read.
+/// The version that is written, and the only one that is read. A field that may be absent can be added without another
+/// one: who does not know it passes over it.
 pub const VERSION: u32 = 1;
 
 /// A job in progress: what `recover` needs to know that the kernel does not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct JobRecord {
     /// The job's id, as in its devices' UUIDs.
     pub job: String,
@@ -47,7 +47,6 @@ pub struct JobRecord {
 
 /// A copy between its instant and its end: what a process needs to go on with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct CopyRecord {
     /// What was asked for, as JSON; its form is that of the program which wrote it.
     pub request: String,
@@ -76,7 +75,6 @@ pub struct CopyRecord {
 
 /// What a copy goes to: the facts by which a later process tells it from another of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct TargetRecord {
     /// The kernel's id of this boot.
     pub boot: String,
@@ -88,7 +86,6 @@ pub struct TargetRecord {
 
 /// A file and the filesystem that it is in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct FileRecord {
     /// `st_dev`.
     pub device: DeviceNumber,
@@ -106,7 +103,6 @@ pub struct FileRecord {
 
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DeviceRecord {
     /// Its number.
     pub number: DeviceNumber,
@@ -130,7 +126,6 @@ pub struct DeviceRecord {
 
 /// The device being copied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct OriginRecord {
     /// Its device-mapper name.
     pub device: String,
@@ -142,7 +137,6 @@ pub struct OriginRecord {
 
 /// Where a change stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ChangeRecord {
     /// The change's name.
     pub name: String,
@@ -160,7 +154,6 @@ pub struct ChangeRecord {
 
 /// Something made beside the stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ResourceRecord {
     /// "partial": a file under construction. "rcu-expedited": a switch to be turned off.
     pub kind: String,
@@ -170,7 +163,6 @@ pub struct ResourceRecord {
 
 /// A volume that was attached: what outlives a boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct VolumeRecord {
     /// Its name: /dev/mapper/NAME.
     pub name: String,
@@ -245,6 +237,13 @@ pub fn decode<R: Record>(bytes: &[u8]) -> Result<R> {
         return Err(bad(&format!("its version is {version}, this program reads {VERSION}")));
     }
     serde_json::from_str(body).map_err(|source| bad("its fields are wrong").with_source(source))
+}
+
+/// True where the record in `bytes` holds nothing that this program does not know: what it would do by the record, it
+/// would do as whoever wrote it.
+#[must_use]
+pub fn is_fully_known<R: Record>(bytes: &[u8]) -> bool {
+    decode::<R>(bytes).and_then(|record| encode(&record)).is_ok_and(|again| again == bytes)
 }
 
 #[cfg(test)]
@@ -347,6 +346,40 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/volume-v1.json");
         assert_eq!(decode::<VolumeRecord>(golden).unwrap(), volume());
         assert_eq!(encode(&volume()).unwrap(), golden);
+    }
+
+    #[test]
+    fn what_a_newer_program_has_added_is_passed_over_and_told() {
+        let now = text_of(&copying_to(target()));
+        for (before, behind) in [
+            ("\"job\":", "\"new\":{\"a\":[1]},\"job\":"),
+            ("\"origin_path\":", "\"new\":0,\"origin_path\":"),
+            ("\"inode\":", "\"new\":null,\"inode\":"),
+            ("\"size_bytes\":", "\"new\":\"\",\"size_bytes\":"),
+        ] {
+            assert!(now.contains(before));
+            let newer = sealed("job", &now.replacen(before, behind, 1));
+            assert_eq!(decode::<JobRecord>(&newer).unwrap(), copying_to(target()), "{behind}");
+            assert!(!is_fully_known::<JobRecord>(&newer), "{behind}");
+        }
+        assert!(is_fully_known::<JobRecord>(&sealed("job", &now)));
+        assert!(is_fully_known::<JobRecord>(include_bytes!("golden/job-copy-v1.json")));
+        let volume = sealed("volume", &text_of(&volume()).replacen('{', "{\"new\":1,", 1));
+        assert_eq!(decode::<VolumeRecord>(&volume).unwrap(), self::volume());
+        // What was there from the beginning is not left away by anybody.
+        assert!(decode::<JobRecord>(&sealed("job", &now.replacen("\"process\":4711,", "", 1))).is_err());
+    }
+
+    /// The second line of a record.
+    fn text_of<R: Record>(record: &R) -> String {
+        let text = String::from_utf8(encode(record).unwrap()).unwrap();
+        text.lines().nth(1).unwrap().to_owned()
+    }
+
+    fn sealed(kind: &str, body: &str) -> Vec<u8> {
+        let head = format!("tidemark-{kind} 1\n{body}\n");
+        let sum = crc32c_salted(kind.as_bytes(), head.as_bytes());
+        format!("{head}crc32c {sum:08x}\n").into_bytes()
     }
 
     #[test]
