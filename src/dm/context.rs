@@ -449,7 +449,8 @@ impl Dm {
     /// Answers how long the swap took: the longest that I/O can have been held.
     ///
     /// # Errors
-    /// The kernel's; the device may then be suspended, with the table still loaded.
+    /// [`ErrorKind::Interrupted`] where a [`nudge`] ended the wait for I/O in flight: the device was not suspended, and the
+    /// table may be loaded. The kernel's; the device may then be suspended, with the table still loaded.
     pub(super) fn swap_loaded<'a>(&self, device: impl Into<Key<'a>>) -> Result<Duration> {
         let device = device.into();
         let mut attempt = 1;
@@ -457,7 +458,14 @@ impl Dm {
             let watch = Stopwatch::start();
             match self.resume(device, Udev::None) {
                 Ok(()) => return Ok(watch.elapsed()),
-                // A signal ended the wait for I/O in flight.
+                // The wait for I/O in flight was ended. Linux 6.1 goes on as if it had suspended the device, drops the
+                // loaded table and answers EINVAL (`do_resume` ignores what `dm_suspend` returns).
+                Err(error)
+                    if nudge::is_overdue() && matches!(error.errno(), Some(libc::EINTR | libc::EINVAL)) =>
+                {
+                    let error = error.with_kind(ErrorKind::Interrupted);
+                    return Err(error.context("I/O in flight took longer than writers may wait"));
+                }
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SUSPEND_ATTEMPTS => {
                     attempt += 1
                 }

@@ -199,7 +199,8 @@ impl Owner {
     /// Replaces the table in one call of the kernel, in use or held; a device that the owner holds goes on.
     ///
     /// # Errors
-    /// As [`Owner::check`], before and after; the kernel's: then the device has the table it had.
+    /// As [`Owner::check`], before and after; [`ErrorKind::Interrupted`] where a [`nudge`](crate::sys::nudge) ended the wait
+    /// for I/O in flight; the kernel's. In the last two cases the device has the table it had.
     pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
         self.load(dm, table)?;
         self.note_settings();
@@ -217,7 +218,7 @@ impl Owner {
             }
             Err(error) => {
                 // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
-                self.is_held = true;
+                self.is_held |= error.kind() != ErrorKind::Interrupted;
                 Err(match self.let_go(dm) {
                     Ok(()) => error.state(format!("{} keeps the table it had", self.name)),
                     Err(undo) => error.with_failed_undo(undo),

@@ -5,9 +5,9 @@
 //! flight does); one that does not, goes on. The signal is SIGURG, which ends no process whoever sends it; its handler
 //! does nothing. Everything is made beforehand: [`Nudge::within`] allocates nothing.
 
+use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -21,13 +21,15 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// It calls next to nothing, and where memory is locked all of it is made at once.
 const STACK_BYTES: usize = 128 << 10;
 
-/// Whether a thread of this process is being nudged.
-static NUDGING: AtomicBool = AtomicBool::new(false);
+thread_local! {
+    /// When the work of this thread is to end.
+    static END: Cell<Option<Instant>> = const { Cell::new(None) };
+}
 
-/// True while a call is to end: who was interrupted must not begin it anew.
+/// True where the work of the calling thread is past its end: a call that was interrupted must not be made again.
 #[must_use]
 pub fn is_overdue() -> bool {
-    NUDGING.load(Ordering::SeqCst)
+    END.get().is_some_and(|end| Instant::now() >= end)
 }
 
 extern "C" fn on_nudge(_signal: libc::c_int) {}
@@ -56,7 +58,6 @@ impl Shared {
             state = match state.end.map(|end| end.saturating_duration_since(Instant::now())) {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(left) if left.is_zero() => {
-                    NUDGING.store(true, Ordering::SeqCst);
                     // Under the lock: once `within` has taken the deadline back, no signal follows.
                     let _ = pthread_kill(thread, Signal::SIGURG);
                     self.wait(state, PAUSE)
@@ -107,8 +108,8 @@ impl Nudge {
     }
 
     fn set(&self, end: Option<Instant>) {
+        END.set(end);
         self.shared.lock().end = end;
-        NUDGING.store(false, Ordering::SeqCst);
         self.shared.changed.notify_all();
     }
 }
@@ -133,9 +134,11 @@ mod tests {
         let nudge = Nudge::new().unwrap();
         let start = Instant::now();
         let waited = nudge.within(start + Duration::from_millis(50), || {
-            nix::poll::poll(&mut [], nix::poll::PollTimeout::from(20_000u16))
+            let waited = nix::poll::poll(&mut [], nix::poll::PollTimeout::from(20_000u16));
+            (waited, is_overdue(), thread::spawn(is_overdue).join().unwrap())
         });
-        assert_eq!(waited, Err(nix::errno::Errno::EINTR));
+        assert_eq!(waited, (Err(nix::errno::Errno::EINTR), true, false));
+        assert!(!is_overdue());
         assert!(start.elapsed() >= Duration::from_millis(50) && start.elapsed() < Duration::from_secs(15));
         let calm = nudge.within(Instant::now() + Duration::from_secs(60), || {
             nix::poll::poll(&mut [], nix::poll::PollTimeout::from(30u16))

@@ -83,6 +83,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("stack_judge", A, F, F, ""),
     ("stack_volume", A, F, F, ""),
     ("store_grows", A, F, F, ""),
+    ("release_budget", A, F, F, "on a store that becomes slow"),
     ("store_fails", A, F, F, ""),
     ("store_crash", A, F, F, ""),
     ("store_adopt", A, F, F, ""),

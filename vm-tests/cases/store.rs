@@ -14,6 +14,12 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(900)
             .tolerate("Buffer I/O error")
             .tolerate("I/O error, dev dm-"),
+        case("release_budget")
+            .modules(&["dm-switch", "dm-delay"])
+            .disk_mib(96)
+            .disk_mib(300)
+            .disk_mib(200)
+            .limit_seconds(300),
         case("store_crash").disk_mib(64).disk_mib(300).limit_seconds(1200),
         case("store_swap")
             .modules(&["dm-switch"])

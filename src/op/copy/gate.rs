@@ -4,9 +4,10 @@
 //! for the kernel:
 //!
 //! - **releases**: every region that the copier has done with since the last one leads past the snapshot, by one
-//!   swap of the table. After each the thread rests for a multiple of what the swap took, bounded, so that the
-//!   origin is held for a small share of the time only; what is released meanwhile goes together. A release that
-//!   fails is tried again with the next: until then the region is preserved.
+//!   swap of the table. A swap waits for I/O in flight, at most for the freeze budget. After each attempt the thread
+//!   rests for a multiple of what it took, so that the origin is held for a small share of the time only; what is
+//!   released meanwhile goes together. A release that fails is tried again with the next: until then the region is
+//!   preserved.
 //! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
 //!   suspended, for some seconds at a stretch, so that the copier catches up and releases what is about to be
 //!   written. The watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
@@ -17,28 +18,31 @@
 //! either table, whole, and goes on. A hold's suspension is ended by its watchdog. `recover` takes a table
 //! of either kind for ours, and drops one that is loaded and not in use.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, clock};
+use crate::base::clock::{self, Stopwatch};
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::Dm;
 use crate::extent::{Extent, ExtentSet};
 use crate::op::stack::{Hold, Stack};
 use crate::op::watchdog::{Order, Verdict, Watchdog};
+use crate::sys::nudge::Nudge;
 
 /// A release that holds the origin for longer makes the following regions larger.
 pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
 
 /// After a release the gate rests for so many times what it took, so that the origin is held for at most a
-/// twenty-first of the time; for a longer share only where a swap takes more than a twentieth of [`REST_MAX`].
+/// twenty-first of the time. What is not released meanwhile is preserved.
 const REST_FACTOR: u32 = 20;
 
-/// Longest such rest: what is not released is preserved.
-const REST_MAX: Duration = Duration::from_secs(2);
+/// Shortest rest after a release or a hold that failed.
+const FAILURE_REST_MIN: Duration = Duration::from_secs(2);
 
 /// Between two looks at the store, while a hold may become necessary.
 const HOLD_POLL: Duration = Duration::from_millis(20);
@@ -52,7 +56,7 @@ pub const HOLD_SLICE: Duration = Duration::from_millis(500);
 /// Longest time until writers go on for a moment, where the store is still about to fill.
 const HOLD_STRETCH_MAX: Duration = Duration::from_secs(5);
 
-/// What the watchdog allows beyond a slice.
+/// What the watchdog allows beyond a slice; and how long a hold waits for I/O in flight, while writers are held already.
 const HOLD_GRACE: Duration = Duration::from_secs(2);
 
 /// What the gate has done. Durations in seconds in JSON.
@@ -62,10 +66,10 @@ pub struct GateReport {
     pub releases: u64,
     /// Bytes of the origin that are released.
     pub released_bytes: Bytes,
-    /// The longest time that a release held the origin.
+    /// The longest time that a release, or an attempt at one, held the origin.
     #[serde(rename = "longest_stall_seconds", serialize_with = "clock::seconds")]
     pub longest_stall: Duration,
-    /// All releases together.
+    /// All releases and attempts together.
     #[serde(rename = "stalled_seconds", serialize_with = "clock::seconds")]
     pub stalled: Duration,
     /// Stretches for which the origin was suspended because the store was about to fill.
@@ -103,6 +107,14 @@ struct State {
     lost: Option<(ErrorKind, String)>,
     slow: bool,
     report: GateReport,
+}
+
+impl State {
+    fn note_stall(&mut self, stall: Duration) {
+        self.slow |= stall > RELEASE_STALL_MAX;
+        self.report.longest_stall = self.report.longest_stall.max(stall);
+        self.report.stalled += stall;
+    }
 }
 
 #[derive(Default)]
@@ -148,19 +160,24 @@ impl Gate {
         events: impl Fn(GateEvent) + Send + 'static,
     ) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let keeper = Keeper {
-            dm: Dm::open()?,
-            stack: stack.clone(),
-            released: released.into_iter().collect(),
-            hold,
-            events: Box::new(events),
-            spent_said: false,
-        };
-        let theirs = Arc::clone(&shared);
+        let (dm, stack, theirs) = (Dm::open()?, stack.clone(), Arc::clone(&shared));
+        let (ready, started) = mpsc::sync_channel(1);
+        let starting = || "starting the thread that releases the origin".to_owned();
         let thread = thread::Builder::new()
             .name("origin-gate".to_owned())
-            .spawn(move || run(keeper, &theirs))
-            .io_context(|| "starting the thread that releases the origin".to_owned())?;
+            .spawn(move || {
+                // It nudges the thread that makes it.
+                let nudge = match Nudge::new() {
+                    Ok(nudge) => nudge,
+                    Err(error) => return drop(ready.send(Err(error))),
+                };
+                let _ = ready.send(Ok(()));
+                let released = released.into_iter().collect();
+                let events = Box::new(events);
+                run(Keeper { dm, stack, nudge, released, hold, events, spent_said: false }, &theirs);
+            })
+            .io_context(starting)?;
+        started.recv().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())).io_context(starting)?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -227,6 +244,10 @@ impl Drop for Gate {
     }
 }
 
+fn rest_after_failure(took: Duration) -> Duration {
+    took.saturating_mul(REST_FACTOR).max(FAILURE_REST_MIN)
+}
+
 fn run(mut keeper: Keeper, shared: &Shared) {
     // A panic must neither leave the origin held (the watchdog sees to that) nor pass for "all is well".
     if catch_unwind(AssertUnwindSafe(|| keeper.run(shared))).is_err() {
@@ -239,6 +260,8 @@ fn run(mut keeper: Keeper, shared: &Shared) {
 struct Keeper {
     dm: Dm,
     stack: Stack,
+    /// Bounds the kernel's wait for I/O in flight.
+    nudge: Nudge,
     released: ExtentSet,
     hold: Option<HoldPolicy>,
     events: Box<dyn Fn(GateEvent) + Send>,
@@ -269,12 +292,14 @@ impl Keeper {
             self.released.extend(state.pending.drain(..));
             let held = state.report.held;
             drop(state);
+            let watch = Stopwatch::start();
             let outcome = if Instant::now() >= hold_rest_until && self.must_hold(held) {
                 let outcome = self.hold(shared);
                 has_held = outcome.is_ok();
                 if !has_held {
                     // What is released meanwhile does not fill the store.
-                    hold_rest_until = Instant::now() + REST_MAX;
+                    // The budget for holds bounds what all of them cost.
+                    hold_rest_until = Instant::now() + FAILURE_REST_MIN;
                 }
                 outcome
             } else if due && Instant::now() >= rest_until {
@@ -285,7 +310,7 @@ impl Keeper {
             match outcome {
                 Ok(stall) => {
                     due = false;
-                    rest_until = Instant::now() + stall.saturating_mul(REST_FACTOR).min(REST_MAX);
+                    rest_until = Instant::now() + stall.saturating_mul(REST_FACTOR);
                 }
                 Err(error) if error.kind() == ErrorKind::StoreInvalid => {
                     shared.lock().lost = Some((error.kind(), error.to_string()));
@@ -294,7 +319,7 @@ impl Keeper {
                 // The region stays preserved, and goes with the next release.
                 Err(error) => {
                     tracing::debug!("releasing a region: {error}");
-                    rest_until = Instant::now() + REST_MAX;
+                    rest_until = Instant::now() + rest_after_failure(watch.elapsed());
                 }
             }
         }
@@ -303,7 +328,12 @@ impl Keeper {
     /// One swap for everything that is released.
     fn release(&self, shared: &Shared) -> Result<Duration> {
         let released: Vec<Extent> = self.released.iter().collect();
-        let stall = self.stack.release(&self.dm, &released, None)?;
+        let watch = Stopwatch::start();
+        let released = self.stack.release(&self.dm, &released, None, &self.nudge);
+        if matches!(&released, Err(error) if error.kind() == ErrorKind::Interrupted) {
+            shared.lock().note_stall(watch.elapsed());
+        }
+        let stall = released?;
         if stall > Duration::ZERO {
             let report = self.note(shared, stall);
             (self.events)(GateEvent::Released(report, stall));
@@ -313,11 +343,9 @@ impl Keeper {
 
     fn note(&self, shared: &Shared, stall: Duration) -> GateReport {
         let mut state = shared.lock();
-        state.slow |= stall > RELEASE_STALL_MAX;
+        state.note_stall(stall);
         state.report.releases += 1;
         state.report.released_bytes = self.released.iter().map(|extent| extent.length()).sum();
-        state.report.longest_stall = state.report.longest_stall.max(stall);
-        state.report.stalled += stall;
         state.report
     }
 
@@ -384,26 +412,29 @@ impl Keeper {
     fn hold(&mut self, shared: &Shared) -> Result<Duration> {
         let report = shared.lock().report;
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
+        let left = budget.saturating_sub(report.held);
         let mut watchdog = self.watchdog()?;
         watchdog.arm()?;
         let begin = Instant::now();
         // Given back when the watchdog stands by again: it would drop what lvm2 has loaded.
-        let hold = match self.stack.hold(&self.dm) {
+        let hold = match self.stack.hold(&self.dm, &self.nudge, HOLD_GRACE.min(left)) {
             Ok(hold) => hold,
-            Err(error) if self.stack.is_held() => {
-                // Dropped without a word, it takes us for dead, and lets the origin go on.
-                drop(watchdog);
-                return Err(error);
-            }
             Err(error) => {
-                let _ = self.stack.standby().dismiss(watchdog);
+                // Writers waited until the wait for I/O in flight was ended.
+                shared.lock().report.held += begin.elapsed();
+                if self.stack.is_held() {
+                    // Dropped without a word, it takes us for dead, and lets the origin go on.
+                    drop(watchdog);
+                } else {
+                    let _ = self.stack.standby().dismiss(watchdog);
+                }
                 return Err(error);
             }
         };
         if report.holds == 0 {
             (self.events)(GateEvent::Holding);
         }
-        let watchdog = self.stay(shared, watchdog, budget.saturating_sub(report.held));
+        let watchdog = self.stay(shared, watchdog, left.saturating_sub(begin.elapsed()));
         let resumed = self.go_on(&hold, watchdog.is_some());
         match (watchdog, self.stack.is_held()) {
             (watchdog, true) => drop(watchdog),
@@ -429,7 +460,7 @@ impl Keeper {
             self.stack.let_go(&self.dm)?;
         }
         let released: Vec<Extent> = self.released.iter().collect();
-        let swapped = self.stack.release(&self.dm, &released, Some(hold));
+        let swapped = self.stack.release(&self.dm, &released, Some(hold), &self.nudge);
         // The swap has done that. Where it did not come to it, this does.
         self.stack.let_go(&self.dm).and(swapped)
     }

@@ -29,6 +29,7 @@ use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Tab
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::sys::dm_ioctl::SuspendFlags;
+use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
 use crate::topology::Topology;
 use crate::volume::Frozen;
@@ -406,10 +407,20 @@ impl Stack {
     /// Replaces the origin's table by one in which what is in `released` is preserved no more, in one call
     /// of the kernel. Answers how long the origin was held. Where it is held, by `hold`, it goes on.
     ///
+    /// The kernel first waits for I/O in flight, among it writes that wait for the store, and holds what comes meanwhile:
+    /// `nudge` ends that wait with the freeze budget.
+    ///
     /// # Errors
     /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; [`ErrorKind::Refused`] where somebody is
-    /// about to, which may be over soon; the kernel's. In all cases everything is as it was.
-    pub fn release(&self, dm: &Dm, released: &[Extent], hold: Option<&Hold>) -> Result<Duration> {
+    /// about to, which may be over soon; [`ErrorKind::Interrupted`] where I/O in flight took longer than the budget; the
+    /// kernel's. In all cases everything is as it was.
+    pub fn release(
+        &self,
+        dm: &Dm,
+        released: &[Extent],
+        hold: Option<&Hold>,
+        nudge: &Nudge,
+    ) -> Result<Duration> {
         let mut owner = lock(&self.owner);
         // A region's free ranges are free as before: as lines, they count among the others.
         let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
@@ -425,19 +436,21 @@ impl Stack {
             return owner.check(dm).map(|()| Duration::ZERO);
         }
         crash_point("release.swap.before");
-        let held = owner.swap(dm, &table)?;
+        let held = nudge.within(Instant::now() + self.budget, || owner.swap(dm, &table))?;
         crash_point("release.swap.after");
         Ok(held)
     }
 
-    /// Suspends the origin, until [`Stack::release`] or [`Stack::let_go`].
+    /// Suspends the origin, until [`Stack::release`] or [`Stack::let_go`]. `nudge` ends the wait for I/O in flight after
+    /// `limit`.
     ///
     /// # Errors
     /// As [`Stack::release`].
-    pub fn hold(&self, dm: &Dm) -> Result<Hold> {
+    pub fn hold(&self, dm: &Dm, nudge: &Nudge, limit: Duration) -> Result<Hold> {
         let mut owner = lock(&self.owner);
         let lvm = self.keep_lvm_away(dm, &owner)?;
-        owner.suspend(dm, SuspendFlags { flush: false, lock_filesystem: false })?;
+        let how = SuspendFlags { flush: false, lock_filesystem: false };
+        nudge.within(Instant::now() + limit, || owner.suspend(dm, how))?;
         Ok(Hold { _lvm: lvm })
     }
 
