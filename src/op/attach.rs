@@ -21,7 +21,8 @@ use crate::format::state::VolumeRecord;
 use crate::topology::Topology;
 use crate::volume::{self, OriginKind};
 
-use super::job::{Job, read_record, write_record};
+use super::job::{Job, read_record};
+use super::record_file::write_record;
 
 /// Where records of volumes are.
 pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";

@@ -4,13 +4,8 @@
 //! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
 //! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](super::journal) of a
 //! copy's segments and `/run/tidemark/<id>.progress` shows how far it is; both end with the job.
-//! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. Crash argument of a
-//! record's replacement:
-//! 1. the new record is written under a temporary name and synced;
-//! 2. it is renamed over the old one;
-//! 3. the directory is synced.
-//!
-//! A crash before 2 leaves the old record, after it the new one; both are whole.
+//! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. How a record is replaced is
+//! told in [`record_file`](super::record_file).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -27,9 +22,10 @@ use crate::dm::naming::{is_id, new_id};
 use crate::dm::{Action, Change, Journal, Step};
 use crate::format::state::{
     ChangeRecord, CopyRecord, JobRecord, OriginRecord, ProgressView, RECORD_BYTES_MAX, Record,
-    ResourceRecord, VIEW_BYTES_MAX, decode, encode, is_fully_known,
+    ResourceRecord, VIEW_BYTES_MAX, decode, is_fully_known,
 };
 
+use super::record_file::{RecordFile, temporary};
 use super::{privilege, progress_file};
 use crate::sys::rcu::{self, Expedite};
 use crate::topology::Topology;
@@ -58,6 +54,7 @@ const PARTIAL: &str = "partial";
 pub struct Job {
     record: JobRecord,
     directory: PathBuf,
+    file: RecordFile,
     /// Of a live copy.
     origin_lock: Option<OriginLock>,
     /// Held until the process ends or the job is dropped.
@@ -167,7 +164,8 @@ impl Job {
             resources: Vec::new(),
             copy: None,
         };
-        let job = Self { record, directory: directory.to_owned(), origin_lock: None, _lock: lock };
+        let file = RecordFile::new(record_path(directory, &record.job));
+        let mut job = Self { record, directory: directory.to_owned(), file, origin_lock: None, _lock: lock };
         match job.save() {
             Ok(()) => Ok(job),
             // What can be found of it would pass for a dead one.
@@ -221,7 +219,8 @@ impl Job {
         let number = record.origin.as_ref().map(|origin| origin.number);
         let origin_lock =
             number.map(|number| OriginLock::take(directory, number, &record.job)).transpose()?;
-        let job = Self { record, directory: directory.to_owned(), origin_lock, _lock: lock };
+        let file = RecordFile::new(record_path(directory, &record.job));
+        let mut job = Self { record, directory: directory.to_owned(), file, origin_lock, _lock: lock };
         job.save()?;
         Ok(job)
     }
@@ -300,8 +299,8 @@ impl Job {
         remove_job(&self.directory, &self.record.job)
     }
 
-    fn save(&self) -> Result<()> {
-        write_record(&record_path(&self.directory, &self.record.job), &self.record)
+    fn save(&mut self) -> Result<()> {
+        self.file.save(&self.record)
     }
 
     fn save_change(&mut self, change: &Change, index: usize, undo: bool) -> Result<()> {
@@ -626,23 +625,6 @@ fn remove_job(directory: &Path, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Replaces the record at `path` (see the module's head).
-///
-/// # Errors
-/// I/O errors.
-pub fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
-    let bytes = encode(record)?;
-    let new = temporary(path);
-    let what = || format!("writing {}", path.display());
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new).io_context(what)?;
-    file.write_all(&bytes).io_context(what)?;
-    file.sync_all().io_context(what)?;
-    fs::rename(&new, path).io_context(what)?;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    File::open(directory).and_then(|directory| directory.sync_all()).io_context(what)
-}
-
 /// Reads the record at `path`.
 ///
 /// # Errors
@@ -685,10 +667,6 @@ fn read_progress(path: &Path) -> Option<ProgressView> {
 
 fn segments_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.segments"))
-}
-
-fn temporary(path: &Path) -> PathBuf {
-    path.with_extension("new")
 }
 
 #[cfg(test)]

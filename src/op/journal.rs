@@ -5,7 +5,10 @@
 //! - a record is appended only after the segment's write has completed and a sync of the secondary behind it, with one
 //!   write(2) for each call; nothing is buffered, so what a call answered survives SIGKILL;
 //! - nothing is synced: the journal outlives the process, and a copy never outlives the host;
-//! - after a failed append every later one fails, and the file ends with its last whole record.
+//! - after a failed append every later one fails, and the file ends with its last whole record;
+//! - a copy outlives its journal: where that cannot be written any more (a full `/run`) it is removed before anything is
+//!   released that it does not name, for whoever resumed by it would take newer data for the instant's. From then on
+//!   nobody can resume the copy, which is said once.
 //!
 //! Must not decide what a resumed copy does with it.
 
@@ -45,6 +48,8 @@ pub struct SegmentJournal {
     next: u64,
     /// errno of the first failed append.
     failed: Option<i32>,
+    /// The file is gone for good, and the copy goes on without.
+    dropped: bool,
 }
 
 impl SegmentJournal {
@@ -61,7 +66,14 @@ impl SegmentJournal {
             .io_context(|| format!("make the journal of segments {}", path.display()))?;
         // Killed in between: a journal without a header, which is refused; nothing was placed yet.
         file.write_all(&block).io_context(|| format!("write {}", path.display()))?;
-        Ok(Self { file, path: path.to_owned(), header: header.clone(), next: 0, failed: None })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            header: header.clone(),
+            next: 0,
+            failed: None,
+            dropped: false,
+        })
     }
 
     /// Opens the journal of a copy that died, to go on with it: a torn end is cut off.
@@ -75,8 +87,8 @@ impl SegmentJournal {
             .io_context(|| format!("cut the torn end off {}", path.display()))?;
         let records = (content.length.as_len() - HEADER_BYTES) / RECORD_BYTES;
         let next = Bytes::from_len(records).get();
-        let journal =
-            Self { file, path: path.to_owned(), header: content.header.clone(), next, failed: None };
+        let (path, header) = (path.to_owned(), content.header.clone());
+        let journal = Self { file, path, header, next, failed: None, dropped: false };
         Ok((journal, content))
     }
 
@@ -104,7 +116,7 @@ impl SegmentJournal {
     ///
     /// # Errors
     /// I/O errors: from then on the copy cannot be resumed from here, and nothing may be released that
-    /// was not noted before. [`ErrorKind::BadData`] for segments that cannot be.
+    /// was not noted before, as long as the file is there. [`ErrorKind::BadData`] for segments that cannot be.
     pub fn append(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let mut records = segments.iter().map(|segment| Record::Placed(*segment));
         self.write(&mut records)
@@ -168,19 +180,48 @@ impl SegmentJournal {
 
     fn failure(&self, error: io::Error) -> Error {
         Error::io(format!("append to the journal of segments {}", self.path.display()), error)
-            .next("make room below /run; until then the copy goes on only if it need not be resumed")
+    }
+
+    /// What `note` notes; where it cannot, the journal is dropped (see the module's head).
+    fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        if self.dropped {
+            return Ok(());
+        }
+        match note(self) {
+            // The records themselves are wrong: a broken copy, whatever the space.
+            Err(error) if error.kind() == ErrorKind::BadData => Err(error),
+            Err(error) => self.drop_for(error),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn drop_for(&mut self, error: Error) -> Result<()> {
+        let new = self.path.with_extension("segments-new");
+        for path in [&new, &self.path] {
+            match fs::remove_file(path) {
+                Err(undo) if undo.kind() != io::ErrorKind::NotFound => {
+                    return Err(error.with_failed_undo(Error::io(format!("remove {}", path.display()), undo)));
+                }
+                _ => {}
+            }
+        }
+        self.dropped = true;
+        tracing::warn!(
+            "{error}; the copy goes on, but if it is killed 'tidemark resume' cannot go on with it"
+        );
+        Ok(())
     }
 }
 
 impl Progress for SegmentJournal {
     fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        self.append(segments)
+        self.note_or_drop(|journal| journal.append(segments))
     }
     fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        Self::restate(self, segments)
+        self.note_or_drop(|journal| Self::restate(journal, segments))
     }
     fn originals_begun(&mut self) -> Result<()> {
-        Self::originals_begun(self)
+        self.note_or_drop(Self::originals_begun)
     }
 }
 
@@ -394,6 +435,21 @@ mod tests {
         journal.file = options().open(&path).unwrap();
         assert_eq!(journal.originals_begun().unwrap_err().errno(), Some(libc::EBADF));
         assert_eq!(fs::read(&path).unwrap(), before);
+    }
+
+    #[test]
+    fn a_copy_outlives_its_journal_and_nobody_resumes_by_what_is_left() {
+        let (keep, path) = place();
+        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        Progress::placed(&mut journal, &[segment(0, 1)]).unwrap();
+        // As on a full filesystem.
+        journal.file = File::open(&path).unwrap();
+        Progress::placed(&mut journal, &[segment(1, 1)]).unwrap();
+        assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
+        assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::Refused);
+        Progress::restate(&mut journal, &[segment(1, 1)]).unwrap();
+        Progress::originals_begun(&mut journal).unwrap();
+        assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
     }
 
     proptest! {

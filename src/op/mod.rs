@@ -17,6 +17,7 @@ pub mod journal;
 mod memory;
 pub mod privilege;
 pub mod progress_file;
+mod record_file;
 pub mod recover;
 pub mod request;
 pub mod restore;

@@ -219,7 +219,8 @@ fn jobs(status: &mut Status) -> Result<Vec<String>> {
     for job in look_at_jobs()? {
         known.push(job.id.clone());
         if !job.alive {
-            let resumable = job.record.as_ref().is_ok_and(|record| record.copy.is_some());
+            let has_journal = job.segments_path().exists();
+            let resumable = has_journal && job.record.as_ref().is_ok_and(|record| record.copy.is_some());
             let how = if resumable {
                 "'tidemark resume' goes on with it, 'tidemark recover' gives it up"
             } else {

@@ -3,7 +3,8 @@
 //! Most of a store the kernel drops by itself: the tail is a file without a name behind a loop device
 //! with autoclear. Not so the RAM head, nor a file that was to be kept. So before either is made, a
 //! record of it is synced to `/run/tidemark/stores/ID.json`: one JSON line per step, each the whole
-//! record, only ever appended; the last whole line holds. Its owner keeps it locked (flock), which dies
+//! record, only ever appended; the last whole line holds. The space for all of them is allocated with the file: what is
+//! made in the middle of a copy can be noted where `/run` is full by then. Its owner keeps it locked (flock), which dies
 //! with the process; another process may then take the store over ([`adopt`](super::adopt)) or give it
 //! back ([`release_leftovers`]).
 //!
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::Dm;
+use crate::sys::block;
 use crate::sys::dm_ioctl::Key;
 
 use super::cow::StorePlan;
@@ -47,6 +49,9 @@ pub const RECORD_DIR: &str = "/run/tidemark/stores";
 
 /// Longest record that is written and read: a line is some hundred bytes and twice the longest path.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// What is allocated for a record: more than its lines take, unless paths are very long.
+const RECORD_ROOM: Bytes = Bytes::kib(32);
 
 /// Most records looked at in one go.
 const RECORD_COUNT_MAX: usize = 4096;
@@ -146,7 +151,10 @@ impl Record {
                 continue;
             };
             let mut record = Self { path: hidden.clone(), facts: facts.clone(), file };
-            record.append()?;
+            if let Err(error) = record.make_room().and_then(|()| record.append()) {
+                let undo = fs::remove_file(&hidden).io_context(|| format!("removing {}", hidden.display()));
+                return Err(error.after_undo(undo));
+            }
             match renameat2(AT_FDCWD, &hidden, AT_FDCWD, &path, RenameFlags::RENAME_NOREPLACE) {
                 Ok(()) => {
                     record.path = path;
@@ -198,6 +206,7 @@ impl Record {
                 .next("run 'tidemark recover'")
         })?;
         let record = Self { path, facts, file };
+        record.make_room()?;
         if !text.ends_with('\n') {
             // Cut short by the crash: what comes next must not be taken for a part of it.
             record.write("\n")?;
@@ -228,6 +237,17 @@ impl Record {
     pub(super) fn note_filesystem(&mut self, filesystem: DeviceNumber) -> Result<()> {
         self.facts.filesystem = Some(filesystem);
         self.append()
+    }
+
+    /// Has [`RECORD_ROOM`] allocated; the length stays. A file system that cannot do so goes without.
+    fn make_room(&self) -> Result<()> {
+        let file: &File = &self.file;
+        match block::reserve_beyond(file, RECORD_ROOM) {
+            Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(()),
+            result => {
+                result.io_context(|| format!("making room for the store's record {}", self.path.display()))
+            }
+        }
     }
 
     fn append(&mut self) -> Result<()> {

@@ -310,6 +310,14 @@ pub fn allocate(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> 
     fallocate_range(file, FallocateFlags::empty(), start, length)
 }
 
+/// Reserves space for the first `length` bytes of a regular file, whose size stays.
+///
+/// # Errors
+/// As [`allocate`].
+pub fn reserve_beyond(file: impl AsFd, length: Bytes) -> io::Result<()> {
+    fallocate_range(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, Bytes::ZERO, length)
+}
+
 /// Makes `length` bytes at `start` of a regular file a hole; its size stays.
 ///
 /// # Errors

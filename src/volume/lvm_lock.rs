@@ -145,14 +145,20 @@ fn try_hold_in(directory: &Path, group: &str) -> Result<Option<Held>> {
 fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
     let what = || format!("locking {}", path.display());
     for _ in 0..RENEWALS_MAX {
-        let file = OpenOptions::new()
+        let opened = OpenOptions::new()
             .read(true)
             .append(true)
             .create(true)
             .mode(0o600)
             .custom_flags(libc::O_CLOEXEC)
-            .open(path)
-            .io_context(what)?;
+            .open(path);
+        let file = match opened {
+            // There is no such file and there can be none: lvm2 does not get past this either.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                return Ok(Some(Held { file: None, path: path.to_owned() }));
+            }
+            opened => opened.io_context(what)?,
+        };
         let file = match Flock::lock(file, how) {
             Ok(file) => file,
             Err((_, Errno::EWOULDBLOCK)) => return Ok(None),

@@ -49,22 +49,66 @@ expect_failure 1 'devices on .* were changed while' tidemark copy "$origin" /mnt
     --hook-frozen "losetup --read-only /dev/loop7 $origin"
 losetup -d /dev/loop7
 
-note "no room for the job's record any more, in the middle: the origin's table comes back all the same"
+note "a /run that is full from the middle on: the copy is none the worse, but nobody can resume it"
 mkdir -p /mnt/run /run/tidemark
-mount -t tmpfs -o size=2m none /mnt/run
-mkdir /mnt/run/tidemark
-mount --bind /mnt/run/tidemark /run/tidemark
-fill_run() {
-    wait_until 120 is_preserved "$origin"
-    dd if=/dev/zero of=/mnt/run/fill bs=4k status=none 2>/dev/null || true
+full_run() { # WHAT
+    wait_until 60 has_spilled
+    if [ "$1" = space ]; then
+        dd if=/dev/zero of=/mnt/run/fill bs=4k status=none 2>/dev/null || true
+    else
+        for i in $(seq 400); do : >"/mnt/run/fill.$i" || break; done 2>/dev/null
+    fi
+    touch /run/is-full
 }
-fill_run &
-filler=$!
-expect_failure 1 'No space left' tidemark copy "$origin" /mnt/scratch/norecord.raw --all --yes --store /mnt/scratch \
-    --segment 64KiB --rate 8MiB
-wait "$filler"
-umount /run/tidemark
-umount /mnt/run
+# What is preserved has come to the tail's disk: its file is noted behind the instant.
+has_spilled() { is_preserved "$origin" && losetup -a | grep -q /mnt/scratch; }
+# begin_full WHAT FILE OPTION...: in $copy.
+begin_full() {
+    rm -f /run/is-full
+    mount -t tmpfs -o size=2m,nr_inodes=200 none /mnt/run
+    mkdir /mnt/run/tidemark
+    mount --bind /mnt/run/tidemark /run/tidemark
+    tidemark copy "$origin" "$2" --yes --store /mnt/scratch --store-ram 1MiB --segment 64KiB --rate 20MiB \
+        "${@:3}" >/run/fault.out 2>/run/fault.err &
+    copy=$!
+    full_run "$1"
+    kill -0 "$copy" || fail "it was over before /run was full: $(cat /run/fault.err)"
+}
+is_as_before() {
+    load_is_alive
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed: $1"
+    assert_no_tidemark_left data
+    umount /run/tidemark
+    umount /mnt/run
+}
+for what in space inodes; do
+    begin_full "$what" /mnt/scratch/full.raw --all --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)"
+    wait "$copy" || fail "a full /run ($what) ends a copy: $(cat /run/fault.err)"
+    cat /run/fault.err
+    [ "$what" = inodes ] || grep -q 'cannot go on with it' /run/fault.err || fail "nothing says that it cannot be resumed"
+    ! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
+    assert_identical /mnt/scratch/full.raw /mnt/scratch/instant
+    rm /mnt/scratch/full.raw /mnt/scratch/instant
+    is_as_before "$what"
+done
+note "the same, interrupted; and killed: refused to be resumed, and cleared away"
+begin_full space /mnt/scratch/full.raw
+kill -TERM "$copy"
+status=0
+wait "$copy" || status=$?
+cat /run/fault.err
+assert_same "the exit status" "$status" 130
+! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
+is_as_before interrupted
+begin_full space /mnt/scratch/full.raw
+wait_until 20 grep -q 'cannot go on with it' /run/fault.err
+kill -KILL "$copy"
+wait "$copy" 2>/dev/null || true
+assert_status 3 tidemark resume
+tidemark status | grep -q 'tidemark recover' || fail "status does not say what to do: $(tidemark status)"
+! tidemark status | grep -q 'tidemark resume' || fail "status advises to resume: $(tidemark status)"
+tidemark recover
+is_as_before killed
 
 note "pipe whose reader goes away"
 pipe_copy() { tidemark copy "$origin" - --yes --store /mnt/scratch | head -c 5000000 >/dev/null; return "${PIPESTATUS[0]}"; }

@@ -195,9 +195,20 @@ impl Record for VolumeRecord {
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is too long.
 pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
-    let body = serde_json::to_string(record).map_err(|source| {
+    encode_padded(record, 0)
+}
+
+/// As [`encode`], with as many spaces behind the object as make it `length` bytes long, where it is shorter.
+///
+/// # Errors
+/// As there.
+pub fn encode_padded<R: Record>(record: &R, length: usize) -> Result<Vec<u8>> {
+    let mut body = serde_json::to_string(record).map_err(|source| {
         Error::bad_data(format!("a {} record cannot be written", R::KIND)).with_source(source)
     })?;
+    // Around the body: the first line, with three newlines in all, and "crc32c " with its digits.
+    let around = format!("tidemark-{} {VERSION}\n\ncrc32c 00000000\n", R::KIND).len();
+    body.extend(std::iter::repeat_n(' ', length.saturating_sub(around + body.len())));
     let head = format!("tidemark-{} {VERSION}\n{body}\n", R::KIND);
     let text = format!("{head}crc32c {:08x}\n", crc32c_salted(R::KIND.as_bytes(), head.as_bytes()));
     if text.len() > RECORD_BYTES_MAX {
@@ -243,7 +254,9 @@ pub fn decode<R: Record>(bytes: &[u8]) -> Result<R> {
 /// would do as whoever wrote it.
 #[must_use]
 pub fn is_fully_known<R: Record>(bytes: &[u8]) -> bool {
-    decode::<R>(bytes).and_then(|record| encode(&record)).is_ok_and(|again| again == bytes)
+    decode::<R>(bytes)
+        .and_then(|record| encode_padded(&record, bytes.len()))
+        .is_ok_and(|again| again == bytes)
 }
 
 #[cfg(test)]
@@ -330,6 +343,17 @@ mod tests {
             size_bytes: 1 << 40,
             attached_utc_ns: 1_763_712_000_000_000_000,
         }
+    }
+
+    #[test]
+    fn a_padded_record_is_as_long_as_is_asked_and_says_the_same() {
+        let length = encode(&job()).unwrap().len();
+        for wanted in [length, length + 1, 32 << 10] {
+            let bytes = encode_padded(&job(), wanted).unwrap();
+            assert_eq!((bytes.len(), decode::<JobRecord>(&bytes).unwrap()), (wanted, job()));
+            assert!(is_fully_known::<JobRecord>(&bytes));
+        }
+        assert_eq!(encode_padded(&job(), 0).unwrap(), encode(&job()).unwrap());
     }
 
     #[test]

@@ -1,0 +1,180 @@
+//! How does a job's record change where no space is left?
+//!
+//! Its file and a spare one are made when the job begins, both with room for more than the record will need. From then on
+//! a new record is written into the spare file, in place, and the two trade their names: neither a block nor an inode is
+//! asked for. So a full `/run` never ends a copy in progress, nor keeps a change of the origin from being noted.
+//!
+//! Crash argument of a change:
+//! 1. the new record is written into the spare file and synced: the file of the record is whole, the old one;
+//! 2. `renameat2(RENAME_EXCHANGE)` trades the names: it is whole, the new one;
+//! 3. the directory is synced.
+//!
+//! What follows a record up to its file's end are spaces within its second line, which its checksum covers.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
+use crate::base::{Bytes, Result, ResultExt as _};
+use crate::format::state::{JobRecord, RECORD_BYTES_MAX, Record, encode, encode_padded};
+
+/// The size of the files at first, and the step in which they grow: a record of a copy has some KiB.
+const STEP_BYTES: usize = 32 << 10;
+
+/// A job's record on disk.
+#[derive(Debug)]
+pub(super) struct RecordFile {
+    path: PathBuf,
+    /// Of both files, once both are there.
+    size: Option<usize>,
+}
+
+impl RecordFile {
+    /// At `path`; nothing is made yet.
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path, size: None }
+    }
+
+    /// Replaces the record; see the module's head.
+    ///
+    /// # Errors
+    /// I/O errors; the old record is whole. For want of space only the first time, or where the record has grown by far.
+    pub(super) fn save(&mut self, record: &JobRecord) -> Result<()> {
+        let needed = encode(record)?.len();
+        let size = match self.size {
+            Some(size) if needed <= size => size,
+            _ => (needed + STEP_BYTES / 2).next_multiple_of(STEP_BYTES).min(RECORD_BYTES_MAX),
+        };
+        let bytes = encode_padded(record, size)?;
+        let spare = temporary(&self.path);
+        write_in_place(&spare, &bytes)?;
+        if self.size == Some(size) {
+            self.exchange(&spare)?;
+        } else {
+            // The first one, or larger ones: the other of the two gets its room now.
+            self.size = None;
+            self.exchange(&spare)?;
+            write_in_place(&spare, &bytes)?;
+            self.size = Some(size);
+        }
+        Ok(())
+    }
+
+    fn exchange(&self, spare: &Path) -> Result<()> {
+        let what = || format!("writing {}", self.path.display());
+        match renameat2(AT_FDCWD, spare, AT_FDCWD, &self.path, RenameFlags::RENAME_EXCHANGE) {
+            Ok(()) => {}
+            // There is none yet, or the filesystem does not know how.
+            Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(spare, &self.path).io_context(what)?,
+            Err(errno) => return Err(io::Error::from(errno)).io_context(what),
+        }
+        sync_directory(&self.path).io_context(what)
+    }
+}
+
+/// Makes the file at `path` hold `bytes`, without giving anything back that it has.
+fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
+    let what = || format!("writing {}", path.display());
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(path).io_context(what)?;
+    file.write_all_at(bytes, 0).io_context(what)?;
+    let length = Bytes::from_len(bytes.len()).get();
+    if file.metadata().io_context(what)?.len() != length {
+        file.set_len(length).io_context(what)?;
+    }
+    file.sync_all().io_context(what)
+}
+
+/// Replaces the record at `path` whole: written under another name and synced, renamed, the directory synced.
+///
+/// # Errors
+/// I/O errors.
+pub(super) fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
+    let bytes = encode(record)?;
+    let new = temporary(path);
+    let what = || format!("writing {}", path.display());
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new).io_context(what)?;
+    file.write_all(&bytes).io_context(what)?;
+    file.sync_all().io_context(what)?;
+    fs::rename(&new, path).io_context(what)?;
+    sync_directory(path).io_context(what)
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|directory| directory.sync_all())
+}
+
+/// The other name, of the spare file or of one that is being written.
+pub(super) fn temporary(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+    use crate::op::job::read_record;
+
+    fn record(text: &str) -> JobRecord {
+        JobRecord {
+            job: "0123456789abcdef0123456789abcdef".to_owned(),
+            command: text.to_owned(),
+            process: 1,
+            started_utc_ns: 1,
+            origin: None,
+            change: None,
+            resources: Vec::new(),
+            copy: None,
+        }
+    }
+
+    #[test]
+    fn a_record_changes_without_a_new_block_or_inode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        let mut file = RecordFile::new(path.clone());
+        file.save(&record("first")).unwrap();
+        let files = || {
+            let mut found: Vec<(u64, u64, u64)> = [path.clone(), temporary(&path)]
+                .iter()
+                .map(|path| fs::metadata(path).unwrap())
+                .map(|metadata| (metadata.ino(), metadata.len(), metadata.blocks()))
+                .collect();
+            found.sort_unstable();
+            found
+        };
+        let before = files();
+        for length in [1, 10_000, 20_000, 3] {
+            let record = record(&"x".repeat(length));
+            file.save(&record).unwrap();
+            assert_eq!(read_record::<JobRecord>(&path).unwrap(), record);
+            assert_eq!(files(), before, "{length}");
+        }
+        // One that has outgrown them gets larger ones.
+        let long = record(&"x".repeat(100_000));
+        file.save(&long).unwrap();
+        assert_eq!(read_record::<JobRecord>(&path).unwrap(), long);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_torn_spare_file_is_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        let mut file = RecordFile::new(path.clone());
+        file.save(&record("first")).unwrap();
+        fs::write(temporary(&path), "half of").unwrap();
+        assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("first"));
+        // Whoever takes it over finds whatever is there.
+        let mut file = RecordFile::new(path.clone());
+        file.save(&record("second")).unwrap();
+        assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("second"));
+    }
+}
