@@ -408,8 +408,7 @@ impl Watch {
         let total = self.store.mapped_bytes();
         match status {
             SnapshotStatus::Overflow => self.full(total),
-            SnapshotStatus::Invalid if self.has_filled_up(now, total) => self.full(total),
-            SnapshotStatus::Invalid => self.failed(),
+            SnapshotStatus::Invalid => self.invalid(now, total),
             other => Lost {
                 kind: ErrorKind::Kernel,
                 what: format!("the snapshot is in a state that cannot be used: {other:?}"),
@@ -418,13 +417,44 @@ impl Watch {
         }
     }
 
-    /// Of a store whose snapshot became invalid between the last look and `now`: was it full?
+    /// Why a snapshot became invalid between the last look and `now`.
     ///
     /// "Overflow" is only said of writes to the snapshot itself; a write to the origin that finds no room
-    /// makes the snapshot as invalid as a store that fails does (seen on 6.1 and 6.12). So how full it was
-    /// tells them apart, with what has come since; and where that may have been the rest in one burst,
-    /// whether the kernel could still write to it.
-    fn has_filled_up(&self, now: Duration, total: Bytes) -> bool {
+    /// makes the snapshot as invalid as a store that fails does (seen on 6.1 and 6.12). The kernel then marks the store's
+    /// header. Where it could not, the store's disk failed. Where it could, how full the store was tells; but a header in
+    /// RAM is always marked, and says nothing of the disk behind.
+    fn invalid(&self, now: Duration, total: Bytes) -> Lost {
+        let next_of_disk = "look at the kernel's log (dmesg) for errors of the store's disk";
+        let ram = self.store.ram_bytes();
+        let (what, next) = if !self.store.is_marked_invalid().unwrap_or(false) {
+            (
+                "the COW store failed: the kernel could not write it and has given up the snapshot"
+                    .to_owned(),
+                format!("{next_of_disk}, then copy again with --store on another one"),
+            )
+        } else if !self.may_have_filled_up(now, total) {
+            (
+                "an original could not be preserved: it could not be read from the origin, or not be written to the \
+                 COW store; the kernel has given up the snapshot"
+                    .to_owned(),
+                "look at the kernel's log (dmesg) for the disk that has errors; if it is the store's, copy again with \
+                 --store on another one"
+                    .to_owned(),
+            )
+        } else if ram == Bytes::ZERO || total <= ram {
+            return self.full(total);
+        } else {
+            let Lost { what, next, .. } = self.full(total);
+            (
+                format!("{what} (or its disk failed: its header is in RAM and does not tell)"),
+                format!("{next_of_disk}; where there are none, {next}"),
+            )
+        };
+        Lost { kind: ErrorKind::StoreInvalid, what, next }
+    }
+
+    /// What was free has gone since the last look at the last rate, or may have in one burst.
+    fn may_have_filled_up(&self, now: Duration, total: Bytes) -> bool {
         if !self.store.can_fill_up() {
             return false;
         }
@@ -432,28 +462,7 @@ impl Watch {
         let expected = self.rate.over(FULL_DOUBT).max(self.store.chunk().bytes() * 3);
         let since = now.saturating_sub(self.filled);
         let burst = u128::from(FILL_RATE_MAX) * since.as_millis() / 1000;
-        free < expected
-            || (u128::from(free.get()) <= burst && self.store.is_marked_invalid().unwrap_or(false))
-    }
-
-    /// A store that could still be marked was not at fault, or only in one place: what failed may as well have been the
-    /// read of an original.
-    fn failed(&self) -> Lost {
-        let (what, next) = if self.store.is_marked_invalid().unwrap_or(false) {
-            (
-                "an original could not be preserved: it could not be read from the origin, or not be written to the \
-                 COW store; the kernel has given up the snapshot",
-                "look at the kernel's log (dmesg) for the disk that has errors; if it is the store's, copy again with \
-                 --store on another one",
-            )
-        } else {
-            (
-                "the COW store failed: the kernel could not write it and has given up the snapshot",
-                "look at the kernel's log (dmesg) for errors of the store's disk, then copy again with --store on \
-                 another one",
-            )
-        };
-        Lost { kind: ErrorKind::StoreInvalid, what: what.to_owned(), next: next.to_owned() }
+        free < expected || u128::from(free.get()) <= burst
     }
 
     fn full(&self, total: Bytes) -> Lost {
@@ -490,6 +499,7 @@ mod tests {
         limit: Bytes,
         fails: bool,
         worst: Bytes,
+        ram: Bytes,
         /// What a read of the header says; None where it fails.
         marked: Mutex<Option<bool>>,
     }
@@ -500,7 +510,12 @@ mod tests {
         }
 
         fn for_origin(limit: Bytes, fails: bool, worst: Bytes) -> Arc<Self> {
-            Arc::new(Self { total: Mutex::new(Bytes::mib(4)), limit, fails, worst, marked: Mutex::new(None) })
+            Self::with_ram(limit, fails, worst, Bytes::kib(512))
+        }
+
+        fn with_ram(limit: Bytes, fails: bool, worst: Bytes, ram: Bytes) -> Arc<Self> {
+            let (total, marked) = (Mutex::new(Bytes::mib(4)), Mutex::new(None));
+            Arc::new(Self { total, limit, fails, worst, ram, marked })
         }
     }
 
@@ -524,7 +539,7 @@ mod tests {
             self.total_bytes()
         }
         fn ram_bytes(&self) -> Bytes {
-            Bytes::kib(512)
+            self.ram
         }
         fn is_at_its_largest(&self) -> bool {
             self.total_bytes() >= self.limit
@@ -647,19 +662,34 @@ mod tests {
 
     #[test]
     fn full_and_broken_are_told_apart() {
-        let lost_after = |used, status| {
-            let (mut watch, _heard) =
-                watch(Fake::new(Bytes::mib(4), false), vec![Ok(active(used)), Ok(status)]);
+        let fake = |ram, marked| {
+            let store = Fake::with_ram(Bytes::mib(4), false, Bytes::gib(1), ram);
+            *store.marked.lock().unwrap() = marked;
+            store
+        };
+        let lost_after = |ram, marked, used, status| {
+            let (mut watch, _heard) = watch(fake(ram, marked), vec![Ok(active(used)), Ok(status)]);
             looks(&mut watch, 2).unwrap_err().what
         };
         let full = Bytes::mib(4) - Bytes::kib(4);
-        assert!(lost_after(full, SnapshotStatus::Overflow).contains("full"));
-        assert!(lost_after(full, SnapshotStatus::Invalid).contains("full"));
-        assert!(lost_after(Bytes::mib(1), SnapshotStatus::Invalid).contains("could not write"));
+        let (ram, none) = (Bytes::kib(512), Bytes::ZERO);
+        assert!(lost_after(none, None, full, SnapshotStatus::Overflow).contains("full"));
+        let what = lost_after(none, Some(true), full, SnapshotStatus::Invalid);
+        assert!(what.contains("full") && !what.contains("or its disk failed"), "{what}");
+        // A disk that cannot even be marked has failed, however full it was.
+        for marked in [None, Some(false)] {
+            assert!(lost_after(none, marked, full, SnapshotStatus::Invalid).contains("could not write"));
+        }
+        assert!(lost_after(none, None, Bytes::mib(1), SnapshotStatus::Invalid).contains("could not write"));
+        // A mark in RAM says nothing of the disk behind, unless there is none.
+        let what = lost_after(ram, Some(true), full, SnapshotStatus::Invalid);
+        assert!(what.contains("full") && what.contains("or its disk failed"), "{what}");
+        let what = lost_after(Bytes::mib(4), Some(true), full, SnapshotStatus::Invalid);
+        assert!(!what.contains("or its disk failed"), "{what}");
         // Filling 10 MiB/s with 0.8 MiB left: full before the next look.
         let statuses =
             vec![Ok(active(Bytes::mib(2))), Ok(active(Bytes::kib(3300))), Ok(SnapshotStatus::Invalid)];
-        let (mut fast, _heard) = watch(Fake::new(Bytes::mib(4), false), statuses);
+        let (mut fast, _heard) = watch(fake(none, Some(true)), statuses);
         assert!(looks(&mut fast, 3).unwrap_err().what.contains("full"));
     }
 
