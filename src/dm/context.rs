@@ -196,7 +196,10 @@ impl Dm {
     pub fn info_of<'a>(&self, device: impl Into<Key<'a>>) -> Result<DeviceInfo> {
         let device = device.into();
         self.info(device)?.ok_or_else(|| {
-            Error::kernel(format!("asking for device {device}"), io::Error::from_raw_os_error(libc::ENXIO))
+            Error::kernel(
+                format!("asking for device {device}, which was removed or renamed"),
+                io::Error::from_raw_os_error(libc::ENXIO),
+            )
         })
     }
 

@@ -18,6 +18,7 @@
 //! closes it for lvm2. A table that somebody else loads by hand in that window is found by the check after the step: the
 //! copy is void, and the device keeps the table that it then has.
 
+use std::path::Path;
 use std::time::Duration;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
@@ -39,6 +40,12 @@ pub struct Owner {
     is_held: bool,
     /// As they were before the table was replaced, until they are put back.
     settings: Option<QueueSettings>,
+    /// As they were before the first replacement, with the table of that time: some go with it.
+    settings_at_first: Option<(Table, QueueSettings)>,
+}
+
+fn say_lost(path: &Path) {
+    tracing::warn!("{} has lost its setting, and cannot be written", path.display());
 }
 
 /// A change to the device that the owner did not make.
@@ -58,7 +65,16 @@ impl Owner {
     /// The kernel's, for a device that does not exist.
     pub fn new<'a>(dm: &Dm, device: impl Into<Key<'a>>, active: Table) -> Result<Self> {
         let DeviceInfo { name, number, uuid, .. } = dm.info_of(device)?;
-        Ok(Self { name, number, uuid, active, loaded: None, is_held: false, settings: None })
+        Ok(Self {
+            name,
+            number,
+            uuid,
+            active,
+            loaded: None,
+            is_held: false,
+            settings: None,
+            settings_at_first: None,
+        })
     }
 
     /// The device's name when it was owned.
@@ -137,7 +153,13 @@ impl Owner {
     /// As [`Owner::check`], before and after; the device is then resumed. The kernel's.
     pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
         self.check(dm)?;
-        dm.suspend(self.number, how)?;
+        if let Err(error) = dm.suspend(self.number, how) {
+            // Of one that somebody else suspends at the same moment.
+            return Err(match self.look(dm) {
+                Ok(Some(foreign)) if error.errno() == Some(libc::EINVAL) => self.explain(foreign),
+                _ => error,
+            });
+        }
         self.is_held = true;
         // A suspension takes as long as the I/O in flight: others had time.
         let Err(error) = self.check(dm) else { return Ok(()) };
@@ -173,13 +195,24 @@ impl Owner {
     /// device is held.
     pub fn put_back_settings(&mut self) {
         for path in self.settings.take().iter().flat_map(QueueSettings::put_back) {
-            tracing::warn!("{} has lost its setting, and cannot be written", path.display());
+            say_lost(&path);
+        }
+        self.put_back_settings_of(&self.active);
+    }
+
+    /// With `table` in use, by whomever: if it is the one that was there at first, puts back the settings that go with it.
+    pub fn put_back_settings_of(&self, table: &Table) {
+        let at_first = self.settings_at_first.iter().filter(|(first, _)| first == table);
+        for path in at_first.flat_map(|(_, settings)| settings.put_back_all()) {
+            say_lost(&path);
         }
     }
 
     fn note_settings(&mut self) {
         if self.loaded.is_some() && self.settings.is_none() {
-            self.settings = Some(QueueSettings::read(self.number));
+            let settings = QueueSettings::read(self.number);
+            self.settings_at_first.get_or_insert_with(|| (self.active.clone(), settings.clone()));
+            self.settings = Some(settings);
         }
     }
 

@@ -10,7 +10,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
     cases.extend(resumes());
-    cases.extend([lvm_races(), lvm_names(), lvm_above(), table_races(), targets()]);
+    cases.extend([lvm_races(), lvm_names(), lvm_above(), table_races(), targets(), queue()]);
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -138,6 +138,14 @@ fn lvm_above() -> Case {
         .disk_mib(32)
         .disk_mib(300)
         .limit_seconds(300)
+}
+
+fn queue() -> Case {
+    main_job("copy_queue", "copy_queue.sh")
+        .commands(&["python3"])
+        .disk_mib(48)
+        .disk_mib(300)
+        .limit_seconds(240)
 }
 
 fn targets() -> Case {

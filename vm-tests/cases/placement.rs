@@ -66,6 +66,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_faults", A, F, F, ""),
     ("copy_refusals", A, F, F, ""),
     ("copy_targets", A, F, F, ""),
+    ("copy_queue", A, F, F, ""),
     ("copy_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
     ("free_map_ext4", A, F, F, ""),
     ("free_map_xfs", A, F, F, ""),

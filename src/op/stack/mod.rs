@@ -315,7 +315,10 @@ impl Stack {
         }
         let claim = dm.claim(number(&names.snap)?)?;
         let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
-        let owner = take_over(dm, &origin, current, &beneath)?;
+        let owner = take_over(dm, &origin, current, &beneath).map_err(|error| match error.kind() {
+            ErrorKind::StoreInvalid => gone(error.to_string()),
+            _ => error,
+        })?;
         Ok(Self {
             origin: origin.name,
             below: node::device_path(beneath.real)?,
@@ -578,7 +581,10 @@ impl Stack {
             // What is below the origin tells how to go back, also where the record cannot be written any more.
             let change = restoration(&origin.name, &active, &self.beneath.own);
             match change.run(&mut runner, &mut AtBest::new(job)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    owner.put_back_settings_of(&self.beneath.own);
+                    return Ok(());
+                }
                 Err(error) if error.kind() == ErrorKind::Refused && begin.elapsed() < OTHERS_MAX => {
                     thread::sleep(OTHERS_PAUSE);
                     continue;
