@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "vm-tests/soak"))
 
 import compare
 import summary
-from scenario import REGIONS_MAX, scenario
+from scenario import DEEDS, DEEDS_OF_LINEAR, REGIONS_MAX, scenario
 
 SEEDS = range(3000)
 MIB = 1024
@@ -83,6 +83,20 @@ class Scenarios(unittest.TestCase):
             "punch trim"
         ).split():
             self.assertGreater(seen[word], 5, word)
+
+
+    def test_beside_neighbours_all_origins_are_slow_volumes_that_have_room_to_grow(self):
+        seen = collections.Counter()
+        for one in (scenario(seed, lvm=True) for seed in range(500)):
+            self.assertTrue(one["origin"]["lvm"] and one["origin"]["kib"] <= 64 * MIB, one)
+            self.assertTrue(all(one["disks"][name][1] >= 50 for name in "ab"), one)
+            for copy in one["copies"]:
+                self.assertTrue(copy["neighbours"], copy)
+                seen.update(deed["do"] for deed in copy["neighbours"])
+                kinds = {event["do"] for event in copy["events"]}
+                self.assertLessEqual(kinds, {"kill", "crash", "signal", "stop", "store-hang"}, copy)
+        for deed in [deed for _, deed in DEEDS + DEEDS_OF_LINEAR]:
+            self.assertGreater(seen[deed], 20, deed)
 
 
 class Comparison(unittest.TestCase):

@@ -32,6 +32,7 @@ fn guest(index: usize) -> Case {
             "dm-delay",
             "dm-dust",
             "dm-flakey",
+            "dm-mirror",
             "loop",
             "zram",
             "ext4",
@@ -49,6 +50,7 @@ fn guest(index: usize) -> Case {
         .memory_mib(1024)
         .variable("SOAK_FIRST", chosen("TIDEMARK_SOAK_FIRST"))
         .variable("SOAK_LAST", chosen("TIDEMARK_SOAK_LAST"))
+        .variable("SOAK_LVM", chosen("TIDEMARK_SOAK_LVM"))
         .variable("SOAK_OFFSET", offset.to_string())
         .variable("SOAK_SECONDS", seconds.to_string())
         .limit_seconds(seconds + LAST_SEED_SECONDS)

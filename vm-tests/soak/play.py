@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import compare
-from machine import LOG, Failure, dm_table, now, old_data, run, who_waits
+import neighbours
+from machine import LOG, Failure, now, old_data, run, who_waits
 from stage import MOUNTS, TIDEMARK, WORK
 
 COPY_SECONDS_MAX = 90
@@ -28,6 +29,12 @@ NEVER_SAID = ("panicked", "this should not happen", "bug of Tidemark", "must not
 CAPTURE = (
     f'dd if="$TIDEMARK_ORIGIN_BELOW" of={INSTANT}.new bs=1M iflag=direct status=none '
     f'&& grep -q "^State:.[RSD]" /proc/$PPID/status && mv {INSTANT}.new {INSTANT}'
+)
+# What a copy says that had to make way for somebody else at its origin.
+MADE_WAY = (
+    "somebody replaced", "somebody is changing", "is changing the volume group", "has been changing the volume group",
+    "somebody else has", "was changed since the copy was planned", "has changed since the copy was planned",
+    "was removed or renamed",
 )
 EARLY_DEATHS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 PHASES = ("prepare", "instant", "data", "originals", "verify", "finish")
@@ -127,6 +134,7 @@ class Copy:
         self.mend_at = None
         self.is_given_up = self.is_complete = False
         self.result = {"outcome": None, "late": 0, "originals": 0, "events": []}
+        self.beside = neighbours.Neighbours(stage, spec["neighbours"]) if "neighbours" in spec else None
 
     # -- what is asked for
 
@@ -167,6 +175,7 @@ class Copy:
         words += ["--rate", f"{spec['rate_kib']}KiB"] if spec["rate_kib"] else []
         words += ["--verify"] if spec["verify"] else []
         words += ["--all"] if spec["all"] else []
+        words += ["--lvm-lock", spec["lvm_lock"]] if self.beside else []
         words += ["--originals", kind] if kind in ("overlay", "append") else []
         return words + self.store_words() + ["--freeze-budget", "60s", "--hook-frozen", CAPTURE]
 
@@ -202,6 +211,8 @@ class Copy:
         self.events = [event for event in self.events if event["do"] not in ("overflow", "no-space")]
         is_pipe = self.spec["secondary"]["kind"] == "pipe"
         command = self.command(words, environment, reader=self.target if is_pipe else None)
+        if self.beside:
+            self.beside.start()
         while True:
             self.follow(command)
             status = command.status()
@@ -218,10 +229,16 @@ class Copy:
                 break
             command = self.command(["resume", "--json"], {})
         self.mend()
+        self.end_beside()
         self.result["events"] = [event["do"] for event in self.fired]
         self.result["late"] = len(self.events)
         self.judge(command, status)
         return self.result
+
+    def end_beside(self):
+        if self.beside:
+            self.beside.end()
+            self.result["beside"], self.result["beside, refused"] = dict(self.beside.done), dict(self.beside.refused)
 
     def command(self, words, environment, reader=None):
         self.commands += 1
@@ -307,11 +324,12 @@ class Copy:
         if self.spec["secondary"]["kind"] not in ("raw-device", "pipe"):
             return Path(self.target).exists()
         was_hurt = any(event["do"].endswith(("-fault", "-reads", "-lies", "-dies")) for event in self.fired)
-        return "finish" in command.phases and dm_table(self.stage.name) == self.stage.table and not was_hurt
+        return "finish" in command.phases and self.stage.has_own_table_again() and not was_hurt
 
     def give_up(self):
         self.is_given_up = True
-        status, output = run(TIDEMARK, "recover", check=False)
+        recover = (TIDEMARK, "recover")
+        status, output = neighbours.wait_for_recover(recover) if self.beside else run(*recover, check=False)
         if status != 0:
             raise Failure(f"recover ended with {status}: {output}")
 
@@ -321,11 +339,14 @@ class Copy:
         """Raises what is wrong, else notes the outcome."""
         error = command.of_type("error")
         LOG.say(f"status {status}, error {error}, fired {self.fired}, late {self.events}")
-        if status == 3 and not self.is_given_up:
+        if status == 3 and not self.is_given_up and not self.has_made_way(status, error):
             self.judge_refusal(error)
         faulty = [place for place in ("store", "secondary") if f"{place}-fault" in self.result["events"]]
         if status == 1 and faulty and self.stage.left_behind():
             self.put_away_later(error, faulty)
+        has_made_way = self.has_made_way(status, error)
+        if has_made_way and "tidemark recover" in f"{error}":
+            self.give_up()
         self.stage.is_as_before("after the copy")
         self.stage.load_goes_on("after the copy")
         self.stage.pause_load()
@@ -342,6 +363,8 @@ class Copy:
             if missing > PIPE_BYTES:
                 raise Failure(f"it succeeded, and {missing} bytes of {written} were never read")
             self.result["outcome"] = "cut behind its end: the reader died"
+        elif has_made_way:
+            self.result["outcome"] = "made way for somebody else"
         elif self.is_given_up:
             self.result["outcome"] = "given up"
         else:
@@ -351,6 +374,13 @@ class Copy:
         self.no_part_is_left()
         if "small" in self.stage.mounted:
             self.stage.unmount("small")
+
+    def has_made_way(self, status, error):
+        """It ended because somebody else was at work on its origin, and somebody was."""
+        says_so = status in (1, 3) and any(words in f"{error}" for words in MADE_WAY)
+        if says_so and not (self.beside and self.beside.has_changed_the_table()):
+            raise Failure(f"it blames somebody, and nobody has touched its origin: {error}")
+        return says_so
 
     def has_name(self):
         return self.spec["secondary"]["kind"] not in ("raw-device", "pipe") and Path(self.target).exists()
@@ -371,6 +401,9 @@ class Copy:
             "died before the instant": True,
             "copied to a pipe": self.spec["secondary"]["kind"] == "pipe",
             "lost": True,
+            # It was being put back when it was killed; or somebody has it suspended just now.
+            "there is no device": self.beside is not None,
+            "is suspended": self.beside is not None,
         }
         if not self.kills or not any(words in message and holds for words, holds in reasons.items()):
             raise Failure(f"refused: {error}")
@@ -423,7 +456,7 @@ class Copy:
             wrong = [one for one in wrong if not one[2].startswith("free")]
         if wrong:
             raise Failure(f"not what was captured at the instant: {compare.told(wrong)}")
-        if kind != "raw-device" and os.path.getsize(copy) != self.stage.scenario["origin"]["kib"] * 1024:
+        if kind != "raw-device" and os.path.getsize(copy) != os.path.getsize(INSTANT):
             raise Failure(f"{copy} has {os.path.getsize(copy)} bytes")
         LOG.say(f"equal, {in_use} bytes were in use")
 

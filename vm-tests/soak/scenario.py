@@ -2,7 +2,9 @@
 """What does a seed stand for? A scenario: an origin, a file system, a load, and one to four copies with their options
 and with what befalls them.
 
-  scenario.py SEED...     prints each seed's scenario, one line of JSON
+  scenario.py [--lvm] SEED...     prints each seed's scenario, one line of JSON
+
+With --lvm the origin is always a logical volume on slow disks, and while copies run neighbours.py is at work in its group.
 
 The seed alone decides, on every machine: of Python's generator only random() is used, whose sequence is guaranteed for
 a seed. Times in a scenario are when something is meant to happen; what the machine makes of it differs from run to run.
@@ -63,13 +65,25 @@ class Chooser:
         return pairs[-1][1]
 
 
-def scenario(seed):
-    choose = Chooser(seed)
+# What LVM, and people beside it, do in the group of an origin; see neighbours.py for each. Those of the second row need
+# a volume that lies on one disk.
+DEEDS = (
+    (14, "extend"), (8, "extend with its file system"), (10, "refresh"), (8, "snapshot"), (6, "rename"), (3, "rename the group"),
+    (5, "remove in use"), (6, "extend another"), (6, "reduce another"), (5, "make and remove"), (6, "look"),
+    (6, "suspend by hand"),
+)
+DEEDS_OF_LINEAR = ((10, "move"), (6, "mirror"))
+
+
+def scenario(seed, lvm=False):
+    choose = Chooser(f"{seed} among neighbours" if lvm else seed)
     filesystem = choose_filesystem(choose)
-    origin = choose_origin(choose, filesystem["type"])
+    origin = choose_origin(choose, filesystem["type"], lvm)
+    # On fast disks whatever LVM does is over before it can be met.
+    a, b = (choose_slow(choose), choose_slow(choose)) if lvm else (choose_delay(choose, 25), choose_delay(choose, 25))
     disks = {
-        "a": choose_delay(choose, 25),
-        "b": choose_delay(choose, 25),
+        "a": a,
+        "b": b,
         "secondary": choose_delay(choose, 20),
         "store": choose_delay(choose, 25),
     }
@@ -77,6 +91,8 @@ def scenario(seed):
     copies = []
     for at in range(count):
         copies.append(choose_copy(choose, origin["kib"], filesystem["type"], at + 1 == count))
+        if lvm:
+            choose_neighbours(choose, copies[-1], origin, filesystem["type"])
     return {
         "seed": seed,
         "origin": origin,
@@ -105,10 +121,13 @@ def choose_filesystem(choose):
     return {"type": kind, "mkfs": [], "mount": ""}
 
 
-def choose_origin(choose, filesystem):
+def choose_origin(choose, filesystem, lvm=False):
     kind = choose.weighted((30, "volume"), (15, "linear"), (25, "striped"), (30, "segments"))
     is_lvm = kind == "linear" or kind == "striped" and choose.chance(40)
     low, high = (XFS_KIB_MIN, 96 * MIB) if filesystem == "xfs" else (32 * MIB, 96 * MIB)
+    if lvm:
+        # It grows, and is moved and mirrored, all within its two disks.
+        kind, is_lvm, high = choose.weighted((75, "linear"), (25, "striped")), True, max(low, 64 * MIB)
     # LVM counts in extents, here of 64 KiB, and a stripe has one on each disk; the others may be of any size that a
     # live origin can have.
     unit = {"volume": 4, "linear": 64, "striped": 128, "segments": 4}[kind]
@@ -132,6 +151,26 @@ def choose_delay(choose, percent):
     if not choose.chance(percent):
         return None
     return [choose.pick(0, 1, 3), choose.pick(0, 1, 3, 8), choose.pick(0, 5, 20)]
+
+
+def choose_slow(choose):
+    """Of a disk whose writes take long: from 50 ms on dm-delay sleeps on a timer."""
+    return [choose.pick(0, 1), choose.pick(50, 80), choose.pick(0, 50)]
+
+
+def choose_neighbours(choose, copy, origin, filesystem):
+    deeds = DEEDS + (DEEDS_OF_LINEAR if origin["kind"] == "linear" else ())
+    deeds = [(weight, deed) for weight, deed in deeds if filesystem != "none" or deed != "extend with its file system"]
+    count = choose.number(2, 12)
+    copy["neighbours"] = [{"pause_ms": choose.number(0, 900), "do": choose.weighted(*deeds)} for _ in range(count)]
+    copy["lvm_lock"] = choose.weighted((70, "change"), (30, "copy"))
+    # What befalls the disks has the other soak; here commands die, are stopped and are gone on with.
+    if copy["events"] and copy["events"][0]["do"] not in ("kill", "crash", "signal", "stop", "store-hang"):
+        copy["events"] = choose_kills(choose, copy) if choose.chance(60) else []
+        copy["store"]["size_kib"] = 0
+        if copy["secondary"]["place"] == "small":
+            copy["secondary"]["place"] = "own"
+    copy["events"] = [event for event in copy["events"] if event["do"] != "store-fault"]
 
 
 def choose_load(choose, kib, filesystem):
@@ -304,8 +343,10 @@ def choose_moment(choose, copy):
 
 
 def main():
+    lvm = "--lvm" in sys.argv
     for word in sys.argv[1:]:
-        print(json.dumps(scenario(int(word))))
+        if word != "--lvm":
+            print(json.dumps(scenario(int(word), lvm)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from scenario import scenario
 from stage import MOUNTS, RUN, WORK, Stage, prepare_guest
 
 SEED_SECONDS_MAX = 240
+# With LVM at work beside the copies.
+LVM = os.environ.get("SOAK_LVM") == "1"
 # With so many copies some must have preserved something: else none has proven anything.
 COPIES_THAT_PROVE = 8
 # Parts of lines that a fault provokes and that are no complaint: a buffer whose write has failed is written again.
@@ -40,7 +42,7 @@ class Guest:
 
     def play(self, seed):
         """Plays one seed; True where all was well."""
-        self.scenario, LOG.lines = scenario(seed), []
+        self.scenario, LOG.lines = scenario(seed, LVM), []
         begin = now()
         print(json.dumps(self.scenario), flush=True)
         with open("/dev/kmsg", "w") as log:
@@ -121,7 +123,7 @@ class Guest:
                     subprocess.run(words.split(), stdout=file, stderr=file, timeout=20)
                 except subprocess.TimeoutExpired:
                     file.write("it hangs\n")
-        print(f"FAILED: seed {seed}: {why[-3000:]}\nrepeat it: ./scripts/soak --seed {seed}", flush=True)
+        print(f"FAILED: seed {seed}: {why[-3000:]}\nrepeat it: ./scripts/soak{' --lvm' if LVM else ''} --seed {seed}", flush=True)
 
 
 def main():

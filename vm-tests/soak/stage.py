@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import neighbours
 from machine import (
     DISKS, LOG, SCRATCH, Disk, Failure, ask, dm_create, dm_devices, dm_remove, dm_table, loop_devices, now, old_data, run,
     wait_until,
@@ -52,6 +53,8 @@ class Stage:
         self.is_origin_bad = False
         self.has_group = self.is_attached = False
         self.loop = None
+        # The scenario has LVM at work beside the copies.
+        self.has_neighbours = any("neighbours" in copy for copy in scenario["copies"])
 
     # -- making
 
@@ -85,6 +88,7 @@ class Stage:
         run("dmsetup", "mknodes")
         self.origin = f"/dev/mapper/{self.name}"
         self.table = dm_table(self.name)
+        self.number = neighbours.number_of(self.origin)
 
     def table_by_hand(self, origin):
         if origin["kind"] == "striped":
@@ -99,13 +103,17 @@ class Stage:
         return "\n".join(lines)
 
     def make_logical_volume(self, origin):
-        disks = [self.disks["a"].node] + ([self.disks["b"].node] if origin["kind"] == "striped" else [])
+        has_both = origin["kind"] == "striped" or self.has_neighbours
+        disks = [self.disks["a"].node] + ([self.disks["b"].node] if has_both else [])
         for disk in disks:
             run("pvcreate", "-qq", "-y", "--dataalignment", "64k", disk)
         self.has_group = True
         run("vgcreate", "-qq", "-s", "64k", "soak", *disks)
         options = ["-i", "2", "-I", f"{origin['stripe_kib']}k"] if origin["kind"] == "striped" else []
-        run("lvcreate", "-qq", "-y", "-Wn", "-Zn", *options, "-L", f"{origin['kib']}k", "-n", "data", "soak")
+        run("lvcreate", "-qq", "-y", "-Wn", "-Zn", *options, "-L", f"{origin['kib']}k", "-n", "data", "soak",
+            *(disks if origin["kind"] == "striped" else disks[:1]))
+        if self.has_neighbours:
+            neighbours.make_another()
         self.name = "soak-data"
 
     def make_filesystem(self, kind, options, device):
@@ -208,9 +216,17 @@ class Stage:
     # -- what has to be so between copies
 
     def has_own_table(self, when):
+        if self.has_neighbours:
+            neighbours.agree(when)
+            self.table = dm_table(self.name)
         table = dm_table(self.name)
         if table != self.table:
             raise Failure(f"{when}: the origin's table is another: '{table}', not '{self.table}'")
+
+    def has_own_table_again(self):
+        """By its number, whatever it is called just now, and by nothing that waits: what it leads to is no device of ours."""
+        slaves = Path(f"/sys/dev/block/{self.number}/slaves").glob("*/dm/uuid")
+        return not any("TIDEMARK-" in uuid.read_text() for uuid in slaves)
 
     def is_as_before(self, when):
         """The origin has its own table, nothing is suspended, nothing of a copy is left."""

@@ -14,6 +14,13 @@ def table(results):
     rows += [("events", sum(events.values()))]
     rows += [(f"  {name}", count) for name, count in sorted(events.items(), key=lambda pair: -pair[1])]
     rows += [("  too late", sum(copy["late"] for copy in copies))]
+    for key in ("beside", "beside, refused"):
+        deeds = collections.Counter()
+        for copy in copies:
+            deeds.update(copy.get(key, {}))
+        if deeds:
+            rows += [(f"deeds {key}", sum(deeds.values()))]
+            rows += [(f"  {name}", count) for name, count in sorted(deeds.items(), key=lambda pair: -pair[1])]
     rows += [("originals preserved", originals(results)), ("failed seeds", len(failed))]
     width = max(len(name) for name, _ in rows)
     return [f"  {name:{width}} {count:8}" for name, count in rows]
