@@ -3,7 +3,8 @@
 //! It is started before anything is frozen, and serves a command as long as that lives, order after order ([`Standby`]
 //! has it in between): for each it has everything open and locked in memory that it will need. It does not share what
 //! happens to the command ([`apart`]): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
-//! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm" to "disarm"; a further "arm" starts its clock anew.
+//! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm", which it answers, to "disarm"; a
+//! further "arm" starts its clock anew.
 //!
 //! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is
 //! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
@@ -164,13 +165,24 @@ impl Watchdog {
         }
     }
 
-    /// Starts its clock, anew where it runs.
+    /// Starts its clock and waits for its word that it runs; where it runs already, starts it anew without waiting, for
+    /// then writers wait.
     ///
     /// # Errors
-    /// [`ErrorKind::External`] where it is gone.
+    /// [`ErrorKind::External`] where it is gone or does not answer; [`ErrorKind::Timeout`] where it has acted already.
     pub fn arm(&mut self) -> Result<()> {
-        self.is_armed = true;
-        self.send("arm")
+        let was_armed = std::mem::replace(&mut self.is_armed, true);
+        self.send("arm")?;
+        if was_armed {
+            return Ok(());
+        }
+        match self.verdicts.next(ANSWER_MAX) {
+            Ok(Line::Text(line)) if line == "armed" => Ok(()),
+            Ok(Line::Text(_)) => Err(budget_ran_out()),
+            Ok(Line::End) => Err(failed("died before anything was held")),
+            Ok(Line::Nothing) => Err(failed("does not answer")),
+            Err(source) => Err(failed("does not answer").with_source(source)),
+        }
     }
 
     /// Fails where the watchdog has acted or is gone. Does not wait.
@@ -200,6 +212,8 @@ impl Watchdog {
                     self.is_armed = false;
                     return Verdict::Calm;
                 }
+                // Its answer to an "arm" that was no longer waited for.
+                Ok(Line::Text(line)) if line == "armed" => {}
                 Ok(Line::Text(line)) => verdict = Verdict::Fired(line),
                 _ => return verdict,
             }
@@ -294,7 +308,9 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> 
         let mut line = orders.next(Duration::MAX)?;
         let mut armed = None;
         while line == Line::Text("arm".to_owned()) {
-            armed = Some(Instant::now());
+            if armed.replace(Instant::now()).is_none() {
+                writeln!(output, "armed")?;
+            }
             // An order pipe that cannot be read any more is one that has ended.
             line = orders.next(budget).unwrap_or(Line::End);
         }
@@ -420,6 +436,18 @@ impl KernelHands {
 }
 
 impl KernelHands {
+    /// A resume would put to use what somebody else has loaded since the inactive table was dropped: that is dropped with
+    /// the next round.
+    fn let_go(&self, device: DeviceNumber) -> Result<usize> {
+        match self.dm.info(device)? {
+            Some(info) if info.suspended && info.has_inactive => {
+                Err(failed("found a table that was loaded behind it"))
+            }
+            Some(info) if info.suspended => self.dm.let_go(device).map(|()| 1),
+            _ => Ok(0),
+        }
+    }
+
     /// Without memory that is locked, what the watchdog runs on may have to be read from a disk again: that must be
     /// none of those that it guards.
     fn refuse_to_wait_for(&self, source: io::Error) -> Result<()> {
@@ -448,10 +476,9 @@ impl Hands for KernelHands {
             let result = self.dm.info(device).and_then(|info| match info {
                 // A device that is not suspended may have a table that the command just loaded:
                 // dropping it makes the command's next step harmless.
-                Some(info) => {
+                Some(_) => {
                     self.dm.clear(device)?;
-                    self.dm.let_go(device)?;
-                    Ok(usize::from(info.suspended))
+                    self.let_go(device)
                 }
                 None => Ok(0),
             });
@@ -636,6 +663,10 @@ mod tests {
         fn say(&mut self, line: &str) {
             writeln!(self.orders.as_mut().unwrap(), "{line}").unwrap();
         }
+        fn arm(&mut self) {
+            self.say("arm");
+            assert_eq!(self.answer(), Line::Text("armed".into()));
+        }
         fn answer(&mut self) -> Line {
             self.verdicts.next(Duration::from_secs(20)).unwrap()
         }
@@ -655,7 +686,7 @@ mod tests {
     #[test]
     fn a_disarmed_watchdog_does_nothing() {
         let mut setup = start(60_000);
-        setup.say("arm");
+        setup.arm();
         setup.hold();
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
@@ -671,7 +702,7 @@ mod tests {
     #[test]
     fn a_dead_command_is_cleaned_up_after() {
         let mut setup = start(60_000);
-        setup.say("arm");
+        setup.arm();
         setup.hold();
         drop(setup.orders.take());
         setup.end();
@@ -691,7 +722,7 @@ mod tests {
     #[test]
     fn one_order_follows_the_other_and_each_is_guarded() {
         let mut setup = start(60_000);
-        setup.say("arm");
+        setup.arm();
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
         // Never armed, and over all the same.
@@ -700,7 +731,7 @@ mod tests {
         assert_eq!(setup.answer(), Line::Text("calm".into()));
         setup.order(30);
         setup.hold();
-        setup.say("arm");
+        setup.arm();
         assert_eq!(setup.answer(), Line::Text("fired".into()));
         drop(setup.orders.take());
         setup.end();
@@ -711,7 +742,9 @@ mod tests {
     fn a_command_that_arms_again_in_time_is_given_the_whole_time_again() {
         let mut setup = start(400);
         setup.hold();
+        setup.arm();
         for _ in 0..10 {
+            // Not answered again: writers wait.
             setup.say("arm");
             thread::sleep(Duration::from_millis(80));
         }
@@ -726,7 +759,7 @@ mod tests {
     #[test]
     fn an_overdue_command_is_acted_for_until_it_answers() {
         let mut setup = start(30);
-        setup.say("arm");
+        setup.arm();
         setup.hold();
         assert_eq!(setup.answer(), Line::Text("fired".into()));
         // What is frozen or suspended even later is let go too.
