@@ -1,18 +1,21 @@
-//! Entrances that are no commands: processes that help a command (watchdog, writing back) and, in test builds, parts of a copy on their own.
+//! Entrances that are no commands: processes that help a command (watchdog, writing back) and, in test builds, parts of a
+//! copy on their own.
 //!
 //! Looked at before the command line is parsed: a watchdog must start fast and must not fail over an
 //! option.
 
 use std::process::ExitCode;
 
-use super::{watchdog, write_back};
+use super::{recover, watchdog, write_back};
 
 /// Runs a hidden entrance where the first argument names one; None for an ordinary command.
 #[must_use]
 pub fn run() -> Option<ExitCode> {
-    let first = std::env::args_os().nth(1)?;
+    let mut arguments = std::env::args_os().skip(1);
+    let first = arguments.next()?;
     if first == watchdog::ARGUMENT {
-        return Some(watchdog::main());
+        let job = arguments.next().and_then(|job| job.into_string().ok());
+        return Some(watchdog::main(job.map(|job| move || recover::recover_job(&job))));
     }
     if first == write_back::ARGUMENT {
         return Some(write_back::main());
@@ -118,14 +121,8 @@ pub(super) mod trial {
             }
             .run(&interrupt)
         };
-        let stack = match Stack::insert(
-            &dm,
-            &mut job,
-            &request,
-            &super::watchdog::Standby::start(),
-            &mut at_instant,
-            &interrupt,
-        ) {
+        let standby = super::watchdog::Standby::start(job.id());
+        let stack = match Stack::insert(&dm, &mut job, &request, &standby, &mut at_instant, &interrupt) {
             Ok(stack) => stack,
             Err(error) => {
                 if error.failed_undos().is_empty() {

@@ -538,6 +538,14 @@ pub fn find_jobs() -> Result<Vec<FoundJob>> {
     find_jobs_in(Path::new(RUN_DIR))
 }
 
+/// As [`find_jobs`], of one job alone.
+///
+/// # Errors
+/// I/O errors.
+pub fn find_one(id: &str) -> Result<Option<FoundJob>> {
+    find_job(Path::new(RUN_DIR), id.to_owned())
+}
+
 /// As [`find_jobs`], for who only looks: no job is locked afterwards, so that whoever looks again and
 /// again is never taken for the owner of a dead one.
 ///

@@ -27,5 +27,6 @@ pub mod stack;
 pub mod status;
 pub mod targets;
 pub mod verify;
-pub mod watchdog;
+mod want_of_memory;
+mod watchdog;
 pub mod write_back;

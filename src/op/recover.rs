@@ -3,8 +3,8 @@
 //! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock, and where no record of
 //! it is to be seen (another mount namespace) by whether somebody holds its snapshot's device open ([`Action::Claim`]).
 //! Nothing of a living job is touched, and attached volumes stay. Order, the crash argument:
-//! 1. turn off what makes the kernel hurry, if a job may have left it on; let go: resume what is suspended (dropping a loaded table first, so that a half-made stack
-//!    does not come to life), then thaw, for a thaw writes to the device;
+//! 1. turn off what makes the kernel hurry, if a job may have left it on; let go: resume what is suspended (dropping a
+//!    loaded table first, so that a half-made stack does not come to life), then thaw, for a thaw writes to the device;
 //! 2. give every origin its own table back, from the `real` device, under a watchdog;
 //! 3. remove what preserved originals and snapshots, then what they mapped to;
 //! 4. give back RAM disks and loop devices;
@@ -16,7 +16,8 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -29,11 +30,17 @@ use crate::secondary::partial;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
-use super::job::{FoundJob, find_jobs, is_expedited, look_at_jobs, partials};
+use super::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials};
 use super::stack::{Runner, restoration};
 
 /// Longest time that an origin may be suspended while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
+
+/// Longest wait for the end of a process that was killed: its last reads and writes.
+const DYING_MAX: Duration = Duration::from_secs(60);
+
+/// Pause between two looks at it.
+const DYING_PAUSE: Duration = Duration::from_millis(20);
 
 /// A device as the kernel shows it.
 #[derive(Clone, Debug)]
@@ -293,18 +300,39 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
 /// The first failure, with the others as failed undos; can be run again at any time.
 pub fn recover() -> Result<RecoverReport> {
     super::privilege::require_root("recovering")?;
+    recover_all_or(None)
+}
+
+/// What job `id` left, whose process is dying; the other jobs are left alone.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] where the process does not end; as [`recover`].
+pub(super) fn recover_job(id: &str) -> Result<()> {
+    let end = Instant::now() + DYING_MAX;
+    // Only looked at: the lock of a dead one is let go again.
+    while find_one(id)?.is_some_and(|job| job.alive) {
+        if Instant::now() >= end {
+            return Err(Error::new(ErrorKind::Timeout, format!("the process of job {id} has not ended")));
+        }
+        thread::sleep(DYING_PAUSE);
+    }
+    recover_all_or(Some(id)).map(drop)
+}
+
+/// `only`: of this job alone.
+fn recover_all_or(only: Option<&str>) -> Result<RecoverReport> {
     let mut report = RecoverReport { done: Vec::new(), running: Vec::new() };
     let mut failures = Vec::new();
     // First, for it needs nothing of what may fail below.
-    if let Err(error) = end_hurry(&mut report.done) {
+    if let Err(error) = end_hurry(only, &mut report.done) {
         failures.push(error);
     }
-    let jobs = match Dm::open().and_then(|dm| put_back(&dm, &mut report)) {
+    let jobs = match Dm::open().and_then(|dm| put_back(&dm, only, &mut report)) {
         Ok(jobs) => jobs,
         // There are those that have nothing to do with device-mapper.
         Err(error) => {
             failures.push(error);
-            find_jobs()?
+            find(only)?
         }
     };
     let is_all = give_up(jobs, &mut report, &mut failures);
@@ -316,8 +344,9 @@ pub fn recover() -> Result<RecoverReport> {
 }
 
 /// The kernel's switch that a command turns on while writers wait: its watchdog has turned it off, unless that died too.
-fn end_hurry(done: &mut Vec<String>) -> Result<()> {
-    let left = |job: &FoundJob| !job.alive && job.record.as_ref().is_ok_and(is_expedited);
+fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
+    let is_meant = |job: &FoundJob| only.is_none_or(|only| job.id == only);
+    let left = |job: &FoundJob| is_meant(job) && !job.alive && job.record.as_ref().is_ok_and(is_expedited);
     if !look_at_jobs()?.iter().any(left) {
         return Ok(());
     }
@@ -331,10 +360,10 @@ fn end_hurry(done: &mut Vec<String>) -> Result<()> {
 }
 
 /// Devices and stores. The jobs that were found, the dead ones locked.
-fn put_back(dm: &Dm, report: &mut RecoverReport) -> Result<Vec<FoundJob>> {
+fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
     let runner = Runner::new(dm, BUDGET, &interrupt);
-    let mut machine = Kernel { dm, runner, jobs: Vec::new(), elsewhere: BTreeSet::new() };
+    let mut machine = Kernel { dm, runner, only, jobs: Vec::new(), elsewhere: BTreeSet::new() };
     // No command of lvm2 runs on these groups from here on: an origin that is suspended now was suspended by a dead job.
     let scene = machine.scene()?;
     let mut numbers: BTreeSet<DeviceNumber> =
@@ -393,8 +422,15 @@ fn is_without_device(record: &JobRecord) -> bool {
     record.origin.is_none() && record.change.is_none() && record.copy.is_none()
 }
 
+/// All jobs, or one of them; those that are dead are locked by us.
+fn find(only: Option<&str>) -> Result<Vec<FoundJob>> {
+    only.map_or_else(find_jobs, |id| Ok(find_one(id)?.into_iter().collect()))
+}
+
 struct Kernel<'a> {
     dm: &'a Dm,
+    /// The other jobs pass for alive.
+    only: Option<&'a str>,
     runner: Runner<'a>,
     /// The dead ones are locked by us from the first look on.
     jobs: Vec<FoundJob>,
@@ -403,8 +439,8 @@ struct Kernel<'a> {
     elsewhere: BTreeSet<String>,
 }
 
-/// The jobs in another mount namespace that live, among those that `devices` (UUID and number) belong to: what we do not know by its record lives
-/// where its snapshot is claimed.
+/// The jobs in another mount namespace that live, among those that `devices` (UUID and number) belong to: what we do not
+/// know by its record lives where its snapshot is claimed.
 ///
 /// # Errors
 /// I/O errors.
@@ -432,7 +468,7 @@ impl Machine for Kernel<'_> {
         // Jobs anew each time: one that began since the last look must not pass for dead. Those that are
         // dead stay as they were found, locked by us, which a new look would take for life.
         self.jobs.retain(|job| !job.alive);
-        let fresh = find_jobs()?;
+        let fresh = find(self.only)?;
         let known = |job: &FoundJob| self.jobs.iter().any(|dead| dead.id == job.id);
         let fresh: Vec<FoundJob> = fresh.into_iter().filter(|job| !known(job)).collect();
         self.jobs.extend(fresh);
@@ -460,6 +496,11 @@ impl Machine for Kernel<'_> {
         let is_known = |id: &str| self.jobs.iter().any(|job| job.id == id);
         self.elsewhere = living_elsewhere(self.dm, seen, is_known)?;
         scene.alive.extend(self.elsewhere.iter().cloned());
+        if let Some(only) = self.only {
+            let ids = scene.devices.iter().filter_map(|device| Some(device.identity()?.id));
+            let others: Vec<String> = ids.filter(|id| id != only).collect();
+            scene.alive.extend(others);
+        }
         Ok(scene)
     }
 

@@ -40,9 +40,13 @@ use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
 
 use super::apart;
+use super::want_of_memory::Witness;
 
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";
+
+/// The last line of a command that ends; without it, the command has died.
+const FAREWELL: &str = "farewell";
 
 /// Longest order or verdict, in bytes.
 const LINE_BYTES_MAX: usize = 1 << 20;
@@ -82,16 +86,25 @@ pub enum Verdict {
 /// A command's watchdog while it has nothing to guard: one process for all that the command does, one change after the
 /// other. Clones have the same one.
 #[derive(Clone, Debug, Default)]
-pub struct Standby(Arc<Mutex<Option<Watchdog>>>);
+pub struct Standby {
+    waiting: Arc<Mutex<Option<Watchdog>>>,
+    /// What it puts back where the kernel kills the command for want of memory.
+    job: Option<Arc<str>>,
+}
 
 impl Standby {
     /// Starts a watchdog without waiting for it: while it gets ready, the command prepares what is to be guarded.
-    /// Where it cannot be started, [`Standby::guard`] says so.
+    /// Where it cannot be started, [`Standby::guard`] says so. Where the kernel kills the command for want of memory, the
+    /// watchdog puts back what job `job` left.
     #[must_use]
-    pub fn start() -> Self {
-        let standby = Self::default();
-        *standby.lock() = Watchdog::launch().ok();
+    pub fn start(job: &str) -> Self {
+        let standby = Self { job: Some(job.into()), ..Self::default() };
+        *standby.lock() = standby.launch().ok();
         standby
+    }
+
+    fn launch(&self) -> Result<Watchdog> {
+        Watchdog::launch(self.job.as_deref())
     }
 
     /// A watchdog that is ready to be armed: the one that stands by, or where there is none, or it died, another one.
@@ -105,7 +118,7 @@ impl Standby {
         {
             return Ok(watchdog);
         }
-        let mut watchdog = Watchdog::launch()?;
+        let mut watchdog = self.launch()?;
         watchdog.guard(order)?;
         Ok(watchdog)
     }
@@ -122,7 +135,7 @@ impl Standby {
 
     fn lock(&self) -> MutexGuard<'_, Option<Watchdog>> {
         // It is set in one assignment.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -136,9 +149,10 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    fn launch() -> Result<Self> {
+    fn launch(job: Option<&str>) -> Result<Self> {
         let mut child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
+            .args(job)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -247,6 +261,10 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
+        if !self.is_armed {
+            // Where it has ended already there is nobody to be told.
+            let _ = self.send(FAREWELL);
+        }
         drop(self.orders.take());
         self.reap(Instant::now() + ANSWER_MAX);
     }
@@ -263,18 +281,55 @@ pub fn budget_ran_out() -> Error {
         .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
 }
 
-/// The process: reads its orders from standard input, answers on standard output.
+/// The process: reads its orders from standard input, answers on standard output. `put_back` takes away what the command's
+/// job left, where the kernel has killed the command for want of memory; None where it has no job.
 #[must_use]
-pub fn main() -> ExitCode {
+pub fn main(put_back: Option<impl FnOnce() -> Result<()>>) -> ExitCode {
     apart::stand_apart();
+    let witness = Witness::of_parent();
     let streams = io::stdin()
         .as_fd()
         .try_clone_to_owned()
         .and_then(|input| Ok((File::from(input), File::from(io::stdout().as_fd().try_clone_to_owned()?))));
     match streams.and_then(|(input, output)| serve(input, output, &mut KernelHands::prepare)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Farewell) => ExitCode::SUCCESS,
+        Ok(End::Death) => {
+            if let (Some(put_back), Ok(mut witness)) = (put_back, witness)
+                && witness.was_killed()
+            {
+                tell_what_became(put_back());
+            }
+            ExitCode::SUCCESS
+        }
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// Nobody but the kernel's log is there to be told.
+fn tell_what_became(put_back: Result<()>) {
+    let what = match put_back {
+        Ok(()) => "what its copy left was put back".to_owned(),
+        Err(error) => format!("what its copy left could not be put back: {error}"),
+    };
+    let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
+    tell(log.as_ref(), &format!("the kernel killed the command for want of memory; {what}"));
+}
+
+/// A notice in the kernel's log.
+fn tell(log: Option<&File>, text: &str) {
+    if let Some(mut log) = log {
+        // <5>: a notice.
+        let _ = log.write_all(format!("<5>tidemark watchdog: {text}\n").as_bytes());
+    }
+}
+
+/// How the command ended, or left the watchdog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// With its last line, or a verdict of the watchdog's.
+    Farewell,
+    /// Without a word.
+    Death,
 }
 
 /// What the watchdog acts on: the kernel, or a test's fake.
@@ -293,15 +348,21 @@ trait Hands: Send + Sync {
 
 type Prepare<'a> = &'a mut dyn FnMut(Order) -> Result<Arc<dyn Hands>>;
 
-fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> {
+fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<End> {
     let mut orders = Lines::new(input);
     // Nothing is frozen while it has no order: without a limit.
     while let Line::Text(text) = orders.next(Duration::MAX)? {
+        if text == FAREWELL {
+            return Ok(End::Farewell);
+        }
         let order: Order = serde_json::from_str(&text)?;
         let budget = Duration::from_millis(order.budget_ms);
         let hands = match prepare(order) {
             Ok(hands) => hands,
-            Err(error) => return writeln!(output, "{}", error.to_string().replace('\n', " ")),
+            Err(error) => {
+                writeln!(output, "{}", error.to_string().replace('\n', " "))?;
+                return Ok(End::Farewell);
+            }
         };
         writeln!(output, "ready")?;
         // Nor before it is armed.
@@ -320,21 +381,21 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<()> 
                 drop(hands);
                 writeln!(output, "calm")?;
             }
-            (Line::End, None) => return Ok(()),
+            (Line::End, None) => return Ok(End::Death),
             (Line::End, Some(start)) => {
                 let done = act_for_the_dead(&hands);
                 hands.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
                 hands.end_hurry();
-                return Ok(());
+                return Ok(End::Death);
             }
             (Line::Nothing, start) => {
                 act_for_the_living(&hands, &mut orders, &mut output, start.unwrap_or_else(Instant::now));
                 hands.end_hurry();
-                return Ok(());
+                return Ok(End::Farewell);
             }
         }
     }
-    Ok(())
+    Ok(End::Death)
 }
 
 /// The deadline passed and the command is alive: act until it answers or dies.
@@ -505,10 +566,7 @@ impl Hands for KernelHands {
     }
 
     fn tell(&self, text: &str) {
-        if let Some(mut log) = self.log.as_ref() {
-            // <5>: a notice.
-            let _ = log.write_all(format!("<5>tidemark watchdog: {text}\n").as_bytes());
-        }
+        tell(self.log.as_ref(), text);
     }
 }
 
@@ -629,7 +687,7 @@ mod tests {
         hands: Arc<FakeHands>,
         orders: Option<File>,
         verdicts: Lines<File>,
-        thread: Option<thread::JoinHandle<io::Result<()>>>,
+        thread: Option<thread::JoinHandle<io::Result<End>>>,
     }
 
     fn start(budget_ms: u64) -> Setup {
@@ -678,8 +736,8 @@ mod tests {
             !self.hands.suspended.load(Ordering::SeqCst)
                 && *self.hands.frozen.lock().unwrap() == [false, false]
         }
-        fn end(&mut self) {
-            self.thread.take().unwrap().join().unwrap().unwrap();
+        fn end(&mut self) -> End {
+            self.thread.take().unwrap().join().unwrap().unwrap()
         }
     }
 
@@ -691,8 +749,8 @@ mod tests {
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
         // Nor when the command ends, which then is no death.
-        drop(setup.orders.take());
-        setup.end();
+        setup.say(FAREWELL);
+        assert_eq!(setup.end(), End::Farewell);
         assert!(!setup.is_free());
         // The command does that itself, before it disarms.
         assert!(!setup.hands.hurry_ended.load(Ordering::SeqCst));
@@ -705,7 +763,7 @@ mod tests {
         setup.arm();
         setup.hold();
         drop(setup.orders.take());
-        setup.end();
+        assert_eq!(setup.end(), End::Death);
         assert!(setup.is_free() && setup.hands.hurry_ended.load(Ordering::SeqCst));
         assert!(setup.hands.told.lock().unwrap()[0].contains("1 device(s) resumed, 2 filesystem(s) thawed"));
     }
@@ -715,7 +773,7 @@ mod tests {
         let mut setup = start(60_000);
         setup.hold();
         drop(setup.orders.take());
-        setup.end();
+        assert_eq!(setup.end(), End::Death);
         assert!(!setup.is_free());
     }
 

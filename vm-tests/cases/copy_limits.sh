@@ -32,6 +32,20 @@ for limit in 48 24 8; do
         --yes --store /mnt/scratch >/run/copy.out 2>/run/copy.err || status=$?
     if [ "$limit" = 48 ]; then ended "$limit MiB" "$status" 0; else ended "$limit MiB" "$status" 0 3; fi
 done
+
+note "killed by the kernel for want of memory: the watchdog puts back what is left"
+echo 200M >/run/cgroup2/job/memory.max
+sh -c 'echo $$ >"$0" && exec "$@"' /run/cgroup2/job/cgroup.procs "$TIDEMARK" copy "$origin" /mnt/scratch/copy.raw \
+    --yes --store /mnt/scratch --rate 2MiB >/run/copy.out 2>/run/copy.err &
+process=$!
+wait_until 20 is_preserved "$origin"
+echo 1M >/run/cgroup2/job/memory.max
+status=0
+wait "$process" || status=$?
+wait_until 20 sh -c 'dmesg | grep -q "for want of memory; what its copy left was put back"'
+ended "killed" "$status" 137
+assert_same "records" "$(find /run/tidemark -type f ! -path "*/origins/*")" ""
+assert_same "files" "$(find /mnt/scratch -type f)" ""
 rmdir /run/cgroup2/job
 umount /run/cgroup2
 

@@ -11,7 +11,10 @@ pub fn cases() -> Vec<Case> {
         usual("freeze_above", "freeze_above.sh").commands(&["sfdisk", "unshare"]),
         usual("freeze_frozen", "freeze_frozen.sh").commands(&["pkill"]),
         usual("copy_signals", "copy_signals.sh"),
-        usual("copy_limits", "copy_limits.sh").commands(&["setpriv"]),
+        usual("copy_limits", "copy_limits.sh")
+            .commands(&["setpriv"])
+            .tolerate("Out of memory: Killed process")
+            .tolerate("invoked oom-killer"),
         usual("copy_write_back", "copy_write_back.sh").modules(&["dm-delay"]).disk_mib(96),
     ]
 }

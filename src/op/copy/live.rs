@@ -94,7 +94,7 @@ impl Live {
     ) -> Result<()> {
         let admission = self.admit(live, observer, interrupt)?;
         // It gets ready while the store is made.
-        let standby = Standby::start();
+        let standby = Standby::start(self.job().id());
         let config = StoreConfig { id: self.job().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
         let store = Arc::new(CowStore::create(&config)?);

@@ -332,7 +332,7 @@ impl Stack {
             logs: Vec::new(),
             budget: adopted.budget,
             times: adopted.times,
-            standby: Standby::start(),
+            standby: Standby::start(job.id()),
             lvm: Arc::new(Mutex::new(Some(lvm).filter(|_| adopted.lvm_lock == LvmScope::Copy))),
         })
     }
