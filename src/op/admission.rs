@@ -37,7 +37,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// What to do where a store's place is wrong.
 const NAME_ANOTHER: &str = "name a directory on a file system of another device of this machine, or a block device, \
-                            with --store";
+                            with --store; of disks on SCSI, SATA, USB, NVMe, virtio, Xen and MMC, and of LVM and md on \
+                            them, it can be told";
 
 /// What to do where memory may wait for the origin.
 const WITHOUT_MEMORY: &str = "take the swap space out of use for the copy (swapoff), or name a block device that is \

@@ -7,7 +7,9 @@
 //!
 //! Pure: what a node waits for is told by whoever observes ([`observe`](super::observe)). Only what can be reached
 //! is asked for, so that nobody has to look at a file system that has nothing to do with the question. Invariants:
-//! - an answer of [`Answer::No`] means that everything that can be reached was looked at;
+//! - an answer of [`Answer::No`] means that everything that can be reached was looked at, but for what Y stands on;
+//! - what Y stands on does not wait for Y, or Y would wait for itself: there an Unknown or another machine adds nothing.
+//!   So an Unknown has to name the one thing that it is, and two are the same only where that is the same;
 //! - a road is given from its first node to its last, each waiting for the next.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -59,22 +61,22 @@ pub fn may_wait(
     if roads.came_from.contains_key(to) {
         return Answer::Yes(roads.to(to));
     }
-    if let Some(unknown) = roads.order.iter().find(|node| matches!(node, Node::Unknown(_))) {
-        return Answer::Unknown(roads.to(unknown));
-    }
     if roads.is_cut_short {
         let end = Node::Unknown(format!("more than {NODES_MAX} devices"));
         return Answer::Unknown(vec![from.clone(), end]);
     }
-    let mut networks = roads.order.iter().filter(|node| matches!(node, Node::Network(_))).peekable();
-    if networks.peek().is_none() {
+    let ends: Vec<&Node> =
+        roads.order.iter().filter(|node| matches!(node, Node::Unknown(_) | Node::Network(_))).collect();
+    if ends.is_empty() {
         return Answer::No;
     }
-    // What the target hangs on anyway makes it hang no more than it does.
+    // What the target stands on anyway makes it hang no more than it does.
     let beneath = Roads::explore(to, past, waits_for);
-    match networks.find(|node| !beneath.came_from.contains_key(node)) {
-        Some(network) => Answer::Network(roads.to(network)),
-        None => Answer::No,
+    let mut ends = ends.into_iter().filter(|node| !beneath.came_from.contains_key(node)).peekable();
+    let nearest = ends.peek().copied();
+    match ends.find(|node| matches!(node, Node::Unknown(_))) {
+        Some(unknown) => Answer::Unknown(roads.to(unknown)),
+        None => nearest.map_or(Answer::No, |network| Answer::Network(roads.to(network))),
     }
 }
 
@@ -192,7 +194,7 @@ mod tests {
             let any = |test: &dyn Fn(&Node) -> bool| all.iter().any(|node| reaches(&from, node) && test(node));
             let expected = if reaches(&from, &to) {
                 "yes"
-            } else if any(&|node| matches!(node, Node::Unknown(_))) {
+            } else if any(&|node| matches!(node, Node::Unknown(_)) && !reaches(&to, node)) {
                 "unknown"
             } else if any(&|node| matches!(node, Node::Network(_)) && !reaches(&to, node)) {
                 "network"
@@ -231,6 +233,17 @@ mod tests {
             ask(&edges, &on(1), &device(0), &[]),
             Answer::Yes(vec![on(1), device(1), on(0), device(0)])
         );
+    }
+
+    #[test]
+    fn what_the_origin_stands_on_does_not_wait_for_it() {
+        let unknown = |name: &str| BTreeSet::from([Node::Unknown(name.to_owned())]);
+        let mut edges = Edges::from([(device(1), unknown("/dev/foo1"))]);
+        assert!(matches!(ask(&edges, &device(1), &device(0), &[]), Answer::Unknown(_)));
+        edges.insert(device(0), unknown("/dev/foo0"));
+        assert!(matches!(ask(&edges, &device(1), &device(0), &[]), Answer::Unknown(_)), "another one");
+        edges.insert(device(0), unknown("/dev/foo1"));
+        assert_eq!(ask(&edges, &device(1), &device(0), &[]), Answer::No);
     }
 
     #[test]

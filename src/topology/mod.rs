@@ -1,12 +1,14 @@
 //! Which block devices are there, on top of what, and who uses them? Facts only, no judgement.
 //!
-//! Who waits for whom is the one judgement, in [`graph`], which is pure and fed by [`Observer`].
+//! Who waits for whom is the one judgement, in [`graph`], which is pure and fed by [`Observer`]; which drivers are known to
+//! be a disk's is in [`driver`].
 //!
 //! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
 //! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]); by what it is known
 //! again ([`identity`]); who has it open, from `/proc/*/fd` and the kernel's loop devices ([`users`]). Must not open,
 //! let alone write, what it looks at.
 
+mod driver;
 pub mod graph;
 pub mod identity;
 mod observe;
@@ -457,6 +459,8 @@ pub(crate) mod tests {
         std::os::unix::fs::symlink(&slave, holder.join("slaves/sda1")).unwrap();
         std::os::unix::fs::symlink(&holder, slave.join("holders/dm-0")).unwrap();
         fs::create_dir_all(root.join("proc/self")).unwrap();
+        let drivers = "Character devices:\n 10 misc\n\nBlock devices:\n  7 loop\n  8 sd\n253 device-mapper\n259 blkext\n";
+        fs::write(root.join("proc/devices"), drivers).unwrap();
         fs::write(
             root.join("proc/self/mountinfo"),
             "36 35 8:2 / /mnt/my\\040disk rw,noatime master:1 - ext4 /dev/nowhere rw\n",

@@ -2,7 +2,7 @@
 //!
 //! | of | is told by |
 //! |---|---|
-//! | a device | `slaves` in sysfs, the disk of a partition; a driver that is known to reach further |
+//! | a device | `slaves` in sysfs, the disk of a partition; its [`driver`](super::driver) |
 //! | a loop device | the kernel's own identity of its file (`LOOP_GET_STATUS64`), never the path that it was opened by |
 //! | a file system | its superblock's number where that is a device; btrfs' and bcachefs' devices; logs elsewhere |
 //! | an overlay | its layers, where their paths still lead to what the kernel reports on |
@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 
+use super::driver::{Beneath, Drivers};
 use super::graph::Node;
 use super::{Mount, Topology, device_number, number_file, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
@@ -66,9 +67,6 @@ const ON_ONE_DEVICE: [&str; 12] = [
     "ext2", "ext3", "ext4", "xfs", "vfat", "exfat", "msdos", "ntfs3", "f2fs", "nilfs2", "iso9660", "squashfs",
 ];
 
-/// Block devices that another machine serves, by how their names begin.
-const NETWORK_DISKS: [&str; 3] = ["nbd", "rbd", "etherd"];
-
 /// A mount, and where a process that sees it has its root.
 #[derive(Clone, Debug)]
 struct Seen {
@@ -81,10 +79,11 @@ struct Seen {
 pub struct Observer {
     topology: Topology,
     mounts: Vec<Seen>,
+    drivers: Drivers,
 }
 
 impl Observer {
-    /// Reads the mounts of every namespace.
+    /// Reads the mounts of every namespace, and the block drivers.
     ///
     /// # Errors
     /// I/O errors of reading our own.
@@ -111,7 +110,8 @@ impl Observer {
                 mounts.extend(seen.map(|mount| Seen { mount, root: root.clone() }));
             }
         }
-        Ok(Self { topology, mounts })
+        let drivers = Drivers::read(&topology);
+        Ok(Self { topology, mounts, drivers })
     }
 
     /// What I/O on `node` waits for directly.
@@ -167,7 +167,7 @@ impl Observer {
         if self.mounted(number).next().is_some() || self.topology.node(number).exists() {
             Node::FileSystem(number)
         } else {
-            Node::Unknown(format!("a file system that no mount shows ({of})"))
+            Node::Unknown(format!("the file system {number}, which no mount shows ({of})"))
         }
     }
 
@@ -177,38 +177,33 @@ impl Observer {
 
     fn of_device(&self, device: DeviceNumber) -> BTreeSet<Node> {
         let node = self.topology.node(device);
-        let mut found: BTreeSet<Node> =
-            self.topology.numbers_in(&node.join("slaves")).into_iter().map(Node::Device).collect();
         if node.join("partition").exists()
             && let Some(disk) = number_file(&node.join("../dev"))
         {
-            found.insert(Node::Device(disk));
+            return BTreeSet::from([Node::Device(disk)]);
         }
-        let link = fs::read_link(&node).unwrap_or_default();
-        let name = link.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let is = |kind: &str| {
-            name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-        };
-        if node.join("loop").exists() {
-            // It allocates memory for each request, and may have to wait for it.
-            found.insert(Node::Memory);
-            found.insert(self.of_loop(device));
-        } else if is("zram") {
-            found.insert(Node::Memory);
-            if let Ok(text) = fs::read_to_string(node.join("backing_dev"))
-                && text.trim() != "none"
-            {
-                let path = Path::new(text.trim());
-                found.insert(self.at(path).unwrap_or_else(|_| {
-                    Node::Unknown(format!("the device that {name} writes back to ({})", path.display()))
-                }));
+        let mut found: BTreeSet<Node> =
+            self.topology.numbers_in(&node.join("slaves")).into_iter().map(Node::Device).collect();
+        match self.drivers.beneath(&self.topology, device) {
+            Beneath::Nothing => {}
+            // A loop device allocates memory for each request, and may have to wait for it.
+            Beneath::File => found.extend([Node::Memory, self.of_loop(device)]),
+            Beneath::Memory => {
+                found.insert(Node::Memory);
             }
-        } else if is("ram") {
-            found.insert(Node::Memory);
-        } else if is("ublkb") {
-            found.insert(Node::Unknown(format!("a program that serves {name}")));
-        } else if let Some(kind) = NETWORK_DISKS.iter().find(|kind| name.starts_with(*kind)) {
-            found.insert(Node::Network((*kind).to_owned()));
+            Beneath::MemoryAndDevice => {
+                found.insert(Node::Memory);
+                if let Ok(text) = fs::read_to_string(node.join("backing_dev"))
+                    && text.trim() != "none"
+                {
+                    let path = Path::new(text.trim());
+                    found.insert(self.at(path).unwrap_or_else(|_| {
+                        let name = self.topology.name(device);
+                        Node::Unknown(format!("the device that {name} writes back to ({})", path.display()))
+                    }));
+                }
+            }
+            Beneath::Nodes(nodes) => found.extend(nodes),
         }
         found
     }
@@ -260,13 +255,17 @@ impl Observer {
         }
         if !ON_ONE_DEVICE.contains(&kind) || on_device.is_none() {
             let at = mount.point.display();
-            found.insert(Node::Unknown(format!("the {kind} at {at}, which does not say what it lies on")));
+            found.insert(Node::Unknown(format!(
+                "the {kind} at {at} ({number}), which does not say what it lies on"
+            )));
             return found;
         }
         for device in options(&mount.options, &["logdev", "rtdev"]) {
-            found.insert(self.at(&device).unwrap_or_else(|_| {
-                Node::Unknown(format!("the device {} of a file system", device.display()))
-            }));
+            found.insert(
+                self.at(&device).unwrap_or_else(|_| {
+                    Node::Unknown(format!("{} of the {kind} {number}", device.display()))
+                }),
+            );
         }
         if kind.starts_with("ext") {
             found.extend(self.journals(number));
@@ -300,12 +299,18 @@ impl Observer {
                 Ok(Some(device)) => {
                     let beside = self.topology.btrfs_beside(device);
                     if mount.kind == "btrfs" && beside.is_empty() {
-                        found.insert(Node::Unknown(format!("the devices of the btrfs on {source}")));
+                        found.insert(Node::Unknown(format!(
+                            "the devices of the btrfs {} on {source}",
+                            mount.device
+                        )));
                     }
                     found.extend(beside.into_iter().chain([device]).map(Node::Device));
                 }
                 _ => {
-                    found.insert(Node::Unknown(format!("the devices of the {} on {source}", mount.kind)));
+                    found.insert(Node::Unknown(format!(
+                        "the devices of the {} {} on {source}",
+                        mount.kind, mount.device
+                    )));
                 }
             }
         }
@@ -318,7 +323,7 @@ impl Observer {
     fn layers(&self, number: DeviceNumber) -> BTreeSet<Node> {
         let mut found = BTreeSet::new();
         for Seen { mount, root } in self.mounted(number) {
-            let here = format!("a layer of the overlay at {}", mount.point.display());
+            let here = format!("a layer of the overlay at {} ({number})", mount.point.display());
             let top = options(&mount.options, &["upperdir"]);
             let lower = options(&mount.options, &["lowerdir", "lowerdir+", "datadir+"]);
             let is_the_top = |path: &Path| {
@@ -335,7 +340,7 @@ impl Observer {
             }
         }
         if found.is_empty() {
-            found.insert(Node::Unknown("an overlay whose layers nobody names".to_owned()));
+            found.insert(Node::Unknown(format!("the overlay {number}, whose layers nobody names")));
         }
         found
     }
@@ -427,6 +432,135 @@ mod tests {
         assert_eq!(of(dev(8, 1)), BTreeSet::from([Node::Device(dev(8, 0))]));
         assert_eq!(of(dev(8, 0)), BTreeSet::new());
         assert_eq!(of_fs(&observer, dev(8, 2)), BTreeSet::from([Node::Device(dev(8, 2))]));
+    }
+
+    /// The made-up machine with a disk `number` of `driver`, at `path` beneath sys/devices.
+    fn with_disk(driver: &str, number: DeviceNumber, path: &str) -> (tempfile::TempDir, BTreeSet<Node>) {
+        let (keep, topology) = machine();
+        add_disk(keep.path(), driver, number, path);
+        let found = Observer::new(topology).unwrap().waits_for(&Node::Device(number));
+        (keep, found)
+    }
+
+    fn add_disk(root: &Path, driver: &str, number: DeviceNumber, path: &str) {
+        let node = root.join("sys/devices").join(path);
+        fs::create_dir_all(&node).unwrap();
+        let name = Path::new(path).file_name().unwrap().to_str().unwrap();
+        fs::write(node.join("uevent"), format!("DEVNAME={name}\n")).unwrap();
+        std::os::unix::fs::symlink(&node, root.join(format!("sys/dev/block/{number}"))).unwrap();
+        let drivers = fs::read_to_string(root.join("proc/devices")).unwrap();
+        fs::write(root.join("proc/devices"), format!("{drivers}{:3} {driver}\n", number.major)).unwrap();
+    }
+
+    #[test]
+    fn a_driver_that_is_not_known_to_be_a_disks_may_reach_anything() {
+        for (driver, path) in [
+            ("zvol", "virtual/block/zd0"),
+            ("drbd", "virtual/block/drbd0"),
+            ("rnbd_client", "virtual/block/rnbd0"),
+            ("blkext", "virtual/block/ublkb0"),
+            ("sd", "tcm_loop_0/tcm_loop_adapter_0/host3/target3:0:1/3:0:1:0/block/sdc"),
+            ("virtblk", "virtual/vduse/v0/vdpa0/virtio9/block/vdz"),
+            ("blkext", "virtual/nvme-subsystem/nvme-subsys0/nvme0n1"),
+        ] {
+            let (_keep, found) = with_disk(driver, dev(230, 0), path);
+            let name = path.rsplit('/').next().unwrap();
+            let is_told = |node: &Node| matches!(node, Node::Unknown(what) if what.starts_with(&format!("/dev/{name}")));
+            assert!(found.len() == 1 && found.iter().all(is_told), "{driver} {path}: {found:?}");
+        }
+        // Its number has no driver at all.
+        let (keep, topology) = machine();
+        add_disk(keep.path(), "sd", dev(240, 0), "pci0/block/foo0");
+        fs::write(keep.path().join("proc/devices"), "Block devices:\n  8 sd\n").unwrap();
+        let found = Observer::new(topology).unwrap().waits_for(&Node::Device(dev(240, 0)));
+        assert!(matches!(found.first(), Some(Node::Unknown(_))), "{found:?}");
+    }
+
+    #[test]
+    fn disks_wait_for_nothing_that_is_ours() {
+        for (driver, path) in [
+            ("sd", "pci0000:00/0000:00:1f.2/ata1/host0/target0:0:0/0:0:0:0/block/sdc"),
+            ("sd", "pci0000:00/0000:05:00.0/host5/rport-5:0-1/target5:0:0/5:0:0:0/block/sdd"),
+            ("virtblk", "pci0000:00/0000:00:02.0/virtio1/block/vda"),
+            ("ubd", "platform/uml-blkdev.0/block/ubda"),
+            ("mmc", "platform/soc/mmc_host/mmc0/mmc0:0001/block/mmcblk0"),
+            ("xvd", "vbd-51712/block/xvda"),
+            ("blkext", "LNXSYSTM:00/ndbus0/region0/namespace0.0/block/pmem0"),
+        ] {
+            let (_keep, found) = with_disk(driver, dev(230, 0), path);
+            assert!(found.is_empty(), "{driver} {path}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_another_machine_serves_is_told_by_its_way() {
+        let iscsi = "platform/host3/session1/target3:0:0/3:0:0:0/block/sdc";
+        let network = |what: &str| BTreeSet::from([Node::Network(what.to_owned())]);
+        let (keep, found) = with_disk("sd", dev(230, 0), iscsi);
+        assert_eq!(found, network("iSCSI session1"));
+        let connection = keep
+            .path()
+            .join("sys/devices/platform/host3/session1/connection1:0/iscsi_connection/connection1:0");
+        fs::create_dir_all(&connection).unwrap();
+        fs::write(connection.join("persistent_address"), "10.0.0.5\n").unwrap();
+        let observer = Observer::new(Topology::at(keep.path())).unwrap();
+        assert_eq!(observer.waits_for(&Node::Device(dev(230, 0))), network("iSCSI 10.0.0.5"));
+        for (driver, path, what) in [
+            ("nbd", "virtual/block/nbd0", "nbd"),
+            ("rbd", "rbd/0/block/rbd0", "rbd"),
+            ("rbd0", "rbd/0/block/rbd0", "rbd"),
+            ("aoe", "virtual/block/etherd!e1.1", "aoe"),
+            ("sd", "platform/vhci_hcd.0/usb3/3-1/host4/target4:0:0/4:0:0:0/block/sdc", "USB/IP"),
+        ] {
+            assert_eq!(with_disk(driver, dev(230, 0), path).1, network(what), "{driver} {path}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_of_nvme_is_what_all_its_controllers_are() {
+        let of = |disk: &str, controllers: &[(&str, &str)]| {
+            let (keep, topology) = machine();
+            add_disk(keep.path(), "blkext", dev(230, 0), disk);
+            for (path, transport) in controllers {
+                let controller = keep.path().join("sys/devices").join(path);
+                fs::create_dir_all(&controller).unwrap();
+                fs::write(controller.join("transport"), format!("{transport}\n")).unwrap();
+                fs::write(controller.join("address"), "traddr=10.0.0.6,trsvcid=4420\n").unwrap();
+                let subsystem = keep.path().join("sys/devices/virtual/nvme-subsystem/nvme-subsys0");
+                if subsystem.exists() {
+                    let link = subsystem.join(controller.file_name().unwrap());
+                    std::os::unix::fs::symlink(&controller, link).unwrap();
+                }
+            }
+            Observer::new(topology).unwrap().waits_for(&Node::Device(dev(230, 0)))
+        };
+        let one = ("pci0000:00/0000:00:04.0/nvme/nvme0", "pcie");
+        let far = ("virtual/nvme-fabrics/ctl/nvme1", "tcp");
+        let head = "virtual/nvme-subsystem/nvme-subsys0/nvme0n1";
+        let network = BTreeSet::from([Node::Network("NVMe tcp 10.0.0.6".to_owned())]);
+        assert_eq!(of("pci0000:00/0000:00:04.0/nvme/nvme0/nvme0n1", &[one]), BTreeSet::new());
+        assert_eq!(of("virtual/nvme-fabrics/ctl/nvme1/nvme1n1", &[far]), network);
+        assert_eq!(of(head, &[one]), BTreeSet::new());
+        assert_eq!(of(head, &[one, far]), network);
+        let ours = of(head, &[("virtual/nvme-fabrics/ctl/nvme2", "loop")]);
+        assert!(matches!(ours.first(), Some(Node::Unknown(_))), "{ours:?}");
+    }
+
+    #[test]
+    fn disks_of_one_controller_share_what_is_not_known() {
+        let (keep, topology) = machine();
+        for (minor, path) in [
+            (0, "pci0/0000:05:00.0/block/foo0"),
+            (1, "pci0/0000:05:00.0/block/foo1"),
+            (2, "pci0/0000:06:00.0/block/foo2"),
+        ] {
+            add_disk(keep.path(), "foo", dev(240, minor), path);
+        }
+        let observer = Observer::new(topology).unwrap();
+        let of = |minor| observer.waits_for(&Node::Device(dev(240, minor)));
+        assert_eq!(of(0), of(1));
+        assert_ne!(of(0), of(2));
+        assert!(matches!(of(0).first(), Some(Node::Unknown(what)) if what.contains("foo")), "{:?}", of(0));
     }
 
     #[test]
