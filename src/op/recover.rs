@@ -31,7 +31,7 @@ use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
 use super::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials};
-use super::stack::{Runner, restoration};
+use super::stack::{Runner, restoration, tell_gone_disk};
 
 /// Longest time that an origin may be suspended while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
@@ -372,7 +372,11 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     let lock = |number| LvmLock::hold(dm, number, &interrupt);
     let _lvm = numbers.into_iter().map(lock).collect::<Result<Vec<_>>>()?;
     report.running.extend(machine.elsewhere.iter().cloned());
-    report.done.extend(recover_devices(&mut machine)?);
+    let origins = scene.origins().into_iter();
+    let tell_gone_disks = |error| {
+        origins.fold(error, |error, (origin, beneath)| tell_gone_disk(error, &origin.name, &beneath.own))
+    };
+    report.done.extend(recover_devices(&mut machine).map_err(tell_gone_disks)?);
     report.done.extend(crate::store::release_leftovers()?);
     Ok(machine.jobs)
 }

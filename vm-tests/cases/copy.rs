@@ -71,8 +71,15 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Copies that are killed and gone on with, or whose secondary leaves them.
-fn resumes() -> [Case; 4] {
+fn resumes() -> [Case; 5] {
     [
+        main_job("copy_vanish", "copy_vanish.sh")
+            .disk_mib(300)
+            .limit_seconds(300)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev usb")
+            .tolerate("I/O error, dev dm-")
+            .tolerate("device dm-"),
         main_job("copy_secondary_hangs", "secondary_hangs.sh")
             .disk_mib(64)
             .disk_mib(80)

@@ -60,6 +60,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_resume_target", A, F, F, ""),
     ("copy_resume_lost", A, N, N, "a disk that loses its cache, by the user-mode kernel's null_blk"),
     ("copy_secondary_hangs", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
+    ("copy_vanish", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
     ("copy_hold", A, F, F, ""),
     ("copy_files_after", A, F, F, ""),
     ("copy_across_disks", A, F, F, ""),

@@ -545,10 +545,11 @@ impl Stack {
     /// The kernel's.
     pub fn restore(&self, dm: &Dm, job: &mut Job) -> Result<()> {
         self.put_back(dm, job).map_err(|error| {
-            error
+            let error = error
                 .context(format!("putting back the table of {}", self.origin))
                 .state(format!("{} goes on, with the snapshot in place", self.origin))
-                .next("run 'tidemark recover'")
+                .next("run 'tidemark recover'");
+            tell_gone_disk(error, &self.origin, &self.beneath.own)
         })?;
         // Whatever LVM does to the volume now, no copy depends on it.
         *locked(&self.lvm) = None;
@@ -595,6 +596,20 @@ impl Stack {
             attempt += 1;
             budget = budget.saturating_mul(RESTORE_PATIENCE);
         }
+    }
+}
+
+/// `error` of putting back table `own` of `origin`, with what to do where one of its disks is gone: the kernel loads no table
+/// over that, and the stack stays for as long as the origin does.
+pub(in crate::op) fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> Error {
+    match own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists()) {
+        None => error,
+        Some(disk) => error
+            .context(format!("the disk {disk} under {origin} was removed"))
+            .state(format!("{origin} leads to the copy's devices still, and fails as its disk does"))
+            .next(format!(
+                "unmount {origin}, remove it ('dmsetup remove {origin}'), and run 'tidemark recover'"
+            )),
     }
 }
 
