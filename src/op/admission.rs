@@ -22,6 +22,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::job::RUN_DIR;
+use super::request::OnFull;
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{CONTROL_PATH, Dm};
@@ -149,18 +150,23 @@ impl Question {
         refusal(&self.waits, what, &answer, true).map_or(Ok(()), |error| Err(error.next(WITHOUT_MEMORY)))
     }
 
-    /// Refuses a secondary that may wait for the origin. `path` need not exist.
+    /// Refuses a secondary that waits for the origin and, where writers are held for it, one of which that cannot be
+    /// told: otherwise no writer ever waits for the secondary. `path` need not exist.
     ///
     /// # Errors
     /// As [`Question::check_place`].
-    pub fn check_secondary(&self, path: &Path) -> Result<()> {
+    pub fn check_secondary(&self, path: &Path, on_full: OnFull) -> Result<()> {
         let node = match std::fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => self.waits.at(path)?,
             _ => self.waits.at(&directory_of(path))?,
         };
         let answer = self.waits.ask(&node, self.origin, &[Node::Memory]);
         match refusal(&self.waits, &format!("the secondary {}", path.display()), &answer, true) {
+            _ if on_full == OnFull::Abort && matches!(answer, Answer::Unknown(_)) => Ok(()),
             None => Ok(()),
+            Some(error) if matches!(answer, Answer::Unknown(_)) => Err(error.next(
+                "leave --on-full hold away, or choose a secondary of which it can be told, or - to send the copy elsewhere",
+            )),
             Some(error) => Err(error
                 .next("choose a secondary on another disk or file system, or - to send the copy elsewhere")),
         }

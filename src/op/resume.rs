@@ -176,7 +176,7 @@ pub fn run(
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
     if let (SecondaryTarget::Path(path), Some(origin)) = (&plan.request.secondary, plan.origin.number) {
-        Question::of(&dm, origin)?.check_secondary(path)?;
+        Question::of(&dm, origin)?.check_secondary(path, plan.request.on_full)?;
     }
     let mut request = plan.secondary_request(plan.forbidden_with(stack.number()));
     // As the other process had it: an archive counts what its frames hold by it.

@@ -103,14 +103,10 @@ impl Topology {
             Ground::Devices(devices) => {
                 devices.iter().try_for_each(|device| self.check_filesystem(*device, &what, forbidden))
             }
-            Ground::Elsewhere => Ok(()),
-            Ground::Unknown(_) if forbidden.is_empty() => Ok(()),
-            Ground::Unknown(kind) => Err(Error::refused(format!(
-                "{what} is of the kind {kind}, which does not say on which devices it lies: they may be the \
-                 origin's"
-            ))
-            .state("nothing was written")
-            .next("choose a filesystem that lies on a block device, or - to send the copy elsewhere")),
+            // One that hides what it lies on may be the origin's, by a way that nobody sees. The origin loses nothing by
+            // that: at rest it is used by nobody, and a live one waits for the secondary only where writers are held for
+            // it, which is asked with everything else that may wait.
+            Ground::Elsewhere | Ground::Unknown(_) => Ok(()),
         }
     }
 
@@ -208,6 +204,16 @@ fn used(path: &Path, user: &User) -> Error {
 mod tests {
     use super::*;
     use crate::topology::tests::{dev, machine};
+
+    #[test]
+    fn a_filesystem_that_hides_what_it_lies_on_is_no_reason() {
+        let (keep, topology) = machine();
+        for kind in ["fuse.mergerfs", "zfs", "nfs4", "smbfs"] {
+            let line = format!("50 1 0:7777 / / rw - {kind} pool rw\n");
+            fs::write(keep.path().join("proc/self/mountinfo"), line).unwrap();
+            topology.check_file(keep.path(), &[dev(253, 0)]).unwrap();
+        }
+    }
 
     #[test]
     fn refusals() {

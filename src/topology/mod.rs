@@ -9,12 +9,14 @@
 //! let alone write, what it looks at.
 
 mod driver;
+mod filesystem;
 pub mod graph;
 pub mod identity;
 mod observe;
 pub mod stats;
 mod users;
 
+use filesystem::LiesOn;
 pub use observe::Observer;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,22 +35,6 @@ const STACK_DEVICES_MAX: usize = 4096;
 
 /// Devices on top of each other at most.
 const STACK_HEIGHT_MAX: usize = 64;
-
-/// Filesystems without a block device of this machine beneath them: in memory, or another's.
-const NO_LOCAL_DEVICE: [&str; 12] = [
-    "tmpfs",
-    "ramfs",
-    "devtmpfs",
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "9p",
-    "virtiofs",
-    "ceph",
-    "afs",
-    "fuse.sshfs",
-];
 
 /// What a filesystem lies on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,8 +192,10 @@ impl Topology {
                 devices.push(device);
                 Ground::Devices(devices)
             }
-            None if NO_LOCAL_DEVICE.contains(&mount.kind.as_str()) => Ground::Elsewhere,
-            None => Ground::Unknown(mount.kind),
+            None => match LiesOn::of(&mount.kind) {
+                LiesOn::Memory | LiesOn::OtherMachines => Ground::Elsewhere,
+                _ => Ground::Unknown(mount.kind),
+            },
         }
     }
 

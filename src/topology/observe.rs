@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::statvfs;
 
 use super::driver::{Beneath, Drivers};
+use super::filesystem::LiesOn;
 use super::graph::Node;
 use super::{Mount, Topology, device_number, number_file, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
@@ -32,40 +33,6 @@ use crate::sys::loop_device;
 
 /// Mount namespaces looked at, at most.
 const NAMESPACES_MAX: usize = 4096;
-
-/// File systems in memory.
-const IN_MEMORY: [&str; 5] = ["tmpfs", "ramfs", "devtmpfs", "hugetlbfs", "rootfs"];
-
-/// File systems that other machines serve, or share and have to agree to.
-const OF_THE_NETWORK: [&str; 22] = [
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "9p",
-    "virtiofs",
-    "ceph",
-    "afs",
-    "coda",
-    "lustre",
-    "orangefs",
-    "pvfs2",
-    "beegfs",
-    "gpfs",
-    "vboxsf",
-    "vmhgfs",
-    "hostfs",
-    "gfs2",
-    "ocfs2",
-    "fuse.sshfs",
-    "fuse.glusterfs",
-];
-
-/// File systems that are all of their one device, and have no further one that they do not name.
-const ON_ONE_DEVICE: [&str; 12] = [
-    "ext2", "ext3", "ext4", "xfs", "vfat", "exfat", "msdos", "ntfs3", "f2fs", "nilfs2", "iso9660", "squashfs",
-];
 
 /// A mount, and where a process that sees it has its root.
 #[derive(Clone, Debug)]
@@ -239,26 +206,22 @@ impl Observer {
         let mount = &first.mount;
         let kind = mount.kind.as_str();
         let on_device = self.topology.node(number).exists().then_some(Node::Device(number));
-        if IN_MEMORY.contains(&kind) {
-            return BTreeSet::from([Node::Memory]);
-        }
         let mut found: BTreeSet<Node> = on_device.clone().into_iter().collect();
-        if OF_THE_NETWORK.contains(&kind) {
-            found.insert(Node::Network(format!("{kind} {}", mount.source.display())));
-            return found;
-        }
-        if kind == "overlay" {
-            return self.layers(number);
-        }
-        if kind == "btrfs" || kind == "bcachefs" {
-            return self.of_many_devices(mount);
-        }
-        if !ON_ONE_DEVICE.contains(&kind) || on_device.is_none() {
-            let at = mount.point.display();
-            found.insert(Node::Unknown(format!(
-                "the {kind} at {at} ({number}), which does not say what it lies on"
-            )));
-            return found;
+        match LiesOn::of(kind) {
+            LiesOn::Memory => return BTreeSet::from([Node::Memory]),
+            LiesOn::Layers => return self.layers(number),
+            LiesOn::Devices => return self.of_many_devices(mount),
+            LiesOn::OtherMachines => {
+                found.insert(Node::Network(format!("{kind} {}", mount.source.display())));
+                return found;
+            }
+            LiesOn::OneDevice if on_device.is_some() => {}
+            LiesOn::OneDevice | LiesOn::Hidden => {
+                let at = mount.point.display();
+                let why = format!("the {kind} at {at} ({number}), which does not say what it lies on");
+                found.insert(Node::Unknown(why));
+                return found;
+            }
         }
         for device in options(&mount.options, &["logdev", "rtdev"]) {
             found.insert(

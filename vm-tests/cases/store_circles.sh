@@ -95,6 +95,15 @@ refused 'another machine' --store "$ARTIFACTS"
 note "what is no circle"
 mkdir /mnt/scratch/{lower,upper,work}
 mount -t overlay -o lowerdir=/mnt/scratch/lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work overlay /mnt/overlay
+
+note "a secondary of which it cannot be told holds nobody up, unless writers are held for it"
+for layer in lower upper work; do mount --bind /run "/mnt/scratch/$layer"; done
+tidemark copy home /mnt/overlay/accepted.raw --yes --store /mnt/scratch --dry-run >/run/hidden 2>&1 || { cat /run/hidden; fail "refused"; }
+got=0
+tidemark copy home /mnt/overlay/refused.raw --yes --store /mnt/scratch --on-full hold --dry-run >/run/hidden 2>&1 || got=$?
+[ "$got" = 3 ] && grep -q 'cannot be told' /run/hidden || { cat /run/hidden; fail "exit code $got with writers held"; }
+umount /mnt/scratch/{lower,upper,work}
+
 image /mnt/overlay/image
 loop=$(shown /mnt/overlay/image)
 accepted --store "$loop"

@@ -167,7 +167,7 @@ impl Live {
         question.check_store(store)?;
         question.check_records()?;
         match &plan.request.secondary {
-            SecondaryTarget::Path(path) => question.check_secondary(path),
+            SecondaryTarget::Path(path) => question.check_secondary(path, plan.request.on_full),
             SecondaryTarget::Pipe => Ok(()),
         }
     }

@@ -270,7 +270,9 @@ impl CopyPlan {
         secondary::check(&self.secondary_request(self.forbidden_with_store()))
             .map_err(|error| targets::naming_job(error, path))?;
         match (&self.live, self.origin.number) {
-            (Some(_), Some(number)) => Question::of(&Dm::open()?, number)?.check_secondary(path),
+            (Some(_), Some(number)) => {
+                Question::of(&Dm::open()?, number)?.check_secondary(path, self.request.on_full)
+            }
             _ => Ok(()),
         }
     }
