@@ -1,11 +1,16 @@
 //! Is what an earlier process has noted still on the secondary? Where that may have been away meanwhile, all of it is
 //! read back and compared with the checksums that were noted; where it was there all the time, a sample, for somebody may
-//! have written to it. What is not there any more is copied again, as long as the origin still holds it.
+//! have written to it. What is not there any more is copied again, as long as the origin still holds it. Where nothing
+//! else proves what the secondary is, this has to: all of it must be there, and something that is not zeros.
+//!
+//! A segment that originals were being laid over may hold some of them: its checksum tells no more. What it held before
+//! had been synced, and all its originals are laid over it again; so it is taken for right where all others are. (A
+//! frame of an archive has a checksum of its own.)
 //!
 //! Invariants:
 //! - nothing is written, and the origin is not read;
 //! - a segment that was not read back, or was found to be another, is trusted only where the secondary was there all the
-//!   time and no sample of it differs.
+//!   time and no sample of it differs, or as said above.
 //!
 //! Must not decide who noted what, nor where it is kept.
 
@@ -29,8 +34,20 @@ struct Confirm<'a, 'd> {
     driver: &'a mut Driver<'d>,
     secondary: &'a dyn Secondary,
     checksums: &'a Checksums,
+    /// Originals may have been laid over them.
+    overlaid: &'a BTreeSet<SegmentIx>,
     reads: HashMap<u64, (Work, PlacedSegment)>,
+    found: Found,
+}
+
+/// What came of reading back.
+#[derive(Default)]
+struct Found {
     lost: BTreeSet<SegmentIx>,
+    /// Segments that hold something, and what was noted.
+    proofs: u64,
+    /// Segments whose checksum tells nothing any more.
+    untold: u64,
 }
 
 /// Takes out of `resumed` what is not on the secondary any more; see the module's head.
@@ -40,22 +57,32 @@ pub(super) fn run(
     secondary: &mut dyn Secondary,
     file: FileIx,
     resumed: &mut ResumePoint,
-    checksums: &Checksums,
+    (checksums, overlaid): (&Checksums, &BTreeSet<SegmentIx>),
     progress: Option<&mut (dyn Progress + '_)>,
 ) -> Result<()> {
-    let is_sampled = secondary.known() == Known::Throughout;
-    // Their checksums are of what was there before any original was laid over it.
-    if is_sampled && resumed.originals_begun && !secondary.appends() {
+    let known = secondary.known();
+    if resumed.placed.is_empty() && known != Known::Perhaps {
         return Ok(());
     }
-    let mut lost = BTreeSet::new();
-    if is_sampled {
-        lost = read_back(driver, schedule, secondary, file, &sample(&resumed.placed), checksums)?;
+    let mut read = |placed: &[PlacedSegment]| {
+        read_back(driver, schedule, secondary, file, placed, (checksums, overlaid))
+    };
+    let mut found = Found::default();
+    if known == Known::Throughout {
+        found = read(&sample(&resumed.placed))?;
     }
-    if !is_sampled || !lost.is_empty() {
-        lost = read_back(driver, schedule, secondary, file, &resumed.placed, checksums)?;
+    if known != Known::Throughout || !found.lost.is_empty() {
+        found = read(&resumed.placed)?;
     }
+    if known == Known::Perhaps {
+        return check_proven(secondary, &found);
+    }
+    let Found { lost, untold, .. } = found;
     if lost.is_empty() {
+        if untold > 0 && known != Known::Throughout {
+            driver
+                .note(format!("{untold} segments could not be checked: originals were being laid over them"));
+        }
         return Ok(());
     }
     check_can_be_copied_again(schedule, secondary, resumed, &lost)?;
@@ -85,6 +112,21 @@ fn sample(placed: &[PlacedSegment]) -> Vec<PlacedSegment> {
     sample
 }
 
+/// Nothing else tells that the secondary is what the copy was made to.
+fn check_proven(secondary: &dyn Secondary, found: &Found) -> Result<()> {
+    let why = match (found.lost.len(), found.proofs) {
+        (0, 0) => "nothing but zeros had been written to it".to_owned(),
+        (0, _) => return Ok(()),
+        (lost, _) => format!("{lost} segments on it are not what was written"),
+    };
+    Err(Error::refused(format!(
+        "nothing tells that {} is what the copy was made to: its serial number or its filesystem names no single one, \
+         and {why}",
+        secondary.description()
+    ))
+    .next("connect what the copy was made to, and try again; or run 'tidemark recover', and copy again"))
+}
+
 fn check_can_be_copied_again(
     schedule: &Schedule,
     secondary: &dyn Secondary,
@@ -109,22 +151,25 @@ fn check_can_be_copied_again(
         lost.len(),
         secondary.description()
     ))
-    .next("copy again; a secondary that has lost what it had confirmed to be on its medium is not to be relied on"))
+    .next(
+        "if it is another one of the same name, connect the right one and try again; else run 'tidemark recover', and \
+         copy again: a secondary that has lost what it had confirmed to be on its medium is not to be relied on",
+    ))
 }
 
-/// Those of `placed` that the secondary does not hold.
+/// What of `placed` the secondary holds.
 fn read_back(
     driver: &mut Driver<'_>,
     schedule: &Schedule,
     secondary: &dyn Secondary,
     file: FileIx,
     placed: &[PlacedSegment],
-    checksums: &Checksums,
-) -> Result<BTreeSet<SegmentIx>> {
+    (checksums, overlaid): (&Checksums, &BTreeSet<SegmentIx>),
+) -> Result<Found> {
     let listed = placed.iter().filter_map(|segment| Some((schedule.work(segment.ix)?, *segment)));
     driver.begin_phase(Phase::Verify, Some(listed.clone().map(|(work, _)| work.valid_bytes()).sum()));
-    let (reads, lost) = (HashMap::new(), BTreeSet::new());
-    let mut confirm = Confirm { driver, secondary, checksums, reads, lost };
+    let (reads, found) = (HashMap::new(), Found::default());
+    let mut confirm = Confirm { driver, secondary, checksums, overlaid, reads, found };
     let mut listed = listed.peekable();
     loop {
         while listed.peek().is_some()
@@ -148,7 +193,7 @@ fn read_back(
         }
     }
     confirm.driver.end_phase();
-    Ok(confirm.lost)
+    Ok(confirm.found)
 }
 
 impl Confirm<'_, '_> {
@@ -157,10 +202,13 @@ impl Confirm<'_, '_> {
         completion.result.map_err(|error| error.context("reading the secondary back failed"))?;
         let buffer = completion.buffer.expect("a read gives its buffer back");
         let data = payload(&work, &buffer);
-        let found = self.checksums.of(data, is_zero(data));
+        let zero = is_zero(data);
+        let is_same = placed.crc == Some(self.checksums.of(data, zero));
         let is_framed_right = self.secondary.check_stored(&segment(&work, placed.crc), &buffer).is_ok();
-        if placed.crc != Some(found) || !is_framed_right {
-            self.lost.insert(work.ix);
+        match is_framed_right && (is_same || self.overlaid.contains(&work.ix)) {
+            true if !is_same => self.found.untold += 1,
+            true => self.found.proofs += u64::from(!zero),
+            false => drop(self.found.lost.insert(work.ix)),
         }
         self.driver.engine.give_buffer(buffer);
         self.driver.advance(work.valid_bytes());

@@ -6,6 +6,8 @@
 //!   the error says in which state it is left. A secondary that does not answer any more is left as it is, with what is
 //!   in flight to it: the engine must then not be dropped.
 
+use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -23,12 +25,13 @@ use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, confirm, verify};
-use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, Error, Result, SegmentSize};
+use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
+use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx, SegmentSize};
 use crate::extent::{Extent, Original};
 use crate::io::engine::EngineConfig;
 use crate::io::{Engine, FileIx};
 use crate::secondary::{PlacedSegment, Secondary};
+use crate::sys::process::crash_point;
 
 /// Buffers at most: more than this many transfers in flight gain nothing on any device.
 const BUFFER_COUNT_MAX: u64 = 128;
@@ -55,11 +58,12 @@ pub fn engine_config(segment: SegmentSize, bytes_max: Bytes) -> EngineConfig {
 
 /// Where originals come from: the COW store, as `op` shows it to a copy.
 pub trait OriginalsProvider {
-    /// Called exactly once, after the last read of the origin has completed. Answers the COW store,
-    /// open for direct reading, and its name.
+    /// Called after the last read of the origin has completed; by a copy that goes on where originals had begun also
+    /// before, as there is no such read any more. Answers the COW store, open for direct reading, and its name.
+    /// [`OriginalsProvider::next_batch`] begins anew.
     ///
     /// # Errors
-    /// I/O errors; [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid).
+    /// I/O errors; [`ErrorKind::StoreInvalid`].
     fn open(&mut self) -> Result<(OwnedFd, String)>;
     /// At most `max` further originals, in any order; none at the end.
     ///
@@ -69,7 +73,7 @@ pub trait OriginalsProvider {
     /// Called after all originals were read: was the snapshot valid until now?
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) where it was not.
+    /// [`ErrorKind::StoreInvalid`] where it was not.
     fn check_valid(&mut self) -> Result<()>;
 }
 
@@ -163,6 +167,9 @@ pub struct CopyJob<'a> {
     /// Called where the copy fails, at once: before anything in flight is waited for, and before the secondary is given
     /// up.
     pub on_failure: &'a dyn Fn(),
+    /// Called instead where a copy that goes on fails before it has written anything, but for an interrupt: the secondary
+    /// is left as it was found, and the rest is to be.
+    pub on_doubt: &'a dyn Fn(),
 }
 
 fn go_on() -> Result<()> {
@@ -174,7 +181,7 @@ impl<'a> CopyJob<'a> {
     /// are set afterwards.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an origin too large for the segment size.
+    /// [`ErrorKind::Usage`] for an origin too large for the segment size.
     pub fn new(
         engine: &'a mut dyn Engine,
         origin: OwnedFd,
@@ -204,6 +211,7 @@ impl<'a> CopyJob<'a> {
             interrupt: &go_on,
             before_publish: &go_on,
             on_failure: &|| (),
+            on_doubt: &|| (),
         })
     }
 }
@@ -253,13 +261,15 @@ pub struct CopyReport {
 ///
 /// # Errors
 /// The first failure, with the state in which the secondary is left; the origin is never written.
-/// [`ErrorKind::Io`](crate::base::ErrorKind::Io) for a failed read or write,
-/// [`ErrorKind::NoSpace`](crate::base::ErrorKind::NoSpace) for a full secondary,
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a failed verification, whatever the
+/// [`ErrorKind::Io`] for a failed read or write,
+/// [`ErrorKind::NoSpace`] for a full secondary,
+/// [`ErrorKind::BadData`] for a failed verification, whatever the
 /// interrupt and the originals provider answer.
 pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
-    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, on_failure, .. } = job;
+    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, on_failure, on_doubt, .. } =
+        job;
     let mut driver = Driver::new(engine, observer, interrupt);
+    let confirmed = Cell::new(job.resumed.is_none());
     let resumed = job.resumed.unwrap_or_default();
     let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
         placed: PlacedSet::default(),
@@ -276,9 +286,17 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         progress: job.progress,
     });
     let origin = job.origin;
-    let outcome =
-        plan.and_then(|plan| run_phases(&mut driver, plan, origin, secondary.as_mut(), before_publish));
+    let outcome = plan.and_then(|plan| {
+        run_phases(&mut driver, plan, origin, secondary.as_mut(), (&confirmed, before_publish))
+    });
     outcome.map_err(|error| {
+        if !confirmed.get() && error.kind() != ErrorKind::Interrupted {
+            on_doubt();
+            // Reads alone: whether they have ended or not, it stays as it is.
+            driver.drain(false);
+            secondary.leave();
+            return error.state("nothing was written: everything is as the killed copy has left it");
+        }
         on_failure();
         let is_drained = driver.drain(secondary.is_stream());
         give_up(secondary.as_mut(), error, is_drained)
@@ -334,12 +352,31 @@ impl Plan<'_> {
         file: FileIx,
         checksums: &Checksums,
     ) -> Result<()> {
-        if !self.resumed.placed.is_empty() {
-            let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn Progress);
-            confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, checksums, progress)?;
-        }
+        let overlaid = if secondary.appends() { BTreeSet::new() } else { self.overlaid()? };
+        let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn Progress);
+        let facts = (checksums, &overlaid);
+        confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, progress)?;
         self.placed = PlacedSet::new(&self.resumed.placed, self.schedule.segment_count());
         Ok(())
+    }
+
+    /// Segments over which an earlier process may have laid originals: all that have any, as none of them is forgotten.
+    fn overlaid(&mut self) -> Result<BTreeSet<SegmentIx>> {
+        let mut overlaid = BTreeSet::new();
+        let Some(provider) = self.originals.as_deref_mut().filter(|_| self.resumed.originals_begun) else {
+            return Ok(overlaid);
+        };
+        provider.open()?;
+        loop {
+            let batch = provider.next_batch(EXCEPTION_BATCH_MAX)?;
+            if batch.is_empty() {
+                return Ok(overlaid);
+            }
+            let ix = |offset| self.schedule.segment().index_of(offset).get();
+            for extent in batch.iter().map(|original| original.extent) {
+                overlaid.extend((ix(extent.start())..=ix(extent.end() - Bytes(1))).map(SegmentIx));
+            }
+        }
     }
 }
 
@@ -348,7 +385,7 @@ fn run_phases(
     mut plan: Plan<'_>,
     origin: OwnedFd,
     secondary: &mut dyn Secondary,
-    before_publish: &dyn Fn() -> Result<()>,
+    (confirmed, before_publish): (&Cell<bool>, &dyn Fn() -> Result<()>),
 ) -> Result<CopyReport> {
     if plan.verify && secondary.is_stream() {
         return Err(Error::usage("what was sent to standard output cannot be read back")
@@ -359,7 +396,10 @@ fn run_phases(
     let mut checksums =
         Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), plan.verify);
     let mut sink = Sink::new(secondary.attach(driver.engine)?, secondary.is_stream());
-    plan.confirm(driver, secondary, sink.file, &checksums)?;
+    if !confirmed.get() {
+        plan.confirm(driver, secondary, sink.file, &checksums)?;
+        confirmed.set(true);
+    }
     checksums.resume(&plan.resumed);
     let mut report = CopyReport {
         engine: driver.engine.name(),
@@ -446,6 +486,7 @@ fn copy_and_lay_over(
     } else {
         overlay::run(driver, &mut store, &plan.schedule, secondary, sink, checksums)?
     };
+    crash_point("copy.originals.laid");
     store.provider.check_valid()?;
     driver.end_phase();
     report.add_originals(stats, driver.now() - begin);

@@ -4,6 +4,7 @@
 pub mod archive;
 mod bytes;
 pub mod exception_store;
+pub mod filesystem_id;
 pub mod filesystem_log;
 pub mod progress;
 pub mod state;

@@ -1,30 +1,39 @@
 //! Is this what the copy was made to? What a copy goes to is noted by the facts that stay with it ([`TargetRecord`]),
 //! and a process that goes on with it compares them before it writes.
 //!
-//! Two questions are answered, and "I do not know" is no to both:
-//! - is it the same device or file? Otherwise nothing may be written to it;
+//! Two questions are answered:
+//! - is it the same device or file? Where a fact that stays with it differs, nothing may be written to it; where none
+//!   differs and none proves it either ([`Known::Perhaps`]), not before what was written has been read back from it;
 //! - is it the same *instance* of it, there without a break since the copy began? Otherwise what had not reached the
 //!   medium may be lost, and what is to be trusted has to be read back.
 //!
 //! Must not open or write what it judges.
 
 use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, MSDOS_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::format::filesystem_id;
 use crate::format::state::{DeviceRecord, FileRecord, TargetRecord};
-use crate::sys::block::generation;
+use crate::sys::block::{self, generation};
 use crate::topology::{Ground, Topology};
+
+/// How much a time of birth may differ that was read from the medium of FAT: its grain, and that of a clock of theirs.
+const PASSING_BIRTH_NS: u64 = 2_000_000_000;
 
 /// A target that is the one that was noted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Known {
-    /// It may have been away meanwhile.
+    /// Nothing differs, and nothing that another could not have as well is the same.
+    Perhaps,
+    /// It is the same, and may have been away meanwhile.
     Again,
     /// It was there all the time.
     Throughout,
@@ -51,6 +60,7 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
     devices.dedup_by_key(|device| device.number);
     let what = || format!("look at the filesystem of {}", path.display());
     let filesystem = fstatvfs(file).io_context(what)?.filesystem_id();
+    let kind = fstatfs(file).map_err(io::Error::from).io_context(what)?.filesystem_type();
     let born = metadata.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok());
     let file = FileRecord {
         device,
@@ -59,8 +69,25 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
         inode: metadata.ino(),
         generation: generation(file),
         born_utc_ns: born.and_then(|born| u64::try_from(born.as_nanos()).ok()),
+        filesystem_uuid: filesystem_uuid(file, &topology, device),
+        inode_passes: INODES_PASS.contains(&kind),
     };
     Ok(TargetRecord { boot, file: Some(file), devices })
+}
+
+/// Filesystems that give out inode numbers anew with each mount.
+const INODES_PASS: [FsType; 3] = [MSDOS_SUPER_MAGIC, FsType(0x2011_bab0), FUSE_SUPER_MAGIC];
+
+/// Of the kernel, which tells it from 6.9 on and not for each kind; else from the device itself.
+fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Option<String> {
+    let told = block::filesystem_uuid(file).and_then(|uuid| filesystem_id::text(&uuid));
+    told.or_else(|| {
+        let mut head = Vec::new();
+        let length = u64::try_from(filesystem_id::HEAD_BYTES).expect("4096 fits u64");
+        let beneath = topology.node(device).exists().then(|| topology.name(device))?;
+        File::open(beneath).ok()?.take(length).read_to_end(&mut head).ok()?;
+        filesystem_id::find(&head)
+    })
 }
 
 /// The kernel's id of the mount that `file` was opened through.
@@ -92,13 +119,13 @@ pub fn recognize(noted: Option<&TargetRecord>, now: &TargetRecord, path: &Path) 
             devices.map_err(|why| refused(format!("{shown} is not what the copy was made to: {why}")))
         }
         (Some(noted), Some(now)) => {
-            same_file(noted, now).map_err(|why| {
-                refused(format!("{shown} is not the file that the copy was made to: {why}"))
-            })?;
             let is_same_mount =
                 is_same_boot && noted.mount != 0 && (noted.mount, noted.device) == (now.mount, now.device);
+            let known = same_file(noted, now, is_same_mount).map_err(|why| {
+                refused(format!("{shown} is not the file that the copy was made to: {why}"))
+            })?;
             // The file's own facts say that it is the same; another disk beneath it may be a copy of the first.
-            Ok(if is_same_mount { devices.unwrap_or(Known::Again) } else { Known::Again })
+            Ok(if is_same_mount { devices.unwrap_or(Known::Again) } else { known })
         }
         _ => Err(refused(format!(
             "{shown} is not what the copy was made to: one is a device, the other a file"
@@ -106,21 +133,44 @@ pub fn recognize(noted: Option<&TargetRecord>, now: &TargetRecord, path: &Path) 
     }
 }
 
-fn same_file(noted: &FileRecord, now: &FileRecord) -> Result<(), String> {
-    if noted.filesystem != now.filesystem {
-        return Err("it is in another filesystem".to_owned());
+fn same_file(noted: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<Known, String> {
+    let is_proven = same_filesystem(noted, now, is_same_mount)?;
+    let fact =
+        |what: &str, is_same: bool| if is_same { Ok(()) } else { Err(format!("its {what} is another")) };
+    let passes = !is_same_mount && (noted.inode_passes || now.inode_passes);
+    if !passes {
+        fact("inode", noted.inode == now.inode)?;
+        fact("inode's generation", noted.generation == now.generation)?;
     }
-    // Zero: a filesystem without an id, which then has to be the same mount's.
-    if noted.filesystem == 0 && (noted.device, noted.mount) != (now.device, now.mount) {
-        return Err("its filesystem was mounted anew, and has no id".to_owned());
-    }
-    let fact = |what: &str, noted: Option<u64>, now: Option<u64>| match noted == now {
-        true => Ok(()),
-        false => Err(format!("its {what} is another")),
+    let is_born_then = match (noted.born_utc_ns, now.born_utc_ns) {
+        // They keep it less exactly on the medium than in memory.
+        (Some(noted), Some(now)) if passes => noted.abs_diff(now) <= PASSING_BIRTH_NS,
+        (noted, now) => noted == now,
     };
-    fact("inode", Some(noted.inode), Some(now.inode))?;
-    fact("inode's generation", noted.generation.map(u64::from), now.generation.map(u64::from))?;
-    fact("time of birth", noted.born_utc_ns, now.born_utc_ns)
+    fact("time of birth", is_born_then)?;
+    Ok(if is_proven && !passes { Known::Again } else { Known::Perhaps })
+}
+
+/// True where it is proven to be the same filesystem; an error where it is another.
+fn same_filesystem(noted: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<bool, String> {
+    let compared = match (&noted.filesystem_uuid, &now.filesystem_uuid) {
+        (Some(noted), Some(now)) => Some(noted == now),
+        _ if is_same_mount || (is_made_from_uuid(noted) && is_made_from_uuid(now)) => {
+            Some(noted.filesystem == now.filesystem)
+        }
+        _ => None,
+    };
+    match compared {
+        Some(false) => Err("it is in another filesystem".to_owned()),
+        compared => Ok(is_same_mount || compared.is_some()),
+    }
+}
+
+/// The filesystem's id is not zero, nor the number of its device as the kernel writes it.
+fn is_made_from_uuid(file: &FileRecord) -> bool {
+    let (major, minor) = (u64::from(file.device.major), u64::from(file.device.minor));
+    let number = (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12);
+    file.filesystem != 0 && file.filesystem != number
 }
 
 /// Each device that was noted is there, and no other.
@@ -172,12 +222,15 @@ fn same_device(noted: &DeviceRecord, now: &DeviceRecord, is_same_boot: bool) -> 
     if is_same_boot && noted.number == number && noted.sequence.is_some() && noted.sequence == now.sequence {
         return Ok(Known::Throughout);
     }
-    match facts.iter().any(|(_, noted, _)| noted.is_some()) {
-        true => Ok(Known::Again),
-        false => Err(format!(
+    let is_doubtful = noted.doubtful || now.doubtful;
+    let proves = |what: &str| !is_doubtful || ["UUID", "backing file"].contains(&what);
+    let mut told = facts.iter().filter(|(_, noted, _)| noted.is_some()).map(|(what, ..)| *what).peekable();
+    if told.peek().is_none() {
+        return Err(format!(
             "block device {number} has come since, and has neither UUID nor serial number by which to know it"
-        )),
+        ));
     }
+    Ok(if told.any(proves) { Known::Again } else { Known::Perhaps })
 }
 
 #[cfg(test)]
@@ -200,6 +253,7 @@ mod tests {
             backing: None,
             partition_start_bytes: None,
             partition_uuid: None,
+            doubtful: false,
         }
     }
 
@@ -234,6 +288,64 @@ mod tests {
         assert_eq!(known(&noted, &rebooted), Some(Known::Again));
         let error = recognize(None, &noted, Path::new("/dev/sdb")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
+    }
+
+    #[test]
+    fn disks_that_a_dock_gives_one_serial_number_are_not_told_apart() {
+        let doubtful = |sequence| DeviceRecord { doubtful: true, ..disk(16, sequence, Some("DOCK")) };
+        let noted = target(&[doubtful(5)]);
+        assert_eq!(known(&noted, &noted), Some(Known::Throughout));
+        assert_eq!(known(&noted, &target(&[doubtful(6)])), Some(Known::Perhaps));
+        assert_eq!(known(&noted, &target(&[disk(16, 6, Some("DOCK"))])), Some(Known::Perhaps));
+        assert_eq!(
+            known(&target(&[disk(16, 5, Some("DOCK"))]), &target(&[doubtful(6)])),
+            Some(Known::Perhaps)
+        );
+        let volume = |sequence| DeviceRecord { uuid: Some("LVM-x".to_owned()), ..doubtful(sequence) };
+        assert_eq!(known(&target(&[volume(5)]), &target(&[volume(6)])), Some(Known::Again));
+    }
+
+    #[test]
+    fn a_filesystem_whose_id_is_its_device_s_number_is_known_by_its_uuid() {
+        let file = |minor: u32, uuid: Option<&str>| FileRecord {
+            device: dev(8, minor),
+            mount: u64::from(minor),
+            filesystem: u64::from(8 << 8 | minor),
+            inode: 12,
+            generation: Some(7),
+            born_utc_ns: Some(1_000_000_000_000),
+            filesystem_uuid: uuid.map(str::to_owned),
+            inode_passes: false,
+        };
+        let known = |noted: &FileRecord, now: &FileRecord| {
+            let of = |file: &FileRecord| TargetRecord { file: Some(file.clone()), ..target(&[]) };
+            recognize(Some(&of(noted)), &of(now), Path::new("/x")).ok()
+        };
+        assert_eq!(known(&file(17, Some("a")), &file(33, Some("a"))), Some(Known::Again));
+        assert_eq!(known(&file(17, Some("a")), &file(33, Some("b"))), None);
+        assert_eq!(known(&file(17, Some("a")), &file(17, Some("b"))), None, "the same name");
+        for (one, other) in [(None, None), (Some("a"), None), (None, Some("a"))] {
+            assert_eq!(known(&file(17, one), &file(33, other)), Some(Known::Perhaps));
+        }
+        let none = |mount| FileRecord { filesystem: 0, mount, ..file(17, None) };
+        assert_eq!(known(&none(1), &none(1)), Some(Known::Throughout));
+        assert_eq!(known(&none(1), &none(2)), Some(Known::Perhaps));
+        assert_eq!(known(&none(1), &FileRecord { inode: 13, ..none(2) }), None);
+        // FAT: another inode, and a birth that is known less exactly.
+        let fat = |mount, inode, born| FileRecord {
+            inode,
+            generation: None,
+            born_utc_ns: Some(born),
+            inode_passes: true,
+            ..FileRecord { mount, ..file(17, Some("c")) }
+        };
+        assert_eq!(known(&fat(1, 5, 1_005_000_000), &fat(2, 9, 1_000_000_000)), Some(Known::Perhaps));
+        assert_eq!(
+            known(&fat(1, 5, 1_005_000_000), &fat(1, 9, 1_005_000_000)),
+            None,
+            "within a mount it stays"
+        );
+        assert_eq!(known(&fat(1, 5, 1_005_000_000), &fat(2, 9, 9_000_000_000)), None);
     }
 
     #[test]
@@ -286,7 +398,14 @@ mod tests {
         assert_eq!(with(&|_| ()), Some(Known::Throughout));
         assert_eq!(with(&|file| file.mount += 1), Some(Known::Again));
         assert_eq!(with(&|file| file.device = dev(1, 1)), Some(Known::Again));
-        assert_eq!(with(&|file| file.filesystem ^= 1), None);
+        let other = |id: &Option<String>| id.as_ref().map(|id| format!("{id}0"));
+        assert_eq!(
+            with(&|file| {
+                file.filesystem ^= 1;
+                file.filesystem_uuid = other(&file.filesystem_uuid);
+            }),
+            None
+        );
         assert_eq!(with(&|file| file.inode ^= 1), None);
         assert_eq!(with(&|file| file.generation = Some(file.generation.unwrap_or(0) ^ 1)), None);
         assert_eq!(with(&|file| file.born_utc_ns = Some(1)), None);

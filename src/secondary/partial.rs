@@ -42,7 +42,7 @@ pub struct PartialFile {
     replace: bool,
     fate: Fate,
     direct: bool,
-    identity: TargetRecord,
+    identity: Box<TargetRecord>,
     known: Known,
 }
 
@@ -119,7 +119,7 @@ impl PartialFile {
         let identity = locked.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
         })?;
-        let known = Known::Throughout;
+        let (identity, known) = (Box::new(identity), Known::Throughout);
         Ok(Self {
             file,
             directory,
@@ -197,7 +197,7 @@ impl PartialFile {
                  second name"
             )));
         }
-        let identity = identify(&file, &partial)?;
+        let identity = Box::new(identify(&file, &partial)?);
         let known = recognize(noted, &identity, &partial)?;
         lock(&file, &partial, &Patience::new())?;
         refuse_others(&target, &directory, &name, Some(&partial))?;

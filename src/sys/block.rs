@@ -161,6 +161,14 @@ mod raw {
         nix::request_code_read!(b'v', 1, size_of::<usize>()),
         libc::c_long
     );
+    nix::ioctl_read_bad!(fs_ioc_getfsuuid, nix::request_code_read!(0x15, 0, size_of::<FsUuid>()), FsUuid);
+
+    /// `struct fsuuid2`.
+    #[repr(C)]
+    pub struct FsUuid {
+        pub length: u8,
+        pub bytes: [u8; 16],
+    }
 }
 
 /// Calls again while a signal interrupts.
@@ -251,6 +259,16 @@ pub fn generation(file: impl AsFd) -> Option<u32> {
     // `fd` is open for the borrow of `file`.
     uninterrupted(|| unsafe { raw::fs_ioc_getversion(fd, &raw mut generation) }).ok()?;
     u32::try_from(generation & 0xffff_ffff).ok()
+}
+
+/// The UUID of the filesystem that a file is in (Linux 6.9). None where the kernel does not tell.
+pub fn filesystem_uuid(file: impl AsFd) -> Option<Vec<u8>> {
+    let fd = file.as_fd().as_raw_fd();
+    let mut answer = raw::FsUuid { length: 0, bytes: [0; 16] };
+    // SAFETY: FS_IOC_GETFSUUID writes a `struct fsuuid2`, which is laid out as `FsUuid` is, through the pointer, which is
+    // to a live local; `fd` is open for the borrow of `file`.
+    uninterrupted(|| unsafe { raw::fs_ioc_getfsuuid(fd, &raw mut answer) }).ok()?;
+    answer.bytes.get(..usize::from(answer.length)).filter(|uuid| !uuid.is_empty()).map(<[u8]>::to_vec)
 }
 
 /// True where a regular file is open for writing by anybody, as far as the kernel will say: it refuses

@@ -3,12 +3,13 @@
 //!
 //! Names and numbers are given out again and again. What stays with a disk is what its maker gave it (world-wide
 //! name, serial number); what stays with what the kernel makes of disks is its UUID, its partition or its file. The
-//! kernel's count of disks (`diskseq`) tells one appearance of a disk from the next.
+//! kernel's count of disks (`diskseq`) tells one appearance of a disk from the next. What a maker gives is not always
+//! given once: the bridge of a USB dock shows one serial number for whatever disk is in it.
 
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Topology;
 use crate::base::DeviceNumber;
@@ -39,17 +40,36 @@ impl Topology {
             count.and_then(|count| count.checked_mul(SECTOR_BYTES))
         };
         let first = |names: &[&str]| names.iter().find_map(|name| text(&disk.join(name)));
+        let (wwid, serial) = made(&disk);
         DeviceRecord {
             number: device,
             size_bytes: sectors("size").unwrap_or(0),
             sequence: text(&disk.join("diskseq")).and_then(|text| text.parse().ok()),
             uuid: if is_partition { None } else { first(&["dm/uuid", "md/uuid"]) },
-            wwid: first(&["wwid", "device/wwid"]),
-            serial: first(&["serial", "device/serial", "device/vpd_pg80"]).or_else(|| usb_serial(&disk)),
+            doubtful: (usb(&disk).is_some() || self.is_shared(&disk, wwid.as_ref(), serial.as_ref()))
+                && (wwid.is_some() || serial.is_some()),
+            wwid,
+            serial,
             backing: backing(&node),
             partition_start_bytes: if is_partition { sectors("start") } else { None },
             partition_uuid: uevent(&node, "PARTUUID"),
         }
+    }
+
+    /// Another disk than `disk` has the same name by its maker.
+    fn is_shared(&self, disk: &Path, wwid: Option<&String>, serial: Option<&String>) -> bool {
+        if wwid.is_none() && serial.is_none() {
+            return false;
+        }
+        let number = super::number_file(&disk.join("dev"));
+        let nodes = self.all_devices().into_iter().filter(|other| Some(*other) != number);
+        nodes.map(|other| self.node(other)).filter(|node| !node.join("partition").exists()).any(|other| {
+            let (other_wwid, other_serial) = made(&other);
+            match wwid {
+                Some(_) => other_wwid.as_ref() == wwid,
+                None => other_serial.as_ref() == serial,
+            }
+        })
     }
 
     /// The kernel's id of this boot; empty where it does not tell.
@@ -74,10 +94,17 @@ fn uevent(node: &Path, key: &str) -> Option<String> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
 }
 
-fn usb_serial(disk: &Path) -> Option<String> {
+/// The world-wide name and the serial number that a disk has by its maker.
+fn made(disk: &Path) -> (Option<String>, Option<String>) {
+    let first = |names: &[&str]| names.iter().find_map(|name| text(&disk.join(name)));
+    let serial = first(&["serial", "device/serial", "device/vpd_pg80"]);
+    (first(&["wwid", "device/wwid"]), serial.or_else(|| text(&usb(disk)?.join("serial"))))
+}
+
+/// The USB device that a disk is behind.
+fn usb(disk: &Path) -> Option<PathBuf> {
     let device = fs::canonicalize(disk.join("device")).ok()?;
-    let usb = device.ancestors().take(ANCESTORS_MAX).find(|path| path.join("idVendor").exists())?;
-    text(&usb.join("serial"))
+    device.ancestors().take(ANCESTORS_MAX).find(|path| path.join("idVendor").exists()).map(Path::to_owned)
 }
 
 fn backing(node: &Path) -> Option<String> {
@@ -118,6 +145,7 @@ mod tests {
             backing: None,
             partition_start_bytes: None,
             partition_uuid: None,
+            doubtful: false,
         };
         assert_eq!(topology.identity(dev(8, 16)), nothing);
         let disk = DeviceRecord {
@@ -136,5 +164,23 @@ mod tests {
         };
         let volume = DeviceRecord { number: dev(253, 0), uuid: Some("LVM-abc".to_owned()), ..nothing };
         assert_eq!(topology.identities(dev(253, 0)), [disk, partition, volume]);
+    }
+
+    #[test]
+    fn a_name_that_two_disks_have_is_doubtful() {
+        let (keep, topology) = machine();
+        put(&topology, dev(8, 0), "device/vpd_pg80", b"DOCK-1");
+        assert!(!topology.identity(dev(8, 0)).doubtful);
+        assert!(!topology.identity(dev(8, 1)).doubtful, "its own disk");
+        put(&topology, dev(8, 16), "device/vpd_pg80", b"DOCK-1");
+        for device in [dev(8, 0), dev(8, 1), dev(8, 16)] {
+            assert!(topology.identity(device).doubtful, "{device}");
+        }
+        put(&topology, dev(8, 16), "device/wwid", b"naa.1");
+        assert!(!topology.identity(dev(8, 16)).doubtful);
+        // Behind USB, whatever it shows.
+        fs::write(keep.path().join("idVendor"), "1234").unwrap();
+        assert!(topology.identity(dev(8, 16)).doubtful);
+        assert!(!topology.identity(dev(253, 0)).doubtful, "what has no such name");
     }
 }

@@ -71,7 +71,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Copies that are killed and gone on with, or whose secondary leaves them.
-fn resumes() -> [Case; 5] {
+fn resumes() -> [Case; 6] {
     [
         main_job("copy_vanish", "copy_vanish.sh")
             .disk_mib(300)
@@ -100,6 +100,13 @@ fn resumes() -> [Case; 5] {
         main_job("copy_resume_target", "resume_target.sh")
             .disk_mib(64)
             .disk_mib(80)
+            .disk_mib(700)
+            .limit_seconds(600),
+        main_job("copy_resume_identity", "resume_identity.sh")
+            .modules(&["xfs"])
+            .commands(&["mkfs.xfs"])
+            .disk_mib(64)
+            .disk_mib(400)
             .disk_mib(700)
             .limit_seconds(600),
         main_job("copy_resume_lost", "resume_lost.sh")

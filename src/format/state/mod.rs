@@ -91,7 +91,8 @@ pub struct FileRecord {
     pub device: DeviceNumber,
     /// The kernel's id of the mount.
     pub mount: u64,
-    /// The filesystem's own id (`f_fsid`), made from its UUID where it has one.
+    /// The filesystem's id as statfs(2) tells it (`f_fsid`). That is made from its UUID by some; others tell the number
+    /// of their device, or zero.
     pub filesystem: u64,
     /// Inode number.
     pub inode: u64,
@@ -99,6 +100,12 @@ pub struct FileRecord {
     pub generation: Option<u32>,
     /// When the file was made, UTC, in nanoseconds since 1970, where the filesystem tells.
     pub born_utc_ns: Option<u64>,
+    /// The filesystem's UUID or volume serial number, where it can be known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem_uuid: Option<String>,
+    /// The filesystem gives out inode numbers anew with each mount.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub inode_passes: bool,
 }
 
 /// A block device.
@@ -122,6 +129,14 @@ pub struct DeviceRecord {
     pub partition_start_bytes: Option<u64>,
     /// A partition's UUID, where the kernel tells.
     pub partition_uuid: Option<String>,
+    /// World-wide name and serial number may be another disk's too: it is behind USB, whose bridges make them up, or
+    /// another disk has the same.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub doubtful: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// The device being copied.
@@ -320,6 +335,8 @@ mod tests {
                 inode: 12,
                 generation: Some(7),
                 born_utc_ns: Some(1_763_712_000_000_000_001),
+                filesystem_uuid: None,
+                inode_passes: false,
             }),
             devices: vec![DeviceRecord {
                 number: DeviceNumber { major: 8, minor: 17 },
@@ -331,6 +348,7 @@ mod tests {
                 backing: None,
                 partition_start_bytes: Some(1 << 20),
                 partition_uuid: Some("0a1b2c3d-01".to_owned()),
+                doubtful: false,
             }],
         }
     }

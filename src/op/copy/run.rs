@@ -385,7 +385,10 @@ fn copy_and_put_back(
     let skipped = SkippedReport::of(live.stack().skipped());
     let shown = ProgressFile::new(observer, live.progress_path());
     let observer: &dyn Observer = &shown;
-    let copied = catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, way, observer, interrupt)));
+    let doubted = Cell::new(false);
+    let on_doubt = || doubted.set(true);
+    let copied =
+        catch_unwind(AssertUnwindSafe(|| copy_below(plan, &live, way, observer, (interrupt, &on_doubt))));
     crash_point("copy.data.after");
     match copied {
         Ok(Ok(Copied { copy, store, release })) => {
@@ -394,6 +397,8 @@ fn copy_and_put_back(
             })?;
             Ok(Made { instant, copy, store: Some(store), release: Some(release), skipped, kept })
         }
+        // To be tried again, or given up by `recover`: as if this process had died in its turn.
+        Ok(Err(error)) if doubted.get() => Err(error),
         // The secondary was given up by whoever had it.
         Ok(Err(error)) => Err(live.put_back_after(error, |error| error)),
         Err(panic) => {
@@ -440,7 +445,7 @@ fn copy_below(
     live: &Live,
     way: Way,
     observer: &dyn Observer,
-    interrupt: &dyn Fn() -> Result<()>,
+    (interrupt, on_doubt): (&dyn Fn() -> Result<()>, &dyn Fn()),
 ) -> Result<Copied> {
     let Way { mut secondary, engine, mut journal, from, hook } = way;
     // The monitor first: the store fills, and must grow, while --hook-after runs.
@@ -474,12 +479,7 @@ fn copy_below(
     let (monitor, gate) = (&beside.monitor, &beside.gate);
     let mut originals = StoreOriginals::new(live, monitor, gate);
     let mut releases = StoreReleases::new(live, gate, plan.order == copy::Order::Hot);
-    let impact = live.probe().map(|probe| ImpactWatch {
-        impact: plan.request.impact,
-        before: live.latency_before(),
-        probe: Box::new(probe),
-        read_max: if is_rotating(&plan.origin) { LIVE_READ_ROTATING_BYTES } else { LIVE_READ_BYTES },
-    });
+    let impact = impact_watch(plan, live);
     if impact.is_none() && plan.request.impact != Impact::None {
         observer.event(&Event::Note { text: blind_text(plan) });
     }
@@ -498,11 +498,27 @@ fn copy_below(
             first: live.stack().logs().to_vec(),
         }),
         (secondary, engine),
-        &Watch { observer, interrupt: &stop, before_publish: &before_publish, on_failure: &on_failure },
+        &Watch {
+            observer,
+            interrupt: &stop,
+            before_publish: &before_publish,
+            on_failure: &on_failure,
+            on_doubt,
+        },
     );
     drop((originals, releases));
     let (store, release) = beside.stop(plan, observer);
     Ok(Copied { copy: report?, store, release })
+}
+
+/// How the applications fare; None where the kernel does not tell.
+fn impact_watch(plan: &CopyPlan, live: &Live) -> Option<ImpactWatch> {
+    live.probe().map(|probe| ImpactWatch {
+        impact: plan.request.impact,
+        before: live.latency_before(),
+        probe: Box::new(probe),
+        read_max: if is_rotating(&plan.origin) { LIVE_READ_ROTATING_BYTES } else { LIVE_READ_BYTES },
+    })
 }
 
 fn blind_text(plan: &CopyPlan) -> String {
@@ -660,7 +676,14 @@ fn copy_cold(
         Ok(origin) => origin,
         Err(error) => return Err(abandon(secondary, error)),
     };
-    let watch = Watch { observer, interrupt, before_publish: &before_publish, on_failure: &|| () };
+    let nothing = || ();
+    let watch = Watch {
+        observer,
+        interrupt,
+        before_publish: &before_publish,
+        on_failure: &nothing,
+        on_doubt: &nothing,
+    };
     let copy = copy_with(plan, origin, None, (secondary, engine), &watch)?;
     Ok(Made { instant, copy, store: None, release: None, skipped: SkippedReport::default(), kept: None })
 }
@@ -671,6 +694,7 @@ struct Watch<'a> {
     interrupt: &'a dyn Fn() -> Result<()>,
     before_publish: &'a dyn Fn() -> Result<()>,
     on_failure: &'a dyn Fn(),
+    on_doubt: &'a dyn Fn(),
 }
 
 /// What only a live origin has.
@@ -702,6 +726,7 @@ fn copy_with(
     job.interrupt = watch.interrupt;
     job.before_publish = watch.before_publish;
     job.on_failure = watch.on_failure;
+    job.on_doubt = watch.on_doubt;
     if let Some(preserved) = preserved {
         job.block_list = preserved.block_list;
         job.first = preserved.first;
