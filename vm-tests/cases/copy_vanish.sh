@@ -14,16 +14,20 @@ unplug() { echo 0 >"/sys/kernel/config/nullb/$1/power"; }
 pack_up() { rmdir "/sys/kernel/config/nullb/$1"; }
 is_gone() { ! kill -0 "$process" 2>/dev/null; }
 
+# One region: once part of the origin leads past the snapshot, its table holds its disk open, and its own can be loaded.
 # copied_without NAME: copies, and disk NAME is unplugged meanwhile. The copy's error is in /run/copy.err.
 copied_without() {
-    tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --all --yes --store /dev/usbstore --store-ram 0 --rate 8MiB --region 4MiB \
+    tidemark copy /dev/mapper/data /mnt/scratch/copy.raw --all --yes --store /dev/usbstore --store-ram 0 --rate 8MiB --region 64MiB \
         >/run/copy.out 2>/run/copy.err &
     process=$!
     wait_until 20 is_preserved data
     (while dd if=/dev/urandom of=/dev/mapper/data bs=64k count=1 seek=$((RANDOM % 900)) oflag=direct conv=notrunc status=none 2>/dev/null; do :; done) &
     local writer=$!
     sleep 1
+    # It sees the first error when the disk has gone for good, and not while it goes.
+    kill -STOP "$process"
     unplug "$1"
+    kill -CONT "$process"
     wait_until 60 is_gone
     local status=0
     wait "$process" || status=$?
