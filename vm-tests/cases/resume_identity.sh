@@ -1,47 +1,17 @@
 # What a copy was made to is away for a while: a copy goes on where it is provably the same, or what was written is read
 # back from it; what cannot be told is refused before a byte is written, and nothing of the copy is lost by that.
 # shellcheck shell=bash
-. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_resume.sh"
 
-tidemark attach "$(disk 0)" --name data
-origin=/dev/mapper/data
-make_filesystem ext4 "$origin" /mnt/origin
-make_filesystem ext4 "$(disk 2)" /mnt/scratch
-dd if=/dev/urandom of=/mnt/origin/content bs=1M count=16 status=none
-sync -f /mnt/origin
-table_before=$(dmsetup table "$origin")
-size=$(blockdev --getsize64 "$origin")
-
+make_volume "$(disk 2)" 16
 is_resumable() { [ -n "$(find /run/tidemark -name '*.segments' -size +400c)" ]; }
-is_gone() { ! kill -0 "$process" 2>/dev/null; }
-
-begin() { # TARGET OPTION...
-    tidemark copy "$origin" "$1" --all --yes --store /mnt/scratch --store-ram 1MiB --region 4MiB --segment 256KiB \
-        --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)" "${@:2}" >/run/copy.out 2>&1 &
-    process=$!
-}
+options=(--region 4MiB --segment 256KiB --rate 16MiB)
 
 start_and_kill() { # TARGET
-    begin "$1" --rate 16MiB
+    begin "$1" "${options[@]}"
     wait_until 60 is_resumable
     sleep 0.5
-    kill -KILL "$process"
-    wait "$process" || true
-    dd if=/dev/urandom of=/mnt/origin/after bs=64k count=8 conv=fsync status=none
-}
-
-goes_on() { # TARGET
-    tidemark resume >/run/resume.out 2>&1 || { cat /run/resume.out; fail "the resume"; }
-    local target=$1
-    if [[ "$target" = *.tdm ]]; then
-        tidemark verify "$target"
-        tidemark restore "$target" /mnt/scratch/restored --yes
-        target=/mnt/scratch/restored
-    fi
-    same_bytes /mnt/scratch/instant "$target" "$size"
-    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
-    assert_no_tidemark_left data
-    rm -f /mnt/scratch/restored /mnt/scratch/instant
+    kill_copy
 }
 
 plug_in() {
@@ -73,7 +43,7 @@ for name in copy.raw copy.tdm; do
     rm -f /run/written
     (while [ ! -e /run/written ]; do dd if=/dev/urandom of=/mnt/origin/content bs=64k count=1 seek=$((RANDOM % 256)) conv=notrunc,fsync status=none; done) &
     writer=$!
-    TIDEMARK_CRASH_AT=copy.originals.laid begin "/mnt/usb/$name" --rate 16MiB
+    TIDEMARK_CRASH_AT=copy.originals.laid begin "/mnt/usb/$name" "${options[@]}"
     wait "$process" || true
     touch /run/written
     wait "$writer"
@@ -129,7 +99,7 @@ grep -q 'next: ' /run/err || fail "nothing says what to do"
 assert_same "what is on the other disk" "$(digest /dev/usb)" "$other"
 [ -n "$(find /run/tidemark -name '*.segments')" ] || fail "the copy was given up"
 tidemark recover
-[ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
+is_back || fail "the origin's table changed"
 assert_no_tidemark_left data
 remove_disk
 rmdir "$dock"

@@ -1,50 +1,24 @@
 # A copy that was killed goes on with what it wrote to, and with nothing else: whatever has come to the same name
 # meanwhile is refused (3), and not a byte of it is changed.
 # shellcheck shell=bash
-. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_resume.sh"
 
-tidemark attach "$(disk 0)" --name data
-origin=/dev/mapper/data
-make_filesystem ext4 "$origin" /mnt/origin
-make_filesystem ext4 "$(disk 2)" /mnt/scratch
-dd if=/dev/urandom of=/mnt/origin/content bs=1M count=16 status=none
-sync -f /mnt/origin
-table_before=$(dmsetup table "$origin")
+make_volume "$(disk 2)" 16
 size=$(blockdev --getsize64 "$origin")
-
 is_resumable() { [ -n "$(find /run/tidemark -name '*.segments' -size +200c)" ]; }
 
-# start_and_kill TARGET OPTION...: a copy that has placed some segments when it is killed.
+# start_and_kill TARGET: a copy that has placed some segments when it is killed.
 start_and_kill() {
-    local process target=$1
-    shift
-    tidemark copy "$origin" "$target" --all --yes --store /mnt/scratch --store-ram 1MiB --rate 40MiB --region 4MiB \
-        --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)" "$@" >/run/copy.out 2>&1 &
-    process=$!
+    begin "$1" --rate 40MiB --region 4MiB
     wait_until 60 is_resumable
     sleep 0.5
-    kill -KILL "$process"
-    wait "$process" || true
-    dd if=/dev/urandom of=/mnt/origin/after bs=64k count=8 conv=fsync status=none
+    kill_copy
 }
 
 refused() { # WORDS
     assert_status 3 tidemark resume 2>/run/err
     grep -q "$1" /run/err || { cat /run/err; fail "resume does not say '$1'"; }
     grep -q 'next: ' /run/err || fail "resume does not say what to do"
-}
-
-goes_on() { # TARGET: to the end, and the copy is right
-    tidemark resume >/run/resume.out 2>&1 || { cat /run/resume.out; fail "the resume"; }
-    local target=$1
-    if [[ "$target" = *.tdm ]]; then
-        tidemark restore "$target" /mnt/scratch/restored --yes
-        target=/mnt/scratch/restored
-    fi
-    same_bytes /mnt/scratch/instant "$target" "$size"
-    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed"
-    assert_no_tidemark_left data
-    rm -f /mnt/scratch/restored /mnt/scratch/instant
 }
 
 other_is_untouched() { assert_same "what is on the other disk" "$(digest "$1")" "$other"; }

@@ -1,25 +1,15 @@
 # A secondary that hangs (a suspended device, a dead server) or vanishes: at a signal the origin is back within seconds
 # and goes on, whatever becomes of the process; then everything can be put back.
 # shellcheck shell=bash
-. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_resume.sh"
 
-tidemark attach "$(disk 0)" --name data
-origin=/dev/mapper/data
-make_filesystem ext4 "$origin" /mnt/origin
-make_filesystem ext4 "$(disk 2)" /mnt/scratch
-dd if=/dev/urandom of=/mnt/origin/content bs=1M count=16 status=none
-sync -f /mnt/origin
-table_before=$(dmsetup table "$origin")
+make_volume "$(disk 2)" 16
 dmsetup create --noudevsync secondary --table "0 $(blockdev --getsz "$(disk 1)") linear $(disk 1) 0"
 settle
 
-placed() { find /run/tidemark -name '*.segments' -printf '%s\n' | awk '{ n += ($1 - 128) / 16 } END { print n + 0 }'; }
-has_placed() { [ "$(placed)" -gt "$1" ]; }
-is_back() { [ "$(dmsetup table "$origin")" = "$table_before" ]; }
 has_said() { grep -q "$1" /run/copy.err; }
-is_gone() { ! kill -0 "$process" 2>/dev/null; }
 
-begin() { # TARGET
+start() { # TARGET
     tidemark copy "$origin" "$1" --all --yes --store /mnt/scratch --store-ram 1MiB --rate 8MiB --region 4MiB \
         --segment 256KiB >/run/copy.out 2>/run/copy.err &
     process=$!
@@ -28,7 +18,7 @@ begin() { # TARGET
 
 # hang TARGET: it hangs, is interrupted, and the origin is back.
 hang() {
-    begin "$1"
+    start "$1"
     dmsetup suspend --noflush --nolockfs secondary
     sleep 1
     kill -TERM "$process"
@@ -78,7 +68,7 @@ usb=/sys/kernel/config/nullb/usb
 mkdir "$usb"
 for word in memory_backed=1 size=128 power=1; do echo "${word#*=}" >"$usb/${word%%=*}"; done
 wait_until 10 test -b /dev/usb
-begin /dev/usb
+start /dev/usb
 echo 0 >"$usb/power"
 status=0
 wait "$process" || status=$?
@@ -91,7 +81,7 @@ assert_no_tidemark_left data
 note "a disk that vanishes behind a killed copy, and another that comes"
 echo 1 >"$usb/power"
 wait_until 10 test -b /dev/usb
-begin /dev/usb
+start /dev/usb
 kill -KILL "$process"
 wait "$process" || true
 echo 0 >"$usb/power"
