@@ -359,6 +359,8 @@ pub struct World {
     rng: Rng,
     /// Percent of steps that write.
     pub busy: u64,
+    /// How often the store was shown to this process; the application goes on writing.
+    opened: u32,
     handed_out: Vec<Original>,
 }
 
@@ -398,6 +400,7 @@ impl World {
             store_end,
             rng,
             busy,
+            opened: 0,
             handed_out: Vec::new(),
         }))
     }
@@ -407,6 +410,7 @@ impl World {
         for _ in 0..5 {
             self.step();
         }
+        self.opened = 0;
     }
 
     /// Lets the application write, or not.
@@ -489,6 +493,11 @@ pub struct WorldProvider {
 impl OriginalsProvider for WorldProvider {
     fn open(&mut self) -> Result<(OwnedFd, String)> {
         let mut world = self.world.borrow_mut();
+        world.opened += 1;
+        assert!(
+            world.opened <= 2,
+            "the store is opened once, or twice by who goes on where originals had begun"
+        );
         let mut all: Vec<Original> = world.preserved.values().copied().collect();
         for at in (1..all.len()).rev() {
             let other = world.rng.index(at + 1);

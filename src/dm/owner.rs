@@ -154,7 +154,7 @@ impl Owner {
     pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
         self.check(dm)?;
         if let Err(error) = dm.suspend(self.number, how) {
-            // Of one that somebody else suspends at the same moment.
+            // EINVAL: it is suspended already. Somebody else may have done that since the check.
             return Err(match self.look(dm) {
                 Ok(Some(foreign)) if error.errno() == Some(libc::EINVAL) => self.explain(foreign),
                 _ => error,

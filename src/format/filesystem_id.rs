@@ -17,7 +17,7 @@ const EXT4_MAGIC: u16 = 0xef53;
 const F2FS_MAGIC: u32 = 0xf2f5_2010;
 /// The end of a FAT boot sector.
 const BOOT_MAGIC: u16 = 0xaa55;
-/// The boot signature of FAT behind which a serial number stands.
+/// The extended boot signature of FAT: a volume serial number follows.
 const FAT_HAS_SERIAL: u8 = 0x29;
 
 /// The id in hexadecimal digits, as [`text`] writes it.

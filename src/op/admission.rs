@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use super::request::OnFull;
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{CONTROL_PATH, Dm};
+use crate::secondary::directory_of;
 use crate::store::{CowStore, TailPlace};
 use crate::topology::graph::{Answer, Node};
 use crate::volume::waits::{Waits, refusal};
@@ -158,7 +159,7 @@ impl Question {
     pub fn check_secondary(&self, path: &Path, on_full: OnFull) -> Result<()> {
         let node = match std::fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => self.waits.at(path)?,
-            _ => self.waits.at(&directory_of(path))?,
+            _ => self.waits.at(directory_of(path))?,
         };
         let answer = self.waits.ask(&node, self.origin, &[Node::Memory]);
         match refusal(&self.waits, &format!("the secondary {}", path.display()), &answer, true) {
@@ -183,13 +184,6 @@ impl Question {
                 .map_or(Ok(()), |error| Err(error.next("mount a tmpfs on /run, as every distribution does"))),
             _ => Ok(()),
         }
-    }
-}
-
-fn directory_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
     }
 }
 

@@ -603,9 +603,9 @@ fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
         Err((_, errno)) => return Err(Error::io(format!("locking {}", path.display()), errno.into())),
     };
     let path = record_path(directory, &id);
-    let bytes = read_bytes(&path);
-    let is_newer = bytes.as_ref().is_ok_and(|bytes| !is_fully_known::<JobRecord>(bytes));
-    let record = bytes.and_then(|bytes| decode_at(&path, &bytes));
+    let read = read_bytes(&path).and_then(|bytes| Ok((decode_at(&path, &bytes)?, bytes)));
+    let is_newer = read.as_ref().is_ok_and(|(record, bytes)| !is_fully_known(record, bytes));
+    let record = read.map(|(record, _)| record);
     let progress = read_progress(&progress_path(directory, &id));
     Ok(Some(FoundJob { id, alive: lock.is_none(), record, is_newer, progress, lock }))
 }

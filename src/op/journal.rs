@@ -6,9 +6,9 @@
 //!   write(2) for each call; nothing is buffered, so what a call answered survives SIGKILL;
 //! - nothing is synced: the journal outlives the process, and a copy never outlives the host;
 //! - after a failed append every later one fails, and the file ends with its last whole record;
-//! - a copy outlives its journal: where that cannot be written any more (a full `/run`) it is removed before anything is
-//!   released that it does not name, for whoever resumed by it would take newer data for the instant's. From then on
-//!   nobody can resume the copy, which is said once.
+//! - a copy outlives its journal: if the journal cannot be written any more (a full `/run`), it is removed before a region
+//!   that it does not name is released. A resume from it would take newer data for that of the instant. The copy then
+//!   goes on and cannot be resumed; one warning says so.
 //!
 //! Must not decide what a resumed copy does with it.
 
@@ -182,7 +182,7 @@ impl SegmentJournal {
         Error::io(format!("append to the journal of segments {}", self.path.display()), error)
     }
 
-    /// What `note` notes; where it cannot, the journal is dropped (see the module's head).
+    /// Calls `note`. If that fails, drops the journal, as the head of this module describes.
     fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.dropped {
             return Ok(());

@@ -12,7 +12,7 @@
 //! What follows a record up to its file's end are spaces within its second line, which its checksum covers.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -39,7 +39,7 @@ impl RecordFile {
         Self { path, size: None }
     }
 
-    /// Replaces the record; see the module's head.
+    /// Replaces the record, as the head of this module describes.
     ///
     /// # Errors
     /// I/O errors; the old record is whole. For want of space only the first time, or where the record has grown by far.
@@ -95,15 +95,11 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// I/O errors.
 pub(super) fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
-    let bytes = encode(record)?;
     let new = temporary(path);
-    let what = || format!("writing {}", path.display());
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new).io_context(what)?;
-    file.write_all(&bytes).io_context(what)?;
-    file.sync_all().io_context(what)?;
-    fs::rename(&new, path).io_context(what)?;
-    sync_directory(path).io_context(what)
+    write_in_place(&new, &encode(record)?)?;
+    fs::rename(&new, path)
+        .and_then(|()| sync_directory(path))
+        .io_context(|| format!("writing {}", path.display()))
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {

@@ -300,7 +300,7 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
 /// The first failure, with the others as failed undos; can be run again at any time.
 pub fn recover() -> Result<RecoverReport> {
     super::privilege::require_root("recovering")?;
-    recover_all_or(None)
+    recover_jobs(None)
 }
 
 /// What job `id` left, whose process is dying; the other jobs are left alone.
@@ -316,11 +316,11 @@ pub(super) fn recover_job(id: &str) -> Result<()> {
         }
         thread::sleep(DYING_PAUSE);
     }
-    recover_all_or(Some(id)).map(drop)
+    recover_jobs(Some(id)).map(drop)
 }
 
-/// `only`: of this job alone.
-fn recover_all_or(only: Option<&str>) -> Result<RecoverReport> {
+/// All jobs, or job `only` alone.
+fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
     let mut report = RecoverReport { done: Vec::new(), running: Vec::new() };
     let mut failures = Vec::new();
     // First, for it needs nothing of what may fail below.

@@ -14,6 +14,7 @@ use super::job::{look_at_jobs, partials};
 use super::privilege::is_root;
 use crate::base::{Bytes, Error, ErrorKind, Result};
 use crate::format::state::JobRecord;
+use crate::secondary::directory_of;
 use crate::secondary::partial::{is_partial_of, resolve};
 use crate::topology::{Topology, device_number};
 use crate::volume;
@@ -76,8 +77,7 @@ fn space_warning(target: &Path, size: Bytes) -> Option<String> {
     if matches!(device_number(target), Ok(Some(_))) {
         return None;
     }
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = parent.unwrap_or(Path::new("."));
+    let directory = directory_of(target);
     let room = statvfs(directory).ok()?;
     let room = Bytes(room.blocks_available().saturating_mul(room.fragment_size()));
     (room < size).then(|| {

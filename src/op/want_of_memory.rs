@@ -22,7 +22,7 @@ const RECORD_BYTES_MAX: usize = 8192;
 
 /// What the kernel says of one process from now on.
 pub(super) struct Witness {
-    process: libc::pid_t,
+    word: String,
     log: File,
 }
 
@@ -32,10 +32,10 @@ impl Witness {
     /// # Errors
     /// I/O errors of opening the kernel's log.
     pub(super) fn of_parent() -> io::Result<Self> {
-        let process = nix::unistd::getppid().as_raw();
+        let word = word(nix::unistd::getppid().as_raw());
         let mut log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
         log.seek(SeekFrom::End(0))?;
-        Ok(Self { process, log })
+        Ok(Self { word, log })
     }
 
     /// Waits a moment for the kernel's word that it has killed the process.
@@ -58,7 +58,7 @@ impl Witness {
         loop {
             match self.log.read(&mut record) {
                 Ok(0) => return false,
-                Ok(length) if is_of(&record[..length], self.process) => return true,
+                Ok(length) if is_of(&record[..length], &self.word) => return true,
                 Ok(_) => {}
                 // Overwritten before it was read: the next one is the oldest that is left.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
@@ -69,8 +69,12 @@ impl Witness {
     }
 }
 
-fn is_of(record: &[u8], process: libc::pid_t) -> bool {
-    let word = format!("ut of memory: Killed process {process} (");
+/// What the kernel says of `process`, behind "Out of memory" or "Memory cgroup out of memory".
+fn word(process: libc::pid_t) -> String {
+    format!("of memory: Killed process {process} (")
+}
+
+fn is_of(record: &[u8], word: &str) -> bool {
     record.windows(word.len()).any(|part| part == word.as_bytes())
 }
 
@@ -84,9 +88,9 @@ mod tests {
             "3,1234,56789,-;Out of memory: Killed process 431 (tidemark) total-vm:91kB, anon-rss:7kB",
             "3,1234,56789,-;Memory cgroup out of memory: Killed process 431 (tidemark) total-vm:91kB",
         ] {
-            assert!(is_of(record.as_bytes(), 431));
-            assert!(!is_of(record.as_bytes(), 43) && !is_of(record.as_bytes(), 31));
+            assert!(is_of(record.as_bytes(), &word(431)));
+            assert!(!is_of(record.as_bytes(), &word(43)) && !is_of(record.as_bytes(), &word(31)));
         }
-        assert!(!is_of(b"6,1,2,-;oom_reaper: reaped process 431 (tidemark)", 431));
+        assert!(!is_of(b"6,1,2,-;oom_reaper: reaped process 431 (tidemark)", &word(431)));
     }
 }

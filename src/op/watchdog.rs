@@ -170,11 +170,18 @@ impl Watchdog {
         let text = serde_json::to_string(order)
             .map_err(|source| failed("'s order cannot be written").with_source(source))?;
         self.send(&text)?;
+        match self.answer()?.as_str() {
+            "ready" => Ok(()),
+            line => Err(failed(&format!("is not ready: {line}"))),
+        }
+    }
+
+    /// Its next line.
+    fn answer(&mut self) -> Result<String> {
         match self.verdicts.next(ANSWER_MAX) {
-            Ok(Line::Text(line)) if line == "ready" => Ok(()),
-            Ok(Line::Text(line)) => Err(failed(&format!("is not ready: {line}"))),
-            Ok(Line::End) => Err(failed("died at its start")),
-            Ok(Line::Nothing) => Err(failed("does not get ready")),
+            Ok(Line::Text(line)) => Ok(line),
+            Ok(Line::End) => Err(failed("died before anything was held")),
+            Ok(Line::Nothing) => Err(failed("does not answer")),
             Err(source) => Err(failed("does not answer").with_source(source)),
         }
     }
@@ -190,12 +197,9 @@ impl Watchdog {
         if was_armed {
             return Ok(());
         }
-        match self.verdicts.next(ANSWER_MAX) {
-            Ok(Line::Text(line)) if line == "armed" => Ok(()),
-            Ok(Line::Text(_)) => Err(budget_ran_out()),
-            Ok(Line::End) => Err(failed("died before anything was held")),
-            Ok(Line::Nothing) => Err(failed("does not answer")),
-            Err(source) => Err(failed("does not answer").with_source(source)),
+        match self.answer()?.as_str() {
+            "armed" => Ok(()),
+            _ => Err(budget_ran_out()),
         }
     }
 
@@ -494,9 +498,7 @@ impl KernelHands {
         }
         Ok(Arc::new(hands))
     }
-}
 
-impl KernelHands {
     /// A resume would put to use what somebody else has loaded since the inactive table was dropped: that is dropped with
     /// the next round.
     fn let_go(&self, device: DeviceNumber) -> Result<usize> {

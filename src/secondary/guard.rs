@@ -14,7 +14,6 @@ use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::block::is_open_for_writing;
-
 use crate::topology::{Ground, Topology, User, device_number};
 
 impl Topology {

@@ -11,7 +11,6 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
@@ -23,10 +22,17 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::format::filesystem_id;
 use crate::format::state::{DeviceRecord, FileRecord, TargetRecord};
 use crate::sys::block::{self, generation};
+use crate::sys::process::mount_of;
 use crate::topology::{Ground, Topology};
 
 /// How much a time of birth may differ that was read from the medium of FAT: its grain, and that of a clock of theirs.
 const PASSING_BIRTH_NS: u64 = 2_000_000_000;
+
+/// Linux `include/uapi/linux/magic.h`.
+const EXFAT_SUPER_MAGIC: FsType = FsType(0x2011_bab0);
+
+/// Filesystems that give out inode numbers anew with each mount.
+const INODES_PASS: [FsType; 3] = [MSDOS_SUPER_MAGIC, EXFAT_SUPER_MAGIC, FUSE_SUPER_MAGIC];
 
 /// A target that is the one that was noted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,9 +81,6 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
     Ok(TargetRecord { boot, file: Some(file), devices })
 }
 
-/// Filesystems that give out inode numbers anew with each mount.
-const INODES_PASS: [FsType; 3] = [MSDOS_SUPER_MAGIC, FsType(0x2011_bab0), FUSE_SUPER_MAGIC];
-
 /// Of the kernel, which tells it from 6.9 on and not for each kind; else from the device itself.
 fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Option<String> {
     let told = block::filesystem_uuid(file).and_then(|uuid| filesystem_id::text(&uuid));
@@ -88,12 +91,6 @@ fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Op
         File::open(beneath).ok()?.take(length).read_to_end(&mut head).ok()?;
         filesystem_id::find(&head)
     })
-}
-
-/// The kernel's id of the mount that `file` was opened through.
-fn mount_of(file: &File) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok())
 }
 
 /// Compares what is at `path` now with what was `noted`.
@@ -166,11 +163,9 @@ fn same_filesystem(noted: &FileRecord, now: &FileRecord, is_same_mount: bool) ->
     }
 }
 
-/// The filesystem's id is not zero, nor the number of its device as the kernel writes it.
+/// The filesystem's id is not zero, nor the number of its device.
 fn is_made_from_uuid(file: &FileRecord) -> bool {
-    let (major, minor) = (u64::from(file.device.major), u64::from(file.device.minor));
-    let number = (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12);
-    file.filesystem != 0 && file.filesystem != number
+    file.filesystem != 0 && file.filesystem != file.device.to_dev()
 }
 
 /// Each device that was noted is there, and no other.

@@ -376,7 +376,8 @@ pub fn is_zero(data: &[u8]) -> bool {
     blocks.remainder().iter().all(|byte| *byte == 0)
 }
 
-fn directory_of(path: &Path) -> &Path {
+/// The directory that a file is in, or is to be.
+pub fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

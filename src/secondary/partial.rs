@@ -27,6 +27,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::unistd::AccessFlags;
 
+use super::directory_of;
 use super::identity::{Known, identify, recognize};
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::format::state::TargetRecord;
@@ -38,7 +39,6 @@ pub struct PartialFile {
     file: File,
     partial: PathBuf,
     target: PathBuf,
-    directory: PathBuf,
     replace: bool,
     fate: Fate,
     direct: bool,
@@ -119,18 +119,18 @@ impl PartialFile {
         let identity = locked.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
         })?;
-        let (identity, known) = (Box::new(identity), Known::Throughout);
-        Ok(Self {
-            file,
-            directory,
-            partial,
-            target,
-            replace,
-            fate: Fate::Unfinished,
-            direct,
-            identity,
-            known,
-        })
+        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, Known::Throughout)))
+    }
+
+    fn unfinished(
+        (file, direct): (File, bool),
+        partial: PathBuf,
+        target: PathBuf,
+        replace: bool,
+        (identity, known): (TargetRecord, Known),
+    ) -> Self {
+        let (fate, identity) = (Fate::Unfinished, Box::new(identity));
+        Self { file, partial, target, replace, fate, direct, identity, known }
     }
 
     /// The refusals of [`PartialFile::create`], without making anything.
@@ -197,21 +197,11 @@ impl PartialFile {
                  second name"
             )));
         }
-        let identity = Box::new(identify(&file, &partial)?);
+        let identity = identify(&file, &partial)?;
         let known = recognize(noted, &identity, &partial)?;
         lock(&file, &partial, &Patience::new())?;
         refuse_others(&target, &directory, &name, Some(&partial))?;
-        Ok(Self {
-            file,
-            directory,
-            partial,
-            target,
-            replace,
-            fate: Fate::Unfinished,
-            direct,
-            identity,
-            known,
-        })
+        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, known)))
     }
 
     /// Refuses a file that is too short for what was written to it.
@@ -293,9 +283,10 @@ impl PartialFile {
     }
 
     fn sync_directory(&self) -> Result<()> {
-        File::open(&self.directory)
+        let directory = directory_of(&self.partial);
+        File::open(directory)
             .and_then(|directory| directory.sync_all())
-            .io_context(|| format!("sync directory {}", self.directory.display()))
+            .io_context(|| format!("sync directory {}", directory.display()))
     }
 
     /// Keeps the complete file, which cannot get its name. It loses the partial name, by which job records and people

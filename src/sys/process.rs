@@ -39,6 +39,12 @@ pub fn path_of(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
+/// The kernel's number of the mount that `file` was opened through, as in mountinfo; None where it does not tell.
+pub fn mount_of(file: &File) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+}
+
 /// The devices (`st_dev`) of the files that this process has mapped: its program and libraries.
 ///
 /// # Errors

@@ -3,8 +3,8 @@
 //! A change of a device-mapper table computes the limits of the queue anew from what lies beneath
 //! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`) and drops what an administrator has set with that. Put back
 //! after every change are the read-ahead (also lvm2's `--readahead`) and the largest request. Others that are dropped (seen
-//! on 6.12: `discard_max_bytes`, `write_cache`; so is `rotational`) tell what the table can do as well: with another table the old value
-//! may be wrong, so they are put back with the table that they were made for.
+//! on 6.12: `discard_max_bytes`, `write_cache`; so is `rotational`) tell what the table can do as well: with another table
+//! the old value may be wrong, so they are put back with the table that they were made for.
 
 use std::fs;
 use std::path::PathBuf;

@@ -55,8 +55,8 @@ const MEMORY: [&str; 2] = ["ramdisk", "nullb"];
 /// Served by other machines.
 const NETWORK: [&str; 3] = ["nbd", "rbd", "aoe"];
 
-/// How the name of a directory on the way to a device begins where another machine serves it.
-const NETWORK_WAYS: [(&str, &str); 1] = [("vhci_hcd", "USB/IP")];
+/// How the name of a directory on the way to a device begins where another machine serves it, by USB/IP.
+const USB_IP_WAY: &str = "vhci_hcd";
 
 /// The same where it is made by this machine, from anything: a target of the kernel's own, a gadget, a program.
 const OWN_WAYS: [&str; 4] = ["tcm_loop", "scst_local", "dummy_hcd", "vduse"];
@@ -88,13 +88,12 @@ impl Drivers {
         // Some have a number for each device behind their name.
         let kind = driver.trim_end_matches(|c: char| c.is_ascii_digit());
         let is = |list: &[&str]| list.contains(&driver.as_str()) || list.contains(&kind);
-        if let Some(way) = OWN_WAYS.iter().find(|way| steps.iter().any(|step| step.starts_with(**way))) {
+        let leads_by = |way: &str| steps.iter().any(|step| step.starts_with(way));
+        if let Some(way) = OWN_WAYS.into_iter().find(|way| leads_by(way)) {
             return unknown(topology, device, &format!("which this machine serves itself ({way})"));
         }
-        if let Some((_, what)) =
-            NETWORK_WAYS.iter().find(|(way, _)| steps.iter().any(|step| step.starts_with(way)))
-        {
-            return network((*what).to_owned());
+        if leads_by(USB_IP_WAY) {
+            return network("USB/IP".to_owned());
         }
         match driver.as_str() {
             "loop" => Beneath::File,

@@ -39,13 +39,12 @@ impl Topology {
             let count: Option<u64> = text(&node.join(name)).and_then(|text| text.parse().ok());
             count.and_then(|count| count.checked_mul(SECTOR_BYTES))
         };
-        let first = |names: &[&str]| names.iter().find_map(|name| text(&disk.join(name)));
         let (wwid, serial) = made(&disk);
         DeviceRecord {
             number: device,
             size_bytes: sectors("size").unwrap_or(0),
             sequence: text(&disk.join("diskseq")).and_then(|text| text.parse().ok()),
-            uuid: if is_partition { None } else { first(&["dm/uuid", "md/uuid"]) },
+            uuid: if is_partition { None } else { first(&disk, &["dm/uuid", "md/uuid"]) },
             doubtful: (usb(&disk).is_some() || self.is_shared(&disk, wwid.as_ref(), serial.as_ref()))
                 && (wwid.is_some() || serial.is_some()),
             wwid,
@@ -94,11 +93,15 @@ fn uevent(node: &Path, key: &str) -> Option<String> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
 }
 
+/// The first of the files `names` that says something.
+fn first(disk: &Path, names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| text(&disk.join(name)))
+}
+
 /// The world-wide name and the serial number that a disk has by its maker.
 fn made(disk: &Path) -> (Option<String>, Option<String>) {
-    let first = |names: &[&str]| names.iter().find_map(|name| text(&disk.join(name)));
-    let serial = first(&["serial", "device/serial", "device/vpd_pg80"]);
-    (first(&["wwid", "device/wwid"]), serial.or_else(|| text(&usb(disk)?.join("serial"))))
+    let serial = first(disk, &["serial", "device/serial", "device/vpd_pg80"]);
+    (first(disk, &["wwid", "device/wwid"]), serial.or_else(|| text(&usb(disk)?.join("serial"))))
 }
 
 /// The USB device that a disk is behind.

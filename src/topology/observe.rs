@@ -18,7 +18,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -30,6 +29,7 @@ use super::graph::Node;
 use super::{Mount, Topology, device_number, number_file, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
 use crate::sys::loop_device;
+use crate::sys::process::mount_of;
 
 /// Mount namespaces looked at, at most.
 const NAMESPACES_MAX: usize = 4096;
@@ -123,7 +123,7 @@ impl Observer {
     /// The file system of an open file. Its mount is told by its number, which no other mount has, wherever it is: a
     /// subvolume of btrfs shows a number of its own in `st_dev`.
     fn filesystem_of(&self, file: &File, st_dev: DeviceNumber, path: &Path) -> Node {
-        let mount = mount_id(file).and_then(|id| self.mounts.iter().find(|seen| seen.mount.id == id));
+        let mount = mount_of(file).and_then(|id| self.mounts.iter().find(|seen| seen.mount.id == id));
         match mount {
             Some(seen) => Node::FileSystem(seen.mount.device),
             None => self.by_number(st_dev, &path.display().to_string()),
@@ -327,12 +327,6 @@ fn open_path(path: &Path) -> std::io::Result<(File, fs::Metadata)> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
     let meta = file.metadata()?;
     Ok((file, meta))
-}
-
-/// The number of the mount that `file` was opened through.
-fn mount_id(file: &File) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
 }
 
 /// `path` as it is for a process whose root is `root`.

@@ -297,8 +297,8 @@ impl Keeper {
                 let outcome = self.hold(shared);
                 has_held = outcome.is_ok();
                 if !has_held {
-                    // What is released meanwhile does not fill the store.
-                    // The budget for holds bounds what all of them cost.
+                    // Not longer after a long attempt: the budget for holds bounds what all attempts cost. What is
+                    // released meanwhile does not fill the store.
                     hold_rest_until = Instant::now() + FAILURE_REST_MIN;
                 }
                 outcome

@@ -270,7 +270,8 @@ impl Stack {
         })
     }
 
-    /// The stack of a job whose process died, as the kernel has it. Changes nothing.
+    /// The stack of a job whose process died, as the kernel has it. Drops a table of the copy that the dead process had
+    /// loaded into the origin and not put to use; changes nothing else.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
