@@ -13,7 +13,6 @@
 //! Not seen: what others make of their mounts, loop devices, tables and swap space behind the instant.
 
 use std::fs::File;
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -157,8 +156,8 @@ impl Question {
     /// # Errors
     /// As [`Question::check_place`].
     pub fn check_secondary(&self, path: &Path, on_full: OnFull) -> Result<()> {
-        let node = match std::fs::metadata(path) {
-            Ok(meta) if meta.file_type().is_block_device() => self.waits.at(path)?,
+        let node = match self.waits.at(path) {
+            Ok(device @ Node::Device(_)) => device,
             _ => self.waits.at(directory_of(path))?,
         };
         let answer = self.waits.ask(&node, self.origin, &[Node::Memory]);

@@ -71,7 +71,7 @@ fn refuse(dm: &Dm, name: &str, open_count: u32) -> Result<()> {
     }
     let number = dm.info_of(name)?.number;
     let topology = Topology::default();
-    if let Some(mount) = topology.mounts()?.iter().find(|mount| Topology::is_mount_of(mount, number)) {
+    if let Some(mount) = topology.mounts()?.iter().find(|mount| mount.is_of(number)) {
         return Err(refused(format!("{name} is mounted at {}", mount.point.display()))
             .next(format!("umount {}", mount.point.display())));
     }

@@ -194,7 +194,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
             device: record.map(|record| record.device),
             mounted_at: mounts
                 .iter()
-                .filter(|mount| Topology::is_mount_of(mount, info.number))
+                .filter(|mount| mount.is_of(info.number))
                 .map(|mount| mount.point.clone())
                 .collect(),
         });

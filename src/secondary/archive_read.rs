@@ -24,6 +24,7 @@ use crate::format::archive::{
     OriginalsMode, Superblock, Totals, frame, frame_offset,
 };
 use crate::sys::aligned::AlignedBuffer;
+use crate::topology::check_answers;
 
 /// One bit for each segment of the origin; the format bounds their number.
 #[derive(Clone, Debug)]
@@ -350,6 +351,7 @@ impl ArchiveFile {
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is neither file nor device; I/O errors.
     pub fn open(path: &Path) -> Result<Self> {
         // Looked at first: opening a pipe would wait for its writer.
+        check_answers(path)?;
         let kind = std::fs::metadata(path).io_context(|| format!("look at {}", path.display()))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::refused(format!("{} is neither a file nor a block device", path.display()))

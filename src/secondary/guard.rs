@@ -14,7 +14,7 @@ use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::block::is_open_for_writing;
-use crate::topology::{Ground, Topology, User, device_number};
+use crate::topology::{Ground, MountTable, Topology, User};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, written by a process, shown by a
@@ -24,6 +24,7 @@ impl Topology {
     /// [`ErrorKind::Refused`] with the reason and what to do.
     pub fn check_device(&self, device: DeviceNumber, path: &Path, forbidden: &[DeviceNumber]) -> Result<()> {
         let shown = path.display();
+        self.check_loops_answer(device, path)?;
         let mut parts = self.partitions(device);
         parts.push(device);
         self.check_not_beneath(&parts, path, forbidden)?;
@@ -167,7 +168,7 @@ impl Topology {
 
     fn check_not_mounted(&self, devices: &[DeviceNumber], path: &Path) -> Result<()> {
         let mounts = self.mounts()?;
-        let found = mounts.iter().find(|mount| devices.iter().any(|it| Self::is_mount_of(mount, *it)));
+        let found = mounts.iter().find(|mount| devices.iter().any(|it| mount.is_of(*it)));
         match found {
             None => Ok(()),
             Some(mount) => {
@@ -179,10 +180,10 @@ impl Topology {
     }
 
     fn check_not_swap(&self, devices: &[DeviceNumber], path: &Path) -> Result<()> {
+        let mounts = MountTable::read(self)?;
         for swap in self.swaps()? {
-            if let Ok(Some(device)) = device_number(&swap)
-                && devices.contains(&device)
-            {
+            let device = mounts.look(&swap).ok().and_then(|found| found.block_device);
+            if device.is_some_and(|device| devices.contains(&device)) {
                 return Err(Error::refused(format!("{} is swap space", path.display()))
                     .state("it was not touched")
                     .next(format!("swapoff {} first, or name another device", swap.display())));

@@ -271,10 +271,17 @@ pub fn filesystem_uuid(file: impl AsFd) -> Option<Vec<u8>> {
     answer.bytes.get(..usize::from(answer.length)).filter(|uuid| !uuid.is_empty()).map(<[u8]>::to_vec)
 }
 
+/// Linux `include/uapi/asm-generic/fcntl.h`.
+const F_SETSIG: libc::c_int = 10;
+
 /// True where a regular file is open for writing by anybody, as far as the kernel will say: it refuses
 /// a read lease then (fcntl(2), F_SETLEASE: EAGAIN). Where leases are not to be had, false.
 pub fn is_open_for_writing(file: impl AsFd) -> bool {
     let fd = file.as_fd().as_raw_fd();
+    // A writer that comes while the lease is held makes the kernel send its holder SIGIO, which ends a command. SIGURG does
+    // nothing.
+    // SAFETY: F_SETSIG takes an int and touches no memory; `fd` is open for the borrow of `file`.
+    unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) };
     // SAFETY: F_SETLEASE takes an int and touches no memory; `fd` is open for the borrow of `file`.
     match nix::errno::Errno::result(unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) }) {
         // Given back at once: a lease held would make a writer's open() wait.

@@ -4,13 +4,20 @@
 //! backing file, block size and flags in one call, so there is no moment at which the device exists
 //! without its autoclear flag: a crash leaves nothing attached once the last user has closed it.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::inquiry::{self, Question, Words};
+use crate::base::Bytes;
 
 /// The control device.
 pub const CONTROL_PATH: &str = "/dev/loop-control";
@@ -94,6 +101,10 @@ pub struct LoopStatus {
     pub backing_inode: u64,
     /// `st_rdev` of the backing file: of a block device its number, of anything else zero.
     pub backing_rdev: u64,
+    /// Where in the backing file it begins.
+    pub offset: Bytes,
+    /// Its length, where it ends before the backing file does.
+    pub length: Option<Bytes>,
     /// Writes are refused.
     pub read_only: bool,
     /// Detached by the kernel on the last close.
@@ -169,20 +180,58 @@ impl LoopDevice {
     /// # Errors
     /// The kernel's errno; ENXIO where nothing is attached.
     pub fn status(&self) -> io::Result<LoopStatus> {
-        status_of(&self.device)
+        info_of(self.device.as_raw_fd()).map(|info| status_from(&info)).map_err(io::Error::from_raw_os_error)
     }
 }
 
-/// The status of the loop device at `path`; None where no file is attached.
+/// The status of each of the loop devices at `paths`; None where no file is attached. A status is the file system's of the
+/// backing file to give, which may have to ask a server: so a child process asks, see [`inquiry`].
 ///
 /// # Errors
-/// The kernel's errno.
-pub fn status(path: &Path) -> io::Result<Option<LoopStatus>> {
-    let device = File::open(path)?;
-    match status_of(&device) {
-        Ok(status) => Ok(Some(status)),
+/// Of each the kernel's errno; [`io::ErrorKind::TimedOut`] for one of which nothing is heard.
+pub fn statuses(paths: &[&Path]) -> Vec<io::Result<Option<LoopStatus>>> {
+    let terminated = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap_or_default();
+    let questions: Vec<StatusOf> = paths.iter().map(|path| StatusOf(terminated(path))).collect();
+    let or_none = |answer: io::Result<LoopStatus>| match answer {
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-        Err(error) => Err(error),
+        answer => answer.map(Some),
+    };
+    inquiry::ask(&questions).into_iter().map(or_none).collect()
+}
+
+/// As [`statuses`], of one.
+///
+/// # Errors
+/// As [`statuses`].
+pub fn status(path: &Path) -> io::Result<Option<LoopStatus>> {
+    statuses(&[path]).pop().unwrap_or(Ok(None))
+}
+
+/// The status of the loop device at a path.
+struct StatusOf(CString);
+
+// SAFETY: `ask` makes system calls only, of which open() and close() are async-signal-safe by signal-safety(7), and ioctl()
+// is in every libc: a system call that takes no lock.
+unsafe impl Question for StatusOf {
+    type Answer = LoopStatus;
+
+    fn ask(&self) -> Result<Words, i32> {
+        // SAFETY: the path ends with a zero.
+        let device =
+            unsafe { libc::open(self.0.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        if device < 0 {
+            return Err(Errno::last_raw());
+        }
+        let info = info_of(device);
+        // SAFETY: closes the descriptor that this function has opened.
+        unsafe { libc::close(device) };
+        let info = info?;
+        Ok([info.device, info.inode, info.rdevice, info.offset, info.size_limit, u64::from(info.flags)])
+    }
+
+    fn answer([device, inode, rdevice, offset, size_limit, flags]: Words) -> LoopStatus {
+        let flags = u32::try_from(flags).unwrap_or(0);
+        status_from(&Info { device, inode, rdevice, offset, size_limit, flags, ..NO_INFO })
     }
 }
 
@@ -218,22 +267,26 @@ fn configure(device: &File, config: &Config) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn status_of(device: &File) -> io::Result<LoopStatus> {
+/// An error is an errno.
+fn info_of(device: RawFd) -> Result<Info, i32> {
     let mut info = NO_INFO;
     // SAFETY: the kernel writes one `struct loop_info64` to the pointer, whose layout `Info` has
     // (size asserted above); it is live and exclusively ours for the call.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), GET_STATUS64, std::ptr::from_mut(&mut info)) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(LoopStatus {
+    let result = unsafe { libc::ioctl(device, GET_STATUS64, std::ptr::from_mut(&mut info)) };
+    if result < 0 { Err(Errno::last_raw()) } else { Ok(info) }
+}
+
+fn status_from(info: &Info) -> LoopStatus {
+    LoopStatus {
         backing_dev: info.device,
         backing_inode: info.inode,
         backing_rdev: info.rdevice,
+        offset: Bytes(info.offset),
+        length: Some(Bytes(info.size_limit)).filter(|length| *length != Bytes::ZERO),
         read_only: info.flags & FLAG_READ_ONLY != 0,
         autoclear: info.flags & FLAG_AUTOCLEAR != 0,
         direct_io: info.flags & FLAG_DIRECT_IO != 0,
-    })
+    }
 }
 
 #[cfg(test)]

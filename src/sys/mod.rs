@@ -6,8 +6,10 @@
 pub mod aligned;
 pub mod block;
 pub mod dm_ioctl;
+pub mod found;
 pub mod freeze;
 pub mod fsmap;
+pub mod inquiry;
 pub mod loop_device;
 pub mod nudge;
 pub mod process;

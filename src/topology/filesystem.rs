@@ -32,4 +32,33 @@ impl LiesOn {
             _ => Self::Hidden,
         }
     }
+
+    /// A file system of this kind answers without asking another machine or a process. What is not known to does not; nor
+    /// does an overlay, for its layers may be of any kind.
+    pub(super) fn answers_by_itself(kind: &str) -> bool {
+        match Self::of(kind) {
+            Self::Memory | Self::OneDevice | Self::Devices => true,
+            Self::OtherMachines | Self::Layers => false,
+            Self::Hidden => matches!(
+                kind,
+                "proc"
+                    | "sysfs"
+                    | "devpts"
+                    | "cgroup"
+                    | "cgroup2"
+                    | "mqueue"
+                    | "debugfs"
+                    | "tracefs"
+                    | "securityfs"
+                    | "configfs"
+                    | "pstore"
+                    | "bpf"
+                    | "efivarfs"
+                    | "binfmt_misc"
+                    | "selinuxfs"
+                    | "nsfs"
+                    | "zfs"
+            ),
+        }
+    }
 }

@@ -8,7 +8,6 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::Topology;
@@ -49,10 +48,18 @@ impl Topology {
                 && (wwid.is_some() || serial.is_some()),
             wwid,
             serial,
-            backing: backing(&node),
+            backing: self.backing(device),
             partition_start_bytes: if is_partition { sectors("start") } else { None },
             partition_uuid: uevent(&node, "PARTUUID"),
         }
+    }
+
+    /// What a loop device shows; None for another device, and where its file's system does not answer.
+    fn backing(&self, device: DeviceNumber) -> Option<String> {
+        let shown = self.attached_loop(device)?;
+        let status = shown.status()?;
+        let filesystem = DeviceNumber::from_dev(status.backing_dev);
+        Some(format!("{filesystem} {} {}", status.backing_inode, status.offset.get()))
     }
 
     /// Another disk than `disk` has the same name by its maker.
@@ -108,13 +115,6 @@ fn made(disk: &Path) -> (Option<String>, Option<String>) {
 fn usb(disk: &Path) -> Option<PathBuf> {
     let device = fs::canonicalize(disk.join("device")).ok()?;
     device.ancestors().take(ANCESTORS_MAX).find(|path| path.join("idVendor").exists()).map(Path::to_owned)
-}
-
-fn backing(node: &Path) -> Option<String> {
-    let path = fs::read_to_string(node.join("loop/backing_file")).ok()?;
-    let file = fs::metadata(path.trim_end_matches('\n')).ok()?;
-    let offset = text(&node.join("loop/offset")).unwrap_or_default();
-    Some(format!("{} {} {offset}", DeviceNumber::from_dev(file.dev()), file.ino()))
 }
 
 #[cfg(test)]

@@ -3,20 +3,25 @@
 //! Who waits for whom is the one judgement, in [`graph`], which is pure and fed by [`Observer`]; which drivers are known to
 //! be a disk's is in [`driver`].
 //!
-//! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition, loop/backing_file),
-//! `/proc/self/mountinfo` and `/proc/swaps`; how busy a device is, from its counters ([`stats`]); by what it is known
-//! again ([`identity`]); who has it open, from `/proc/*/fd` and the kernel's loop devices ([`users`]). Must not open,
-//! let alone write, what it looks at.
+//! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition), the loop devices ([`loops`]), mounts and swaps
+//! ([`mount`]); how busy a device is, from its counters ([`stats`]); by what it is known again ([`identity`]); who has it
+//! open, from `/proc/*/fd` ([`users`]). Must not open, let alone write, what it looks at.
+//!
+//! Nothing here waits for a file system whose server is gone: see [`crate::sys::inquiry`].
 
 mod driver;
 mod filesystem;
 pub mod graph;
 pub mod identity;
+mod loops;
+mod mount;
 mod observe;
 pub mod stats;
 mod users;
 
 use filesystem::LiesOn;
+pub use loops::{LoopOver, Loops};
+pub use mount::{Mount, MountTable, View};
 pub use observe::Observer;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,15 +30,13 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::sys::found::Found;
 
 pub use users::User;
 
-/// Devices visited at most when a stack is walked: far above any real one, so that a loop in what
-/// sysfs says ends.
-const STACK_DEVICES_MAX: usize = 4096;
-
-/// Devices on top of each other at most.
+/// Devices on top of each other, beyond which a device keeps the height at which it was found first: a walk ends even where
+/// devices stand on each other in a circle.
 const STACK_HEIGHT_MAX: usize = 64;
 
 /// What a filesystem lies on.
@@ -66,6 +69,22 @@ impl Default for Topology {
 pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
     let metadata = fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
     Ok(metadata.file_type().is_block_device().then(|| DeviceNumber::from_dev(metadata.rdev())))
+}
+
+/// Fails where nothing is heard of `path`, of which somebody says what to do with it: nothing would be heard of what is
+/// done with it either. What is wrong with it otherwise is for others to say.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
+pub fn check_answers(path: &Path) -> Result<()> {
+    match Found::asked_anew(path) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err(Error::refused(format!("{} does not answer", path.display()))
+                .state("nothing was changed")
+                .next("see to the server of the file system that it is on, or name another place"))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Topology {
@@ -112,7 +131,7 @@ impl Topology {
         let mut seen = BTreeSet::new();
         let mut open = vec![device];
         while let Some(at) = open.pop() {
-            if seen.len() < STACK_DEVICES_MAX && seen.insert(at) {
+            if seen.insert(at) {
                 open.extend(self.directly_beneath(at));
             }
         }
@@ -122,28 +141,23 @@ impl Topology {
     fn directly_beneath(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let node = self.node(device);
         let mut beneath = self.numbers_in(&node.join("slaves"));
-        if node.join("partition").exists()
-            && let Some(disk) = number_file(&node.join("../dev"))
-        {
-            beneath.push(disk);
-        }
-        if let Ok(text) = fs::read_to_string(node.join("loop/backing_file")) {
-            let path = text.trim_end_matches('\n');
-            match fs::metadata(path) {
-                Ok(file) if file.file_type().is_block_device() => {
-                    beneath.push(DeviceNumber::from_dev(file.rdev()))
-                }
-                Ok(file) => {
-                    if let Ground::Devices(devices) =
-                        self.ground(DeviceNumber::from_dev(file.dev()), Path::new(path))
-                    {
-                        beneath.extend(devices);
-                    }
-                }
-                Err(_) => {}
+        beneath.extend(self.disk_of(device));
+        if let Some(shown) = self.attached_loop(device) {
+            beneath.extend(shown.device_beneath());
+            if let Some(number) = shown.filesystem_beneath()
+                && let Ground::Devices(devices) =
+                    self.ground(number, &self.backing_path(device).unwrap_or_default())
+            {
+                beneath.extend(devices);
             }
         }
         beneath
+    }
+
+    /// The disk that a partition is on.
+    fn disk_of(&self, device: DeviceNumber) -> Option<DeviceNumber> {
+        let node = self.node(device);
+        node.join("partition").exists().then(|| number_file(&node.join("../dev"))).flatten()
     }
 
     fn numbers_in(&self, directory: &Path) -> Vec<DeviceNumber> {
@@ -186,7 +200,7 @@ impl Topology {
             }
         }
         let Some(mount) = best else { return Ground::Unknown("unknown".to_owned()) };
-        match device_number(&mount.source).ok().flatten() {
+        match mount.source_device() {
             Some(device) => {
                 let mut devices = self.btrfs_beside(device);
                 devices.push(device);
@@ -217,6 +231,14 @@ impl Topology {
         self.queue_attribute(device, "dax").is_some_and(|text| text == "1")
     }
 
+    /// Most bytes that a program may write to `device` all or not at all (`RWF_ATOMIC`, Linux 6.11; volumes of
+    /// device-mapper in later kernels); zero where it may not.
+    #[must_use]
+    pub fn atomic_write_bytes(&self, device: DeviceNumber) -> u64 {
+        let text = self.queue_attribute(device, "atomic_write_max_bytes");
+        text.and_then(|text| text.parse().ok()).unwrap_or(0)
+    }
+
     /// True where the kernel says that a disk beneath `device` has heads to move.
     #[must_use]
     pub fn is_rotational(&self, device: DeviceNumber) -> bool {
@@ -236,56 +258,24 @@ impl Topology {
         self.numbers_in(&self.node(device).join("holders"))
     }
 
-    /// The loop devices that show `device`, each with where it begins and, if it ends before the device
-    /// does, its length. They are not among its holders. One that was set up through a node which is no
-    /// longer there, or which another mount namespace has, is not found.
-    #[must_use]
-    pub fn loops_over(&self, device: DeviceNumber) -> Vec<(DeviceNumber, Bytes, Option<Bytes>)> {
-        let Ok(entries) = fs::read_dir(self.root.join("sys/block")) else { return Vec::new() };
-        let found = entries.flatten().filter_map(|entry| {
-            let node = entry.path();
-            let file = fs::read_to_string(node.join("loop/backing_file")).ok()?;
-            let is_it =
-                device_number(Path::new(file.trim_end_matches('\n'))).is_ok_and(|it| it == Some(device));
-            let number = |name: &str| {
-                let text = fs::read_to_string(node.join("loop").join(name)).ok()?;
-                text.trim().parse().ok().map(Bytes)
-            };
-            let length = number("sizelimit").filter(|length| *length != Bytes::ZERO);
-            is_it.then_some((number_file(&node.join("dev"))?, number("offset").unwrap_or_default(), length))
-        });
-        found.collect()
-    }
-
-    /// The loop devices over files of the filesystem whose `st_dev` is `device`.
-    #[must_use]
-    pub fn loops_in(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
-        let Ok(entries) = fs::read_dir(self.root.join("sys/block")) else { return Vec::new() };
-        let found = entries.flatten().filter_map(|entry| {
-            let node = entry.path();
-            let file = fs::read_to_string(node.join("loop/backing_file")).ok()?;
-            let meta = fs::metadata(file.trim_end_matches('\n')).ok()?;
-            let is_in = meta.is_file() && DeviceNumber::from_dev(meta.dev()) == device;
-            if is_in { number_file(&node.join("dev")) } else { None }
-        });
-        found.collect()
-    }
-
     /// Every device above `device`, itself included: its partitions, whoever holds them, loop devices over it or over
     /// files of a filesystem on it, and so on; each with how many are between, by the longest way.
     #[must_use]
     pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
+        let loops = self.loops();
         let mut heights = BTreeMap::new();
         let mut open = vec![(device, 0)];
         while let Some((at, height)) = open.pop() {
-            let is_known = heights.get(&at).is_some_and(|known| *known >= height);
-            if is_known || height > STACK_HEIGHT_MAX || heights.len() >= STACK_DEVICES_MAX {
+            let is_known =
+                heights.get(&at).is_some_and(|known| *known >= height || height > STACK_HEIGHT_MAX);
+            if is_known {
                 continue;
             }
             heights.insert(at, height);
-            let loops = self.loops_over(at).into_iter().map(|(over, ..)| over);
-            let next = self.holders(at).into_iter().chain(self.partitions(at)).chain(loops);
-            open.extend(next.chain(self.loops_in(at)).map(|above| (above, height + 1)));
+            let next = self.holders(at).into_iter().chain(self.partitions(at));
+            let shown_by = loops.over(at).into_iter().map(|over| over.device);
+            let next = next.chain(shown_by).chain(loops.over_files_in(at));
+            open.extend(next.map(|above| (above, height + 1)));
         }
         heights
     }
@@ -295,123 +285,10 @@ impl Topology {
     pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
         self.heights_above(device).into_keys().collect()
     }
-
-    /// The mounts of our mount namespace, in the order in which they were made.
-    ///
-    /// # Errors
-    /// I/O errors of reading mountinfo.
-    pub fn mounts(&self) -> Result<Vec<Mount>> {
-        Self::mounts_of(&self.root.join("proc/self"))
-    }
-
-    /// The mounts that a process sees, which has `node` in /proc.
-    ///
-    /// # Errors
-    /// I/O errors of reading mountinfo.
-    pub fn mounts_of(node: &Path) -> Result<Vec<Mount>> {
-        let file = node.join("mountinfo");
-        let bytes = fs::read(&file).io_context(|| format!("read {}", file.display()))?;
-        Ok(escaped_text(&bytes).lines().filter_map(Mount::parse).collect())
-    }
-
-    /// True where `mount` is of a filesystem on `device`.
-    #[must_use]
-    pub fn is_mount_of(mount: &Mount, device: DeviceNumber) -> bool {
-        mount.device == device
-            || (mount.source.is_absolute() && device_number(&mount.source).is_ok_and(|it| it == Some(device)))
-    }
-
-    /// Swap areas: files and devices, as the kernel names them.
-    ///
-    /// # Errors
-    /// I/O errors of reading /proc/swaps.
-    pub fn swaps(&self) -> Result<Vec<PathBuf>> {
-        let file = self.root.join("proc/swaps");
-        match fs::read(&file) {
-            Ok(bytes) => {
-                let text = escaped_text(&bytes);
-                let first = |line: &str| unescape(line.split_whitespace().next().unwrap_or_default());
-                Ok(text.lines().skip(1).map(first).collect())
-            }
-            // A kernel without swap has no such file.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(Error::io(format!("read {}", file.display()), error)),
-        }
-    }
 }
 
 fn number_file(path: &Path) -> Option<DeviceNumber> {
     fs::read_to_string(path).ok()?.parse().ok()
-}
-
-/// One line of mountinfo, as far as needed (proc_pid_mountinfo(5)).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// The mount's own number, as in fdinfo.
-    pub id: u64,
-    /// `st_dev` of its files.
-    pub device: DeviceNumber,
-    /// Where in the filesystem it begins: "/" unless it is a bind mount of a part.
-    pub root: PathBuf,
-    /// Where it is mounted.
-    pub point: PathBuf,
-    /// "ext4".
-    pub kind: String,
-    /// What was mounted: a device's path for most.
-    pub source: PathBuf,
-    /// The superblock's options, as they stand there, escapes and all.
-    pub options: String,
-}
-
-impl Mount {
-    fn parse(line: &str) -> Option<Self> {
-        let mut fields = line.split(' ');
-        let id = fields.next()?.parse().ok()?;
-        let device = fields.nth(1)?.parse().ok()?;
-        let root = unescape(fields.next()?);
-        let point = unescape(fields.next()?);
-        let mut behind = line.split_once(" - ")?.1.split(' ');
-        let kind = behind.next()?.to_owned();
-        let source = unescape(behind.next()?);
-        let options = behind.next().unwrap_or_default().to_owned();
-        Some(Self { id, device, root, point, kind, source, options })
-    }
-}
-
-/// What the kernel says of paths, which are bytes: one that is no UTF-8 becomes an octal escape as the kernel has others,
-/// which [`unescape`] undoes.
-fn escaped_text(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        text.push_str(chunk.valid());
-        text.extend(chunk.invalid().iter().map(|byte| format!("\\{byte:03o}")));
-    }
-    text
-}
-
-/// Undoes the octal escapes (`\040`) of mountinfo and swaps.
-fn unescape(field: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt as _;
-    let bytes = field.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let octal = bytes
-            .get(at + 1..at + 4)
-            .filter(|_| bytes[at] == b'\\')
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match octal {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(out))
 }
 
 #[cfg(test)]
@@ -473,28 +350,6 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn escapes_are_undone() {
-        assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
-        assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
-    }
-
-    #[test]
-    fn a_mount_point_is_bytes() {
-        use std::os::unix::ffi::OsStrExt as _;
-        let (keep, topology) = machine();
-        let file = keep.path().join("proc/self/mountinfo");
-        let mut lines = fs::read(&file).unwrap();
-        lines.extend(b"40 35 8:16 / /mnt/\xff\\040b rw - ext4 /dev/\xfe rw\n");
-        fs::write(&file, lines).unwrap();
-        let mounts = topology.mounts().unwrap();
-        assert_eq!(mounts[0].point, Path::new("/mnt/my disk"));
-        assert_eq!(mounts[1].point.as_os_str().as_bytes(), b"/mnt/\xff b");
-        assert_eq!(mounts[1].source.as_os_str().as_bytes(), b"/dev/\xfe");
-        fs::write(keep.path().join("proc/swaps"), b"Filename Type\n/swap\xff file 1\n").unwrap();
-        assert_eq!(topology.swaps().unwrap()[0].as_os_str().as_bytes(), b"/swap\xff");
-    }
-
-    #[test]
     fn heads_that_move_are_told() {
         let (keep, topology) = machine();
         let queue = keep.path().join("sys/devices/sda/queue");
@@ -504,6 +359,16 @@ pub(crate) mod tests {
             fs::write(queue.join("rotational"), text).unwrap();
             assert_eq!(topology.is_rotational(dev(8, 0)), rotational);
         }
+    }
+
+    #[test]
+    fn atomic_writes_are_told() {
+        let (keep, topology) = machine();
+        let queue = keep.path().join("sys/devices/sda/queue");
+        assert_eq!(topology.atomic_write_bytes(dev(8, 0)), 0, "a kernel that does not say has none");
+        fs::create_dir(&queue).unwrap();
+        fs::write(queue.join("atomic_write_max_bytes"), "16384\n").unwrap();
+        assert_eq!(topology.atomic_write_bytes(dev(8, 1)), 16_384, "a partition's are its disk's");
     }
 
     #[test]

@@ -16,36 +16,24 @@
 //! reads tables. Must not open what it looks at, but loop devices, which answer by no other way, and paths without any
 //! access (`O_PATH`).
 
-use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statvfs::statvfs;
-
+use super::Topology;
 use super::driver::{Beneath, Drivers};
 use super::filesystem::LiesOn;
 use super::graph::Node;
-use super::{Mount, Topology, device_number, number_file, unescape};
+use super::loops::Shows;
+use super::mount::{Mount, MountTable, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
-use crate::sys::loop_device;
-use crate::sys::process::mount_of;
-
-/// Mount namespaces looked at, at most.
-const NAMESPACES_MAX: usize = 4096;
-
-/// A mount, and where a process that sees it has its root.
-#[derive(Clone, Debug)]
-struct Seen {
-    mount: Mount,
-    root: PathBuf,
-}
+use crate::sys::found::{Figures, Found};
 
 /// The machine as it is now: to be asked, and thrown away.
 #[derive(Debug)]
 pub struct Observer {
     topology: Topology,
-    mounts: Vec<Seen>,
+    mounts: MountTable,
     drivers: Drivers,
 }
 
@@ -53,30 +41,9 @@ impl Observer {
     /// Reads the mounts of every namespace, and the block drivers.
     ///
     /// # Errors
-    /// I/O errors of reading our own.
+    /// I/O errors of reading our own, and the list of processes.
     pub fn new(topology: Topology) -> Result<Self> {
-        let proc = topology.root.join("proc");
-        let own = topology.mounts()?;
-        let mut mounts: Vec<Seen> =
-            own.into_iter().map(|mount| Seen { mount, root: topology.root.clone() }).collect();
-        let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
-        let mut known: BTreeSet<PathBuf> = namespace(&proc.join("self")).into_iter().collect();
-        for entry in fs::read_dir(&proc).into_iter().flatten().flatten() {
-            let process = entry.path();
-            let is_process = entry.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok());
-            if !is_process || known.len() >= NAMESPACES_MAX {
-                continue;
-            }
-            if let Some(namespace) = namespace(&process)
-                && !known.contains(&namespace)
-                && let Ok(text) = fs::read_to_string(process.join("mountinfo"))
-            {
-                known.insert(namespace);
-                let root = process.join("root");
-                let seen = text.lines().filter_map(Mount::parse);
-                mounts.extend(seen.map(|mount| Seen { mount, root: root.clone() }));
-            }
-        }
+        let mounts = MountTable::read(&topology)?;
         let drivers = Drivers::read(&topology);
         Ok(Self { topology, mounts, drivers })
     }
@@ -97,12 +64,20 @@ impl Observer {
     /// # Errors
     /// I/O errors of looking.
     pub fn at(&self, path: &Path) -> Result<Node> {
-        let what = || format!("looking at {}", path.display());
-        let (file, meta) = open_path(path).io_context(what)?;
-        if meta.file_type().is_block_device() {
-            return Ok(Node::Device(DeviceNumber::from_dev(meta.rdev())));
+        let found = self.mounts.look(path).io_context(|| format!("looking at {}", path.display()))?;
+        Ok(self.node_of(&found, path))
+    }
+
+    fn node_of(&self, found: &Found, path: &Path) -> Node {
+        if let Some(device) = found.block_device {
+            return Node::Device(device);
         }
-        Ok(self.filesystem_of(&file, DeviceNumber::from_dev(meta.dev()), path))
+        // By its mount's number, which no other mount has, wherever it is: a subvolume of btrfs shows a number of its own
+        // in `st_dev`.
+        match self.mounts.by_id(found.mount) {
+            Some(mount) => Node::FileSystem(mount.device),
+            None => self.by_number(found.dev, &path.display().to_string()),
+        }
     }
 
     /// In words.
@@ -110,8 +85,8 @@ impl Observer {
     pub fn describe(&self, node: &Node) -> String {
         match node {
             Node::Device(device) => self.topology.name(*device),
-            Node::FileSystem(number) => match self.mounted(*number).next() {
-                Some(Seen { mount, .. }) => format!("the {} at {}", mount.kind, mount.point.display()),
+            Node::FileSystem(number) => match self.mounts.of(*number).next() {
+                Some((_, mount)) => format!("the {} at {}", mount.kind, mount.point.display()),
                 None => format!("the file system {number}"),
             },
             Node::Memory => "memory".to_owned(),
@@ -120,33 +95,17 @@ impl Observer {
         }
     }
 
-    /// The file system of an open file. Its mount is told by its number, which no other mount has, wherever it is: a
-    /// subvolume of btrfs shows a number of its own in `st_dev`.
-    fn filesystem_of(&self, file: &File, st_dev: DeviceNumber, path: &Path) -> Node {
-        let mount = mount_of(file).and_then(|id| self.mounts.iter().find(|seen| seen.mount.id == id));
-        match mount {
-            Some(seen) => Node::FileSystem(seen.mount.device),
-            None => self.by_number(st_dev, &path.display().to_string()),
-        }
-    }
-
     fn by_number(&self, number: DeviceNumber, of: &str) -> Node {
-        if self.mounted(number).next().is_some() || self.topology.node(number).exists() {
+        if self.mounts.of(number).next().is_some() || self.topology.node(number).exists() {
             Node::FileSystem(number)
         } else {
             Node::Unknown(format!("the file system {number}, which no mount shows ({of})"))
         }
     }
 
-    fn mounted(&self, number: DeviceNumber) -> impl Iterator<Item = &Seen> {
-        self.mounts.iter().filter(move |seen| seen.mount.device == number)
-    }
-
     fn of_device(&self, device: DeviceNumber) -> BTreeSet<Node> {
         let node = self.topology.node(device);
-        if node.join("partition").exists()
-            && let Some(disk) = number_file(&node.join("../dev"))
-        {
+        if let Some(disk) = self.topology.disk_of(device) {
             return BTreeSet::from([Node::Device(disk)]);
         }
         let mut found: BTreeSet<Node> =
@@ -176,34 +135,36 @@ impl Observer {
     }
 
     fn of_loop(&self, device: DeviceNumber) -> Node {
-        let path = self.topology.name(device);
-        let status = match loop_device::status(Path::new(&path)) {
-            Ok(Some(status)) => status,
-            Ok(None) => return Node::Unknown(format!("{path}, which is being set up")),
-            Err(error) => return Node::Unknown(format!("the file of {path} ({error})")),
+        let name = self.topology.name(device);
+        let Some(shown) = self.topology.attached_loop(device) else {
+            return Node::Unknown(format!("{name}, which is being set up"));
         };
-        if status.backing_rdev != 0 {
-            return Node::Device(DeviceNumber::from_dev(status.backing_rdev));
+        let status = match &shown.shows {
+            Shows::Known(status) => status,
+            Shows::Silent => {
+                return Node::Unknown(format!("the file of {name}, whose file system does not answer"));
+            }
+            Shows::Hidden(why) => return Node::Unknown(format!("the file of {name} ({why})")),
+        };
+        if let Some(device) = shown.device_beneath() {
+            return Node::Device(device);
         }
         let number = DeviceNumber::from_dev(status.backing_dev);
         // The path counts only where it leads to that very file: it tells the mount of a subvolume, whose number is none.
-        let shown =
-            fs::read_to_string(self.topology.node(device).join("loop/backing_file")).unwrap_or_default();
-        let shown = Path::new(shown.trim_end_matches('\n'));
-        if let Ok((file, meta)) = open_path(shown)
-            && (meta.dev(), meta.ino()) == (status.backing_dev, status.backing_inode)
+        if let Some(path) = self.topology.backing_path(device)
+            && let Ok(found) = self.mounts.look(&path)
+            && (found.dev, found.inode) == (number, status.backing_inode)
         {
-            return self.filesystem_of(&file, number, shown);
+            return self.node_of(&found, &path);
         }
-        self.by_number(number, &format!("the file of {path}"))
+        self.by_number(number, &format!("the file of {name}"))
     }
 
     fn of_filesystem(&self, number: DeviceNumber) -> BTreeSet<Node> {
-        let Some(first) = self.mounted(number).next() else {
+        let Some((_, mount)) = self.mounts.of(number).next() else {
             // Unmounted everywhere, and still in use.
             return BTreeSet::from([Node::Device(number)]);
         };
-        let mount = &first.mount;
         let kind = mount.kind.as_str();
         let on_device = self.topology.node(number).exists().then_some(Node::Device(number));
         let mut found: BTreeSet<Node> = on_device.clone().into_iter().collect();
@@ -258,8 +219,8 @@ impl Observer {
     fn of_many_devices(&self, mount: &Mount) -> BTreeSet<Node> {
         let mut found = BTreeSet::new();
         for source in mount.source.to_string_lossy().split(':') {
-            match device_number(Path::new(source)) {
-                Ok(Some(device)) => {
+            match self.mounts.look(Path::new(source)).ok().and_then(|found| found.block_device) {
+                Some(device) => {
                     let beside = self.topology.btrfs_beside(device);
                     if mount.kind == "btrfs" && beside.is_empty() {
                         found.insert(Node::Unknown(format!(
@@ -269,7 +230,7 @@ impl Observer {
                     }
                     found.extend(beside.into_iter().chain([device]).map(Node::Device));
                 }
-                _ => {
+                None => {
                     found.insert(Node::Unknown(format!(
                         "the devices of the {} {} on {source}",
                         mount.kind, mount.device
@@ -280,32 +241,40 @@ impl Observer {
         found
     }
 
-    /// The layers of an overlay. Their paths are as whoever mounted it had them, in a namespace and at a time that
-    /// nobody knows; so they count only where they lead to a file system whose figures the overlay reports as its own,
-    /// and all that they may lead to counts.
+    /// The layers of an overlay. Their paths are as they were for whoever mounted it, in a namespace and at a time that
+    /// are not known; so they count only where they lead to a file system whose figures the overlay reports as its own.
+    /// All that a layer may lead to counts. One that leads nowhere in any view is not known.
     fn layers(&self, number: DeviceNumber) -> BTreeSet<Node> {
-        let mut found = BTreeSet::new();
-        for Seen { mount, root } in self.mounted(number) {
-            let here = format!("a layer of the overlay at {} ({number})", mount.point.display());
+        let mut found: BTreeMap<PathBuf, BTreeSet<Node>> = BTreeMap::new();
+        for (view, mount) in self.mounts.of(number) {
             let top = options(&mount.options, &["upperdir"]);
             let lower = options(&mount.options, &["lowerdir", "lowerdir+", "datadir+"]);
-            let is_the_top = |path: &Path| {
-                let Some(top) = top.first().or(lower.first()) else { return false };
-                let [told, real] =
-                    [within(root, &mount.point), path.to_owned()].map(|path| statvfs(&path).ok());
-                let figures = |it: nix::sys::statvfs::Statvfs| (it.blocks(), it.fragment_size(), it.files());
-                path != within(root, top) || told.map(figures) == real.map(figures)
-            };
+            let is_of_view = top.first().or(lower.first()).is_some_and(|first| {
+                let figures = |path: &Path| Figures::in_time(&view.path(path)).ok();
+                let told = figures(&mount.point);
+                told.is_some() && told == figures(first)
+            });
             for layer in top.iter().chain(&lower).chain(&options(&mount.options, &["workdir"])) {
-                let path = within(root, layer);
-                let node = if layer.is_absolute() && is_the_top(&path) { self.at(&path).ok() } else { None };
-                found.insert(node.unwrap_or_else(|| Node::Unknown(format!("{here} ({})", layer.display()))));
+                let nodes = found.entry(layer.clone()).or_default();
+                if is_of_view
+                    && layer.is_absolute()
+                    && let Ok(at) = view.look(layer)
+                    // The same words can name something within the overlay.
+                    && at.dev != number
+                {
+                    nodes.insert(self.node_of(&at, layer));
+                }
             }
         }
+        let here = self.describe(&Node::FileSystem(number));
         if found.is_empty() {
-            found.insert(Node::Unknown(format!("the overlay {number}, whose layers nobody names")));
+            return BTreeSet::from([Node::Unknown(format!("{here} ({number}), whose layers are not named"))]);
         }
-        found
+        let or_unknown = |(layer, nodes): (PathBuf, BTreeSet<Node>)| {
+            let unknown = || Node::Unknown(format!("a layer of {here} ({number}, {})", layer.display()));
+            if nodes.is_empty() { BTreeSet::from([unknown()]) } else { nodes }
+        };
+        found.into_iter().flat_map(or_unknown).collect()
     }
 
     fn of_memory(&self) -> BTreeSet<Node> {
@@ -321,17 +290,6 @@ impl Observer {
             }
         }
     }
-}
-
-fn open_path(path: &Path) -> std::io::Result<(File, fs::Metadata)> {
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
-    let meta = file.metadata()?;
-    Ok((file, meta))
-}
-
-/// `path` as it is for a process whose root is `root`.
-fn within(root: &Path, path: &Path) -> PathBuf {
-    root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 /// The paths that the options `names` of a mount hold, in the order of `names`.
@@ -364,6 +322,8 @@ fn split_paths(value: &str) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::super::tests::{dev, machine};
     use super::*;
 

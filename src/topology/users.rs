@@ -2,28 +2,33 @@
 //!
 //! An exclusive open tells of mounts and of other exclusive users, not of a process that simply writes to a
 //! device (a virtual machine does), nor of a loop device. `/proc/*/fd` tells of processes, the kernel's own
-//! identity of each backing file (`LOOP_GET_STATUS64`) of loop devices, whatever path led to it, `/proc/swaps`
+//! identity of each backing file ([`loops`](super::loops)) of loop devices, whatever path led to it, `/proc/swaps`
 //! of swap files. A device has more names than its own: its partitions, the disk that it is a partition of, the
 //! file or device that it shows as a loop device.
+//!
+//! A host has descriptors and loop devices on file systems whose server is gone, and to ask those is to wait for ever. So
+//! of a descriptor `/proc/PID/fdinfo` is read first, for which no file system is asked: does it write, in which mount, which
+//! inode? Only one that may be what is looked for is looked at, and by a child process where its file system may have to
+//! ask a server. What is not answered then is refused where it may be the file that is looked for. A device
+//! node on a file system of a server that is gone is not seen.
 //!
 //! Must not: write, nor open what it judges (loop devices are opened for reading, to be asked). Best effort
 //! where a process hides its descriptors from us: another's user, another namespace of processes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Topology, device_number};
-use crate::base::{DeviceNumber, Result};
-use crate::sys::loop_device::{self, LoopStatus};
-
-/// Most descriptors looked at.
-const DESCRIPTORS_MAX: usize = 1 << 20;
-
-/// Names of one device's bytes at most: far above any real chain of loop devices.
-const NAMES_MAX: usize = 1024;
+use super::Topology;
+use super::filesystem::LiesOn;
+use super::loops::{Attached, Loops, Shows};
+use super::mount::{Mount, MountTable};
+use crate::base::{DeviceNumber, Error, Result};
+use crate::sys::found::Found;
+use crate::sys::loop_device::LoopStatus;
 
 /// Whoever uses a device or file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,60 +87,73 @@ impl fmt::Display for User {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Identity {
     Device(DeviceNumber),
-    File { dev: u64, inode: u64 },
+    File { dev: DeviceNumber, inode: u64 },
 }
 
 impl Identity {
-    fn of(meta: &fs::Metadata) -> Self {
-        if meta.file_type().is_block_device() {
-            Self::Device(DeviceNumber::from_dev(meta.rdev()))
-        } else {
-            Self::File { dev: meta.dev(), inode: meta.ino() }
+    fn of(found: &Found) -> Self {
+        match found.block_device {
+            Some(device) => Self::Device(device),
+            None => Self::File { dev: found.dev, inode: found.inode },
         }
     }
 
     fn of_backing(status: &LoopStatus) -> Self {
         match status.backing_rdev {
-            0 => Self::File { dev: status.backing_dev, inode: status.backing_inode },
+            0 => Self::File { dev: DeviceNumber::from_dev(status.backing_dev), inode: status.backing_inode },
             rdev => Self::Device(DeviceNumber::from_dev(rdev)),
         }
     }
 }
 
-/// A loop device in use.
-struct Attached {
-    number: DeviceNumber,
-    node: PathBuf,
-    status: LoopStatus,
-}
-
 impl Topology {
     /// The first user, other than this process, of the bytes of the file or device at `path`. None where there
-    /// is no such thing, or nobody is seen.
+    /// is no such thing, or no user is seen.
     ///
     /// # Errors
-    /// I/O errors of reading /proc/swaps.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it cannot be told; I/O errors of looking at `path`,
+    /// and of reading /proc.
     pub fn user_of(&self, path: &Path) -> Result<Option<User>> {
-        let Ok(meta) = fs::metadata(path) else { return Ok(None) };
-        let loops = self.attached_loops();
-        let (names, shown_by) = self.names_of(Identity::of(&meta), &loops);
-        if let Some(loop_device) = loops.iter().find(|it| shown_by.contains(&it.number)) {
-            let read_only = loop_device.status.read_only;
+        let mounts = MountTable::read(self)?;
+        let found = match mounts.look(path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(format!("looking at {}", path.display()), error)),
+        };
+        let wanted = Identity::of(&found);
+        let loops = self.loops();
+        let (names, shown_by) = self.names_of(wanted, &loops);
+        if let Some(loop_device) = loops.0.iter().find(|it| shown_by.contains(&it.number)) {
+            let read_only = loop_device.status().is_some_and(|status| status.read_only);
             return Ok(Some(User::Loop { node: loop_device.node.clone(), read_only }));
         }
-        for path in self.swaps()? {
-            if fs::metadata(&path).is_ok_and(|swap| names.contains(&Identity::of(&swap))) {
-                return Ok(Some(User::Swap { path }));
+        let is_with_server =
+            |id| mounts.by_id(id).is_none_or(|mount| !LiesOn::answers_by_itself(&mount.kind));
+        if let Some(silent) = loops.0.iter().find(|it| it.shows == Shows::Silent)
+            && matches!(wanted, Identity::File { .. })
+            && is_with_server(found.mount)
+        {
+            return Err(untold(path, &format!("shown by {}", silent.node.display())));
+        }
+        for swap in self.swaps()? {
+            match mounts.look(&swap) {
+                Ok(found) if names.contains(&Identity::of(&found)) => {
+                    return Ok(Some(User::Swap { path: swap }));
+                }
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(untold(path, &format!("the swap space {}", swap.display())));
+                }
+                _ => {}
             }
         }
-        Ok(self.writer_of(&names))
+        self.writer_of(path, &names, &mounts, self.processes()?)
     }
 
     /// Devices through which the bytes of `device` are reached as well, or a part of them: the disk that it is a
     /// partition of, its partitions, and what lies beneath it as a loop device. Without itself.
     #[must_use]
     pub fn same_bytes(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
-        let (names, _) = self.names_of(Identity::Device(device), &self.attached_loops());
+        let (names, _) = self.names_of(Identity::Device(device), &self.loops());
         let devices = names.into_iter().filter_map(|name| match name {
             Identity::Device(other) if other != device => Some(other),
             _ => None,
@@ -145,98 +163,217 @@ impl Topology {
 
     /// All names of the same bytes, and the loop devices through which somebody else may reach them: all that
     /// show one of the names, but for those that are names themselves.
-    fn names_of(&self, wanted: Identity, loops: &[Attached]) -> (BTreeSet<Identity>, BTreeSet<DeviceNumber>) {
+    fn names_of(&self, wanted: Identity, loops: &Loops) -> (BTreeSet<Identity>, BTreeSet<DeviceNumber>) {
+        let backing = |it: &Attached| it.status().map(Identity::of_backing);
         let mut names = BTreeSet::new();
         let mut open = vec![wanted];
         while let Some(name) = open.pop() {
-            if names.len() >= NAMES_MAX || !names.insert(name) {
+            if !names.insert(name) {
                 continue;
             }
             let Identity::Device(device) = name else { continue };
             open.extend(self.disk_of(device).map(Identity::Device));
-            let beneath = loops.iter().find(|it| it.number == device);
-            open.extend(beneath.map(|it| Identity::of_backing(&it.status)));
+            open.extend(loops.0.iter().filter(|it| it.number == device).filter_map(backing));
         }
         // Downwards only so far: the other partitions of a disk are others' bytes.
         if let Identity::Device(device) = wanted {
             names.extend(self.partitions(device).into_iter().map(Identity::Device));
         }
-        let shows = |it: &&Attached| names.contains(&Identity::of_backing(&it.status));
+        let shows = |it: &&Attached| backing(it).is_some_and(|name| names.contains(&name));
         let is_name = |it: &Attached| names.contains(&Identity::Device(it.number));
-        let shown_by = loops.iter().filter(shows).filter(|it| !is_name(it)).map(|it| it.number).collect();
+        let shown_by = loops.0.iter().filter(shows).filter(|it| !is_name(it)).map(|it| it.number).collect();
         (names, shown_by)
     }
 
-    /// The disk that a partition is on.
-    fn disk_of(&self, device: DeviceNumber) -> Option<DeviceNumber> {
-        let node = self.node(device);
-        node.join("partition").exists().then(|| super::number_file(&node.join("../dev"))).flatten()
-    }
-
-    /// Loop devices that cannot be asked (no node for it here) are left out.
-    fn attached_loops(&self) -> Vec<Attached> {
-        let Ok(entries) = fs::read_dir(self.root.join("sys/block")) else { return Vec::new() };
-        let found =
-            entries.flatten().filter(|entry| entry.path().join("loop").exists()).filter_map(|entry| {
-                let number = super::number_file(&entry.path().join("dev"))?;
-                let node = PathBuf::from(self.name(number));
-                // A node of that name can be another device's.
-                device_number(&node).ok().flatten().filter(|it| *it == number)?;
-                let status = loop_device::status(&node).ok().flatten()?;
-                Some(Attached { number, node, status })
-            });
-        found.collect()
-    }
-
-    /// The first process, other than this one, that has one of `names` open for writing.
-    fn writer_of(&self, names: &BTreeSet<Identity>) -> Option<User> {
+    /// The first of `processes`, other than this one, that has one of `names`, which are those of `path`, open for
+    /// writing.
+    fn writer_of(
+        &self,
+        path: &Path,
+        names: &BTreeSet<Identity>,
+        mounts: &MountTable,
+        processes: Vec<u32>,
+    ) -> Result<Option<User>> {
+        let search = Search::new(names, mounts);
+        // Of file systems that may have to ask a server: by mount.
+        let mut doubtful: BTreeMap<u64, Vec<Descriptor>> = BTreeMap::new();
         let own = std::process::id();
-        let mut left = DESCRIPTORS_MAX;
-        let processes = fs::read_dir(self.root.join("proc")).ok()?.flatten();
-        let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let id = ids.filter(|id| *id != own).find(|id| self.writes_one_of(*id, names, &mut left))?;
-        let name = fs::read_to_string(self.process(id).join("comm")).unwrap_or_default();
-        Some(User::Process { id, name: name.trim_end().to_owned() })
+        for process in processes.into_iter().filter(|id| *id != own) {
+            for descriptor in self.writable(process) {
+                match search.verdict(&descriptor) {
+                    Verdict::Other => {}
+                    Verdict::Look => {
+                        if Found::at(&descriptor.path)
+                            .is_ok_and(|found| names.contains(&Identity::of(&found)))
+                        {
+                            return Ok(Some(self.as_user(process)));
+                        }
+                    }
+                    Verdict::Doubtful => doubtful.entry(descriptor.mount).or_default().push(descriptor),
+                }
+            }
+        }
+        for descriptors in doubtful.values() {
+            if let Some(process) = search.ask(path, descriptors)? {
+                return Ok(Some(self.as_user(process)));
+            }
+        }
+        Ok(None)
     }
 
-    /// True where `process` has the file or device at `path` open for writing.
+    fn as_user(&self, process: u32) -> User {
+        let name = fs::read_to_string(self.process(process).join("comm")).unwrap_or_default();
+        User::Process { id: process, name: name.trim_end().to_owned() }
+    }
+
+    /// True where `process` is seen to have the file or device at `path` open for writing.
     #[must_use]
     pub fn is_writing(&self, process: u32, path: &Path) -> bool {
-        let mut left = DESCRIPTORS_MAX;
-        fs::metadata(path)
-            .is_ok_and(|meta| self.writes_one_of(process, &BTreeSet::from([Identity::of(&meta)]), &mut left))
+        let Ok(mounts) = MountTable::read(self) else { return false };
+        let Ok(found) = mounts.look(path) else { return false };
+        let names = BTreeSet::from([Identity::of(&found)]);
+        self.writer_of(path, &names, &mounts, vec![process]).is_ok_and(|user| user.is_some())
     }
 
-    fn process(&self, id: u32) -> PathBuf {
-        self.root.join("proc").join(id.to_string())
-    }
-
-    /// `left`: descriptors that may still be looked at.
-    fn writes_one_of(&self, process: u32, names: &BTreeSet<Identity>, left: &mut usize) -> bool {
-        let process = self.process(process);
-        let Ok(descriptors) = fs::read_dir(process.join("fd")) else { return false };
-        descriptors.flatten().any(|descriptor| {
-            let Some(rest) = left.checked_sub(1) else { return false };
-            *left = rest;
-            let is_it =
-                fs::metadata(descriptor.path()).is_ok_and(|meta| names.contains(&Identity::of(&meta)));
-            is_it && is_writable(&process.join("fdinfo").join(descriptor.file_name()))
-        })
+    /// The descriptors of a process that write.
+    fn writable(&self, process: u32) -> impl Iterator<Item = Descriptor> {
+        let node = self.process(process);
+        let entries = fs::read_dir(node.join("fd")).into_iter().flatten().flatten();
+        entries.filter_map(move |entry| Descriptor::read(process, &node, &entry.file_name()))
     }
 }
 
-/// `flags:` in fdinfo is octal; the access mode is its last two bits.
-fn is_writable(fdinfo: &Path) -> bool {
-    let Ok(text) = fs::read_to_string(fdinfo) else { return false };
-    text.lines()
-        .find_map(|line| line.strip_prefix("flags:"))
-        .and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok())
-        .is_some_and(|flags| flags & 0o3 != 0)
+/// A descriptor that writes, as far as no file system is asked for it.
+struct Descriptor {
+    process: u32,
+    /// `/proc/PID/fd/N`, which leads to the very file.
+    path: PathBuf,
+    /// The number of its mount.
+    mount: u64,
+    /// None before Linux 5.14.
+    inode: Option<u64>,
+}
+
+impl Descriptor {
+    /// `node` is the process's in /proc. None where it does not write, or is closed by now.
+    fn read(process: u32, node: &Path, number: &OsStr) -> Option<Self> {
+        let text = fs::read_to_string(node.join("fdinfo").join(number)).ok()?;
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        // Octal; the access mode is its last two bits (0 for one without access, O_PATH).
+        let flags = u32::from_str_radix(field("flags")?.trim(), 8).ok()?;
+        let is_writable = flags & 0o3 != 0;
+        let inode = field("ino").and_then(|inode| inode.trim().parse().ok());
+        let mount = field("mnt_id")?.trim().parse().ok()?;
+        is_writable.then(|| Self { process, path: node.join("fd").join(number), mount, inode })
+    }
+
+    /// It has a path: no pipe, socket or the like.
+    fn has_path(&self) -> bool {
+        fs::read_link(&self.path).is_ok_and(|path| path.is_absolute())
+    }
+}
+
+/// How a descriptor is judged before it is looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// It leads to something else.
+    Other,
+    /// It may lead to what is looked for, and its file system answers.
+    Look,
+    /// It may, and its file system may have to ask a server.
+    Doubtful,
+}
+
+/// The names that are looked for among descriptors.
+struct Search<'a> {
+    names: &'a BTreeSet<Identity>,
+    mounts: BTreeMap<u64, &'a Mount>,
+    inodes: BTreeSet<u64>,
+    has_devices: bool,
+}
+
+impl<'a> Search<'a> {
+    fn new(names: &'a BTreeSet<Identity>, mounts: &'a MountTable) -> Self {
+        let inode = |name: &Identity| match name {
+            Identity::File { inode, .. } => Some(*inode),
+            Identity::Device(_) => None,
+        };
+        Self {
+            names,
+            mounts: mounts.all().map(|(_, mount)| (mount.id, mount)).collect(),
+            inodes: names.iter().filter_map(inode).collect(),
+            has_devices: names.iter().any(|name| matches!(name, Identity::Device(_))),
+        }
+    }
+
+    fn verdict(&self, descriptor: &Descriptor) -> Verdict {
+        let is_with = |verdict, is_so| if is_so { verdict } else { Verdict::Other };
+        match self.mounts.get(&descriptor.mount) {
+            Some(mount) if LiesOn::answers_by_itself(&mount.kind) => {
+                is_with(Verdict::Look, self.has_devices && !mount.is_nodev || self.may_be_file(descriptor))
+            }
+            Some(mount) => is_with(
+                Verdict::Doubtful,
+                self.has_devices && !mount.is_nodev || self.may_be_file(descriptor),
+            ),
+            // The kernel's own, or one that was detached while it was in use.
+            None => {
+                let may_be = self.has_devices || self.may_be_file(descriptor);
+                is_with(Verdict::Doubtful, may_be && descriptor.has_path())
+            }
+        }
+    }
+
+    fn may_be_file(&self, descriptor: &Descriptor) -> bool {
+        match descriptor.inode {
+            None => !self.inodes.is_empty(),
+            Some(inode) if !self.inodes.contains(&inode) => false,
+            // A subvolume's files show a number of their own, on a file system that answers.
+            Some(inode) => self.mounts.get(&descriptor.mount).is_none_or(|mount| {
+                LiesOn::answers_by_itself(&mount.kind)
+                    || self.names.contains(&Identity::File { dev: mount.device, inode })
+            }),
+        }
+    }
+
+    /// The first process that has what is looked for open through one of these descriptors, all of one mount. The first
+    /// one tells whether it answers at all.
+    fn ask(&self, path: &Path, descriptors: &[Descriptor]) -> Result<Option<u32>> {
+        let (first, rest) = descriptors.split_at(1.min(descriptors.len()));
+        for descriptors in [first, rest] {
+            let paths: Vec<&Path> = descriptors.iter().map(|it| it.path.as_path()).collect();
+            let mut is_silent = false;
+            for (descriptor, answer) in descriptors.iter().zip(Found::all_in_time(&paths)) {
+                match answer {
+                    Ok(found) if self.names.contains(&Identity::of(&found)) => {
+                        return Ok(Some(descriptor.process));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::TimedOut => is_silent = true,
+                    _ => {}
+                }
+            }
+            if is_silent {
+                let file = descriptors.iter().chain(rest).find(|it| self.may_be_file(it));
+                return file.map_or(Ok(None), |it| {
+                    Err(untold(path, &format!("open for writing by process {}", it.process)))
+                });
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn untold(path: &Path, what: &str) -> Error {
+    let shown = path.display();
+    Error::refused(format!("{shown} may be {what}, whose file system does not answer"))
+        .state("it was not touched")
+        .next("see to the server of that file system, or unmount it (umount -l), and try again")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::Bytes;
     use crate::topology::tests::{dev, machine};
     use std::process::{Command, Stdio};
 
@@ -265,21 +402,23 @@ mod tests {
         Attached {
             number: dev(7, minor),
             node: format!("/dev/loop{minor}").into(),
-            status: LoopStatus {
-                backing_dev: 1,
+            shows: Shows::Known(LoopStatus {
+                backing_dev: dev(0, 1).to_dev(),
                 backing_inode,
                 backing_rdev,
+                offset: Bytes::ZERO,
+                length: None,
                 read_only: false,
                 autoclear: false,
                 direct_io: false,
-            },
+            }),
         }
     }
 
     /// Who must be asked before `wanted` is overwritten: its names, and the loop devices that are others' ways to it.
     fn asked(wanted: Identity, loops: &[Attached]) -> (Vec<Identity>, Vec<u32>) {
         let (_keep, topology) = machine();
-        let (names, shown_by) = topology.names_of(wanted, loops);
+        let (names, shown_by) = topology.names_of(wanted, &Loops(loops.to_vec()));
         (names.into_iter().collect(), shown_by.into_iter().map(|number| number.minor).collect())
     }
 
@@ -290,7 +429,7 @@ mod tests {
         assert_eq!(asked(device(8, 1), &[]).0, [device(8, 0), device(8, 1)]);
         assert_eq!(asked(device(8, 0), &[]).0, [device(8, 0), device(8, 1), device(8, 2)]);
         // Loop 1 shows file 77; loop 2 shows loop 1; loop 3 shows the disk; loop 4 another file.
-        let file = Identity::File { dev: 1, inode: 77 };
+        let file = Identity::File { dev: dev(0, 1), inode: 77 };
         let loops = [
             attached(1, 0, 77),
             attached(2, dev(7, 1).to_dev(), 5),

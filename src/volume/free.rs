@@ -51,9 +51,9 @@ use crate::extent::free::Largest;
 use crate::extent::{Extent, ExtentSet};
 use crate::format::filesystem_log;
 use crate::sys::fsmap::FreeReader;
-use crate::topology::Topology;
+use crate::topology::{LoopOver, Loops, Topology};
 
-use super::layers::{Layers, LoopOver, Seen, View};
+use super::layers::{Layers, Seen, View};
 
 /// What is free on an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -97,7 +97,8 @@ impl FreeMapper {
     /// # Errors
     /// Where device-mapper cannot be opened. A filesystem that cannot be asked is a note.
     pub fn prepare(origin: DeviceNumber, filesystems: &[PathBuf]) -> Result<Self> {
-        let kernel = Kernel { dm: Dm::open()?, topology: Topology::default() };
+        let topology = Topology::default();
+        let kernel = Kernel { dm: Dm::open()?, loops: topology.loops(), topology };
         let layers = Layers::observe(origin, &kernel);
         let mut notes = layers.objections();
         let mut sources: Vec<Source> = Vec::new();
@@ -234,6 +235,7 @@ fn ask(
 struct Kernel {
     dm: Dm,
     topology: Topology,
+    loops: Loops,
 }
 
 impl View for Kernel {
@@ -251,8 +253,7 @@ impl View for Kernel {
     }
 
     fn loops(&self, device: DeviceNumber) -> Vec<LoopOver> {
-        let loops = self.topology.loops_over(device).into_iter();
-        loops.map(|(device, offset, length)| LoopOver { device, offset, length }).collect()
+        self.loops.over(device)
     }
 
     fn name(&self, device: DeviceNumber) -> String {

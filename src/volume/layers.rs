@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use crate::base::{Bytes, DeviceNumber};
 use crate::dm::{Table, Target};
 use crate::extent::{Extent, ExtentSet};
+use crate::topology::LoopOver;
 
 /// Devices in the picture at most; what is not in it is not free.
 const DEVICES_MAX: usize = 1024;
@@ -26,15 +27,6 @@ pub(super) struct Seen {
     pub(super) table: Table,
     /// Another table waits to be used: what the device maps to is about to change.
     pub(super) is_changing: bool,
-}
-
-/// A loop device over another device.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LoopOver {
-    pub(super) device: DeviceNumber,
-    pub(super) offset: Bytes,
-    /// None: to the end.
-    pub(super) length: Option<Bytes>,
 }
 
 /// Where the facts come from: the kernel, or a test.

@@ -27,7 +27,7 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, escape};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
-use crate::topology::{Topology, User, device_number};
+use crate::topology::{MountTable, Topology, User, check_answers, device_number};
 
 pub use mounts::{Frozen, filesystems_on, open_elsewhere};
 
@@ -138,8 +138,9 @@ pub fn find(typed: &Path) -> Result<PathBuf> {
 /// As [`find`], of a name that may be that of a file to be made.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is both a file and a device.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is both a file and a device, or does not answer.
 pub fn find_or_new(typed: &Path) -> Result<PathBuf> {
+    check_answers(typed)?;
     // "./data" is a path; "data" may be either.
     let volume = Path::new("/dev/mapper").join(typed);
     if !is_word(typed) || !matches!(device_number(&volume), Ok(Some(_))) {
@@ -165,8 +166,10 @@ pub fn is_word(typed: &Path) -> bool {
 
 fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
     let topology = Topology::default();
+    let mounts = MountTable::read(&topology)?;
     let swapped = topology.swaps()?.into_iter().any(|swap| {
-        fs::metadata(swap).is_ok_and(|swap| (swap.dev(), swap.ino()) == (meta.dev(), meta.ino()))
+        let own = (DeviceNumber::from_dev(meta.dev()), meta.ino());
+        mounts.look(&swap).is_ok_and(|swap| (swap.dev, swap.inode) == own)
     });
     if swapped {
         return Err(Error::refused(format!("{} is swap space", path.display()))
@@ -261,6 +264,14 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         .state("nothing was changed")
         .next("unmount it, then copy it"));
     }
+    let mut notes = held.notes.clone();
+    if topology.atomic_write_bytes(number) > 0 {
+        notes.push(format!(
+            "{} takes atomic writes (RWF_ATOMIC), and takes none while it is copied: a program that relies on them (a \
+             database without its double write) gets errors",
+            path.display()
+        ));
+    }
     Ok(Origin {
         kind: OriginKind::Live { name, attached },
         number: Some(number),
@@ -268,7 +279,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         filesystems: held.points.clone(),
         lock_filesystem: held.lock_filesystem,
         not_frozen: held.not_frozen.clone(),
-        notes: held.notes.clone(),
+        notes,
         frozen: held,
         path,
     })
@@ -301,6 +312,7 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
 }
 
 fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
+    topology.check_loops_answer(number, &path)?;
     refuse_use(&path, number, topology)?;
     if let Some(user) = topology.user_of(&path)?.filter(User::writes) {
         return Err(Error::refused(format!("{} is {user}", path.display()))
@@ -344,7 +356,7 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
 fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<()> {
     let shown = path.display();
     let mounts = topology.mounts()?;
-    let on = |device| mounts.iter().find(|mount| Topology::is_mount_of(mount, device));
+    let on = |device| mounts.iter().find(|mount| mount.is_of(device));
     if let Some(mount) = on(number) {
         let point = mount.point.display();
         return Err(Error::refused(format!("{shown} is mounted (at {point}) and is no volume"))

@@ -9,12 +9,12 @@
 //! after the freeze ([`Frozen::check_still`]).
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{DeviceNumber, Error, Result};
-use crate::topology::{Mount, Topology, device_number};
+use crate::topology::{Mount, MountTable, Topology, View};
 
 /// Filesystem types that cannot be frozen: read-only by nature.
 const NEVER_WRITTEN: [&str; 4] = ["iso9660", "squashfs", "erofs", "udf"];
@@ -96,35 +96,33 @@ impl Frozen {
 /// I/O errors of reading mountinfo and swaps.
 pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Frozen> {
     let mounts = topology.mounts()?;
+    let mut elsewhere = Elsewhere { topology, table: None };
     let mut found = Frozen::default();
-    let swaps = topology.swaps()?;
+    let own = View { root: PathBuf::from("/"), mounts: mounts.clone() };
+    let swaps: Vec<(PathBuf, DeviceNumber)> = swap_devices(&own, topology.swaps()?);
     // The topmost first; of those at one height, what was mounted last.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
     for (device, height) in topology.heights_above(origin) {
         refuse_unfrozen(device, topology, &mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
-            .filter(|mount| {
-                Topology::is_mount_of(mount, device) && !NEVER_WRITTEN.contains(&mount.kind.as_str())
-            })
+            .filter(|mount| mount.is_of(device) && !NEVER_WRITTEN.contains(&mount.kind.as_str()))
             .collect();
-        let reachable = of_device.iter().find(|mount| is_reachable(mount));
+        let reachable = of_device.iter().find(|mount| is_reachable(mount, &own));
         if let Some(mount) = reachable {
             let order = mounts.iter().position(|other| other.point == mount.point).unwrap_or_default();
             points.push((height, order, mount.point.clone(), mount.device));
         } else if device == origin {
             found.lock_filesystem = true;
-        } else if !of_device.is_empty() || is_mounted_elsewhere(device) {
+        } else if !of_device.is_empty() || elsewhere.open(device)?.is_some() {
             found.not_frozen.push(format!(
                 "the filesystem on {} is mounted out of our reach (in another mount namespace, or beneath another mount) \
                  and is not frozen: the copy shows it as after a power cut",
                 topology.name(device)
             ));
         }
-        for swap in &swaps {
-            if device_number(swap).is_ok_and(|number| number == Some(device)) {
-                found.notes.push(format!("{} is swap space: it is copied as it is", swap.display()));
-            }
+        for (path, _) in swaps.iter().filter(|(_, number)| *number == device) {
+            found.notes.push(format!("{} is swap space: it is copied as it is", path.display()));
         }
     }
     points.sort_by(|one, other| other.cmp(one));
@@ -140,7 +138,7 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
 /// Filesystems that span devices, or that a freeze does not reach through one of them, have no
 /// instant that a copy of one device could show.
 fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) -> Result<()> {
-    let mut of_device = mounts.iter().filter(|mount| Topology::is_mount_of(mount, device));
+    let mut of_device = mounts.iter().filter(|mount| mount.is_of(device));
     if let Some(mount) = of_device.find(|mount| SHARED.contains(&mount.kind.as_str())) {
         return Err(Error::refused(format!(
             "{} holds a mounted {}, a file system that other machines may write: what they write there does not pass \
@@ -151,9 +149,8 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
         .state("nothing was changed")
         .next("unmount it on all machines, then copy it"));
     }
-    let mounted = mounts
-        .iter()
-        .find(|mount| Topology::is_mount_of(mount, device) && NEVER_FROZEN.contains(&mount.kind.as_str()));
+    let mounted =
+        mounts.iter().find(|mount| mount.is_of(device) && NEVER_FROZEN.contains(&mount.kind.as_str()));
     let kind = match mounted {
         Some(mount) => mount.kind.as_str(),
         None if !topology.btrfs_beside(device).is_empty() => "btrfs",
@@ -168,37 +165,50 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
 }
 
 /// The mount point still leads to this very filesystem: nothing is mounted over it.
-fn is_reachable(mount: &Mount) -> bool {
-    fs::metadata(&mount.point).is_ok_and(|meta| DeviceNumber::from_dev(meta.dev()) == mount.device)
+fn is_reachable(mount: &Mount, own: &View) -> bool {
+    own.look(&mount.point).is_ok_and(|found| found.dev == mount.device)
+}
+
+fn swap_devices(own: &View, swaps: Vec<PathBuf>) -> Vec<(PathBuf, DeviceNumber)> {
+    let device = |path: PathBuf| {
+        let number = own.look(&path).ok()?.block_device?;
+        Some((path, number))
+    };
+    swaps.into_iter().filter_map(device).collect()
 }
 
 /// An open directory of a filesystem on `device` that is mounted in another mount namespace, reached through a process
 /// there.
-#[must_use]
-pub fn open_elsewhere(device: DeviceNumber) -> Option<File> {
-    let mut seen = BTreeSet::new();
-    for entry in fs::read_dir("/proc").ok()?.flatten() {
-        let process = entry.path();
-        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
-        if !seen.insert(namespace) {
-            continue;
-        }
-        let mounts = Topology::mounts_of(&process).unwrap_or_default();
-        let root = process.join("root");
-        let opened = mounts.iter().filter(|mount| mount.device == device).find_map(|mount| {
-            // Whoever made that namespace chose what is there: nothing is waited for.
-            let path = root.join(mount.point.strip_prefix("/").ok()?);
-            let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
-            let meta = file.metadata().ok()?;
-            (DeviceNumber::from_dev(meta.dev()) == device).then_some(file)
-        });
-        if opened.is_some() {
-            return opened;
-        }
-    }
-    None
+///
+/// # Errors
+/// I/O errors of reading the list of processes.
+pub fn open_elsewhere(device: DeviceNumber) -> Result<Option<File>> {
+    Ok(open_in(&MountTable::read(&Topology::default())?, device))
 }
 
-fn is_mounted_elsewhere(device: DeviceNumber) -> bool {
-    open_elsewhere(device).is_some()
+fn open_in(table: &MountTable, device: DeviceNumber) -> Option<File> {
+    table.of(device).find_map(|(view, mount)| {
+        // What is there was chosen by the one who made that namespace: nothing is waited for.
+        view.look(&mount.point).ok().filter(|found| found.dev == device)?;
+        let path = view.path(&mount.point);
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
+        let meta = file.metadata().ok()?;
+        (DeviceNumber::from_dev(meta.dev()) == device).then_some(file)
+    })
+}
+
+/// The mounts of all namespaces, read once, and only where one is asked for.
+struct Elsewhere<'a> {
+    topology: &'a Topology,
+    table: Option<MountTable>,
+}
+
+impl Elsewhere<'_> {
+    fn open(&mut self, device: DeviceNumber) -> Result<Option<File>> {
+        let table = match &mut self.table {
+            Some(table) => table,
+            None => self.table.insert(MountTable::read(self.topology)?),
+        };
+        Ok(open_in(table, device))
+    }
 }

@@ -91,6 +91,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_crash", A, F, F, ""),
     ("store_adopt", A, F, F, ""),
     ("store_circles", A, F, F, ""),
+    ("dead_server", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many of short copies, and faults that stock kernels cannot inject"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),

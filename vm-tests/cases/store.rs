@@ -36,6 +36,13 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(64)
             .disk_mib(300)
             .limit_seconds(300),
+        case("dead_server")
+            .modules(&["dm-switch", "overlay", "fuse"])
+            .commands(&["unshare", "python3", "mountpoint"])
+            .disk_mib(64)
+            .disk_mib(300)
+            .disk_mib(64)
+            .limit_seconds(600),
         // A head of the smallest size that goes without its tail, and an origin that needs more.
         // One process takes over from another: hardly a matter of the kernel.
         base("store_adopt").disk_mib(80).disk_mib(480).memory_mib(1024).limit_seconds(1200),

@@ -188,7 +188,7 @@ impl<'a> Runner<'a> {
         let mut targets: Vec<(String, &File)> =
             self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
         // What is mounted in another namespace, and what was written to the device itself.
-        let hidden = if self.lock_filesystem { open_elsewhere(number) } else { None };
+        let hidden = if self.lock_filesystem { open_elsewhere(number)? } else { None };
         let device = File::open(node::device_path(number)?).io_context(|| "opening the origin".to_owned())?;
         targets
             .extend(hidden.iter().map(|file| ("the filesystem in another mount namespace".to_owned(), file)));

@@ -1,0 +1,287 @@
+//! Which file systems are mounted, in which mount namespaces? And which of them answer without a server?
+//!
+//! Facts come from `/proc/PID/mountinfo` (proc_pid_mountinfo(5)), whose paths are bytes, and from `/proc/swaps`. A mount
+//! whose point is covered by another one is in the table all the same: what it shows has to be compared by number.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Topology;
+use super::filesystem::LiesOn;
+use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
+use crate::sys::found::Found;
+
+/// One line of mountinfo, as far as needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The mount's own number, as in fdinfo. No two mounts of the machine have the same.
+    pub id: u64,
+    /// `st_dev` of its files.
+    pub device: DeviceNumber,
+    /// Where in the filesystem it begins: "/" unless it is a bind mount of a part.
+    pub root: PathBuf,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// Device nodes in it lead to no device.
+    pub is_nodev: bool,
+    /// "ext4".
+    pub kind: String,
+    /// What was mounted: a device's path for most.
+    pub source: PathBuf,
+    /// The superblock's options, as they stand there, escapes and all.
+    pub options: String,
+}
+
+impl Mount {
+    pub(super) fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split(' ');
+        let id = fields.next()?.parse().ok()?;
+        let device = fields.nth(1)?.parse().ok()?;
+        let root = unescape(fields.next()?);
+        let point = unescape(fields.next()?);
+        let is_nodev = fields.next()?.split(',').any(|option| option == "nodev");
+        let mut after = line.split_once(" - ")?.1.split(' ');
+        let kind = after.next()?.to_owned();
+        let source = unescape(after.next()?);
+        let options = after.next().unwrap_or_default().to_owned();
+        Some(Self { id, device, root, point, is_nodev, kind, source, options })
+    }
+
+    /// It is of a filesystem on `device`.
+    #[must_use]
+    pub fn is_of(&self, device: DeviceNumber) -> bool {
+        self.device == device || self.source_device() == Some(device)
+    }
+
+    /// The block device that the source names. A file system whose superblock has the number of its device is told by
+    /// that; where it has none of a device (btrfs, a FUSE server on a disk), the source is looked at. It is what the one
+    /// who mounted it has said, and may be a path that leads to another server: nothing outside /dev is looked at, but for
+    /// file systems of which the kernel has opened the source itself.
+    #[must_use]
+    pub fn source_device(&self) -> Option<DeviceNumber> {
+        let is_opened_by_kernel = LiesOn::of(&self.kind) == LiesOn::Devices && self.source.is_absolute();
+        if is_opened_by_kernel || self.source.starts_with("/dev") {
+            Found::at(&self.source).ok()?.block_device
+        } else {
+            None
+        }
+    }
+}
+
+/// What the processes of one mount namespace see.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// Where one of those processes has its root.
+    pub root: PathBuf,
+    /// In the order in which they were mounted.
+    pub mounts: Vec<Mount>,
+}
+
+impl View {
+    /// `path`, as it is for that process, for this one.
+    #[must_use]
+    pub fn path(&self, path: &Path) -> PathBuf {
+        self.root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// What is at `path` in this view. Where the way leads through a file system that may have to ask a server, a child
+    /// process looks, for a limited time.
+    ///
+    /// # Errors
+    /// The errno of statx(2); [`io::ErrorKind::TimedOut`].
+    pub fn look(&self, path: &Path) -> io::Result<Found> {
+        let mut on_the_way = self.mounts.iter().filter(|mount| path.starts_with(&mount.point)).peekable();
+        // None is seen where the process has its root within a mount.
+        let is_local =
+            on_the_way.peek().is_some() && on_the_way.all(|mount| LiesOn::answers_by_itself(&mount.kind));
+        let path = self.path(path);
+        if is_local { Found::at(&path) } else { Found::in_time(&path) }
+    }
+}
+
+/// The mounts of every mount namespace that a process is in: as they are now.
+#[derive(Clone, Debug)]
+pub struct MountTable {
+    /// Our own first.
+    views: Vec<View>,
+}
+
+impl MountTable {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// I/O errors of reading our own mounts, or the list of processes.
+    pub fn read(topology: &Topology) -> Result<Self> {
+        let proc = topology.root.join("proc");
+        let mut views = vec![View { root: topology.root.clone(), mounts: topology.mounts()? }];
+        let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
+        let mut known: BTreeSet<PathBuf> = namespace(&proc.join("self")).into_iter().collect();
+        for id in topology.processes()? {
+            let process = topology.process(id);
+            // One that has ended, or that we may not look into.
+            let Some(namespace) = namespace(&process).filter(|namespace| !known.contains(namespace)) else {
+                continue;
+            };
+            if let Ok(mounts) = mounts_in(&process) {
+                known.insert(namespace);
+                views.push(View { root: process.join("root"), mounts });
+            }
+        }
+        Ok(Self { views })
+    }
+
+    /// Our own mounts.
+    #[must_use]
+    pub fn own(&self) -> &[Mount] {
+        self.views.first().map_or(&[], |view| &view.mounts)
+    }
+
+    /// All views.
+    #[must_use]
+    pub fn views(&self) -> &[View] {
+        &self.views
+    }
+
+    /// All mounts, our own first, each with the view that it is in.
+    pub fn all(&self) -> impl Iterator<Item = (&View, &Mount)> {
+        self.views.iter().flat_map(|view| view.mounts.iter().map(move |mount| (view, mount)))
+    }
+
+    /// The mount of this number.
+    #[must_use]
+    pub fn by_id(&self, id: u64) -> Option<&Mount> {
+        self.all().map(|(_, mount)| mount).find(|mount| mount.id == id)
+    }
+
+    /// The mounts of the file system whose superblock has this number.
+    pub fn of(&self, number: DeviceNumber) -> impl Iterator<Item = (&View, &Mount)> {
+        self.all().filter(move |(_, mount)| mount.device == number)
+    }
+
+    /// What is at `path` for this process, as [`View::look`].
+    ///
+    /// # Errors
+    /// As [`View::look`].
+    pub fn look(&self, path: &Path) -> io::Result<Found> {
+        match self.views.first() {
+            Some(own) if own.root == Path::new("/") => own.look(path),
+            // A made-up machine's paths are this machine's.
+            _ => Found::in_time(path),
+        }
+    }
+}
+
+impl Topology {
+    /// The mounts of our mount namespace, in the order in which they were made.
+    ///
+    /// # Errors
+    /// I/O errors of reading mountinfo.
+    pub fn mounts(&self) -> Result<Vec<Mount>> {
+        mounts_in(&self.root.join("proc/self"))
+    }
+
+    /// The ids of all processes.
+    ///
+    /// # Errors
+    /// I/O errors of reading /proc.
+    pub(super) fn processes(&self) -> Result<Vec<u32>> {
+        let proc = self.root.join("proc");
+        let entries = fs::read_dir(&proc).io_context(|| format!("read {}", proc.display()))?;
+        Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+    }
+
+    pub(super) fn process(&self, id: u32) -> PathBuf {
+        self.root.join("proc").join(id.to_string())
+    }
+
+    /// Swap areas: files and devices, as the kernel names them.
+    ///
+    /// # Errors
+    /// I/O errors of reading /proc/swaps.
+    pub fn swaps(&self) -> Result<Vec<PathBuf>> {
+        let file = self.root.join("proc/swaps");
+        match fs::read(&file) {
+            Ok(bytes) => {
+                let text = escaped_text(&bytes);
+                let first = |line: &str| unescape(line.split_whitespace().next().unwrap_or_default());
+                Ok(text.lines().skip(1).map(first).collect())
+            }
+            // A kernel without swap has no such file.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(Error::io(format!("read {}", file.display()), error)),
+        }
+    }
+}
+
+/// The mounts that a process sees, which has `node` in /proc.
+fn mounts_in(node: &Path) -> Result<Vec<Mount>> {
+    let file = node.join("mountinfo");
+    let bytes = fs::read(&file).io_context(|| format!("read {}", file.display()))?;
+    Ok(escaped_text(&bytes).lines().filter_map(Mount::parse).collect())
+}
+
+/// What the kernel says of paths, which are bytes: one that is no UTF-8 becomes an octal escape as the kernel has others,
+/// which [`unescape`] undoes.
+fn escaped_text(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|byte| format!("\\{byte:03o}")));
+    }
+    text
+}
+
+/// Undoes the octal escapes (`\040`) of mountinfo and swaps.
+pub(super) fn unescape(field: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt as _;
+    let bytes = field.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .filter(|_| bytes[at] == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                out.push(byte);
+                at += 4;
+            }
+            None => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::machine;
+    use super::*;
+
+    #[test]
+    fn escapes_are_undone() {
+        assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
+        assert_eq!(unescape("/a\\9"), Path::new("/a\\9"));
+    }
+
+    #[test]
+    fn a_mount_point_is_bytes() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let (keep, topology) = machine();
+        let file = keep.path().join("proc/self/mountinfo");
+        let mut lines = fs::read(&file).unwrap();
+        lines.extend(b"40 35 8:16 / /mnt/\xff\\040b rw - ext4 /dev/\xfe rw\n");
+        fs::write(&file, lines).unwrap();
+        let mounts = topology.mounts().unwrap();
+        assert_eq!(mounts[0].point, Path::new("/mnt/my disk"));
+        assert_eq!(mounts[1].point.as_os_str().as_bytes(), b"/mnt/\xff b");
+        assert_eq!(mounts[1].source.as_os_str().as_bytes(), b"/dev/\xfe");
+        fs::write(keep.path().join("proc/swaps"), b"Filename Type\n/swap\xff file 1\n").unwrap();
+        assert_eq!(topology.swaps().unwrap()[0].as_os_str().as_bytes(), b"/swap\xff");
+    }
+}
