@@ -203,9 +203,19 @@ impl Owner {
     /// With `table` in use, by whomever: if it is the one that was there at first, puts back the settings that go with it.
     pub fn put_back_settings_of(&self, table: &Table) {
         let at_first = self.settings_at_first.iter().filter(|(first, _)| first == table);
-        for path in at_first.flat_map(|(_, settings)| settings.put_back_all()) {
+        for path in at_first.flat_map(|(_, settings)| settings.put_back_of_table()) {
             say_lost(&path);
         }
+    }
+
+    /// Takes over the settings that a dead process found with the table `first`; the change that it died in may have
+    /// dropped any of them. Not while the device is held.
+    pub fn take_over_settings(&mut self, first: Table, settings: QueueSettings) {
+        for path in settings.put_back() {
+            say_lost(&path);
+        }
+        self.settings_at_first = Some((first, settings));
+        self.put_back_settings_of(&self.active);
     }
 
     fn note_settings(&mut self) {

@@ -195,9 +195,8 @@ impl Job {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn set_origin(&mut self, device: &str, number: DeviceNumber, table: &str) -> Result<()> {
-        self.record.origin =
-            Some(OriginRecord { device: device.to_owned(), number, table: table.to_owned() });
+    pub fn set_origin(&mut self, origin: OriginRecord) -> Result<()> {
+        self.record.origin = Some(origin);
         self.save()
     }
 

@@ -24,9 +24,13 @@ use serde::Serialize;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_ours};
 use crate::dm::origin_table::Beneath;
-use crate::dm::{Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Slot, Step, Table, Udev};
+use crate::dm::{
+    Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Owner, Slot, Step, Table, Udev,
+};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
+use crate::sys::dm_ioctl::Key;
+use crate::sys::queue::QueueSettings;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
@@ -377,8 +381,25 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
         origins.fold(error, |error, (origin, beneath)| tell_gone_disk(error, &origin.name, &beneath.own))
     };
     report.done.extend(recover_devices(&mut machine).map_err(tell_gone_disks)?);
+    put_back_settings(dm, &scene.dead)?;
     report.done.extend(crate::store::release_leftovers()?);
     Ok(machine.jobs)
+}
+
+/// Settings of the queues of dead jobs' origins, which went with the table that they had. An origin that does not have the
+/// table again that the job found is somebody else's to set.
+fn put_back_settings(dm: &Dm, dead: &[JobRecord]) -> Result<()> {
+    for origin in dead.iter().filter_map(|record| record.origin.as_ref()) {
+        let Some(device) = look_at(dm, origin.number)? else { continue };
+        let Some(own) = origin.table.parse().ok().filter(|own| device.active.as_ref() == Some(own)) else {
+            continue;
+        };
+        if !device.suspended && device.inactive.is_none() {
+            let settings = QueueSettings::from_record(origin.number, &origin.queue);
+            Owner::new(dm, origin.number, own.clone())?.take_over_settings(own, settings);
+        }
+    }
+    Ok(())
 }
 
 /// Takes away the files and the records of the dead ones among `jobs`. Where something failed before, only of those that
@@ -491,7 +512,7 @@ impl Machine for Kernel<'_> {
             }
         }
         for (name, _) in names {
-            if let Some(device) = look_at(self.dm, &name)? {
+            if let Some(device) = look_at(self.dm, name.as_str())? {
                 scene.devices.push(device);
             }
         }
@@ -514,9 +535,9 @@ impl Machine for Kernel<'_> {
 }
 
 /// A device with its tables; None where it has gone meanwhile.
-fn look_at(dm: &Dm, name: &str) -> Result<Option<SeenDevice>> {
-    let Some(info) = dm.info(name)? else { return Ok(None) };
-    let table = |slot| match dm.table(name, slot) {
+fn look_at<'a>(dm: &Dm, device: impl Into<Key<'a>>) -> Result<Option<SeenDevice>> {
+    let Some(info) = dm.info(device)? else { return Ok(None) };
+    let table = |slot| match dm.table(info.number, slot) {
         Err(error) if error.errno() == Some(libc::ENXIO) => Ok(None),
         // Somebody else's table that breaks our bounds is no concern of ours.
         Err(error) if error.kind() == ErrorKind::BadData && !is_ours(&info.uuid) => Ok(None),

@@ -78,6 +78,7 @@ impl FakeKernel {
                 device: "data".into(),
                 number: self.devices["data"].number,
                 table: OWN.into(),
+                queue: BTreeMap::new(),
             }),
             change: None,
             resources: Vec::new(),

@@ -65,6 +65,42 @@ wait "$ring" || true
 grep -q 'err= 0' /run/fio.log || fail "io_uring saw an error: $(cat /run/fio.log)"
 assert_same "the settings" "$(limits)" "$limits_before"
 assert_same "the table" "$(dmsetup table data)" "$table_before"
+
+# as_before WHAT
+as_before() {
+    assert_same "$1: the settings" "$(limits)" "$limits_before"
+    assert_same "$1: the table" "$(dmsetup table data)" "$table_before"
+    assert_no_tidemark_left
+}
+# killed_at POINT: a copy that dies there.
+killed_at() {
+    local status=0
+    rm -f /mnt/scratch/copy.raw
+    TIDEMARK_CRASH_AT=$1 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 8MiB \
+        --segment 1MiB >/run/copy.out 2>/run/copy.err || status=$?
+    assert_same "exit status at $1: $(cat /run/copy.err)" "$status" 137
+    note "killed at $1: $(limits)"
+}
+
+# Of a copy that dies, whoever puts its table back puts back the settings. At the last of these points the origin has its
+# own table again, and only the settings are lost.
+for point in insert.switch.before insert.switch.after copy.data.before release.swap.after:2 restore.suspend.after restore.switch.after; do
+    killed_at "$point"
+    tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
+    as_before "killed at $point, and given up"
+done
+killed_at copy.data.before
+tidemark resume >/run/resume.out 2>&1 || fail "resume: $(cat /run/resume.out)"
+as_before "killed, and gone on with"
+
+# What somebody sets in mid-copy is his.
+tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 8MiB --rate 24MiB >/run/copy.out 2>/run/copy.err &
+copy=$!
+wait_until 20 is_preserved "$origin"
+echo 2048 >"$queue/read_ahead_kb"
+wait "$copy" || fail "the copy: $(cat /run/copy.err)"
+limits_before=${limits_before/read_ahead_kb=4096/read_ahead_kb=2048}
+as_before "set in mid-copy"
 exec 8>&- 9<&-
 assert_no_tidemark_left
 dmsetup remove --noudevsync data

@@ -10,6 +10,8 @@ mod view;
 
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
+use std::collections::BTreeMap;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -148,6 +150,10 @@ pub struct OriginRecord {
     pub number: DeviceNumber,
     /// Its own table, as the kernel printed it.
     pub table: String,
+    /// Settings of its queue before the table was changed, by the names of their files in sysfs. Empty in a record of a
+    /// program that did not note them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub queue: BTreeMap<String, String>,
 }
 
 /// Where a change stands.
@@ -286,6 +292,7 @@ mod tests {
                 device: "vg-data".to_owned(),
                 number: DeviceNumber { major: 253, minor: 3 },
                 table: "0 8192 linear 8:16 2048\n8192 8192 linear 8:32 2048".to_owned(),
+                queue: BTreeMap::new(),
             }),
             change: Some(ChangeRecord {
                 name: "insert".to_owned(),
@@ -298,6 +305,12 @@ mod tests {
             resources: vec![ResourceRecord { kind: "loop".to_owned(), path: "/dev/loop3".to_owned() }],
             copy: None,
         }
+    }
+
+    fn with_settings() -> JobRecord {
+        let queue = [("read_ahead_kb", "4096"), ("write_cache", "write through")];
+        let queue = queue.map(|(file, value)| (file.to_owned(), value.to_owned())).into();
+        JobRecord { origin: job().origin.map(|origin| OriginRecord { queue, ..origin }), ..job() }
     }
 
     fn copying() -> JobRecord {
@@ -376,6 +389,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/job-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), job());
         assert_eq!(encode(&job()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/job-queue-v1.json");
+        assert_eq!(decode::<JobRecord>(golden).unwrap(), with_settings());
+        assert_eq!(encode(&with_settings()).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/job-copy-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), copying());
         assert_eq!(encode(&copying()).unwrap(), golden);

@@ -28,9 +28,11 @@ use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
+use crate::format::state::OriginRecord;
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
+use crate::sys::queue::QueueSettings;
 use crate::topology::Topology;
 use crate::volume::Frozen;
 use crate::volume::free::FreeMapper;
@@ -227,7 +229,12 @@ impl Stack {
                     .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
             }
         }
-        job.set_origin(origin, number, &own_table.to_string())?;
+        job.set_origin(OriginRecord {
+            device: origin.to_owned(),
+            number,
+            table: own_table.to_string(),
+            queue: QueueSettings::read(number).to_record(),
+        })?;
         job.note_expedited();
         let change = insertion(request, &own_table, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
@@ -316,7 +323,8 @@ impl Stack {
         }
         let claim = dm.claim(number(&names.snap)?)?;
         let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
-        let owner = take_over(dm, &origin, current, &beneath).map_err(|error| match error.kind() {
+        let queue = QueueSettings::from_record(record.number, &record.queue);
+        let owner = take_over(dm, &origin, current, &beneath, queue).map_err(|error| match error.kind() {
             ErrorKind::StoreInvalid => gone(error.to_string()),
             _ => error,
         })?;
@@ -636,14 +644,21 @@ fn check_adoptable(
     Ok(info)
 }
 
-/// The table of an origin whose owner died.
-fn take_over(dm: &Dm, origin: &DeviceInfo, current: Table, beneath: &Beneath) -> Result<Owner> {
+/// The table of an origin whose owner died, and what it had noted of the queue.
+fn take_over(
+    dm: &Dm,
+    origin: &DeviceInfo,
+    current: Table,
+    beneath: &Beneath,
+    queue: QueueSettings,
+) -> Result<Owner> {
     // The dead process may have loaded a table. Any other table is somebody else's.
     if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
         dm.clear(origin.number)?;
     }
-    let owner = Owner::new(dm, origin.number, current)?;
+    let mut owner = Owner::new(dm, origin.number, current)?;
     owner.check(dm)?;
+    owner.take_over_settings(beneath.own.clone(), queue);
     Ok(owner)
 }
 
