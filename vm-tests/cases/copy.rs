@@ -10,7 +10,8 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
     cases.extend(resumes());
-    cases.extend([lvm_races(), lvm_names(), lvm_above(), table_races(), targets(), queue()]);
+    cases.extend([crypt_races("beneath"), crypt_races("above")]);
+    cases.extend([lvm_races(), lvm_merge(), lvm_names(), lvm_above(), table_races(), targets(), queue()]);
     cases.extend([
         main_job("demo", "demo.sh")
             .commands(&["python3", "sqlite3"])
@@ -132,8 +133,27 @@ fn lvm_races() -> Case {
         .limit_seconds(600)
 }
 
+fn crypt_races(place: &str) -> Case {
+    main_job(&format!("copy_crypt_races_{place}"), "crypt_races.sh")
+        .modules(&["dm-crypt", "xts"])
+        .commands(&["cryptsetup"])
+        .variable("WHERE", place)
+        .delayed_disk_mib(48, SLOW)
+        .disk_mib(300)
+        .limit_seconds(600)
+}
+
 fn table_races() -> Case {
     main_job("copy_table_races", "table_races.sh").delayed_disk_mib(64, SLOW).disk_mib(300).limit_seconds(300)
+}
+
+fn lvm_merge() -> Case {
+    main_job("copy_lvm_merge", "lvm_merge.sh")
+        .commands(&["lvcreate", "lvconvert", "vgrename"])
+        .delayed_disk_mib(64, SLOW)
+        .delayed_disk_mib(32, SLOW)
+        .disk_mib(300)
+        .limit_seconds(600)
 }
 
 fn lvm_names() -> Case {

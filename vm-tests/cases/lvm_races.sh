@@ -2,71 +2,9 @@
 # metadata and in the kernel; a copy succeeds or says why it is void; the files are as they were written.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_lvm.sh"
 
-make_filesystem ext4 "$(disk 2)" /mnt/scratch
-pvcreate -q -y "$(disk 0)" "$(disk 1)"
-vgcreate -q -s 1m tidetest "$(disk 0)" "$(disk 1)"
-lvcreate -q -y -Wn -Zn -L 48m -n data tidetest "$(disk 0)"
-dmsetup mknodes
-origin=/dev/mapper/tidetest-data
-make_filesystem ext4 "$origin" /mnt/origin
-head -c 4m /dev/urandom >/mnt/origin/kept
-sum=$(sha256sum </mnt/origin/kept)
-sync
-
-# A small, hot file written all the time: every suspension has I/O to wait for.
-writes() {
-    fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
-        --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
-    LOAD=$!
-    wait_until 30 test -s /mnt/origin/hot
-}
-ends() { kill -INT "$LOAD"; wait "$LOAD" || true; }
-
-# What LVM's metadata says is what the kernel maps: size, and the disks that it lies on.
-agree() { # WHEN
-    local says maps
-    says=$(lvs --noheadings --nosuffix --units s -o lv_size tidetest/data | tr -d ' ')
-    maps=$(blockdev --getsz "$origin")
-    assert_same "$1: the size that the kernel maps" "$maps" "$says"
-    says=$(lvs --noheadings -o devices tidetest/data | tr -d ' ' | tr ',' '\n' | sed 's/(.*//' | sort -u |
-        xargs stat -L -c %Hr:%Lr | sort | xargs)
-    maps=$(dmsetup deps -o devno tidetest-data | grep -oE '[0-9]+, [0-9]+' | sed 's/, /:/' | sort | xargs)
-    assert_same "$1: the disks that the kernel maps" "$maps" "$says"
-    assert_same "$1: suspended devices" "$(suspended_devices)" ""
-    assert_no_tidemark_left
-}
-
-# What a copy may say that is not a success: it was LVM's turn.
-accounted_for() { # STATUS
-    [ "$1" = 0 ] || grep -q 'somebody replaced the table\|somebody is changing\|a command of LVM\|changed since the copy was planned' /run/copy.err ||
-        fail "the copy ended with $1: $(cat /run/copy.err)"
-}
-
-copied=0 void=0
-# round COMMAND...: the command begins somewhere in a copy with many releases.
-round() {
-    local status=0 scope=${SCOPE:-change}
-    rm -f /mnt/scratch/copy.raw
-    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --region 256KiB --segment 64KiB \
-        --rate 12MiB --freeze-budget 60s --lvm-lock "$scope" >/run/copy.out 2>/run/copy.err &
-    local copy=$!
-    sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
-    [ $((RANDOM % 2)) = 0 ] || wait_until 30 is_preserved "$origin" || true
-    if [ "$scope" = copy ]; then
-        wait_until 30 sh -c "tidemark status --json | grep -q '\"keeps_lvm_away\":true'"
-        tidemark status | grep -q 'LVM' || fail "status does not say that LVM waits: $(tidemark status)"
-    fi
-    "$@" >/run/lvm.out 2>&1 || fail "'$*' failed: $(cat /run/lvm.out)"
-    wait "$copy" || status=$?
-    accounted_for "$status"
-    [ "$scope" = change ] || assert_same "the copy that LVM waited for" "$status" 0
-    if [ "$status" = 0 ]; then copied=$((copied + 1)); else void=$((void + 1)); fi
-    note "$*: the copy ended with $status $(grep '^tidemark: ' /run/copy.err || true)"
-    tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
-    agree "$*"
-}
-
+make_group 48
 writes
 for turn in 1 2; do
     round lvextend -q -L +1m tidetest/data

@@ -83,7 +83,7 @@ round() {
     assert_no_tidemark_left
 }
 
-for end in none INT KILL; do
+for end in none TERM KILL; do
     round suspends "$end"
     round enlarges "$end"
     round loads_and_drops "$end"

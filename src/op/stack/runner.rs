@@ -543,7 +543,11 @@ fn freeze_error(path: &Path, source: std::io::Error) -> Error {
     match source.raw_os_error() {
         Some(libc::EBUSY) => error("somebody else has frozen it")
             .with_source(source)
-            .next(format!("thaw it first: fsfreeze -u {}", path.display())),
+            .next(format!(
+                "if a device beneath it is suspended ('dmsetup info'), end that: 'cryptsetup luksResume', 'dmsetup \
+                 resume'; else thaw it: 'fsfreeze -u {}'",
+                path.display()
+            )),
         Some(libc::EOPNOTSUPP) => {
             error("its filesystem cannot be frozen").with_source(source).next("unmount it, then copy it")
         }

@@ -1,0 +1,213 @@
+# cryptsetup is at work while volumes are copied, on a slow disk: it resizes, suspends with the key wiped and resumes,
+# refreshes, tries to close; beneath the origin (an attached volume on LUKS) or above it (LUKS on a volume). Copies release,
+# hold, are interrupted, killed, given up and gone on with. What cryptsetup reports done is done, what is in use is not
+# closed, a suspension ends with cryptsetup's own resume; a copy that succeeds is that of its instant.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+settle
+make_filesystem ext4 "$(disk 1)" /mnt/scratch
+crypt=tidetest-crypt
+head -c 32 /dev/urandom >/run/key
+# The file system above has the fewest; the header leaves no more than the most.
+FEWEST=$((24 * 2048)) MOST=$((44 * 2048))
+sectors=$FEWEST
+# Keys are derived in no time, and the header is small.
+format() {
+    cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --luks2-metadata-size 16k \
+        --luks2-keyslots-size 256k --key-file /run/key "$1"
+}
+opened() { cryptsetup open --disable-keyring --key-file /run/key "$1" "$2"; }
+if [ "$WHERE" = beneath ]; then
+    format "$(disk 0)"
+    opened "$(disk 0)" $crypt
+    cryptsetup resize --size $sectors --key-file /run/key $crypt
+    settle
+    make_filesystem ext4 /dev/mapper/$crypt /mnt/origin
+    before=$(dmsetup table $crypt)
+    # In use it has no road past cryptsetup: an attached volume has.
+    assert_status 3 tidemark copy /dev/mapper/$crypt /mnt/scratch/copy.raw --yes --store /mnt/scratch
+    assert_same "the table of a device that is refused" "$(dmsetup table $crypt)" "$before"
+    umount /mnt/origin
+    tidemark attach /dev/mapper/$crypt --name data
+    settle
+    mount /dev/mapper/data /mnt/origin
+    volumes=data
+else
+    dmsetup create data --table "0 $(blockdev --getsz "$(disk 0)") linear $(disk 0) 0"
+    settle
+    format /dev/mapper/data
+    opened /dev/mapper/data $crypt
+    cryptsetup resize --size $sectors --key-file /run/key $crypt
+    settle
+    make_filesystem ext4 /dev/mapper/$crypt /mnt/origin
+    volumes=
+fi
+origin=/dev/mapper/data
+table=$(dmsetup table data)
+head -c 4m /dev/urandom >/mnt/origin/kept
+sum=$(sha256sum </mnt/origin/kept)
+sync
+fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
+    --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
+LOAD=$!
+wait_until 30 test -s /mnt/origin/hot
+
+pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }
+# In the background a failure is noted for the round that it belongs to.
+wrong() {
+    echo "$*" >>/run/wrong
+    exit 1
+}
+asked() { "$@" >/run/crypt.out 2>&1 || wrong "'$*' failed: $(cat /run/crypt.out)"; }
+
+# -- what cryptsetup does
+
+resizes() {
+    sectors=$((FEWEST + RANDOM % ((MOST - FEWEST) / 8) * 8))
+    asked cryptsetup resize --size $sectors --key-file /run/key $crypt
+    [ "$(blockdev --getsz /dev/mapper/$crypt)" = $sectors ] || wrong "resized, and the kernel has another size"
+}
+refreshes() {
+    local flag=''
+    [ $((RANDOM % 2)) = 0 ] || flag=--allow-discards
+    # shellcheck disable=SC2086
+    asked cryptsetup refresh --disable-keyring $flag --key-file /run/key $crypt
+    case "$flag,$(dmsetup table $crypt)" in
+        ,*allow_discards* | --allow-discards,*aes-xts-plain64\ *0\ *[0-9]) wrong "refreshed, and its flags are others: $(dmsetup table $crypt)" ;;
+    esac
+    # It takes all of the device again.
+    sectors=$(blockdev --getsz /dev/mapper/$crypt)
+}
+suspends() {
+    asked cryptsetup luksSuspend $crypt
+    for _ in 1 2 3 4 5; do
+        dmsetup info $crypt | grep -q 'State: *SUSPENDED' || wrong "somebody ended a suspension that is not his"
+        sleep "0.0$((RANDOM % 9))"
+    done
+    asked cryptsetup luksResume --disable-keyring --key-file /run/key $crypt
+    ! dmsetup info $crypt | grep -q 'State: *SUSPENDED' || wrong "resumed, and it is suspended"
+}
+closes() {
+    ! cryptsetup close $crypt >/run/crypt.out 2>&1 || wrong "what is in use was closed"
+    dmsetup info $crypt >/dev/null || wrong "what is in use is gone"
+}
+at_work() {
+    while [ -e /run/at-work ]; do
+        pause
+        local deed
+        deed=$(shuf -n 1 --random-source=/dev/urandom -e resizes refreshes suspends closes)
+        "$deed"
+        echo "$deed" >>/run/deeds
+    done
+    echo $sectors >/run/sectors
+}
+
+# -- beside copies
+
+until_preserved() { # PID
+    while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
+}
+
+as_before() { # WHEN
+    assert_same "$1: the table of the origin" "$(dmsetup table data)" "$table"
+    assert_same "$1: suspended devices" "$(suspended_devices)" ""
+    assert_same "$1: the size above" "$(blockdev --getsz /dev/mapper/$crypt)" "$sectors"
+    # shellcheck disable=SC2086
+    assert_no_tidemark_left $volumes
+    kill -0 $LOAD || fail "$1: the application has died: $(cat /run/hot.log)"
+}
+
+copied=0 void=0
+# round END OPTION...: a copy, with cryptsetup at work until it is over, and until it is put back or gone on with.
+round() {
+    local status=0 end=$1
+    shift
+    rm -f /mnt/scratch/copy.raw /mnt/scratch/instant
+    touch /run/at-work
+    tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 256KiB --segment 64KiB --rate 16MiB \
+        --freeze-budget 60s --hook-frozen "$(capture_hook /mnt/scratch/instant)" "$@" >/run/copy.out 2>/run/copy.err &
+    local copy=$!
+    # What is suspended cannot be frozen: a copy would seldom come to its instant.
+    (
+        [ $((RANDOM % 3)) = 0 ] || until_preserved "$copy"
+        at_work
+    ) &
+    local worker=$!
+    if [ "$end" != none ]; then
+        # Anywhere, before the instant too.
+        [ $((RANDOM % 4)) = 0 ] || until_preserved "$copy"
+        sleep "$((RANDOM % 2)).$((RANDOM % 9))"
+        kill "-${end%,*}" "$copy" 2>/dev/null || true
+    fi
+    wait "$copy" 2>/dev/null || status=$?
+    note "$end $*: the copy ended with $status $(grep '^tidemark: ' /run/copy.err || true)"
+    if [ "$status" = 137 ]; then
+        if [ "$end" = KILL,resume ] && tidemark resume >/run/copy.out 2>/run/copy.err; then
+            status=0
+            note "gone on with"
+        else
+            [ "$end" = KILL,recover ] || note "not gone on with: $(cat /run/copy.err)"
+            tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
+        fi
+    fi
+    rm -f /run/at-work
+    wait "$worker" || fail "beside the copy: $(cat /run/wrong)"
+    sectors=$(cat /run/sectors)
+    case "$status" in
+        0)
+            copied=$((copied + 1))
+            assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
+            mv /mnt/scratch/copy.raw /mnt/scratch/last.raw
+            ;;
+        137 | 130 | 143) [ "$end" != none ] || fail "nobody has ended it: $(cat /run/copy.err)" ;;
+        *)
+            void=$((void + 1))
+            grep -q 'somebody else has frozen it' /run/copy.err || fail "the copy ended with $status: $(cat /run/copy.err)"
+            ;;
+    esac
+    [ "$status" = 0 ] || [ ! -e /mnt/scratch/copy.raw ] || fail "what is no copy has its final name"
+    as_before "$end $*"
+}
+
+holding=(--chunk 64KiB --store-ram 0 --store-size 4MiB --on-full hold --hold-budget 20s)
+for end in none KILL,recover TERM KILL,resume; do
+    round "$end"
+    round "$end" "${holding[@]}"
+done
+round KILL,resume
+round none "${holding[@]}"
+kill -INT "$LOAD"
+wait "$LOAD" || true
+note "$copied copies, $void void; $(sort /run/deeds | uniq -c | xargs)"
+[ "$copied" -ge 3 ] || fail "of the copies that nobody ended too few succeed"
+for deed in resizes refreshes suspends closes; do
+    grep -q "^$deed" /run/deeds || fail "nothing $deed: this proves nothing"
+done
+
+# What was written is what is there.
+assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
+umount /mnt/origin
+if [ "$WHERE" = beneath ]; then
+    tidemark detach data
+    cryptsetup close $crypt
+    opened "$(disk 0)" $crypt
+    copy=/mnt/scratch/last.raw
+else
+    cryptsetup close $crypt
+    opened /dev/mapper/data $crypt
+    opened "$(losetup --find --show /mnt/scratch/last.raw)" tidetest-copy
+    copy=/dev/mapper/tidetest-copy
+fi
+settle
+for device in /dev/mapper/$crypt "$copy"; do
+    # A mount replays the journal.
+    filesystem_check ext4 "$device"
+    mount "$device" /mnt/origin
+    assert_same "the file on $device, mounted anew" "$(sha256sum </mnt/origin/kept)" "$sum"
+    umount /mnt/origin
+done
+[ "$WHERE" = beneath ] || cryptsetup close tidetest-copy
+losetup --detach-all
+cryptsetup close $crypt
+[ "$WHERE" = beneath ] || dmsetup remove data
