@@ -101,7 +101,8 @@ pub fn close_inherited() {
 /// `vm`.
 ///
 /// `TIDEMARK_CRASH_AT=NAME` (or `NAME:N` for the n-th passage, from 1) kills the process with
-/// SIGKILL; `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there, the first time.
+/// SIGKILL; `TIDEMARK_STOP_AT` likewise stops it with SIGSTOP until somebody sends SIGCONT;
+/// `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there, the first time.
 #[cfg(not(feature = "vm"))]
 #[inline]
 pub fn crash_point(_name: &str) {}
@@ -128,16 +129,21 @@ pub fn crash_point(name: &str) {
     {
         std::thread::sleep(std::time::Duration::from_secs(seconds));
     }
-    if let Some(wanted) = split("TIDEMARK_CRASH_AT") {
+    let seen = {
         let mut passages = PASSAGES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let seen = passages.entry(name.to_owned()).or_insert(0);
         *seen += 1;
-        if *seen == wanted {
-            // SIGKILL to oneself cannot fail and does not return to us.
-            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
-            loop {
-                std::thread::park();
-            }
+        *seen
+    };
+    if split("TIDEMARK_STOP_AT") == Some(seen) {
+        // Nothing but SIGCONT takes it up again, in this very call.
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGSTOP);
+    }
+    if split("TIDEMARK_CRASH_AT") == Some(seen) {
+        // SIGKILL to oneself cannot fail and does not return to us.
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+        loop {
+            std::thread::park();
         }
     }
 }

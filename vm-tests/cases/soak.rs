@@ -1,6 +1,6 @@
 //! Random copies by the hundred, each compared with what was captured at its instant; `vm-tests/soak` says what a seed
-//! stands for. Among the tests two guests play the same seeds every time, for two minutes; `scripts/soak` plays new ones,
-//! or those it is told.
+//! stands for. Among the tests two guests play the same seeds every time, for two minutes, and one a few of those in which
+//! LVM is at work beside the copies; `scripts/soak` plays new ones, or those it is told.
 
 use crate::harness::Case;
 
@@ -16,16 +16,42 @@ const LAST_SEED_SECONDS: u64 = 330;
 /// Seeds that the guests of one run may play, each.
 const SEEDS_APART: u64 = 1000;
 
+/// Seeds with LVM at work: the first, and how many. Most of what LVM does occurs in these, and copies that are killed.
+const LVM_FIRST: u64 = 130;
+const LVM_SEEDS: u64 = 3;
+
+/// What they may take, in seconds.
+const LVM_SECONDS: u64 = 240;
+
 /// One case for each guest.
 pub fn cases() -> Vec<Case> {
-    (0..number("TIDEMARK_SOAK_GUESTS").unwrap_or(GUESTS)).map(guest).collect()
+    let guests = number("TIDEMARK_SOAK_GUESTS").unwrap_or(GUESTS);
+    let mut cases: Vec<Case> = (0..guests).map(guest).collect();
+    cases.push(
+        play("soak_lvm", LVM_SECONDS)
+            .variable("SOAK_FIRST", "")
+            .variable("SOAK_LAST", "")
+            .variable("SOAK_COUNT", LVM_SEEDS.to_string())
+            .variable("SOAK_LVM", "1")
+            .variable("SOAK_OFFSET", LVM_FIRST.to_string()),
+    );
+    cases
 }
 
 fn guest(index: usize) -> Case {
     let seconds = number("TIDEMARK_SOAK_SECONDS").unwrap_or(SECONDS);
     let chosen = |name: &str| std::env::var(name).unwrap_or_default();
     let offset = SEEDS_APART * u64::try_from(index).expect("a guest's number is small");
-    Case::new(format!("soak_{index}"), "soak.sh")
+    play(format!("soak_{index}"), seconds)
+        .variable("SOAK_FIRST", chosen("TIDEMARK_SOAK_FIRST"))
+        .variable("SOAK_LAST", chosen("TIDEMARK_SOAK_LAST"))
+        .variable("SOAK_LVM", chosen("TIDEMARK_SOAK_LVM"))
+        .variable("SOAK_OFFSET", offset.to_string())
+}
+
+/// A guest that begins seeds for so long.
+fn play(name: impl Into<String>, seconds: u64) -> Case {
+    Case::new(name, "soak.sh")
         .modules(&[
             "dm-snapshot",
             "dm-switch",
@@ -48,10 +74,6 @@ fn guest(index: usize) -> Case {
         .disk_mib(256)
         .disk_mib(512)
         .memory_mib(1024)
-        .variable("SOAK_FIRST", chosen("TIDEMARK_SOAK_FIRST"))
-        .variable("SOAK_LAST", chosen("TIDEMARK_SOAK_LAST"))
-        .variable("SOAK_LVM", chosen("TIDEMARK_SOAK_LVM"))
-        .variable("SOAK_OFFSET", offset.to_string())
         .variable("SOAK_SECONDS", seconds.to_string())
         .limit_seconds(seconds + LAST_SEED_SECONDS)
 }

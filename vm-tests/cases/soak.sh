@@ -6,4 +6,4 @@ begin=0
 if [ "$DEPTH" = full ]; then begin=$SEED; fi
 first=${SOAK_FIRST:-$((begin + SOAK_OFFSET))}
 export SOAK_LVM
-exec python3 "$REPO/vm-tests/soak/soak.py" "$first" "${SOAK_LAST:-$((first + 999))}" "$SOAK_SECONDS" /case
+exec python3 "$REPO/vm-tests/soak/soak.py" "$first" "${SOAK_LAST:-$((first + ${SOAK_COUNT:-1000} - 1))}" "$SOAK_SECONDS" /case

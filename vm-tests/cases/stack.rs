@@ -1,6 +1,7 @@
 //! The snapshot stack on its own: inserted, removed, killed at every step, held too long.
 
 use crate::harness::Case;
+use crate::harness::case::Delay;
 
 /// The stack's cases.
 pub fn cases() -> Vec<Case> {
@@ -8,6 +9,14 @@ pub fn cases() -> Vec<Case> {
         case("stack_insert", "stack_insert.sh").limit_seconds(180),
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
+        // Writes that take long: what waits for a stopped command waits in the middle of something.
+        Case::new("stack_stopped", "stack_stopped.sh")
+            .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
+            .commands(&["dmsetup", "losetup", "mkfs.ext4", "fio", "e2fsck"])
+            .delayed_disk_mib(40, Delay { read_ms: 1, write_ms: 50, flush_ms: 50 })
+            .disk_mib(128)
+            .disk_mib(300)
+            .limit_seconds(1200),
         case("stack_flush", "stack_flush.sh")
             .modules(&["loop", "zram"])
             .commands(&["python3", "filefrag"])

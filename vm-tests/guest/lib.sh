@@ -42,13 +42,14 @@ pick() {
 # some_under_emulation LABEL COUNT: of the lines of standard input, all of them; where the machine is emulated and the
 # run is a routine one, COUNT of them, others for each seed. The user-mode kernel has run them all.
 some_under_emulation() {
-    if [ "$MACHINE" = um ] || [ "$DEPTH" = full ]; then
-        cat
-    else
-        awk -v seed="$(rand "$1" 0 65535)" -v want="$2" '
-            { line[NR] = $0 }
-            END { srand(seed); for (i = 1; i <= NR; i++) if (rand() * (NR - i + 1) < want) { print line[i]; want-- } }'
-    fi
+    if [ "$MACHINE" = um ] || [ "$DEPTH" = full ]; then cat; else some_of "$1" "$2"; fi
+}
+
+# some_of LABEL COUNT: of the lines of standard input so many, in their order; others for each seed.
+some_of() {
+    awk -v seed="$(rand "$1" 0 65535)" -v want="$2" '
+        { line[NR] = $0 }
+        END { srand(seed); for (i = 1; i <= NR; i++) if (rand() * (NR - i + 1) < want) { print line[i]; want-- } }'
 }
 
 # The case's Nth disk (from 0) as the machine has it, whatever order the kernel found them in.

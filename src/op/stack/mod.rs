@@ -462,7 +462,9 @@ impl Stack {
         let mut owner = lock(&self.owner);
         let lvm = self.keep_lvm_away(dm, &owner)?;
         let how = SuspendFlags { flush: false, lock_filesystem: false };
+        crash_point("hold.suspend.before");
         nudge.within(Instant::now() + limit, || owner.suspend(dm, how))?;
+        crash_point("hold.suspend.after");
         Ok(Hold { _lvm: lvm })
     }
 
