@@ -1,7 +1,7 @@
 //! What is at a path, as far as the kernel knows without asking a server?
 //!
 //! Linux `include/uapi/linux/stat.h`, statx(2). What cannot be known so is asked of a child process, see
-//! [`inquiry`](super::inquiry).
+//! [`inquiry`].
 
 use std::ffi::CString;
 use std::io;
