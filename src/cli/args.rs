@@ -205,7 +205,7 @@ pub struct ResumeArgs {
     /// The job's id, or its beginning [default: the only copy that can go on]
     #[arg(value_name = "JOB")]
     pub job: Option<String>,
-    /// Show what would be done and change nothing
+    /// Make all checks, those of the secondary's identity too, show what would be done, and change nothing
     #[arg(long)]
     pub dry_run: bool,
 }

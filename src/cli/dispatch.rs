@@ -114,11 +114,13 @@ fn copy(args: &CopyArgs, output: Output) -> Result<()> {
 
 fn resume(args: &ResumeArgs, output: Output) -> Result<()> {
     let plan = op::resume::plan(args.job.as_deref())?;
-    if args.dry_run {
-        return output.plan("resume", &plan);
-    }
     stop_on_signals(output)?;
     let observer = observer(output);
+    if args.dry_run {
+        op::resume::check(&plan, observer.as_ref(), &interrupt)?;
+        drop(observer);
+        return output.plan("resume", &plan);
+    }
     let outcome = op::resume::run(plan, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("resume", &outcome)

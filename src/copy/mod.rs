@@ -27,6 +27,9 @@ mod throttle;
 mod verify;
 
 pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
-pub use job::{CopyJob, CopyReport, OriginalsProvider, Progress, Releases, ResumePoint, engine_config, run};
+pub use job::{
+    ConfirmJob, CopyJob, CopyReport, OriginalsProvider, Progress, Releases, ResumePoint, confirm,
+    engine_config, run,
+};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

@@ -33,6 +33,9 @@ use crate::volume::waits::{Waits, refusal};
 /// Longest wait for other copies: each takes seconds, and as long as its freeze budget allows.
 const PATIENCE: Duration = Duration::from_secs(600);
 
+/// What is said where a copy has to wait.
+pub const WAITING_FOR_OTHERS: &str = "waiting: another copy is about to take its instant";
+
 /// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 

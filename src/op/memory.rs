@@ -9,6 +9,7 @@ use std::path::Path;
 
 use crate::base::{Bytes, Error, Result, SegmentSize};
 use crate::copy::engine_config;
+use crate::sys::process::LockedMemory;
 use crate::topology::Topology;
 
 /// What a copy takes beside its buffers: the program, its threads' stacks locked in memory, checksums, lists of
@@ -46,6 +47,18 @@ fn share(left: Bytes, segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
     ))
     .state("nothing was changed")
     .next("raise its limit (memory.max, systemd's MemoryMax=), or take smaller segments: --segment 64KiB"))
+}
+
+/// Locks the command in memory, for memory may wait for the origin.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the limits forbid it.
+pub fn lock() -> Result<LockedMemory> {
+    LockedMemory::lock().map_err(|source| {
+        Error::refused("memory may wait for the origin (swap space), and the copy cannot be locked in memory")
+            .with_source(source)
+            .next("take the swap space out of use for the copy (swapoff), or raise the memlock limit (ulimit -l)")
+    })
 }
 
 /// What the groups of this process may still have; None where nothing limits them, or nobody says.

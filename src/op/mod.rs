@@ -14,6 +14,7 @@ pub mod hooks;
 pub mod inspect;
 pub mod job;
 pub mod journal;
+mod leave;
 mod memory;
 pub mod privilege;
 pub mod progress_file;

@@ -9,28 +9,31 @@
 //! found, to be tried again or given up with `recover`. From then on it is a copy like any other, and
 //! puts everything back however it ends.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::admission::Question;
+use super::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use super::copy::plan::order_for;
 use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
-use super::journal::{self, SegmentJournal};
+use super::journal::{self, JournalContent, SegmentJournal};
 use super::request::{CopyRequest, SecondaryTarget};
-use super::stack::{Adopted, HoldTimes, Skipped, Stack};
+use super::stack::{Adopted, HoldTimes, Skipped, Stack, Standing};
 use super::targets::TargetFacts;
-use crate::base::{Bytes, DeviceNumber, Error, Result, SegmentSize};
-use crate::copy::ResumePoint;
-use crate::copy::progress::Observer;
-use crate::dm::Dm;
-use crate::extent::Extent;
+use super::{leave, memory};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, SegmentSize};
+use crate::copy::progress::{Event, Observer};
+use crate::copy::{self, ConfirmJob, OriginalsProvider, ResumePoint};
+use crate::dm::{Dm, SnapshotStatus};
+use crate::extent::{Extent, Original};
 use crate::format::state::CopyRecord;
-use crate::secondary::{self, Resumed};
-use crate::store::CowStore;
+use crate::secondary::{self, Resumed, Secondary};
+use crate::store::{CowStore, ExceptionReader, StoreDevice};
+use crate::sys::process::LockedMemory;
 use crate::volume::{Frozen, Origin, OriginKind};
 
 /// What would be gone on with. Serialized for `--dry-run --json`.
@@ -55,7 +58,7 @@ pub struct ResumePlan {
 /// Finds the copy to go on with: the one named by `id` (or by its beginning), or the only one.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the reason where there is none, or
+/// [`ErrorKind::Refused`] with the reason where there is none, or
 /// several, or where it cannot go on; I/O errors.
 pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     super::privilege::require_root("going on with a copy")?;
@@ -159,6 +162,63 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
     })
 }
 
+/// Makes all checks of [`run`], and changes nothing.
+///
+/// # Errors
+/// As [`run`]'s before the copier runs.
+pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
+    let ResumePlan { copy: plan, found, .. } = plan;
+    let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
+    let record = found.record.as_ref().expect("the plan was made from it");
+    let copy = record.copy.as_ref().expect("the plan was made from it");
+    let content = journal::read(&found.segments_path())?;
+    let dm = Dm::open()?;
+    let standing = Standing::find(&dm, record)?;
+    standing.check_adoptable(&dm)?;
+    let store = CowStore::examine(&found.id)?;
+    drop(check_circles(&dm, plan, &store)?);
+    let skipped = skipped(copy);
+    let block_list = block_list_of(plan, &skipped);
+    let secondary = reopen(plan, copy, &content, (standing.number(), block_list.clone()), interrupt)?;
+    copy::confirm(ConfirmJob {
+        engine: engine.as_mut(),
+        origin_size: plan.origin.size,
+        block_list,
+        segment: plan.segment,
+        secondary,
+        originals: &mut Preserved { store: &store, status: standing.snapshot_status(&dm)?, reader: None },
+        resumed: ResumePoint {
+            placed: content.placed,
+            originals_begun: content.originals_begun,
+            released: standing.released(&skipped),
+        },
+        observer,
+        interrupt,
+    })
+}
+
+/// What a store holds that is looked at and not taken over.
+struct Preserved<'a> {
+    store: &'a CowStore,
+    status: SnapshotStatus,
+    reader: Option<ExceptionReader<'a, StoreDevice>>,
+}
+
+impl OriginalsProvider for Preserved<'_> {
+    fn open(&mut self) -> Result<(OwnedFd, String)> {
+        self.reader = Some(self.store.exceptions(&self.status)?);
+        Ok((self.store.open_direct()?, self.store.name().to_owned()))
+    }
+
+    fn next_batch(&mut self, max: usize) -> Result<Vec<Original>> {
+        self.reader.as_mut().expect("the copier opens the store before it asks for originals").next_batch(max)
+    }
+
+    fn check_valid(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Goes on.
 ///
 /// # Errors
@@ -175,24 +235,15 @@ pub fn run(
     let (journal, content) = SegmentJournal::open(&job.segments_path())?;
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
-    if let (SecondaryTarget::Path(path), Some(origin)) = (&plan.request.secondary, plan.origin.number) {
-        Question::of(&dm, origin)?.check_secondary(path, plan.request.on_full)?;
-    }
-    let mut request = plan.secondary_request(plan.forbidden_with(stack.number()));
-    // As the other process had it: an archive counts what its frames hold by it.
-    request.block_list = block_list_of(&plan, &stack);
-    let resumed = Resumed {
-        instant_ns: copy.instant_utc_ns,
-        archive: copy.archive.as_deref().map(parse_uuid).transpose()?,
-        partial: copy.partial.clone().map(Into::into),
-        target: copy.target.clone(),
-        placed: content.placed.clone(),
-        originals_begun: content.originals_begun,
+    let store = Arc::new(CowStore::adopt(job.id())?);
+    let memory = {
+        let note = || observer.event(&Event::Note { text: WAITING_FOR_OTHERS.to_owned() });
+        let _admission = Admission::enter(&note, interrupt)?;
+        check_circles(&dm, &plan, &store)?
     };
-    let mut secondary = secondary::reopen(&request, &resumed)?;
-    // Last, because its release gives back what the kernel has.
-    let store = Arc::new(CowStore::adopt(job.id()).inspect_err(|_| secondary.leave())?);
-    let live = Live::adopt(dm, job, store, stack, plan.origin.number);
+    let block_list = block_list_of(&plan, &stack.skipped().extents);
+    let secondary = reopen(&plan, &copy, &content, (stack.number(), block_list), interrupt)?;
+    let live = Live::adopt(dm, job, store, stack, plan.origin.number, memory);
     let from = ResumePoint {
         placed: content.placed,
         originals_begun: content.originals_begun,
@@ -203,15 +254,72 @@ pub fn run(
     resume_copy(&plan, live, way, observer, interrupt)
 }
 
+/// Asks again what the copy's own process asked at its instant: since then mounts, loop devices and swap space may have
+/// changed. Answers the lock in memory where memory may wait for the origin.
+fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<LockedMemory>> {
+    let Some(origin) = plan.origin.number else { return Ok(None) };
+    let question = Question::of(dm, origin)?;
+    let ask = || {
+        question.check_store(store)?;
+        question.check_records()?;
+        match &plan.request.secondary {
+            SecondaryTarget::Path(path) => question.check_secondary(path, plan.request.on_full),
+            SecondaryTarget::Pipe => Ok(()),
+        }
+    };
+    ask().map_err(|error| {
+        error.state("the copy stands as it was").next(
+            "take out of the way what was mounted, attached or swapped to since the copy began, and try again; or run \
+             'tidemark recover', which puts the origin back, and copy again",
+        )
+    })?;
+    question.objection_to_memory().map(|_| memory::lock()).transpose()
+}
+
+/// Opens the secondary again, and finds it to be what the copy was made to. `below` is the device that holds the origin's
+/// bytes, and the parts of the origin that are copied, as the other process had them: an archive counts what its frames
+/// hold by those. The secondary may never answer: a signal ends the wait.
+fn reopen(
+    plan: &CopyPlan,
+    copy: &CopyRecord,
+    content: &JournalContent,
+    (below, block_list): (DeviceNumber, Vec<Extent>),
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Box<dyn Secondary>> {
+    let mut request = plan.secondary_request(plan.forbidden_with(below));
+    request.block_list = block_list;
+    let resumed = Resumed {
+        instant_ns: copy.instant_utc_ns,
+        archive: copy.archive.as_deref().map(parse_uuid).transpose()?,
+        partial: copy.partial.clone().map(Into::into),
+        target: copy.target.clone(),
+        placed: content.placed.clone(),
+        originals_begun: content.originals_begun,
+    };
+    let open = move || secondary::reopen(&request, &resumed);
+    let leave = |mut late: Box<dyn Secondary>| late.leave();
+    leave::unless_interrupted(interrupt, open, leave).map_err(|error| match error.kind() {
+        ErrorKind::Interrupted => error.state("the copy stands as it was, and its secondary has not answered").next(
+            "see to the secondary and resume again, or run 'tidemark recover', which puts the origin back",
+        ),
+        _ => error,
+    })
+}
+
 fn parse_uuid(text: &str) -> Result<Uuid> {
     Uuid::parse_str(text).map_err(|source| Error::bad_data("the job's archive").with_source(source))
 }
 
+/// What the copy left out, for it was free at its instant.
+fn skipped(copy: &CopyRecord) -> Vec<Extent> {
+    let extent = |(start, end): &(u64, u64)| Extent::new(Bytes(*start), Bytes(*end));
+    copy.skipped.iter().filter_map(extent).collect()
+}
+
 fn adopted(copy: &CopyRecord, plan: &CopyPlan) -> Adopted {
     let nanos = |ns| std::time::Duration::from_nanos(ns);
-    let extent = |(start, end): &(u64, u64)| Extent::new(Bytes(*start), Bytes(*end));
     Adopted {
-        skipped: Skipped { extents: copy.skipped.iter().filter_map(extent).collect(), notes: Vec::new() },
+        skipped: Skipped { extents: skipped(copy), notes: Vec::new() },
         budget: plan.request.freeze_budget,
         lvm_lock: plan.request.lvm_lock,
         times: HoldTimes {

@@ -296,6 +296,10 @@ fn open_exclusively(path: &Path, how: &mut OpenOptions, size: Bytes) -> Result<F
 
 fn set_rounded_length(partial: &PartialFile, size: Bytes) -> Result<()> {
     let length = size.align_up(DIRECT_IO_ALIGN).get();
+    let what = || format!("look at {}", partial.partial().display());
+    if partial.file().metadata().io_context(what)?.len() == length {
+        return Ok(());
+    }
     partial
         .file()
         .set_len(length)

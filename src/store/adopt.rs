@@ -45,16 +45,29 @@ impl CowStore {
     pub fn adopt(id: &str) -> Result<Self> {
         let mut record = Record::take_over(Path::new(RECORD_DIR), id)?;
         crash_point("store.adopt.locked");
-        let name = record.facts().about.device.clone();
-        put_together(&mut record)
-            .map_err(|error| {
-                error
-                    .context(format!("taking over the store {name}"))
-                    .state("the store is as it was, and the origin goes on")
-                    .next("run 'tidemark recover', which gives the store up, and begin a new copy")
-            })
+        let found = find(record.facts()).and_then(|found| found.drop_unused(&mut record).map(|()| found));
+        found
+            .map_err(|error| give_up(error, &record))
             .map(|found| Self::from_parts(found.number, found.with(record)))
     }
+
+    /// As [`CowStore::adopt`], and changes nothing: to be looked at, and dropped.
+    ///
+    /// # Errors
+    /// As [`CowStore::adopt`].
+    pub fn examine(id: &str) -> Result<Self> {
+        let record = Record::examine(Path::new(RECORD_DIR), id)?;
+        find(record.facts())
+            .map_err(|error| give_up(error, &record))
+            .map(|found| Self::from_parts(found.number, found.with(record)))
+    }
+}
+
+fn give_up(error: Error, record: &Record) -> Error {
+    error
+        .context(format!("taking over the store {}", record.facts().about.device))
+        .state("the store is as it was, and the origin goes on")
+        .next("run 'tidemark recover', which gives the store up, and begin a new copy")
 }
 
 /// What was found, before the record joins it.
@@ -65,43 +78,52 @@ struct Found {
     tails: Vec<Tail>,
     tails_joined: bool,
     mapped: Bytes,
+    /// A table that was loaded and never used.
+    has_unused_table: bool,
 }
 
 impl Found {
+    fn drop_unused(&self, record: &mut Record) -> Result<()> {
+        let facts = record.facts().clone();
+        if self.has_unused_table {
+            self.dm.clear(self.number)?;
+        }
+        if !facts.about.plan.keep
+            && let Some(file) = &facts.file
+        {
+            release_file(file)?;
+            record.note_file(None)?;
+        }
+        crash_point("store.adopt.cleared");
+        Ok(())
+    }
+
     fn with(self, record: Record) -> Parts {
         let Self { dm, head, tails, tails_joined, mapped, .. } = self;
         Parts { dm, head, tails, tails_joined, mapped, record }
     }
 }
 
-fn put_together(record: &mut Record) -> Result<Found> {
+/// Changes nothing.
+fn find(facts: &Facts) -> Result<Found> {
     let dm = Dm::open()?;
-    let facts = record.facts().clone();
     let name = &facts.about.device;
     let info = dm.info(name)?.ok_or_else(|| Error::refused(format!("there is no device {name}")))?;
-    check_device(&info, &facts)?;
+    check_device(&info, facts)?;
     let table = dm.table(name, Slot::Active)?;
     let table = table.ok_or_else(|| Error::refused(format!("the device {name} has no table")))?;
-    let layout = layout(&facts, &table)?;
+    let layout = layout(facts, &table)?;
     let head_bytes = layout.head.map_or(Bytes::ZERO, |(_, bytes)| bytes);
     let head = Head::adopt(&facts.head, head_bytes)?;
     let seen = layout.head.map(|(number, _)| number);
     if head.as_ref().map(|head| head.number) != seen {
         return Err(Error::refused("its RAM head is another device than the table has"));
     }
-    let tails = tails_of(&facts, &layout)?;
-    if info.has_inactive {
-        dm.clear(name)?;
-    }
-    if !facts.about.plan.keep
-        && let Some(file) = &facts.file
-    {
-        release_file(file)?;
-        record.note_file(None)?;
-    }
-    crash_point("store.adopt.cleared");
+    let tails = tails_of(facts, &layout)?;
     let tails_joined = head.is_none() || !layout.tails.is_empty();
-    Ok(Found { dm, number: info.number, head, tails, tails_joined, mapped: table.length().bytes() })
+    let mapped = table.length().bytes();
+    let has_unused_table = info.has_inactive;
+    Ok(Found { dm, number: info.number, head, tails, tails_joined, mapped, has_unused_table })
 }
 
 fn check_device(info: &DeviceInfo, facts: &Facts) -> Result<()> {

@@ -185,6 +185,25 @@ impl Record {
     /// [`ErrorKind::Refused`] where there is none, or its process lives; [`ErrorKind::BadData`] for one
     /// that cannot be read.
     pub(super) fn take_over(dir: &Path, id: &str) -> Result<Self> {
+        let (record, text) = Self::lock_existing(dir, id)?;
+        record.make_room()?;
+        if !text.ends_with('\n') {
+            // Cut short by the crash: what comes next must not be taken for a part of it.
+            record.write("\n")?;
+        }
+        Ok(record)
+    }
+
+    /// As [`Record::take_over`], to be read: it is locked, and not changed.
+    ///
+    /// # Errors
+    /// As [`Record::take_over`].
+    pub(super) fn examine(dir: &Path, id: &str) -> Result<Self> {
+        Self::lock_existing(dir, id).map(|(record, _)| record)
+    }
+
+    /// And what it holds.
+    fn lock_existing(dir: &Path, id: &str) -> Result<(Self, String)> {
         let path = record_path(dir, id);
         let gone = || {
             Error::refused(format!("there is no record of the store {id} ({})", path.display()))
@@ -205,13 +224,7 @@ impl Record {
             Error::bad_data(format!("the store's record {} does not say anything", path.display()))
                 .next("run 'tidemark recover'")
         })?;
-        let record = Self { path, facts, file };
-        record.make_room()?;
-        if !text.ends_with('\n') {
-            // Cut short by the crash: what comes next must not be taken for a part of it.
-            record.write("\n")?;
-        }
-        Ok(record)
+        Ok((Self { path, facts, file }, text))
     }
 
     /// What it says.

@@ -59,12 +59,13 @@ impl Observer {
         }
     }
 
-    /// What is at `path`: the block device itself, or the file system of anything else.
+    /// What is at `path`: the block device itself, or the file system of anything else. The disk under a local file system can
+    /// hang as well as a server: a child process looks.
     ///
     /// # Errors
-    /// I/O errors of looking.
+    /// I/O errors of looking; [`std::io::ErrorKind::TimedOut`].
     pub fn at(&self, path: &Path) -> Result<Node> {
-        let found = self.mounts.look(path).io_context(|| format!("looking at {}", path.display()))?;
+        let found = Found::in_time(path).io_context(|| format!("looking at {}", path.display()))?;
         Ok(self.node_of(&found, path))
     }
 

@@ -265,13 +265,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         .next("unmount it, then copy it"));
     }
     let mut notes = held.notes.clone();
-    if topology.atomic_write_bytes(number) > 0 {
-        notes.push(format!(
-            "{} takes atomic writes (RWF_ATOMIC), and takes none while it is copied: a program that relies on them (a \
-             database without its double write) gets errors",
-            path.display()
-        ));
-    }
+    notes.extend(atomic_writes(&path, number, topology));
     Ok(Origin {
         kind: OriginKind::Live { name, attached },
         number: Some(number),
@@ -282,6 +276,17 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         notes,
         frozen: held,
         path,
+    })
+}
+
+/// The warning where the origin takes atomic writes.
+fn atomic_writes(path: &Path, number: DeviceNumber, topology: &Topology) -> Option<String> {
+    (topology.atomic_write_bytes(number) > 0).then(|| {
+        format!(
+            "{} takes atomic writes (RWF_ATOMIC), and takes none while it is copied: a program that relies on them (a \
+             database without its double write) gets errors",
+            path.display()
+        )
     })
 }
 

@@ -72,7 +72,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Copies that are killed and gone on with, or whose secondary leaves them.
-fn resumes() -> [Case; 6] {
+fn resumes() -> [Case; 7] {
     [
         main_job("copy_vanish", "copy_vanish.sh")
             .disk_mib(300)
@@ -110,6 +110,13 @@ fn resumes() -> [Case; 6] {
             .disk_mib(400)
             .disk_mib(700)
             .limit_seconds(600),
+        main_job("copy_resume_checks", "resume_checks.sh")
+            .commands(&["mountpoint", "pgrep"])
+            .disk_mib(64)
+            .disk_mib(80)
+            .disk_mib(700)
+            .limit_seconds(600)
+            .tolerate("blocked for more than"),
         main_job("copy_resume_lost", "resume_lost.sh")
             .disk_mib(64)
             .disk_mib(400)

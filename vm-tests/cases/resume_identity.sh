@@ -93,6 +93,7 @@ remove_disk
 insert_disk
 fill /dev/usb $((80 << 20)) stranger
 other=$(digest /dev/usb)
+assert_status 3 tidemark resume --dry-run
 assert_status 3 tidemark resume 2>/run/err
 cat /run/err
 grep -q 'next: ' /run/err || fail "nothing says what to do"

@@ -28,6 +28,24 @@ refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch
 refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch --store-ram 0
 refused 'memory -> the ext4 at /mnt/data' --store "$(disk 2)" --store-ram 16MiB
 
+note "a copy that was killed before there was swap space on the origin: its store's file would wait for it"
+swapoff /mnt/data/swap
+tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 4MiB >/run/copy 2>&1 &
+copy=$!
+wait_until 60 is_preserved data
+sleep 1
+kill -KILL "$copy"
+wait "$copy" || true
+swapon /mnt/data/swap
+for how in --dry-run ''; do
+    got=0
+    # shellcheck disable=SC2086
+    tidemark resume $how >/run/refused 2>&1 || got=$?
+    [ "$got" = 3 ] || { cat /run/refused; fail "exit code $got, expected 3: resume $how"; }
+    grep -q 'memory -> the ext4 at /mnt/data' /run/refused || { cat /run/refused; fail "not refused for that"; }
+done
+tidemark recover
+
 note "a block device, no RAM head by default; memory is short, and swapped out to the origin"
 pages() { awk '/^pswpout/ { print $2 }' /proc/vmstat; }
 before=$(pages)

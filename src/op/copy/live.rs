@@ -17,9 +17,10 @@ use super::plan::{CopyPlan, LivePlan};
 use crate::base::{DeviceNumber, Error, Result};
 use crate::copy::progress::{Event, Observer, Phase};
 use crate::dm::Dm;
-use crate::op::admission::{Admission, Question};
+use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use crate::op::hooks::Hook;
 use crate::op::job::Job;
+use crate::op::memory;
 use crate::op::request::SecondaryTarget;
 use crate::op::stack::{InstantContext, Stack, StackRequest};
 use crate::op::watchdog::Standby;
@@ -73,7 +74,14 @@ impl Live {
 
     /// What a dead process has made, taken over whole.
     #[must_use]
-    pub fn adopt(dm: Dm, job: Job, store: Arc<CowStore>, stack: Stack, origin: Option<DeviceNumber>) -> Self {
+    pub fn adopt(
+        dm: Dm,
+        job: Job,
+        store: Arc<CowStore>,
+        stack: Stack,
+        origin: Option<DeviceNumber>,
+        memory: Option<LockedMemory>,
+    ) -> Self {
         Self {
             dm,
             job: Arc::new(Mutex::new(job)),
@@ -81,7 +89,7 @@ impl Live {
             stack: Some(stack),
             probe: origin.and_then(OriginProbe::new),
             latency_before: None,
-            memory: None,
+            memory,
         }
     }
 
@@ -141,18 +149,13 @@ impl Live {
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<Admission> {
         let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
-        let admission =
-            Admission::enter(&|| note("waiting: another copy is about to take its instant"), interrupt)?;
+        let admission = Admission::enter(&|| note(WAITING_FOR_OTHERS), interrupt)?;
         // As things are now, which may not be as they were when the plan was made.
         self.question(live)?.check_place(&live.config.place)?;
         if live.memory_waits {
             note("memory may wait for the origin (swap space): no part of the store is in memory");
-            self.memory = Some(LockedMemory::lock().map_err(|source| {
-                Error::refused("memory may wait for the origin (swap space), and the copy cannot be locked in memory")
-                    .with_source(source)
-                    .state("nothing was frozen or inserted")
-                    .next("take the swap space out of use for the copy (swapoff), or raise the memlock limit (ulimit -l)")
-            })?);
+            self.memory =
+                Some(memory::lock().map_err(|error| error.state("nothing was frozen or inserted"))?);
         }
         Ok(admission)
     }

@@ -40,10 +40,11 @@ use crate::io::{Engine, EnginePreference, open_engine};
 use crate::op::hooks::Hook;
 use crate::op::job::{Job, conclude};
 use crate::op::journal::SegmentJournal;
+use crate::op::leave;
 use crate::op::memory;
 use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat, SecondaryTarget};
-use crate::op::stack::{HoldTimes, Skipped, Stack};
+use crate::op::stack::{HoldTimes, Skipped};
 use crate::op::targets::naming_job;
 use crate::secondary::{self, Secondary};
 use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent};
@@ -148,7 +149,7 @@ pub fn run(
     }
     // First, with the origin's lock: of two copies that begin at once one is refused with nothing made.
     let mut job = begin_live_job(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
-    let (engine, secondary) = match open_both(plan) {
+    let (engine, secondary) = match open_both(plan, interrupt) {
         Ok(both) => both,
         Err(error) => return conclude(job, Err(error)),
     };
@@ -182,9 +183,12 @@ fn begin_live_job(plan: &CopyPlan) -> Result<Option<Job>> {
 
 /// Before the instant, and before --hook-before makes anybody wait: from the instant on writers pay for every moment in
 /// which nothing is copied, and the buffers alone take a tenth of a second to be zeroed and pinned.
-fn open_both(plan: &CopyPlan) -> Result<(Box<dyn Engine>, Box<dyn Secondary>)> {
+fn open_both(
+    plan: &CopyPlan,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<(Box<dyn Engine>, Box<dyn Secondary>)> {
     let engine = engine_for(plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
-    Ok((engine, open_secondary(plan)?))
+    Ok((engine, open_secondary(plan, interrupt)?))
 }
 
 /// Notes the partial file with the job, which a copy of an origin at rest has for that alone.
@@ -207,9 +211,12 @@ pub(in crate::op) fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
     open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
-fn open_secondary(plan: &CopyPlan) -> Result<Box<dyn Secondary>> {
+/// It may never answer: a signal ends the wait.
+fn open_secondary(plan: &CopyPlan, interrupt: &dyn Fn() -> Result<()>) -> Result<Box<dyn Secondary>> {
     plan.check_store()?;
-    let opened = secondary::open(&plan.secondary_request(plan.forbidden_with_store()));
+    let request = plan.secondary_request(plan.forbidden_with_store());
+    let unwanted = |mut late: Box<dyn Secondary>| drop(late.abandon());
+    let opened = leave::unless_interrupted(interrupt, move || secondary::open(&request), unwanted);
     opened.map_err(|error| match &plan.request.secondary {
         SecondaryTarget::Path(path) => naming_job(error, path),
         SecondaryTarget::Pipe => error,
@@ -474,7 +481,7 @@ fn copy_below(
             return Err(abandon(secondary, error));
         }
     };
-    let block_list = block_list_of(plan, live.stack());
+    let block_list = block_list_of(plan, &live.stack().skipped().extents);
     secondary.restrict(&block_list);
     let (monitor, gate) = (&beside.monitor, &beside.gate);
     let mut originals = StoreOriginals::new(live, monitor, gate);
@@ -531,9 +538,9 @@ fn blind_text(plan: &CopyPlan) -> String {
 
 /// What is copied: everything but what was not in use at the instant, as far as the secondary's form can tell
 /// it apart.
-pub(in crate::op) fn block_list_of(plan: &CopyPlan, stack: &Stack) -> Vec<Extent> {
+pub(in crate::op) fn block_list_of(plan: &CopyPlan, skipped: &[Extent]) -> Vec<Extent> {
     let form = plan.secondary_request(Vec::new()).form;
-    BlockList::new(needed(&stack.skipped().extents, plan.origin.size))
+    BlockList::new(needed(skipped, plan.origin.size))
         .with_parts_max(plan.segment, secondary::parts_max(form))
         .runs()
         .to_vec()

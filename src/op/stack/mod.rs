@@ -28,7 +28,7 @@ use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
-use crate::format::state::OriginRecord;
+use crate::format::state::{JobRecord, OriginRecord};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
@@ -283,49 +283,11 @@ impl Stack {
     /// # Errors
     /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
     pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
-        let gone = |what: String| {
-            Error::refused(format!("job {} cannot go on: {what}", job.id()))
-                .state("nothing was changed")
-                .next("run 'tidemark recover', which puts back what is left, and copy again")
-        };
-        let record = job.record().origin.as_ref();
-        let record = record.ok_or_else(|| gone("its record names no origin".to_owned()))?;
-        let names = StackNames::new(&record.device, job.id());
-        // By its number: it may have been renamed.
-        let origin = check_adoptable(dm.info(record.number)?, &record.device, &gone)?;
-        for name in names.removable() {
-            check_adoptable(dm.info(name)?, name, &gone)?;
-        }
-        let table = |name: &str| dm.table(name, Slot::Active);
-        let number = |name: &str| dm.info_of(name).map(|info| info.number);
-        let beneath = Beneath {
-            own: table(&names.real)?.ok_or_else(|| gone(format!("{} has no table", names.real)))?,
-            real: number(&names.real)?,
-            preserve: Some(number(&names.preserve)?),
-        };
-        let preserving =
-            Table::single(beneath.own.length(), Target::SnapshotOrigin { device: beneath.real })?;
-        if table(&names.preserve)? != Some(preserving) {
-            return Err(gone(format!("{} does not preserve anything any more", names.preserve)));
-        }
-        let current = dm
-            .table(origin.number, Slot::Active)?
-            .filter(|table| beneath.is_under(table))
-            .ok_or_else(|| {
-                gone(format!(
-                    "{} does not write through its snapshot any more: somebody replaced its table",
-                    origin.name
-                ))
-            })?;
-        let status = dm.snapshot_status(&names.snap)?;
-        if !status.is_usable() {
-            return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
-        }
-        let claim = dm.claim(number(&names.snap)?)?;
+        let Standing { record, origin, names, beneath, current, claim } = Standing::find(dm, job.record())?;
         let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
         let queue = QueueSettings::from_record(record.number, &record.queue);
         let owner = take_over(dm, &origin, current, &beneath, queue).map_err(|error| match error.kind() {
-            ErrorKind::StoreInvalid => gone(error.to_string()),
+            ErrorKind::StoreInvalid => gone(job.id(), error.to_string()),
             _ => error,
         })?;
         Ok(Self {
@@ -349,11 +311,7 @@ impl Stack {
     /// What is in use and leads past the snapshot all the same in the origin's table: what was released.
     #[must_use]
     pub fn released(&self) -> Vec<Extent> {
-        let mut preserved: ExtentSet =
-            self.beneath.preserved(lock(&self.owner).active()).into_iter().collect();
-        preserved.extend(self.skipped.extents.iter().copied());
-        let whole = Extent::new(Bytes::ZERO, self.size());
-        whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
+        released(&self.beneath, lock(&self.owner).active(), &self.skipped.extents)
     }
 
     /// Where the copy's watchdog waits for what it is to guard.
@@ -621,6 +579,107 @@ pub(in crate::op) fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> 
             .next(format!(
                 "unmount {origin}, remove it ('dmsetup remove {origin}'), and run 'tidemark recover'"
             )),
+    }
+}
+
+fn released(beneath: &Beneath, current: &Table, skipped: &[Extent]) -> Vec<Extent> {
+    let mut preserved: ExtentSet = beneath.preserved(current).into_iter().collect();
+    preserved.extend(skipped.iter().copied());
+    let whole = Extent::new(Bytes::ZERO, beneath.own.length().bytes());
+    whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
+}
+
+fn gone(job: &str, what: String) -> Error {
+    Error::refused(format!("job {job} cannot go on: {what}"))
+        .state("nothing was changed")
+        .next("run 'tidemark recover', which puts back what is left, and copy again")
+}
+
+/// The stack of a job whose process died, found whole. Held by its claim, changed in nothing.
+pub struct Standing<'a> {
+    record: &'a OriginRecord,
+    origin: DeviceInfo,
+    names: StackNames,
+    beneath: Beneath,
+    /// The origin's table in use.
+    current: Table,
+    claim: File,
+}
+
+impl<'a> Standing<'a> {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] where the kernel has no such stack any more; the kernel's.
+    pub fn find(dm: &Dm, job: &'a JobRecord) -> Result<Self> {
+        let gone = |what: String| gone(&job.job, what);
+        let record = job.origin.as_ref().ok_or_else(|| gone("its record names no origin".to_owned()))?;
+        let names = StackNames::new(&record.device, &job.job);
+        // By its number: it may have been renamed.
+        let origin = check_adoptable(dm.info(record.number)?, &record.device, &gone)?;
+        for name in names.removable() {
+            check_adoptable(dm.info(name)?, name, &gone)?;
+        }
+        let table = |name: &str| dm.table(name, Slot::Active);
+        let number = |name: &str| dm.info_of(name).map(|info| info.number);
+        let beneath = Beneath {
+            own: table(&names.real)?.ok_or_else(|| gone(format!("{} has no table", names.real)))?,
+            real: number(&names.real)?,
+            preserve: Some(number(&names.preserve)?),
+        };
+        let preserving =
+            Table::single(beneath.own.length(), Target::SnapshotOrigin { device: beneath.real })?;
+        if table(&names.preserve)? != Some(preserving) {
+            return Err(gone(format!("{} does not preserve anything any more", names.preserve)));
+        }
+        let current = dm
+            .table(origin.number, Slot::Active)?
+            .filter(|table| beneath.is_under(table))
+            .ok_or_else(|| {
+                gone(format!(
+                    "{} does not write through its snapshot any more: somebody replaced its table",
+                    origin.name
+                ))
+            })?;
+        let status = dm.snapshot_status(&names.snap)?;
+        if !status.is_usable() {
+            return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
+        }
+        let claim = dm.claim(number(&names.snap)?)?;
+        Ok(Self { record, origin, names, beneath, current, claim })
+    }
+
+    /// Its device that carries the origin's own table.
+    #[must_use]
+    pub fn number(&self) -> DeviceNumber {
+        self.beneath.real
+    }
+
+    /// As [`Stack::released`], where `skipped` was never preserved.
+    #[must_use]
+    pub fn released(&self, skipped: &[Extent]) -> Vec<Extent> {
+        released(&self.beneath, &self.current, skipped)
+    }
+
+    /// As [`Stack::snapshot_status`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn snapshot_status(&self, dm: &Dm) -> Result<SnapshotStatus> {
+        dm.snapshot_status(&self.names.snap)
+    }
+
+    /// Refuses what [`Stack::adopt`] would find in its way: a table of others', or a suspension.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`]; the kernel's.
+    pub fn check_adoptable(&self, dm: &Dm) -> Result<()> {
+        let loaded = dm.table(self.origin.number, Slot::Inactive)?;
+        if loaded.is_some_and(|table| self.beneath.is_of_copy(&table)) {
+            // The dead process's own, which the adoption drops.
+            return Ok(());
+        }
+        Owner::new(dm, self.origin.number, self.current.clone())?.check(dm)
     }
 }
 

@@ -1,0 +1,82 @@
+//! How does a command stay able to end while a call of the kernel does not return?
+//!
+//! To open, look at or read what is on a dead file server or a suspended disk may take for ever, and no signal ends that
+//! wait. Such a call is made by a thread of its own. At a signal the command leaves the thread where it is, gives back what
+//! it holds (locks, claims) and ends. The kernel keeps the process, holding nothing, until the call returns.
+
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use crate::base::{Error, ErrorKind, Result, ResultExt as _};
+use crate::sys::signal;
+
+/// Between two looks for a signal.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Makes `call` and waits for its answer, or for `interrupt`'s error. What comes after that error goes to `unwanted`.
+///
+/// # Errors
+/// `call`'s; `interrupt`'s; I/O errors where no thread can be had.
+pub fn unless_interrupted<T: Send + 'static>(
+    interrupt: &dyn Fn() -> Result<()>,
+    call: impl FnOnce() -> Result<T> + Send + 'static,
+    unwanted: impl FnOnce(T) + Send + 'static,
+) -> Result<T> {
+    let (answer, answered) = mpsc::sync_channel(0);
+    thread::Builder::new()
+        .name("may-hang".to_owned())
+        .spawn(move || {
+            signal::refuse_in_this_thread();
+            if let Err(mpsc::SendError(Ok(late))) = answer.send(call()) {
+                unwanted(late);
+            }
+        })
+        .io_context(|| "starting a thread".to_owned())?;
+    loop {
+        match answered.recv_timeout(POLL) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Timeout) => interrupt()?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::new(ErrorKind::External, "a thread ended without an answer"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_is_waited_for_and_a_signal_ends_the_wait() {
+        let quiet = || Ok(());
+        let slow = || {
+            thread::sleep(Duration::from_millis(200));
+            Ok(7)
+        };
+        assert_eq!(unless_interrupted(&quiet, slow, drop).unwrap(), 7);
+        let failing = || Err::<(), _>(Error::refused("no"));
+        assert_eq!(unless_interrupted(&quiet, failing, drop).unwrap_err().kind(), ErrorKind::Refused);
+        let asked = Cell::new(0);
+        let interrupt = || {
+            asked.set(asked.get() + 1);
+            if asked.get() < 3 { Ok(()) } else { Err(Error::new(ErrorKind::Interrupted, "a signal")) }
+        };
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let (late, was_late) = mpsc::channel();
+        let hung = move || {
+            let _ = may_go_on.recv();
+            Ok(9)
+        };
+        let unwanted = move |value| late.send(value).unwrap();
+        assert_eq!(
+            unless_interrupted(&interrupt, hung, unwanted).unwrap_err().kind(),
+            ErrorKind::Interrupted
+        );
+        drop(go_on);
+        assert_eq!(was_late.recv_timeout(Duration::from_secs(60)), Ok(9));
+    }
+}
