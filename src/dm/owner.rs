@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::dm_ioctl::{Key, SuspendFlags};
+use crate::sys::process::crash_point;
 use crate::sys::queue::QueueSettings;
 
 use super::context::{DeviceInfo, Dm, Slot};
@@ -247,6 +248,7 @@ impl Owner {
     pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
         self.load(dm, table)?;
         self.note_settings();
+        crash_point("release.swap.loaded");
         let swapped = dm.swap_loaded(self.number);
         match swapped {
             Ok(held) => {

@@ -15,7 +15,8 @@ pub fn run() -> Option<ExitCode> {
     let first = arguments.next()?;
     if first == watchdog::ARGUMENT {
         let job = arguments.next().and_then(|job| job.into_string().ok());
-        return Some(watchdog::main(job.map(|job| move || recover::recover_job(&job))));
+        let drop_loaded = job.clone().map(|job| move |process| recover::drop_loaded(&job, process));
+        return Some(watchdog::main(drop_loaded, job.map(|job| move || recover::recover_job(&job))));
     }
     if first == write_back::ARGUMENT {
         return Some(write_back::main());

@@ -632,6 +632,14 @@ fn remove_job(directory: &Path, id: &str) -> Result<()> {
     Ok(())
 }
 
+/// The record of job `id`, whether it lives or not: nothing is locked.
+///
+/// # Errors
+/// As [`read_record`].
+pub(super) fn record_of(id: &str) -> Result<JobRecord> {
+    read_record(&record_path(Path::new(RUN_DIR), id))
+}
+
 /// Reads the record at `path`.
 ///
 /// # Errors

@@ -34,7 +34,7 @@ use crate::sys::queue::QueueSettings;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
-use super::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials};
+use super::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials, record_of};
 use super::stack::{Runner, restoration, tell_gone_disk};
 
 /// Longest time that an origin may be suspended while its table is put back.
@@ -321,6 +321,30 @@ pub(super) fn recover_job(id: &str) -> Result<()> {
         thread::sleep(DYING_PAUSE);
     }
     recover_jobs(Some(id)).map(drop)
+}
+
+/// Drops the table that process `process` of job `id`, which has died, had loaded into the origin and not put to use.
+/// Answers whether there was one.
+///
+/// lvm2 takes a table that it finds in the inactive slot for its own, loads none (`dm_tree_preload_children` in its
+/// `libdm/libdm-deptree.c`), and puts that to use: an `lvextend` would report success, and the volume keep its size. A
+/// command of lvm2 that waited for our lock goes on as soon as the process is dead. So this is not left to `recover`.
+///
+/// # Errors
+/// I/O errors, the kernel's.
+pub(super) fn drop_loaded(id: &str, process: u32) -> Result<bool> {
+    let record = record_of(id)?;
+    // Another process may go on with the job by now.
+    let Some(origin) = record.origin.filter(|_| record.process == process) else { return Ok(false) };
+    let dm = Dm::open()?;
+    let Some(loaded) = dm.table(origin.number, Slot::Inactive)? else { return Ok(false) };
+    let of_job = |uuid: &str| DeviceIdentity::parse(uuid).is_some_and(|identity| identity.id == id);
+    let is_ours = origin.table.parse().is_ok_and(|own: Table| own == loaded)
+        || dm.list_ours()?.iter().any(|device| of_job(&device.uuid) && loaded.maps_to(device.number));
+    if is_ours {
+        dm.clear(origin.number)?;
+    }
+    Ok(is_ours)
 }
 
 /// All jobs, or job `only` alone.

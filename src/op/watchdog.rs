@@ -6,6 +6,9 @@
 //! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm", which it answers, to "disarm"; a
 //! further "arm" starts its clock anew.
 //!
+//! Where the command dies without an order being armed, all goes on as it is: only a table that it had loaded and not put
+//! to use is dropped, before anybody else takes it for his.
+//!
 //! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is
 //! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
 //! thaw. Dropping comes first because a resume *activates* a loaded table: after it, the origin has
@@ -285,11 +288,16 @@ pub fn budget_ran_out() -> Error {
         .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
 }
 
-/// The process: reads its orders from standard input, answers on standard output. `put_back` takes away what the command's
-/// job left, where the kernel has killed the command for want of memory; None where it has no job.
+/// The process: reads its orders from standard input, answers on standard output. `drop_loaded` drops a table that the
+/// command, of this process number, has loaded and not put to use when it dies, and answers whether there was one;
+/// `put_back` takes away what its job left, where the kernel has killed it for want of memory. None where it has no job.
 #[must_use]
-pub fn main(put_back: Option<impl FnOnce() -> Result<()>>) -> ExitCode {
+pub fn main(
+    drop_loaded: Option<impl FnOnce(u32) -> Result<bool>>,
+    put_back: Option<impl FnOnce() -> Result<()>>,
+) -> ExitCode {
     apart::stand_apart();
+    let parent = std::os::unix::process::parent_id();
     let witness = Witness::of_parent();
     let streams = io::stdin()
         .as_fd()
@@ -298,6 +306,9 @@ pub fn main(put_back: Option<impl FnOnce() -> Result<()>>) -> ExitCode {
     match streams.and_then(|(input, output)| serve(input, output, &mut KernelHands::prepare)) {
         Ok(End::Farewell) => ExitCode::SUCCESS,
         Ok(End::Death) => {
+            if let Some(drop_loaded) = drop_loaded {
+                tell_dropped(drop_loaded(parent));
+            }
             if let (Some(put_back), Ok(mut witness)) = (put_back, witness)
                 && witness.was_killed()
             {
@@ -317,6 +328,16 @@ fn tell_what_became(put_back: Result<()>) {
     };
     let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
     tell(log.as_ref(), &format!("the kernel killed the command for want of memory; {what}"));
+}
+
+fn tell_dropped(dropped: Result<bool>) {
+    let what = match dropped {
+        Ok(false) => return,
+        Ok(true) => "a table that it had loaded was dropped".to_owned(),
+        Err(error) => format!("it cannot be told whether it had loaded a table: {error}"),
+    };
+    let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
+    tell(log.as_ref(), &format!("the command died; {what}"));
 }
 
 /// A notice in the kernel's log.

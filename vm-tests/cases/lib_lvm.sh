@@ -25,6 +25,11 @@ writes() {
 }
 ends() { kill -INT "$LOAD"; wait "$LOAD" || true; }
 
+# until_preserved PID: or until the copy is over.
+until_preserved() {
+    while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
+}
+
 # What LVM's metadata says is what the kernel maps: size, and the disks that it lies on.
 agree() { # WHEN
     local says maps

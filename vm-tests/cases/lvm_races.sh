@@ -13,6 +13,31 @@ for turn in 1 2; do
 done
 round true
 for turn in 1 2 3; do SCOPE=copy round lvextend -q -L +1m tidetest/data; done
+
+# A copy that dies between a load and the resume leaves its table in the inactive slot. LVM takes a table that it finds there
+# for its own, loads none, and would put that to use: it must be gone before LVM looks.
+for point in insert.load-origin.after release.swap.loaded:2 restore.load-own.after; do
+    for scope in change copy; do
+        rm -f /mnt/scratch/copy.raw
+        TIDEMARK_CRASH_AT=$point tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 1MiB \
+            --freeze-budget 60s --lvm-lock "$scope" >/run/copy.out 2>/run/copy.err &
+        copy=$!
+        # In the one case it waits for the copy's end, in the other it comes behind it.
+        if [ "$scope" = copy ]; then
+            until_preserved "$copy"
+        else
+            while kill -0 "$copy" 2>/dev/null; do sleep 0.01; done
+        fi
+        lvextend -q -L +1m tidetest/data
+        assert_same "killed at $point, $scope: the size that the kernel maps" "$(blockdev --getsz "$origin")" \
+            "$(lvs --noheadings --nosuffix --units s -o lv_size tidetest/data | tr -d ' ')"
+        status=0
+        wait "$copy" 2>/dev/null || status=$?
+        assert_same "exit status at $point: $(cat /run/copy.err)" "$status" 137
+        tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
+        agree "killed at $point, $scope"
+    done
+done
 ends
 note "$copied copies, $void void"
 [ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"

@@ -754,10 +754,14 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
     }
     for line in table.lines() {
         if !matches!(line.target, Target::Linear { .. } | Target::Striped { .. }) {
+            // With such a one no copy is planned.
             return Err(Error::refused(format!(
-                "{origin} has a '{}' target; only linear and striped devices can be copied live",
+                "{origin} was changed since the copy was planned: it has a '{}' target, and only linear and striped \
+                 devices can be copied live",
                 line.target.kind()
-            )));
+            ))
+            .state("nothing was changed")
+            .next("copy again once nobody changes it any more; a snapshot of LVM's has to be removed first"));
         }
     }
     Ok(table)
