@@ -13,6 +13,7 @@
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -35,6 +36,16 @@ pub const WORDS: usize = 6;
 
 /// Bytes of an answer on the pipe: the errno, then the words. Less than PIPE_BUF, so it arrives whole.
 const REPLY_BYTES: usize = 8 * (WORDS + 1);
+
+/// Held while a child has descriptors of this process: from its fork until it has closed them.
+static BIRTH: Mutex<()> = Mutex::new(());
+
+/// No child has a descriptor of this process as long as the answer lives, for a look at who has what open. Nothing can be
+/// asked meanwhile.
+pub fn no_births() -> MutexGuard<'static, ()> {
+    // It guards nothing that could be left half-made.
+    BIRTH.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Something that a child process asks the kernel.
 ///
@@ -106,9 +117,15 @@ impl Asker {
     fn start<Q: Question>(questions: &[Q]) -> io::Result<Self> {
         let (replies, theirs) = io::pipe()?;
         let pipe = theirs.as_raw_fd();
+        let _birth = no_births();
         // SAFETY: the child calls `answer_all` only, which keeps to what is async-signal-safe and does not return.
         match unsafe { fork() }? {
-            ForkResult::Parent { child } => Ok(Self { child, replies }),
+            ForkResult::Parent { child } => {
+                drop(theirs);
+                let mut asker = Self { child, replies };
+                asker.replies.read_exact(&mut [0; CLOSED.len()])?;
+                Ok(asker)
+            }
             ForkResult::Child => answer_all(questions, pipe),
         }
     }
@@ -152,6 +169,9 @@ impl Drop for Asker {
     }
 }
 
+/// What a child says first: it has closed what it inherited.
+const CLOSED: [u8; 1] = [1];
+
 /// How often the end of a killed child is looked for.
 const REAPING_ATTEMPTS: u32 = 50;
 /// Pause in between.
@@ -164,6 +184,11 @@ fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
     unsafe {
         libc::syscall(libc::SYS_close_range, 0u32, pipe_number.saturating_sub(1), 0u32);
         libc::syscall(libc::SYS_close_range, pipe_number + 1, u32::MAX, 0u32);
+    }
+    // SAFETY: write() reads the constant, and no more than its length.
+    if unsafe { libc::write(pipe, CLOSED.as_ptr().cast(), CLOSED.len()) } < 0 {
+        // SAFETY: ends this process without running anything of its parent's.
+        unsafe { libc::_exit(0) }
     }
     for question in questions {
         let (errno, words) = match question.ask() {

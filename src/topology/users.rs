@@ -28,6 +28,7 @@ use super::loops::{Attached, Loops, Shows};
 use super::mount::{Mount, MountTable};
 use crate::base::{DeviceNumber, Error, Result};
 use crate::sys::found::Found;
+use crate::sys::inquiry;
 use crate::sys::loop_device::LoopStatus;
 
 /// Whoever uses a device or file.
@@ -198,6 +199,7 @@ impl Topology {
         // Of file systems that may have to ask a server: by mount.
         let mut doubtful: BTreeMap<u64, Vec<Descriptor>> = BTreeMap::new();
         let own = std::process::id();
+        let no_births = inquiry::no_births();
         for process in processes.into_iter().filter(|id| *id != own) {
             for descriptor in self.writable(process) {
                 match search.verdict(&descriptor) {
@@ -213,6 +215,7 @@ impl Topology {
                 }
             }
         }
+        drop(no_births);
         for descriptors in doubtful.values() {
             if let Some(process) = search.ask(path, descriptors)? {
                 return Ok(Some(self.as_user(process)));
@@ -396,6 +399,24 @@ mod tests {
         }
         let Some(User::Process { id, .. }) = found else { panic!("{found:?}") };
         assert_eq!(id, writer.id());
+    }
+
+    #[test]
+    fn a_child_that_asks_for_us_is_no_user() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (born, is_born) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // As a child that has not closed yet what it inherited.
+                let _birth = inquiry::no_births();
+                let stdin = Stdio::from(fs::OpenOptions::new().write(true).open(file.path()).unwrap());
+                let mut child = Command::new("sleep").arg("0.5").stdin(stdin).spawn().unwrap();
+                born.send(()).unwrap();
+                child.wait().unwrap();
+            });
+            is_born.recv().unwrap();
+            assert_eq!(Topology::default().user_of(file.path()).unwrap(), None);
+        });
     }
 
     fn attached(minor: u32, backing_rdev: u64, backing_inode: u64) -> Attached {
