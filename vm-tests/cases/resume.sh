@@ -105,7 +105,7 @@ refused() { # WORDS ARGUMENTS...
     grep -q "$words" /run/err || { cat /run/err; fail "resume does not say '$words'"; }
 }
 refused 'no copy to go on with'
-slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 4MiB)
+slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 2MiB)
 
 tidemark copy "$origin" /mnt/scratch/copy.raw "${slow[@]}" 2>/dev/null &
 process=$!
