@@ -1,7 +1,7 @@
 //! The CRC-32C of every segment's payload as it was handed to the secondary: four bytes for each,
 //! kept where the copy is verified.
 
-use super::job::ResumePoint;
+use super::ports::ResumePoint;
 use crate::base::checksum::crc32c;
 use crate::base::{Bytes, SegmentIx};
 

@@ -18,8 +18,8 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::checksums::Checksums;
 use super::driver::Driver;
-use super::job::{Progress, ResumePoint};
 use super::origin::{payload, zero_gaps};
+use super::ports::{Progress, ResumePoint};
 use super::progress::Phase;
 use super::schedule::{Schedule, Work};
 use crate::base::{Error, Result, SegmentIx};

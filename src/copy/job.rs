@@ -21,6 +21,7 @@ use super::impact::ImpactWatch;
 use super::origin::Origin;
 use super::overlay::{self, OriginalsStats, Store};
 use super::placed::PlacedSet;
+use super::ports::{OriginalsProvider, Progress, Releases, ResumePoint};
 use super::progress::{Observer, Phase, Silent};
 use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
@@ -28,10 +29,10 @@ use super::throttle::Throttle;
 use super::{append, verify};
 use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx, SegmentSize};
-use crate::extent::{Extent, Original};
+use crate::extent::Extent;
 use crate::io::engine::EngineConfig;
 use crate::io::{Engine, FileIx};
-use crate::secondary::{PlacedSegment, Secondary};
+use crate::secondary::Secondary;
 use crate::sys::process::crash_point;
 
 /// Buffers at most: more than this many transfers in flight gain nothing on any device.
@@ -55,71 +56,6 @@ pub fn engine_config(segment: SegmentSize, bytes_max: Bytes) -> EngineConfig {
             .expect("the count is clamped"),
         buffer_bytes,
     }
-}
-
-/// Where originals come from: the COW store, as `op` shows it to a copy.
-pub trait OriginalsProvider {
-    /// Called after the last read of the origin has completed; by a copy that goes on where originals had begun also
-    /// before, as there is no such read any more. Answers the COW store, open for direct reading, and its name.
-    /// [`OriginalsProvider::next_batch`] begins anew.
-    ///
-    /// # Errors
-    /// I/O errors; [`ErrorKind::StoreInvalid`].
-    fn open(&mut self) -> Result<(OwnedFd, String)>;
-    /// At most `max` further originals, in any order; none at the end.
-    ///
-    /// # Errors
-    /// I/O errors, a store that does not decode.
-    fn next_batch(&mut self, max: usize) -> Result<Vec<Original>>;
-    /// Called after all originals were read: was the snapshot valid until now?
-    ///
-    /// # Errors
-    /// [`ErrorKind::StoreInvalid`] where it was not.
-    fn check_valid(&mut self) -> Result<()>;
-}
-
-/// Who keeps the note of what is on the secondary, for a process that goes on after this one.
-pub trait Progress {
-    /// All of these segments has been written and made durable.
-    ///
-    /// # Errors
-    /// I/O errors; they end the copy.
-    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()>;
-    /// These segments and no others are on the secondary, whatever was said before.
-    ///
-    /// # Errors
-    /// I/O errors; they end the copy.
-    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()>;
-    /// Every segment is placed; originals come now, and change segments that are placed.
-    ///
-    /// # Errors
-    /// I/O errors; they end the copy.
-    fn originals_begun(&mut self) -> Result<()>;
-}
-
-/// Who gives the origin back, region by region: what `op` does with device-mapper.
-pub trait Releases {
-    /// Nothing will read `region` from the origin again: its writes need not be preserved any more. What
-    /// of it was preserved stays in the store. Does not wait.
-    ///
-    /// # Errors
-    /// Of an earlier release that failed in a way that voids the copy.
-    fn release(&mut self, region: Extent) -> Result<()>;
-    /// Where on the origin exceptions have appeared since the last call: a hint, never an error.
-    fn recent(&mut self) -> Vec<Bytes>;
-    /// True where a release since the last call has held the origin for longer than it should.
-    fn was_slow(&mut self) -> bool;
-}
-
-/// What an earlier process, which died, has done of the copy.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ResumePoint {
-    /// Segments on the secondary; none of them twice.
-    pub placed: Vec<PlacedSegment>,
-    /// It had begun to lay originals over them.
-    pub originals_begun: bool,
-    /// Parts of the origin that are not preserved any more: what they held at the instant is on the secondary, or lost.
-    pub released: Vec<Extent>,
 }
 
 /// A copy to be made.

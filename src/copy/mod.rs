@@ -18,6 +18,7 @@ mod origin;
 mod overlay;
 mod pace;
 mod placed;
+mod ports;
 pub mod progress;
 pub mod regions;
 pub mod schedule;
@@ -27,9 +28,7 @@ mod throttle;
 mod verify;
 
 pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
-pub use job::{
-    ConfirmJob, CopyJob, CopyReport, OriginalsProvider, Progress, Releases, ResumePoint, confirm,
-    engine_config, run,
-};
+pub use job::{ConfirmJob, CopyJob, CopyReport, confirm, engine_config, run};
+pub use ports::{OriginalsProvider, Progress, Releases, ResumePoint};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

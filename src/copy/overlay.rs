@@ -14,8 +14,8 @@ use std::collections::HashMap;
 
 use super::checksums::Checksums;
 use super::driver::{Driver, Sink};
-use super::job::OriginalsProvider;
 use super::origin::{payload, payload_position, zero_gaps};
+use super::ports::OriginalsProvider;
 use super::schedule::{Schedule, Work};
 use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
 use crate::base::{Bytes, Error, ErrorKind, Result};

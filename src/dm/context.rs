@@ -20,6 +20,7 @@ use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, beside, is_ours};
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
+use super::target::TargetVersion;
 use super::udev::{Udev, with_cookie};
 use super::wire;
 
@@ -58,15 +59,6 @@ pub struct DeviceInfo {
     pub has_inactive: bool,
     /// Writes are refused.
     pub read_only: bool,
-}
-
-/// A kind of target that the kernel has loaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct TargetVersion {
-    /// Its name in tables.
-    pub kind: String,
-    /// Its version.
-    pub version: (u32, u32, u32),
 }
 
 /// Which of a device's two tables.

@@ -17,10 +17,10 @@ pub mod udev;
 mod wire;
 
 pub use change::{Action, AtBest, Change, Executor, Journal, NoJournal, Step};
-pub use context::{CONTROL_PATH, DeviceInfo, Dm, Slot, TargetVersion};
+pub use context::{CONTROL_PATH, DeviceInfo, Dm, Slot};
 pub use naming::DeviceIdentity;
 pub use owner::Owner;
 pub use status::SnapshotStatus;
 pub use table::{Line, Table, Template};
-pub use target::{Persistence, Target};
+pub use target::{Persistence, Target, TargetVersion};
 pub use udev::Udev;

@@ -5,8 +5,8 @@
 
 use crate::base::{DeviceNumber, Error, Result};
 
-use super::context::TargetVersion;
 use super::table::{LINES_MAX, Table};
+use super::target::TargetVersion;
 
 /// `struct dm_target_spec`: start, length, status, next, type.
 const SPEC_BYTES: usize = 40;

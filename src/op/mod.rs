@@ -8,8 +8,6 @@ pub mod copy;
 pub mod detach;
 pub mod doctor;
 pub mod hidden;
-#[cfg(feature = "vm")]
-mod hidden_store;
 pub mod hooks;
 pub mod inspect;
 pub mod job;

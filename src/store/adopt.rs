@@ -21,9 +21,11 @@ use crate::dm::{DeviceInfo, Dm, Slot, Table, Target};
 
 use super::cow::{CowStore, Parts};
 use super::head::Head;
-use super::record::{Facts, Made, RECORD_DIR, Record, release_file};
+use super::leftovers::release_file;
+use super::place::TailPlace;
+use super::record::{Facts, Made, RECORD_DIR, Record};
 use super::size::TAIL_COUNT_MAX;
-use super::tail::{Tail, TailPlace};
+use super::tail::Tail;
 use crate::sys::process::crash_point;
 
 /// The parts of a store, as its table has them.

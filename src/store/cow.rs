@@ -23,11 +23,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::units::SECTOR_BYTES;
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, ResultExt, Sectors};
 use crate::dm::naming::{self, DeviceIdentity, ROLE_COW};
 use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
@@ -35,131 +35,15 @@ use crate::sys::process::crash_point;
 
 use super::exceptions::{self, ExceptionReader, StoreDevice, Writing};
 use super::follow::Follower;
-use super::head::{Head, memory_available};
+use super::head::Head;
+use super::place::TailPlace;
+use super::plan::{StoreConfig, StorePlan};
 use super::record::{About, Made, RECORD_DIR, Record};
 use super::size::{self, FillRate};
-use super::tail::{Tail, TailPlace};
+use super::tail::Tail;
 
 /// Attempts to swap the table while signals interrupt the kernel's wait for writes in flight.
 const SWAP_ATTEMPTS: u32 = 20;
-
-/// What a store is to be, with everything resolved.
-#[derive(Clone, Debug)]
-pub struct StoreConfig {
-    /// The origin's device-mapper name: the store's device is named beside it.
-    pub origin_name: String,
-    /// The volume's name, for the UUID.
-    pub volume: String,
-    /// The job's id (see [`naming::new_id`]).
-    pub id: String,
-    /// Size of the origin.
-    pub origin_bytes: Bytes,
-    /// Unit of copy-on-write.
-    pub chunk: ChunkSize,
-    /// Where the tail is to be.
-    pub place: TailPlace,
-    /// Head and tail together at most; None: what the origin can need at most.
-    pub size_max: Option<Bytes>,
-    /// Size of the RAM head, zero for none; None: from the memory available.
-    pub ram: Option<Bytes>,
-    /// Keep the store after the copy.
-    pub keep: bool,
-}
-
-/// What will be made, as `--dry-run` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StorePlan {
-    /// Where the tail will be.
-    pub place: TailPlace,
-    /// The RAM head; zero for none.
-    pub head_bytes: Bytes,
-    /// The tail at creation.
-    pub tail_bytes: Bytes,
-    /// Head and tail together at most.
-    pub total_bytes_max: Bytes,
-    /// Unit of copy-on-write.
-    pub chunk: ChunkSize,
-    /// The store stays after the copy.
-    pub keep: bool,
-}
-
-impl StoreConfig {
-    /// Checks the configuration against the system and fixes the sizes. Changes nothing. Whether the origin may wait for
-    /// what is at its place is not asked here.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Usage`] for sizes that cannot be, [`ErrorKind::NoSpace`] where the tail's place has too little.
-    pub fn plan(&self) -> Result<StorePlan> {
-        let worst = size::worst_case(self.origin_bytes, self.chunk)?;
-        let least = size::smallest(self.chunk);
-        let total_max = match self.size_max {
-            Some(wanted) if wanted < least => {
-                return Err(Error::usage(format!(
-                    "a store of {wanted} with chunks of {} is too small",
-                    self.chunk
-                ))
-                .next(format!("--store-size must be at least {least}")));
-            }
-            Some(wanted) => wanted.align_down(size::STORE_UNIT).min(worst.max(least)),
-            None => worst.max(least),
-        };
-        let head_bytes = self.head_bytes(total_max)?;
-        let room = self.place.available()?;
-        let tail_max = total_max - head_bytes;
-        let tail_bytes = match &self.place {
-            TailPlace::Device { .. } => room.min(tail_max),
-            _ => size::first_tail(self.origin_bytes, tail_max).min(room),
-        };
-        let least_tail = match &self.place {
-            TailPlace::Device { .. } => size::TAIL_BYTES_MIN,
-            _ => size::TAIL_FIRST_REFUSED_BELOW.min(tail_max),
-        };
-        if tail_bytes < least_tail || head_bytes + tail_bytes < least {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                format!("{} has {room} for the store, which needs {least_tail}", self.place.path().display()),
-            )
-            .state("nothing was changed")
-            .next("name another place with --store"));
-        }
-        let total_bytes_max = match &self.place {
-            TailPlace::Device { .. } => head_bytes + tail_bytes,
-            _ => total_max,
-        };
-        Ok(StorePlan {
-            place: self.place.clone(),
-            head_bytes,
-            tail_bytes,
-            total_bytes_max,
-            chunk: self.chunk,
-            keep: self.keep,
-        })
-    }
-
-    fn head_bytes(&self, total_max: Bytes) -> Result<Bytes> {
-        let tail_least = size::TAIL_BYTES_MIN;
-        match self.ram {
-            Some(Bytes::ZERO) => Ok(Bytes::ZERO),
-            Some(_) if self.keep => Err(Error::usage("a store that is kept has no part in memory")
-                .next("leave --store-ram or --keep-store away")),
-            Some(wanted) => {
-                let wanted = wanted.align_up(size::STORE_UNIT);
-                if wanted + tail_least > total_max {
-                    return Err(Error::usage(format!(
-                        "--store-ram {wanted} leaves nothing on disk of a store of {total_max} at most"
-                    ))
-                    .next("make --store-ram smaller or --store-size larger"));
-                }
-                Ok(wanted)
-            }
-            None if self.keep => Ok(Bytes::ZERO),
-            None => {
-                let half = Bytes(total_max.get() / 2).align_down(size::STORE_UNIT);
-                Ok(size::head_default(memory_available()).min(half))
-            }
-        }
-    }
-}
 
 /// What a growth did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -324,7 +208,7 @@ impl CowStore {
     /// are in use, and it fills at `rate`. None where nothing was to be done.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] where the tail's place is full; the store works on as it is.
+    /// [`ErrorKind::NoSpace`](crate::base::ErrorKind::NoSpace) where the tail's place is full; the store works on as it is.
     pub fn grow_ahead(&self, used: Bytes, rate: &FillRate) -> Result<Option<Grown>> {
         let mut parts = self.lock();
         let from = parts.mapped;
@@ -571,76 +455,3 @@ fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Erro
 }
 
 const _: () = assert!(DIRECT_IO_ALIGN.get().is_multiple_of(SECTOR_BYTES));
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(place: TailPlace) -> StoreConfig {
-        StoreConfig {
-            origin_name: "data".to_owned(),
-            volume: "data".to_owned(),
-            id: naming::new_id(),
-            origin_bytes: Bytes::gib(10),
-            chunk: ChunkSize::default(),
-            place,
-            size_max: None,
-            ram: None,
-            keep: false,
-        }
-    }
-
-    fn device(bytes: Bytes) -> TailPlace {
-        TailPlace::Device { path: "/dev/x".into(), number: DeviceNumber { major: 8, minor: 16 }, bytes }
-    }
-
-    #[test]
-    fn sizes_follow_the_request() {
-        let mut c = config(device(Bytes::mib(100)));
-        c.ram = Some(Bytes::mib(8));
-        let plan = c.plan().unwrap();
-        assert_eq!((plan.head_bytes, plan.tail_bytes), (Bytes::mib(8), Bytes::mib(100)));
-        assert_eq!(plan.total_bytes_max, Bytes::mib(108));
-
-        c.size_max = Some(Bytes::mib(20));
-        assert_eq!(c.plan().unwrap().tail_bytes, Bytes::mib(12));
-
-        c.size_max = Some(Bytes::mib(8));
-        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
-        c.size_max = Some(Bytes::kib(4));
-        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
-
-        let mut c = config(TailPlace::Directory(std::env::temp_dir()));
-        c.ram = Some(Bytes::ZERO);
-        let plan = c.plan().unwrap();
-        assert_eq!(plan.head_bytes, Bytes::ZERO);
-        assert_eq!(plan.tail_bytes, Bytes::mib(256));
-        assert_eq!(plan.total_bytes_max, size::worst_case(Bytes::gib(10), c.chunk).unwrap());
-    }
-
-    #[test]
-    fn a_small_origin_gets_a_small_store() {
-        let mut c = config(TailPlace::Directory(std::env::temp_dir()));
-        c.origin_bytes = Bytes::mib(16);
-        c.ram = Some(Bytes::ZERO);
-        let plan = c.plan().unwrap();
-        assert_eq!(plan.tail_bytes, plan.total_bytes_max);
-        assert!(plan.tail_bytes <= Bytes::mib(18));
-    }
-
-    #[test]
-    fn a_kept_store_is_all_on_disk() {
-        let mut c = config(device(Bytes::gib(1)));
-        c.keep = true;
-        assert_eq!(c.plan().unwrap().head_bytes, Bytes::ZERO);
-        c.ram = Some(Bytes::mib(8));
-        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::Usage);
-    }
-
-    #[test]
-    fn a_device_that_is_too_small_is_no_space() {
-        let mut c = config(device(Bytes::kib(512)));
-        c.ram = Some(Bytes::ZERO);
-        assert_eq!(c.plan().unwrap_err().kind(), ErrorKind::NoSpace);
-    }
-}

@@ -15,8 +15,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 
+use super::place::device_bytes;
 use super::record::{Made, Record};
 
 const ZRAM_CONTROL: &str = "/sys/class/zram-control";
@@ -89,19 +90,6 @@ impl Head {
             HeadKind::Brd => release_brd(),
         }
     }
-}
-
-/// Memory that can be had without swapping (`MemAvailable`); zero where the kernel does not say.
-#[must_use]
-pub fn memory_available() -> Bytes {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    parse_available(&text).unwrap_or(Bytes::ZERO)
-}
-
-fn parse_available(text: &str) -> Option<Bytes> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024).map(Bytes)
 }
 
 /// Loads a kernel module. False where it cannot be loaded.
@@ -238,29 +226,4 @@ pub(super) fn release_brd() -> Result<()> {
     Err(Error::new(ErrorKind::Kernel, "unloading the kernel module brd, our RAM disk")
         .state(format!("/dev/{BRD_NAME} keeps its memory"))
         .next("modprobe -r brd"))
-}
-
-/// Size of a block device, from sysfs.
-pub(super) fn device_bytes(number: DeviceNumber) -> Result<Bytes> {
-    let path = format!("/sys/dev/block/{number}/size");
-    let text = fs::read_to_string(&path).io_context(|| format!("reading {path}"))?;
-    text.trim()
-        .parse::<u64>()
-        .ok()
-        .and_then(|sectors| Sectors(sectors).checked_bytes())
-        .ok_or_else(|| Error::new(ErrorKind::Kernel, format!("{path} holds no size: '{}'", text.trim())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn available_memory_is_read() {
-        let text = "MemTotal:       24683520 kB\nMemFree: 1 kB\nMemAvailable:   1024 kB\n";
-        assert_eq!(parse_available(text), Some(Bytes::mib(1)));
-        assert_eq!(parse_available("MemAvailable: x kB"), None);
-        assert_eq!(parse_available(""), None);
-        assert!(memory_available() > Bytes::ZERO);
-    }
 }

@@ -4,8 +4,11 @@
 //! |---|---|
 //! | [`size`] | how large must a store be, now and at most (pure) |
 //! | [`head`] | where does the RAM head come from (zram, else brd), and how is it given back |
-//! | [`tail`] | where is the disk tail: a file through a loop device, or a block device |
-//! | [`record`] | what must be given back after a crash, who is still using it, what the kernel does not know |
+//! | [`place`] | where is the tail to be, and how much room is there |
+//! | [`plan`] | how large is it to be, and of what is it made |
+//! | [`tail`] | the disk tail: a file through a loop device, or a block device |
+//! | [`record`] | who is using a store, and what of it the kernel does not know |
+//! | [`leftovers`] | what has a dead process left, and is it ours to give back |
 //! | [`cow`] | the store itself: made, grown, settled, given back or kept |
 //! | [`adopt`] | can the store of a process that is gone be used on |
 //! | [`monitor`] | is the snapshot still valid, and is there room ahead of it |
@@ -27,16 +30,20 @@ pub mod cow;
 pub mod exceptions;
 pub mod follow;
 mod head;
+mod leftovers;
 pub mod monitor;
+mod place;
+mod plan;
 mod record;
 #[cfg(test)]
 mod simulator;
 pub mod size;
 pub mod tail;
 
-pub use cow::{CowStore, Grown, KeptStore, StoreConfig, StorePlan};
+pub use cow::{CowStore, Grown, KeptStore};
 pub use exceptions::{ExceptionReader, StoreDevice, Writing};
 pub use follow::Follower;
+pub use leftovers::release_leftovers;
 pub use monitor::{Fill, Monitor, StoreEvent};
-pub use record::release_leftovers;
-pub use tail::TailPlace;
+pub use place::TailPlace;
+pub use plan::{StoreConfig, StorePlan};

@@ -6,7 +6,7 @@
 //! record, only ever appended; the last whole line holds. The space for all of them is allocated with the file: what is
 //! made in the middle of a copy can be noted where `/run` is full by then. Its owner keeps it locked (flock), which dies
 //! with the process; another process may then take the store over ([`adopt`](super::adopt)) or give it
-//! back ([`release_leftovers`]).
+//! back ([`leftovers`](super::leftovers)).
 //!
 //! It is made under a hidden name, locked and written, and only then gets its own: a record that can be
 //! found has an owner, or had one.
@@ -37,12 +37,9 @@ use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::Dm;
 use crate::sys::block;
-use crate::sys::dm_ioctl::Key;
 
-use super::cow::StorePlan;
-use super::head;
+use super::plan::StorePlan;
 
 /// Where records are.
 pub const RECORD_DIR: &str = "/run/tidemark/stores";
@@ -53,11 +50,8 @@ const RECORD_BYTES_MAX: u64 = 1 << 20;
 /// What is allocated for a record: more than its lines take, unless paths are very long.
 const RECORD_ROOM: Bytes = Bytes::kib(32);
 
-/// Most records looked at in one go.
-const RECORD_COUNT_MAX: usize = 4096;
-
 /// How the name of a record ends that is not locked yet.
-const HIDDEN: &str = ".json-new";
+pub(super) const HIDDEN: &str = ".json-new";
 
 /// Attempts to make one while a `recover` clears away what it takes for the hidden part of a dead one's.
 const CREATE_ATTEMPTS: u32 = 16;
@@ -227,6 +221,12 @@ impl Record {
         Ok((Self { path, facts, file }, text))
     }
 
+    /// It can be found under its name.
+    #[cfg(test)]
+    pub(super) fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// What it says.
     pub(super) fn facts(&self) -> &Facts {
         &self.facts
@@ -305,7 +305,7 @@ fn create_locked(path: &Path) -> Result<Option<Flock<File>>> {
 }
 
 /// None where it is locked by somebody.
-fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
+pub(super) fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(file) => Ok(Some(file)),
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
@@ -315,7 +315,7 @@ fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
 
 /// What a locked record holds; None where its owner removed or renamed it before we had the lock: what it
 /// names may be somebody else's by now.
-fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<String>> {
+pub(super) fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<String>> {
     let what = || format!("reading {}", path.display());
     let mine = Inode::of(&file.metadata().io_context(what)?);
     let found = match fs::metadata(path) {
@@ -332,152 +332,11 @@ fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
-/// Gives back the RAM heads and files of stores whose process is gone and whose device is removed. Call
-/// it after the devices of a crashed copy have been removed. Answers what was given back, for people.
-///
-/// # Errors
-/// The first failure, after every record has been tried.
-pub fn release_leftovers() -> Result<Vec<String>> {
-    let dir = Path::new(RECORD_DIR);
-    if !dir.exists() {
-        return Ok(Vec::new());
-    }
-    let dm = Dm::open()?;
-    release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut Kernel)
-}
-
-/// The RAM disks, or a test's fake of them.
-pub(super) trait Disks {
-    fn zram_indices(&self) -> Vec<u32>;
-    fn zram_is_unused(&self, index: u32) -> bool;
-    fn release_zram(&mut self, index: u32) -> Result<()>;
-    fn release_brd(&mut self) -> Result<()>;
-}
-
-struct Kernel;
-
-impl Disks for Kernel {
-    fn zram_indices(&self) -> Vec<u32> {
-        head::zram_indices()
-    }
-    fn zram_is_unused(&self, index: u32) -> bool {
-        head::zram_is_unused(index)
-    }
-    fn release_zram(&mut self, index: u32) -> Result<()> {
-        head::release_zram(index)
-    }
-    fn release_brd(&mut self) -> Result<()> {
-        head::release_brd()
-    }
-}
-
-pub(super) fn release_leftovers_in(
-    dir: &Path,
-    in_use: &dyn Fn(&str) -> Result<bool>,
-    disks: &mut dyn Disks,
-) -> Result<Vec<String>> {
-    let mut released = Vec::new();
-    let mut first_error: Option<Error> = None;
-    let entries = fs::read_dir(dir).io_context(|| format!("listing {}", dir.display()))?;
-    for entry in entries.take(RECORD_COUNT_MAX) {
-        let path = entry.io_context(|| format!("listing {}", dir.display()))?.path();
-        match release_one(&path, in_use, disks) {
-            Ok(what) => released.extend(what),
-            Err(error) => {
-                first_error = Some(match first_error {
-                    None => error,
-                    Some(first) => first.with_failed_undo(error),
-                });
-            }
-        }
-    }
-    first_error.map_or(Ok(released), Err)
-}
-
-/// One record: what was given back (so far).
-fn release_one(
-    path: &Path,
-    in_use: &dyn Fn(&str) -> Result<bool>,
-    disks: &mut dyn Disks,
-) -> Result<Vec<String>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
-    };
-    // Locked: its process lives.
-    let Some(file) = lock(file, path)? else { return Ok(Vec::new()) };
-    let Some(text) = read_locked(&file, path)? else { return Ok(Vec::new()) };
-    let remove = || fs::remove_file(path).io_context(|| format!("removing {}", path.display()));
-    let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
-    // Nothing is made before the first line is whole.
-    let Some(facts) = facts else { return remove().map(|()| Vec::new()) };
-    if in_use(&facts.about.uuid)? {
-        return Ok(Vec::new());
-    }
-    let mut released = Vec::new();
-    match facts.head {
-        Made::Nothing => {}
-        Made::Zram { index } => {
-            disks.release_zram(index)?;
-            released.push(format!("the RAM disk /dev/zram{index}"));
-        }
-        Made::ZramIntended { before } => released.extend(release_intended(&before, disks)?),
-        Made::Brd => {
-            disks.release_brd()?;
-            released.push("the RAM disk /dev/ram0 (module brd)".to_owned());
-        }
-    }
-    if let Some(file) = &facts.file {
-        released.extend(release_file(file)?);
-    }
-    remove()?;
-    Ok(released)
-}
-
-/// See the module's head.
-pub(super) fn release_file(file: &NamedFile) -> Result<Option<String>> {
-    let path = &file.path;
-    let metadata = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        result => result.io_context(|| format!("looking at the store {}", path.display()))?,
-    };
-    let ours = match file.inode {
-        Some(inode) => inode == Inode::of(&metadata),
-        None => metadata.is_file() && metadata.len() == 0,
-    };
-    if !ours {
-        tracing::warn!("{} is not the file that was made for a store; it was left alone", path.display());
-        return Ok(None);
-    }
-    fs::remove_file(path).io_context(|| format!("removing the store {}", path.display()))?;
-    Ok(Some(format!("the store {}", path.display())))
-}
-
-fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<String>> {
-    let mut new = disks.zram_indices();
-    new.retain(|index| !before.contains(index));
-    match new.as_slice() {
-        [index] if disks.zram_is_unused(*index) => {
-            disks.release_zram(*index)?;
-            Ok(Some(format!("the RAM disk /dev/zram{index}")))
-        }
-        [] => Ok(None),
-        _ => {
-            tracing::warn!(
-                "zram devices {new:?} are new since a store's creation broke off; none was removed, \
-                 because none is known to be ours (an unused one takes no memory)"
-            );
-            Ok(None)
-        }
-    }
-}
-
 /// A line cut short by a crash does not count; the one before it does.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`] for a record of another version: what it names must not be forgotten.
-fn last_whole_line(text: &str) -> Result<Option<Facts>> {
+pub(super) fn last_whole_line(text: &str) -> Result<Option<Facts>> {
     #[derive(Deserialize)]
     struct Versioned {
         version: u32,

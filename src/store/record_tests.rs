@@ -1,33 +1,8 @@
-//! A crash behind each step, records that are somebody's, and lines that are torn.
+//! Records that are in use, taken over, or torn.
 
 use super::*;
 use crate::base::ChunkSize;
-use crate::store::tail::TailPlace;
-
-#[derive(Default)]
-struct Fake {
-    present: Vec<u32>,
-    used: Vec<u32>,
-    released: Vec<u32>,
-    brd_released: bool,
-}
-
-impl Disks for Fake {
-    fn zram_indices(&self) -> Vec<u32> {
-        self.present.clone()
-    }
-    fn zram_is_unused(&self, index: u32) -> bool {
-        !self.used.contains(&index)
-    }
-    fn release_zram(&mut self, index: u32) -> Result<()> {
-        self.released.push(index);
-        Ok(())
-    }
-    fn release_brd(&mut self) -> Result<()> {
-        self.brd_released = true;
-        Ok(())
-    }
-}
+use crate::store::place::TailPlace;
 
 pub fn about(id: &str) -> About {
     About {
@@ -50,140 +25,19 @@ pub fn facts(id: &str) -> Facts {
     Facts { version: VERSION, about: about(id), head: Made::Nothing, file: None, filesystem: None }
 }
 
-fn create(dir: &Path, id: &str) -> Record {
+pub fn create(dir: &Path, id: &str) -> Record {
     Record::create(dir, id, about(id)).unwrap()
 }
 
-fn leave(dir: &Path, id: &str, steps: Vec<Made>) {
+pub fn leave(dir: &Path, id: &str, steps: Vec<Made>) {
     let mut record = create(dir, id);
     for made in steps {
         record.note(made).unwrap();
     }
 }
 
-fn release_all(dir: &Path, disks: &mut Fake) -> Result<Vec<String>> {
-    release_leftovers_in(dir, &|_| Ok(false), disks)
-}
-
-fn count(dir: &Path) -> usize {
+pub fn count(dir: &Path) -> usize {
     fs::read_dir(dir).unwrap().count()
-}
-
-#[test]
-fn a_crash_behind_each_step_leaves_nothing() {
-    let before = vec![0, 3];
-    let all =
-        [Made::ZramIntended { before: before.clone() }, Made::Zram { index: 1 }, Made::Nothing, Made::Brd];
-    for steps in 0..=all.len() {
-        let dir = tempfile::tempdir().unwrap();
-        leave(dir.path(), "a", all[..steps].to_vec());
-        let mut disks = Fake { present: vec![0, 1, 3], used: vec![0, 3], ..Fake::default() };
-        release_all(dir.path(), &mut disks).unwrap();
-        let expected: &[u32] = if steps == 1 || steps == 2 { &[1] } else { &[] };
-        assert_eq!(disks.released, expected, "after {steps} steps");
-        assert_eq!(disks.brd_released, steps == 4);
-        assert_eq!(count(dir.path()), 0);
-    }
-}
-
-#[test]
-fn what_is_locked_or_in_use_or_not_ours_stays() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut disks = Fake { present: vec![1, 2], used: vec![2], ..Fake::default() };
-    let mut live = create(dir.path(), "live");
-    live.note(Made::Zram { index: 1 }).unwrap();
-    leave(dir.path(), "mapped", vec![Made::Zram { index: 2 }]);
-    // Two new devices, or one that somebody has given a size: not known to be ours.
-    leave(dir.path(), "unsure", vec![Made::ZramIntended { before: vec![] }]);
-    leave(dir.path(), "other", vec![Made::ZramIntended { before: vec![1] }]);
-    release_leftovers_in(dir.path(), &|uuid| Ok(uuid == "TIDEMARK-mapped"), &mut disks).unwrap();
-    assert!(disks.released.is_empty(), "{:?}", disks.released);
-    assert!(dir.path().join("live.json").exists() && dir.path().join("mapped.json").exists());
-    live.close().unwrap();
-    assert!(!dir.path().join("live.json").exists());
-}
-
-/// What a killed `--keep-store` copy left was named by nothing.
-#[test]
-fn a_crash_at_each_step_of_a_file_to_be_kept_leaves_none() {
-    for step in 0..5 {
-        let dir = tempfile::tempdir().unwrap();
-        let records = dir.path().join("records");
-        let path = dir.path().join("kept");
-        let mut record = create(&records, "a");
-        if step > 0 {
-            record.note_file(Some(NamedFile { path: path.clone(), inode: None })).unwrap();
-        }
-        if step > 1 {
-            fs::write(&path, "").unwrap();
-        }
-        if step > 2 {
-            let inode = Some(Inode::of(&fs::metadata(&path).unwrap()));
-            record.note_file(Some(NamedFile { path: path.clone(), inode })).unwrap();
-            fs::write(&path, "originals").unwrap();
-        }
-        if step > 3 {
-            // The store is kept: from here on the file is the user's.
-            record.note_file(None).unwrap();
-        }
-        drop(record);
-        let released = release_all(&records, &mut Fake::default()).unwrap();
-        assert_eq!(released.len(), usize::from(step == 2 || step == 3), "step {step}: {released:?}");
-        assert_eq!(path.exists(), step > 3, "step {step}");
-        assert_eq!(count(&records), 0);
-    }
-}
-
-#[test]
-fn a_file_of_somebody_elses_at_the_same_path_stays() {
-    let dir = tempfile::tempdir().unwrap();
-    let records = dir.path().join("records");
-    let (path, other) = (dir.path().join("kept"), dir.path().join("other"));
-    fs::write(&other, "").unwrap();
-    for inode in [None, Some(Inode::of(&fs::metadata(&other).unwrap()))] {
-        create(&records, "a").note_file(Some(NamedFile { path: path.clone(), inode })).unwrap();
-        fs::write(&path, "theirs").unwrap();
-        assert_eq!(release_all(&records, &mut Fake::default()).unwrap(), [""; 0]);
-        assert_eq!(fs::read(&path).unwrap(), b"theirs");
-        assert_eq!(count(&records), 0);
-    }
-}
-
-/// A record was visible for a moment before it was locked, and passed for a dead one's.
-#[test]
-fn a_record_is_never_found_without_its_lock() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().to_owned();
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(std::sync::atomic::Ordering::SeqCst) {
-                release_all(&path, &mut Fake::default()).unwrap();
-            }
-        });
-        for round in 0..300 {
-            let record = create(&path, &format!("r{round}"));
-            assert!(record.path.exists(), "round {round}: taken for a dead one's");
-            record.close().unwrap();
-        }
-        stop.store(true, std::sync::atomic::Ordering::SeqCst);
-    });
-}
-
-#[test]
-fn what_a_crash_leaves_of_a_record_in_the_making_is_cleared_away() {
-    let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join(format!("a{HIDDEN}")), "").unwrap();
-    leave(dir.path(), "b", Vec::new());
-    fs::rename(dir.path().join("b.json"), dir.path().join(format!("b{HIDDEN}"))).unwrap();
-    assert_eq!(release_all(dir.path(), &mut Fake::default()).unwrap(), [""; 0]);
-    assert_eq!(count(dir.path()), 0);
-    // Not over one that is there.
-    let first = create(dir.path(), "a");
-    let second = Record::create(dir.path(), "a", about("a")).unwrap_err();
-    assert_eq!(second.errno(), Some(libc::EEXIST));
-    assert_eq!(count(dir.path()), 1);
-    first.close().unwrap();
 }
 
 #[test]
@@ -203,10 +57,6 @@ fn a_dead_ones_record_is_taken_over_once() {
     let mut second = Record::take_over(dir.path(), "a").unwrap();
     assert_eq!(*second.facts(), facts);
     assert!(refused(Record::take_over(dir.path(), "a")), "its new owner lives");
-    // Nor is it anybody's leftover.
-    let mut disks = Fake { present: vec![4], used: vec![4], ..Fake::default() };
-    release_all(dir.path(), &mut disks).unwrap();
-    assert!(disks.released.is_empty());
     second.note(Made::Nothing).unwrap();
     drop(second);
     let third = Record::take_over(dir.path(), "a").unwrap();
@@ -240,17 +90,6 @@ fn a_torn_line_does_not_count() {
     assert_eq!(last_whole_line(&format!("{whole}\n")).unwrap().unwrap(), zram);
     assert!(last_whole_line("garbage\n").unwrap().is_none());
     assert!(last_whole_line("").unwrap().is_none());
-}
-
-/// It names a RAM disk that would otherwise keep its memory for ever.
-#[test]
-fn a_record_of_another_version_is_not_forgotten() {
-    let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("a.json"), "{\"version\":1,\"uuid\":\"u\",\"made\":\"zram\",\"index\":7}\n")
-        .unwrap();
-    assert_eq!(release_all(dir.path(), &mut Fake::default()).unwrap_err().kind(), ErrorKind::BadData);
-    assert_eq!(count(dir.path()), 1);
-    assert_eq!(Record::take_over(dir.path(), "a").unwrap_err().kind(), ErrorKind::BadData);
 }
 
 #[test]

@@ -17,160 +17,25 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
-use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
-use serde::{Deserialize, Serialize};
+use nix::sys::statvfs::fstatvfs;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::sys::loop_device::{self, LoopDevice};
 use crate::sys::process::crash_point;
 
-use super::head::{device_bytes, load_module};
+use super::head::load_module;
+use super::place::{DEFAULT_DIRECTORY, TailPlace, device_bytes, free_beyond_reserve, parent_of};
 use super::record::{Inode, NamedFile, Record};
 use super::size;
 
-/// Where a tail is made when nothing is said.
-pub const DEFAULT_DIRECTORY: &str = "/var/lib/tidemark";
-
 /// Zeros written at a time where the filesystem cannot allocate space.
 const ZERO_STEP: usize = 1 << 20;
-
-/// Where a tail is to be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum TailPlace {
-    /// A file in this directory, without a name unless the store is kept.
-    Directory(PathBuf),
-    /// A file to be made at this path.
-    NewFile(PathBuf),
-    /// This whole block device; what it holds is lost.
-    Device {
-        /// Its path.
-        path: PathBuf,
-        /// Its number.
-        number: DeviceNumber,
-        /// Its size.
-        bytes: Bytes,
-    },
-}
-
-impl TailPlace {
-    /// What `--store` means: None is [`DEFAULT_DIRECTORY`].
-    ///
-    /// # Errors
-    /// [`ErrorKind::Refused`] for a path that is none of a directory, a block device and a file yet
-    /// to be made; [`ErrorKind::Usage`] for a zram device (that is what the head is for).
-    pub fn resolve(path: Option<&Path>) -> Result<Self> {
-        let Some(path) = path else { return Ok(Self::Directory(PathBuf::from(DEFAULT_DIRECTORY))) };
-        match fs::metadata(path) {
-            Ok(metadata) if metadata.is_dir() => Ok(Self::Directory(path.to_owned())),
-            Ok(metadata) if metadata.file_type().is_block_device() => {
-                Self::device(path, DeviceNumber::from_dev(metadata.rdev()))
-            }
-            Ok(_) => Err(Error::refused(format!(
-                "--store {}: neither a directory nor a block device",
-                path.display()
-            ))
-            .next("name a directory, a block device, or a file that does not exist yet")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let parent = parent_of(path);
-                match fs::metadata(&parent) {
-                    Ok(metadata) if metadata.is_dir() && path.file_name().is_some() => {
-                        Ok(Self::NewFile(path.to_owned()))
-                    }
-                    _ => Err(Error::refused(format!(
-                        "--store {}: {} is not a directory",
-                        path.display(),
-                        parent.display()
-                    ))
-                    .next("make the directory first, or name another place")),
-                }
-            }
-            Err(error) => Err(error).io_context(|| format!("looking at --store {}", path.display())),
-        }
-    }
-
-    fn device(path: &Path, number: DeviceNumber) -> Result<Self> {
-        let link = fs::read_link(format!("/sys/dev/block/{number}")).unwrap_or_default();
-        let name = link.file_name().and_then(|name| name.to_str()).unwrap_or("");
-        if name.starts_with("zram") {
-            return Err(Error::usage(format!(
-                "--store {}: a zram device cannot be the tail",
-                path.display()
-            ))
-            .next("ask for memory with --store-ram, and name a disk with --store"));
-        }
-        Ok(Self::Device { path: path.to_owned(), number, bytes: device_bytes(number)? })
-    }
-
-    /// An existing path on the device that the tail will be on: the block device itself, or a
-    /// directory. For whoever resolves what lies beneath it.
-    #[must_use]
-    pub fn anchor(&self) -> PathBuf {
-        let mut at = match self {
-            Self::Device { path, .. } => return path.clone(),
-            Self::Directory(path) => path.clone(),
-            Self::NewFile(path) => parent_of(path),
-        };
-        while !at.exists() {
-            if !at.pop() {
-                return PathBuf::from("/");
-            }
-        }
-        at
-    }
-
-    /// The directory that its file is in; None for a block device.
-    pub(super) fn directory(&self) -> Option<PathBuf> {
-        match self {
-            Self::Device { .. } => None,
-            Self::Directory(path) => Some(path.clone()),
-            Self::NewFile(path) => Some(parent_of(path)),
-        }
-    }
-
-    /// Its path, for messages.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        match self {
-            Self::Device { path, .. } | Self::Directory(path) | Self::NewFile(path) => path,
-        }
-    }
-
-    /// What a tail here can have: of a device its size, of a filesystem what is free beyond the
-    /// reserve.
-    ///
-    /// # Errors
-    /// I/O errors with the path.
-    pub fn available(&self) -> Result<Bytes> {
-        if let Self::Device { bytes, .. } = self {
-            return Ok(bytes.align_down(DIRECT_IO_ALIGN));
-        }
-        let anchor = self.anchor();
-        let space =
-            statvfs(&anchor).io_context(|| format!("asking for free space of {}", anchor.display()))?;
-        Ok(free_beyond_reserve(&space))
-    }
-}
-
-fn parent_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
-    }
-}
-
-fn free_beyond_reserve(space: &Statvfs) -> Bytes {
-    let unit = space.fragment_size();
-    let free = Bytes(space.blocks_available().saturating_mul(unit));
-    let all = Bytes(space.blocks().saturating_mul(unit));
-    free.saturating_sub(size::reserve(all)).align_down(size::STORE_UNIT)
-}
 
 /// A tail that is ours.
 #[derive(Debug)]
@@ -535,27 +400,6 @@ mod tests {
 
     fn may_attach() -> bool {
         nix::unistd::geteuid().is_root() && Path::new(crate::sys::loop_device::CONTROL_PATH).exists()
-    }
-
-    #[test]
-    fn places_are_told_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(TailPlace::resolve(None).unwrap(), TailPlace::Directory(PathBuf::from(DEFAULT_DIRECTORY)));
-        assert_eq!(
-            TailPlace::resolve(Some(dir.path())).unwrap(),
-            TailPlace::Directory(dir.path().to_owned())
-        );
-        let new = TailPlace::resolve(Some(&dir.path().join("new"))).unwrap();
-        assert_eq!(new, TailPlace::NewFile(dir.path().join("new")));
-        assert_eq!(new.anchor(), dir.path());
-        assert!(new.available().unwrap() > Bytes::ZERO);
-
-        let file = dir.path().join("file");
-        fs::write(&file, "x").unwrap();
-        assert_eq!(TailPlace::resolve(Some(&file)).unwrap_err().kind(), ErrorKind::Refused);
-        let nowhere = dir.path().join("no/where");
-        assert_eq!(TailPlace::resolve(Some(&nowhere)).unwrap_err().kind(), ErrorKind::Refused);
-        assert_eq!(TailPlace::Directory(nowhere).anchor(), dir.path());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::harness::case::Delay;
 /// The stack's cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("stack_insert", "stack_insert.sh").limit_seconds(180),
+        case("stack_insert", "stack_insert.sh").limit_seconds(480),
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
         // Writes that take long: what waits for a stopped command waits in the middle of something.

@@ -5,7 +5,7 @@ use std::io::BufRead;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::hidden::trial::tell;
+use super::report::tell;
 use crate::base::{Bytes, Error, Result, ResultExt};
 use crate::dm::{Dm, SnapshotStatus};
 use crate::extent::Original;

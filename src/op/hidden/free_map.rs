@@ -1,0 +1,72 @@
+//! The map of an origin's free space on its own, for the VM cases.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use crate::base::{Error, Result, ResultExt};
+use crate::sys::freeze;
+use crate::volume::free::FreeMapper;
+
+/// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of
+/// the device, writes it to REPORT ("free START END" and "log START END" in bytes, "note TEXT", "changed" where the second
+/// look at the devices finds others, "took MICROSECONDS"), waits for the end of standard input, thaws.
+pub const ARGUMENT: &str = "__free_map";
+
+pub fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(2).collect();
+    let Some((report, words)) = words.split_first() else { return ExitCode::from(2) };
+    let Err(error) = run(Path::new(report), words) else { return ExitCode::SUCCESS };
+    match fs::write(report, format!("error {error}\n")) {
+        Ok(()) => ExitCode::from(error.kind().exit_code()),
+        Err(_) => ExitCode::from(99),
+    }
+}
+
+fn run(report: &Path, words: &[String]) -> Result<()> {
+    let [origin, hook, mounts @ ..] = words else {
+        return Err(Error::usage("__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT..."));
+    };
+    let mounts: Vec<PathBuf> = mounts.iter().map(PathBuf::from).collect();
+    let mapper = FreeMapper::prepare(origin.parse()?, &mounts)?;
+    let hooked = Command::new("sh").args(["-ec", hook]).status().io_context(|| hook.clone())?;
+    if !hooked.success() {
+        return Err(Error::usage(format!("{hook}: {hooked}")));
+    }
+    let files = mounts.iter().map(|point| File::open(point).io_context(|| point.display().to_string()));
+    let files = files.collect::<Result<Vec<File>>>()?;
+    for file in &files {
+        freeze::freeze(file).io_context(|| "freezing".to_owned())?;
+    }
+    let begin = Instant::now();
+    let (free, picture) = mapper.read();
+    let took = begin.elapsed();
+    let mut text = String::new();
+    if picture.still_holds() {
+        for extent in &free.extents {
+            let _ = writeln!(text, "free {} {}", extent.start().get(), extent.end().get());
+        }
+        for extent in &free.logs {
+            let _ = writeln!(text, "log {} {}", extent.start().get(), extent.end().get());
+        }
+    } else {
+        text.push_str("changed\n");
+    }
+    for note in &free.notes {
+        let _ = writeln!(text, "note {note}");
+    }
+    let _ = writeln!(text, "took {}", took.as_micros());
+    // Whole, or not there: the script waits for it.
+    let unfinished = report.with_extension("new");
+    let written = fs::write(&unfinished, text).and_then(|()| fs::rename(&unfinished, report));
+    let written = written.io_context(|| report.display().to_string());
+    let mut rest = Vec::new();
+    let _ = std::io::stdin().read_to_end(&mut rest);
+    for file in files.iter().rev() {
+        freeze::thaw(file).io_context(|| "thawing".to_owned())?;
+    }
+    written
+}

@@ -1,0 +1,163 @@
+//! What has a dead process left of its store, and is it ours to give back?
+//!
+//! Decided by the last whole line of its [`record`](super::record), whose head has the argument. Must not touch a RAM disk
+//! or a file that no record names, or one whose record is locked.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+use crate::base::{Error, Result, ResultExt as _};
+use crate::dm::Dm;
+use crate::sys::dm_ioctl::Key;
+
+use super::head;
+use super::record::{Inode, Made, NamedFile, RECORD_DIR, last_whole_line, lock, read_locked};
+
+/// Most records looked at in one go.
+const RECORD_COUNT_MAX: usize = 4096;
+
+/// Gives back the RAM heads and files of stores whose process is gone and whose device is removed. Call
+/// it after the devices of a crashed copy have been removed. Answers what was given back, for people.
+///
+/// # Errors
+/// The first failure, after every record has been tried.
+pub fn release_leftovers() -> Result<Vec<String>> {
+    let dir = Path::new(RECORD_DIR);
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let dm = Dm::open()?;
+    release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut Kernel)
+}
+
+/// The RAM disks, or a test's fake of them.
+trait Disks {
+    fn zram_indices(&self) -> Vec<u32>;
+    fn zram_is_unused(&self, index: u32) -> bool;
+    fn release_zram(&mut self, index: u32) -> Result<()>;
+    fn release_brd(&mut self) -> Result<()>;
+}
+
+struct Kernel;
+
+impl Disks for Kernel {
+    fn zram_indices(&self) -> Vec<u32> {
+        head::zram_indices()
+    }
+    fn zram_is_unused(&self, index: u32) -> bool {
+        head::zram_is_unused(index)
+    }
+    fn release_zram(&mut self, index: u32) -> Result<()> {
+        head::release_zram(index)
+    }
+    fn release_brd(&mut self) -> Result<()> {
+        head::release_brd()
+    }
+}
+
+fn release_leftovers_in(
+    dir: &Path,
+    in_use: &dyn Fn(&str) -> Result<bool>,
+    disks: &mut dyn Disks,
+) -> Result<Vec<String>> {
+    let mut released = Vec::new();
+    let mut first_error: Option<Error> = None;
+    let entries = fs::read_dir(dir).io_context(|| format!("listing {}", dir.display()))?;
+    for entry in entries.take(RECORD_COUNT_MAX) {
+        let path = entry.io_context(|| format!("listing {}", dir.display()))?.path();
+        match release_one(&path, in_use, disks) {
+            Ok(what) => released.extend(what),
+            Err(error) => {
+                first_error = Some(match first_error {
+                    None => error,
+                    Some(first) => first.with_failed_undo(error),
+                });
+            }
+        }
+    }
+    first_error.map_or(Ok(released), Err)
+}
+
+/// One record: what was given back (so far).
+fn release_one(
+    path: &Path,
+    in_use: &dyn Fn(&str) -> Result<bool>,
+    disks: &mut dyn Disks,
+) -> Result<Vec<String>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
+    };
+    // Locked: its process lives.
+    let Some(file) = lock(file, path)? else { return Ok(Vec::new()) };
+    let Some(text) = read_locked(&file, path)? else { return Ok(Vec::new()) };
+    let remove = || fs::remove_file(path).io_context(|| format!("removing {}", path.display()));
+    let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
+    // Nothing is made before the first line is whole.
+    let Some(facts) = facts else { return remove().map(|()| Vec::new()) };
+    if in_use(&facts.about.uuid)? {
+        return Ok(Vec::new());
+    }
+    let mut released = Vec::new();
+    match facts.head {
+        Made::Nothing => {}
+        Made::Zram { index } => {
+            disks.release_zram(index)?;
+            released.push(format!("the RAM disk /dev/zram{index}"));
+        }
+        Made::ZramIntended { before } => released.extend(release_intended(&before, disks)?),
+        Made::Brd => {
+            disks.release_brd()?;
+            released.push("the RAM disk /dev/ram0 (module brd)".to_owned());
+        }
+    }
+    if let Some(file) = &facts.file {
+        released.extend(release_file(file)?);
+    }
+    remove()?;
+    Ok(released)
+}
+
+/// Removes a file that a store has a name for, where it is the one that was noted. Answers what was removed, for people.
+pub(super) fn release_file(file: &NamedFile) -> Result<Option<String>> {
+    let path = &file.path;
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        result => result.io_context(|| format!("looking at the store {}", path.display()))?,
+    };
+    let ours = match file.inode {
+        Some(inode) => inode == Inode::of(&metadata),
+        None => metadata.is_file() && metadata.len() == 0,
+    };
+    if !ours {
+        tracing::warn!("{} is not the file that was made for a store; it was left alone", path.display());
+        return Ok(None);
+    }
+    fs::remove_file(path).io_context(|| format!("removing the store {}", path.display()))?;
+    Ok(Some(format!("the store {}", path.display())))
+}
+
+fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<String>> {
+    let mut new = disks.zram_indices();
+    new.retain(|index| !before.contains(index));
+    match new.as_slice() {
+        [index] if disks.zram_is_unused(*index) => {
+            disks.release_zram(*index)?;
+            Ok(Some(format!("the RAM disk /dev/zram{index}")))
+        }
+        [] => Ok(None),
+        _ => {
+            tracing::warn!(
+                "zram devices {new:?} are new since a store's creation broke off; none was removed, \
+                 because none is known to be ours (an unused one takes no memory)"
+            );
+            Ok(None)
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "leftovers_tests.rs"]
+mod tests;
