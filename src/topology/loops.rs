@@ -85,6 +85,12 @@ impl Loops {
         over.collect()
     }
 
+    /// Those that do not say what they show.
+    #[must_use]
+    pub fn unknown(&self) -> BTreeSet<DeviceNumber> {
+        self.0.iter().filter(|it| it.status().is_none()).map(|it| it.number).collect()
+    }
+
     /// Those that show a file of the filesystem whose `st_dev` is `device`.
     pub(super) fn over_files_in(&self, device: DeviceNumber) -> impl Iterator<Item = DeviceNumber> {
         self.0.iter().filter(move |it| it.filesystem_beneath() == Some(device)).map(|it| it.number)

@@ -173,11 +173,13 @@ impl FreeMapper {
 }
 
 impl Picture {
-    /// The second look. False where any device on the origin was changed, came or went since the first: what
-    /// the filesystems said is then not known to be true of the origin's bytes.
+    /// The second look. False where any device on the origin was changed, came or went since the first, or a loop device
+    /// came that does not say what it shows: what the filesystems said is then not known to be true of the origin's bytes.
     #[must_use]
-    pub fn still_holds(&self) -> bool {
-        Layers::observe(self.origin, &self.kernel) == self.layers
+    pub fn still_holds(mut self) -> bool {
+        let before = std::mem::replace(&mut self.kernel.loops, self.kernel.topology.loops());
+        self.kernel.loops.unknown().is_subset(&before.unknown())
+            && Layers::observe(self.origin, &self.kernel) == self.layers
     }
 }
 
@@ -235,6 +237,7 @@ fn ask(
 struct Kernel {
     dm: Dm,
     topology: Topology,
+    /// As they were at the beginning of a look: each one asks them once.
     loops: Loops,
 }
 

@@ -301,7 +301,7 @@ impl<'a> Runner<'a> {
     fn expect_over(&mut self, device: &str) -> Result<()> {
         let dm = self.dm;
         self.owner_of(device).expect("an insertion owns its origin").check(dm)?;
-        if self.picture.as_ref().is_none_or(Picture::still_holds) {
+        if self.picture.take().is_none_or(Picture::still_holds) {
             return Ok(());
         }
         let what = format!("the devices on {device} were changed while its filesystems were frozen");
