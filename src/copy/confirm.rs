@@ -19,16 +19,84 @@ use std::collections::{BTreeSet, HashMap};
 use super::checksums::Checksums;
 use super::driver::Driver;
 use super::origin::{payload, zero_gaps};
-use super::ports::{Progress, ResumePoint};
-use super::progress::Phase;
+use super::ports::{OriginalsProvider, Progress, ResumePoint};
+use super::progress::{Observer, Phase};
 use super::schedule::{Schedule, Work};
-use crate::base::{Error, Result, SegmentIx};
-use crate::io::{Completion, FileIx};
+use crate::base::limits::EXCEPTION_BATCH_MAX;
+use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
+use crate::extent::Extent;
+use crate::io::{Completion, Engine, FileIx};
 use crate::secondary::identity::Known;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
 /// Segments in a sample, evenly spread over those that were noted.
 const SAMPLE: usize = 64;
+
+/// What [`confirm`] is to find out, and by what.
+pub struct ConfirmJob<'a> {
+    /// Fresh, made for [`engine_config`](super::engine_config).
+    pub engine: &'a mut dyn Engine,
+    /// The origin's size.
+    pub origin_size: Bytes,
+    /// What of it is copied.
+    pub block_list: Vec<Extent>,
+    /// Unit of copying.
+    pub segment: SegmentSize,
+    /// Where to; reopened. It is left as it is.
+    pub secondary: Box<dyn Secondary>,
+    /// The originals.
+    pub originals: &'a mut dyn OriginalsProvider,
+    /// Where an earlier process stopped.
+    pub resumed: ResumePoint,
+    /// Is told how it goes.
+    pub observer: &'a dyn Observer,
+    /// Polled at least every 100 ms; an error ends it.
+    pub interrupt: &'a dyn Fn() -> Result<()>,
+}
+
+/// Finds out whether [`job::run`](super::job::run) would trust what an earlier process has placed, and writes nothing.
+///
+/// # Errors
+/// As [`job::run`](super::job::run)'s before it writes.
+pub fn confirm(job: ConfirmJob<'_>) -> Result<()> {
+    let ConfirmJob { engine, mut secondary, mut resumed, observer, interrupt, .. } = job;
+    let mut driver = Driver::new(engine, observer, interrupt);
+    let look = || {
+        let schedule = Schedule::new(job.block_list, job.origin_size, job.segment)?;
+        let checksums = Checksums::new(schedule.segment_count(), schedule.segment().bytes(), false);
+        let overlaid = overlaid(&schedule, secondary.as_ref(), &resumed, Some(job.originals))?;
+        let file = secondary.attach(driver.engine)?;
+        let facts = (&checksums, &overlaid);
+        run(&mut driver, &schedule, secondary.as_mut(), file, &mut resumed, facts, None)
+    };
+    let outcome = look();
+    driver.drain(false);
+    secondary.leave();
+    outcome.map_err(|error| error.state("nothing was written: everything is as the killed copy has left it"))
+}
+
+/// Segments over which an earlier process may have laid originals: all that have any, as none of them is forgotten.
+pub(super) fn overlaid(
+    schedule: &Schedule,
+    secondary: &dyn Secondary,
+    resumed: &ResumePoint,
+    originals: Option<&mut dyn OriginalsProvider>,
+) -> Result<BTreeSet<SegmentIx>> {
+    let mut overlaid = BTreeSet::new();
+    let may_be = resumed.originals_begun && !secondary.appends();
+    let Some(provider) = originals.filter(|_| may_be) else { return Ok(overlaid) };
+    provider.open()?;
+    loop {
+        let batch = provider.next_batch(EXCEPTION_BATCH_MAX)?;
+        if batch.is_empty() {
+            return Ok(overlaid);
+        }
+        let ix = |offset| schedule.segment().index_of(offset).get();
+        for extent in batch.iter().map(|original| original.extent) {
+            overlaid.extend((ix(extent.start())..=ix(extent.end() - Bytes(1))).map(SegmentIx));
+        }
+    }
+}
 
 struct Confirm<'a, 'd> {
     driver: &'a mut Driver<'d>,

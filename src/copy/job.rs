@@ -7,14 +7,12 @@
 //!   in flight to it: the engine must then not be dropped.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::checksums::Checksums;
-use super::confirm as read_back;
 use super::driver::{Driver, Sink};
 use super::fuzzy::{self, FuzzyStats};
 use super::impact::ImpactWatch;
@@ -26,9 +24,9 @@ use super::progress::{Observer, Phase, Silent};
 use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
-use super::{append, verify};
-use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
-use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx, SegmentSize};
+use super::{append, confirm, verify};
+use crate::base::limits::DIRECT_IO_ALIGN;
+use crate::base::{Bytes, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
 use crate::io::engine::EngineConfig;
 use crate::io::{Engine, FileIx};
@@ -240,72 +238,6 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     })
 }
 
-/// What [`confirm`] is to find out, and by what.
-pub struct ConfirmJob<'a> {
-    /// Fresh, made for [`engine_config`].
-    pub engine: &'a mut dyn Engine,
-    /// The origin's size.
-    pub origin_size: Bytes,
-    /// What of it is copied.
-    pub block_list: Vec<Extent>,
-    /// Unit of copying.
-    pub segment: SegmentSize,
-    /// Where to; reopened. It is left as it is.
-    pub secondary: Box<dyn Secondary>,
-    /// The originals.
-    pub originals: &'a mut dyn OriginalsProvider,
-    /// Where an earlier process stopped.
-    pub resumed: ResumePoint,
-    /// Is told how it goes.
-    pub observer: &'a dyn Observer,
-    /// Polled at least every 100 ms; an error ends it.
-    pub interrupt: &'a dyn Fn() -> Result<()>,
-}
-
-/// Finds out whether [`run`] would trust what an earlier process has placed, and writes nothing.
-///
-/// # Errors
-/// As [`run`]'s before it writes.
-pub fn confirm(job: ConfirmJob<'_>) -> Result<()> {
-    let ConfirmJob { engine, mut secondary, mut resumed, observer, interrupt, .. } = job;
-    let mut driver = Driver::new(engine, observer, interrupt);
-    let look = || {
-        let schedule = Schedule::new(job.block_list, job.origin_size, job.segment)?;
-        let checksums = Checksums::new(schedule.segment_count(), schedule.segment().bytes(), false);
-        let overlaid = overlaid(&schedule, secondary.as_ref(), &resumed, Some(job.originals))?;
-        let file = secondary.attach(driver.engine)?;
-        let facts = (&checksums, &overlaid);
-        read_back::run(&mut driver, &schedule, secondary.as_mut(), file, &mut resumed, facts, None)
-    };
-    let outcome = look();
-    driver.drain(false);
-    secondary.leave();
-    outcome.map_err(|error| error.state("nothing was written: everything is as the killed copy has left it"))
-}
-
-/// Segments over which an earlier process may have laid originals: all that have any, as none of them is forgotten.
-fn overlaid(
-    schedule: &Schedule,
-    secondary: &dyn Secondary,
-    resumed: &ResumePoint,
-    originals: Option<&mut dyn OriginalsProvider>,
-) -> Result<BTreeSet<SegmentIx>> {
-    let mut overlaid = BTreeSet::new();
-    let may_be = resumed.originals_begun && !secondary.appends();
-    let Some(provider) = originals.filter(|_| may_be) else { return Ok(overlaid) };
-    provider.open()?;
-    loop {
-        let batch = provider.next_batch(EXCEPTION_BATCH_MAX)?;
-        if batch.is_empty() {
-            return Ok(overlaid);
-        }
-        let ix = |offset| schedule.segment().index_of(offset).get();
-        for extent in batch.iter().map(|original| original.extent) {
-            overlaid.extend((ix(extent.start())..=ix(extent.end() - Bytes(1))).map(SegmentIx));
-        }
-    }
-}
-
 /// Gives up the secondary of a copy that failed with `error`.
 fn give_up(secondary: &mut dyn Secondary, error: Error, is_drained: bool) -> Error {
     let abandoned = if is_drained || secondary.is_stream() {
@@ -356,10 +288,10 @@ impl Plan<'_> {
         checksums: &Checksums,
     ) -> Result<()> {
         let originals = self.originals.as_deref_mut().map(|it| it as &mut dyn OriginalsProvider);
-        let overlaid = overlaid(&self.schedule, secondary, &self.resumed, originals)?;
+        let overlaid = confirm::overlaid(&self.schedule, secondary, &self.resumed, originals)?;
         let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn Progress);
         let facts = (checksums, &overlaid);
-        read_back::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, progress)?;
+        confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, progress)?;
         self.placed = PlacedSet::new(&self.resumed.placed, self.schedule.segment_count());
         Ok(())
     }

@@ -27,8 +27,9 @@ mod tests;
 mod throttle;
 mod verify;
 
+pub use confirm::{ConfirmJob, confirm};
 pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
-pub use job::{ConfirmJob, CopyJob, CopyReport, confirm, engine_config, run};
+pub use job::{CopyJob, CopyReport, engine_config, run};
 pub use ports::{OriginalsProvider, Progress, Releases, ResumePoint};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

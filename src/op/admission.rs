@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::job::RUN_DIR;
-use super::request::OnFull;
+use super::request::{CopyRequest, OnFull, SecondaryTarget};
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{CONTROL_PATH, Dm};
@@ -134,9 +134,22 @@ impl Question {
     ///
     /// # Errors
     /// As [`Question::check_place`].
-    pub fn check_store(&self, store: &CowStore) -> Result<()> {
+    fn check_store(&self, store: &CowStore) -> Result<()> {
         let what = format!("the store at {}", store.plan().place.path().display());
         store.devices().into_iter().try_for_each(|device| self.check_store_on(&Node::Device(device), &what))
+    }
+
+    /// Asks all that is asked of a copy whose store is made: may the store, the records, or the secondary wait for the origin?
+    ///
+    /// # Errors
+    /// As [`Question::check_place`].
+    pub fn check_copy(&self, store: &CowStore, request: &CopyRequest) -> Result<()> {
+        self.check_store(store)?;
+        self.check_records()?;
+        match &request.secondary {
+            SecondaryTarget::Path(path) => self.check_secondary(path, request.on_full),
+            SecondaryTarget::Pipe => Ok(()),
+        }
     }
 
     fn check_store_on(&self, node: &Node, what: &str) -> Result<()> {
@@ -179,7 +192,7 @@ impl Question {
     ///
     /// # Errors
     /// As [`Question::check_place`].
-    pub fn check_records(&self) -> Result<()> {
+    fn check_records(&self) -> Result<()> {
         let answer = self.waits.ask(&self.waits.at(Path::new(RUN_DIR))?, self.origin, &[Node::Memory]);
         match answer {
             Answer::Yes(_) => refusal(&self.waits, RUN_DIR, &answer, true)

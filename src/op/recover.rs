@@ -410,8 +410,8 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     Ok(machine.jobs)
 }
 
-/// Settings of the queues of dead jobs' origins, which went with the table that they had. An origin that does not have the
-/// table again that the job found is somebody else's to set.
+/// Settings of the queues of dead jobs' origins, which went with the table that they had. Where an origin has another
+/// table than the job found, its settings are left alone.
 fn put_back_settings(dm: &Dm, dead: &[JobRecord]) -> Result<()> {
     for origin in dead.iter().filter_map(|record| record.origin.as_ref()) {
         let Some(device) = look_at(dm, origin.number)? else { continue };

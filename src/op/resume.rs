@@ -21,7 +21,7 @@ use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy}
 use super::copy::{CopyPlan, Live};
 use super::job::{FoundJob, Job, find_jobs};
 use super::journal::{self, JournalContent, SegmentJournal};
-use super::request::{CopyRequest, SecondaryTarget};
+use super::request::CopyRequest;
 use super::stack::{Adopted, HoldTimes, Skipped, Stack, Standing};
 use super::targets::TargetFacts;
 use super::{leave, memory};
@@ -259,15 +259,7 @@ pub fn run(
 fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<LockedMemory>> {
     let Some(origin) = plan.origin.number else { return Ok(None) };
     let question = Question::of(dm, origin)?;
-    let ask = || {
-        question.check_store(store)?;
-        question.check_records()?;
-        match &plan.request.secondary {
-            SecondaryTarget::Path(path) => question.check_secondary(path, plan.request.on_full),
-            SecondaryTarget::Pipe => Ok(()),
-        }
-    };
-    ask().map_err(|error| {
+    question.check_copy(store, &plan.request).map_err(|error| {
         error.state("the copy stands as it was").next(
             "take out of the way what was mounted, attached or swapped to since the copy began, and try again; or run \
              'tidemark recover', which puts the origin back, and copy again",

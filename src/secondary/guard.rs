@@ -14,7 +14,7 @@ use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::block::is_open_for_writing;
-use crate::topology::{Ground, MountTable, Topology, User};
+use crate::topology::{Ground, Topology, User};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, written by a process, shown by a
@@ -180,9 +180,9 @@ impl Topology {
     }
 
     fn check_not_swap(&self, devices: &[DeviceNumber], path: &Path) -> Result<()> {
-        let mounts = MountTable::read(self)?;
+        let view = self.own_view()?;
         for swap in self.swaps()? {
-            let device = mounts.look(&swap).ok().and_then(|found| found.block_device);
+            let device = view.look(&swap).ok().and_then(|found| found.block_device);
             if device.is_some_and(|device| devices.contains(&device)) {
                 return Err(Error::refused(format!("{} is swap space", path.display()))
                     .state("it was not touched")

@@ -58,7 +58,7 @@ fn what_is_locked_or_in_use_or_not_ours_stays() {
     let mut live = create(dir.path(), "live");
     live.note(Made::Zram { index: 1 }).unwrap();
     leave(dir.path(), "mapped", vec![Made::Zram { index: 2 }]);
-    // Two new devices, or one that somebody has given a size: not known to be ours.
+    // Two new devices, or one that has a size: not known to be ours.
     leave(dir.path(), "unsure", vec![Made::ZramIntended { before: vec![] }]);
     leave(dir.path(), "other", vec![Made::ZramIntended { before: vec![1] }]);
     release_leftovers_in(dir.path(), &|uuid| Ok(uuid == "TIDEMARK-mapped"), &mut disks).unwrap();

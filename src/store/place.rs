@@ -85,7 +85,7 @@ impl TailPlace {
     }
 
     /// An existing path on the device that the tail will be on: the block device itself, or a
-    /// directory. For whoever resolves what lies beneath it.
+    /// directory. From there what lies beneath it is found.
     #[must_use]
     pub fn anchor(&self) -> PathBuf {
         let mut at = match self {

@@ -101,7 +101,7 @@ pub fn close_inherited() {
 /// `vm`.
 ///
 /// `TIDEMARK_CRASH_AT=NAME` (or `NAME:N` for the n-th passage, from 1) kills the process with
-/// SIGKILL; `TIDEMARK_STOP_AT` likewise stops it with SIGSTOP until somebody sends SIGCONT;
+/// SIGKILL; `TIDEMARK_STOP_AT` likewise stops it with SIGSTOP, until SIGCONT;
 /// `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there, the first time.
 #[cfg(not(feature = "vm"))]
 #[inline]

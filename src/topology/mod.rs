@@ -71,8 +71,7 @@ pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
     Ok(metadata.file_type().is_block_device().then(|| DeviceNumber::from_dev(metadata.rdev())))
 }
 
-/// Fails where nothing is heard of `path`, of which somebody says what to do with it: nothing would be heard of what is
-/// done with it either. What is wrong with it otherwise is for others to say.
+/// Refuses a `path` named by a user whose file system does not answer. Every other error is left to the operation on it.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).

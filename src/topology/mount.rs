@@ -115,7 +115,7 @@ impl MountTable {
     /// I/O errors of reading our own mounts, or the list of processes.
     pub fn read(topology: &Topology) -> Result<Self> {
         let proc = topology.root.join("proc");
-        let mut views = vec![View { root: topology.root.clone(), mounts: topology.mounts()? }];
+        let mut views = vec![topology.own_view()?];
         let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
         let mut known: BTreeSet<PathBuf> = namespace(&proc.join("self")).into_iter().collect();
         for id in topology.processes()? {
@@ -132,16 +132,8 @@ impl MountTable {
         Ok(Self { views })
     }
 
-    /// Our own mounts.
-    #[must_use]
-    pub fn own(&self) -> &[Mount] {
-        self.views.first().map_or(&[], |view| &view.mounts)
-    }
-
-    /// All views.
-    #[must_use]
-    pub fn views(&self) -> &[View] {
-        &self.views
+    fn own(&self) -> &View {
+        self.views.first().expect("the table is read with our own view first")
     }
 
     /// All mounts, our own first, each with the view that it is in.
@@ -165,11 +157,7 @@ impl MountTable {
     /// # Errors
     /// As [`View::look`].
     pub fn look(&self, path: &Path) -> io::Result<Found> {
-        match self.views.first() {
-            Some(own) if own.root == Path::new("/") => own.look(path),
-            // A made-up machine's paths are this machine's.
-            _ => Found::in_time(path),
-        }
+        self.own().look(path)
     }
 }
 
@@ -180,6 +168,14 @@ impl Topology {
     /// I/O errors of reading mountinfo.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
         mounts_in(&self.root.join("proc/self"))
+    }
+
+    /// What this process sees.
+    ///
+    /// # Errors
+    /// I/O errors of reading mountinfo.
+    pub fn own_view(&self) -> Result<View> {
+        Ok(View { root: PathBuf::from("/"), mounts: self.mounts()? })
     }
 
     /// The ids of all processes.

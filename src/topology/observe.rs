@@ -242,8 +242,8 @@ impl Observer {
         found
     }
 
-    /// The layers of an overlay. Their paths are as they were for whoever mounted it, in a namespace and at a time that
-    /// are not known; so they count only where they lead to a file system whose figures the overlay reports as its own.
+    /// The layers of an overlay. Their paths are those of the mounting process, in an unknown namespace and at an
+    /// unknown time. They count only where they lead to a file system whose figures the overlay reports as its own.
     /// All that a layer may lead to counts. One that leads nowhere in any view is not known.
     fn layers(&self, number: DeviceNumber) -> BTreeSet<Node> {
         let mut found: BTreeMap<PathBuf, BTreeSet<Node>> = BTreeMap::new();

@@ -310,20 +310,16 @@ impl<'a> Search<'a> {
     }
 
     fn verdict(&self, descriptor: &Descriptor) -> Verdict {
-        let is_with = |verdict, is_so| if is_so { verdict } else { Verdict::Other };
-        match self.mounts.get(&descriptor.mount) {
-            Some(mount) if LiesOn::answers_by_itself(&mount.kind) => {
-                is_with(Verdict::Look, self.has_devices && !mount.is_nodev || self.may_be_file(descriptor))
-            }
-            Some(mount) => is_with(
-                Verdict::Doubtful,
-                self.has_devices && !mount.is_nodev || self.may_be_file(descriptor),
-            ),
+        let mount = self.mounts.get(&descriptor.mount);
+        let shows_devices = mount.is_none_or(|mount| !mount.is_nodev);
+        let may_be_it = self.has_devices && shows_devices || self.may_be_file(descriptor);
+        match mount {
+            _ if !may_be_it => Verdict::Other,
+            Some(mount) if LiesOn::answers_by_itself(&mount.kind) => Verdict::Look,
+            Some(_) => Verdict::Doubtful,
             // The kernel's own, or one that was detached while it was in use.
-            None => {
-                let may_be = self.has_devices || self.may_be_file(descriptor);
-                is_with(Verdict::Doubtful, may_be && descriptor.has_path())
-            }
+            None if descriptor.has_path() => Verdict::Doubtful,
+            None => Verdict::Other,
         }
     }
 

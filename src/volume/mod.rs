@@ -27,7 +27,7 @@ use serde::Serialize;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, escape};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
-use crate::topology::{MountTable, Topology, User, check_answers, device_number};
+use crate::topology::{Topology, User, check_answers, device_number};
 
 pub use mounts::{Frozen, filesystems_on, open_elsewhere};
 
@@ -166,10 +166,10 @@ pub fn is_word(typed: &Path) -> bool {
 
 fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
     let topology = Topology::default();
-    let mounts = MountTable::read(&topology)?;
+    let view = topology.own_view()?;
     let swapped = topology.swaps()?.into_iter().any(|swap| {
         let own = (DeviceNumber::from_dev(meta.dev()), meta.ino());
-        mounts.look(&swap).is_ok_and(|swap| (swap.dev, swap.inode) == own)
+        view.look(&swap).is_ok_and(|swap| (swap.dev, swap.inode) == own)
     });
     if swapped {
         return Err(Error::refused(format!("{} is swap space", path.display()))

@@ -95,15 +95,15 @@ impl Frozen {
 /// # Errors
 /// I/O errors of reading mountinfo and swaps.
 pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Frozen> {
-    let mounts = topology.mounts()?;
+    let own = topology.own_view()?;
+    let mounts = &own.mounts;
     let mut elsewhere = Elsewhere { topology, table: None };
     let mut found = Frozen::default();
-    let own = View { root: PathBuf::from("/"), mounts: mounts.clone() };
     let swaps: Vec<(PathBuf, DeviceNumber)> = swap_devices(&own, topology.swaps()?);
     // The topmost first; of those at one height, what was mounted last.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
     for (device, height) in topology.heights_above(origin) {
-        refuse_unfrozen(device, topology, &mounts)?;
+        refuse_unfrozen(device, topology, mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
             .filter(|mount| mount.is_of(device) && !NEVER_WRITTEN.contains(&mount.kind.as_str()))

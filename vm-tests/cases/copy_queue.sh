@@ -82,7 +82,7 @@ killed_at() {
     note "killed at $1: $(limits)"
 }
 
-# Of a copy that dies, whoever puts its table back puts back the settings. At the last of these points the origin has its
+# After a copy that was killed, recover and resume put the settings back with the table. At the last of these points the origin has its
 # own table again, and only the settings are lost.
 for point in insert.switch.before insert.switch.after copy.data.before release.swap.after:2 restore.suspend.after restore.switch.after; do
     killed_at "$point"
@@ -91,9 +91,9 @@ for point in insert.switch.before insert.switch.after copy.data.before release.s
 done
 killed_at copy.data.before
 tidemark resume >/run/resume.out 2>&1 || fail "resume: $(cat /run/resume.out)"
-as_before "killed, and gone on with"
+as_before "killed, and resumed"
 
-# What somebody sets in mid-copy is his.
+# A setting made during the copy stays.
 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 8MiB --rate 24MiB >/run/copy.out 2>/run/copy.err &
 copy=$!
 wait_until 20 is_preserved "$origin"

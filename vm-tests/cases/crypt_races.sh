@@ -48,12 +48,8 @@ table=$(dmsetup table data)
 head -c 4m /dev/urandom >/mnt/origin/kept
 sum=$(sha256sum </mnt/origin/kept)
 sync
-fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
-    --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
-LOAD=$!
-wait_until 30 test -s /mnt/origin/hot
+start_hot_load
 
-pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }
 # In the background a failure is noted for the round that it belongs to.
 wrong() {
     echo "$*" >>/run/wrong
@@ -104,10 +100,6 @@ at_work() {
 }
 
 # -- beside copies
-
-until_preserved() { # PID
-    while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
-}
 
 as_before() { # WHEN
     assert_same "$1: the table of the origin" "$(dmsetup table data)" "$table"
@@ -176,11 +168,14 @@ for end in none KILL,recover TERM KILL,resume; do
     round "$end" "${holding[@]}"
 done
 round KILL,resume
-round none "${holding[@]}"
-kill -INT "$LOAD"
-wait "$LOAD" || true
+# A copy that meets a suspension at its instant is void. How many do is chance.
+for _ in 1 2 3 4 5 6 7 8; do
+    [ "$copied" -lt 3 ] || break
+    round none "${holding[@]}"
+done
+stop_hot_load
 note "$copied copies, $void void; $(sort /run/deeds | uniq -c | xargs)"
-[ "$copied" -ge 3 ] || fail "of the copies that nobody ended too few succeed"
+[ "$copied" -ge 3 ] || fail "of the copies that nobody ended too few succeeded"
 for deed in resizes refreshes suspends closes; do
     grep -q "^$deed" /run/deeds || fail "nothing $deed: this proves nothing"
 done

@@ -99,3 +99,21 @@ capture_hook() {
 same_bytes() {
     if [ $# -gt 2 ]; then cmp -n "$3" "$1" "$2"; else cmp "$1" "$2"; fi || fail "$1 and $2 differ"
 }
+
+# start_hot_load: a small file on /mnt/origin that is written all the time, by the process $LOAD. Every suspension has I/O
+# to wait for.
+start_hot_load() {
+    fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
+        --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
+    LOAD=$!
+    wait_until 30 test -s /mnt/origin/hot
+}
+stop_hot_load() { kill -INT "$LOAD"; wait "$LOAD" || true; }
+
+# until_preserved PID: until the copy of $origin by this process has its snapshot, or is over.
+until_preserved() {
+    while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
+}
+
+# A random moment, of half a second at most.
+pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }

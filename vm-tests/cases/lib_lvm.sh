@@ -1,4 +1,4 @@
-# LVM at work on a volume that is copied on slow disks: the volume, its load, and what must hold after each round. Sourced
+# LVM at work on a volume that is copied on slow disks: the volume, and what must hold after each round. Sourced
 # after lib_load.sh.
 # shellcheck shell=bash
 
@@ -14,20 +14,6 @@ make_group() {
     head -c 4m /dev/urandom >/mnt/origin/kept
     sum=$(sha256sum </mnt/origin/kept)
     sync
-}
-
-# A small, hot file written all the time: every suspension has I/O to wait for.
-writes() {
-    fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
-        --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
-    LOAD=$!
-    wait_until 30 test -s /mnt/origin/hot
-}
-ends() { kill -INT "$LOAD"; wait "$LOAD" || true; }
-
-# until_preserved PID: or until the copy is over.
-until_preserved() {
-    while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
 }
 
 # What LVM's metadata says is what the kernel maps: size, and the disks that it lies on.

@@ -53,14 +53,14 @@ renames_group() {
 
 turns=1
 [ "$DEPTH" != full ] || turns=4
-writes
+start_hot_load
 for _ in $(seq $turns); do
     for deed in takes_and_removes resizes_another removes_in_use renames renames_group; do
         round "$deed"
         dmsetup mknodes
     done
 done
-ends
+stop_hot_load
 [ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
 [ "$void" -gt 0 ] || fail "nothing of LVM's came between: this proves nothing"
 assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"

@@ -115,8 +115,7 @@ assert_same "LVM's snapshot" "$(lvs --noheadings -o lv_attr tidetest/theirs | tr
 kill -0 "$LOAD" || fail "the application has died"
 lvremove -q -y tidetest/theirs
 as_before tidetest-data
-kill -INT "$LOAD"
-wait "$LOAD" || true
+stop_hot_load
 umount /mnt/origin
 e2fsck -fn /dev/mapper/tidetest-data >/run/fsck 2>&1 || fail "the origin's filesystem: $(cat /run/fsck)"
 

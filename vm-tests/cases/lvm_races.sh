@@ -5,7 +5,7 @@
 . "$REPO/vm-tests/cases/lib_lvm.sh"
 
 make_group 48
-writes
+start_hot_load
 for turn in 1 2; do
     round lvextend -q -L +1m tidetest/data
     round lvchange -q --refresh tidetest/data
@@ -38,7 +38,7 @@ for point in insert.load-origin.after release.swap.loaded:2 restore.load-own.aft
         agree "killed at $point, $scope"
     done
 done
-ends
+stop_hot_load
 note "$copied copies, $void void"
 [ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
 [ "$void" -gt 0 ] || fail "nothing of LVM's came between: this proves nothing"

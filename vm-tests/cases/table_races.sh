@@ -13,12 +13,7 @@ origin=/dev/mapper/data
 make_filesystem ext4 "$origin" /mnt/origin
 head -c 4m /dev/urandom >/mnt/origin/kept
 sum=$(sha256sum </mnt/origin/kept)
-fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
-    --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
-LOAD=$!
-wait_until 30 test -s /mnt/origin/hot
-
-pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }
+start_hot_load
 
 # Held until the copy is done with reading and waits: nobody else may let it go. (The kernel does not count suspensions:
 # one that begins while a copy has the volume suspended is over with the copy's. So it begins between two changes.)
@@ -89,8 +84,7 @@ for end in none TERM KILL; do
     round loads_and_drops "$end"
 done
 round true
-kill -INT "$LOAD"
-wait "$LOAD" || true
+stop_hot_load
 note "$copied copies, $void void"
 [ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
 [ "$void" -gt 0 ] || fail "nothing came between: this proves nothing"

@@ -21,7 +21,6 @@ use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use crate::op::hooks::Hook;
 use crate::op::job::Job;
 use crate::op::memory;
-use crate::op::request::SecondaryTarget;
 use crate::op::stack::{InstantContext, Stack, StackRequest};
 use crate::op::watchdog::Standby;
 use crate::store::{CowStore, KeptStore, StoreConfig};
@@ -166,13 +165,7 @@ impl Live {
 
     /// What was made is asked about by its own devices: paths may have led elsewhere.
     fn check_circles(&self, plan: &CopyPlan, live: &LivePlan, store: &CowStore) -> Result<()> {
-        let question = self.question(live)?;
-        question.check_store(store)?;
-        question.check_records()?;
-        match &plan.request.secondary {
-            SecondaryTarget::Path(path) => question.check_secondary(path, plan.request.on_full),
-            SecondaryTarget::Pipe => Ok(()),
-        }
+        self.question(live)?.check_copy(store, &plan.request)
     }
 
     /// The store.

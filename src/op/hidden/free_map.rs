@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::time::Instant;
 
 use crate::base::{Error, Result, ResultExt};
@@ -16,17 +16,11 @@ use crate::volume::free::FreeMapper;
 /// look at the devices finds others, "took MICROSECONDS"), waits for the end of standard input, thaws.
 pub const ARGUMENT: &str = "__free_map";
 
-pub fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(2).collect();
-    let Some((report, words)) = words.split_first() else { return ExitCode::from(2) };
-    let Err(error) = run(Path::new(report), words) else { return ExitCode::SUCCESS };
-    match fs::write(report, format!("error {error}\n")) {
-        Ok(()) => ExitCode::from(error.kind().exit_code()),
-        Err(_) => ExitCode::from(99),
-    }
-}
-
-fn run(report: &Path, words: &[String]) -> Result<()> {
+/// Does it.
+///
+/// # Errors
+/// Those of what it does.
+pub fn run(report: &Path, words: &[String]) -> Result<()> {
     let [origin, hook, mounts @ ..] = words else {
         return Err(Error::usage("__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT..."));
     };

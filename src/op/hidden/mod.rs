@@ -40,7 +40,7 @@ pub fn run() -> Option<ExitCode> {
     }
     #[cfg(feature = "vm")]
     if first == free_map::ARGUMENT {
-        return Some(free_map::main());
+        return Some(report::main(free_map::run));
     }
     None
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::base::{Result, ResultExt as _};
 
-/// Runs `run` with the report's path and the words behind it; an error is its last line.
+/// Runs `run` with the report's path and the words after it. An error becomes the report's last line.
 pub fn main(run: impl Fn(&Path, &[String]) -> Result<()>) -> ExitCode {
     let words: Vec<String> = std::env::args().skip(2).collect();
     let Some((report, words)) = words.split_first() else { return ExitCode::from(2) };

@@ -761,7 +761,7 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
                 line.target.kind()
             ))
             .state("nothing was changed")
-            .next("copy again once nobody changes it any more; a snapshot of LVM's has to be removed first"));
+            .next("copy again when no other tool changes the volume; remove a snapshot of LVM's first"));
         }
     }
     Ok(table)
