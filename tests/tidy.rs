@@ -2,6 +2,8 @@
 //! every format, one test command, nothing of one machine. Each check is a pure function over files, and has
 //! a test that shows it can fail.
 
+#[path = "tidy/circles.rs"]
+mod circles;
 #[path = "tidy/code.rs"]
 mod code;
 
@@ -129,6 +131,15 @@ fn check_layers(files: &[Source]) -> Vec<String> {
         }
     }
     faults
+}
+
+/// No files use each other in a circle.
+fn check_circles(files: &[Source]) -> Vec<String> {
+    let inner = files
+        .iter()
+        .filter(|file| file.is_rust() && file.path.starts_with("src/") && file.path != "src/main.rs");
+    let inner: Vec<(&str, &str)> = inner.map(|file| (file.path.as_str(), file.text.as_str())).collect();
+    circles::circles(&inner).unwrap_or_else(|fault| vec![fault])
 }
 
 /// The table in `src/lib.rs` is the one that is enforced.
@@ -343,6 +354,11 @@ mod the_tree {
     }
 
     #[test]
+    fn no_files_use_each_other_in_a_circle() {
+        must_be_clean(&check_circles(&tree()));
+    }
+
+    #[test]
     fn the_layer_table_is_the_documented_one() {
         must_be_clean(&check_layer_table(&tree()));
     }
@@ -424,6 +440,64 @@ mod the_checks {
             ("src/main.rs", "use tidemark::cli;"),
         ] {
             must_be_clean(&check_layers(&file(path, text)));
+        }
+    }
+
+    #[test]
+    fn files_that_use_each_other_are_a_fault() {
+        let tree = |texts: &[(&str, &str)]| -> Vec<Source> {
+            texts.iter().flat_map(|(path, text)| file(path, text)).collect()
+        };
+        let root = ("src/lib.rs", "mod a;");
+        // Each with what makes a.rs use b.rs, and b.rs use a.rs in return.
+        for (parent, a, b) in [
+            ("mod a; mod b;", "use super::b::B; pub struct A;", "pub struct B; fn f() { super::a::A; }"),
+            (
+                "mod a; mod b;",
+                "use super::b; pub struct A; fn f() { b::g() }",
+                "pub fn g(_: crate::a::a::A) {}",
+            ),
+            // Through a re-export of the folder's.
+            (
+                "mod a; mod b; pub use b::B;",
+                "use crate::a::{B}; pub struct A;",
+                "use super::a as x; pub struct B(x::A);",
+            ),
+            (
+                "mod a; mod b; pub use b::*;",
+                "pub struct A(super::B);",
+                "pub struct B; fn f() { vec![super::a::A] }",
+            ),
+        ] {
+            let files = tree(&[root, ("src/a/mod.rs", parent), ("src/a/a.rs", a), ("src/a/b.rs", b)]);
+            assert_eq!(check_circles(&files).len(), 1, "{a}");
+        }
+        let three = [
+            root,
+            ("src/a/mod.rs", "mod a; pub struct M; mod b { pub fn f() { super::a::A; } }"),
+            ("src/a/a.rs", "use super::M; pub struct A;"),
+        ];
+        assert_eq!(check_circles(&tree(&three)).len(), 1);
+        assert_eq!(check_circles(&file("src/a.rs", "fn f( {")).len(), 1);
+    }
+
+    #[test]
+    fn files_that_use_each_other_one_way_are_none() {
+        for (parent, a, b) in [
+            ("mod a; mod b; pub use a::A; pub use b::B;", "pub struct A(super::B);", "pub struct B;"),
+            // Only a test uses it, and a name in another module is another item.
+            (
+                "mod a; mod b; mod c { pub struct A; }",
+                "use super::b::B; pub struct A; #[cfg(test)] mod tests { use super::super::b; }",
+                "pub struct B(super::c::A, std::a::A); #[cfg(test)] mod tests { use super::super::a::A; }",
+            ),
+            ("mod a; #[cfg(test)] mod b;", "pub struct A(super::b::B);", "pub struct B(super::a::A);"),
+        ] {
+            let texts =
+                [("src/lib.rs", "mod a;"), ("src/a/mod.rs", parent), ("src/a/a.rs", a), ("src/a/b.rs", b)];
+            must_be_clean(&check_circles(
+                &texts.iter().flat_map(|(path, text)| file(path, text)).collect::<Vec<_>>(),
+            ));
         }
     }
 

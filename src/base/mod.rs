@@ -9,9 +9,11 @@ pub mod error;
 pub mod escape;
 pub mod extent;
 pub mod limits;
+pub mod path;
 pub mod units;
 
 pub use device::DeviceNumber;
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use extent::Extent;
+pub use path::directory_of;
 pub use units::{Bytes, ChunkIx, ChunkSize, Sectors, SegmentIx, SegmentSize};

@@ -11,7 +11,8 @@ use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, ResumeAr
 use super::output::Output;
 use super::progress::observer;
 use super::reports::Human;
-use super::{confirm, interrupt, pages, resolve, stop_on_signals, watch};
+use super::signals::{interrupt, stop_on_signals};
+use super::{confirm, pages, resolve, watch};
 use crate::base::{Error, Result};
 use crate::copy::progress::Silent;
 use crate::op;

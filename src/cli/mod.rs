@@ -13,10 +13,10 @@ pub mod pages;
 pub mod progress;
 pub mod reports;
 pub mod resolve;
+pub mod signals;
 pub mod watch;
 
 use std::process::ExitCode;
-use std::thread;
 
 use clap::Parser;
 use clap::error::ErrorKind as ClapErrorKind;
@@ -24,8 +24,7 @@ use clap::error::ErrorKind as ClapErrorKind;
 use args::Cli;
 use output::{Output, talk};
 
-use crate::base::{Error, ErrorKind, Result};
-use crate::sys::signal::{self, Arrived};
+use crate::base::{Error, ErrorKind};
 
 /// The whole run; the exit code is the one of the README's table.
 #[must_use]
@@ -60,44 +59,4 @@ fn usage_exit(error: &clap::Error) -> ExitCode {
         return ExitCode::from(if is_help { 1 } else { ErrorKind::Usage.exit_code() });
     }
     ExitCode::from(if is_help { 0 } else { ErrorKind::Usage.exit_code() })
-}
-
-/// From here on a signal is a request to stop, which the operation's `interrupt` notices; somebody
-/// who waits is told at once, and told again for each further signal. SIGUSR1 shows how far the operation is.
-///
-/// # Errors
-/// The kernel's refusal to catch signals or to start a thread.
-pub fn stop_on_signals(output: Output) -> Result<()> {
-    signal::catch_termination()?;
-    let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        if let Err(error) = signal::take_questions() {
-            tracing::debug!("SIGUSR1 is not answered: {error}");
-        }
-        let mut seen = Arrived::default();
-        while let Some(arrived) = signal::wait(seen) {
-            if arrived.questions != seen.questions {
-                progress::answer(output);
-            }
-            if arrived.stops != seen.stops {
-                output.note(if seen.stops == 0 {
-                    "stopping: putting things back"
-                } else {
-                    "still putting things back, please wait"
-                });
-            }
-            seen = arrived;
-        }
-    });
-    spawned.map(|_| ()).map_err(|source| Error::io("starting the thread that waits for signals", source))
-}
-
-/// What operations ask between their steps.
-///
-/// # Errors
-/// [`ErrorKind::Interrupted`] once a signal asked us to stop.
-pub fn interrupt() -> Result<()> {
-    if signal::stop_requested() {
-        return Err(Error::new(ErrorKind::Interrupted, "interrupted by a signal"));
-    }
-    Ok(())
 }

@@ -30,10 +30,9 @@ use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
     OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
-    directory_of,
 };
 use crate::base::checksum::crc32c;
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx, directory_of};
 use crate::extent::Extent;
 use crate::format::archive::{
     ArchiveError, BLOCK, Block, FrameFacts, FrameKind, Layout, Superblock, Totals, control, frame,

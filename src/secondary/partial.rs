@@ -27,9 +27,8 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::unistd::AccessFlags;
 
-use super::directory_of;
 use super::identity::{Known, identify, recognize};
-use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
+use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, directory_of};
 use crate::format::state::TargetRecord;
 use crate::topology::Topology;
 
@@ -478,10 +477,7 @@ pub fn resolve(target: &Path) -> Result<PathBuf> {
     let Some(name) = target.file_name() else {
         return Err(Error::usage(format!("{} does not name a file", target.display())));
     };
-    let parent = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = directory_of(target);
     let parent = fs::canonicalize(parent).map_err(|error| {
         Error::io(format!("resolve the directory {}", parent.display()), error)
             .with_kind(ErrorKind::Refused)

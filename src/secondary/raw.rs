@@ -18,11 +18,10 @@ use std::path::Path;
 use super::identity::{Known, identify, recognize};
 use super::partial::{PartialFile, Patience};
 use super::{
-    Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, directory_of, is_zero,
-    zero_padding,
+    Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, is_zero, zero_padding,
 };
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, directory_of};
 use crate::extent::Extent;
 use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece, Place};

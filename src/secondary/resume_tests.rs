@@ -8,14 +8,16 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use uuid::Uuid;
 
 use super::archive_read::FrameChecker;
 use super::*;
-use crate::base::ErrorKind;
 use crate::base::checksum::crc32c;
-use crate::extent::ExtentSet;
+use crate::base::{Bytes, ChunkSize, ErrorKind, SegmentIx, SegmentSize};
+use crate::extent::{Extent, ExtentSet};
 use crate::format::archive::{BLOCK_BYTES, FrameKind, Superblock};
-use crate::io::Place;
+use crate::format::state::TargetRecord;
+use crate::io::{Piece, Place};
 use crate::sys::block::punch_hole;
 
 const SEGMENT: u64 = 65536;

@@ -9,7 +9,7 @@ use nix::sys::statvfs::{Statvfs, statvfs};
 use serde::{Deserialize, Serialize};
 
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors, directory_of};
 
 use super::size;
 
@@ -54,7 +54,7 @@ impl TailPlace {
             ))
             .next("name a directory, a block device, or a file that does not exist yet")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let parent = parent_of(path);
+                let parent = directory_of(path).to_owned();
                 match fs::metadata(&parent) {
                     Ok(metadata) if metadata.is_dir() && path.file_name().is_some() => {
                         Ok(Self::NewFile(path.to_owned()))
@@ -91,7 +91,7 @@ impl TailPlace {
         let mut at = match self {
             Self::Device { path, .. } => return path.clone(),
             Self::Directory(path) => path.clone(),
-            Self::NewFile(path) => parent_of(path),
+            Self::NewFile(path) => directory_of(path).to_owned(),
         };
         while !at.exists() {
             if !at.pop() {
@@ -106,7 +106,7 @@ impl TailPlace {
         match self {
             Self::Device { .. } => None,
             Self::Directory(path) => Some(path.clone()),
-            Self::NewFile(path) => Some(parent_of(path)),
+            Self::NewFile(path) => Some(directory_of(path).to_owned()),
         }
     }
 
@@ -131,13 +131,6 @@ impl TailPlace {
         let space =
             statvfs(&anchor).io_context(|| format!("asking for free space of {}", anchor.display()))?;
         Ok(free_beyond_reserve(&space))
-    }
-}
-
-pub(super) fn parent_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
     }
 }
 

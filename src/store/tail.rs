@@ -25,12 +25,12 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt, directory_of};
 use crate::sys::loop_device::{self, LoopDevice};
 use crate::sys::process::crash_point;
 
 use super::head::load_module;
-use super::place::{DEFAULT_DIRECTORY, TailPlace, device_bytes, free_beyond_reserve, parent_of};
+use super::place::{DEFAULT_DIRECTORY, TailPlace, device_bytes, free_beyond_reserve};
 use super::record::{Inode, NamedFile, Record};
 use super::size;
 
@@ -80,7 +80,7 @@ impl Tail {
                 }
                 (path.clone(), keep_as.map(|name| path.join(name)))
             }
-            TailPlace::NewFile(path) => (parent_of(path), keep_as.map(|_| path.clone())),
+            TailPlace::NewFile(path) => (directory_of(path).to_owned(), keep_as.map(|_| path.clone())),
         };
         let file = match &name {
             Some(path) => create_named(path, record)?,
@@ -262,7 +262,7 @@ impl Tail {
         match name {
             Some(path) if keep => {
                 file.sync_all().io_context(|| format!("syncing the store {}", path.display()))?;
-                File::open(parent_of(&path))
+                File::open(directory_of(&path))
                     .and_then(|directory| directory.sync_all())
                     .io_context(|| format!("syncing the directory of {}", path.display()))?;
                 crash_point("store.keep.before");

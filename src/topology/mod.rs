@@ -12,19 +12,20 @@
 mod driver;
 mod filesystem;
 pub mod graph;
+mod ground;
 pub mod identity;
 mod loops;
 mod mount;
 mod observe;
+mod stacking;
 pub mod stats;
 mod users;
 
-use filesystem::LiesOn;
+pub use ground::Ground;
 pub use loops::{LoopOver, Loops};
 pub use mount::{Mount, MountTable, View};
 pub use observe::Observer;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -34,21 +35,6 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::sys::found::Found;
 
 pub use users::User;
-
-/// Devices on top of each other, beyond which a device keeps the height at which it was found first: a walk ends even where
-/// devices stand on each other in a circle.
-const STACK_HEIGHT_MAX: usize = 64;
-
-/// What a filesystem lies on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ground {
-    /// These block devices.
-    Devices(Vec<DeviceNumber>),
-    /// Memory, or another machine.
-    Elsewhere,
-    /// A filesystem of this kind that does not say (overlay, zfs, fuse).
-    Unknown(String),
-}
 
 /// A view of the block devices; `root` is "/" except in tests.
 #[derive(Clone, Debug)]
@@ -123,36 +109,6 @@ impl Topology {
             .unwrap_or(512)
     }
 
-    /// Every device beneath `device`, itself included: slaves, the disk of a partition, the device
-    /// under the file of a loop device.
-    #[must_use]
-    pub fn stack(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
-        let mut seen = BTreeSet::new();
-        let mut open = vec![device];
-        while let Some(at) = open.pop() {
-            if seen.insert(at) {
-                open.extend(self.directly_beneath(at));
-            }
-        }
-        seen
-    }
-
-    fn directly_beneath(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
-        let node = self.node(device);
-        let mut beneath = self.numbers_in(&node.join("slaves"));
-        beneath.extend(self.disk_of(device));
-        if let Some(shown) = self.attached_loop(device) {
-            beneath.extend(shown.device_beneath());
-            if let Some(number) = shown.filesystem_beneath()
-                && let Ground::Devices(devices) =
-                    self.ground(number, &self.backing_path(device).unwrap_or_default())
-            {
-                beneath.extend(devices);
-            }
-        }
-        beneath
-    }
-
     /// The disk that a partition is on.
     fn disk_of(&self, device: DeviceNumber) -> Option<DeviceNumber> {
         let node = self.node(device);
@@ -180,48 +136,6 @@ impl Topology {
             .filter(|entry| entry.path().join("partition").exists())
             .filter_map(|entry| number_file(&entry.path().join("dev")))
             .collect()
-    }
-
-    /// What the filesystem of `path`, whose `st_dev` is `st_dev`, lies on. Some (btrfs) show an
-    /// anonymous number there; their mount's source names a device, and sysfs the others.
-    #[must_use]
-    pub fn ground(&self, st_dev: DeviceNumber, path: &Path) -> Ground {
-        if self.node(st_dev).exists() {
-            return Ground::Devices(vec![st_dev]);
-        }
-        let mut best: Option<Mount> = None;
-        for mount in self.mounts().unwrap_or_default() {
-            let deeper = best
-                .as_ref()
-                .is_none_or(|best| mount.point.components().count() >= best.point.components().count());
-            if path.starts_with(&mount.point) && deeper {
-                best = Some(mount);
-            }
-        }
-        let Some(mount) = best else { return Ground::Unknown("unknown".to_owned()) };
-        match mount.source_device() {
-            Some(device) => {
-                let mut devices = self.btrfs_beside(device);
-                devices.push(device);
-                Ground::Devices(devices)
-            }
-            None => match LiesOn::of(&mount.kind) {
-                LiesOn::Memory | LiesOn::OtherMachines => Ground::Elsewhere,
-                _ => Ground::Unknown(mount.kind),
-            },
-        }
-    }
-
-    /// The other devices of the mounted btrfs that `device` is a part of, itself included; none where
-    /// it is no part of one.
-    #[must_use]
-    pub fn btrfs_beside(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
-        let Ok(filesystems) = fs::read_dir(self.root.join("sys/fs/btrfs")) else { return Vec::new() };
-        filesystems
-            .flatten()
-            .map(|entry| self.numbers_in(&entry.path().join("devices")))
-            .find(|devices| devices.contains(&device))
-            .unwrap_or_default()
     }
 
     /// True where programs may map `device` as memory (DAX), past the block layer.
@@ -256,34 +170,6 @@ impl Topology {
     pub fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         self.numbers_in(&self.node(device).join("holders"))
     }
-
-    /// Every device above `device`, itself included: its partitions, whoever holds them, loop devices over it or over
-    /// files of a filesystem on it, and so on; each with how many are between, by the longest way.
-    #[must_use]
-    pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
-        let loops = self.loops();
-        let mut heights = BTreeMap::new();
-        let mut open = vec![(device, 0)];
-        while let Some((at, height)) = open.pop() {
-            let is_known =
-                heights.get(&at).is_some_and(|known| *known >= height || height > STACK_HEIGHT_MAX);
-            if is_known {
-                continue;
-            }
-            heights.insert(at, height);
-            let next = self.holders(at).into_iter().chain(self.partitions(at));
-            let shown_by = loops.over(at).into_iter().map(|over| over.device);
-            let next = next.chain(shown_by).chain(loops.over_files_in(at));
-            open.extend(next.map(|above| (above, height + 1)));
-        }
-        heights
-    }
-
-    /// Every device above `device`, itself included. As [`Topology::heights_above`].
-    #[must_use]
-    pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
-        self.heights_above(device).into_keys().collect()
-    }
 }
 
 fn number_file(path: &Path) -> Option<DeviceNumber> {
@@ -292,6 +178,8 @@ fn number_file(path: &Path) -> Option<DeviceNumber> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     pub fn dev(major: u32, minor: u32) -> DeviceNumber {

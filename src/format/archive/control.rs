@@ -3,13 +3,10 @@
 //! Head and tail carry the same facts, each under its own salt: a frame that was torn, misplaced, or
 //! left over from another archive is told from a good one.
 
-use std::fmt;
-
-use serde::Serialize;
 use uuid::Uuid;
 
 use super::map::ENTRY_BYTES;
-use super::{ArchiveError, Layout};
+use super::{ArchiveError, FrameKind, Layout, Side};
 use crate::base::checksum::crc32c_salted;
 use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, Extent};
@@ -32,67 +29,6 @@ pub const EXTENTS_MAX: usize = 500;
 const START_BITS: u32 = 40;
 const START_MAX: u64 = (1 << START_BITS) - 1;
 const COUNT_MAX: u64 = (1 << 24) - 1;
-
-/// Before or after the payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Before.
-    Head,
-    /// After.
-    Tail,
-}
-
-/// What a frame's payload is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FrameKind {
-    /// The image of one segment.
-    Data,
-    /// Originals, packed one behind the other.
-    Originals,
-    /// Entries of the map.
-    Map,
-}
-
-impl fmt::Display for FrameKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Data => "data",
-            Self::Originals => "originals",
-            Self::Map => "map",
-        })
-    }
-}
-
-impl FrameKind {
-    fn code(self) -> u32 {
-        match self {
-            Self::Data => 1,
-            Self::Originals => 2,
-            Self::Map => 3,
-        }
-    }
-}
-
-impl Side {
-    fn code(self) -> u32 {
-        match self {
-            Self::Head => 1,
-            Self::Tail => 2,
-        }
-    }
-
-    fn salt(self, kind: u32) -> &'static [u8] {
-        match (self, kind) {
-            (Self::Head, 1) => b"tidemark control head data",
-            (Self::Head, 2) => b"tidemark control head originals",
-            (Self::Head, _) => b"tidemark control head map",
-            (Self::Tail, 1) => b"tidemark control tail data",
-            (Self::Tail, 2) => b"tidemark control tail originals",
-            (Self::Tail, _) => b"tidemark control tail map",
-        }
-    }
-}
 
 /// A frame's facts without its extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,8 @@
 pub mod control;
 pub mod error;
 pub mod frame;
+mod kind;
+mod layout;
 pub mod map;
 #[cfg(test)]
 pub(crate) mod sample;
@@ -20,68 +22,11 @@ pub mod superblock;
 #[cfg(test)]
 mod tests;
 
-use uuid::Uuid;
-
 pub use super::bytes::BLOCK_BYTES;
-pub use control::{Control, EXTENTS_MAX, FrameFacts, FrameKind, Side};
+pub use control::{Control, EXTENTS_MAX, FrameFacts};
 pub use error::{ArchiveError, Block};
 pub use frame::Frame;
+pub use kind::{FrameKind, Side};
+pub use layout::{BLOCK, Layout, PAYLOAD_OFFSET, VERSION, frame_bytes, frame_offset};
 pub use map::{MapEntry, MapState};
 pub use superblock::{OriginalsMode, Superblock, Totals};
-
-use crate::base::{Bytes, SegmentSize};
-
-/// The version written, and the only one read.
-pub const VERSION: u32 = 1;
-
-/// Bytes of a superblock, and of a control block.
-pub const BLOCK: Bytes = Bytes::kib(4);
-
-/// Where a frame's payload begins in it.
-pub const PAYLOAD_OFFSET: usize = BLOCK_BYTES;
-
-/// What decides where everything lies in one archive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// The archive's identity, repeated in each control block.
-    pub archive: Uuid,
-    /// Size of the origin.
-    pub origin_size: Bytes,
-    /// Bytes of a frame's payload.
-    pub segment: SegmentSize,
-}
-
-impl Layout {
-    /// Bytes of a whole frame: head control block, payload, tail control block.
-    #[must_use]
-    pub fn frame_bytes(&self) -> Bytes {
-        frame_bytes(self.segment)
-    }
-
-    /// Frames in a complete archive of `length` bytes.
-    ///
-    /// # Errors
-    /// [`ArchiveError::Length`] where no number of whole frames gives that length.
-    pub fn frame_count(&self, length: Bytes) -> Result<u64, ArchiveError> {
-        let bad = ArchiveError::Length { length: length.get(), frame_bytes: self.frame_bytes().get() };
-        match length.checked_sub(BLOCK + BLOCK) {
-            Some(frames) if frames.is_aligned(self.frame_bytes()) => {
-                Ok(frames.get() / self.frame_bytes().get())
-            }
-            _ => Err(bad),
-        }
-    }
-}
-
-/// Bytes of a whole frame with payloads of `segment`.
-#[must_use]
-pub fn frame_bytes(segment: SegmentSize) -> Bytes {
-    BLOCK + segment.bytes() + BLOCK
-}
-
-/// Where frame `sequence` begins; for the sequence behind the last frame, where the tail superblock
-/// lies. None where that does not fit 64 bits.
-#[must_use]
-pub fn frame_offset(sequence: u64, segment: SegmentSize) -> Option<Bytes> {
-    frame_bytes(segment).get().checked_mul(sequence)?.checked_add(BLOCK.get()).map(Bytes)
-}

@@ -7,7 +7,7 @@ use super::control::{decode, encode};
 use super::map::{MapCursor, entries, entries_per_frame, fill};
 use super::*;
 use crate::base::checksum::crc32c;
-use crate::base::{ChunkSize, Extent, SegmentIx};
+use crate::base::{Bytes, ChunkSize, Extent, SegmentIx, SegmentSize};
 
 const SEGMENT: u64 = 64 * 1024;
 

@@ -4,11 +4,13 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::POLL_INTERVAL;
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Extent, Result};
 use crate::copy::progress::{Event, Observer, Phase};
 use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Request};
+
+/// Longest time between two looks at the interrupt.
+pub(in crate::op) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Shortest time between two progress events.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);

@@ -14,12 +14,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::IsTerminal as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-pub(super) use self::io::Io;
+pub(super) use self::io::{Io, POLL_INTERVAL};
 use super::request::ArchiveSource;
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
@@ -28,9 +27,6 @@ use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superbl
 use crate::io::transfer::is_end_of_file;
 use crate::io::{Buffer, Completion, EngineConfig, Piece, Place};
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
-
-/// Longest time between two looks at the interrupt.
-pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Buffers at least: one being read while another is being written.
 const BUFFERS_MIN: u16 = 2;

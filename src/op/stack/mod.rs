@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::origin_table::{Beneath, Form};
 use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
@@ -34,17 +34,18 @@ use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
 use crate::sys::queue::QueueSettings;
 use crate::topology::Topology;
-use crate::volume::Frozen;
 use crate::volume::free::FreeMapper;
 use crate::volume::lvm_lock::{LvmLock, LvmScope};
 
 use super::job::Job;
 use super::watchdog::Standby;
 
+mod model;
 mod plan;
 mod runner;
 mod trial;
 
+pub use model::{AtInstant, HoldTimes, InstantContext, Planned, Skipped, StackRequest};
 pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
 pub(in crate::op) use runner::Runner;
 
@@ -61,98 +62,6 @@ const OTHERS_MAX: Duration = Duration::from_secs(60);
 
 /// Pause between two attempts.
 const OTHERS_PAUSE: Duration = Duration::from_millis(50);
-
-/// What to put where.
-#[derive(Clone, Debug)]
-pub struct StackRequest {
-    /// The origin's device-mapper name.
-    pub origin: String,
-    /// The COW store's device, its first chunk zeroed.
-    pub cow: DeviceNumber,
-    /// Unit of copy-on-write.
-    pub chunk: ChunkSize,
-    /// Mount points of every filesystem on the origin, one each, in the order of freezing.
-    pub filesystems: Vec<PathBuf>,
-    /// Let the suspension freeze what is mounted on the device itself: for mounts that cannot be
-    /// reached.
-    pub lock_filesystem: bool,
-    /// Longest time that anything may be frozen or suspended.
-    pub budget: Duration,
-    /// Preserve everything, what filesystems do not use as well.
-    pub all: bool,
-    /// What the plan was made from, looked for again before anything is done; None: nobody planned.
-    pub planned: Option<Planned>,
-    /// For how long lvm2 is kept away.
-    pub lvm_lock: LvmScope,
-}
-
-/// What must not have changed since a copy was planned.
-#[derive(Clone, Debug)]
-pub struct Planned {
-    /// The filesystems on the origin.
-    pub frozen: Frozen,
-    /// The origin's own table.
-    pub table: Table,
-}
-
-impl StackRequest {
-    /// The request as things are now: a filesystem may have been mounted at another place.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Refused`] where the origin is not what was planned for.
-    fn look_again(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
-        let Some(planned) = &self.planned else { return Ok(self.clone()) };
-        if *own_table != planned.table {
-            return Err(Error::refused(format!(
-                "the table of {} was changed since the copy was planned",
-                self.origin
-            ))
-            .state("nothing was frozen or inserted")
-            .next("copy again, and do not resize or move the volume meanwhile"));
-        }
-        let frozen = planned.frozen.check_still(number, "since the copy was planned")?;
-        let planned = Planned { frozen: frozen.clone(), table: own_table.clone() };
-        Ok(Self {
-            filesystems: frozen.points,
-            lock_filesystem: frozen.lock_filesystem,
-            planned: Some(planned),
-            ..self.clone()
-        })
-    }
-}
-
-/// What can be done at the instant.
-#[derive(Clone, Copy, Debug)]
-pub struct InstantContext<'a> {
-    /// The device beneath: can be read, and does not change before the origin is resumed.
-    pub below: &'a Path,
-    /// The instant, UTC, in nanoseconds since 1970.
-    pub utc_ns: u64,
-    /// When the budget ends.
-    pub deadline: Instant,
-}
-
-/// How long the origin was held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HoldTimes {
-    /// Syncing filesystems, nothing held yet.
-    pub synced: Duration,
-    /// From the first freeze to the last thaw.
-    pub frozen: Duration,
-    /// From the suspension's begin to the resume's end.
-    pub suspended: Duration,
-    /// The instant, UTC, in nanoseconds since 1970.
-    pub instant_utc_ns: u64,
-}
-
-/// What of the origin need not be preserved, because at the instant nothing there was in use.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Skipped {
-    /// The ranges; sorted, disjoint.
-    pub extents: Vec<Extent>,
-    /// Which filesystems did not say what they use, and why; for people.
-    pub notes: Vec<String>,
-}
 
 /// What the kernel does not know of a stack whose process died.
 #[derive(Clone, Debug)]
@@ -195,9 +104,6 @@ pub struct Stack {
 pub struct Hold {
     _lvm: Option<LvmLock>,
 }
-
-/// What is done at the instant.
-pub type AtInstant<'a> = &'a mut dyn FnMut(&InstantContext<'_>) -> Result<()>;
 
 impl Stack {
     /// Puts the stack in place. `at_instant` runs while the origin is quiet; `interrupt` is asked

@@ -1,6 +1,6 @@
 //! Which steps put a stack under an origin, give the origin its own table back, and take the stack away?
 //!
-//! Values, nothing is done here: the very ones that `--dry-run` shows, [`Stack::insert`] and
+//! Values, nothing is done here: the very ones that `--dry-run` shows, [`Stack::insert`](super::Stack::insert) and
 //! [`recover`](crate::op::recover) run, and the crash cases pass through step by step.
 
 use std::path::PathBuf;
@@ -8,9 +8,7 @@ use std::path::PathBuf;
 use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, beside};
 use crate::dm::{Action, Change, DeviceIdentity, Step, Table, Template, Udev};
 
-#[cfg(doc)]
-use super::Stack;
-use super::StackRequest;
+use super::model::StackRequest;
 
 /// The steps of an insertion, in order: with `insert.` before and `.before`, `.after` behind, the
 /// names of its crash points.
@@ -69,7 +67,7 @@ impl StackNames {
     }
 }
 
-/// The plan of an insertion: the very value that [`Stack::insert`] runs.
+/// The plan of an insertion: the very value that [`Stack::insert`](super::Stack::insert) runs.
 #[must_use]
 pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change {
     let origin = request.origin.as_str();

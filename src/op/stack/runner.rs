@@ -20,7 +20,8 @@ use crate::sys::{freeze, process};
 use crate::volume::free::{FreeMapper, Picture};
 use crate::volume::{Frozen, open_elsewhere};
 
-use super::{AtInstant, HoldTimes, InstantContext, Skipped, trial};
+use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
+use super::trial;
 
 /// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
 pub(in crate::op) struct Runner<'a> {

@@ -1,0 +1,66 @@
+//! What a frame carries, and the two sides of it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// Before or after the payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Before.
+    Head,
+    /// After.
+    Tail,
+}
+
+/// What a frame's payload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrameKind {
+    /// The image of one segment.
+    Data,
+    /// Originals, packed one behind the other.
+    Originals,
+    /// Entries of the map.
+    Map,
+}
+
+impl fmt::Display for FrameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data => "data",
+            Self::Originals => "originals",
+            Self::Map => "map",
+        })
+    }
+}
+
+impl FrameKind {
+    pub(super) fn code(self) -> u32 {
+        match self {
+            Self::Data => 1,
+            Self::Originals => 2,
+            Self::Map => 3,
+        }
+    }
+}
+
+impl Side {
+    pub(super) fn code(self) -> u32 {
+        match self {
+            Self::Head => 1,
+            Self::Tail => 2,
+        }
+    }
+
+    pub(super) fn salt(self, kind: u32) -> &'static [u8] {
+        match (self, kind) {
+            (Self::Head, 1) => b"tidemark control head data",
+            (Self::Head, 2) => b"tidemark control head originals",
+            (Self::Head, _) => b"tidemark control head map",
+            (Self::Tail, 1) => b"tidemark control tail data",
+            (Self::Tail, 2) => b"tidemark control tail originals",
+            (Self::Tail, _) => b"tidemark control tail map",
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! What is asked of a stack, and what is known of one: values.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::base::{ChunkSize, DeviceNumber, Error, Result};
+use crate::dm::Table;
+use crate::extent::Extent;
+use crate::volume::Frozen;
+use crate::volume::lvm_lock::LvmScope;
+
+/// What to put where.
+#[derive(Clone, Debug)]
+pub struct StackRequest {
+    /// The origin's device-mapper name.
+    pub origin: String,
+    /// The COW store's device, its first chunk zeroed.
+    pub cow: DeviceNumber,
+    /// Unit of copy-on-write.
+    pub chunk: ChunkSize,
+    /// Mount points of every filesystem on the origin, one each, in the order of freezing.
+    pub filesystems: Vec<PathBuf>,
+    /// Let the suspension freeze what is mounted on the device itself: for mounts that cannot be
+    /// reached.
+    pub lock_filesystem: bool,
+    /// Longest time that anything may be frozen or suspended.
+    pub budget: Duration,
+    /// Preserve everything, what filesystems do not use as well.
+    pub all: bool,
+    /// What the plan was made from, looked for again before anything is done; None: nobody planned.
+    pub planned: Option<Planned>,
+    /// For how long lvm2 is kept away.
+    pub lvm_lock: LvmScope,
+}
+
+/// What must not have changed since a copy was planned.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// The filesystems on the origin.
+    pub frozen: Frozen,
+    /// The origin's own table.
+    pub table: Table,
+}
+
+impl StackRequest {
+    /// The request as things are now: a filesystem may have been mounted at another place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the origin is not what was planned for.
+    pub(super) fn look_again(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
+        let Some(planned) = &self.planned else { return Ok(self.clone()) };
+        if *own_table != planned.table {
+            return Err(Error::refused(format!(
+                "the table of {} was changed since the copy was planned",
+                self.origin
+            ))
+            .state("nothing was frozen or inserted")
+            .next("copy again, and do not resize or move the volume meanwhile"));
+        }
+        let frozen = planned.frozen.check_still(number, "since the copy was planned")?;
+        let planned = Planned { frozen: frozen.clone(), table: own_table.clone() };
+        Ok(Self {
+            filesystems: frozen.points,
+            lock_filesystem: frozen.lock_filesystem,
+            planned: Some(planned),
+            ..self.clone()
+        })
+    }
+}
+
+/// What can be done at the instant.
+#[derive(Clone, Copy, Debug)]
+pub struct InstantContext<'a> {
+    /// The device beneath: can be read, and does not change before the origin is resumed.
+    pub below: &'a Path,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub utc_ns: u64,
+    /// When the budget ends.
+    pub deadline: Instant,
+}
+
+/// How long the origin was held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldTimes {
+    /// Syncing filesystems, nothing held yet.
+    pub synced: Duration,
+    /// From the first freeze to the last thaw.
+    pub frozen: Duration,
+    /// From the suspension's begin to the resume's end.
+    pub suspended: Duration,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub instant_utc_ns: u64,
+}
+
+/// What of the origin need not be preserved, because at the instant nothing there was in use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// The ranges; sorted, disjoint.
+    pub extents: Vec<Extent>,
+    /// Which filesystems did not say what they use, and why; for people.
+    pub notes: Vec<String>,
+}
+
+/// What is done at the instant.
+pub type AtInstant<'a> = &'a mut dyn FnMut(&InstantContext<'_>) -> Result<()>;

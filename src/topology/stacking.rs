@@ -1,0 +1,70 @@
+//! What stands on a device, and what it stands on, all the way.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Ground, Topology};
+use crate::base::DeviceNumber;
+
+/// Devices on top of each other, beyond which a device keeps the height at which it was found first: a walk ends even where
+/// devices stand on each other in a circle.
+const STACK_HEIGHT_MAX: usize = 64;
+
+impl Topology {
+    /// Every device beneath `device`, itself included: slaves, the disk of a partition, the device
+    /// under the file of a loop device.
+    #[must_use]
+    pub fn stack(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        let mut seen = BTreeSet::new();
+        let mut open = vec![device];
+        while let Some(at) = open.pop() {
+            if seen.insert(at) {
+                open.extend(self.directly_beneath(at));
+            }
+        }
+        seen
+    }
+
+    fn directly_beneath(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+        let node = self.node(device);
+        let mut beneath = self.numbers_in(&node.join("slaves"));
+        beneath.extend(self.disk_of(device));
+        if let Some(shown) = self.attached_loop(device) {
+            beneath.extend(shown.device_beneath());
+            if let Some(number) = shown.filesystem_beneath()
+                && let Ground::Devices(devices) =
+                    self.ground(number, &self.backing_path(device).unwrap_or_default())
+            {
+                beneath.extend(devices);
+            }
+        }
+        beneath
+    }
+
+    /// Every device above `device`, itself included: its partitions, whoever holds them, loop devices over it or over
+    /// files of a filesystem on it, and so on; each with how many are between, by the longest way.
+    #[must_use]
+    pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
+        let loops = self.loops();
+        let mut heights = BTreeMap::new();
+        let mut open = vec![(device, 0)];
+        while let Some((at, height)) = open.pop() {
+            let is_known =
+                heights.get(&at).is_some_and(|known| *known >= height || height > STACK_HEIGHT_MAX);
+            if is_known {
+                continue;
+            }
+            heights.insert(at, height);
+            let next = self.holders(at).into_iter().chain(self.partitions(at));
+            let shown_by = loops.over(at).into_iter().map(|over| over.device);
+            let next = next.chain(shown_by).chain(loops.over_files_in(at));
+            open.extend(next.map(|above| (above, height + 1)));
+        }
+        heights
+    }
+
+    /// Every device above `device`, itself included. As [`Topology::heights_above`].
+    #[must_use]
+    pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        self.heights_above(device).into_keys().collect()
+    }
+}
