@@ -408,20 +408,6 @@ impl Dm {
         Ok(())
     }
 
-    /// Gives a device another name.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn rename(&self, name: &str, to: &str, udev: Udev) -> Result<()> {
-        with_cookie(udev, to, |event_nr| dm_ioctl::rename(&self.control, name, to, event_nr))
-            .map_err(|source| Error::kernel(format!("renaming device {name} to {to}"), source))?;
-        node::withdraw(name, None);
-        if let Some(info) = self.info(to)? {
-            node::announce(to, info.number);
-        }
-        Ok(())
-    }
-
     /// Makes a device and puts its table to use; removed again where a step fails.
     ///
     /// # Errors

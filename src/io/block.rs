@@ -1,7 +1,7 @@
-//! The seam for metadata I/O: positioned reads and writes of whole buffers, and durability.
+//! Metadata I/O: positioned reads of whole buffers.
 //!
-//! Small on purpose: a crash simulator or a fault injector is a page of code. Implementations
-//! resume short transfers; zero progress is an error.
+//! Small on purpose: a simulator is a page of code. Implementations resume short transfers; zero
+//! progress is an error.
 
 use crate::base::{Bytes, Result};
 
@@ -16,20 +16,15 @@ pub trait BlockRead {
     fn read_at(&self, buffer: &mut [u8], offset: Bytes) -> Result<()>;
 }
 
-/// Something that can be written at any offset.
-pub trait BlockWrite {
-    /// Writes all of `data` at `offset`; not durable before [`Durable::sync`].
-    ///
-    /// # Errors
-    /// I/O errors with errno.
-    fn write_at(&self, data: &[u8], offset: Bytes) -> Result<()>;
-}
+#[cfg(test)]
+impl BlockRead for Vec<u8> {
+    fn size(&self) -> Bytes {
+        Bytes::from_len(self.len())
+    }
 
-/// Something whose writes can be made durable.
-pub trait Durable {
-    /// Returns once everything written before is on stable storage.
-    ///
-    /// # Errors
-    /// After one failure every later call fails too: what was lost cannot be told.
-    fn sync(&self) -> Result<()>;
+    fn read_at(&self, buffer: &mut [u8], offset: Bytes) -> Result<()> {
+        let at = offset.as_len();
+        buffer.copy_from_slice(&self[at..at + buffer.len()]);
+        Ok(())
+    }
 }

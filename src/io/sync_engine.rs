@@ -28,35 +28,21 @@ const STREAM_CALL_BYTES: usize = 4096;
 const POLL_SLICE: Duration = Duration::from_secs(3600);
 
 /// Whether a request has ended.
-pub(super) enum Progress {
+enum Progress {
     Ended(Result<()>),
     /// A stream was not ready in time.
     TimedOut,
 }
 
-/// What the engine does its work on: a file handle, or memory.
-pub(super) trait Target: std::fmt::Debug {
-    /// True where the rest of a short transfer must begin aligned.
-    fn is_direct(&self) -> bool;
-    /// Carries `transfers` on, until `until` where a stream is not ready; each is resumable.
-    fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Progress;
-    fn zero(&mut self, extent: Extent) -> Result<()>;
-    /// See [`Engine::gives_back`].
-    fn gives_back(&self) -> bool {
-        false
-    }
-    fn sync(&mut self) -> Result<()>;
-}
-
-/// A file handle as a target.
+/// A file handle, and what is known of it.
 #[derive(Debug)]
-pub(super) struct SyncFile {
+struct SyncFile {
     file: File,
     facts: Facts,
 }
 
 impl SyncFile {
-    pub(super) fn new(fd: OwnedFd, description: &str) -> Result<Self> {
+    fn new(fd: OwnedFd, description: &str) -> Result<Self> {
         let facts = Facts::new(&fd, description)?;
         Ok(Self { file: File::from(fd), facts })
     }
@@ -94,13 +80,8 @@ impl SyncFile {
             }
         }
     }
-}
 
-impl Target for SyncFile {
-    fn is_direct(&self) -> bool {
-        self.facts.direct
-    }
-
+    /// Carries `transfers` on, until `until` where a stream is not ready; each is resumable.
     fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Progress {
         for transfer in transfers.iter_mut() {
             if self.facts.kind == FileKind::Other {
@@ -125,10 +106,6 @@ impl Target for SyncFile {
 
     fn zero(&mut self, extent: Extent) -> Result<()> {
         self.facts.zero(self.file.as_fd(), extent)
-    }
-
-    fn gives_back(&self) -> bool {
-        self.facts.gives_back()
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -158,11 +135,11 @@ enum Work {
     Sync,
 }
 
-/// See the module's head.
+/// Carries out requests one after the other, each when its completion is asked for.
 #[derive(Debug)]
 pub struct SyncEngine {
     pool: Pool,
-    files: Vec<Box<dyn Target>>,
+    files: Vec<SyncFile>,
     jobs: VecDeque<Job>,
 }
 
@@ -175,13 +152,6 @@ impl SyncEngine {
         Ok(Self { pool: Pool::new(Pool::memory(config)?), files: Vec::new(), jobs: VecDeque::new() })
     }
 
-    /// Adds what is no file handle.
-    pub(super) fn add_target(&mut self, target: Box<dyn Target>) -> Result<FileIx> {
-        let index = next_file(self.files.len())?;
-        self.files.push(target);
-        Ok(index)
-    }
-
     fn transfer(
         &self,
         token: u64,
@@ -191,7 +161,7 @@ impl SyncEngine {
         direction: Direction,
     ) -> Job {
         check_pieces(&buffer, &pieces);
-        let direct = self.files[usize::from(file.0)].is_direct();
+        let direct = self.files[usize::from(file.0)].facts.direct;
         let transfers = pieces.into_iter().map(|piece| Transfer::new(direction, piece, direct)).collect();
         Job { token, file, work: Work::Transfer { buffer, transfers } }
     }
@@ -231,7 +201,9 @@ impl Engine for SyncEngine {
     }
 
     fn add_file(&mut self, file: OwnedFd, description: &str) -> Result<FileIx> {
-        self.add_target(Box::new(SyncFile::new(file, description)?))
+        let index = next_file(self.files.len())?;
+        self.files.push(SyncFile::new(file, description)?);
+        Ok(index)
     }
 
     fn take_buffer(&mut self) -> Option<Buffer> {
@@ -266,7 +238,7 @@ impl Engine for SyncEngine {
     }
 
     fn gives_back(&self, file: FileIx) -> bool {
-        self.files[usize::from(file.0)].gives_back()
+        self.files[usize::from(file.0)].facts.gives_back()
     }
 
     fn in_flight(&self) -> usize {

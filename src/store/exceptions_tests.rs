@@ -8,7 +8,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::format::exception_store::entries_per_area;
-use crate::io::MemoryFile;
 use crate::store::simulator::{Kernel, Random, Shared};
 
 /// Reads everything while the kernel works; Err describes what is wrong with the result.
@@ -86,7 +85,7 @@ fn store(count: u64, chunk: ChunkSize) -> Vec<u8> {
 }
 
 fn read_all(image: Vec<u8>, chunk: ChunkSize, origin: Bytes) -> Result<Vec<Original>> {
-    let mut reader = ExceptionReader::open(MemoryFile::new(image), chunk, origin, Writing::Nobody)?;
+    let mut reader = ExceptionReader::open(image, chunk, origin, Writing::Nobody)?;
     let mut all = Vec::new();
     loop {
         let batch = reader.next_batch(100)?;

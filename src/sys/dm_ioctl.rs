@@ -63,19 +63,11 @@ struct Header {
 const HEADER_BYTES: usize = 312;
 const _: () = assert!(std::mem::size_of::<Header>() == HEADER_BYTES);
 
-/// A header and room behind it for a new name (rename takes it as payload).
-#[repr(C)]
-struct Short {
-    header: Header,
-    payload: [u8; 128],
-}
-
 const fn code(number: u8) -> libc::c_ulong {
     // The size in the code is that of the header alone, whatever follows it.
     nix::request_code_readwrite!(0xfd, number, HEADER_BYTES)
 }
 const DEV_REMOVE: libc::c_ulong = code(4);
-const DEV_RENAME: libc::c_ulong = code(5);
 const DEV_SUSPEND: libc::c_ulong = code(6);
 const TABLE_CLEAR: libc::c_ulong = code(10);
 
@@ -223,7 +215,7 @@ fn get_text(field: &[u8]) -> String {
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
-fn short_call(control: &File, number: libc::c_ulong, request: &mut Short) -> io::Result<UeventSent> {
+fn short_call(control: &File, number: libc::c_ulong, request: &mut Header) -> io::Result<UeventSent> {
     // SAFETY: the descriptor is open for as long as `control` is borrowed; `request` is a live,
     // exclusively borrowed `repr(C)` structure that begins with `struct dm_ioctl`, and its
     // `data_size`, set by `short`, is its true size, which bounds what the kernel reads and writes.
@@ -231,12 +223,12 @@ fn short_call(control: &File, number: libc::c_ulong, request: &mut Short) -> io:
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(UeventSent(request.header.flags & FLAG_UEVENT_GENERATED != 0))
+    Ok(UeventSent(request.flags & FLAG_UEVENT_GENERATED != 0))
 }
 
-fn short(device: Key<'_>, flags: u32, event_nr: u32) -> io::Result<Short> {
-    let header = header(Some(device), flags, event_nr, std::mem::size_of::<Short>())?;
-    Ok(Short { header, payload: [0; 128] })
+/// The request of a call that takes a header alone.
+fn short(device: Key<'_>, flags: u32, event_nr: u32) -> io::Result<Header> {
+    header(Some(device), flags, event_nr, HEADER_BYTES)
 }
 
 /// Holds all I/O of `device` until it is resumed. `control` is /dev/mapper/control.
@@ -281,16 +273,6 @@ pub fn clear(control: &File, device: Key<'_>) -> io::Result<()> {
 /// The kernel's errno: EBUSY while somebody has it open or maps to it.
 pub fn remove(control: &File, device: Key<'_>, event_nr: u32) -> io::Result<UeventSent> {
     short_call(control, DEV_REMOVE, &mut short(device, 0, event_nr)?)
-}
-
-/// Renames device `name` to `to`.
-///
-/// # Errors
-/// The kernel's errno: EBUSY where the new name is taken.
-pub fn rename(control: &File, name: &str, to: &str, event_nr: u32) -> io::Result<UeventSent> {
-    let mut request = short(name.into(), 0, event_nr)?;
-    put_text(&mut request.payload, to)?;
-    short_call(control, DEV_RENAME, &mut request)
 }
 
 /// Makes a call whose answer may be long; the buffer grows until it fits.
