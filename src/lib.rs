@@ -11,13 +11,17 @@
 //! | L0 | [`sys`] | the only `unsafe` code: buffers, ring, ioctls, probes (may use [`base`]) |
 //! | L1 | [`format`](mod@format) | bytes <-> structs, pure |
 //! | L1 | [`extent`] | extent sets and block lists, pure |
+//! | L1 | [`progress`] | what a running operation tells its observer |
 //! | L2 | [`io`] | block reading and writing: traits and engines |
-//! | L2 | [`dm`] | device-mapper: targets, tables, devices, steps with undo |
+//! | L2 | [`dm`] | device-mapper: targets, tables, devices |
 //! | L2 | [`topology`] | which block devices there are, on top of what, mounted where; who waits for whom |
 //! | L3 | [`store`] | the COW store: RAM head, tail, growth, exceptions, originals |
 //! | L3 | [`volume`] | what an origin is: resolve, mounts, freeze |
 //! | L3 | [`secondary`] | where a copy goes: raw device, raw file, archive, pipe |
-//! | L4 | [`copy`] | schedule, copier, overlay, verify, progress events |
+//! | L3 | [`job`] | records of running jobs, and the files that they are in |
+//! | L4 | [`copy`] | schedule, copier, overlay, verify |
+//! | L4 | [`stack`] | layers over an origin: put in and taken away by steps with undo, guarded by a watchdog |
+//! | L4 | [`restore`] | archives read back, written to a target, compared |
 //! | L5 | [`op`] | the use cases: observe, plan, run |
 //! | L6 | [`cli`] | arguments, output, exit codes |
 
@@ -28,8 +32,12 @@ pub mod dm;
 pub mod extent;
 pub mod format;
 pub mod io;
+pub mod job;
 pub mod op;
+pub mod progress;
+pub mod restore;
 pub mod secondary;
+pub mod stack;
 pub mod store;
 pub mod sys;
 pub mod topology;

@@ -17,13 +17,17 @@ const LAYERS: &[(&str, u8)] = &[
     ("sys", 0),
     ("format", 1),
     ("extent", 1),
+    ("progress", 1),
     ("io", 2),
     ("dm", 2),
     ("topology", 2),
     ("store", 3),
     ("volume", 3),
     ("secondary", 3),
+    ("job", 3),
     ("copy", 4),
+    ("stack", 4),
+    ("restore", 4),
     ("op", 5),
     ("cli", 6),
 ];
@@ -32,7 +36,7 @@ const LAYERS: &[(&str, u8)] = &[
 const ALSO_ALLOWED: &[(&str, &str)] = &[("sys", "base")];
 
 /// Although it is below: what a module must never see. `op` wires these together.
-const NEVER: &[(&str, &str)] = &[("copy", "dm"), ("copy", "store"), ("copy", "volume")];
+const NEVER: &[(&str, &str)] = &[("copy", "dm"), ("copy", "store"), ("copy", "volume"), ("restore", "dm")];
 
 /// Modules that are pure: no I/O, no clock.
 const PURE: &[&str] = &["format", "extent"];

@@ -14,8 +14,8 @@ use super::reports::Human;
 use super::signals::{interrupt, stop_on_signals};
 use super::{confirm, pages, resolve, watch};
 use crate::base::{Error, Result};
-use crate::copy::progress::Silent;
 use crate::op;
+use crate::progress::Silent;
 
 /// True where standard output carries an archive.
 #[must_use]

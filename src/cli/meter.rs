@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::base::Bytes;
-use crate::copy::progress::{Event, Phase, SegmentCount, StoreFill};
 use crate::format::state::ProgressView;
+use crate::progress::{Event, Phase, SegmentCount, StoreFill};
 
 /// The rate is measured over this much of the recent past: shorter jumps, longer lags.
 const RATE_WINDOW: Duration = Duration::from_secs(10);

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::meter::{Meter, duration_text, origin_text, phase_text, position_text, released_text, store_text};
 use super::output::{Output, json_line, set_bar, stderr_has_colour, talk};
 use crate::base::{Bytes, clock, escape};
-use crate::copy::progress::{Event, Observer, Phase, StoreFill};
+use crate::progress::{Event, Observer, Phase, StoreFill};
 
 /// Between two plain lines of progress.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
@@ -339,7 +339,7 @@ impl Observer for JsonLines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::progress::SegmentCount;
+    use crate::progress::SegmentCount;
 
     #[test]
     fn a_plain_line_says_it_all() {

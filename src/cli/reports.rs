@@ -13,12 +13,12 @@ use crate::op::detach::Detached;
 use crate::op::doctor;
 use crate::op::inspect::InspectReport;
 use crate::op::recover::RecoverReport;
-use crate::op::request::ArchiveSource;
-use crate::op::restore::RestoreReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
 use crate::op::resume::ResumePlan;
 use crate::op::status::{JobStatus, Status, VolumeStatus};
-use crate::op::verify::VerifyReport;
+use crate::restore::ArchiveSource;
+use crate::restore::compare::VerifyReport;
+use crate::restore::writer::RestoreReport;
 
 /// Something that can be shown to a person.
 pub trait Human {

@@ -14,9 +14,10 @@ use crate::copy::Order;
 use crate::op::attach::check_name;
 use crate::op::copy::plan::check_units;
 use crate::op::request::{
-    ArchiveSource, AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals,
-    RestoreRequest, SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
+    AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals, RestoreRequest,
+    SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
 };
+use crate::restore::ArchiveSource;
 use crate::volume::lvm_lock::LvmScope;
 
 /// The name's ending that makes a secondary an archive by default.

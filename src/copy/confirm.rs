@@ -19,13 +19,13 @@ use std::collections::{BTreeSet, HashMap};
 use super::checksums::Checksums;
 use super::driver::Driver;
 use super::origin::{payload, zero_gaps};
-use super::ports::{OriginalsProvider, Progress, ResumePoint};
-use super::progress::{Observer, Phase};
+use super::ports::{OriginalsProvider, PlacementLog, ResumePoint};
 use super::schedule::{Schedule, Work};
 use crate::base::limits::EXCEPTION_BATCH_MAX;
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
 use crate::io::{Completion, Engine, FileIx};
+use crate::progress::{Observer, Phase};
 use crate::secondary::identity::Known;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
@@ -34,7 +34,7 @@ const SAMPLE: usize = 64;
 
 /// What [`confirm`] is to find out, and by what.
 pub struct ConfirmJob<'a> {
-    /// Fresh, made for [`engine_config`](super::engine_config).
+    /// Fresh, made for [`engine_config`](crate::secondary::engine_config).
     pub engine: &'a mut dyn Engine,
     /// The origin's size.
     pub origin_size: Bytes,
@@ -126,7 +126,7 @@ pub(super) fn run(
     file: FileIx,
     resumed: &mut ResumePoint,
     (checksums, overlaid): (&Checksums, &BTreeSet<SegmentIx>),
-    progress: Option<&mut (dyn Progress + '_)>,
+    progress: Option<&mut (dyn PlacementLog + '_)>,
 ) -> Result<()> {
     let known = secondary.known();
     if resumed.placed.is_empty() && known != Known::Perhaps {

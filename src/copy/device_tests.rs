@@ -6,11 +6,12 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::{CopyJob, engine_config, run};
+use super::{CopyJob, run};
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::extent::Extent;
 use crate::io::open::{EnginePreference, open_engine};
+use crate::secondary::engine_config;
 use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target, open};
 use crate::sys::loop_device::{CONTROL_PATH, LoopDevice};
 

@@ -9,11 +9,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use super::progress::{Event, Observer, Phase, SegmentCount};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentIx};
 use crate::extent::Extent;
 use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Request};
+use crate::progress::{Event, Observer, Phase, SegmentCount};
 use crate::secondary::Placement;
 
 /// Longest time between two looks at the interrupt.

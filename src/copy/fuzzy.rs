@@ -18,14 +18,14 @@ use super::driver::{Driver, Sink};
 use super::durable::Durable;
 use super::origin::{Origin, payload};
 use super::placed::PlacedSet;
-use super::ports::{Progress, Releases};
-use super::progress::Phase;
+use super::ports::{PlacementLog, Releases};
 use super::regions::{Order, Regions};
 use super::schedule::{Schedule, Work};
 use super::throttle::Throttle;
 use crate::base::{Bytes, Result, SegmentIx};
 use crate::extent::Extent;
 use crate::io::{Buffer, Completion};
+use crate::progress::Phase;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
 /// What the fuzzy copy did.
@@ -47,7 +47,7 @@ pub(super) struct Plan<'a, 'p> {
     /// What an earlier process has placed.
     pub(super) placed: &'a PlacedSet,
     pub(super) releases: Option<&'p mut dyn Releases>,
-    pub(super) progress: Option<&'p mut dyn Progress>,
+    pub(super) progress: Option<&'p mut dyn PlacementLog>,
 }
 
 /// A segment that has been read.

@@ -19,46 +19,25 @@ use super::impact::ImpactWatch;
 use super::origin::Origin;
 use super::overlay::{self, OriginalsStats, Store};
 use super::placed::PlacedSet;
-use super::ports::{OriginalsProvider, Progress, Releases, ResumePoint};
-use super::progress::{Observer, Phase, Silent};
+use super::ports::{OriginalsProvider, PlacementLog, Releases, ResumePoint};
 use super::regions::{Order, region_size_for};
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, confirm, verify};
-use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
-use crate::io::engine::EngineConfig;
 use crate::io::{Engine, FileIx};
+use crate::progress::{Observer, Phase, Silent};
 use crate::secondary::Secondary;
 use crate::sys::process::crash_point;
-
-/// Buffers at most: more than this many transfers in flight gain nothing on any device.
-const BUFFER_COUNT_MAX: u64 = 128;
 
 /// Ranges outside the block list are made zero in pieces of this size at most, so that an interrupt is
 /// heard between them.
 const ABSENT_STEP: Bytes = Bytes::mib(256);
 
-/// Buffers at least: one being read while another is being written.
-const BUFFER_COUNT_MIN: u64 = 2;
-
-/// The engine that a copy with this segment size wants: a segment and a control block on each side in
-/// every buffer, within `bytes_max` but for two buffers at least.
-#[must_use]
-pub fn engine_config(segment: SegmentSize, bytes_max: Bytes) -> EngineConfig {
-    let buffer_bytes = segment.bytes() + DIRECT_IO_ALIGN * 2;
-    let count = bytes_max.get() / buffer_bytes.get();
-    EngineConfig {
-        buffer_count: u16::try_from(count.clamp(BUFFER_COUNT_MIN, BUFFER_COUNT_MAX))
-            .expect("the count is clamped"),
-        buffer_bytes,
-    }
-}
-
 /// A copy to be made.
 pub struct CopyJob<'a> {
-    /// Fresh, made for [`engine_config`].
+    /// Fresh, made for [`engine_config`](crate::secondary::engine_config).
     pub engine: &'a mut dyn Engine,
     /// What is read: the origin below the snapshot, opened for direct I/O.
     pub origin: OwnedFd,
@@ -83,7 +62,7 @@ pub struct CopyJob<'a> {
     /// Who gives regions back; None where nothing is preserved.
     pub releases: Option<&'a mut dyn Releases>,
     /// Who keeps the note of what is placed; None where nobody could go on.
-    pub progress: Option<&'a mut dyn Progress>,
+    pub progress: Option<&'a mut dyn PlacementLog>,
     /// Where an earlier process stopped; the secondary was reopened accordingly.
     pub resumed: Option<ResumePoint>,
     /// Bytes per second read from the origin at most.
@@ -275,7 +254,7 @@ struct Plan<'a> {
     placed: PlacedSet,
     originals: Option<&'a mut dyn OriginalsProvider>,
     releases: Option<&'a mut dyn Releases>,
-    progress: Option<&'a mut dyn Progress>,
+    progress: Option<&'a mut dyn PlacementLog>,
 }
 
 impl Plan<'_> {
@@ -289,7 +268,7 @@ impl Plan<'_> {
     ) -> Result<()> {
         let originals = self.originals.as_deref_mut().map(|it| it as &mut dyn OriginalsProvider);
         let overlaid = confirm::overlaid(&self.schedule, secondary, &self.resumed, originals)?;
-        let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn Progress);
+        let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn PlacementLog);
         let facts = (checksums, &overlaid);
         confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, progress)?;
         self.placed = PlacedSet::new(&self.resumed.placed, self.schedule.segment_count());
@@ -383,7 +362,7 @@ fn copy_and_lay_over(
         first: &plan.first,
         placed: &plan.placed,
         releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
-        progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn Progress),
+        progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn PlacementLog),
     };
     let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut plan.throttle)?;
     report.add_data(stats, driver.now() - begin);

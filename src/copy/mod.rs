@@ -1,4 +1,4 @@
-//! Copying: the schedule, the copier, overlay and append of originals, verification, progress.
+//! Copying: the schedule, the copier, overlay and append of originals, verification.
 //!
 //! Sees extents, `io` traits and secondaries; never device-mapper: `op` wires them.
 
@@ -19,7 +19,6 @@ mod overlay;
 mod pace;
 mod placed;
 mod ports;
-pub mod progress;
 pub mod regions;
 pub mod schedule;
 #[cfg(test)]
@@ -29,7 +28,7 @@ mod verify;
 
 pub use confirm::{ConfirmJob, confirm};
 pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
-pub use job::{CopyJob, CopyReport, engine_config, run};
-pub use ports::{OriginalsProvider, Progress, Releases, ResumePoint};
+pub use job::{CopyJob, CopyReport, run};
+pub use ports::{OriginalsProvider, PlacementLog, Releases, ResumePoint};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

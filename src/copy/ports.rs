@@ -29,9 +29,9 @@ pub trait OriginalsProvider {
     fn check_valid(&mut self) -> Result<()>;
 }
 
-/// Who keeps the note of what is on the secondary, for a process that goes on after this one.
-pub trait Progress {
-    /// All of these segments has been written and made durable.
+/// Durable record of placed segments, for a process that resumes the copy.
+pub trait PlacementLog {
+    /// All of these segments were written and made durable.
     ///
     /// # Errors
     /// I/O errors; they end the copy.

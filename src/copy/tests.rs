@@ -10,11 +10,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases};
-use super::progress::{Event, Observer, Phase, Silent};
 use super::schedule::Schedule;
 use super::{
-    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, Progress, Releases,
-    ResumePoint, engine_config, run,
+    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, PlacementLog, Releases,
+    ResumePoint, run,
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::{Extent, ExtentSet};
@@ -22,7 +21,9 @@ use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
 use crate::format::state::TargetRecord;
 use crate::io::engine::EngineConfig;
+use crate::progress::{Event, Observer, Phase, Silent};
 use crate::secondary::archive::Archive;
+use crate::secondary::engine_config;
 use crate::secondary::{
     Form, OriginIdentity, OriginalsMode, PlacedSegment, Resumed, Secondary, SecondaryRequest, Target, open,
     reopen,
@@ -673,7 +674,7 @@ impl Mortal<'_> {
     }
 }
 
-impl Progress for Mortal<'_> {
+impl PlacementLog for Mortal<'_> {
     fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         for segment in segments {
             self.live()?;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::impact::{Controller, Impact, ImpactWatch, Moment, TICK};
 use super::pace::Pace;
-use super::progress::{Event, Observer};
 use crate::base::Bytes;
+use crate::progress::{Event, Observer};
 
 /// Time whose worth of tokens may be saved up: short, so that a pause is not followed by a burst
 /// that an application would feel.
@@ -224,7 +224,7 @@ fn to_f64(value: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::progress::Silent;
+    use crate::progress::Silent;
 
     fn capped(rate: Option<Bytes>) -> Throttle<'static> {
         Throttle::new(rate, None, &Silent)

@@ -10,10 +10,10 @@ use super::checksums::Checksums;
 use super::driver::Driver;
 use super::origin::{payload, zero_gaps};
 use super::overlay::check_crc;
-use super::progress::Phase;
 use super::schedule::{Schedule, Work};
 use crate::base::{Bytes, Result};
 use crate::io::{Buffer, Completion, FileIx};
+use crate::progress::Phase;
 use crate::secondary::{PAYLOAD_OFFSET, Secondary, Segment};
 
 enum Read {

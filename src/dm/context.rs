@@ -1,7 +1,7 @@
 //! The kernel's device-mapper, one method per call, with errors that name the device.
 //!
 //! A device is addressed by name or by number ([`Key`]). Nothing here decides an order: that is
-//! [`change`](super::change).
+//! [`change`](crate::stack::change).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -432,7 +432,7 @@ impl Dm {
     /// # Errors
     /// [`ErrorKind::Interrupted`] where a [`nudge`] ended the wait for I/O in flight: the device was not suspended, and the
     /// table may be loaded. The kernel's; the device may then be suspended, with the table still loaded.
-    pub(super) fn swap_loaded<'a>(&self, device: impl Into<Key<'a>>) -> Result<Duration> {
+    pub fn swap_loaded<'a>(&self, device: impl Into<Key<'a>>) -> Result<Duration> {
         let device = device.into();
         let mut attempt = 1;
         loop {
@@ -456,7 +456,7 @@ impl Dm {
     }
 
     /// Makes /dev/mapper/NAME where udevd does not run (see [`node`]).
-    pub(super) fn announce(&self, name: &str) {
+    pub fn announce(&self, name: &str) {
         if let Ok(Some(info)) = self.info(name) {
             node::announce(name, info.number);
         }

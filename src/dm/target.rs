@@ -42,7 +42,7 @@ pub enum Target {
         stripes: Vec<(DeviceNumber, Sectors)>,
     },
     /// `switch 1 REGION 0 DEVICE OFFSET`: as `linear`, but it takes no flush (see
-    /// [`origin_table`](super::origin_table)).
+    /// [`origin_table`](crate::stack::origin_table)).
     Switch {
         /// Longest piece of an I/O that is passed on whole.
         region: Sectors,

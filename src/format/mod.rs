@@ -6,5 +6,5 @@ mod bytes;
 pub mod exception_store;
 pub mod filesystem_id;
 pub mod filesystem_log;
-pub mod progress;
+pub mod segment_log;
 pub mod state;

@@ -28,7 +28,7 @@ const STREAM_CALL_BYTES: usize = 4096;
 const POLL_SLICE: Duration = Duration::from_secs(3600);
 
 /// Whether a request has ended.
-enum Progress {
+enum Outcome {
     Ended(Result<()>),
     /// A stream was not ready in time.
     TimedOut,
@@ -82,26 +82,26 @@ impl SyncFile {
     }
 
     /// Carries `transfers` on, until `until` where a stream is not ready; each is resumable.
-    fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Progress {
+    fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Outcome {
         for transfer in transfers.iter_mut() {
             if self.facts.kind == FileKind::Other {
-                return Progress::Ended(Err(self.facts.wrong_kind(transfer.direction())));
+                return Outcome::Ended(Err(self.facts.wrong_kind(transfer.direction())));
             }
             while !transfer.is_done() {
                 if transfer.is_stream() && self.facts.kind == FileKind::Stream {
                     match self.poll(transfer.direction(), until) {
                         Ok(true) => {}
-                        Ok(false) => return Progress::TimedOut,
-                        Err(cause) => return Progress::Ended(Err(self.facts.failure(transfer, cause))),
+                        Ok(false) => return Outcome::TimedOut,
+                        Err(cause) => return Outcome::Ended(Err(self.facts.failure(transfer, cause))),
                     }
                 }
                 let answer = self.call(transfer, memory);
                 if let Step::Fail(cause) = transfer.account(answer) {
-                    return Progress::Ended(Err(self.facts.failure(transfer, cause)));
+                    return Outcome::Ended(Err(self.facts.failure(transfer, cause)));
                 }
             }
         }
-        Progress::Ended(Ok(()))
+        Outcome::Ended(Ok(()))
     }
 
     fn zero(&mut self, extent: Extent) -> Result<()> {
@@ -171,8 +171,8 @@ impl SyncEngine {
         let file = &mut self.files[usize::from(job.file.0)];
         let result = match &mut job.work {
             Work::Transfer { buffer, transfers } => match file.run(transfers, buffer, until) {
-                Progress::Ended(result) => result,
-                Progress::TimedOut => {
+                Outcome::Ended(result) => result,
+                Outcome::TimedOut => {
                     self.jobs.push_front(job);
                     return None;
                 }

@@ -21,8 +21,9 @@ use crate::format::state::VolumeRecord;
 use crate::topology::Topology;
 use crate::volume::{self, OriginKind};
 
-use super::job::{Job, read_record};
-use super::record_file::write_record;
+use crate::job::file::write_record;
+use crate::job::{Job, read_record};
+use crate::sys::privilege;
 
 /// Where records of volumes are.
 pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";
@@ -56,7 +57,7 @@ pub struct Attached {
 /// [`ErrorKind::Refused`] for a device that is in use, is no whole number of sectors, or a name that
 /// is taken; [`ErrorKind::Usage`] for a bad name; the kernel's.
 pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached> {
-    super::privilege::require_root("attaching a device")?;
+    privilege::require_root("attaching a device")?;
     check_name(name)?;
     let meta = fs::metadata(device).io_context(|| format!("looking at {}", device.display()))?;
     if !meta.file_type().is_block_device() {

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::base::{Error, Result, ResultExt};
 use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Udev};
+use crate::sys::privilege;
 use crate::topology::Topology;
 
 use super::attach::{forget, record_path, recorded_volumes, unit_name};
@@ -34,7 +35,7 @@ pub struct Detached {
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) while it is mounted, open or being copied,
 /// or where there is no such volume; the kernel's.
 pub fn detach(name: &str) -> Result<Detached> {
-    super::privilege::require_root("detaching a volume")?;
+    privilege::require_root("detaching a volume")?;
     let dm = Dm::open()?;
     // On record by the name that it was attached with: the device may have been renamed.
     let mut recorded = name.to_owned();

@@ -5,13 +5,10 @@ use serde::Serialize;
 use super::request::InspectRequest;
 use crate::base::clock::utc_text;
 use crate::base::{Bytes, Result};
-use crate::copy::progress::{Event, Observer, Phase};
-use crate::format::archive::map::MapCursor;
-use crate::format::archive::{
-    ArchiveError, Block, MapEntry, MapState, Superblock, Totals, frame, frame_offset,
-};
+use crate::format::archive::{MapEntry, MapState, Superblock, Totals};
+use crate::progress::{Event, Observer, Phase};
+use crate::restore::map::read_map;
 use crate::secondary::archive_read::ArchiveFile;
-use crate::sys::aligned::AlignedBuffer;
 
 /// What the map says, summed up. Sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -88,47 +85,4 @@ pub fn run(
         map,
         superblock,
     })
-}
-
-/// Shows the whole map to `take`, in order. An error of `take` ends it.
-///
-/// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a damaged map; I/O errors; whatever the
-/// interrupt and `take` answer.
-pub(super) fn read_map(
-    archive: &ArchiveFile,
-    interrupt: &dyn Fn() -> Result<()>,
-    take: &mut dyn FnMut(MapEntry) -> Result<()>,
-) -> Result<()> {
-    let layout = archive.superblock().layout();
-    let totals = archive.totals();
-    let shown = archive.path().display().to_string();
-    let place = |sequence| frame_offset(sequence, layout.segment).unwrap_or(Bytes(u64::MAX));
-    let mut memory = AlignedBuffer::zeroed(layout.frame_bytes().as_len());
-    let mut cursor = MapCursor::new(layout.origin_size);
-    let mut present = Bytes::ZERO;
-    for sequence in totals.first_map()..totals.sequence_end() {
-        interrupt()?;
-        archive.read_frame(sequence, &mut memory)?;
-        let mut taken = Ok(());
-        let read = frame::open(&layout, sequence, &memory).and_then(|frame| {
-            cursor.read(frame.control.facts.origin_offset, frame.payload, |entry| {
-                if entry.state == MapState::Present {
-                    present += entry.extent.length();
-                }
-                if taken.is_ok() {
-                    taken = take(entry);
-                }
-            })
-        });
-        taken?;
-        read.map_err(|error| error.at(Block::Frame(sequence), place(sequence), &shown))?;
-    }
-    let end = totals.sequence_end();
-    let seen = present.get();
-    let agreed = cursor.finish().and_then(|()| match totals.present_bytes.get() {
-        tail if tail == seen => Ok(()),
-        tail => Err(ArchiveError::Totals { field: "the count of present bytes", tail, seen }),
-    });
-    agreed.map_err(|error| error.at(Block::TailSuperblock, place(end), &shown))
 }

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::base::{Bytes, Error, Result, SegmentSize};
-use crate::copy::engine_config;
+use crate::secondary::engine_config;
 use crate::sys::process::LockedMemory;
 use crate::topology::Topology;
 

@@ -23,19 +23,19 @@ use serde::Serialize;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_ours};
-use crate::dm::origin_table::Beneath;
-use crate::dm::{
-    Action, Change, DeviceIdentity, Dm, Executor, Journal, NoJournal, Owner, Slot, Step, Table, Udev,
-};
+use crate::dm::{DeviceIdentity, Dm, Slot, Table, Udev};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
+use crate::stack::origin_table::Beneath;
+use crate::stack::{Action, Change, Executor, IntentLog, NoIntents, Owner, Step};
 use crate::sys::dm_ioctl::Key;
 use crate::sys::queue::QueueSettings;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
-use super::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials, record_of};
-use super::stack::{Runner, restoration, tell_gone_disk};
+use crate::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials, record_of};
+use crate::stack::{Runner, restoration, tell_gone_disk};
+use crate::sys::privilege;
 
 /// Longest time that an origin may be suspended while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
@@ -279,7 +279,7 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
         if change.steps.is_empty() {
             return;
         }
-        let journal: &mut dyn Journal = &mut NoJournal;
+        let journal: &mut dyn IntentLog = &mut NoIntents;
         match change.run(machine.executor(), journal) {
             Ok(()) => done.extend(change.steps.iter().map(|step| step.action.to_string())),
             Err(error) => errors.push(error),
@@ -303,7 +303,7 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
 /// # Errors
 /// The first failure, with the others as failed undos; can be run again at any time.
 pub fn recover() -> Result<RecoverReport> {
-    super::privilege::require_root("recovering")?;
+    privilege::require_root("recovering")?;
     recover_jobs(None)
 }
 

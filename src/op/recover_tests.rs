@@ -6,11 +6,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use super::*;
 use crate::base::ChunkSize;
 use crate::base::ErrorKind;
+use crate::dm::Template;
 use crate::dm::naming::{ROLE_COW, ROLE_PRESERVE, new_id};
-use crate::dm::{AtBest, Template};
 use crate::format::state::{ChangeRecord, OriginRecord};
-use crate::op::job::change_record;
-use crate::op::stack::{StackNames, StackRequest, dismantling, insertion};
+use crate::stack::AtBest;
+use crate::stack::change_record;
+use crate::stack::{StackNames, StackRequest, dismantling, insertion};
 use crate::volume::lvm_lock::LvmScope;
 
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
@@ -287,7 +288,7 @@ fn release(table: &str) -> Change {
 /// Runs the changes of a whole copy, with the journal in the fake itself.
 fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     struct Pair<'a>(&'a mut JobRecord);
-    impl Journal for Pair<'_> {
+    impl IntentLog for Pair<'_> {
         fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
             self.0.change = Some(change_record(change, index, false));
             Ok(())
@@ -351,7 +352,7 @@ impl Full {
     }
 }
 
-impl Journal for Full {
+impl IntentLog for Full {
     fn intend(&mut self, _change: &Change, _index: usize) -> Result<()> {
         self.write()
     }

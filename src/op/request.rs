@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::copy::Impact;
 use crate::copy::Order;
+use crate::restore::ArchiveSource;
 use crate::volume::lvm_lock::LvmScope;
 
 /// The form of the secondary.
@@ -138,16 +139,6 @@ pub struct AttachRequest {
 pub struct DetachRequest {
     /// The volume's name.
     pub name: String,
-}
-
-/// Where an archive is read from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ArchiveSource {
-    /// Standard input.
-    Pipe,
-    /// A file or a block device.
-    Path(PathBuf),
 }
 
 /// `tidemark restore`.

@@ -10,11 +10,12 @@ use std::os::unix::fs::FileTypeExt as _;
 use serde::Serialize;
 
 use super::inspect::{self, InspectReport};
-use super::request::{ArchiveSource, InspectRequest, RestoreRequest};
+use super::request::{InspectRequest, RestoreRequest};
 use super::restore::forbidden;
 use super::targets::{self, TargetFacts};
 use crate::base::{Bytes, Error, Result};
-use crate::copy::progress::Silent;
+use crate::progress::Silent;
+use crate::restore::ArchiveSource;
 use crate::secondary::raw::{RawRequest, RawTarget};
 
 /// What the target is now.

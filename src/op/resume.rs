@@ -1,7 +1,7 @@
 //! `tidemark resume`: goes on with a copy whose process died while the kernel's snapshot stood.
 //!
 //! What is there then: the origin writes through its snapshot as before, the store fills, segments that
-//! are noted as placed are on the secondary (see [`journal`]), and what is not noted is
+//! are noted as placed are on the secondary (see [`segment_log`]), and what is not noted is
 //! still preserved: a region is released only after all of it was noted. So going on is copying what is
 //! not noted, and then laying *every* original over it, at whatever point the other process died.
 //!
@@ -19,20 +19,21 @@ use super::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use super::copy::plan::order_for;
 use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
 use super::copy::{CopyPlan, Live};
-use super::job::{FoundJob, Job, find_jobs};
-use super::journal::{self, JournalContent, SegmentJournal};
 use super::request::CopyRequest;
-use super::stack::{Adopted, HoldTimes, Skipped, Stack, Standing};
 use super::targets::TargetFacts;
 use super::{leave, memory};
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, SegmentSize};
-use crate::copy::progress::{Event, Observer};
 use crate::copy::{self, ConfirmJob, OriginalsProvider, ResumePoint};
 use crate::dm::{Dm, SnapshotStatus};
 use crate::extent::{Extent, Original};
 use crate::format::state::CopyRecord;
+use crate::job::segment_log::{self, SegmentLog, SegmentLogContent};
+use crate::job::{FoundJob, Job, find_jobs};
+use crate::progress::{Event, Observer};
 use crate::secondary::{self, Resumed, Secondary};
+use crate::stack::{Adopted, HoldTimes, Skipped, Stack, Standing};
 use crate::store::{CowStore, ExceptionReader, StoreDevice};
+use crate::sys::privilege;
 use crate::sys::process::LockedMemory;
 use crate::volume::{Frozen, Origin, OriginKind};
 
@@ -61,7 +62,7 @@ pub struct ResumePlan {
 /// [`ErrorKind::Refused`] with the reason where there is none, or
 /// several, or where it cannot go on; I/O errors.
 pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
-    super::privilege::require_root("going on with a copy")?;
+    privilege::require_root("going on with a copy")?;
     let mut found = choose(find_jobs()?, id)?;
     let record = std::mem::replace(&mut found.record, Err(Error::usage("the record was taken")))?;
     let give_up = |what: String| {
@@ -86,7 +87,7 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
         .state("nothing was changed")
         .next("resume with that version, or run 'tidemark recover' and copy again"));
     }
-    let content = journal::read(&found.segments_path())?;
+    let content = segment_log::read(&found.segments_path())?;
     let origin = record.origin.as_ref().ok_or_else(|| give_up("its record names no origin".to_owned()))?;
     let plan = copy_plan(copy, &origin.device, origin.number, content.header.origin_size)?;
     let (placed, originals_begun) = (content.placed.len(), content.originals_begun);
@@ -171,7 +172,7 @@ pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() ->
     let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
     let record = found.record.as_ref().expect("the plan was made from it");
     let copy = record.copy.as_ref().expect("the plan was made from it");
-    let content = journal::read(&found.segments_path())?;
+    let content = segment_log::read(&found.segments_path())?;
     let dm = Dm::open()?;
     let standing = Standing::find(&dm, record)?;
     standing.check_adoptable(&dm)?;
@@ -232,7 +233,7 @@ pub fn run(
     let engine = engine_for(&plan).map_err(|error| error.state("nothing was changed"))?;
     let job = Job::take_over(found)?;
     let copy = job.record().copy.clone().expect("the plan was made from it");
-    let (journal, content) = SegmentJournal::open(&job.segments_path())?;
+    let (journal, content) = SegmentLog::open(&job.segments_path())?;
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
     let store = Arc::new(CowStore::adopt(job.id())?);
@@ -274,7 +275,7 @@ fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<Lo
 fn reopen(
     plan: &CopyPlan,
     copy: &CopyRecord,
-    content: &JournalContent,
+    content: &SegmentLogContent,
     (below, block_list): (DeviceNumber, Vec<Extent>),
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Box<dyn Secondary>> {

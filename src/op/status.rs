@@ -6,16 +6,17 @@ use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Result, clock, escape};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME};
-use crate::dm::origin_table::Beneath;
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
+use crate::stack::origin_table::Beneath;
 use crate::topology::Topology;
 use crate::volume::lvm_lock::LvmScope;
 
 use super::attach::recorded_volumes;
-use super::job::look_at_jobs;
 use super::recover::living_elsewhere;
 use super::request::CopyRequest;
+use crate::job::look_at_jobs;
+use crate::sys::privilege;
 
 /// Everything there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -96,7 +97,7 @@ pub struct StackStatus {
 /// # Errors
 /// I/O errors and the kernel's.
 pub fn status() -> Result<Status> {
-    super::privilege::require_root("looking at device-mapper")?;
+    privilege::require_root("looking at device-mapper")?;
     let mut status = Status::default();
     let ours = match Dm::open() {
         Ok(dm) => {

@@ -10,11 +10,11 @@ use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
 use super::attach::recorded_volumes;
-use super::job::{look_at_jobs, partials};
-use super::privilege::is_root;
 use crate::base::{Bytes, Error, ErrorKind, Result, directory_of};
 use crate::format::state::JobRecord;
+use crate::job::{look_at_jobs, partials};
 use crate::secondary::partial::{is_partial_of, resolve};
+use crate::sys::privilege::is_root;
 use crate::topology::{Topology, device_number};
 use crate::volume;
 

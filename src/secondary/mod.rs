@@ -27,10 +27,10 @@ mod resume_tests;
 
 pub use crate::format::archive::OriginalsMode;
 /// A segment that is on the secondary: what a later process needs to go on where this one stopped.
-pub use crate::format::progress::PlacedSegment;
+pub use crate::format::segment_log::PlacedSegment;
 pub use port::{
     Form, OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
-    is_zero, zero_padding,
+    engine_config, is_zero, zero_padding,
 };
 
 /// Extents of the block list in one segment that this form can tell apart: see

@@ -9,9 +9,15 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
 use crate::format::archive::OriginalsMode;
-use crate::format::progress::PlacedSegment;
+use crate::format::segment_log::PlacedSegment;
 use crate::format::state::TargetRecord;
-use crate::io::{Engine, FileIx, Piece};
+use crate::io::{Engine, EngineConfig, FileIx, Piece};
+
+/// Buffers at most: more than this many transfers in flight gain nothing on any device.
+const BUFFER_COUNT_MAX: u64 = 128;
+
+/// Buffers at least: one being read while another is being written.
+const BUFFER_COUNT_MIN: u64 = 2;
 
 /// Where a segment's payload begins in a buffer: behind the room for a control block.
 pub const PAYLOAD_OFFSET: usize = 4096;
@@ -290,4 +296,17 @@ pub fn is_zero(data: &[u8]) -> bool {
         }
     }
     blocks.remainder().iter().all(|byte| *byte == 0)
+}
+
+/// The engine that a transfer of segments of this size wants: a segment and a control block on each side in
+/// every buffer, within `bytes_max` but for two buffers at least.
+#[must_use]
+pub fn engine_config(segment: SegmentSize, bytes_max: Bytes) -> EngineConfig {
+    let buffer_bytes = segment.bytes() + DIRECT_IO_ALIGN * 2;
+    let count = bytes_max.get() / buffer_bytes.get();
+    EngineConfig {
+        buffer_count: u16::try_from(count.clamp(BUFFER_COUNT_MIN, BUFFER_COUNT_MAX))
+            .expect("the count is clamped"),
+        buffer_bytes,
+    }
 }

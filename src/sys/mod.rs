@@ -12,6 +12,7 @@ pub mod fsmap;
 pub mod inquiry;
 pub mod loop_device;
 pub mod nudge;
+pub mod privilege;
 pub mod process;
 pub mod queue;
 pub mod rcu;

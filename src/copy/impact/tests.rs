@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::copy::chaos::Rng;
-use crate::copy::progress::{Event, Observer, Silent};
 use crate::copy::throttle::Throttle;
+use crate::progress::{Event, Observer, Silent};
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;

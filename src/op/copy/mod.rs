@@ -8,7 +8,7 @@
 //! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
 //! | [`latency`] | how the applications on the origin fare |
 //! | [`originals`] | shows the COW store to the copier |
-//! | [`gate`] | releases regions of the origin, and holds it while the store is about to fill |
+//! | [`placement`] | shows the job's log of segments to the copier |
 //!
 //! Invariants:
 //! - whatever can be refused is refused before the kernel is asked to change anything;
@@ -17,10 +17,10 @@
 //! - the secondary's final name appears only after the snapshot was seen valid behind the last read.
 
 mod cold;
-pub mod gate;
 mod latency;
 mod live;
 mod originals;
+mod placement;
 pub mod plan;
 mod rescue;
 pub mod run;

@@ -2,11 +2,11 @@
 
 use std::os::fd::OwnedFd;
 
-use super::gate::Gate;
 use super::live::Live;
 use crate::base::{Bytes, Error, ErrorKind, Result};
 use crate::copy::{OriginalsProvider, Releases};
 use crate::extent::{Extent, Original};
+use crate::stack::gate::Gate;
 use crate::store::{ExceptionReader, Follower, Monitor, StoreDevice};
 
 /// New exceptions looked at for one decision about the order: a hint needs no more.

@@ -17,12 +17,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::gate::Gate;
 use super::live::Live;
 use crate::base::{Result, ResultExt as _};
 use crate::dm::Dm;
-use crate::op::job::Job;
-use crate::op::stack::Stack;
+use crate::job::Job;
+use crate::stack::Stack;
+use crate::stack::gate::Gate;
 use crate::sys::signal;
 
 /// How long the copier has, behind a signal, to come to it by itself.

@@ -16,7 +16,6 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::cold::ColdOrigin;
-use super::gate::{Gate, GateEvent, GateReport, HoldPolicy};
 use super::live::Live;
 use super::originals::{StoreOriginals, StoreReleases};
 use super::plan::{CopyPlan, LivePlan, is_rotating};
@@ -26,27 +25,28 @@ use crate::base::limits::{
     COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX, LIVE_READ_BYTES, LIVE_READ_ROTATING_BYTES,
 };
 use crate::base::{Bytes, Error, Result, ResultExt as _};
-use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 use crate::copy::{
-    self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider, Progress, Releases, ResumePoint,
-    engine_config,
+    self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider, PlacementLog, Releases, ResumePoint,
 };
 use crate::dm::Dm;
 use crate::extent::free::needed;
 use crate::extent::{BlockList, Extent};
-use crate::format::progress::{Header, ProgressForm};
+use crate::format::segment_log::{Header, SecondaryForm};
 use crate::format::state::CopyRecord;
 use crate::io::{Engine, EnginePreference, open_engine};
-use crate::op::hooks::Hook;
-use crate::op::job::{Job, conclude};
-use crate::op::journal::SegmentJournal;
+use crate::job::published::ProgressFile;
+use crate::job::segment_log::SegmentLog;
+use crate::job::{Job, conclude};
 use crate::op::leave;
 use crate::op::memory;
-use crate::op::progress_file::ProgressFile;
 use crate::op::request::{OnFull, SecondaryFormat, SecondaryTarget};
-use crate::op::stack::{HoldTimes, Skipped};
 use crate::op::targets::naming_job;
+use crate::progress::{Event, Observer, Phase, StoreFill};
+use crate::secondary::engine_config;
 use crate::secondary::{self, Secondary};
+use crate::stack::gate::{Gate, GateEvent, GateReport, HoldPolicy};
+use crate::stack::hooks::Hook;
+use crate::stack::{HoldTimes, Skipped};
 use crate::store::{CowStore, Fill, KeptStore, Monitor, StoreEvent};
 use crate::sys::process::crash_point;
 use crate::volume::OriginKind;
@@ -328,7 +328,7 @@ fn outcome(plan: &CopyPlan, made: Made, total: Duration) -> CopyOutcome {
 }
 
 /// Notes what another process would need to go on. None where none could: what went down a pipe is gone.
-fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<Option<SegmentJournal>> {
+fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<Option<SegmentLog>> {
     if secondary.is_stream() {
         return Ok(None);
     }
@@ -342,8 +342,8 @@ fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<
         job: Uuid::parse_str(job.id())
             .map_err(|source| Error::bad_data("the job's id").with_source(source))?,
         form: match plan.request.format {
-            SecondaryFormat::Raw => ProgressForm::Raw,
-            SecondaryFormat::Archive => ProgressForm::Archive,
+            SecondaryFormat::Raw => SecondaryForm::Raw,
+            SecondaryFormat::Archive => SecondaryForm::Archive,
         },
         archive: secondary.archive_id(),
         origin_size: plan.origin.size,
@@ -351,7 +351,7 @@ fn note_copy(plan: &CopyPlan, live: &Live, secondary: &dyn Secondary) -> Result<
         instant_ns: times.instant_utc_ns,
     };
     // The journal first: a record of a copy has one.
-    let journal = SegmentJournal::create(&job.segments_path(), &header)?;
+    let journal = SegmentLog::create(&job.segments_path(), &header)?;
     job.set_copy(CopyRecord {
         request,
         origin_path: plan.origin.path.display().to_string(),
@@ -374,7 +374,7 @@ pub(in crate::op) struct Way {
     /// With buffers for the plan's segments.
     pub(in crate::op) engine: Box<dyn Engine>,
     /// None where nobody could go on with it.
-    pub(in crate::op) journal: Option<SegmentJournal>,
+    pub(in crate::op) journal: Option<SegmentLog>,
     pub(in crate::op) from: Option<ResumePoint>,
     /// --hook-after is to be run.
     pub(in crate::op) hook: bool,
@@ -498,7 +498,7 @@ fn copy_below(
         Some(Preserved {
             originals: &mut originals,
             releases: &mut releases,
-            progress: journal.as_mut().map(|journal| journal as &mut dyn Progress),
+            progress: journal.as_mut().map(|journal| journal as &mut dyn PlacementLog),
             from,
             impact,
             block_list,
@@ -708,7 +708,7 @@ struct Watch<'a> {
 struct Preserved<'a> {
     originals: &'a mut dyn OriginalsProvider,
     releases: &'a mut dyn Releases,
-    progress: Option<&'a mut dyn Progress>,
+    progress: Option<&'a mut dyn PlacementLog>,
     from: Option<ResumePoint>,
     impact: Option<ImpactWatch>,
     block_list: Vec<Extent>,
@@ -739,7 +739,7 @@ fn copy_with(
         job.first = preserved.first;
         job.originals = Some(preserved.originals);
         job.releases = Some(preserved.releases);
-        job.progress = preserved.progress.map(|it| it as &mut dyn Progress);
+        job.progress = preserved.progress.map(|it| it as &mut dyn PlacementLog);
         job.resumed = preserved.from;
         job.impact = preserved.impact;
     }

@@ -15,7 +15,8 @@ mod store;
 
 use std::process::ExitCode;
 
-use super::{recover, watchdog, write_back};
+use super::recover;
+use crate::stack::{watchdog, write_back};
 
 /// Runs a hidden entrance where the first argument names one; None for an ordinary command.
 #[must_use]

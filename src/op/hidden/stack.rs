@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::report::tell;
 use crate::base::{ChunkSize, Error, ErrorKind, Result};
 use crate::dm::Dm;
-use crate::op::hooks::Hook;
-use crate::op::job::Job;
-use crate::op::stack::{InstantContext, Stack, StackRequest, crash_points};
-use crate::op::watchdog::Standby;
+use crate::job::Job;
+use crate::stack::hooks::Hook;
+use crate::stack::watchdog::Standby;
+use crate::stack::{InstantContext, Stack, StackRequest, crash_points};
 use crate::sys::signal;
 use crate::volume::lvm_lock::LvmScope;
 

@@ -2,10 +2,14 @@
 //!
 //! `/run/tidemark/<id>.lock` is locked (flock) from the job's beginning to the process's end, however
 //! it ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the
-//! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](super::journal) of a
+//! record (see the state format); `/run/tidemark/<id>.segments` is the [`journal`](crate::job::segment_log) of a
 //! copy's segments and `/run/tidemark/<id>.progress` shows how far it is; both end with the job.
 //! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. How a record is replaced is
-//! told in [`record_file`](super::record_file).
+//! told in [`record_file`](crate::job::file).
+
+pub mod file;
+pub mod published;
+pub mod segment_log;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -19,14 +23,13 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
 use crate::dm::naming::{is_id, new_id};
-use crate::dm::{Action, Change, Journal, Step};
 use crate::format::state::{
     ChangeRecord, CopyRecord, JobRecord, OriginRecord, ProgressView, RECORD_BYTES_MAX, Record,
     ResourceRecord, VIEW_BYTES_MAX, decode, is_fully_known,
 };
 
-use super::record_file::{RecordFile, temporary};
-use super::{privilege, progress_file};
+use self::file::{RecordFile, temporary};
+use crate::sys::privilege;
 use crate::sys::rcu::{self, Expedite};
 use crate::topology::Topology;
 
@@ -185,7 +188,7 @@ impl Job {
         segments_path(&self.directory, &self.record.job)
     }
 
-    /// Where [`ProgressFile`](super::progress_file::ProgressFile) shows how far it is; removed with it.
+    /// Where [`ProgressFile`](crate::job::published::ProgressFile) shows how far it is; removed with it.
     #[must_use]
     pub fn progress_path(&self) -> PathBuf {
         progress_path(&self.directory, &self.record.job)
@@ -298,13 +301,17 @@ impl Job {
         remove_job(&self.directory, &self.record.job)
     }
 
-    fn save(&mut self) -> Result<()> {
-        self.file.save(&self.record)
+    /// Writes what is about to be done to the origin; None where nothing is.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_change(&mut self, change: Option<ChangeRecord>) -> Result<()> {
+        self.record.change = change;
+        self.save()
     }
 
-    fn save_change(&mut self, change: &Change, index: usize, undo: bool) -> Result<()> {
-        self.record.change = Some(change_record(change, index, undo));
-        self.save()
+    fn save(&mut self) -> Result<()> {
+        self.file.save(&self.record)
     }
 }
 
@@ -441,57 +448,6 @@ pub fn is_expedited(record: &JobRecord) -> bool {
     record.resources.iter().any(|resource| resource.kind == EXPEDITED)
 }
 
-/// What the journal says while step `index` is being done or taken back.
-pub(super) fn change_record(change: &Change, index: usize, undo: bool) -> ChangeRecord {
-    let (frozen, suspended) = held_at(&change.steps, index, undo);
-    ChangeRecord {
-        name: change.name.clone(),
-        step: index,
-        undo,
-        frozen,
-        suspended,
-        steps: change.steps.iter().map(|step| step.action.to_string()).collect(),
-    }
-}
-
-impl Journal for Job {
-    fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
-        self.save_change(change, index, false)
-    }
-
-    fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()> {
-        self.save_change(change, index, true)
-    }
-
-    fn done(&mut self, _change: &Change) -> Result<()> {
-        self.record.change = None;
-        self.save()
-    }
-}
-
-/// What may be frozen and suspended while step `index` is being done or taken back: everything that
-/// a step up to it has brought to rest and none *before* it has let go.
-fn held_at(steps: &[Step], index: usize, undo: bool) -> (Vec<String>, Vec<String>) {
-    let mut frozen: Vec<String> = Vec::new();
-    let mut suspended: Vec<String> = Vec::new();
-    for (at, step) in steps.iter().enumerate().take(index.saturating_add(1)) {
-        // An undo suspends for a moment what it puts back.
-        let undo_actions = if undo && at == index { step.undo.as_slice() } else { &[] };
-        for action in std::iter::once(&step.action).chain(undo_actions) {
-            match action {
-                Action::Freeze { filesystems } => {
-                    frozen.extend(filesystems.iter().map(|path| path.display().to_string()));
-                }
-                Action::Suspend { device, .. } => suspended.push(device.clone()),
-                Action::Thaw { .. } if at < index => frozen.clear(),
-                Action::Resume { device, .. } if at < index => suspended.retain(|other| other != device),
-                _ => {}
-            }
-        }
-    }
-    (frozen, suspended)
-}
-
 /// A job found on disk.
 #[derive(Debug)]
 pub struct FoundJob {
@@ -614,7 +570,7 @@ fn remove_job(directory: &Path, id: &str) -> Result<()> {
     let record = record_path(directory, id);
     let progress = progress_path(directory, id);
     for path in [
-        progress_file::temporary(&progress),
+        published::temporary(&progress),
         progress,
         segments_path(directory, id).with_extension("segments-new"),
         segments_path(directory, id),
@@ -636,7 +592,7 @@ fn remove_job(directory: &Path, id: &str) -> Result<()> {
 ///
 /// # Errors
 /// As [`read_record`].
-pub(super) fn record_of(id: &str) -> Result<JobRecord> {
+pub fn record_of(id: &str) -> Result<JobRecord> {
     read_record(&record_path(Path::new(RUN_DIR), id))
 }
 
@@ -687,7 +643,6 @@ fn segments_path(directory: &Path, id: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dm::Udev;
 
     #[test]
     fn a_living_job_is_told_from_a_dead_one() {
@@ -781,7 +736,7 @@ mod tests {
         job.note_partial(Path::new("/srv/.copy.tidemark-partial.0123456789ab"));
         fs::write(job.segments_path(), b"").unwrap();
         fs::write(job.progress_path(), b"").unwrap();
-        fs::write(progress_file::temporary(&job.progress_path()), b"").unwrap();
+        fs::write(published::temporary(&job.progress_path()), b"").unwrap();
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -855,28 +810,5 @@ mod tests {
         let found = find_jobs_in(dir.path()).unwrap();
         assert!(found[0].record.is_err());
         assert_eq!(found[0].id, id);
-    }
-
-    #[test]
-    fn intents_say_what_may_be_held() {
-        let suspend = Action::Suspend { device: "d".into(), flush: true, lock_filesystem: false };
-        let resume = Action::Resume { device: "d".into(), udev: Udev::None };
-        let steps = vec![
-            Step::new("freeze", Action::Freeze { filesystems: vec!["/m".into()] }),
-            Step::new("suspend", suspend.clone()),
-            Step::new("switch", resume.clone()).undo(suspend).undo(resume),
-            Step::new("thaw", Action::Thaw { filesystems: vec!["/m".into()] }),
-            Step::new("end", Action::Unguard),
-        ];
-        let held = |index, undo| {
-            let (frozen, suspended) = held_at(&steps, index, undo);
-            (frozen.len(), suspended.len())
-        };
-        assert_eq!(held(0, false), (1, 0));
-        assert_eq!(held(1, false), (1, 1));
-        assert_eq!(held(2, false), (1, 1));
-        assert_eq!(held(3, false), (1, 0));
-        assert_eq!(held(4, false), (0, 0));
-        assert!(held(2, true).1 >= 1);
     }
 }

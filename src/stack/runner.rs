@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, Dm, Executor, Owner, Table, Template, Udev, node};
+use crate::dm::{Dm, Table, Template, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
-use crate::op::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
-use crate::op::write_back::write_back;
+use crate::stack::origin_table::{Beneath, Form};
+use crate::stack::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
+use crate::stack::write_back::write_back;
+use crate::stack::{Action, Executor, Owner};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
 use crate::sys::process::LockedMemory;
@@ -24,7 +25,7 @@ use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
 use super::trial;
 
 /// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
-pub(in crate::op) struct Runner<'a> {
+pub struct Runner<'a> {
     dm: &'a Dm,
     budget: Duration,
     interrupt: &'a dyn Fn() -> Result<()>,
@@ -86,7 +87,8 @@ impl Drop for Runner<'_> {
 }
 
 impl<'a> Runner<'a> {
-    pub(in crate::op) fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
+    /// A runner that has nothing to do yet: what a change needs is set before it runs.
+    pub fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
         Self {
             dm,
             budget,

@@ -26,9 +26,7 @@ use crate::sys::dm_ioctl::{Key, SuspendFlags};
 use crate::sys::process::crash_point;
 use crate::sys::queue::QueueSettings;
 
-use super::context::{DeviceInfo, Dm, Slot};
-use super::table::Table;
-use super::udev::Udev;
+use crate::dm::{DeviceInfo, Dm, Slot, Table, Udev};
 
 /// The only one that changes a device's table. Remembers its own steps; reads everything else from the kernel.
 #[derive(Clone, Debug)]

@@ -7,14 +7,14 @@
 //! 2. filesystems are synced, then frozen;
 //! 3. a table that leads to `preserve` is loaded into the origin, not used yet: past it where the frozen
 //!    filesystems say that nothing is in use (their map can be read only while the device answers; see
-//!    [`origin_table`](crate::dm::origin_table));
+//!    [`origin_table`]);
 //! 4. the origin is suspended: the instant;
 //! 5. the origin is resumed, which puts the loaded table to use; filesystems are thawed.
 //!
 //! Invariants: the origin is the only device ever suspended; nothing waits for udev between the
 //! freeze and the thaw; nothing is logged meanwhile; a failure anywhere puts the origin's own table
 //! back, the very text. A copy of that table is in `real` as long as the stack is in place, so the
-//! kernel alone is enough to undo it ([`recover`](super::recover)).
+//! kernel alone is enough to undo it ([`recover`](crate::op::recover)).
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -24,11 +24,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::origin_table::{Beneath, Form};
-use crate::dm::{Action, AtBest, DeviceInfo, Dm, Owner, Slot, SnapshotStatus, Table, Target, node};
+use crate::dm::{DeviceInfo, Dm, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{JobRecord, OriginRecord};
+use crate::stack::origin_table::{Beneath, Form};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
@@ -37,17 +37,30 @@ use crate::topology::Topology;
 use crate::volume::free::FreeMapper;
 use crate::volume::lvm_lock::{LvmLock, LvmScope};
 
-use super::job::Job;
-use super::watchdog::Standby;
+use crate::job::Job;
+use watchdog::Standby;
 
+mod apart;
+pub mod change;
+pub mod gate;
+pub mod hooks;
+mod intent;
 mod model;
+pub mod origin_table;
+mod owner;
 mod plan;
 mod runner;
 mod trial;
+mod want_of_memory;
+pub mod watchdog;
+pub mod write_back;
 
+pub use change::{Action, AtBest, Change, Executor, IntentLog, NoIntents, Step};
+pub use intent::change_record;
 pub use model::{AtInstant, HoldTimes, InstantContext, Planned, Skipped, StackRequest};
+pub use owner::Owner;
 pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
-pub(in crate::op) use runner::Runner;
+pub use runner::Runner;
 
 /// Attempts to put the origin's own table back within the budget. On a disk that has become slow, I/O in flight may
 /// take longer than that: each attempt has [`RESTORE_PATIENCE`] times as long as the one before, and between two
@@ -476,7 +489,7 @@ impl Stack {
 
 /// `error` of putting back table `own` of `origin`, with what to do where one of its disks is gone: the kernel loads no table
 /// over that, and the stack stays for as long as the origin does.
-pub(in crate::op) fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> Error {
+pub fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> Error {
     match own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists()) {
         None => error,
         Some(disk) => error

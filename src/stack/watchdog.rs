@@ -42,8 +42,8 @@ use crate::dm::Dm;
 use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
 
-use super::apart;
-use super::want_of_memory::Witness;
+use crate::stack::apart;
+use crate::stack::want_of_memory::Witness;
 
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";

@@ -47,7 +47,7 @@ const KIND_ORIGINALS: u32 = 3;
 
 /// The form of the secondary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProgressForm {
+pub enum SecondaryForm {
     /// Byte for byte: no frames.
     Raw,
     /// Framed segments.
@@ -60,7 +60,7 @@ pub struct Header {
     /// The job's id, as in its devices' UUIDs.
     pub job: Uuid,
     /// The form of the secondary.
-    pub form: ProgressForm,
+    pub form: SecondaryForm,
     /// The archive's identity; None for a raw secondary.
     pub archive: Option<Uuid>,
     /// Size of the origin.
@@ -109,8 +109,8 @@ impl Header {
             return Err(bad(format!("an origin of {} has too many segments", self.origin_size)));
         }
         match (self.form, self.archive) {
-            (ProgressForm::Raw, None) => Ok(()),
-            (ProgressForm::Archive, Some(archive)) if !archive.is_nil() => Ok(()),
+            (SecondaryForm::Raw, None) => Ok(()),
+            (SecondaryForm::Archive, Some(archive)) if !archive.is_nil() => Ok(()),
             _ => Err(bad("an archive has an identity, and nothing else has one")),
         }
     }
@@ -125,8 +125,8 @@ impl Header {
         put(&mut block, 0, &MAGIC);
         put_u32(&mut block, 8, VERSION);
         let form = match self.form {
-            ProgressForm::Raw => 1,
-            ProgressForm::Archive => 2,
+            SecondaryForm::Raw => 1,
+            SecondaryForm::Archive => 2,
         };
         put_u32(&mut block, 12, form);
         put(&mut block, 16, self.job.as_bytes());
@@ -165,8 +165,8 @@ impl Header {
         let header = Self {
             job: Uuid::from_bytes(get(block, 16)),
             form: match get_u32(block, 12) {
-                1 => ProgressForm::Raw,
-                2 => ProgressForm::Archive,
+                1 => SecondaryForm::Raw,
+                2 => SecondaryForm::Archive,
                 other => return Err(bad(format!("the secondary's form is {other}"))),
             },
             archive: (!archive.is_nil()).then_some(archive),
@@ -216,8 +216,8 @@ impl Header {
         }
         match (self.form, placed.frame) {
             (_, Some(frame)) if frame >= count => Err(bad(format!("frame {frame} for {count} segments"))),
-            (ProgressForm::Raw, Some(_)) => Err(bad("a frame in a raw secondary")),
-            (ProgressForm::Archive, None) if !placed.zero => {
+            (SecondaryForm::Raw, Some(_)) => Err(bad("a frame in a raw secondary")),
+            (SecondaryForm::Archive, None) if !placed.zero => {
                 Err(bad(format!("no frame for segment {}, which is not zero", placed.ix.get())))
             }
             _ => Ok(()),

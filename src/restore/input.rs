@@ -6,33 +6,40 @@
 //! - reading ahead takes at most half of the engine's buffers, so its user is never starved;
 //! - the interrupt is polled at least every [`POLL_INTERVAL`], also while a pipe is silent.
 
-mod io;
-#[cfg(test)]
-mod tests;
-
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::IsTerminal as _;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
 
-pub(super) use self::io::{Io, POLL_INTERVAL};
-use super::request::ArchiveSource;
+use super::io::{Io, POLL_INTERVAL};
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
-use crate::copy::engine_config;
 use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control};
 use crate::io::transfer::is_end_of_file;
 use crate::io::{Buffer, Completion, EngineConfig, Piece, Place};
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
+use crate::secondary::engine_config;
 
 /// Buffers at least: one being read while another is being written.
 const BUFFERS_MIN: u16 = 2;
 
+/// Where an archive is read from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArchiveSource {
+    /// Standard input.
+    Pipe,
+    /// A file or a block device.
+    Path(PathBuf),
+}
+
 /// What is done with frames.
-pub(super) trait FrameUser {
+pub trait FrameUser {
     /// An entry of the map, after the map frame that holds it: the data has ended by then.
     fn map(&mut self, entry: MapEntry);
     /// A checked frame, at the front of `buffer`, which is the user's to keep until it gives it back
@@ -51,7 +58,7 @@ pub(super) trait FrameUser {
 }
 
 /// An archive, opened; its head superblock has been read.
-pub(super) enum Input {
+pub enum Input {
     /// Can be read at any offset.
     File(Box<ArchiveFile>),
     /// Comes once, from front to back.
@@ -59,7 +66,7 @@ pub(super) enum Input {
 }
 
 /// See [`Input::Stream`].
-pub(super) struct Stream {
+pub struct Stream {
     file: File,
     description: String,
     superblock: Superblock,
@@ -67,7 +74,7 @@ pub(super) struct Stream {
 
 impl Input {
     /// Opens the archive and reads its head superblock; of a file, the tail as well.
-    pub(super) fn open(source: &ArchiveSource, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+    pub fn open(source: &ArchiveSource, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         match source {
             ArchiveSource::Path(path) => Ok(Self::File(Box::new(ArchiveFile::open(path)?))),
             ArchiveSource::Pipe => {
@@ -86,7 +93,7 @@ impl Input {
     }
 
     /// Reads an archive from a pipe or anything else that is read from front to back.
-    pub(super) fn stream(fd: OwnedFd, description: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
+    pub fn stream(fd: OwnedFd, description: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let file = File::from(fd);
         let mut block = [0u8; BLOCK_BYTES];
         let found = fill(&file, &mut block, description, interrupt)?;
@@ -99,14 +106,16 @@ impl Input {
         Ok(Self::Stream(Stream { file, description: description.to_owned(), superblock }))
     }
 
-    pub(super) fn superblock(&self) -> &Superblock {
+    /// What the archive says of itself.
+    pub fn superblock(&self) -> &Superblock {
         match self {
             Self::File(archive) => archive.superblock(),
             Self::Stream(stream) => &stream.superblock,
         }
     }
 
-    pub(super) fn description(&self) -> String {
+    /// Its name in messages.
+    pub fn description(&self) -> String {
         match self {
             Self::File(archive) => archive.path().display().to_string(),
             Self::Stream(stream) => stream.description.clone(),
@@ -114,7 +123,7 @@ impl Input {
     }
 
     /// What the tail superblock claims, where it can be read beforehand.
-    pub(super) fn totals(&self) -> Option<Totals> {
+    pub fn totals(&self) -> Option<Totals> {
         match self {
             Self::File(archive) => Some(*archive.totals()),
             Self::Stream(_) => None,
@@ -123,7 +132,7 @@ impl Input {
 
     /// Shows every frame of the archive to `user`. When this returns, the archive was whole and every
     /// frame has been seen; the user may still have requests in flight.
-    pub(super) fn read_all(
+    pub fn read_all(
         &self,
         io: &mut Io<'_>,
         checker: &mut FrameChecker,
@@ -189,7 +198,7 @@ fn read_file(
             deliver(io, checker, user, buffer)?;
             continue;
         }
-        let Some(completion) = io.next()? else { return Err(io.out_of_buffers()) };
+        let Some(completion) = io.next_completion()? else { return Err(io.out_of_buffers()) };
         match ahead.pending.remove(&completion.token) {
             None => user.completed(io, completion)?,
             Some(sequence) => {
@@ -251,7 +260,7 @@ impl Stream {
             {
                 return Ok(buffer);
             }
-            let Some(completion) = io.next()? else { return Err(io.out_of_buffers()) };
+            let Some(completion) = io.next_completion()? else { return Err(io.out_of_buffers()) };
             user.completed(io, completion)?;
         }
     }
@@ -288,7 +297,7 @@ fn fill(
 }
 
 /// An error's state, with what is left added behind what it knew.
-pub(super) fn with_state(error: Error, left: String) -> Error {
+pub fn with_state(error: Error, left: String) -> Error {
     let state = match error.state_left() {
         Some(known) => format!("{known}; {left}"),
         None => left,
@@ -297,7 +306,7 @@ pub(super) fn with_state(error: Error, left: String) -> Error {
 }
 
 /// The engine for an archive: as a copy's, but a small origin needs no more buffers than segments.
-pub(super) fn engine_config_for(superblock: &Superblock) -> EngineConfig {
+pub fn engine_config_for(superblock: &Superblock) -> EngineConfig {
     let config = engine_config(superblock.segment, COPY_BUFFER_BYTES_MAX);
     let segments = superblock.segment.count_for(superblock.origin_size);
     let wanted = u16::try_from(segments).unwrap_or(u16::MAX).max(BUFFERS_MIN);
@@ -305,6 +314,6 @@ pub(super) fn engine_config_for(superblock: &Superblock) -> EngineConfig {
 }
 
 /// For a reader's own limits.
-pub(super) fn too_many(what: String) -> Error {
+pub fn too_many(what: String) -> Error {
     Error::new(ErrorKind::Refused, what)
 }

@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const RECORD_BYTES_MAX: usize = 8192;
 
 /// What the kernel says of one process from now on.
-pub(super) struct Witness {
+pub struct Witness {
     word: String,
     log: File,
 }
@@ -31,7 +31,7 @@ impl Witness {
     ///
     /// # Errors
     /// I/O errors of opening the kernel's log.
-    pub(super) fn of_parent() -> io::Result<Self> {
+    pub fn of_parent() -> io::Result<Self> {
         let word = word(nix::unistd::getppid().as_raw());
         let mut log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
         log.seek(SeekFrom::End(0))?;
@@ -39,7 +39,7 @@ impl Witness {
     }
 
     /// Waits a moment for the kernel's word that it has killed the process.
-    pub(super) fn was_killed(&mut self) -> bool {
+    pub fn was_killed(&mut self) -> bool {
         let end = Instant::now() + TOLD_AFTER;
         loop {
             if self.read_on() {

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use serde::Serialize as _;
 
 use crate::base::{Bytes, clock};
-use crate::copy::progress::{Event, Observer, Phase, StoreFill};
 use crate::format::state::{OriginView, ProgressView, RegionsView, StoreView};
+use crate::progress::{Event, Observer, Phase, StoreFill};
 
 /// Between two writes.
 const WRITE_INTERVAL: Duration = Duration::from_millis(500);
@@ -175,14 +175,14 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// Where the file that will be at `path` is written.
 #[must_use]
-pub(super) fn temporary(path: &Path) -> PathBuf {
+pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("progress-new")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::progress::{SegmentCount, Silent};
+    use crate::progress::{SegmentCount, Silent};
 
     fn view_at(path: &Path) -> Option<ProgressView> {
         ProgressView::decode(&fs::read(path).ok()?)

@@ -37,8 +37,8 @@ use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, DeviceNumber, Result, Sectors};
 use crate::extent::{Extent, ExtentSet};
 
-use super::table::{LINES_MAX, Line, Table};
-use super::target::Target;
+use crate::dm::table::{LINES_MAX, Line, Table};
+use crate::dm::target::Target;
 
 /// The longest region of a `switch` line: a 32-bit number of sectors to the kernel. 1 TiB.
 const REGION_MAX: Sectors = Sectors(1 << 31);

@@ -4,9 +4,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use tidemark::base::checksum::crc32c_salted;
-use tidemark::format::progress::{HEADER_BYTES, Header, RECORD_BYTES, Record, decode};
+use tidemark::format::segment_log::{HEADER_BYTES, Header, RECORD_BYTES, Record, decode};
 
-static GOLDEN: &[u8] = include_bytes!("../../golden/progress/v1.segments");
+static GOLDEN: &[u8] = include_bytes!("../../golden/segment_log/v1.segments");
 
 fuzz_target!(|input: (bool, &[u8])| {
     let (golden_header, data) = input;

@@ -1,5 +1,5 @@
 //! Which segments of a copy are safely on the secondary? The journal of segments, in a file beside the
-//! job's record (see [`format::progress`](crate::format::progress)).
+//! job's record (see [`format::segment_log`](crate::format::segment_log)).
 //!
 //! Invariants:
 //! - a record is appended only after the segment's write has completed and a sync of the secondary behind it, with one
@@ -18,16 +18,16 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, SegmentIx};
-use crate::copy::Progress;
-use crate::format::progress::{Follower, HEADER_BYTES, Header, RECORD_BYTES, RECORD_COUNT_MAX, Record};
-use crate::secondary::PlacedSegment;
+use crate::format::segment_log::{
+    Follower, HEADER_BYTES, Header, PlacedSegment, RECORD_BYTES, RECORD_COUNT_MAX, Record,
+};
 
 /// Records read in one go.
 const READ_RECORDS: usize = 4096;
 
 /// What a journal says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JournalContent {
+pub struct SegmentLogContent {
     /// The copy that it belongs to.
     pub header: Header,
     /// Each segment once, with its last record.
@@ -40,7 +40,7 @@ pub struct JournalContent {
 
 /// A journal open for appending; see the module's head.
 #[derive(Debug)]
-pub struct SegmentJournal {
+pub struct SegmentLog {
     file: File,
     path: PathBuf,
     header: Header,
@@ -52,7 +52,7 @@ pub struct SegmentJournal {
     dropped: bool,
 }
 
-impl SegmentJournal {
+impl SegmentLog {
     /// Makes a journal at `path`, where nothing is yet.
     ///
     /// # Errors
@@ -80,7 +80,7 @@ impl SegmentJournal {
     ///
     /// # Errors
     /// As [`read`].
-    pub fn open(path: &Path) -> Result<(Self, JournalContent)> {
+    pub fn open(path: &Path) -> Result<(Self, SegmentLogContent)> {
         let file = open(path)?;
         let content = read_from(&file, path)?;
         file.set_len(content.length.get())
@@ -107,7 +107,7 @@ impl SegmentJournal {
     /// Notes that a segment's write has completed.
     ///
     /// # Errors
-    /// As [`SegmentJournal::append`].
+    /// As [`SegmentLog::append`].
     pub fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
         self.append(std::slice::from_ref(segment))
     }
@@ -126,7 +126,7 @@ impl SegmentJournal {
     /// journal, or the new one.
     ///
     /// # Errors
-    /// As [`SegmentJournal::append`]; the old journal is still there.
+    /// As [`SegmentLog::append`]; the old journal is still there.
     pub fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let new = self.path.with_extension("segments-new");
         match fs::remove_file(&new) {
@@ -182,8 +182,11 @@ impl SegmentJournal {
         Error::io(format!("append to the journal of segments {}", self.path.display()), error)
     }
 
-    /// Calls `note`. If that fails, drops the journal, as the head of this module describes.
-    fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    /// Calls `note`. If that fails, drops the log, as the head of this module describes.
+    ///
+    /// # Errors
+    /// Where the records are wrong in themselves, and where the log cannot be removed.
+    pub fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.dropped {
             return Ok(());
         }
@@ -213,23 +216,11 @@ impl SegmentJournal {
     }
 }
 
-impl Progress for SegmentJournal {
-    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        self.note_or_drop(|journal| journal.append(segments))
-    }
-    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        self.note_or_drop(|journal| Self::restate(journal, segments))
-    }
-    fn originals_begun(&mut self) -> Result<()> {
-        self.note_or_drop(Self::originals_begun)
-    }
-}
-
 /// What the journal at `path` says; nothing is changed.
 ///
 /// # Errors
 /// I/O errors; [`ErrorKind::BadData`] for one that is not right in more than a torn end.
-pub fn read(path: &Path) -> Result<JournalContent> {
+pub fn read(path: &Path) -> Result<SegmentLogContent> {
     read_from(&open(path)?, path)
 }
 
@@ -251,7 +242,7 @@ fn open(path: &Path) -> Result<File> {
     })
 }
 
-fn read_from(file: &File, path: &Path) -> Result<JournalContent> {
+fn read_from(file: &File, path: &Path) -> Result<SegmentLogContent> {
     let mut input = file;
     let mut memory = vec![0; READ_RECORDS * RECORD_BYTES];
     let found = fill(&mut input, &mut memory[..HEADER_BYTES], path)?;
@@ -281,7 +272,7 @@ fn read_from(file: &File, path: &Path) -> Result<JournalContent> {
     }
     let length = Bytes::from_len(HEADER_BYTES) + Bytes::from_len(RECORD_BYTES) * follower.good();
     let originals_begun = follower.originals_begun();
-    Ok(JournalContent { header, placed: latest.placed, originals_begun, length })
+    Ok(SegmentLogContent { header, placed: latest.placed, originals_begun, length })
 }
 
 /// Reads until `memory` is full or the file ends.
@@ -332,12 +323,12 @@ mod tests {
 
     use super::*;
     use crate::base::SegmentSize;
-    use crate::format::progress::ProgressForm;
+    use crate::format::segment_log::SecondaryForm;
 
     fn header() -> Header {
         Header {
             job: Uuid::from_u128(7),
-            form: ProgressForm::Archive,
+            form: SecondaryForm::Archive,
             archive: Some(Uuid::from_u128(8)),
             origin_size: Bytes::mib(1),
             segment: SegmentSize::new(SegmentSize::MIN).unwrap(),
@@ -358,8 +349,8 @@ mod tests {
     #[test]
     fn what_was_noted_is_read_while_the_writer_goes_on() {
         let (_keep, path) = place();
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
-        assert!(SegmentJournal::create(&path, &header()).is_err(), "one journal for one job");
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
+        assert!(SegmentLog::create(&path, &header()).is_err(), "one journal for one job");
         journal.placed(&segment(3, 1)).unwrap();
         assert_eq!(read(&path).unwrap().placed, [segment(3, 1)]);
         journal.append(&[segment(4, 1), segment(5, 1)]).unwrap();
@@ -375,13 +366,13 @@ mod tests {
     #[test]
     fn a_torn_end_is_cut_off_and_the_journal_goes_on() {
         let (_keep, path) = place();
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.append(&[segment(0, 1), segment(1, 1)]).unwrap();
         drop(journal);
         let whole = fs::read(&path).unwrap();
         for cut in HEADER_BYTES..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let (mut journal, content) = SegmentJournal::open(&path).unwrap();
+            let (mut journal, content) = SegmentLog::open(&path).unwrap();
             let kept = (cut - HEADER_BYTES) / RECORD_BYTES;
             assert_eq!(content.placed, [segment(0, 1), segment(1, 1)][..kept], "cut at {cut}");
             journal.placed(&segment(2, 5)).unwrap();
@@ -393,7 +384,7 @@ mod tests {
     #[test]
     fn what_is_restated_is_all_there_is_and_the_journal_goes_on() {
         let (keep, path) = place();
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.append(&[segment(0, 1), segment(1, 2), segment(2, 3)]).unwrap();
         fs::write(keep.path().join("0123.segments-new"), "what a kill has left").unwrap();
         journal.restate(&[segment(0, 1), segment(2, 3)]).unwrap();
@@ -401,7 +392,7 @@ mod tests {
         // The frame of the one that was lost is given to another.
         journal.placed(&PlacedSegment { frame: Some(1), ..segment(5, 9) }).unwrap();
         journal.originals_begun().unwrap();
-        let (_, content) = SegmentJournal::open(&path).unwrap();
+        let (_, content) = SegmentLog::open(&path).unwrap();
         assert_eq!(content.placed.len(), 3);
         assert!(content.originals_begun);
         assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 1, "nothing else is left");
@@ -411,12 +402,12 @@ mod tests {
     fn damage_before_the_end_and_a_missing_file_are_refused() {
         let (_keep, path) = place();
         assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::Refused);
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.append(&[segment(0, 1), segment(1, 1)]).unwrap();
         let mut bytes = fs::read(&path).unwrap();
         bytes[HEADER_BYTES] ^= 1;
         fs::write(&path, &bytes).unwrap();
-        let error = SegmentJournal::open(&path).unwrap_err();
+        let error = SegmentLog::open(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData);
         assert!(error.next_step().is_some());
         assert_eq!(fs::read(&path).unwrap(), bytes, "what is refused is not changed");
@@ -427,7 +418,7 @@ mod tests {
     #[test]
     fn after_a_failed_append_there_is_no_other() {
         let (_keep, path) = place();
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.placed(&segment(0, 1)).unwrap();
         let before = fs::read(&path).unwrap();
         journal.file = File::open(&path).unwrap();
@@ -440,15 +431,15 @@ mod tests {
     #[test]
     fn a_copy_outlives_its_journal_and_nobody_resumes_by_what_is_left() {
         let (keep, path) = place();
-        let mut journal = SegmentJournal::create(&path, &header()).unwrap();
-        Progress::placed(&mut journal, &[segment(0, 1)]).unwrap();
+        let mut journal = SegmentLog::create(&path, &header()).unwrap();
+        journal.note_or_drop(|log| log.append(&[segment(0, 1)])).unwrap();
         // As on a full filesystem.
         journal.file = File::open(&path).unwrap();
-        Progress::placed(&mut journal, &[segment(1, 1)]).unwrap();
+        journal.note_or_drop(|log| log.append(&[segment(1, 1)])).unwrap();
         assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
         assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::Refused);
-        Progress::restate(&mut journal, &[segment(1, 1)]).unwrap();
-        Progress::originals_begun(&mut journal).unwrap();
+        journal.note_or_drop(|log| log.restate(&[segment(1, 1)])).unwrap();
+        journal.note_or_drop(SegmentLog::originals_begun).unwrap();
         assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
     }
 
@@ -459,7 +450,7 @@ mod tests {
             batches in prop::collection::vec(prop::collection::vec((0u64..16, any::<u32>()), 0..700), 0..30),
         ) {
             let (_keep, path) = place();
-            let mut journal = SegmentJournal::create(&path, &header()).unwrap();
+            let mut journal = SegmentLog::create(&path, &header()).unwrap();
             let mut model = BTreeMap::new();
             for batch in batches {
                 let batch: Vec<PlacedSegment> = batch.into_iter().map(|(ix, crc)| segment(ix, crc)).collect();

@@ -14,7 +14,7 @@
 //!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
 //!   never fails.
 //!
-//! Crash argument: a release is one call of the kernel on a device in use ([`Owner`](crate::dm::Owner)), so the origin has
+//! Crash argument: a release is one call of the kernel on a device in use ([`Owner`](super::Owner)), so the origin has
 //! either table, whole, and goes on. A hold's suspension is ended by its watchdog. `recover` takes a table
 //! of either kind for ours, and drops one that is loaded and not in use.
 
@@ -30,8 +30,8 @@ use crate::base::clock::{self, Stopwatch};
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::Dm;
 use crate::extent::{Extent, ExtentSet};
-use crate::op::stack::{Hold, Stack};
-use crate::op::watchdog::{Order, Verdict, Watchdog};
+use crate::stack::watchdog::{Order, Verdict, Watchdog};
+use crate::stack::{Hold, Stack};
 use crate::sys::nudge::Nudge;
 
 /// A release that holds the origin for longer makes the following regions larger.
@@ -213,7 +213,7 @@ impl Gate {
     }
 
     /// Stops it from elsewhere: nothing is released any more. Does not wait.
-    pub(super) fn stopper(&self) -> Box<dyn Fn() + Send + Sync> {
+    pub fn stopper(&self) -> Box<dyn Fn() + Send + Sync> {
         let shared = Arc::clone(&self.shared);
         Box::new(move || {
             shared.lock().stop = true;

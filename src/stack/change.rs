@@ -20,9 +20,7 @@ use crate::base::{Error, Result};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::process::crash_point;
 
-use super::context::Dm;
-use super::table::{Table, Template};
-use super::udev::Udev;
+use crate::dm::{Dm, Slot, Table, Template, Udev};
 
 /// Most steps in a change.
 pub const STEPS_MAX: usize = 64;
@@ -121,7 +119,7 @@ pub trait Executor {
 }
 
 /// Where intents are kept.
-pub trait Journal {
+pub trait IntentLog {
     /// Returns once the intent to do step `index` of `change` is on stable storage.
     ///
     /// # Errors
@@ -144,9 +142,9 @@ pub trait Journal {
 
 /// A journal for what can be repeated from any point, and so needs none.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct NoJournal;
+pub struct NoIntents;
 
-impl Journal for NoJournal {
+impl IntentLog for NoIntents {
     fn intend(&mut self, _change: &Change, _index: usize) -> Result<()> {
         Ok(())
     }
@@ -161,13 +159,13 @@ impl Journal for NoJournal {
 /// A journal that is kept if it can be: for what can be repeated from any point, and must be done even where
 /// nothing can be written any more.
 pub struct AtBest<'a> {
-    journal: &'a mut dyn Journal,
+    journal: &'a mut dyn IntentLog,
     warned: bool,
 }
 
 impl<'a> AtBest<'a> {
     /// Over `journal`.
-    pub fn new(journal: &'a mut dyn Journal) -> Self {
+    pub fn new(journal: &'a mut dyn IntentLog) -> Self {
         Self { journal, warned: false }
     }
 
@@ -180,7 +178,7 @@ impl<'a> AtBest<'a> {
     }
 }
 
-impl Journal for AtBest<'_> {
+impl IntentLog for AtBest<'_> {
     fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
         let result = self.journal.intend(change, index);
         self.passes(result);
@@ -227,7 +225,7 @@ impl Change {
     ///
     /// # Errors
     /// The failed step's, with every failed undo.
-    pub fn run(&self, executor: &mut dyn Executor, journal: &mut dyn Journal) -> Result<()> {
+    pub fn run(&self, executor: &mut dyn Executor, journal: &mut dyn IntentLog) -> Result<()> {
         assert!(self.steps.len() <= STEPS_MAX, "a change has at most {STEPS_MAX} steps");
         for (index, step) in self.steps.iter().enumerate() {
             let result = journal.intend(self, index).and_then(|()| {
@@ -250,7 +248,7 @@ impl Change {
         end: usize,
         mut error: Error,
         executor: &mut dyn Executor,
-        journal: &mut dyn Journal,
+        journal: &mut dyn IntentLog,
     ) -> Error {
         executor.taking_back();
         for (index, step) in self.steps.iter().enumerate().take(end).rev() {
@@ -323,7 +321,7 @@ impl Dm {
             }
             Action::Remove { device, udev } => self.remove(device, *udev),
             Action::Expect { device, table } => {
-                let found = self.table(device, super::Slot::Active)?;
+                let found = self.table(device, Slot::Active)?;
                 if found.as_ref() == Some(&self.resolve(table)?) {
                     return Ok(());
                 }

@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 
 use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, beside};
-use crate::dm::{Action, Change, DeviceIdentity, Step, Table, Template, Udev};
+use crate::dm::{DeviceIdentity, Table, Template, Udev};
+use crate::stack::{Action, Change, Step};
 
 use super::model::StackRequest;
 

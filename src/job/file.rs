@@ -27,7 +27,7 @@ const STEP_BYTES: usize = 32 << 10;
 
 /// A job's record on disk.
 #[derive(Debug)]
-pub(super) struct RecordFile {
+pub struct RecordFile {
     path: PathBuf,
     /// Of both files, once both are there.
     size: Option<usize>,
@@ -35,7 +35,7 @@ pub(super) struct RecordFile {
 
 impl RecordFile {
     /// At `path`; nothing is made yet.
-    pub(super) fn new(path: PathBuf) -> Self {
+    pub fn new(path: PathBuf) -> Self {
         Self { path, size: None }
     }
 
@@ -43,7 +43,7 @@ impl RecordFile {
     ///
     /// # Errors
     /// I/O errors; the old record is whole. For want of space only the first time, or where the record has grown by far.
-    pub(super) fn save(&mut self, record: &JobRecord) -> Result<()> {
+    pub fn save(&mut self, record: &JobRecord) -> Result<()> {
         let needed = encode(record)?.len();
         let size = match self.size {
             Some(size) if needed <= size => size,
@@ -94,7 +94,7 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
 ///
 /// # Errors
 /// I/O errors.
-pub(super) fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
+pub fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
     let new = temporary(path);
     write_in_place(&new, &encode(record)?)?;
     fs::rename(&new, path)
@@ -107,7 +107,7 @@ fn sync_directory(path: &Path) -> io::Result<()> {
 }
 
 /// The other name, of the spare file or of one that is being written.
-pub(super) fn temporary(path: &Path) -> PathBuf {
+pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
@@ -116,7 +116,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
-    use crate::op::job::read_record;
+    use crate::job::read_record;
 
     fn record(text: &str) -> JobRecord {
         JobRecord {

@@ -6,19 +6,21 @@ use std::time::Duration;
 
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Extent, Result};
-use crate::copy::progress::{Event, Observer, Phase};
 use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Request};
+use crate::progress::{Event, Observer, Phase};
 
 /// Longest time between two looks at the interrupt.
-pub(in crate::op) const POLL_INTERVAL: Duration = Duration::from_millis(50);
+pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Shortest time between two progress events.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// See the module's head.
-pub(in crate::op) struct Io<'a> {
-    pub(in crate::op) engine: &'a mut dyn Engine,
-    pub(in crate::op) interrupt: &'a dyn Fn() -> Result<()>,
+/// An engine, and who is told what it does.
+pub struct Io<'a> {
+    /// The engine.
+    pub engine: &'a mut dyn Engine,
+    /// Asked at least every [`POLL_INTERVAL`].
+    pub interrupt: &'a dyn Fn() -> Result<()>,
     observer: &'a dyn Observer,
     buffer_count: u16,
     clock: Stopwatch,
@@ -34,7 +36,7 @@ pub(in crate::op) struct Io<'a> {
 
 impl<'a> Io<'a> {
     /// `buffer_count`: the engine's.
-    pub(in crate::op) fn new(
+    pub fn new(
         engine: &'a mut dyn Engine,
         buffer_count: u16,
         observer: &'a dyn Observer,
@@ -57,15 +59,17 @@ impl<'a> Io<'a> {
     }
 
     /// Buffers that reading ahead may hold.
-    pub(super) fn ahead_max(&self) -> usize {
+    pub fn ahead_max(&self) -> usize {
         usize::from(self.buffer_count / 2).max(1)
     }
 
-    pub(in crate::op) fn elapsed(&self) -> Duration {
+    /// Time since the beginning.
+    pub fn elapsed(&self) -> Duration {
         self.clock.elapsed()
     }
 
-    pub(in crate::op) fn begin_phase(&mut self, phase: Phase, total: Option<Bytes>) {
+    /// Tells that a phase begins, which takes `total` bytes where that is known.
+    pub fn begin_phase(&mut self, phase: Phase, total: Option<Bytes>) {
         if self.phase != Phase::Prepare {
             self.report();
         }
@@ -75,7 +79,8 @@ impl<'a> Io<'a> {
         self.observer.event(&Event::Phase { phase, total });
     }
 
-    pub(in crate::op) fn advance(&mut self, bytes: Bytes) {
+    /// Adds to what is done of the phase.
+    pub fn advance(&mut self, bytes: Bytes) {
         self.done += bytes;
         if self.elapsed().saturating_sub(self.reported) >= PROGRESS_INTERVAL {
             self.report();
@@ -83,7 +88,7 @@ impl<'a> Io<'a> {
     }
 
     /// Tells the observer how far the phase is.
-    pub(in crate::op) fn report(&mut self) {
+    pub fn report(&mut self) {
         self.reported = self.elapsed();
         self.observer.event(&Event::Progress {
             phase: self.phase,
@@ -94,7 +99,7 @@ impl<'a> Io<'a> {
     }
 
     /// Hears the interrupt where it is time to.
-    pub(in crate::op) fn poll(&mut self) -> Result<()> {
+    pub fn poll(&mut self) -> Result<()> {
         let now = self.elapsed();
         if self.polled.is_none_or(|polled| now.saturating_sub(polled) >= POLL_INTERVAL) {
             self.polled = Some(now);
@@ -108,36 +113,48 @@ impl<'a> Io<'a> {
         self.next_token
     }
 
-    pub(super) fn read(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
+    /// Reads `pieces` of `buffer`; the token of the request.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn read(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
         let token = self.token();
         self.engine.submit(Request::Read { token, file, buffer, pieces, in_turn: false })?;
         Ok(token)
     }
 
-    pub(in crate::op) fn write(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
+    /// Writes `pieces` of `buffer`; the token of the request.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn write(&mut self, file: FileIx, buffer: Buffer, pieces: Vec<Piece>) -> Result<u64> {
         let token = self.token();
         self.engine.submit(Request::Write { token, file, buffer, pieces })?;
         Ok(token)
     }
 
-    pub(in crate::op) fn zero(&mut self, file: FileIx, extent: Extent) -> Result<u64> {
+    /// Makes a range zero; the token of the request.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn zero(&mut self, file: FileIx, extent: Extent) -> Result<u64> {
         let token = self.token();
         self.engine.submit(Request::Zero { token, file, extent })?;
         Ok(token)
     }
 
     /// Makes all completed writes to `file` durable; nothing else is in flight.
-    pub(in crate::op) fn sync(&mut self, file: FileIx) -> Result<()> {
+    pub fn sync(&mut self, file: FileIx) -> Result<()> {
         let token = self.token();
         self.engine.submit(Request::Sync { token, file })?;
-        match self.next()? {
+        match self.next_completion()? {
             Some(completion) if completion.token == token => completion.result,
             _ => panic!("a sync is submitted when nothing else is in flight"),
         }
     }
 
     /// The next completion. None: nothing is in flight.
-    pub(in crate::op) fn next(&mut self) -> Result<Option<Completion>> {
+    pub fn next_completion(&mut self) -> Result<Option<Completion>> {
         match self.stash.pop_front() {
             Some(completion) => Ok(Some(completion)),
             None => self.fresh(),
@@ -157,9 +174,9 @@ impl<'a> Io<'a> {
         }
     }
 
-    /// The next completion with a token for which `mine` holds; others wait for [`Io::next`]. None:
+    /// The next completion with a token for which `mine` holds; others wait for [`Io::next_completion`]. None:
     /// nothing is in flight.
-    pub(in crate::op) fn next_of(&mut self, mine: &dyn Fn(u64) -> bool) -> Result<Option<Completion>> {
+    pub fn next_of(&mut self, mine: &dyn Fn(u64) -> bool) -> Result<Option<Completion>> {
         if let Some(at) = self.stash.iter().position(|completion| mine(completion.token)) {
             return Ok(self.stash.remove(at));
         }
@@ -172,7 +189,7 @@ impl<'a> Io<'a> {
     }
 
     /// A completion that is there already.
-    pub(super) fn ended(&mut self) -> Result<Option<Completion>> {
+    pub fn ended(&mut self) -> Result<Option<Completion>> {
         self.poll()?;
         if let Some(completion) = self.stash.pop_front() {
             return Ok(Some(completion));
@@ -184,7 +201,7 @@ impl<'a> Io<'a> {
     }
 
     /// After an error: waits for what is in flight and forgets it.
-    pub(in crate::op) fn drain(&mut self) {
+    pub fn drain(&mut self) {
         for completion in self.stash.drain(..) {
             if let Some(buffer) = completion.buffer {
                 self.engine.give_buffer(buffer);
@@ -203,7 +220,7 @@ impl<'a> Io<'a> {
     }
 
     /// For the state "work is left, nothing is in flight": the engine has no buffer.
-    pub(super) fn out_of_buffers(&self) -> Error {
+    pub fn out_of_buffers(&self) -> Error {
         Error::new(ErrorKind::Io, format!("the {} engine has no buffer to work with", self.engine.name()))
     }
 }

@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
-use super::Input;
+use super::request::{InspectRequest, RestoreRequest};
+use super::{inspect, restore, verify};
 use crate::base::{Bytes, Error, ErrorKind, Extent, Result, SegmentSize};
-use crate::copy::progress::Silent;
 use crate::format::archive::sample::Sample;
 use crate::format::archive::{ArchiveError, BLOCK_BYTES, OriginalsMode, frame_offset};
-use crate::op::request::{ArchiveSource, InspectRequest, RestoreRequest};
-use crate::op::{inspect, restore, verify};
+use crate::progress::Silent;
+use crate::restore::compare::{self, VerifyReport};
+use crate::restore::writer::RestoreReport;
+use crate::restore::{ArchiveSource, Input};
 use crate::secondary::archive_read::FrameChecker;
 use crate::sys::loop_device::{CONTROL_PATH, LoopDevice};
 
@@ -74,7 +76,7 @@ fn request(archive: &Path, target: &Path) -> RestoreRequest {
     RestoreRequest { archive, target: target.to_owned(), replace: false }
 }
 
-fn restore_file(archive: &Path, target: &Path) -> Result<restore::RestoreReport> {
+fn restore_file(archive: &Path, target: &Path) -> Result<RestoreReport> {
     restore::run(&request(archive, target), &Silent, &|| Ok(()))
 }
 
@@ -88,18 +90,18 @@ fn pipe(bytes: Vec<u8>) -> OwnedFd {
     read
 }
 
-fn restore_pipe(bytes: Vec<u8>, target: &Path) -> Result<restore::RestoreReport> {
+fn restore_pipe(bytes: Vec<u8>, target: &Path) -> Result<RestoreReport> {
     let input = Input::stream(pipe(bytes), "the pipe", &|| Ok(()))?;
     let request = RestoreRequest { archive: ArchiveSource::Pipe, target: target.to_owned(), replace: false };
     restore::restore(&input, &request, &Silent, &|| Ok(()))
 }
 
-fn verify_pipe(bytes: Vec<u8>, against: Option<&Path>) -> Result<verify::VerifyReport> {
+fn verify_pipe(bytes: Vec<u8>, against: Option<&Path>) -> Result<VerifyReport> {
     let input = Input::stream(pipe(bytes), "the pipe", &|| Ok(()))?;
-    verify::verify(&input, against, &Silent, &|| Ok(()))
+    compare::verify(&input, against, &Silent, &|| Ok(()))
 }
 
-fn verify_file(archive: &Path, against: Option<&Path>) -> Result<verify::VerifyReport> {
+fn verify_file(archive: &Path, against: Option<&Path>) -> Result<VerifyReport> {
     let request = crate::op::request::VerifyRequest {
         archive: ArchiveSource::Path(archive.to_owned()),
         against: against.map(Path::to_owned),
@@ -461,7 +463,7 @@ fn a_pipe_may_be_a_file_that_was_opened() {
     let mut file = File::open(place.put("a.tdm", &sample.build())).unwrap();
     file.rewind().unwrap();
     let input = Input::stream(file.into(), "the file", &|| Ok(())).unwrap();
-    verify::verify(&input, None, &Silent, &|| Ok(())).unwrap();
+    compare::verify(&input, None, &Silent, &|| Ok(())).unwrap();
 }
 
 /// A loop device over `file`; None where this process may make none.

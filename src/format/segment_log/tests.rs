@@ -3,13 +3,13 @@ use proptest::prelude::*;
 use super::*;
 use crate::base::ErrorKind;
 
-const GOLDEN: &[u8] = include_bytes!("../../../tests/golden/progress/v1.segments");
+const GOLDEN: &[u8] = include_bytes!("../../../tests/golden/segment_log/v1.segments");
 
-fn header(form: ProgressForm) -> Header {
+fn header(form: SecondaryForm) -> Header {
     Header {
         job: Uuid::from_u128(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
         form,
-        archive: (form == ProgressForm::Archive)
+        archive: (form == SecondaryForm::Archive)
             .then(|| Uuid::from_u128(0x7465_7374_0000_4000_8000_0000_0000_0001)),
         origin_size: Bytes(5 * 65536 + 700),
         segment: SegmentSize::new(SegmentSize::MIN).unwrap(),
@@ -21,7 +21,7 @@ fn placed(ix: u64, frame: Option<u64>, crc: Option<u32>, zero: bool) -> Record {
     Record::Placed(PlacedSegment { ix: SegmentIx(ix), frame, crc, zero })
 }
 
-/// What tests/golden/progress/README.md says.
+/// What tests/golden/segment_log/README.md says.
 fn sample() -> (Header, Vec<Record>) {
     let records = vec![
         placed(3, Some(0), Some(0xe306_9283), false),
@@ -32,7 +32,7 @@ fn sample() -> (Header, Vec<Record>) {
         Record::OriginalsBegun,
         Record::OriginalsBegun,
     ];
-    (header(ProgressForm::Archive), records)
+    (header(SecondaryForm::Archive), records)
 }
 
 fn encode(header: &Header, records: &[Record]) -> Vec<u8> {
@@ -127,7 +127,7 @@ fn signed(header: &Header, words: [u32; 3]) -> Vec<u8> {
 
 #[test]
 fn every_field_is_bounded() {
-    let archive = header(ProgressForm::Archive);
+    let archive = header(SecondaryForm::Archive);
     let (data, zero, mark) = (1u32 << 24, 2u32 << 24, 3u32 << 24);
     let (frame, crc) = (1u32 << 24, 2u32 << 24);
     assert!(decode(&signed(&archive, [data | 5, frame | 5, 0])).is_ok());
@@ -147,7 +147,7 @@ fn every_field_is_bounded() {
     ] {
         assert_eq!(decode(&signed(&archive, words)).unwrap_err().kind(), ErrorKind::BadData, "{words:x?}");
     }
-    let raw = header(ProgressForm::Raw);
+    let raw = header(SecondaryForm::Raw);
     assert!(decode(&signed(&raw, [data, crc, 7])).is_ok());
     assert!(decode(&signed(&raw, [data, frame, 0])).is_err());
     for wrong in [
@@ -176,7 +176,7 @@ fn records() -> impl Strategy<Value = Vec<Record>> {
 proptest! {
     #[test]
     fn any_records_round_trip(records in records(), instant: u64, job: u128) {
-        let header = Header { job: Uuid::from_u128(job), instant_ns: instant, ..header(ProgressForm::Archive) };
+        let header = Header { job: Uuid::from_u128(job), instant_ns: instant, ..header(SecondaryForm::Archive) };
         let bytes = encode(&header, &records);
         prop_assert_eq!(decode(&bytes).unwrap(), (header, records, bytes.len()));
     }
@@ -184,7 +184,7 @@ proptest! {
     #[test]
     fn any_bytes_are_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = decode(&bytes);
-        let header = header(ProgressForm::Raw).encode().unwrap();
+        let header = header(SecondaryForm::Raw).encode().unwrap();
         let _ = decode(&[&header[..], &bytes].concat());
     }
 }
