@@ -10,6 +10,7 @@ pub mod log;
 pub mod meter;
 pub mod output;
 pub mod pages;
+mod plans;
 pub mod progress;
 pub mod reports;
 pub mod resolve;

@@ -7,14 +7,13 @@ use crate::cli::meter::{duration_text, view_texts};
 use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::attach::Attached;
-use crate::op::copy::run::SkippedReport;
-use crate::op::copy::{CopyOutcome, CopyPlan};
+use crate::op::copy::CopyOutcome;
+use crate::op::copy::report::SkippedReport;
 use crate::op::detach::Detached;
 use crate::op::doctor;
 use crate::op::inspect::InspectReport;
 use crate::op::recover::RecoverReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
-use crate::op::resume::ResumePlan;
 use crate::op::status::{JobStatus, Status, VolumeStatus};
 use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
@@ -84,22 +83,6 @@ fn originals_text(mode: OriginalsMode, totals: &Totals) -> String {
 fn origin_text(superblock: &Superblock) -> String {
     let (name, path) = (escape::word(&superblock.origin_name), escape::word(&superblock.origin_path));
     if name.is_empty() || name == path { path.into_owned() } else { format!("{name} ({path})") }
-}
-
-impl Human for CopyPlan {
-    fn human(&self) -> String {
-        format!("{self}\n")
-    }
-}
-
-impl Human for ResumePlan {
-    fn human(&self) -> String {
-        let then = if self.originals_begun { ", then all originals again" } else { "" };
-        format!(
-            "job         {}, begun {}\ndone        {} of {} segments{then}\n{}\n",
-            self.job, self.started, self.placed, self.segments, self.copy
-        )
-    }
 }
 
 /// Whether the snapshot's device is of use to anybody.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::{CopyJob, run};
+use super::{CopyJob, CopyOptions, Order, run};
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::extent::Extent;
@@ -74,9 +74,10 @@ proptest! {
         .unwrap();
         let mut engine = open_engine(engine_config(segment, COPY_BUFFER_BYTES_MAX), EnginePreference::Auto).unwrap();
         let read = File::open(&origin).unwrap();
-        let mut job = CopyJob::new(engine.as_mut(), read.into(), size, segment, secondary).unwrap();
+        let options =
+            CopyOptions { segment, region: segment.bytes(), order: Order::Physical, rate: None, verify };
+        let mut job = CopyJob::new(engine.as_mut(), read.into(), size, options, secondary);
         job.block_list = block_list;
-        job.verify = verify;
         run(job).unwrap();
         let found = fs::read(&device).unwrap();
         prop_assert!(found[..expected.len()] == expected);

@@ -47,7 +47,7 @@ pub(super) struct Plan<'a, 'p> {
     /// What an earlier process has placed.
     pub(super) placed: &'a PlacedSet,
     pub(super) releases: Option<&'p mut dyn Releases>,
-    pub(super) progress: Option<&'p mut dyn PlacementLog>,
+    pub(super) placements: Option<&'p mut dyn PlacementLog>,
 }
 
 /// A segment that has been read.
@@ -161,7 +161,7 @@ impl Fuzzy<'_, '_, '_> {
     fn settle(&mut self) -> Result<()> {
         while let Some(ix) = self.sink.take_landed() {
             let segment = self.placing.remove(&ix).expect("what lands was placed");
-            match self.plan.progress {
+            match self.plan.placements {
                 Some(_) => self.durable.landed(segment),
                 None => self.regions.placed(ix),
             }
@@ -172,8 +172,8 @@ impl Fuzzy<'_, '_, '_> {
     /// Notes what is durable, then releases the regions that are done by it: in this order, because what is released
     /// must never be read from the origin again.
     fn note(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        if let Some(progress) = self.plan.progress.as_deref_mut() {
-            progress.placed(segments)?;
+        if let Some(placements) = self.plan.placements.as_deref_mut() {
+            placements.placed(segments)?;
         }
         for segment in segments {
             self.regions.placed(segment.ix);
@@ -240,7 +240,7 @@ impl Fuzzy<'_, '_, '_> {
         let zero = is_zero(data);
         // Who goes on may have to compare what the secondary still holds.
         let is_wanted =
-            self.checksums.is_kept() || self.secondary.is_framed() || self.plan.progress.is_some();
+            self.checksums.is_kept() || self.secondary.is_framed() || self.plan.placements.is_some();
         let crc = is_wanted.then(|| self.checksums.of(data, zero));
         if let Some(crc) = crc {
             self.checksums.set(work.ix, crc);

@@ -20,7 +20,7 @@ use super::origin::Origin;
 use super::overlay::{self, OriginalsStats, Store};
 use super::placed::PlacedSet;
 use super::ports::{OriginalsProvider, PlacementLog, Releases, ResumePoint};
-use super::regions::{Order, region_size_for};
+use super::regions::Order;
 use super::schedule::Schedule;
 use super::throttle::Throttle;
 use super::{append, confirm, verify};
@@ -34,6 +34,21 @@ use crate::sys::process::crash_point;
 /// Ranges outside the block list are made zero in pieces of this size at most, so that an interrupt is
 /// heard between them.
 const ABSENT_STEP: Bytes = Bytes::mib(256);
+
+/// How a copy is made: what its user chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyOptions {
+    /// Unit of copying.
+    pub segment: SegmentSize,
+    /// Unit of release; see [`region_size_for`](super::region_size_for).
+    pub region: Bytes,
+    /// The order of the regions.
+    pub order: Order,
+    /// Bytes per second read from the origin at most.
+    pub rate: Option<Bytes>,
+    /// Re-read the secondary and compare checksums.
+    pub verify: bool,
+}
 
 /// A copy to be made.
 pub struct CopyJob<'a> {
@@ -49,28 +64,20 @@ pub struct CopyJob<'a> {
     pub block_list: Vec<Extent>,
     /// What of it is copied first, whatever the order; in any order.
     pub first: Vec<Extent>,
-    /// Unit of copying.
-    pub segment: SegmentSize,
-    /// Unit of release; see [`region_size_for`].
-    pub region: Bytes,
-    /// The order of the regions.
-    pub order: Order,
+    /// How.
+    pub options: CopyOptions,
     /// Where to; opened, checked, and told the instant.
     pub secondary: Box<dyn Secondary>,
     /// The originals; None for a cold copy.
     pub originals: Option<&'a mut dyn OriginalsProvider>,
     /// Who gives regions back; None where nothing is preserved.
     pub releases: Option<&'a mut dyn Releases>,
-    /// Who keeps the note of what is placed; None where nobody could go on.
-    pub progress: Option<&'a mut dyn PlacementLog>,
+    /// The durable record of placed segments; None for a copy that cannot be resumed.
+    pub placements: Option<&'a mut dyn PlacementLog>,
     /// Where an earlier process stopped; the secondary was reopened accordingly.
     pub resumed: Option<ResumePoint>,
-    /// Bytes per second read from the origin at most.
-    pub rate: Option<Bytes>,
     /// How to see, and how far to spare, the applications on the origin; None where there are none.
     pub impact: Option<ImpactWatch>,
-    /// Re-read the secondary and compare checksums.
-    pub verify: bool,
     /// Is told how it goes.
     pub observer: &'a dyn Observer,
     /// Polled at least every 100 ms; an error aborts the copy and is what [`run`] answers.
@@ -93,40 +100,33 @@ fn go_on() -> Result<()> {
 impl<'a> CopyJob<'a> {
     /// A copy of all of an origin at rest that nobody watches, from its beginning: the fields that differ
     /// are set afterwards.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Usage`] for an origin too large for the segment size.
     pub fn new(
         engine: &'a mut dyn Engine,
         origin: OwnedFd,
         origin_size: Bytes,
-        segment: SegmentSize,
+        options: CopyOptions,
         secondary: Box<dyn Secondary>,
-    ) -> Result<Self> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             engine,
             origin,
             origin_description: "the origin".to_owned(),
             origin_size,
             block_list: Extent::new(Bytes::ZERO, origin_size).into_iter().collect(),
             first: Vec::new(),
-            segment,
-            region: region_size_for(origin_size, segment, None)?,
-            order: Order::Physical,
+            options,
             secondary,
             originals: None,
             releases: None,
-            progress: None,
+            placements: None,
             resumed: None,
-            rate: None,
             impact: None,
-            verify: false,
             observer: &Silent,
             interrupt: &go_on,
             before_publish: &go_on,
             on_failure: &|| (),
             on_doubt: &|| (),
-        })
+        }
     }
 }
 
@@ -183,21 +183,22 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     let CopyJob { engine, mut secondary, observer, interrupt, before_publish, on_failure, on_doubt, .. } =
         job;
     let mut driver = Driver::new(engine, observer, interrupt);
+    let options = job.options;
     let confirmed = Cell::new(job.resumed.is_none());
     let resumed = job.resumed.unwrap_or_default();
-    let plan = Schedule::new(job.block_list, job.origin_size, job.segment).map(|schedule| Plan {
+    let plan = Schedule::new(job.block_list, job.origin_size, options.segment).map(|schedule| Plan {
         placed: PlacedSet::default(),
         resumed,
         schedule,
-        region: job.region,
-        order: job.order,
+        region: options.region,
+        order: options.order,
         first: job.first,
         origin_description: job.origin_description,
-        throttle: Throttle::new(job.rate, job.impact, observer),
-        verify: job.verify,
+        throttle: Throttle::new(options.rate, job.impact, observer),
+        verify: options.verify,
         originals: job.originals,
         releases: job.releases,
-        progress: job.progress,
+        placements: job.placements,
     });
     let origin = job.origin;
     let outcome = plan.and_then(|plan| {
@@ -254,7 +255,7 @@ struct Plan<'a> {
     placed: PlacedSet,
     originals: Option<&'a mut dyn OriginalsProvider>,
     releases: Option<&'a mut dyn Releases>,
-    progress: Option<&'a mut dyn PlacementLog>,
+    placements: Option<&'a mut dyn PlacementLog>,
 }
 
 impl Plan<'_> {
@@ -268,9 +269,9 @@ impl Plan<'_> {
     ) -> Result<()> {
         let originals = self.originals.as_deref_mut().map(|it| it as &mut dyn OriginalsProvider);
         let overlaid = confirm::overlaid(&self.schedule, secondary, &self.resumed, originals)?;
-        let progress = self.progress.as_deref_mut().map(|it| it as &mut dyn PlacementLog);
+        let placements = self.placements.as_deref_mut().map(|it| it as &mut dyn PlacementLog);
         let facts = (checksums, &overlaid);
-        confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, progress)?;
+        confirm::run(driver, &self.schedule, secondary, file, &mut self.resumed, facts, placements)?;
         self.placed = PlacedSet::new(&self.resumed.placed, self.schedule.segment_count());
         Ok(())
     }
@@ -362,15 +363,15 @@ fn copy_and_lay_over(
         first: &plan.first,
         placed: &plan.placed,
         releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
-        progress: plan.progress.as_deref_mut().map(|it| it as &mut dyn PlacementLog),
+        placements: plan.placements.as_deref_mut().map(|it| it as &mut dyn PlacementLog),
     };
     let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut plan.throttle)?;
     report.add_data(stats, driver.now() - begin);
 
     // The barrier: no read of the origin is in flight any more.
     let Some(provider) = plan.originals.take() else { return Ok(()) };
-    if let Some(progress) = plan.progress.as_deref_mut() {
-        progress.originals_begun()?;
+    if let Some(placements) = plan.placements.as_deref_mut() {
+        placements.originals_begun()?;
     }
     let begin = driver.now();
     driver.begin_phase(Phase::Originals, None);

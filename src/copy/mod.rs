@@ -28,7 +28,7 @@ mod verify;
 
 pub use confirm::{ConfirmJob, confirm};
 pub use impact::{Impact, ImpactWatch, LatencyProbe, LatencySample};
-pub use job::{CopyJob, CopyReport, run};
+pub use job::{CopyJob, CopyOptions, CopyReport, run};
 pub use ports::{OriginalsProvider, PlacementLog, Releases, ResumePoint};
 pub use regions::{Order, region_size_for};
 pub use schedule::segment_size_for;

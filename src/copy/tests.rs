@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases};
 use super::schedule::Schedule;
 use super::{
-    CopyJob, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, PlacementLog, Releases,
-    ResumePoint, run,
+    CopyJob, CopyOptions, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, PlacementLog,
+    Releases, ResumePoint, run,
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::{Extent, ExtentSet};
@@ -78,7 +78,14 @@ fn job<'a>(
     secondary: Box<dyn Secondary>,
 ) -> CopyJob<'a> {
     let segment = SegmentSize::new(case.segment).unwrap();
-    CopyJob::new(engine, origin.into(), case.size, segment, secondary).unwrap()
+    let options = CopyOptions {
+        segment,
+        region: case.segment * case.region.unwrap_or(1),
+        order: if case.hot { Order::Hot } else { Order::Physical },
+        rate: None,
+        verify: case.verify,
+    };
+    CopyJob::new(engine, origin.into(), case.size, options, secondary)
 }
 
 struct Setup {
@@ -183,17 +190,15 @@ impl Setup {
         let origin = self.world.borrow().origin.try_clone().unwrap();
         let mut releases = WorldReleases { world: self.world.clone(), slow: self.case.slow };
         let released = self.case.region.is_some();
+        let job = job(&mut self.engine, origin, &self.case, secondary);
         run(CopyJob {
-            region: self.case.segment * self.case.region.unwrap_or(1),
-            order: if self.case.hot { Order::Hot } else { Order::Physical },
+            options: CopyOptions { rate: self.rate, ..job.options },
             originals: Some(&mut provider),
             releases: released.then_some(&mut releases as &mut dyn Releases),
-            rate: self.rate,
             impact: self.impact.take(),
-            verify: self.case.verify,
             observer,
             interrupt,
-            ..job(&mut self.engine, origin, &self.case, secondary)
+            ..job
         })
     }
 
@@ -568,10 +573,11 @@ fn an_interrupt_ends_the_copy() {
     setup.world.borrow_mut().busy = 0;
     // The throttle makes the copy last longer than the poll interval.
     let origin = setup.world.borrow().origin.try_clone().unwrap();
+    let job = job(&mut setup.engine, origin, &setup.case, secondary);
     let error = run(CopyJob {
-        rate: Some(Bytes(10_000)),
+        options: CopyOptions { rate: Some(Bytes(10_000)), ..job.options },
         interrupt: &interrupt,
-        ..job(&mut setup.engine, origin, &setup.case, secondary)
+        ..job
     })
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Interrupted);
@@ -618,14 +624,18 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 99, invalid: false };
         let mut releases = WorldReleases { world: setup.world.clone(), slow: 30 };
+        let job = job(&mut setup.engine, origin, &case, secondary);
         run(CopyJob {
             block_list: setup.block_list.clone(),
-            region: case.segment * (1 + seed % 3),
-            order: if seed % 2 == 0 { Order::Hot } else { Order::Physical },
+            options: CopyOptions {
+                region: case.segment * (1 + seed % 3),
+                order: if seed % 2 == 0 { Order::Hot } else { Order::Physical },
+                verify: true,
+                ..job.options
+            },
             originals: Some(&mut provider),
             releases: Some(&mut releases),
-            verify: true,
-            ..job(&mut setup.engine, origin, &case, secondary)
+            ..job
         })
         .unwrap();
         assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &setup.expected());
@@ -794,13 +804,10 @@ fn copy_with_losses(
         fs::hard_link(&partial, &saved).unwrap();
         let outcome = run(CopyJob {
             block_list: setup.block_list.clone(),
-            region: setup.case.segment * setup.case.region.unwrap_or(1),
-            order: if setup.case.hot { Order::Hot } else { Order::Physical },
             originals: Some(&mut provider),
             releases: Some(&mut releases),
-            progress: Some(&mut mortal),
+            placements: Some(&mut mortal),
             resumed: (killed > 0).then_some(point),
-            verify: setup.case.verify,
             ..job(&mut engine, origin, &setup.case, secondary)
         });
         let Err(error) = outcome else {

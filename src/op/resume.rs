@@ -17,8 +17,9 @@ use uuid::Uuid;
 
 use super::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use super::copy::plan::order_for;
-use super::copy::run::{CopyOutcome, Way, block_list_of, engine_for, resume_copy};
-use super::copy::{CopyPlan, Live};
+use super::copy::run::{self, block_list_of};
+use super::copy::session::{Session, Transfer, engine_for};
+use super::copy::{CopyOutcome, CopyPlan, Live};
 use super::request::CopyRequest;
 use super::targets::TargetFacts;
 use super::{leave, memory};
@@ -163,10 +164,10 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
     })
 }
 
-/// Makes all checks of [`run`], and changes nothing.
+/// Makes all checks of [`run()`], and changes nothing.
 ///
 /// # Errors
-/// As [`run`]'s before the copier runs.
+/// As [`run()`]'s before the copier runs.
 pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     let ResumePlan { copy: plan, found, .. } = plan;
     let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
@@ -233,7 +234,7 @@ pub fn run(
     let engine = engine_for(&plan).map_err(|error| error.state("nothing was changed"))?;
     let job = Job::take_over(found)?;
     let copy = job.record().copy.clone().expect("the plan was made from it");
-    let (journal, content) = SegmentLog::open(&job.segments_path())?;
+    let (log, content) = SegmentLog::open(&job.segments_path())?;
     let dm = Dm::open()?;
     let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
     let store = Arc::new(CowStore::adopt(job.id())?);
@@ -250,9 +251,9 @@ pub fn run(
         originals_begun: content.originals_begun,
         released: live.stack().released(),
     };
-    let way =
-        Way { secondary, engine, journal: Some(journal), from: Some(from), hook: !copy.hook_after_done };
-    resume_copy(&plan, live, way, observer, interrupt)
+    let transfer = Transfer { engine, secondary };
+    let session = Session::resume(&plan, (live, transfer), !copy.hook_after_done, observer, interrupt);
+    run::resume(session, log, from)
 }
 
 /// Asks again what the copy's own process asked at its instant: since then mounts, loop devices and swap space may have

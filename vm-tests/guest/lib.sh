@@ -17,9 +17,14 @@ set -E
 
 note() { printf '%8.2f %s\n' "$(cut -d' ' -f1 /proc/uptime)" "$*"; }
 
+# With what the cases' commands said last.
 fail() {
+    local said
     note "FAIL: $*"
     trap - ERR
+    for said in /run/copy /run/copy.err /run/resume.out; do
+        [ ! -s "$said" ] || sed "s|^|${said##*/}: |" "$said" | tail -n 6
+    done
     exit 1
 }
 

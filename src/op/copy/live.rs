@@ -26,7 +26,7 @@ use crate::stack::{InstantContext, Stack, StackRequest};
 use crate::store::{CowStore, KeptStore, StoreConfig};
 use crate::sys::process::{LockedMemory, crash_point};
 
-/// See the module's head.
+/// A live origin that is held, or about to be.
 pub struct Live {
     dm: Dm,
     job: Arc<Mutex<Job>>,
@@ -39,23 +39,10 @@ pub struct Live {
 }
 
 impl Live {
-    /// Makes store and stack; returns after the instant.
-    ///
-    /// # Errors
-    /// The first failure; everything made before it is put back, then what `give_up` takes away is, and `job` ended.
-    pub fn begin(
-        plan: &CopyPlan,
-        live: &LivePlan,
-        job: Job,
-        give_up: impl FnOnce(Error) -> Error,
-        observer: &dyn Observer,
-        interrupt: &dyn Fn() -> Result<()>,
-    ) -> Result<Self> {
-        let dm = match Dm::open() {
-            Ok(dm) => dm,
-            Err(error) => return job.conclude(Err(give_up(error))),
-        };
-        let mut this = Self {
+    /// For the copy of `job`; nothing is made yet.
+    #[must_use]
+    pub fn new(dm: Dm, plan: &CopyPlan, job: Job) -> Self {
+        Self {
             dm,
             job: Arc::new(Mutex::new(job)),
             store: None,
@@ -64,10 +51,6 @@ impl Live {
             probe: plan.origin.number.and_then(OriginProbe::new),
             latency_before: None,
             memory: None,
-        };
-        match this.make(plan, live, observer, interrupt) {
-            Ok(()) => Ok(this),
-            Err(error) => Err(this.put_back_after(error, give_up)),
         }
     }
 
@@ -92,7 +75,11 @@ impl Live {
         }
     }
 
-    fn make(
+    /// Makes store and stack; the instant is within.
+    ///
+    /// # Errors
+    /// The first failure: what was made is there until it is put back.
+    pub fn insert(
         &mut self,
         plan: &CopyPlan,
         live: &LivePlan,
@@ -170,12 +157,12 @@ impl Live {
 
     /// The store.
     pub fn store(&self) -> &Arc<CowStore> {
-        self.store.as_ref().expect("begin() returned only after it made the store")
+        self.store.as_ref().expect("the store was made, or the copy had ended")
     }
 
     /// The stack.
     pub fn stack(&self) -> &Stack {
-        self.stack.as_ref().expect("begin() returned only after it made the stack")
+        self.stack.as_ref().expect("the stack is in place, or the copy had ended")
     }
 
     /// Where the copy shows how far it is.

@@ -3,12 +3,16 @@
 //! | module | question it answers |
 //! |---|---|
 //! | [`mod@plan`] | what would be done, to what (changes nothing; what `--dry-run` shows) |
-//! | [`mod@run`] | does it: opens the secondary, makes the copy, reports |
+//! | [`mod@run`] | does it, from the plan to the report |
+//! | [`session`] | what a copy in progress owns, and its one way out |
+//! | [`report`] | what it did |
+//! | [`workers`] | what works beside the copier |
+//! | [`rescue`] | puts the origin back where the copier cannot |
 //! | [`cold`] | the origin is at rest: held and watched while it is read |
 //! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
 //! | [`latency`] | how the applications on the origin fare |
 //! | [`originals`] | shows the COW store to the copier |
-//! | [`placement`] | shows the job's log of segments to the copier |
+//! | [`placement`] | records what is needed to resume the copy |
 //!
 //! Invariants:
 //! - whatever can be refused is refused before the kernel is asked to change anything;
@@ -22,9 +26,13 @@ mod live;
 mod originals;
 mod placement;
 pub mod plan;
+pub mod report;
 mod rescue;
 pub mod run;
+pub mod session;
+mod workers;
 
 pub use live::Live;
 pub use plan::{CopyPlan, plan};
-pub use run::{CopyOutcome, run};
+pub use report::CopyOutcome;
+pub use run::run;

@@ -1,9 +1,68 @@
-//! The job's log of segments, as the copier's record of placed segments. A copy outlives its log.
+//! What another process needs to resume a copy: the job's record of it, and its log of segments, which is the copier's
+//! record of placed segments. A copy outlives its log.
 
-use crate::base::Result;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::live::Live;
+use super::plan::CopyPlan;
+use crate::base::{Error, Result};
 use crate::copy::PlacementLog;
+use crate::extent::Extent;
+use crate::format::segment_log::{Header, SecondaryForm};
+use crate::format::state::CopyRecord;
 use crate::job::segment_log::SegmentLog;
-use crate::secondary::PlacedSegment;
+use crate::op::request::SecondaryFormat;
+use crate::secondary::{PlacedSegment, Secondary};
+
+/// Records what another process would need to resume the copy. None where none could: what went down a pipe is gone.
+///
+/// # Errors
+/// I/O errors.
+pub(super) fn note_copy(
+    plan: &CopyPlan,
+    live: &Live,
+    secondary: &dyn Secondary,
+) -> Result<Option<SegmentLog>> {
+    if secondary.is_stream() {
+        return Ok(None);
+    }
+    let times = live.stack().times();
+    let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let request = serde_json::to_string(&plan.request)
+        .map_err(|source| Error::bad_data("the request cannot be written down").with_source(source))?;
+    let range = |extent: &Extent| (extent.start().get(), extent.end().get());
+    let mut job = live.job();
+    let header = Header {
+        job: Uuid::parse_str(job.id())
+            .map_err(|source| Error::bad_data("the job's id").with_source(source))?,
+        form: match plan.request.format {
+            SecondaryFormat::Raw => SecondaryForm::Raw,
+            SecondaryFormat::Archive => SecondaryForm::Archive,
+        },
+        archive: secondary.archive_id(),
+        origin_size: plan.origin.size,
+        segment: plan.segment,
+        instant_ns: times.instant_utc_ns,
+    };
+    // The log first: a record of a copy has one.
+    let log = SegmentLog::create(&job.segments_path(), &header)?;
+    job.set_copy(CopyRecord {
+        request,
+        origin_path: plan.origin.path.display().to_string(),
+        segment_bytes: plan.segment.bytes().get(),
+        region_bytes: plan.region.get(),
+        instant_utc_ns: times.instant_utc_ns,
+        held_ns: [nanos(times.synced), nanos(times.frozen), nanos(times.suspended)],
+        archive: secondary.archive_id().map(|id| id.to_string()),
+        partial: secondary.partial_path().map(|path| path.display().to_string()),
+        skipped: live.stack().skipped().extents.iter().map(range).collect(),
+        hook_after_done: false,
+        target: secondary.target().cloned(),
+    })?;
+    Ok(Some(log))
+}
 
 impl PlacementLog for SegmentLog {
     fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {

@@ -3,13 +3,11 @@
 //!
 //! Changes nothing. Whatever is certain to be refused is refused here.
 
-use std::fmt;
-
 use serde::Serialize;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
-use crate::copy::{Order, region_size_for, segment_size_for};
+use crate::copy::{CopyOptions, Order, region_size_for, segment_size_for};
 use crate::dm::{Dm, Slot, Table, naming};
 use crate::job;
 use crate::op::admission::Question;
@@ -278,6 +276,13 @@ impl CopyPlan {
         }
     }
 
+    /// How the copier is to copy.
+    #[must_use]
+    pub fn options(&self) -> CopyOptions {
+        let CopyRequest { rate, verify, .. } = self.request;
+        CopyOptions { segment: self.segment, region: self.region, order: self.order, rate, verify }
+    }
+
     /// A device given to the store is overwritten as well.
     pub(super) fn check_store(&self) -> Result<()> {
         let Some(TailPlace::Device { path, number, .. }) = self.live.as_ref().map(|live| &live.store.place)
@@ -363,103 +368,6 @@ fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let (Ok(one), Ok(other)) = (std::fs::metadata(one), std::fs::metadata(other)) else { return false };
     (one.dev(), one.ino()) == (other.dev(), other.ino())
-}
-
-impl fmt::Display for CopyPlan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "origin      {} ({}, {})",
-            self.origin.path.display(),
-            self.origin.size,
-            self.origin.kind
-        )?;
-        let target = match &self.request.secondary {
-            SecondaryTarget::Pipe => "standard output".to_owned(),
-            SecondaryTarget::Path(path) => path.display().to_string(),
-        };
-        let format = match (self.request.format, self.request.originals) {
-            (SecondaryFormat::Raw, _) => "raw".to_owned(),
-            (SecondaryFormat::Archive, Originals::Overlay) => {
-                "archive, originals laid over the data".to_owned()
-            }
-            (SecondaryFormat::Archive, Originals::Append) => "archive, originals behind the data".to_owned(),
-        };
-        writeln!(f, "secondary   {target} ({format})")?;
-        self.fmt_target(f)?;
-        write!(f, "segments    {} of {}", self.segment.count_for(self.origin.size), self.segment)?;
-        if let Some(rate) = self.request.rate {
-            write!(f, ", at most {rate}/s")?;
-        }
-        if self.request.verify {
-            write!(f, ", verified afterwards")?;
-        }
-        let Some(live) = &self.live else {
-            return match self.origin.kind {
-                OriginKind::Live { .. } => write!(f, "\nsnapshot    is in place, and is gone on with"),
-                _ => write!(f, "\norigin is at rest: read as it is, nothing is inserted"),
-            };
-        };
-        let store = &live.store;
-        write!(
-            f,
-            "\nstore       {} in RAM, {} at {}, up to {} in all, chunks of {}{}",
-            store.head_bytes,
-            store.tail_bytes,
-            store.place.path().display(),
-            store.total_bytes_max,
-            store.chunk,
-            if store.keep { ", kept" } else { "" }
-        )?;
-        if live.memory_waits {
-            write!(f, "\nmemory      may wait for the origin (swap space): the copy is locked in memory")?;
-        }
-        self.fmt_regions(f)?;
-        write!(f, "\nimpact      {}", self.request.impact)?;
-        write!(f, "\nfrozen      ")?;
-        if self.origin.filesystems.is_empty() {
-            write!(f, "no filesystem is mounted from here")?;
-        }
-        for (at, path) in self.origin.filesystems.iter().enumerate() {
-            write!(f, "{}{}", if at == 0 { "" } else { ", " }, path.display())?;
-        }
-        write!(f, " (for at most {:?})", self.request.freeze_budget)?;
-        for text in &self.origin.not_frozen {
-            write!(f, "\nnot frozen  {text}")?;
-        }
-        for step in &live.steps.steps {
-            write!(f, "\nstep        {}", step.name)?;
-        }
-        write!(f, "\nafterwards  the origin's own table is put back: {}", live.table.replace('\n', "; "))
-    }
-}
-
-impl CopyPlan {
-    fn fmt_target(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.destroys().iter().try_for_each(|destroys| writeln!(f, "overwrites  {destroys}"))?;
-        self.target.warnings.iter().try_for_each(|warning| writeln!(f, "warning     {warning}"))
-    }
-
-    fn fmt_regions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let region = self.region;
-        let free =
-            if self.request.all { "copied and preserved as well" } else { "left alone where it is known" };
-        write!(f, "\nfree space  {free}")?;
-        match self.order {
-            Order::Physical => write!(f, "\nregions     of {region}, released as they are copied")?,
-            Order::Hot => {
-                write!(f, "\nregions     of {region}, what is written most first, released as copied")?
-            }
-        }
-        if self.request.on_full == OnFull::Hold {
-            let budget = self.request.hold_budget;
-            write!(
-                f,
-                "\nstore full  writers are held until the copy has caught up (for at most {budget:?})"
-            )?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,119 @@
+//! Plans of copies, for people: what `--dry-run` shows.
+
+use super::reports::Human;
+use crate::copy::Order;
+use crate::op::copy::CopyPlan;
+use crate::op::copy::plan::LivePlan;
+use crate::op::request::{OnFull, Originals, SecondaryFormat, SecondaryTarget};
+use crate::op::resume::ResumePlan;
+use crate::volume::OriginKind;
+
+impl Human for CopyPlan {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        let origin = &self.origin;
+        lines.add("origin", format!("{} ({}, {})", origin.path.display(), origin.size, origin.kind));
+        lines.add("secondary", secondary_text(self));
+        if let Some(destroys) = self.destroys() {
+            lines.add("overwrites", destroys);
+        }
+        for warning in &self.target.warnings {
+            lines.add("warning", warning);
+        }
+        lines.add("segments", segments_text(self));
+        match (&self.live, &origin.kind) {
+            (Some(live), _) => add_live(&mut lines, self, live),
+            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place: the copy resumes on it"),
+            (None, _) => lines.0.push_str("origin is at rest: read as it is, nothing is inserted\n"),
+        }
+        lines.0
+    }
+}
+
+impl Human for ResumePlan {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        let then = if self.originals_begun { ", then all originals again" } else { "" };
+        lines.add("job", format!("{}, begun {}", self.job, self.started));
+        lines.add("done", format!("{} of {} segments{then}", self.placed, self.segments));
+        lines.0 + &self.copy.human()
+    }
+}
+
+/// Lines of a name and a value.
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, name: &str, value: impl AsRef<str>) {
+        self.0.push_str(&format!("{name:<12}{}\n", value.as_ref()));
+    }
+}
+
+fn secondary_text(plan: &CopyPlan) -> String {
+    let target = match &plan.request.secondary {
+        SecondaryTarget::Pipe => "standard output".to_owned(),
+        SecondaryTarget::Path(path) => path.display().to_string(),
+    };
+    let format = match (plan.request.format, plan.request.originals) {
+        (SecondaryFormat::Raw, _) => "raw",
+        (SecondaryFormat::Archive, Originals::Overlay) => "archive, originals laid over the data",
+        (SecondaryFormat::Archive, Originals::Append) => "archive, originals after the data",
+    };
+    format!("{target} ({format})")
+}
+
+fn segments_text(plan: &CopyPlan) -> String {
+    let rate = plan.request.rate.map(|rate| format!(", at most {rate}/s")).unwrap_or_default();
+    let verified = if plan.request.verify { ", verified afterwards" } else { "" };
+    format!("{} of {}{rate}{verified}", plan.segment.count_for(plan.origin.size), plan.segment)
+}
+
+fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
+    let store = &live.store;
+    lines.add(
+        "store",
+        format!(
+            "{} in RAM, {} at {}, up to {} in all, chunks of {}{}",
+            store.head_bytes,
+            store.tail_bytes,
+            store.place.path().display(),
+            store.total_bytes_max,
+            store.chunk,
+            if store.keep { ", kept" } else { "" }
+        ),
+    );
+    if live.memory_waits {
+        lines.add("memory", "may wait for the origin (swap space): the copy is locked in memory");
+    }
+    let free = if plan.request.all { "copied and preserved as well" } else { "left alone where it is known" };
+    lines.add("free space", free);
+    let region = plan.region;
+    lines.add(
+        "regions",
+        match plan.order {
+            Order::Physical => format!("of {region}, released as they are copied"),
+            Order::Hot => format!("of {region}, what is written most first, released as copied"),
+        },
+    );
+    if plan.request.on_full == OnFull::Hold {
+        let budget = plan.request.hold_budget;
+        lines.add(
+            "store full",
+            format!("writers are held until the copy has caught up (for at most {budget:?})"),
+        );
+    }
+    lines.add("impact", plan.request.impact.to_string());
+    let points: Vec<String> = plan.origin.filesystems.iter().map(|path| path.display().to_string()).collect();
+    let frozen =
+        if points.is_empty() { "no filesystem is mounted from here".to_owned() } else { points.join(", ") };
+    lines.add("frozen", format!("{frozen} (for at most {:?})", plan.request.freeze_budget));
+    for text in &plan.origin.not_frozen {
+        lines.add("not frozen", text);
+    }
+    for step in &live.steps.steps {
+        lines.add("step", &step.name);
+    }
+    lines
+        .add("afterwards", format!("the origin's own table is put back: {}", live.table.replace('\n', "; ")));
+}

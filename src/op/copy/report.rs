@@ -1,0 +1,135 @@
+//! What a copy did, as it is reported.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::plan::CopyPlan;
+use crate::base::{Bytes, clock};
+use crate::copy::CopyReport;
+use crate::progress::{Event, Observer, StoreFill};
+use crate::stack::gate::GateReport;
+use crate::stack::{HoldTimes, Skipped};
+use crate::store::KeptStore;
+
+/// What a copy did. Times in milliseconds where named so.
+#[derive(Clone, Debug, Serialize)]
+pub struct CopyOutcome {
+    /// The origin.
+    pub origin: String,
+    /// Its size, bytes.
+    pub origin_bytes: Bytes,
+    /// The instant that the copy shows.
+    pub instant: InstantReport,
+    /// The copier's part.
+    #[serde(flatten)]
+    pub copy: CopyReport,
+    /// The COW store's part; None for an origin at rest.
+    pub store: Option<StoreFill>,
+    /// How the origin was given back while it was copied; None for an origin at rest.
+    pub release: Option<GateReport>,
+    /// What was neither copied nor preserved, because nothing there was in use.
+    pub skipped: SkippedReport,
+    /// What of the filesystems on the origin was not frozen at the instant, and why.
+    pub not_frozen: Vec<String>,
+    /// Where the store was kept.
+    pub kept_store: Option<String>,
+    /// The whole command, seconds.
+    pub total_seconds: f64,
+}
+
+impl CopyOutcome {
+    /// What `result` is for the users of `plan`, when all is put back.
+    pub fn of(plan: &CopyPlan, result: CopyResult, total: Duration) -> Self {
+        Self {
+            origin: plan.origin.path.display().to_string(),
+            origin_bytes: plan.origin.size,
+            instant: result.instant.into(),
+            copy: result.copy,
+            store: result.store,
+            release: result.release,
+            skipped: result.skipped,
+            not_frozen: plan.origin.not_frozen.clone(),
+            kept_store: result.kept.map(|kept| kept.path.display().to_string()),
+            total_seconds: total.as_secs_f64(),
+        }
+    }
+}
+
+/// What came of a copy before everything was put back.
+pub struct CopyResult {
+    /// How long the origin was held for the instant.
+    pub instant: HoldTimes,
+    /// The copier's part.
+    pub copy: CopyReport,
+    /// The COW store's part; None for an origin at rest.
+    pub store: Option<StoreFill>,
+    /// How the origin was given back; None for an origin at rest.
+    pub release: Option<GateReport>,
+    /// What was left out.
+    pub skipped: SkippedReport,
+    /// The store that was kept.
+    pub kept: Option<KeptStore>,
+}
+
+/// Free space that a copy left out.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SkippedReport {
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// In so many ranges.
+    pub ranges: usize,
+    /// Why nothing, or not more, was left out.
+    pub notes: Vec<String>,
+}
+
+impl SkippedReport {
+    /// What the stack left out.
+    pub fn of(skipped: &Skipped) -> Self {
+        Self {
+            bytes: skipped.extents.iter().map(|extent| extent.length()).sum(),
+            ranges: skipped.extents.len(),
+            notes: skipped.notes.clone(),
+        }
+    }
+}
+
+/// When the instant was, and how long the origin was held for it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct InstantReport {
+    /// RFC 3339, UTC.
+    pub utc: String,
+    /// Filesystems written back before anything was held.
+    pub synced_ms: f64,
+    /// From the first freeze to the last thaw.
+    pub frozen_ms: f64,
+    /// From the suspension to the resume.
+    pub suspended_ms: f64,
+}
+
+impl From<HoldTimes> for InstantReport {
+    fn from(times: HoldTimes) -> Self {
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        Self {
+            utc: clock::utc_text(times.instant_utc_ns).unwrap_or_default(),
+            synced_ms: ms(times.synced),
+            frozen_ms: ms(times.frozen),
+            suspended_ms: ms(times.suspended),
+        }
+    }
+}
+
+/// Says what is left out.
+pub(super) fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &dyn Observer) {
+    for text in &skipped.notes {
+        observer.event(&Event::Note { text: format!("free space: {text}; all of it is copied") });
+    }
+    let text = if plan.request.all {
+        "free space is copied and preserved as well (--all)".to_owned()
+    } else if skipped.bytes == Bytes::ZERO {
+        "no free space is known: everything is copied".to_owned()
+    } else {
+        format!("{} of free space are not copied", skipped.bytes)
+    };
+    observer.event(&Event::Note { text });
+}
