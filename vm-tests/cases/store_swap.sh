@@ -30,7 +30,7 @@ refused 'memory -> the ext4 at /mnt/data' --store "$(disk 2)" --store-ram 16MiB
 
 note "a copy that was killed before there was swap space on the origin: its store's file would wait for it"
 swapoff /mnt/data/swap
-tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 4MiB >/run/copy 2>&1 &
+tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 4MiB --freeze-budget 30s >/run/copy 2>&1 &
 copy=$!
 wait_until 60 is_preserved data
 sleep 1
@@ -49,7 +49,7 @@ tidemark recover
 note "a block device, no RAM head by default; memory is short, and swapped out to the origin"
 pages() { awk '/^pswpout/ { print $2 }' /proc/vmstat; }
 before=$(pages)
-tidemark copy data /mnt/scratch/copy.raw --yes --store "$(disk 2)" --rate 4MiB >/run/copy 2>&1 &
+tidemark copy data /mnt/scratch/copy.raw --yes --store "$(disk 2)" --rate 4MiB --freeze-budget 30s >/run/copy 2>&1 &
 copy=$!
 wait_until 60 is_preserved data
 echo +memory >/sys/fs/cgroup/cgroup.subtree_control

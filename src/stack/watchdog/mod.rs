@@ -2,7 +2,7 @@
 //!
 //! It is started before anything is frozen, and serves a command as long as that lives, order after order ([`Standby`]
 //! has it in between): for each it has everything open and locked in memory that it will need. It does not share what
-//! happens to the command ([`apart`]): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
+//! happens to the command ([`apart`](super::apart)): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
 //! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm", which it answers, to "disarm"; a
 //! further "arm" starts its clock anew.
 //!
@@ -18,7 +18,7 @@
 //! While the command lives it may still suspend or freeze something after the watchdog has acted, so
 //! the watchdog goes on acting until the command answers: the command finds the verdict "fired"
 //! before and after each of its own critical steps, stops the watchdog, and takes everything back
-//! itself. Where the command had the kernel hurry ([`rcu`]), that is over once the watchdog has acted.
+//! itself. Where the command had the kernel expedite RCU ([`rcu`](crate::sys::rcu)), that is over once the watchdog has acted.
 //!
 //! A freeze in progress cannot be stopped, by anybody: FITHAW waits for its end, or answers that nothing is frozen yet.
 //! So every filesystem has its own thread, and the kernel's log is told what was done when it was done, not before.

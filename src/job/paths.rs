@@ -1,0 +1,28 @@
+//! Where the files of jobs are.
+
+use std::path::{Path, PathBuf};
+
+use crate::base::DeviceNumber;
+
+/// Where jobs are.
+pub const RUN_DIR: &str = "/run/tidemark";
+
+pub(super) fn origin_lock_path(directory: &Path, number: DeviceNumber) -> PathBuf {
+    directory.join("origins").join(format!("{number}.lock"))
+}
+
+pub(super) fn record_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.json"))
+}
+
+pub(super) fn lock_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.lock"))
+}
+
+pub(super) fn progress_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.progress"))
+}
+
+pub(super) fn segments_path(directory: &Path, id: &str) -> PathBuf {
+    directory.join(format!("{id}.segments"))
+}
