@@ -93,7 +93,7 @@ fn create(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path) -> Result<By
 }
 
 fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str) -> Result<Bytes> {
-    // Held until the device is made: nobody mounts it in between.
+    // Held until the device is made, so that it is not mounted in between.
     let exclusive = dm.open_device(number, false, libc::O_EXCL)?;
     let size = Bytes(size_of(&number)?);
     let record = VolumeRecord {

@@ -1,4 +1,4 @@
-//! How much memory may a copy take? Whoever takes more than its control group may have is killed by the kernel, in the
+//! How much memory may a copy take? A process that takes more than its control group may have is killed by the kernel, in the
 //! middle of everything.
 //!
 //! What the group may still have is its limit without what it cannot give back; what it has of the page cache it can. The
@@ -61,7 +61,7 @@ pub fn lock() -> Result<LockedMemory> {
     })
 }
 
-/// What the groups of this process may still have; None where nothing limits them, or nobody says.
+/// What the groups of this process may still have; None where nothing limits them, or the kernel does not tell.
 #[must_use]
 pub fn left(topology: &Topology, root: &Path) -> Option<Bytes> {
     let own = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;

@@ -27,7 +27,7 @@ pub enum SecondaryFormat {
 pub enum Originals {
     /// Written over the fuzzy data.
     Overlay,
-    /// Put behind the data, for restore to apply last (archives only).
+    /// Put after the data, for restore to apply last (archives only).
     Append,
 }
 

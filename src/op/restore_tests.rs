@@ -499,8 +499,8 @@ proptest! {
         };
         let found = fs::read(&file).unwrap();
         prop_assert!(found[..expected.len()] == expected);
-        let behind = expected.len().next_multiple_of(4096);
-        prop_assert!(found[behind..] == old[behind..], "what is behind the copy is left alone");
+        let rest = expected.len().next_multiple_of(4096);
+        prop_assert!(found[rest..] == old[rest..], "what follows the copy is left alone");
         prop_assert_eq!(report.discarded_bytes, report.zeroed_bytes);
     }
 }

@@ -185,7 +185,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         if identity.role != ROLE_VOLUME {
             continue;
         }
-        // By its id: somebody may have renamed the device.
+        // By its id: the device may have been renamed.
         let record = records.iter().position(|record| record.id == identity.id).map(|at| records.remove(at));
         status.volumes.push(VolumeStatus {
             name: info.name.clone(),
@@ -223,7 +223,7 @@ fn jobs(status: &mut Status) -> Result<Vec<String>> {
             let has_journal = job.segments_path().exists();
             let resumable = has_journal && job.record.as_ref().is_ok_and(|record| record.copy.is_some());
             let how = if resumable {
-                "'tidemark resume' goes on with it, 'tidemark recover' gives it up"
+                "'tidemark resume' resumes it, 'tidemark recover' gives it up"
             } else {
                 "run 'tidemark recover'"
             };

@@ -49,7 +49,7 @@ pub fn named(typed: &Path) -> Result<PathBuf> {
         return Ok(path);
     }
     let is_it = |name: &str| path.as_os_str() == name;
-    // Who may not read the records cannot attach anything either.
+    // A user who may not read the records cannot attach anything either.
     let recorded = recorded_volumes().unwrap_or_default();
     if recorded.iter().flatten().any(|volume| is_it(&volume.name)) {
         let name = path.display();

@@ -1,7 +1,7 @@
-//! An origin at rest: a device or file that nobody writes. No device-mapper, no instant but the
+//! An origin at rest: a device or file that is not written. No device-mapper, no instant but the
 //! copy's beginning.
 //!
-//! That nobody writes is checked three times: when the plan was made, by holding a device exclusively
+//! That it is not written is checked three times: when the plan was made, by holding a device exclusively
 //! while it is read, and by comparing what tells of writes before and after. A copy that something
 //! wrote into is not a copy.
 
@@ -36,7 +36,7 @@ impl ColdOrigin {
     /// exclusively.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where somebody has it, I/O errors.
+    /// [`ErrorKind::Refused`] where it is in use, I/O errors.
     pub fn open(path: &Path, device: Option<DeviceNumber>) -> Result<Self> {
         let shown = path.display().to_string();
         let exclusive = if device.is_some() { libc::O_EXCL } else { 0 };

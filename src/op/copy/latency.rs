@@ -11,7 +11,7 @@ use crate::copy::{LatencyProbe, LatencySample, impact};
 use crate::topology::Topology;
 use crate::topology::stats::DiskStat;
 
-/// See the module's head.
+/// Samples the mean latency of the origin's requests.
 #[derive(Clone, Debug)]
 pub struct OriginProbe {
     topology: Topology,

@@ -127,7 +127,7 @@ impl Live {
         Ok(())
     }
 
-    /// Until the stack is in place nobody else may place a store.
+    /// Until the stack is in place no other process may place a store.
     fn admit(
         &mut self,
         live: &LivePlan,
@@ -186,13 +186,14 @@ impl Live {
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The job, for who looks after the origin beside the copier.
+    /// The job, for the threads beside the copier.
     pub(super) fn shared_job(&self) -> Arc<Mutex<Job>> {
         Arc::clone(&self.job)
     }
 
     fn into_job(self) -> Job {
-        let job = Arc::try_unwrap(self.job).expect("who shares the job has ended with the copier");
+        let job =
+            Arc::try_unwrap(self.job).expect("the threads that share the job have ended with the copier");
         job.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -226,13 +227,13 @@ impl Live {
         Ok(kept)
     }
 
-    /// As [`Live::end`], behind a failure that goes first; `give_up` then takes away what else the job's record names.
+    /// As [`Live::end`], after a failure, which is reported first; `give_up` then takes away what else the job's record names.
     /// Where an undo fails, or has failed already, the record stays: it alone knows what is still frozen, suspended or
     /// there, and `recover` reads it.
     pub fn put_back_after(mut self, error: Error, give_up: impl FnOnce(Error) -> Error) -> Error {
         let error = match self.put_back(false) {
             Ok(_) => error,
-            // Before anything else: who copies again finds what is left in the way.
+            // Before anything else: what is left is in the way of the next copy.
             Err(undo) => error.with_failed_undo(undo),
         };
         let ended: Result<()> = self.into_job().conclude(Err(give_up(error)));

@@ -18,7 +18,7 @@
 //! - whatever can be refused is refused before the kernel is asked to change anything;
 //! - however a copy ends, the origin's own table is put back, or the error says that it was not and
 //!   what does it (`tidemark recover`);
-//! - the secondary's final name appears only after the snapshot was seen valid behind the last read.
+//! - the secondary's final name appears only after the snapshot was seen valid after the last read.
 
 mod cold;
 mod latency;

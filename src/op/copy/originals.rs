@@ -60,7 +60,7 @@ impl OriginalsProvider for StoreOriginals<'_> {
 pub struct StoreReleases<'a> {
     live: &'a Live,
     gate: &'a Gate,
-    /// None where nobody asks, or where the store cannot be followed: then nothing is hot.
+    /// None where the order does not ask, or the store cannot be followed: then nothing is hot.
     follower: Option<Follower>,
 }
 

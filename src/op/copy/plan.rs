@@ -68,7 +68,7 @@ pub struct LivePlan {
 /// origin, I/O and kernel errors of looking.
 pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let request = &with_names(request)?;
-    // Before the look at it: whoever has it is at work on its table.
+    // Before the look at it: the job that has it is changing its table.
     if let Some(number) = device_number(&request.origin).ok().flatten() {
         job::refuse_held_origin(number)?;
     }

@@ -1,11 +1,11 @@
-//! Who puts the origin back when the copier cannot? Putting back never waits for the secondary: a dead file server or a
+//! Puts the origin back when the copier cannot. Putting back never waits for the secondary: a dead file server or a
 //! suspended disk may answer tomorrow, or never.
 //!
 //! Where a copy fails, the origin gets its own table back first, before anything in flight is waited for
 //! ([`Rescue::restore`]). And where a signal asks us to stop while the copier is inside a call of the kernel that does
 //! not return, a thread that never touches the secondary does it after [`GRACE`].
 //!
-//! What is left then is devices that nobody writes through any more: the copier removes them when it comes back, or
+//! What is left then is devices that no write passes through any more: the copier removes them when it comes back, or
 //! `recover` does once the process has ended.
 //!
 //! Invariants:
@@ -25,7 +25,7 @@ use crate::stack::Stack;
 use crate::stack::gate::Gate;
 use crate::sys::signal;
 
-/// How long the copier has, behind a signal, to come to it by itself.
+/// How long after a signal the copier may take to notice it.
 const GRACE: Duration = Duration::from_secs(3);
 
 /// Between two looks for a signal.
@@ -47,7 +47,7 @@ struct Shared {
     wake: Condvar,
 }
 
-/// See the module's head. Dropping it ends the thread.
+/// The thread that puts the origin back. Dropping this ends it.
 pub(super) struct Rescue {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -75,7 +75,7 @@ impl Rescue {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Gives the origin its own table back. What fails is tried again, and reported, by who puts the rest back.
+    /// Gives the origin its own table back. A failure is logged; putting back the rest tries again, and reports it.
     pub(super) fn restore(&self) {
         self.shared.restore();
     }

@@ -21,7 +21,7 @@ use crate::sys::aligned::AlignedBuffer;
 /// - `grow`: makes the store larger, as if it were about to be full;
 /// - `release` and `keep`: gives it back.
 ///
-/// At the end of the input the store stays, and nobody's.
+/// At the end of the input the store stays, without an owner.
 pub const ARGUMENT: &str = "__store";
 
 /// Exceptions read at a time: small, so that there is more than one batch.
