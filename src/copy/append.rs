@@ -7,12 +7,13 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::driver::{Driver, Sink};
 use super::overlay::{OriginalsStats, Store, merged, store_piece};
 use super::schedule::Schedule;
+use super::sink::Sink;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Result};
 use crate::extent::{Extent, Original};
+use crate::io::Driver;
 use crate::io::{Buffer, Completion, FileIx};
 use crate::secondary::{PAYLOAD_OFFSET, Secondary, zero_padding};
 
@@ -81,7 +82,7 @@ impl Append<'_, '_> {
                 let Some(buffer) = self.driver.engine.take_buffer() else { break };
                 self.start(&mut waiting, buffer)?;
             }
-            match self.driver.next(None)? {
+            match self.driver.next_completion(None)? {
                 Some(completion) => self.complete(completion)?,
                 None if !waiting.is_empty() => return Err(self.driver.out_of_buffers()),
                 None => return Ok(()),

@@ -17,13 +17,14 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::checksums::Checksums;
-use super::driver::Driver;
 use super::origin::{payload, zero_gaps};
 use super::ports::{OriginalsProvider, PlacementLog, ResumePoint};
 use super::schedule::{Schedule, Work};
+use super::sink::drain;
 use crate::base::limits::EXCEPTION_BATCH_MAX;
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
+use crate::io::Driver;
 use crate::io::{Completion, Engine, FileIx};
 use crate::progress::{Observer, Phase};
 use crate::secondary::identity::Known;
@@ -70,7 +71,7 @@ pub fn confirm(job: ConfirmJob<'_>) -> Result<()> {
         run(&mut driver, &schedule, secondary.as_mut(), file, &mut resumed, facts, None)
     };
     let outcome = look();
-    driver.drain(false);
+    drain(&mut driver, false);
     secondary.leave();
     outcome.map_err(|error| error.state("nothing was written: everything is as the killed copy has left it"))
 }
@@ -254,13 +255,13 @@ fn read_back(
                 None => confirm.driver.engine.give_buffer(buffer),
             }
         }
-        match confirm.driver.next(None)? {
+        match confirm.driver.next_completion(None)? {
             Some(completion) => confirm.complete(completion)?,
             None if listed.peek().is_some() => return Err(confirm.driver.out_of_buffers()),
             None => break,
         }
     }
-    confirm.driver.end_phase();
+    confirm.driver.report();
     Ok(confirm.found)
 }
 

@@ -9,8 +9,8 @@
 
 use std::time::Duration;
 
-use super::driver::Driver;
 use crate::base::Result;
+use crate::io::Driver;
 use crate::io::FileIx;
 use crate::secondary::PlacedSegment;
 

@@ -14,16 +14,17 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::checksums::Checksums;
-use super::driver::{Driver, Sink};
 use super::durable::Durable;
 use super::origin::{Origin, payload};
 use super::placed::PlacedSet;
 use super::ports::{PlacementLog, Releases};
 use super::regions::{Order, Regions};
 use super::schedule::{Schedule, Work};
+use super::sink::Sink;
 use super::throttle::Throttle;
 use crate::base::{Bytes, Result, SegmentIx};
 use crate::extent::Extent;
+use crate::io::Driver;
 use crate::io::{Buffer, Completion};
 use crate::progress::Phase;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
@@ -129,14 +130,14 @@ pub(super) fn run(
         // At the end, what has landed waits for nothing but its sync.
         let is_end = pause.is_none() && pending.is_none() && fuzzy.driver.engine.in_flight() == 0;
         fuzzy.durable.advance(fuzzy.driver, is_end)?;
-        match fuzzy.driver.next(pause)? {
+        match fuzzy.driver.next_completion(pause)? {
             Some(completion) => fuzzy.complete(completion, throttle)?,
             None if pause.is_some() => {}
             None if pending.is_some() => return Err(fuzzy.driver.out_of_buffers()),
             None => break,
         }
     }
-    fuzzy.driver.end_phase();
+    fuzzy.driver.report();
     Ok(fuzzy.stats)
 }
 

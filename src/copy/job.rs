@@ -13,7 +13,6 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::checksums::Checksums;
-use super::driver::{Driver, Sink};
 use super::fuzzy::{self, FuzzyStats};
 use super::impact::ImpactWatch;
 use super::origin::Origin;
@@ -22,10 +21,12 @@ use super::placed::PlacedSet;
 use super::ports::{OriginalsProvider, PlacementLog, Releases, ResumePoint};
 use super::regions::Order;
 use super::schedule::Schedule;
+use super::sink::{Sink, drain};
 use super::throttle::Throttle;
 use super::{append, confirm, verify};
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::Extent;
+use crate::io::Driver;
 use crate::io::{Engine, FileIx};
 use crate::progress::{Observer, Phase, Silent};
 use crate::secondary::Secondary;
@@ -208,12 +209,12 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         if !confirmed.get() && error.kind() != ErrorKind::Interrupted {
             on_doubt();
             // Reads alone: whether they have ended or not, it stays as it is.
-            driver.drain(false);
+            drain(&mut driver, false);
             secondary.leave();
             return error.state("nothing was written: everything is as the killed copy has left it");
         }
         on_failure();
-        let is_drained = driver.drain(secondary.is_stream());
+        let is_drained = drain(&mut driver, secondary.is_stream());
         give_up(secondary.as_mut(), error, is_drained)
     })
 }
@@ -385,7 +386,7 @@ fn copy_and_lay_over(
     };
     crash_point("copy.originals.laid");
     store.provider.check_valid()?;
-    driver.end_phase();
+    driver.report();
     report.add_originals(stats, driver.now() - begin);
     Ok(())
 }
@@ -401,7 +402,7 @@ fn zero_absent(
         for step in gap.split(ABSENT_STEP) {
             for zeros in secondary.absent(&[step]).zeros {
                 while !sink.has_room() {
-                    let Some(completion) = driver.next(None)? else { break };
+                    let Some(completion) = driver.next_completion(None)? else { break };
                     sink.take(driver, completion)?;
                 }
                 sink.put_zeros(driver, zeros)?;

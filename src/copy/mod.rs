@@ -9,7 +9,6 @@ mod checksums;
 mod confirm;
 #[cfg(test)]
 mod device_tests;
-mod driver;
 mod durable;
 mod fuzzy;
 pub mod impact;
@@ -21,6 +20,7 @@ mod placed;
 mod ports;
 pub mod regions;
 pub mod schedule;
+mod sink;
 #[cfg(test)]
 mod tests;
 mod throttle;

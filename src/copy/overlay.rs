@@ -13,14 +13,15 @@
 use std::collections::HashMap;
 
 use super::checksums::Checksums;
-use super::driver::{Driver, Sink};
 use super::origin::{payload, payload_position, zero_gaps};
 use super::ports::OriginalsProvider;
 use super::schedule::{Schedule, Work};
+use super::sink::Sink;
 use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
 use crate::base::{Bytes, Error, ErrorKind, Result};
 use crate::extent::originals::{arrange, by_segment, total};
 use crate::extent::{Extent, Original};
+use crate::io::Driver;
 use crate::io::{Buffer, Completion, FileIx, Piece, Place};
 use crate::secondary::{Secondary, Segment, is_zero, zero_padding};
 
@@ -167,7 +168,7 @@ impl Overlay<'_, '_> {
                 let work = schedule.work(ix).expect("an original was cut to the block list");
                 self.start(Group { work, originals }, buffer)?;
             }
-            match self.driver.next(None)? {
+            match self.driver.next_completion(None)? {
                 Some(completion) => self.complete(completion)?,
                 None if groups.peek().is_some() => return Err(self.driver.out_of_buffers()),
                 None => return Ok(()),

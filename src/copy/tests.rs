@@ -569,7 +569,7 @@ fn an_interrupt_ends_the_copy() {
         asked.set(asked.get() + 1);
         Err(Error::new(ErrorKind::Interrupted, "interrupted by SIGINT"))
     };
-    std::thread::sleep(super::driver::POLL_INTERVAL);
+    std::thread::sleep(crate::io::POLL_INTERVAL);
     setup.world.borrow_mut().busy = 0;
     // The throttle makes the copy last longer than the poll interval.
     let origin = setup.world.borrow().origin.try_clone().unwrap();

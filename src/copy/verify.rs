@@ -7,11 +7,11 @@
 use std::collections::HashMap;
 
 use super::checksums::Checksums;
-use super::driver::Driver;
 use super::origin::{payload, zero_gaps};
 use super::overlay::check_crc;
 use super::schedule::{Schedule, Work};
 use crate::base::{Bytes, Result};
+use crate::io::Driver;
 use crate::io::{Buffer, Completion, FileIx};
 use crate::progress::Phase;
 use crate::secondary::{PAYLOAD_OFFSET, Secondary, Segment};
@@ -51,7 +51,7 @@ pub(super) fn run(
         if let Some(read) = next.take() {
             let Some(buffer) = verify.driver.engine.take_buffer() else {
                 next = Some(read);
-                match verify.driver.next(None)? {
+                match verify.driver.next_completion(None)? {
                     Some(completion) => verify.complete(completion)?,
                     None => return Err(verify.driver.out_of_buffers()),
                 }
@@ -61,12 +61,12 @@ pub(super) fn run(
             next = works.next();
             continue;
         }
-        match verify.driver.next(None)? {
+        match verify.driver.next_completion(None)? {
             Some(completion) => verify.complete(completion)?,
             None => break,
         }
     }
-    verify.driver.end_phase();
+    verify.driver.report();
     Ok(verify.bytes)
 }
 

@@ -4,6 +4,7 @@
 //! Nothing here knows what the bytes mean. Every engine passes one shared suite.
 
 pub mod block;
+mod driver;
 pub mod engine;
 mod handle;
 pub mod open;
@@ -15,6 +16,7 @@ pub mod transfer;
 pub mod uring;
 
 pub use block::BlockRead;
+pub use driver::{Driver, POLL_INTERVAL};
 pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place, Request};
 pub use open::{EnginePreference, open_engine};
 pub use sync_engine::SyncEngine;

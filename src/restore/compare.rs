@@ -15,6 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -25,10 +26,10 @@ use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx};
 use crate::extent::{ExtentSet, cut};
 use crate::format::archive::{FrameKind, Layout, MapEntry, MapState, OriginalsMode, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
-use crate::io::{Buffer, Completion};
+use crate::io::{Buffer, Completion, Driver};
 use crate::progress::{Observer, Phase};
 use crate::restore::input::{engine_config_for, too_many};
-use crate::restore::{FrameUser, Input, Io};
+use crate::restore::{FrameUser, Input};
 use crate::secondary::PAYLOAD_OFFSET;
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::sys::aligned::AlignedBuffer;
@@ -75,7 +76,7 @@ pub fn verify(
     let mut against = against.map(|path| Against::open(path, &superblock, is_stream)).transpose()?;
     let config = engine_config_for(&superblock);
     let mut engine = open_engine(config, EnginePreference::Auto)?;
-    let mut io = Io::new(engine.as_mut(), config.buffer_count, observer, interrupt);
+    let mut io = Driver::new(engine.as_mut(), observer, interrupt);
     let mut checker = FrameChecker::new(superblock.clone(), &input.description());
     let total = input.totals().map(|totals| totals.present_bytes + totals.originals_bytes);
     io.begin_phase(Phase::Verify, total);
@@ -87,7 +88,7 @@ pub fn verify(
     let read = input.read_all(&mut io, &mut checker, &mut user);
     let read = read.and_then(|totals| user.finish(&mut io, checker.seen()).map(|()| totals));
     if read.is_err() {
-        io.drain();
+        io.drain(Duration::MAX, true);
     }
     let absent_bytes = user.absent;
     let totals = read?;
@@ -103,7 +104,7 @@ pub fn verify(
         against: against.as_ref().map(|against| against.description.clone()),
         compared_bytes,
         absent_bytes,
-        seconds: io.elapsed().as_secs_f64(),
+        seconds: io.now().as_secs_f64(),
     };
     match against {
         Some(against) => against.judge(&report.archive).map(|()| report),
@@ -133,7 +134,7 @@ impl FrameUser for Comparer<'_> {
 
     fn frame(
         &mut self,
-        io: &mut Io<'_>,
+        io: &mut Driver<'_>,
         frame: &CheckedFrame,
         seen: &SegmentBits,
         buffer: Buffer,
@@ -159,7 +160,7 @@ impl FrameUser for Comparer<'_> {
         Ok(())
     }
 
-    fn completed(&mut self, _io: &mut Io<'_>, completion: Completion) -> Result<()> {
+    fn completed(&mut self, _io: &mut Driver<'_>, completion: Completion) -> Result<()> {
         unreachable!("verify has no requests of its own, and {} is none of the reader's", completion.token)
     }
 
@@ -171,7 +172,7 @@ impl FrameUser for Comparer<'_> {
 impl Comparer<'_> {
     /// What no data frame holds is zero, as far as the data goes. From a pipe the map comes last, and
     /// takes back what was not copied at all.
-    fn end_data(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
+    fn end_data(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
         let Some(against) = &mut self.against else { return Ok(()) };
         let Layout { origin_size, segment, .. } = against.layout;
         let zeros = AlignedBuffer::zeroed(segment.bytes().as_len());
@@ -197,7 +198,7 @@ impl Comparer<'_> {
     }
 
     /// An archive without a frame ends here.
-    fn finish(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
+    fn finish(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
         if self.stage == FrameKind::Data { self.end_data(io, seen) } else { Ok(()) }
     }
 }

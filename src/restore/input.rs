@@ -16,12 +16,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
-use super::io::{Io, POLL_INTERVAL};
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control};
 use crate::io::transfer::is_end_of_file;
-use crate::io::{Buffer, Completion, EngineConfig, Piece, Place};
+use crate::io::{Buffer, Completion, Driver, EngineConfig, POLL_INTERVAL, Piece, Place};
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::engine_config;
 
@@ -46,13 +45,13 @@ pub trait FrameUser {
     /// to the engine. `seen`: the segments that data frames were seen for.
     fn frame(
         &mut self,
-        io: &mut Io<'_>,
+        io: &mut Driver<'_>,
         frame: &CheckedFrame,
         seen: &SegmentBits,
         buffer: Buffer,
     ) -> Result<()>;
     /// One of the user's own requests has ended.
-    fn completed(&mut self, io: &mut Io<'_>, completion: Completion) -> Result<()>;
+    fn completed(&mut self, io: &mut Driver<'_>, completion: Completion) -> Result<()>;
     /// False while the user has enough in flight.
     fn has_room(&self) -> bool;
 }
@@ -134,7 +133,7 @@ impl Input {
     /// frame has been seen; the user may still have requests in flight.
     pub fn read_all(
         &self,
-        io: &mut Io<'_>,
+        io: &mut Driver<'_>,
         checker: &mut FrameChecker,
         user: &mut dyn FrameUser,
     ) -> Result<Totals> {
@@ -146,7 +145,7 @@ impl Input {
 }
 
 fn deliver(
-    io: &mut Io<'_>,
+    io: &mut Driver<'_>,
     checker: &mut FrameChecker,
     user: &mut dyn FrameUser,
     buffer: Buffer,
@@ -169,7 +168,7 @@ struct Ahead {
 
 fn read_file(
     archive: &ArchiveFile,
-    io: &mut Io<'_>,
+    io: &mut Driver<'_>,
     checker: &mut FrameChecker,
     user: &mut dyn FrameUser,
 ) -> Result<Totals> {
@@ -180,9 +179,11 @@ fn read_file(
     let layout = *checker.layout();
     let end = archive.totals().sequence_end();
     let length = layout.frame_bytes().as_len();
+    // Half of the buffers: the rest are for what is done with the frames.
+    let ahead_max = usize::from(engine_config_for(archive.superblock()).buffer_count / 2).max(1);
     let mut ahead = Ahead::default();
     while checker.next_sequence() < end {
-        while ahead.next < end && ahead.pending.len() + ahead.ready.len() < io.ahead_max() {
+        while ahead.next < end && ahead.pending.len() + ahead.ready.len() < ahead_max {
             let Some(buffer) = io.engine.take_buffer() else { break };
             let offset = crate::format::archive::frame_offset(ahead.next, layout.segment)
                 .expect("the tail superblock lies behind every frame");
@@ -198,7 +199,7 @@ fn read_file(
             deliver(io, checker, user, buffer)?;
             continue;
         }
-        let Some(completion) = io.next_completion()? else { return Err(io.out_of_buffers()) };
+        let Some(completion) = io.next_completion(None)? else { return Err(io.out_of_buffers()) };
         match ahead.pending.remove(&completion.token) {
             None => user.completed(io, completion)?,
             Some(sequence) => {
@@ -216,7 +217,12 @@ fn read_failed(error: Error, checker: &FrameChecker) -> Error {
 }
 
 impl Stream {
-    fn read(&self, io: &mut Io<'_>, checker: &mut FrameChecker, user: &mut dyn FrameUser) -> Result<Totals> {
+    fn read(
+        &self,
+        io: &mut Driver<'_>,
+        checker: &mut FrameChecker,
+        user: &mut dyn FrameUser,
+    ) -> Result<Totals> {
         let length = checker.layout().frame_bytes().as_len();
         loop {
             let mut buffer = self.free_buffer(io, user)?;
@@ -238,7 +244,7 @@ impl Stream {
         }
     }
 
-    fn fill(&self, memory: &mut [u8], io: &Io<'_>) -> Result<usize> {
+    fn fill(&self, memory: &mut [u8], io: &Driver<'_>) -> Result<usize> {
         fill(&self.file, memory, &self.description, io.interrupt)
     }
 
@@ -250,7 +256,7 @@ impl Stream {
 
     /// A buffer for the next frame, and room for what the user does with it. Takes completions on the
     /// way, so that they do not pile up.
-    fn free_buffer(&self, io: &mut Io<'_>, user: &mut dyn FrameUser) -> Result<Buffer> {
+    fn free_buffer(&self, io: &mut Driver<'_>, user: &mut dyn FrameUser) -> Result<Buffer> {
         while let Some(completion) = io.ended()? {
             user.completed(io, completion)?;
         }
@@ -260,7 +266,7 @@ impl Stream {
             {
                 return Ok(buffer);
             }
-            let Some(completion) = io.next_completion()? else { return Err(io.out_of_buffers()) };
+            let Some(completion) = io.next_completion(None)? else { return Err(io.out_of_buffers()) };
             user.completed(io, completion)?;
         }
     }

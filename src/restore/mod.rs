@@ -2,9 +2,7 @@
 
 pub mod compare;
 pub mod input;
-pub mod io;
 pub mod map;
 pub mod writer;
 
 pub use input::{ArchiveSource, FrameUser, Input};
-pub use io::Io;

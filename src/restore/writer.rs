@@ -14,15 +14,16 @@
 //! - memory: the engine's buffers, and a bit for each segment.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::input::{engine_config_for, with_state};
-use super::{FrameUser, Input, Io};
+use super::{FrameUser, Input};
 use crate::base::{Bytes, Extent, Result, SegmentIx};
 use crate::format::archive::{FrameFacts, FrameKind, Layout, MapEntry, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
-use crate::io::{Buffer, Completion, FileIx};
+use crate::io::{Buffer, Completion, Driver, FileIx};
 use crate::progress::{Observer, Phase};
 use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::raw::RawTarget;
@@ -72,7 +73,7 @@ pub fn write(
     let config = engine_config_for(&superblock);
     let mut engine = open_engine(config, EnginePreference::Auto)?;
     let name = engine.name();
-    let mut io = Io::new(engine.as_mut(), config.buffer_count, observer, interrupt);
+    let mut io = Driver::new(engine.as_mut(), observer, interrupt);
     match write_all(input, &mut io, &mut target) {
         Ok((totals, Amounts { written, zeroed, discarded })) => Ok(RestoreReport {
             archive: input.description(),
@@ -83,10 +84,10 @@ pub fn write(
             written_bytes: written,
             zeroed_bytes: zeroed,
             discarded_bytes: discarded,
-            seconds: io.elapsed().as_secs_f64(),
+            seconds: io.now().as_secs_f64(),
         }),
         Err(error) => {
-            io.drain();
+            io.drain(Duration::MAX, true);
             Err(match target.abandon() {
                 Ok(state) => with_state(error, state),
                 Err(undo) => error.with_failed_undo(undo),
@@ -102,7 +103,7 @@ struct Amounts {
     discarded: Bytes,
 }
 
-fn write_all(input: &Input, io: &mut Io<'_>, target: &mut RawTarget) -> Result<(Totals, Amounts)> {
+fn write_all(input: &Input, io: &mut Driver<'_>, target: &mut RawTarget) -> Result<(Totals, Amounts)> {
     let file = target.attach(io.engine)?;
     let mut checker = FrameChecker::new(input.superblock().clone(), &input.description());
     io.begin_phase(Phase::Data, input.totals().map(|totals| totals.present_bytes));
@@ -156,7 +157,7 @@ impl FrameUser for Writer<'_> {
 
     fn frame(
         &mut self,
-        io: &mut Io<'_>,
+        io: &mut Driver<'_>,
         frame: &CheckedFrame,
         seen: &SegmentBits,
         mut buffer: Buffer,
@@ -186,7 +187,7 @@ impl FrameUser for Writer<'_> {
         Ok(())
     }
 
-    fn completed(&mut self, io: &mut Io<'_>, completion: Completion) -> Result<()> {
+    fn completed(&mut self, io: &mut Driver<'_>, completion: Completion) -> Result<()> {
         let ended = self.in_flight.remove(&completion.token).expect("every token is a frame's or ours");
         self.zeros_in_flight -= usize::from(ended.is_zero);
         if let Some(buffer) = completion.buffer {
@@ -243,7 +244,7 @@ impl Writer<'_> {
         all
     }
 
-    fn put(&mut self, io: &mut Io<'_>, hull: Extent, placement: Placement, buffer: Buffer) -> Result<()> {
+    fn put(&mut self, io: &mut Driver<'_>, hull: Extent, placement: Placement, buffer: Buffer) -> Result<()> {
         for extent in placement.zeros {
             self.zero(io, extent)?;
         }
@@ -257,7 +258,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn zero(&mut self, io: &mut Io<'_>, extent: Extent) -> Result<()> {
+    fn zero(&mut self, io: &mut Driver<'_>, extent: Extent) -> Result<()> {
         self.zeroed += extent.length();
         let token = io.zero(self.file, extent)?;
         self.in_flight.insert(token, InFlight { hull: extent, is_zero: true });
@@ -266,7 +267,7 @@ impl Writer<'_> {
     }
 
     /// Waits until all of our requests have completed.
-    fn settle(&mut self, io: &mut Io<'_>) -> Result<()> {
+    fn settle(&mut self, io: &mut Driver<'_>) -> Result<()> {
         while !self.in_flight.is_empty() {
             let tokens = &self.in_flight;
             let completion = io.next_of(&|token| tokens.contains_key(&token))?;
@@ -276,7 +277,7 @@ impl Writer<'_> {
     }
 
     /// Step 2, between the data frames and what follows.
-    fn end_data(&mut self, io: &mut Io<'_>, seen: &SegmentBits, next: FrameKind) -> Result<()> {
+    fn end_data(&mut self, io: &mut Driver<'_>, seen: &SegmentBits, next: FrameKind) -> Result<()> {
         self.settle(io)?;
         // A new file reads as zeros where nothing was written.
         if self.target.is_device() {
@@ -300,12 +301,13 @@ impl Writer<'_> {
             self.settle(io)?;
         }
         if next == FrameKind::Originals {
+            io.report();
             io.begin_phase(Phase::Originals, self.originals_total);
         }
         Ok(())
     }
 
-    fn zero_run(&mut self, io: &mut Io<'_>, run: Option<Extent>) -> Result<()> {
+    fn zero_run(&mut self, io: &mut Driver<'_>, run: Option<Extent>) -> Result<()> {
         let Some(run) = run else { return Ok(()) };
         if !self.has_room() {
             self.settle(io)?;
@@ -315,7 +317,7 @@ impl Writer<'_> {
     }
 
     /// Waits for the last requests. An archive without a frame ends here as well.
-    fn finish(&mut self, io: &mut Io<'_>, seen: &SegmentBits) -> Result<()> {
+    fn finish(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
         if self.stage == FrameKind::Data {
             self.end_data(io, seen, FrameKind::Map)?;
         }
