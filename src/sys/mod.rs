@@ -3,6 +3,8 @@
 //! May use [`base`](crate::base) and nothing else of the crate. Decides no policy: a caller says
 //! what to do, this module says what the kernel answered, errno included.
 
+#![allow(unsafe_code, reason = "this module is where it belongs")]
+
 pub mod aligned;
 pub mod block;
 pub mod dm_ioctl;

@@ -1,5 +1,5 @@
-//! Reads Rust source just well enough for the checks: which characters are code, where functions begin and
-//! end, which modules a file reaches. It knows comments (nested), strings (raw ones too), characters and
+//! Reads Rust source just well enough for the checks: which characters are code, and which modules a
+//! file reaches. It knows comments (nested), strings (raw ones too), characters and
 //! lifetimes; it does not expand macros.
 
 /// Replaces comments, strings and characters by spaces. Line breaks stay, so line numbers do.
@@ -95,62 +95,6 @@ fn end_of_character(text: &[char], quote: usize) -> usize {
         (Some(_), Some('\'')) => quote + 3,
         _ => quote,
     }
-}
-
-/// The words of the code and the line, from 1, that each is on; other characters are left out.
-pub fn words(code: &str) -> Vec<(&str, usize)> {
-    let mut all = Vec::new();
-    for (number, line) in code.lines().enumerate() {
-        let parts = line.split(|c: char| !is_word(c)).filter(|word| !word.is_empty());
-        all.extend(parts.map(|word| (word, number + 1)));
-    }
-    all
-}
-
-/// A function: its name, the line of its `fn`, and how many lines it has up to its closing brace.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Function {
-    pub name: String,
-    pub line: usize,
-    pub lines: usize,
-}
-
-/// Every function that has a body.
-pub fn functions(code: &str) -> Vec<Function> {
-    let text: Vec<char> = code.chars().collect();
-    let mut all = Vec::new();
-    for at in word_positions(&text, "fn") {
-        let name_at = find(&text, at + 2, |i| !text[i].is_whitespace());
-        let name_end = find(&text, name_at, |i| !is_word(text[i]));
-        if name_at == name_end {
-            continue;
-        }
-        let Some(open) = body_of(&text, name_end) else { continue };
-        let close = matching_brace(&text, open);
-        let line_of = |i: usize| text[..i].iter().filter(|c| **c == '\n').count() + 1;
-        all.push(Function {
-            name: text[name_at..name_end].iter().collect(),
-            line: line_of(at),
-            lines: line_of(close) - line_of(at) + 1,
-        });
-    }
-    all
-}
-
-/// The opening brace of a function's body; None for a declaration, which a semicolon ends. Semicolons and
-/// braces inside brackets (`[u8; 4]`, `[(); { N }]`) belong to types.
-fn body_of(text: &[char], from: usize) -> Option<usize> {
-    let mut depth = 0_usize;
-    for (i, c) in text.iter().enumerate().skip(from) {
-        match c {
-            '(' | '[' => depth += 1,
-            ')' | ']' => depth = depth.saturating_sub(1),
-            '{' if depth == 0 => return Some(i),
-            ';' if depth == 0 => return None,
-            _ => {}
-        }
-    }
-    None
 }
 
 fn matching_brace(text: &[char], open: usize) -> usize {
