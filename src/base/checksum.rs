@@ -1,4 +1,4 @@
-//! CRC-32C (Castagnoli), the hardware's own on x86-64 and aarch64, with a salt by kind of block.
+//! CRC-32C (Castagnoli), which x86-64 and aarch64 compute in hardware; salted by the kind of block.
 
 /// CRC-32C of `data`.
 #[must_use]
@@ -6,13 +6,14 @@ pub fn crc32c(data: &[u8]) -> u32 {
     ::crc32c::crc32c(data)
 }
 
-/// CRC-32C of what `crc` covered followed by `data`.
+/// CRC-32C of the data that `crc` covers, followed by `data`.
 #[must_use]
 pub fn crc32c_append(crc: u32, data: &[u8]) -> u32 {
     ::crc32c::crc32c_append(crc, data)
 }
 
-/// CRC-32C of `salt` followed by `data`: a block of one kind never passes for one of another.
+/// CRC-32C of `salt` followed by `data`. The salt keeps a block of one kind from passing for a block of
+/// another.
 #[must_use]
 pub fn crc32c_salted(salt: &[u8], data: &[u8]) -> u32 {
     crc32c_append(crc32c(salt), data)

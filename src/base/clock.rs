@@ -1,4 +1,4 @@
-//! The two clocks: UTC for people and superblocks, monotonic for durations.
+//! The two clocks: UTC for people and superblocks, monotonic time for durations.
 
 use std::time::{Duration, Instant};
 

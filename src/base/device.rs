@@ -1,4 +1,4 @@
-//! The kernel's name for a device: major and minor number.
+//! A device by the kernel's number for it: major and minor.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Result};
 
-/// A device number. Printed and read as the kernel's tables have it: "253:4".
+/// A device number. Printed and parsed in the form of the kernel's tables: "253:4".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DeviceNumber {
@@ -18,13 +18,13 @@ pub struct DeviceNumber {
 }
 
 impl DeviceNumber {
-    /// From what stat() gives in `st_dev` or `st_rdev`.
+    /// From `st_dev` or `st_rdev` of stat(2).
     #[must_use]
     pub fn from_dev(dev: libc::dev_t) -> Self {
         Self { major: libc::major(dev), minor: libc::minor(dev) }
     }
 
-    /// As stat() and mknod() have it.
+    /// As stat(2) and mknod(2) take it.
     #[must_use]
     pub fn to_dev(self) -> libc::dev_t {
         libc::makedev(self.major, self.minor)
@@ -39,7 +39,7 @@ impl fmt::Display for DeviceNumber {
 
 impl FromStr for DeviceNumber {
     type Err = Error;
-    /// Reads "253:4".
+    /// Parses "253:4".
     fn from_str(text: &str) -> Result<Self> {
         text.trim()
             .split_once(':')

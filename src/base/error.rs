@@ -1,8 +1,8 @@
-//! One error type for the whole crate: a stable kind, what failed on what, what state is left,
-//! what to do next, and the cause.
+//! One error type for the whole crate: a stable kind, what failed and on what, the state that is left, what
+//! to do next, and the cause.
 //!
-//! Callers match [`ErrorKind`], never text. The errno of the first failed system call survives in
-//! the source chain and is found by [`Error::errno`].
+//! Callers match [`ErrorKind`], never the text. The errno of the first failed system call stays in the source
+//! chain; [`Error::errno`] finds it.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -11,7 +11,7 @@ use std::io;
 /// Result with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something failed, as far as a caller may act on it. Decides the exit code.
+/// Why something failed, as far as a caller can act on it. The kind decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -19,21 +19,21 @@ pub enum ErrorKind {
     Usage,
     /// The state of the system forbids it: mounted, too small, unsupported stack (exit code 3).
     Refused,
-    /// Data was read whole but is wrong: checksum, magic, truncation (exit code 4).
+    /// Data was read in full but is wrong: checksum, magic, truncation (exit code 4).
     BadData,
     /// A signal asked us to stop and everything was put back (exit code 130).
     Interrupted,
     /// A read, write or sync failed.
     Io,
-    /// No space left where bytes had to go.
+    /// No space is left for the bytes to be written.
     NoSpace,
-    /// The kernel refused or answered nonsense: an ioctl, a table, a status line.
+    /// The kernel refused a request or returned an invalid answer: an ioctl, a table, a status line.
     Kernel,
     /// The snapshot became invalid: its store failed or filled up.
     StoreInvalid,
     /// A time limit ran out (freeze budget, udev, a hook).
     Timeout,
-    /// Something outside us failed: a hook, an external process.
+    /// Something outside this process failed: a hook, an external process.
     External,
 }
 
@@ -80,12 +80,12 @@ struct Inner {
     source: Option<Source>,
 }
 
-/// An error: kind, what failed on what, state left, next step, failed undos, cause.
+/// An error: its kind, what failed and on what, the state left, the next step, failed undo steps, the cause.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
 impl Error {
-    /// A new error; `what` says what failed, on what: "read of 4096 bytes at 8192 of /dev/sda".
+    /// A new error. `what` names what failed and on what: "read of 4096 bytes at 8192 of /dev/sda".
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -133,7 +133,7 @@ impl Error {
         self
     }
 
-    /// Adds the state things are left in: "the origin is untouched".
+    /// Adds the state that is left: "the origin is untouched".
     #[must_use]
     pub fn state(mut self, state: impl Into<String>) -> Self {
         self.0.state = Some(state.into());
@@ -147,10 +147,10 @@ impl Error {
         self
     }
 
-    /// Of several failures the first, with the others as undo steps that failed too.
+    /// The first of several failures; the others are added to it as failed undo steps.
     ///
     /// # Errors
-    /// Where there is one.
+    /// The first failure, if there is one.
     pub fn first_of(failures: impl IntoIterator<Item = Self>) -> Result<()> {
         match failures.into_iter().reduce(Self::with_failed_undo) {
             None => Ok(()),
@@ -158,7 +158,7 @@ impl Error {
         }
     }
 
-    /// Adds an undo step that failed too; both are reported.
+    /// Adds an undo step that failed as well; both errors are reported.
     #[must_use]
     pub fn with_failed_undo(mut self, undo: Error) -> Self {
         self.0.undo.push(undo);
@@ -174,7 +174,7 @@ impl Error {
         }
     }
 
-    /// Puts this error beneath a wider description, keeping kind, state, next step and undo errors.
+    /// Adds a wider description in front; keeps the kind, state, next step and failed undo steps.
     #[must_use]
     pub fn context(mut self, what: impl Into<String>) -> Self {
         let inner = std::mem::take(&mut self.0.what);
@@ -188,15 +188,15 @@ impl Error {
         self.0.kind
     }
 
-    /// Replaces the kind, where a caller knows better than the callee what it means.
+    /// Replaces the kind, where the caller knows better than the callee what the failure means.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
         self
     }
 
-    /// The process's exit code: the kind's, but 130 ("put back") and 3 ("nothing was changed") only
-    /// where that is so: after a failed undo it is 1.
+    /// The process's exit code: that of the kind. 130 ("everything put back") and 3 ("nothing was changed")
+    /// become 1 after a failed undo step, since they are not true then.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self.kind() {
@@ -211,13 +211,13 @@ impl Error {
         &self.0.what
     }
 
-    /// The state things are left in, if said.
+    /// The state that is left, where it was given.
     #[must_use]
     pub fn state_left(&self) -> Option<&str> {
         self.0.state.as_deref()
     }
 
-    /// What to do next, if said.
+    /// What to do next, where it was given.
     #[must_use]
     pub fn next_step(&self) -> Option<&str> {
         self.0.next.as_deref()
@@ -249,13 +249,13 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// `what: cause`, one line; state, next step and failed undos are the caller's to lay out.
+    /// `what: cause` on one line. The caller lays out state, next step and failed undo steps.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.what)?;
         let mut at = self.source();
         while let Some(cause) = at {
             write!(f, ": {cause}")?;
-            // Our own Display already walks its chain.
+            // Our own Display already prints the chain below it.
             if cause.is::<Error>() {
                 break;
             }
@@ -274,9 +274,9 @@ impl StdError for Error {
     }
 }
 
-/// Context for foreign results.
+/// Adds context to results of other crates.
 pub trait ResultExt<T> {
-    /// Turns a foreign error into [`Error::io`] with what failed on what.
+    /// Converts a foreign error with [`Error::io`]; `what` names what failed and on what.
     fn io_context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
@@ -315,7 +315,11 @@ mod tests {
             let error = Error::new(kind, "stopped");
             assert_eq!(error.exit_code(), kind.exit_code());
             let undo = Error::new(ErrorKind::Kernel, "putting back");
-            assert_eq!(error.with_failed_undo(undo).exit_code(), 1, "what is not put back is no 130 or 3");
+            assert_eq!(
+                error.with_failed_undo(undo).exit_code(),
+                1,
+                "130 and 3 are false after a failed undo"
+            );
         }
     }
 }

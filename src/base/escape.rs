@@ -1,7 +1,8 @@
-//! What may a string that somebody else chose do to a terminal? Nothing: its control characters are shown, not sent.
+//! Escapes text from outside (names in archives, of devices, files and mount points) before it reaches a
+//! terminal.
 //!
-//! Names in archives, of devices, files and mount points are other people's. [`word`] is for a string that belongs
-//! within a line; [`text`] for text of ours, whose ends of lines are layout.
+//! Control characters are shown as escapes, never sent, so that no such name can control the terminal.
+//! [`word`] is for a string within a line; [`text`] is for text of our own, whose line ends are layout.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -9,29 +10,30 @@ use std::path::PathBuf;
 
 use serde::Serializer;
 
-/// True for what a terminal may obey, or what changes the order in which text is shown: the controls of C0 and C1,
-/// DEL, the separators of lines and paragraphs, marks and overrides of direction (Unicode, UAX #9).
+/// True for characters that a terminal may obey or that change the order in which text is shown: C0 and C1
+/// controls, DEL, line and paragraph separators, and the marks and overrides of text direction (Unicode, UAX
+/// #9).
 fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// `string`, with everything unsafe as `\x1b` or `\u{202e}`.
+/// `string` with every unsafe character as `\x1b` or `\u{202e}`.
 #[must_use]
 pub fn word(string: &str) -> Cow<'_, str> {
     escape(string, is_unsafe)
 }
 
-/// As [`word`], but ends of lines and tabs stay.
+/// As [`word`], but line ends and tabs stay.
 #[must_use]
 pub fn text(string: &str) -> Cow<'_, str> {
     escape(string, |c| is_unsafe(c) && c != '\n' && c != '\t')
 }
 
-/// A JSON text whose strings have nothing unsafe in them: what JSON lets stand, as its own escapes.
+/// JSON text without unsafe characters in its strings: those that JSON permits are replaced by JSON escapes.
 #[must_use]
 pub fn json(text: String) -> String {
-    // All of these are in the basic plane; outside of strings JSON has none of them.
+    // All of these are in the basic plane. Outside of strings JSON has none of them.
     let is_left = |c: char| is_unsafe(c) && c >= '\u{7f}';
     if !text.contains(is_left) {
         return text;
@@ -48,7 +50,7 @@ pub fn json(text: String) -> String {
     escaped
 }
 
-/// Paths as strings, for readers of JSON: what is no UTF-8 in them shows as U+FFFD.
+/// Paths as strings in JSON. Bytes that are not UTF-8 become U+FFFD.
 ///
 /// # Errors
 /// The serializer's.
@@ -77,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_terminal_would_obey_is_shown() {
+    fn control_characters_are_escaped() {
         assert_eq!(word("plain, \u{e4}\u{4e16}"), "plain, \u{e4}\u{4e16}");
         assert_eq!(word("a\u{1b}[2J\n\u{7f}\u{9b}1m"), "a\\x1b[2J\\x0a\\x7f\\x9b1m");
         assert_eq!(word("\u{202e}txt"), "\\u{202e}txt");

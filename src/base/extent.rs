@@ -1,4 +1,4 @@
-//! A byte range of a device, never empty: what formats, block lists and engines all speak of.
+//! A byte range of a device, never empty. Formats, block lists and engines all use it.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ impl Extent {
     pub fn start(self) -> Bytes {
         self.start
     }
-    /// The byte behind the last one.
+    /// The byte after the last one.
     #[must_use]
     pub fn end(self) -> Bytes {
         self.end
@@ -44,12 +44,12 @@ impl Extent {
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
-    /// True where the two share a byte.
+    /// True where the two have a byte in common.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         self.intersection(other).is_some()
     }
-    /// In parts of at most `length` bytes (at least 1), in order.
+    /// Cut into parts of at most `length` bytes (at least 1), in order.
     pub fn split(self, length: Bytes) -> impl Iterator<Item = Self> {
         let mut rest = Some(self);
         std::iter::from_fn(move || {

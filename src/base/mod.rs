@@ -1,6 +1,6 @@
-//! What everything else stands on: errors, units, checked arithmetic, checksums, limits, clock.
+//! The foundation of all other modules: errors, units, checked arithmetic, checksums, limits, clock.
 //!
-//! Pure except [`clock`]; must not import any other module of the crate.
+//! Pure except [`clock`]. Must not import any other module of the crate.
 
 pub mod checksum;
 pub mod clock;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// The directory that a file is in, or is to be.
+/// The directory of a file that exists or will be created.
 pub fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

@@ -1,7 +1,7 @@
-//! Units as types, so that sectors are never taken for bytes, and arithmetic that never wraps.
+//! Units as types, so that sectors cannot be mistaken for bytes, and arithmetic that never wraps.
 //!
-//! `Add`, `Sub` and `Mul` on these types panic on overflow: a broken invariant. Values that come
-//! from disk or from a user go through the `checked_*` functions first and become an error.
+//! `Add`, `Sub` and `Mul` on these types panic on overflow, which is a broken invariant. Values from disk or
+//! from the user go through the `checked_*` functions first, whose failure becomes an error.
 
 use std::fmt;
 use std::iter::Sum;
@@ -119,7 +119,7 @@ impl Bytes {
     pub fn from_len(len: usize) -> Self {
         Self(u64::try_from(len).expect("usize is at most 64 bits on Linux"))
     }
-    /// As a length in memory; the panic would mean a 32-bit host and an unbounded buffer.
+    /// As a length in memory. It panics only on a 32-bit host with an unbounded buffer.
     #[must_use]
     pub fn as_len(self) -> usize {
         usize::try_from(self.0).expect("a buffer length fits usize")
@@ -290,8 +290,8 @@ macro_rules! power_of_two {
 }
 
 power_of_two!(
-    /// The unit of copy-on-write, a power of two of bytes, at least 4 KiB: zram's logical block is
-    /// 4 KiB, and the kernel wants a chunk to be a multiple of the store's block.
+    /// The unit of copy-on-write, a power of two, at least 4 KiB: zram's logical block is 4 KiB, and the
+    /// kernel requires a chunk to be a multiple of the store's block.
     ChunkSize,
     Bytes::kib(4),
     Bytes::mib(1),
