@@ -1,10 +1,10 @@
-//! The extents still to be copied, in the order in which both sides like them: ascending.
+//! The extents still to be copied, in ascending order, which suits reading and writing alike.
 
 use super::{Extent, ExtentSet};
 use crate::base::{Bytes, SegmentIx, SegmentSize};
 
-/// Extents in ascending order, coalesced; segments are cut as they are asked for, so a device of any
-/// size costs no more than its runs.
+/// Extents in ascending order, coalesced. Segments are cut when they are asked for, so the memory depends on
+/// the number of runs and not on the size of the device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockList {
     runs: Vec<Extent>,
@@ -29,15 +29,15 @@ impl BlockList {
         self.runs.iter().map(|run| run.length()).sum()
     }
 
-    /// The list cut at multiples of the segment size; a segment appears once for each run that it
-    /// holds a part of, and segments ascend.
+    /// The list cut at multiples of the segment size. A segment appears once for each run that reaches into
+    /// it; segments ascend.
     pub fn segments(&self, size: SegmentSize) -> impl Iterator<Item = (SegmentIx, Extent)> + '_ {
         self.runs.iter().flat_map(move |run| cut(*run, size))
     }
 
-    /// The list with at most `parts_max` (at least 1) extents in each segment: a frame names no more. Where
-    /// there are more, the smallest gaps between them are filled: what was in them is copied too, so
-    /// this is to be asked before the origin's table says what is preserved.
+    /// The list with at most `parts_max` (at least 1) extents in each segment, since a frame names no more.
+    /// Where a segment has more, its smallest gaps are filled. Their content is then copied too, so this must
+    /// be decided before the origin's table says what is preserved.
     #[must_use]
     pub fn with_parts_max(&self, size: SegmentSize, parts_max: usize) -> Self {
         let mut set = ExtentSet::new();

@@ -1,35 +1,35 @@
-//! Which free ranges are worth leaving out of a copy, and what is then left to be copied?
+//! Which free ranges are worth leaving out of a copy, and what is left to be copied.
 //!
-//! Invariants: what is left out is free to the last byte and consists of whole chunks (the origin's
-//! last one may be a part); it is sorted, no two ranges touch, and their number is bounded. Together
-//! with what is left to be copied it is the whole origin, each byte once. Decides nothing about
-//! *what* is free: `volume::free` does.
+//! Invariants: what is left out is free to the last byte and consists of whole chunks (the origin's last
+//! chunk may be partial). It is sorted, no two ranges touch, and their number is bounded. Together with what
+//! is left to be copied it covers the origin, each byte once. This module does not decide *what* is free:
+//! `volume::free` does.
 
 use super::{BlockList, Extent, ExtentSet};
 use crate::base::limits::{FREE_RANGE_BYTES_MIN, FREE_RANGES_MAX};
 use crate::base::{Bytes, ChunkSize};
 
-/// What bounds the ranges that are left out.
+/// Limits on the ranges that are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FreeLimits {
-    /// The unit of copy-on-write: a chunk that is free in part is preserved and copied whole.
+    /// The unit of copy-on-write: a chunk that is free only in part is preserved and copied whole.
     pub chunk: ChunkSize,
     /// The smallest range.
     pub range_min: Bytes,
-    /// Most ranges; the largest stay.
+    /// Most ranges; the largest are kept.
     pub count_max: usize,
 }
 
 impl FreeLimits {
-    /// The limits by name, for a chunk.
+    /// The named limits of [`crate::base::limits`], for a chunk size.
     #[must_use]
     pub fn for_chunk(chunk: ChunkSize) -> Self {
         Self { chunk, range_min: FREE_RANGE_BYTES_MIN, count_max: FREE_RANGES_MAX }
     }
 }
 
-/// The ranges of `free` (in any order, overlapping or not) that a copy of an origin of `size` bytes
-/// leaves out. See the module's head.
+/// The ranges of `free` (in any order, overlapping or not) that a copy of an origin of `size` bytes leaves
+/// out: whole chunks, sorted, within `limits`.
 #[must_use]
 pub fn skippable(free: &[Extent], size: Bytes, limits: &FreeLimits) -> Vec<Extent> {
     let merged: ExtentSet = free.iter().copied().collect();
@@ -41,8 +41,8 @@ pub fn skippable(free: &[Extent], size: Bytes, limits: &FreeLimits) -> Vec<Exten
     kept
 }
 
-/// What is left to be copied of an origin of `size` bytes, `skipped` being left out: as
-/// `copy::Schedule` takes it.
+/// What is left to be copied of an origin of `size` bytes without `skipped`, in the form that
+/// `copy::Schedule` takes.
 #[must_use]
 pub fn needed(skipped: &[Extent], size: Bytes) -> Vec<Extent> {
     let skipped: ExtentSet = skipped.iter().copied().collect();
@@ -50,18 +50,19 @@ pub fn needed(skipped: &[Extent], size: Bytes) -> Vec<Extent> {
     BlockList::new(whole.into_iter().flat_map(|whole| skipped.gaps_in(whole))).runs().to_vec()
 }
 
-/// The whole chunks in `extent`; the origin's last chunk is whole where it ends with the origin.
+/// The whole chunks in `extent`. The origin's last chunk counts as whole where the extent reaches the
+/// origin's end.
 fn inward(extent: Extent, size: Bytes, chunk: ChunkSize) -> Option<Extent> {
     let extent = extent.intersection(Extent::new(Bytes::ZERO, size)?)?;
     let unit = chunk.bytes();
-    // No overflow: a chunk that begins behind the origin's end begins behind the extent's, too.
+    // No overflow: a chunk that begins past the origin's end begins past the extent's end, too.
     let start = extent.start().align_down(unit);
     let start = if start == extent.start() { start } else { start.checked_add(unit)? };
     let end = if extent.end() == size { size } else { extent.end().align_down(unit) };
     Extent::new(start, end)
 }
 
-/// The largest extents of a list of any length, in memory that is taken once: the list is read while
+/// The largest extents of a list of any length. Memory is allocated once, because the list is read while
 /// filesystems are frozen. Extents that touch are one.
 #[derive(Debug)]
 pub struct Largest {
@@ -78,7 +79,7 @@ impl Largest {
         Self { kept: Vec::with_capacity(count_max), count_max, last: None }
     }
 
-    /// Forgets everything, not the memory.
+    /// Forgets the extents and keeps the memory.
     pub fn clear(&mut self) {
         self.kept.clear();
         self.last = None;
@@ -96,7 +97,7 @@ impl Largest {
         };
     }
 
-    /// What is kept, in no order.
+    /// The extents that were kept, in no order.
     pub fn finish(&mut self) -> &[Extent] {
         self.settle();
         &self.kept
@@ -105,7 +106,7 @@ impl Largest {
     fn settle(&mut self) {
         let Some(extent) = self.last.take() else { return };
         if self.kept.len() == self.count_max {
-            // In place: sorting without keeping the order of equals takes no memory.
+            // In place: an unstable sort allocates no memory.
             self.kept.sort_unstable_by_key(|extent| std::cmp::Reverse(extent.length()));
             self.kept.truncate(self.count_max / 2);
         }
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_holds_no_more_extents_than_is_said() {
+    fn a_frame_holds_no_more_extents_than_documented() {
         // The worst case: free ranges of the least size, one chunk of data between two.
         let size = SegmentSize::MAX * 2;
         let step = FREE_RANGE_BYTES_MIN + ChunkSize::MIN;

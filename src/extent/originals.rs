@@ -1,4 +1,4 @@
-//! Originals in the order in which they are laid over a copy.
+//! Originals in the order in which they are applied to a copy.
 
 use super::{Original, block_list};
 use crate::base::{Bytes, SegmentIx, SegmentSize};
@@ -12,7 +12,7 @@ impl Original {
         Some(Self { extent: part, store_offset: self.store_offset + (part.start() - self.extent.start()) })
     }
 
-    /// True where `next` continues this one on the origin and in the store.
+    /// True where `next` directly follows this one both on the origin and in the store.
     #[must_use]
     pub fn continues_with(&self, next: &Self) -> bool {
         self.extent.end() == next.extent.start()
@@ -20,7 +20,7 @@ impl Original {
     }
 }
 
-/// Sorts by destination and merges those that continue each other on both sides.
+/// Sorts by destination, and merges originals that follow each other on both sides.
 #[must_use]
 pub fn arrange(mut originals: Vec<Original>) -> Vec<Original> {
     originals.sort_unstable();
@@ -28,15 +28,15 @@ pub fn arrange(mut originals: Vec<Original>) -> Vec<Original> {
         let continues = last.continues_with(next);
         if continues {
             last.extent =
-                Extent::new(last.extent.start(), next.extent.end()).expect("the next ends behind the last");
+                Extent::new(last.extent.start(), next.extent.end()).expect("the next ends after the last");
         }
         continues
     });
     originals
 }
 
-/// The originals of each segment of the destination, cut at its ends; `originals` as [`arrange`]
-/// leaves them. Holds one segment's originals at a time.
+/// The originals of each segment of the destination, cut at segment ends. `originals`: the result of
+/// [`arrange`]. Holds the originals of one segment at a time.
 pub fn by_segment(
     originals: &[Original],
     size: SegmentSize,

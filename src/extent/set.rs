@@ -6,7 +6,7 @@ use std::ops::Bound;
 use super::Extent;
 use crate::base::Bytes;
 
-/// See the module's head. Memory: one entry for each run.
+/// A set of bytes. Memory: one entry for each run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExtentSet {
     /// Start and end of each run; no two touch.
@@ -43,7 +43,7 @@ impl ExtentSet {
         self.runs.iter().map(|(start, end)| Extent::new(*start, *end).expect("runs are never empty"))
     }
 
-    /// The runs that share a byte with `extent`, in order, whole.
+    /// The whole runs that share a byte with `extent`, in order.
     fn touching(&self, extent: Extent) -> impl Iterator<Item = (Bytes, Bytes)> + '_ {
         let first = self.runs.range(..=extent.start()).next_back().filter(move |run| *run.1 > extent.start());
         let rest = (Bound::Excluded(extent.start()), Bound::Excluded(extent.end()));
@@ -59,15 +59,15 @@ impl ExtentSet {
             start = before;
             end = end.max(until);
         }
-        // Each run is swallowed once: amortized over the inserts that made it.
-        while let Some((swallowed, until)) = self.runs.range(start..=end).next().map(|run| (*run.0, *run.1)) {
-            self.runs.remove(&swallowed);
+        // Each run is removed once: amortized over the inserts that made it.
+        while let Some((absorbed, until)) = self.runs.range(start..=end).next().map(|run| (*run.0, *run.1)) {
+            self.runs.remove(&absorbed);
             end = end.max(until);
         }
         self.runs.insert(start, end);
     }
 
-    /// Takes every byte of `extent` out.
+    /// Removes every byte of `extent`.
     pub fn remove(&mut self, extent: Extent) {
         let touched: Vec<(Bytes, Bytes)> = self.touching(extent).collect();
         for (start, end) in touched {

@@ -1,4 +1,4 @@
-//! Sets, block lists and originals against a byte-by-byte oracle.
+//! Sets, block lists and originals, compared with a byte-by-byte oracle.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ fn extents() -> impl Strategy<Value = Extent> {
     (0u64..120, 1u64..30).prop_map(|(start, length)| extent(start, start + length))
 }
 
-/// The oracle: every byte by itself.
+/// The oracle: every byte as an entry of its own.
 fn bytes(extents: impl IntoIterator<Item = Extent>) -> BTreeSet<u64> {
     extents.into_iter().flat_map(|extent| extent.start().get()..extent.end().get()).collect()
 }
@@ -80,7 +80,7 @@ proptest! {
     }
 
     #[test]
-    fn arranged_originals_say_the_same(order in Just((0u64..60).collect::<Vec<_>>()).prop_shuffle(), kept in prop::collection::vec(any::<bool>(), 60)) {
+    fn arranging_originals_keeps_every_chunks_place(order in Just((0u64..60).collect::<Vec<_>>()).prop_shuffle(), kept in prop::collection::vec(any::<bool>(), 60)) {
         // Chunk `old` of the origin has its original in chunk `new` of the store.
         let chunk = SegmentSize::MIN.get() / 4;
         let originals: Vec<Original> = order.iter().enumerate()
