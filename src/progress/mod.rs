@@ -1,4 +1,5 @@
-//! What a running copy tells its observer. Plain values: `cli` draws them, scripts get them as JSON.
+//! Events that a running copy reports to its observer. Plain values: `cli` draws them, scripts read them as
+//! JSON.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ pub enum Phase {
     Instant,
     /// The fuzzy copy: reading the origin below the snapshot.
     Data,
-    /// Originals are laid over it or appended.
+    /// Originals are applied to the fuzzy copy, or appended to it.
     Originals,
     /// Re-reading the secondary.
     Verify,
@@ -37,7 +38,7 @@ pub struct StoreFill {
     pub ram_used_bytes: Bytes,
     /// Bytes allocated in the tail, on disk.
     pub disk_used_bytes: Bytes,
-    /// Exceptions, as far as known.
+    /// Exceptions, as far as the count is known.
     pub exceptions: u64,
     /// Measured fill rate, bytes per second.
     pub fill_bytes_per_second: u64,
@@ -45,13 +46,13 @@ pub struct StoreFill {
     pub exceptions_per_second: u64,
 }
 
-/// How many segments of a copy are on the secondary (or on their way).
+/// How many segments of a copy are on the secondary or being written to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SegmentCount {
-    /// Those.
+    /// Segments done.
     #[serde(rename = "segments_done")]
     pub done: u64,
-    /// All that are copied.
+    /// Segments to be copied in all.
     #[serde(rename = "segments_total")]
     pub total: u64,
 }
@@ -61,14 +62,14 @@ pub struct SegmentCount {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
-    /// A phase begins; `total` bytes of work where known.
+    /// A phase begins; `total`: its bytes of work, where known.
     Phase { phase: Phase, total: Option<Bytes> },
     /// Bytes of the current phase done so far.
     Progress {
         phase: Phase,
         done: Bytes,
         total: Option<Bytes>,
-        /// Of the data phase.
+        /// In the data phase only.
         #[serde(flatten)]
         segments: Option<SegmentCount>,
     },
@@ -82,8 +83,8 @@ pub enum Event {
         #[serde(rename = "suspended_seconds", serialize_with = "clock::seconds")]
         suspended: Duration,
     },
-    /// A region was released: `released` of `total` so far, `released_bytes` in all; this release held the
-    /// origin for `stall`, none for longer than `longest_stall`.
+    /// A region was released: `released` of `total` regions so far, `released_bytes` in all. This release
+    /// held the origin for `stall`; no release held it for longer than `longest_stall`.
     Regions {
         released: u64,
         total: u64,
@@ -93,9 +94,9 @@ pub enum Event {
         #[serde(rename = "longest_stall_seconds", serialize_with = "clock::seconds")]
         longest_stall: Duration,
     },
-    /// Mean latency of the applications' reads and writes of the origin now, what it is compared with
-    /// (how it is without the copier), and the rate in bytes per second that the copier may have therefore;
-    /// None: unknown, and no limit.
+    /// `origin`: mean latency of the applications' reads and writes of the origin now. `baseline`: what it is
+    /// compared with, their latency without the copier. `rate`: bytes per second that the copier may read as
+    /// a result. None: unknown, or for `rate` no limit.
     Latency {
         #[serde(rename = "origin_seconds", serialize_with = "clock::seconds_if_known")]
         origin: Option<Duration>,
@@ -104,15 +105,15 @@ pub enum Event {
         #[serde(rename = "allowed_bytes_per_second")]
         rate: Option<Bytes>,
     },
-    /// Something a person should read once.
+    /// Something to be read once.
     Note { text: String },
-    /// Something a person should worry about.
+    /// Something that may need attention.
     Warning { text: String },
 }
 
 /// Receives events; called from the copying thread and from the store's monitor.
 pub trait Observer: Send + Sync {
-    /// Must not block for long.
+    /// Receives one event. Must not block for long.
     fn event(&self, event: &Event);
 }
 
