@@ -1,11 +1,11 @@
 //! Metadata I/O: positioned reads of whole buffers.
 //!
-//! Small on purpose: a simulator is a page of code. Implementations resume short transfers; zero
+//! The trait is small so that a simulator fits on a page. Implementations resume short transfers; zero
 //! progress is an error.
 
 use crate::base::{Bytes, Result};
 
-/// Something that can be read at any offset.
+/// A device or file that can be read at any offset.
 pub trait BlockRead {
     /// Size in bytes now.
     fn size(&self) -> Bytes;

@@ -1,13 +1,14 @@
 //! The engine trait: many transfers in flight, each owning its buffer until it is complete.
 //!
-//! Invariants that every engine keeps, and the shared suite checks:
+//! Invariants of every engine, checked by the shared suite:
 //! - a [`Request`] moves its [`Buffer`] in; the [`Completion`] with the same token moves it out,
 //!   exactly once, whether it succeeded or not;
-//! - a transfer completes only when all of its pieces are whole or one has failed and no piece is
-//!   still in the kernel's hands; short transfers are resumed inside;
+//! - a transfer completes only when all of its pieces are done, or when one has failed and no piece is left
+//!   in the kernel; short transfers are resumed inside the engine;
 //! - requests may complete in any order; [`Place::Stream`] transfers of one file must be submitted
 //!   one at a time by the caller;
-//! - dropping an engine first waits for what is in flight (or leaks its memory, never frees it).
+//! - dropping an engine first waits for what is in flight; if it cannot, it leaks the memory and never frees
+//!   it.
 
 use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::OwnedFd;
@@ -16,12 +17,12 @@ use crate::base::{Bytes, Result};
 use crate::extent::Extent;
 use crate::sys::aligned::AlignedBuffer;
 
-/// A file as the engine knows it, valid for the engine that gave it.
+/// A file's number in the engine that issued it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileIx(pub u16);
 
-/// A buffer of the engine's pool: aligned for direct I/O, registered with the kernel where the
-/// engine can.
+/// A buffer of the engine's pool: aligned for direct I/O, and registered with the kernel where the engine can
+/// do that.
 #[derive(Debug)]
 pub struct Buffer {
     memory: AlignedBuffer,
@@ -29,7 +30,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// For engines: `index` is the buffer's registration.
+    /// For engines: `index` is the buffer's registration with the kernel.
     #[must_use]
     pub fn new(memory: AlignedBuffer, index: u16) -> Self {
         Self { memory, index }
@@ -68,7 +69,7 @@ pub enum Place {
     Stream,
 }
 
-/// A part of a buffer and the place it goes to or comes from.
+/// A part of a buffer, and the place in the file that it is read from or written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// The bytes of the buffer.
@@ -77,20 +78,19 @@ pub struct Piece {
     pub place: Place,
 }
 
-/// Work for an engine. `token` is the caller's, returned in the completion.
+/// Work for an engine. The caller chooses `token`; the completion returns it.
 #[derive(Debug)]
-#[allow(missing_docs)] // the variants say what their fields are
+#[allow(missing_docs)] // the variants explain their fields
 pub enum Request {
-    /// Fill the pieces of `buffer` from `file`. End of file before a piece is whole is an error.
-    /// `in_turn`: one piece after the other, so that the file's device has one of them to serve at a time;
-    /// otherwise an engine asks for all of them at once if it can.
+    /// Fill the pieces of `buffer` from `file`. End of file before the end of a piece is an error. `in_turn`:
+    /// read one piece after the other, so that the file's device has one of them to serve at a time;
+    /// otherwise the engine reads all of them at once if it can.
     Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece>, in_turn: bool },
     /// Write the pieces of `buffer` to `file`.
     Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
-    /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard
-    /// where the device guarantees zeros behind it, else BLKZEROOUT semantics (ordinary writes of zeros
-    /// where neither is supported). The file's size stays;
-    /// what lies behind its end is ignored. Not for streams.
+    /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard where the
+    /// device guarantees zeros after it, else BLKZEROOUT semantics (ordinary writes of zeros where neither is
+    /// supported). The file's size stays, and the part of `extent` past its end is ignored. Not for streams.
     Zero { token: u64, file: FileIx, extent: Extent },
     /// Make all completed writes to `file` durable (fsync).
     Sync { token: u64, file: FileIx },
@@ -116,12 +116,12 @@ pub struct EngineConfig {
     pub buffer_bytes: Bytes,
 }
 
-/// See the module's head.
+/// Keeps many transfers in flight; each owns its buffer until it completes.
 pub trait Engine {
     /// "io_uring", "sync", "memory": for logs and reports.
     fn name(&self) -> &'static str;
-    /// Registers a file; `description` names it in errors ("/dev/vdb"). Alignment is the caller's:
-    /// if the file was opened with O_DIRECT all pieces must fit its logical block.
+    /// Registers a file; `description` names it in errors ("/dev/vdb"). Alignment is the caller's
+    /// responsibility: every piece for a file that was opened with O_DIRECT must fit its logical block.
     fn add_file(&mut self, file: OwnedFd, description: &str) -> Result<FileIx>;
     /// A free buffer, or None when all are in use.
     fn take_buffer(&mut self) -> Option<Buffer>;
@@ -130,18 +130,18 @@ pub trait Engine {
     /// Queues a request; may hand it to the kernel at once or on the next [`Engine::wait`].
     ///
     /// # Errors
-    /// Only when the engine itself is broken; the request's own failure comes in its completion.
+    /// Only when the engine itself is broken; the completion reports the failure of the request.
     fn submit(&mut self, request: Request) -> Result<()>;
     /// Waits for the next completion. None when nothing is in flight.
     ///
     /// # Errors
     /// Only when the engine itself is broken.
     fn wait(&mut self) -> Result<Option<Completion>>;
-    /// Like [`Engine::wait`], but gives up after `timeout`: `Ok(None)` with requests in flight means
-    /// that it ran out.
+    /// As [`Engine::wait`], but returns after `timeout`: `Ok(None)` with requests in flight means that the
+    /// time ran out.
     fn wait_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Completion>>;
-    /// True where what [`Request::Zero`] has zeroed of `file` so far was given back to its device or file
-    /// system, as far as that can: for reports.
+    /// True where [`Request::Zero`] has so far returned the space of `file` to its device or filesystem, as
+    /// far as that is possible. For reports.
     fn gives_back(&self, file: FileIx) -> bool {
         let _ = file;
         false

@@ -1,5 +1,5 @@
-//! What every engine knows of a file, and the calls that are the same in all of them: zeroing with
-//! its fallbacks, the latch of a failed sync, error texts.
+//! What all engines share about a file: its kind, how it is zeroed, with fallbacks, the latch of a failed
+//! sync, and error texts.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,39 +12,41 @@ use crate::extent::Extent;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::block::{self, FileKind};
 
-/// Zeros written in one call where a file can do nothing better.
+/// Zeros written by one call where a file supports no better method.
 const ZERO_WRITE_BYTES: Bytes = Bytes::mib(1);
 
-/// How a file is made to read as zeros; tried in this order, and what fails for good is not tried
-/// again.
+/// How a file is made to read as zeros. The methods are tried in this order; one that is not supported is not
+/// tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum ZeroMethod {
-    /// fallocate(2) with PUNCH_HOLE on a device: it zeroes the range by a command of its own and may give
-    /// the space back (a discard that reads as zeros), or refuses; the kernel writes nothing instead.
+    /// fallocate(2) with PUNCH_HOLE on a device: it zeroes the range with a command of the device and may
+    /// release the space (a discard that reads as zeros), or it refuses; the kernel never falls back to
+    /// writing zeros.
     Unmap,
     /// fallocate(2): a hole in a regular file, a zeroed range of a device.
     Fallocate,
-    /// BLKZEROOUT: kernels and devices where a device takes no fallocate(2).
+    /// BLKZEROOUT: for kernels and devices that do not support fallocate(2) on a device.
     ZeroOut,
     /// Ordinary writes.
     Write,
 }
 
-/// See the module's head.
+/// What an engine knows of one file, and what it learned from earlier calls.
 #[derive(Debug)]
-pub(super) struct Facts {
+pub(super) struct FileState {
     pub(super) description: String,
     pub(super) kind: FileKind,
     pub(super) direct: bool,
     zero_method: ZeroMethod,
-    /// errno of the first failed sync: what was lost then cannot be told, so no later one succeeds.
+    /// errno of the first failed sync. What was lost then is unknown, so no later sync succeeds.
     sync_failed: Option<i32>,
 }
 
-impl Facts {
+impl FileState {
     pub(super) fn new(file: impl AsFd, description: &str) -> Result<Self> {
-        let kind = block::kind(&file).io_context(|| format!("look at {description}"))?;
-        let direct = block::is_direct(&file).io_context(|| format!("look at {description}"))?;
+        let kind = block::kind(&file).io_context(|| format!("stat of {description}"))?;
+        let direct =
+            block::is_direct(&file).io_context(|| format!("query of the open flags of {description}"))?;
         Ok(Self {
             description: description.to_owned(),
             kind,
@@ -59,7 +61,7 @@ impl Facts {
         transfer.failure(&self.description, cause)
     }
 
-    /// Refuses after a failed sync.
+    /// Fails after a failed sync.
     pub(super) fn check_sync(&self) -> Result<()> {
         match self.sync_failed {
             None => Ok(()),
@@ -67,11 +69,11 @@ impl Facts {
         }
     }
 
-    /// Takes the answer of fsync(2); remembers a failure.
+    /// Takes the result of fsync(2); remembers a failure.
     pub(super) fn note_sync(&mut self, answer: io::Result<()>) -> Result<()> {
         match answer {
             Ok(()) => self.check_sync(),
-            // A pipe or a terminal: nothing of it outlives us.
+            // A pipe or a terminal: it keeps nothing that a sync could make durable.
             Err(error) if self.kind == FileKind::Stream && error.raw_os_error() == Some(libc::EINVAL) => {
                 Ok(())
             }
@@ -85,10 +87,10 @@ impl Facts {
 
     fn sync_error(&self, errno: i32) -> Error {
         Error::io(format!("sync of {}", self.description), io::Error::from_raw_os_error(errno))
-            .state("what was written to it before may be lost")
+            .state("data written to it before the failure may be lost")
     }
 
-    /// True where the next zeroing is to be tried with fallocate(2), in this mode.
+    /// The mode in which the next zeroing is to try fallocate(2); None: use another method.
     pub(super) fn zero_mode(&self) -> Option<i32> {
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         match (self.zero_method, self.kind) {
@@ -99,7 +101,7 @@ impl Facts {
         }
     }
 
-    /// True where what is zeroed is given back to the device or file system, as far as it can.
+    /// True where zeroing releases the space to the device or filesystem, as far as it can.
     pub(super) fn gives_back(&self) -> bool {
         match self.kind {
             FileKind::Block => self.zero_method == ZeroMethod::Unmap,
@@ -107,11 +109,11 @@ impl Facts {
         }
     }
 
-    /// Takes fallocate's errno in `mode`: true where another method may do it. Others may have failed
-    /// for the same reason before: then the method that they have led to is next.
+    /// Takes fallocate's errno in `mode`; true where another method may succeed. Requests that failed for the
+    /// same reason before may have moved on already: then the method they chose is next.
     pub(super) fn fallocate_failed(&mut self, mode: i32, errno: i32) -> bool {
         if self.kind == FileKind::Block && mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
-            // Whatever the reason: to give space back is a favour, and the next method tells what is wrong.
+            // For any errno: releasing space is optional, and the next method reports a real failure.
             self.zero_method = self.zero_method.max(ZeroMethod::Fallocate);
             return true;
         }
@@ -125,7 +127,7 @@ impl Facts {
     /// Zeroes `extent`, waiting for it.
     pub(super) fn zero(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
         let (start, length) = (extent.start(), extent.length());
-        // Ends: each turn goes one method further.
+        // This ends: each turn moves to a later method.
         while let Some(mode) = self.zero_mode() {
             let answer = if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
                 block::punch_hole(file, start, length)
@@ -138,11 +140,11 @@ impl Facts {
                 Err(error) => return Err(self.zero_error(extent, error)),
             }
         }
-        self.zero_otherwise(file, extent)
+        self.zero_without_fallocate(file, extent)
     }
 
     /// Zeroes `extent` without fallocate(2), waiting for it.
-    pub(super) fn zero_otherwise(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
+    pub(super) fn zero_without_fallocate(&mut self, file: BorrowedFd<'_>, extent: Extent) -> Result<()> {
         if matches!(self.kind, FileKind::Stream | FileKind::Other) {
             let cause = io::Error::from_raw_os_error(libc::ESPIPE);
             return Err(self.zero_error(extent, cause));
@@ -155,7 +157,7 @@ impl Facts {
             }
         }
         if self.zero_method != ZeroMethod::Write {
-            tracing::info!(file = %self.description, "no command for zeroing: zeros are written");
+            tracing::info!(file = %self.description, "no zeroing command is supported: writing zeros");
             self.zero_method = ZeroMethod::Write;
         }
         self.write_zeros(file, extent).map_err(|error| self.zero_error(extent, error))
@@ -199,11 +201,11 @@ impl Facts {
         )
     }
 
-    /// The error for a request of a kind that `direction` cannot serve.
+    /// The error for a file of a kind that cannot be read or written.
     pub(super) fn wrong_kind(&self, direction: Direction) -> Error {
         Error::new(
             ErrorKind::Io,
-            format!("{} is a directory or the like: no {}", self.description, direction.name()),
+            format!("{} is neither a file, a device nor a stream: no {}", self.description, direction.name()),
         )
     }
 }
@@ -215,7 +217,7 @@ mod tests {
     #[test]
     fn a_device_that_gives_nothing_back_is_zeroed_by_the_next_method() {
         let file = tempfile::tempfile().unwrap();
-        let mut facts = Facts::new(&file, "device").unwrap();
+        let mut facts = FileState::new(&file, "device").unwrap();
         assert!(facts.gives_back());
         facts.kind = FileKind::Block;
         facts.zero_method = ZeroMethod::Unmap;
@@ -228,10 +230,10 @@ mod tests {
             assert_eq!(facts.zero_mode(), Some(range));
             assert!(!facts.gives_back());
         }
-        assert!(!facts.fallocate_failed(range, libc::EIO), "a real failure is one");
+        assert!(!facts.fallocate_failed(range, libc::EIO), "a real failure is reported");
         assert!(facts.fallocate_failed(range, libc::EOPNOTSUPP));
         assert_eq!(facts.zero_mode(), None);
-        assert!(facts.fallocate_failed(punch, libc::EOPNOTSUPP), "a late answer");
-        assert_eq!(facts.zero_mode(), None, "and no way back");
+        assert!(facts.fallocate_failed(punch, libc::EOPNOTSUPP), "a late completion");
+        assert_eq!(facts.zero_mode(), None, "an earlier method does not come back");
     }
 }

@@ -1,7 +1,7 @@
-//! Reading and writing blocks: a small trait for metadata ([`block`]), and engines that keep many
-//! large transfers in flight ([`engine`]).
+//! Reading and writing blocks: a small trait for metadata ([`block`]), and engines that keep many large
+//! transfers in flight ([`engine`]).
 //!
-//! Nothing here knows what the bytes mean. Every engine passes one shared suite.
+//! This module does not interpret the bytes. Every engine passes one shared suite.
 
 pub mod block;
 mod driver;

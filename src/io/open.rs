@@ -1,4 +1,5 @@
-//! Which engine: io_uring where the kernel lets us, plain calls otherwise, and the log says why.
+//! Chooses the engine: io_uring where the kernel permits it, plain system calls otherwise; the log gives the
+//! reason.
 
 use super::engine::{Engine, EngineConfig};
 use super::sync_engine::SyncEngine;
@@ -8,7 +9,7 @@ use crate::base::{ErrorKind, Result};
 /// What the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EnginePreference {
-    /// io_uring, or plain calls where it cannot be had.
+    /// io_uring, or plain calls where the kernel refuses it.
     #[default]
     Auto,
     /// io_uring or an error.
@@ -17,14 +18,14 @@ pub enum EnginePreference {
     Sync,
 }
 
-/// Opens an engine. The result belongs to the thread that opened it.
+/// Opens an engine, which belongs to the thread that opened it.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] for a pool that is none; with
-/// [`EnginePreference::Uring`] also the kernel's refusal, errno included.
+/// [`ErrorKind::Usage`] for an invalid pool configuration; with [`EnginePreference::Uring`] also the kernel's
+/// refusal, errno included.
 pub fn open_engine(config: EngineConfig, preference: EnginePreference) -> Result<Box<dyn Engine>> {
     if preference == EnginePreference::Sync {
-        tracing::info!("engine: plain reads and writes, as asked");
+        tracing::info!("engine: plain reads and writes, as requested");
         return Ok(Box::new(SyncEngine::new(config)?));
     }
     let opened = UringEngine::new(config).map(|engine| {
@@ -35,7 +36,7 @@ pub fn open_engine(config: EngineConfig, preference: EnginePreference) -> Result
     or_plain(opened, config, preference)
 }
 
-/// What to do with the kernel's refusal.
+/// Falls back to plain calls after the kernel's refusal, unless io_uring was required.
 fn or_plain(
     opened: Result<Box<dyn Engine>>,
     config: EngineConfig,
@@ -45,7 +46,7 @@ fn or_plain(
         Err(error) if preference == EnginePreference::Auto && error.kind() == ErrorKind::Kernel => {
             tracing::warn!(
                 %error,
-                "engine: plain reads and writes (slower): io_uring cannot be used; see \
+                "engine: plain reads and writes (slower): the kernel refuses io_uring; see \
                  /proc/sys/kernel/io_uring_disabled and the container's seccomp filter"
             );
             Ok(Box::new(SyncEngine::new(config)?))

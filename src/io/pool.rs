@@ -5,15 +5,15 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Error, Result};
 use crate::sys::aligned::AlignedBuffer;
 
-/// Memory of one engine's pool at most: a bound on what a configuration can ask for.
+/// Most memory in one engine's pool: limits what a configuration can request.
 const POOL_BYTES_MAX: u64 = 1 << 30;
 
-/// Buffers that are free.
+/// The free buffers.
 #[derive(Debug)]
 pub(super) struct Pool(Vec<Buffer>);
 
 impl Pool {
-    /// The memory for `config`, by index.
+    /// Allocates the memory for `config`, by index.
     pub(super) fn memory(config: EngineConfig) -> Result<Vec<AlignedBuffer>> {
         let bytes = config.buffer_bytes.get();
         let total = bytes.checked_mul(u64::from(config.buffer_count));
@@ -32,7 +32,7 @@ impl Pool {
 
     /// All of `memory` free, numbered in order.
     pub(super) fn new(memory: Vec<AlignedBuffer>) -> Self {
-        // Reversed: the pool is a stack, and the first ones out should be the first ones in.
+        // Reversed, because the pool is a stack: buffer 0 is taken first.
         let mut buffers: Vec<Buffer> =
             (0u16..).zip(memory).map(|(index, memory)| Buffer::new(memory, index)).collect();
         buffers.reverse();
@@ -48,7 +48,7 @@ impl Pool {
     }
 }
 
-/// Every piece must lie in its buffer: anything else is the caller's broken invariant.
+/// Panics unless every piece is within its buffer: the caller has broken an invariant.
 pub(super) fn check_pieces(buffer: &Buffer, pieces: &[Piece]) {
     for piece in pieces {
         assert!(

@@ -1,6 +1,6 @@
 //! The suite that every engine passes: [`engine_suite!`] makes one test of each case.
 //!
-//! Files are real ones in target/ (direct I/O works there, unlike in a tmpfs of an older kernel).
+//! The files are in target/, where direct I/O works; on a tmpfs of an older kernel it does not.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -100,7 +100,7 @@ pub(super) fn pieces_go_to_their_places(make: Make) {
     }
 }
 
-pub(super) fn many_in_flight_each_ends_once(make: Make) {
+pub(super) fn many_in_flight_each_completes_once(make: Make) {
     let folder = folder();
     let path = folder.path().join("file");
     std::fs::write(&path, vec![0u8; 4 << 20]).unwrap();
@@ -112,7 +112,7 @@ pub(super) fn many_in_flight_each_ends_once(make: Make) {
         while let Some(mut buffer) = engine.take_buffer() {
             buffer.fill(u8::try_from(round * 8 + token).unwrap());
             free.insert(buffer.index());
-            // Whole buffers in 64 pieces: more than one ring's worth is queued.
+            // Whole buffers in 64 pieces: more operations than the ring holds.
             let pieces =
                 (0..64).map(|i| at(i * 4096..(i + 1) * 4096, token * BUFFER + (63 - i) * 4096)).collect();
             engine.submit(Request::Write { token: token.try_into().unwrap(), file, buffer, pieces }).unwrap();
@@ -195,7 +195,7 @@ pub(super) fn zeroing_makes_holes_and_keeps_the_size(make: Make) {
     assert!(std::fs::read(&path).unwrap() == expected);
 }
 
-/// A loop device, which passes a discard that reads as zeros on to its file.
+/// On a loop device, which forwards a discard that reads as zeros to its file.
 pub(super) fn zeroing_a_device_gives_space_back(make: Make) {
     use std::os::unix::fs::MetadataExt as _;
     if !nix::unistd::geteuid().is_root() || !Path::new(crate::sys::loop_device::CONTROL_PATH).exists() {
@@ -237,7 +237,7 @@ pub(super) fn a_pipe_is_written_and_read(make: Make) {
                 nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
             }
         }
-        // The other side sends back what it gets, in odd portions and late.
+        // The other side returns what it receives, in odd portions and late.
         let echo = std::thread::spawn(move || {
             let mut reader = reader;
             let mut portion = vec![0u8; 7001];
@@ -296,7 +296,7 @@ pub(super) fn a_closed_pipe_is_an_error_not_a_signal(make: Make) {
     assert!(zero.result.is_err());
 }
 
-pub(super) fn a_stuck_pipe_times_out_and_goes_on(make: Make) {
+pub(super) fn a_stuck_pipe_times_out_and_resumes(make: Make) {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut engine = engine(make);
     let file = engine.add_file(writer.into(), "pipe").unwrap();
@@ -317,7 +317,7 @@ pub(super) fn a_stuck_pipe_times_out_and_goes_on(make: Make) {
     let completion = engine.wait().unwrap().unwrap();
     completion.result.unwrap();
     assert!(drain.join().unwrap() == content);
-    // Nothing in flight: no waiting at all.
+    // Nothing in flight: returns at once.
     assert!(engine.wait_timeout(Duration::from_secs(60)).unwrap().is_none());
 }
 
@@ -364,7 +364,7 @@ struct RandomStep {
 
 const BLOCKS: usize = 64;
 
-/// Submits one step and does the same to the model; false where there is no buffer.
+/// Submits one step and does the same to the model; false where no buffer is free.
 fn submit_random(
     engine: &mut dyn Engine,
     file: FileIx,
@@ -398,7 +398,7 @@ fn run_random(make: Make, path: &Path, batches: Vec<Vec<RandomStep>>) -> Result<
     let mut engine = engine(make);
     let file = engine.add_file(open(path, true), "file").unwrap();
     for batch in batches {
-        // Requests in flight together must not overlap: the caller's duty.
+        // Requests in flight together must not overlap; the caller must see to that.
         let mut taken = [false; BLOCKS];
         for (token, mut step) in (0u64..).zip(batch) {
             step.count = step.count.min(BLOCKS - step.start);
@@ -427,8 +427,8 @@ fn run_random(make: Make, path: &Path, batches: Vec<Vec<RandomStep>>) -> Result<
     Ok(())
 }
 
-/// Random batches of requests against a vector: the oracle.
-pub(super) fn any_batches_give_the_bytes_of_a_vector(make: Make) {
+/// Random batches of requests, compared with a vector as the oracle.
+pub(super) fn random_batches_match_a_vector(make: Make) {
     let step = (prop::bool::weighted(0.2), 0..BLOCKS, 1..=16usize, any::<u64>(), any::<bool>())
         .prop_map(|(zero, start, count, seed, split)| RandomStep { zero, start, count, seed, split });
     let batches = proptest::collection::vec(proptest::collection::vec(step, 1..12), 1..8);
@@ -442,12 +442,12 @@ pub(super) fn any_batches_give_the_bytes_of_a_vector(make: Make) {
 macro_rules! engine_suite {
     ($make:expr) => {
         $crate::io::suite::engine_suite!($make;
-            pieces_go_to_their_places, many_in_flight_each_ends_once, the_end_of_a_file_is_an_error,
+            pieces_go_to_their_places, many_in_flight_each_completes_once, the_end_of_a_file_is_an_error,
             errno_and_description_survive, zeroing_makes_holes_and_keeps_the_size,
             zeroing_a_device_gives_space_back,
             a_pipe_is_written_and_read, a_closed_pipe_is_an_error_not_a_signal,
-            a_stuck_pipe_times_out_and_goes_on, dropping_with_work_in_flight_ends,
-            any_batches_give_the_bytes_of_a_vector);
+            a_stuck_pipe_times_out_and_resumes, dropping_with_work_in_flight_ends,
+            random_batches_match_a_vector);
     };
     ($make:expr; $($case:ident),*) => {
         $(#[test]

@@ -1,8 +1,8 @@
-//! The plain engine: one transfer at a time with ordinary calls, for systems without io_uring.
+//! The plain engine: one transfer at a time with ordinary system calls, for systems without io_uring.
 //!
-//! Invariants: those of [`engine`](super::engine). Requests are carried out in order, in
-//! [`Engine::wait`]. A stream is polled before each call and given no more than a pipe takes at once,
-//! so that [`Engine::wait_timeout`] keeps its promise when the other side has stopped.
+//! Invariants: those of [`engine`](super::engine). Requests are processed in order, inside [`Engine::wait`].
+//! A stream is polled before each call and given no more than a pipe takes at once, so that
+//! [`Engine::wait_timeout`] returns in time when the other side has stopped.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,17 +14,17 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Request};
-use super::handle::Facts;
+use super::handle::FileState;
 use super::pool::{Pool, check_pieces};
 use super::transfer::{Direction, Step, Transfer};
 use crate::base::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::sys::block::FileKind;
 
-/// What a pipe that polls as writable takes without blocking (PIPE_BUF).
+/// What a pipe that polls as writable accepts without blocking (PIPE_BUF).
 const STREAM_CALL_BYTES: usize = 4096;
 
-/// Longest single poll: the kernel counts milliseconds in an int.
+/// Longest single poll: poll(2) takes milliseconds in an int.
 const POLL_SLICE: Duration = Duration::from_secs(3600);
 
 /// Whether a request has ended.
@@ -34,21 +34,21 @@ enum Outcome {
     TimedOut,
 }
 
-/// A file handle, and what is known of it.
+/// A file handle, and the state of the file.
 #[derive(Debug)]
 struct SyncFile {
     file: File,
-    facts: Facts,
+    state: FileState,
 }
 
 impl SyncFile {
     fn new(fd: OwnedFd, description: &str) -> Result<Self> {
-        let facts = Facts::new(&fd, description)?;
-        Ok(Self { file: File::from(fd), facts })
+        let state = FileState::new(&fd, description)?;
+        Ok(Self { file: File::from(fd), state })
     }
 
     fn call(&self, transfer: &Transfer, memory: &mut [u8]) -> io::Result<usize> {
-        let polled = transfer.is_stream() && self.facts.kind == FileKind::Stream;
+        let polled = transfer.is_stream() && self.state.kind == FileKind::Stream;
         let length_max = if polled { STREAM_CALL_BYTES } else { usize::MAX };
         let (range, at) = transfer.next(length_max);
         match (transfer.direction(), at) {
@@ -59,7 +59,7 @@ impl SyncFile {
         }
     }
 
-    /// True where the stream is ready, or has an error that the next call will tell.
+    /// True where the stream is ready, or has an error that the next call will return.
     fn poll(&self, direction: Direction, until: Option<Instant>) -> io::Result<bool> {
         let flags = match direction {
             Direction::Read => PollFlags::POLLIN,
@@ -81,23 +81,23 @@ impl SyncFile {
         }
     }
 
-    /// Carries `transfers` on, until `until` where a stream is not ready; each is resumable.
+    /// Continues `transfers`, until `until` where a stream is not ready; each can be resumed.
     fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Outcome {
         for transfer in transfers.iter_mut() {
-            if self.facts.kind == FileKind::Other {
-                return Outcome::Ended(Err(self.facts.wrong_kind(transfer.direction())));
+            if self.state.kind == FileKind::Other {
+                return Outcome::Ended(Err(self.state.wrong_kind(transfer.direction())));
             }
             while !transfer.is_done() {
-                if transfer.is_stream() && self.facts.kind == FileKind::Stream {
+                if transfer.is_stream() && self.state.kind == FileKind::Stream {
                     match self.poll(transfer.direction(), until) {
                         Ok(true) => {}
                         Ok(false) => return Outcome::TimedOut,
-                        Err(cause) => return Outcome::Ended(Err(self.facts.failure(transfer, cause))),
+                        Err(cause) => return Outcome::Ended(Err(self.state.failure(transfer, cause))),
                     }
                 }
                 let answer = self.call(transfer, memory);
                 if let Step::Fail(cause) = transfer.account(answer) {
-                    return Outcome::Ended(Err(self.facts.failure(transfer, cause)));
+                    return Outcome::Ended(Err(self.state.failure(transfer, cause)));
                 }
             }
         }
@@ -105,18 +105,18 @@ impl SyncFile {
     }
 
     fn zero(&mut self, extent: Extent) -> Result<()> {
-        self.facts.zero(self.file.as_fd(), extent)
+        self.state.zero(self.file.as_fd(), extent)
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.facts.check_sync()?;
+        self.state.check_sync()?;
         let answer = loop {
             match self.file.sync_all() {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other,
             }
         };
-        self.facts.note_sync(answer)
+        self.state.note_sync(answer)
     }
 }
 
@@ -135,7 +135,7 @@ enum Work {
     Sync,
 }
 
-/// Carries out requests one after the other, each when its completion is asked for.
+/// Processes requests one after the other, each when its completion is asked for.
 #[derive(Debug)]
 pub struct SyncEngine {
     pool: Pool,
@@ -147,7 +147,7 @@ impl SyncEngine {
     /// An engine without files.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a pool that is none.
+    /// [`ErrorKind::Usage`] for an invalid pool configuration.
     pub fn new(config: EngineConfig) -> Result<Self> {
         Ok(Self { pool: Pool::new(Pool::memory(config)?), files: Vec::new(), jobs: VecDeque::new() })
     }
@@ -161,7 +161,7 @@ impl SyncEngine {
         direction: Direction,
     ) -> Job {
         check_pieces(&buffer, &pieces);
-        let direct = self.files[usize::from(file.0)].facts.direct;
+        let direct = self.files[usize::from(file.0)].state.direct;
         let transfers = pieces.into_iter().map(|piece| Transfer::new(direction, piece, direct)).collect();
         Job { token, file, work: Work::Transfer { buffer, transfers } }
     }
@@ -188,7 +188,7 @@ impl SyncEngine {
     }
 }
 
-/// The index of the next file, or an error past what a [`FileIx`] can hold.
+/// The index of the next file, or an error where a [`FileIx`] cannot hold it.
 pub(super) fn next_file(count: usize) -> Result<FileIx> {
     u16::try_from(count)
         .map(FileIx)
@@ -238,7 +238,7 @@ impl Engine for SyncEngine {
     }
 
     fn gives_back(&self, file: FileIx) -> bool {
-        self.files[usize::from(file.0)].facts.gives_back()
+        self.files[usize::from(file.0)].state.gives_back()
     }
 
     fn in_flight(&self) -> usize {

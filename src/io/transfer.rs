@@ -1,14 +1,13 @@
-//! How far one piece has come: what to ask the kernel for next, and what its answer means.
+//! The progress of one piece: what to ask the kernel for next, and what its answer means.
 //!
-//! Pure, shared by all engines, so that short transfers, interruptions and the alignment of direct
-//! I/O are decided in one place:
-//! - a short transfer goes on from where it stopped; on a direct file it goes on from the last
-//!   aligned byte before that, because the kernel refuses an unaligned rest (bytes transferred twice
-//!   are the same bytes);
+//! Pure, and shared by all engines, so that short transfers, interruptions and the alignment of direct I/O
+//! are decided in one place:
+//! - a short transfer resumes where it stopped; on a direct file it resumes at the last aligned byte before
+//!   that, because the kernel refuses an unaligned rest (a byte transferred twice is the same byte);
 //! - a transfer that makes no progress is an error: end of file for a read, a device that accepts
 //!   nothing for a write;
-//! - `EINTR` and `EAGAIN` are asked again at most [`RETRIES_MAX`] times between two steps forward;
-//!   a stream that would block is to be polled first.
+//! - `EINTR` and `EAGAIN` are retried at most [`RETRIES_MAX`] times without progress in between; a stream
+//!   that would block has to be polled first.
 
 use std::io;
 use std::ops::Range;
@@ -17,13 +16,13 @@ use super::engine::{Piece, Place};
 use crate::base::{Bytes, Error, ErrorKind};
 use crate::sys::aligned::BUFFER_ALIGN;
 
-/// `EINTR` and `EAGAIN` answers in a row before they are an error.
+/// `EINTR` and `EAGAIN` answers in a row before they count as an error.
 pub const RETRIES_MAX: u32 = 1000;
 
-/// Most bytes asked for in one call; the kernel's own limit is a page short of 2 GiB.
+/// Most bytes in one call; the kernel's own limit is a page short of 2 GiB.
 pub const CALL_BYTES_MAX: usize = 1 << 30;
 
-/// Which way.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the file to memory.
@@ -43,26 +42,26 @@ impl Direction {
     }
 }
 
-/// What to do after an answer.
+/// What to do next.
 #[derive(Debug)]
 pub enum Step {
-    /// The piece is whole.
+    /// The piece is done.
     Done,
-    /// Ask for [`Transfer::next`].
+    /// Issue [`Transfer::next`].
     Again,
-    /// A stream has no room or nothing to read: poll it, then ask for [`Transfer::next`].
+    /// A stream has no room or nothing to read: poll it, then issue [`Transfer::next`].
     Poll,
     /// The piece has failed.
     Fail(io::Error),
 }
 
-/// One piece under way.
+/// One piece in progress.
 #[derive(Clone, Debug)]
 pub struct Transfer {
     direction: Direction,
     range: Range<usize>,
     place: Place,
-    /// Bytes known to be transferred, from the piece's start.
+    /// Bytes known to be transferred, from the start of the piece.
     done: usize,
     /// Where the next call begins: `done`, or the aligned byte before it.
     from: usize,
@@ -77,7 +76,7 @@ impl Transfer {
         Self { direction, range: piece.range, place: piece.place, done: 0, from: 0, retries: 0, direct }
     }
 
-    /// True where nothing is left to ask for.
+    /// True where nothing is left to transfer.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.done == self.range.len()
@@ -95,8 +94,8 @@ impl Transfer {
         self.place == Place::Stream
     }
 
-    /// The part of the buffer to transfer next, at most `length_max` bytes, and its place in the file
-    /// (None: the stream's position).
+    /// The part of the buffer to transfer next, at most `length_max` bytes, and its place in the file (None:
+    /// the stream's position).
     #[must_use]
     pub fn next(&self, length_max: usize) -> (Range<usize>, Option<Bytes>) {
         let start = self.range.start + self.from;
@@ -166,7 +165,7 @@ impl Transfer {
     }
 }
 
-/// True where `error` says that a file ended before a read was whole.
+/// True where `error` reports that a file ended before a read was complete.
 #[must_use]
 pub fn is_end_of_file(error: &Error) -> bool {
     use std::error::Error as _;
@@ -182,7 +181,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A kernel that answers with anything it may: short counts, EINTR, EAGAIN.
+    /// A kernel that gives any permitted answer: short counts, EINTR, EAGAIN.
     fn drive(transfer: &mut Transfer, file: &[u8], memory: &mut [u8], answers: &[(u8, usize)]) -> Step {
         let mut answers = answers.iter().cycle();
         loop {
@@ -211,7 +210,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn short_answers_give_the_same_bytes(
+        fn short_transfers_give_the_same_bytes(
             file in proptest::collection::vec(any::<u8>(), 1..3000),
             cut in any::<prop::sample::Index>(),
             mut answers in proptest::collection::vec((0u8..6, any::<usize>()), 1..20),
@@ -228,12 +227,12 @@ mod tests {
     }
 
     #[test]
-    fn a_direct_transfer_goes_on_aligned() {
+    fn a_direct_transfer_resumes_aligned() {
         let piece = Piece { range: 0..16384, place: Place::At(Bytes(512)) };
         let mut transfer = Transfer::new(Direction::Read, piece, true);
         assert!(matches!(transfer.account(Ok(5000)), Step::Again));
         assert_eq!(transfer.next(usize::MAX), (4096..16384, Some(Bytes(512 + 4096))));
-        // The same end again: no progress, although bytes moved.
+        // The same end again: no progress, although bytes were transferred.
         assert!(
             matches!(transfer.account(Ok(904)), Step::Fail(e) if e.kind() == io::ErrorKind::UnexpectedEof)
         );
@@ -253,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn retries_are_bounded_and_begin_anew_with_progress() {
+    fn progress_resets_the_retry_limit() {
         let piece = Piece { range: 0..10, place: Place::At(Bytes(0)) };
         let mut transfer = Transfer::new(Direction::Write, piece, false);
         let again = || Err(io::Error::from_raw_os_error(libc::EINTR));

@@ -1,11 +1,11 @@
 //! The io_uring engine: every piece of every request in one ring.
 //!
-//! Invariants: those of [`engine`](super::engine); memory safety is the ring's
-//! ([`sys::ring`](crate::sys::ring)), this module decides what is asked next:
-//! - pieces wait in a queue here while the ring is full, so a submission never fails for want of room;
-//! - after the first failure of a request its waiting pieces are dropped, and it completes when those
-//!   in the kernel's hands have come back;
-//! - pieces of a stream, and those that are to be read in turn, go one after the other.
+//! Invariants: those of [`engine`](super::engine). The ring ([`sys::ring`](crate::sys::ring)) is responsible
+//! for memory safety; this module decides which operation is next:
+//! - pieces wait in a queue here while the ring is full, so a submission never fails for lack of room;
+//! - after the first failure of a request its waiting pieces are dropped, and the request completes when
+//!   those in the kernel have returned;
+//! - pieces of a stream, and those to be read in turn, are submitted one after the other.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Request};
-use super::handle::Facts;
+use super::handle::FileState;
 use super::pool::{Pool, check_pieces};
 use super::sync_engine::next_file;
 use super::transfer::{Direction, RETRIES_MAX, Step, Transfer};
@@ -28,7 +28,7 @@ const OPERATION_BYTES_MAX: Bytes = Bytes::mib(16);
 #[derive(Debug)]
 struct UringFile {
     slot: FileSlot,
-    facts: Facts,
+    state: FileState,
 }
 
 #[derive(Debug)]
@@ -36,15 +36,15 @@ struct Job {
     token: u64,
     file: FileIx,
     work: Work,
-    /// A part is asked for when the one before it is whole.
+    /// A part is submitted when the one before it is done.
     in_turn: bool,
     /// Operations in the ring.
     under_way: u32,
-    /// Parts not finished, waiting or under way.
+    /// Parts not finished: waiting or in the ring.
     open: u32,
-    /// Interrupted calls in a row (zeroing; transfers count their own).
+    /// Interrupted calls in a row (for zeroing; transfers count their own).
     retries: u32,
-    /// The kernel has refused to do a part of it without waiting.
+    /// The kernel has refused to serve a part of it without blocking.
     may_wait: bool,
     failure: Option<Error>,
 }
@@ -56,23 +56,23 @@ enum Work {
         index: u16,
         transfers: Vec<Transfer>,
     },
-    /// The extent, and how fallocate(2) was asked for it last.
+    /// The extent, and the mode of the last fallocate(2) for it.
     Zero(Extent, i32),
     Sync,
 }
 
-/// What is to be asked next for a part of a job.
+/// The next operation of one part of a job.
 #[derive(Clone, Copy, Debug)]
-struct Ask {
+struct NextOperation {
     job: u32,
     part: u32,
-    /// Poll the stream before the transfer.
+    /// Poll the stream first.
     poll: bool,
 }
 
-impl Ask {
+impl NextOperation {
     fn user(self) -> u64 {
-        // Bit 63 is the poll flag: a job's number never reaches it (see `JOBS_MAX`).
+        // Bit 63 is the poll flag; the number of a job never reaches it (see `JOBS_MAX`).
         (u64::from(self.poll) << 63) | (u64::from(self.job) << 32) | u64::from(self.part)
     }
 
@@ -82,15 +82,15 @@ impl Ask {
     }
 }
 
-/// A number of a job or part as an index.
+/// The number of a job or part, as an index.
 fn at(number: u32) -> usize {
     usize::try_from(number).expect("Linux has at least 32 bits")
 }
 
-/// Requests in flight at most; a caller is bounded by its buffers long before.
+/// Most requests in flight; a caller's buffers run out long before.
 const JOBS_MAX: u32 = 1 << 30;
 
-/// See the module's head.
+/// An engine on an io_uring of this thread.
 #[derive(Debug)]
 pub struct UringEngine {
     ring: Ring,
@@ -98,7 +98,7 @@ pub struct UringEngine {
     files: Vec<UringFile>,
     jobs: Vec<Option<Job>>,
     free_jobs: Vec<u32>,
-    waiting: VecDeque<Ask>,
+    waiting: VecDeque<NextOperation>,
     ended: VecDeque<Completion>,
     in_flight: usize,
 }
@@ -107,13 +107,13 @@ impl UringEngine {
     /// An engine without files, on a ring of this thread.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a pool that is none; the kernel's
+    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an invalid pool configuration; the kernel's
     /// refusal with its errno (ENOSYS, EPERM, ENOMEM, EOPNOTSUPP).
     pub fn new(config: EngineConfig) -> Result<Self> {
         Self::with_options(config, RingOptions::default())
     }
 
-    /// As [`UringEngine::new`], asking the kernel for no more than `options`.
+    /// As [`UringEngine::new`], using no more kernel features than `options` permits.
     ///
     /// # Errors
     /// As [`UringEngine::new`].
@@ -133,7 +133,7 @@ impl UringEngine {
         })
     }
 
-    /// What the kernel granted.
+    /// The features that the kernel granted.
     #[must_use]
     pub fn features(&self) -> Features {
         self.ring.features()
@@ -165,9 +165,9 @@ impl UringEngine {
         in_turn: bool,
     ) {
         check_pieces(&buffer, &pieces);
-        let facts = &self.files[usize::from(file.0)].facts;
-        let failure = (facts.kind == FileKind::Other).then(|| facts.wrong_kind(direction));
-        let direct = facts.direct;
+        let state = &self.files[usize::from(file.0)].state;
+        let failure = (state.kind == FileKind::Other).then(|| state.wrong_kind(direction));
+        let direct = state.direct;
         let transfers: Vec<Transfer> = pieces
             .into_iter()
             .map(|piece| Transfer::new(direction, piece, direct))
@@ -180,14 +180,14 @@ impl UringEngine {
         };
         let (memory, index) = buffer.into_parts();
         let hold = self.ring.hold(memory);
-        // The kernel keeps no order.
+        // The kernel guarantees no order.
         let in_turn = in_turn || transfers.iter().any(Transfer::is_stream);
         let work = Work::Transfer { hold, index, transfers };
         let job =
             Job { token, file, work, in_turn, under_way: 0, open, retries: 0, may_wait: false, failure };
         let job = self.add_job(job);
         let parts = if in_turn { open.min(1) } else { open };
-        self.waiting.extend((0..parts).map(|part| Ask { job, part, poll: false }));
+        self.waiting.extend((0..parts).map(|part| NextOperation { job, part, poll: false }));
         self.end_if_done(job);
     }
 
@@ -204,39 +204,39 @@ impl UringEngine {
             failure: None,
         };
         let job = self.add_job(job);
-        self.waiting.push_back(Ask { job, part: 0, poll: false });
+        self.waiting.push_back(NextOperation { job, part: 0, poll: false });
     }
 
-    /// Hands waiting parts to the ring while it has room.
+    /// Moves waiting parts to the ring while it has room.
     fn pump(&mut self) -> Result<()> {
         while self.ring.has_room() {
-            let Some(ask) = self.waiting.pop_front() else { break };
-            let job = self.jobs[at(ask.job)].as_mut().expect("waiting parts keep their job");
+            let Some(operation) = self.waiting.pop_front() else { break };
+            let job = self.jobs[at(operation.job)].as_mut().expect("waiting parts keep their job");
             if job.failure.is_some() {
                 job.open -= 1;
-                self.end_if_done(ask.job);
+                self.end_if_done(operation.job);
                 continue;
             }
             let file = &self.files[usize::from(job.file.0)];
-            let operation = match &mut job.work {
+            let call = match &mut job.work {
                 Work::Transfer { hold, transfers, .. } => {
-                    transfer_operation(*hold, &transfers[at(ask.part)], ask.poll)
+                    transfer_operation(*hold, &transfers[at(operation.part)], operation.poll)
                 }
-                Work::Sync => match file.facts.check_sync() {
+                Work::Sync => match file.state.check_sync() {
                     Ok(()) => Operation::Fsync,
                     Err(error) => {
-                        self.fail_part(ask.job, error);
+                        self.fail_part(operation.job, error);
                         continue;
                     }
                 },
-                Work::Zero(extent, asked) => match file.facts.zero_mode() {
+                Work::Zero(extent, last_mode) => match file.state.zero_mode() {
                     Some(mode) => {
-                        *asked = mode;
+                        *last_mode = mode;
                         Operation::Fallocate { mode, offset: extent.start(), length: extent.length() }
                     }
                     None => {
                         let extent = *extent;
-                        self.zero_waiting(ask.job, extent);
+                        self.zero_waiting(operation.job, extent);
                         continue;
                     }
                 },
@@ -244,17 +244,17 @@ impl UringEngine {
             job.under_way += 1;
             let may_wait = job.may_wait;
             self.ring
-                .push(file.slot, operation, ask.user(), may_wait)
+                .push(file.slot, call, operation.user(), may_wait)
                 .map_err(|error| Error::kernel("submission to io_uring", error))?;
         }
         Ok(())
     }
 
-    /// Zeroes with calls that the ring does not have.
+    /// Zeroes with system calls that io_uring does not have.
     fn zero_waiting(&mut self, job: u32, extent: Extent) {
         let index = usize::from(self.job(job).file.0);
         let file = &mut self.files[index];
-        match file.facts.zero_otherwise(self.ring.file(file.slot), extent) {
+        match file.state.zero_without_fallocate(self.ring.file(file.slot), extent) {
             Ok(()) => {
                 self.job(job).open -= 1;
                 self.end_if_done(job);
@@ -270,20 +270,20 @@ impl UringEngine {
         self.end_if_done(index);
     }
 
-    /// Takes every answer that is there.
+    /// Processes every completion that has arrived.
     fn reap(&mut self) {
         while let Some(Answer { user, result }) = self.ring.take_answer() {
-            let ask = Ask::from_user(user);
-            let job = self.job(ask.job);
+            let operation = NextOperation::from_user(user);
+            let job = self.job(operation.job);
             job.under_way -= 1;
             let file = job.file;
             match job.work {
-                Work::Transfer { .. } => self.account_transfer(ask, result),
+                Work::Transfer { .. } => self.account_transfer(operation, result),
                 Work::Sync => {
-                    let noted = self.files[usize::from(file.0)].facts.note_sync(result.map(drop));
-                    self.end_part(ask.job, noted);
+                    let noted = self.files[usize::from(file.0)].state.note_sync(result.map(drop));
+                    self.end_part(operation.job, noted);
                 }
-                Work::Zero(extent, mode) => self.account_zero(ask, (extent, mode), result),
+                Work::Zero(extent, mode) => self.account_zero(operation, (extent, mode), result),
             }
         }
     }
@@ -298,57 +298,63 @@ impl UringEngine {
         }
     }
 
-    fn account_transfer(&mut self, ask: Ask, result: io::Result<usize>) {
-        let job = self.jobs[at(ask.job)].as_mut().expect("reap has seen it");
+    fn account_transfer(&mut self, operation: NextOperation, result: io::Result<usize>) {
+        let job = self.jobs[at(operation.job)].as_mut().expect("reap has seen it");
         let Work::Transfer { transfers, .. } = &mut job.work else {
             unreachable!("reap has matched the kind of work")
         };
-        let transfer = &mut transfers[at(ask.part)];
-        // The kernel first tries without waiting. Where that is refused, it asks again itself, with waiting, unless the
-        // refusal arrives with a completion from elsewhere: as for a request that device-mapper splits over two disks,
-        // one of which has to split its part again. That is refused however often it is asked so.
+        let transfer = &mut transfers[at(operation.part)];
+        // The kernel first tries without blocking. Where that fails it retries with blocking by itself,
+        // unless EAGAIN arrives with a completion from a lower device: for example where device-mapper splits
+        // a request over two disks, and one of them has to split its part again. Such a request fails however
+        // often it is tried without blocking.
         let refused = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN));
         job.may_wait |= refused && !transfer.is_stream();
-        let step = match (ask.poll, result) {
-            // A failed poll says nothing: the transfer itself will.
+        let step = match (operation.poll, result) {
+            // The transfer itself reports the error of a failed poll.
             (true, _) => Step::Again,
             (false, result) => transfer.account(result),
         };
         match step {
-            Step::Again => self.waiting.push_front(Ask { poll: false, ..ask }),
-            Step::Poll => self.waiting.push_front(Ask { poll: true, ..ask }),
+            Step::Again => self.waiting.push_front(NextOperation { poll: false, ..operation }),
+            Step::Poll => self.waiting.push_front(NextOperation { poll: true, ..operation }),
             Step::Done => {
-                let next = ask.part + 1;
+                let next = operation.part + 1;
                 if job.in_turn && at(next) < transfers.len() {
-                    self.waiting.push_front(Ask { part: next, ..ask });
+                    self.waiting.push_front(NextOperation { part: next, ..operation });
                 }
-                self.end_part(ask.job, Ok(()));
+                self.end_part(operation.job, Ok(()));
             }
             Step::Fail(cause) => {
-                let error = self.files[usize::from(job.file.0)].facts.failure(transfer, cause);
+                let error = self.files[usize::from(job.file.0)].state.failure(transfer, cause);
                 if job.in_turn {
-                    // Those behind it were never asked for.
+                    // Later parts were never submitted.
                     job.open = 1;
                 }
-                self.fail_part(ask.job, error);
+                self.fail_part(operation.job, error);
             }
         }
     }
 
-    fn account_zero(&mut self, ask: Ask, (extent, mode): (Extent, i32), result: io::Result<usize>) {
-        let job = self.jobs[at(ask.job)].as_mut().expect("reap has seen it");
-        let facts = &mut self.files[usize::from(job.file.0)].facts;
-        let Err(error) = result else { return self.end_part(ask.job, Ok(())) };
+    fn account_zero(
+        &mut self,
+        operation: NextOperation,
+        (extent, mode): (Extent, i32),
+        result: io::Result<usize>,
+    ) {
+        let job = self.jobs[at(operation.job)].as_mut().expect("reap has seen it");
+        let state = &mut self.files[usize::from(job.file.0)].state;
+        let Err(error) = result else { return self.end_part(operation.job, Ok(())) };
         match error.raw_os_error() {
             Some(libc::EINTR | libc::EAGAIN) if job.retries < RETRIES_MAX => {
                 job.retries += 1;
-                self.waiting.push_front(ask);
+                self.waiting.push_front(operation);
             }
-            // `zero_mode` answers another mode from now on, or None: another method is next.
-            Some(errno) if facts.fallocate_failed(mode, errno) => self.waiting.push_front(ask),
+            // `zero_mode` now returns another mode, or None: another method is next.
+            Some(errno) if state.fallocate_failed(mode, errno) => self.waiting.push_front(operation),
             _ => {
-                let error = facts.zero_error(extent, error);
-                self.fail_part(ask.job, error);
+                let error = state.zero_error(extent, error);
+                self.fail_part(operation.job, error);
             }
         }
     }
@@ -406,12 +412,12 @@ impl Engine for UringEngine {
 
     fn add_file(&mut self, file: OwnedFd, description: &str) -> Result<FileIx> {
         let index = next_file(self.files.len())?;
-        let facts = Facts::new(&file, description)?;
+        let state = FileState::new(&file, description)?;
         let slot = self
             .ring
             .add_file(file)
             .map_err(|error| Error::kernel(format!("registration of {description} with io_uring"), error))?;
-        self.files.push(UringFile { slot, facts });
+        self.files.push(UringFile { slot, state });
         Ok(index)
     }
 
@@ -446,7 +452,7 @@ impl Engine for UringEngine {
     }
 
     fn gives_back(&self, file: FileIx) -> bool {
-        self.files[usize::from(file.0)].facts.gives_back()
+        self.files[usize::from(file.0)].state.gives_back()
     }
 
     fn in_flight(&self) -> usize {
@@ -503,7 +509,7 @@ mod tests {
         let config = EngineConfig { buffer_count: 1, buffer_bytes: Bytes::kib(32) };
         let mut engine = UringEngine::new(config).unwrap();
         let file = engine.add_file(file.into(), "file").unwrap();
-        // Backwards, so that the order is the pieces', and the last one is behind the end of the file.
+        // Backwards, so that the order is that of the pieces; the last one is past the end of the file.
         for (in_turn, end, under_way) in [(true, 0, 1), (false, 0, 4), (true, 4, 1)] {
             let piece = |number: usize| Piece {
                 range: number * 8192..(number + 1) * 8192,
@@ -522,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn registrations_are_used_and_said() {
+    fn registrations_are_used_and_reported() {
         let config = EngineConfig { buffer_count: 2, buffer_bytes: Bytes::kib(4) };
         let features = UringEngine::new(config).unwrap().features();
         assert!(features.fixed_buffers && features.fixed_files, "{features}");
@@ -532,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_that_is_none_is_refused() {
+    fn an_invalid_pool_is_refused() {
         for (buffer_count, buffer_bytes) in [(1, 0), (1, 1000), (65535, 16 << 20)] {
             let config = EngineConfig { buffer_count, buffer_bytes: Bytes(buffer_bytes) };
             let error = UringEngine::new(config).unwrap_err();
