@@ -1,7 +1,7 @@
 //! Little-endian fields at fixed positions of a block.
 //!
-//! The positions are the format's constants: one outside the block is a broken invariant of ours,
-//! never the medium's fault, and panics.
+//! The positions are constants of the formats. A position outside the block is a bug of this program, never a
+//! fault of the medium, and panics.
 
 /// A 4 KiB block, the unit of every format here.
 pub const BLOCK_BYTES: usize = 4096;

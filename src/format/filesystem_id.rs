@@ -1,17 +1,17 @@
-//! Which filesystem is this? Its UUID, or a FAT volume's serial number, from the first bytes of its device: where the
-//! kernel does not tell.
+//! The id of a filesystem: its UUID, or a FAT volume's serial number, from the first bytes of its device. For
+//! filesystems whose id the kernel does not report.
 //!
-//! Pure: the caller reads. Decoding never panics; what is not understood has no id.
+//! Pure: the caller reads. Decoding never panics; an unknown filesystem has no id.
 //!
 //! Sources: Linux `fs/ext4/ext4.h`, `fs/xfs/libxfs/xfs_format.h`, `include/linux/f2fs_fs.h`,
 //! `include/uapi/linux/msdos_fs.h`, `fs/exfat/exfat_raw.h`.
 
 use super::bytes::{get, get_u16, get_u32};
 
-/// What is needed of a filesystem's beginning.
+/// Bytes needed from the beginning of a filesystem.
 pub const HEAD_BYTES: usize = 4096;
 
-/// ext4's and f2fs's superblock.
+/// Offset of the superblock of ext4 and f2fs.
 const SUPER: usize = 1024;
 const EXT4_MAGIC: u16 = 0xef53;
 const F2FS_MAGIC: u32 = 0xf2f5_2010;
@@ -20,7 +20,7 @@ const BOOT_MAGIC: u16 = 0xaa55;
 /// The extended boot signature of FAT: a volume serial number follows.
 const FAT_HAS_SERIAL: u8 = 0x29;
 
-/// The id in hexadecimal digits, as [`text`] writes it.
+/// The filesystem's id in hexadecimal digits, as [`text`] formats it.
 #[must_use]
 pub fn find(head: &[u8]) -> Option<String> {
     let head = head.get(..HEAD_BYTES)?;
@@ -51,7 +51,7 @@ pub fn find(head: &[u8]) -> Option<String> {
     if is(54, b"FAT", 38) { serial(39) } else { None }
 }
 
-/// Hexadecimal digits; None for zeros, which are no id.
+/// `id` in hexadecimal digits. None for zeros, which are not an id.
 #[must_use]
 pub fn text(id: &[u8]) -> Option<String> {
     let is_none = id.iter().all(|byte| *byte == 0);

@@ -1,39 +1,41 @@
-//! Where in a filesystem is its log (its journal)? Read from the first bytes of ext4 and XFS.
+//! Finds the log (the journal) of a filesystem from the first bytes of ext4 and XFS.
 //!
-//! A hint about order: the log is what every filesystem writes most. Nothing of a copy's exactness depends on it, so what
-//! is not understood, or contradicts itself, is no log. Pure: the caller reads. Decoding never panics.
+//! It is a hint for the order of a copy: the log is what every filesystem writes most. The exactness of a
+//! copy does not depend on it, so a log that is not understood, or contradicts itself, counts as absent.
+//! Pure: the caller reads. Decoding never panics.
 //!
-//! Sources: Linux `fs/ext4/ext4.h` (`struct ext4_super_block`: a copy of the journal inode's `i_block` is kept in
-//! `s_jnl_blocks`), `fs/ext4/ext4_extents.h`, `fs/xfs/libxfs/xfs_format.h` (`struct xfs_dsb`).
+//! Sources: Linux `fs/ext4/ext4.h` (`struct ext4_super_block`: `s_jnl_blocks` keeps a copy of the journal
+//! inode's `i_block`), `fs/ext4/ext4_extents.h`, `fs/xfs/libxfs/xfs_format.h` (`struct xfs_dsb`).
 
 use super::bytes::{get, get_u16, get_u32};
 use crate::base::{Bytes, Extent};
 
-/// What is needed of a filesystem's beginning.
+/// Bytes needed from the beginning of a filesystem.
 pub const HEAD_BYTES: usize = 4096;
 
-/// Extents of a log at most; mkfs makes it of a few.
+/// Most extents of a log; mkfs creates it with few.
 pub const EXTENTS_MAX: usize = 64;
 
-/// ext4's superblock.
+/// Offset of ext4's superblock.
 const EXT4_SUPER: usize = 1024;
 const EXT4_MAGIC: u16 = 0xef53;
 const EXT4_COMPAT_HAS_JOURNAL: u32 = 4;
 /// `s_jnl_blocks` holds the journal inode's `i_block`.
 const EXT4_BACKED_UP: u8 = 1;
 const EXT4_EXTENTS_MAGIC: u16 = 0xf30a;
-/// Depth of a journal's extent tree at most: its root, and one level of blocks below.
+/// Greatest depth of a journal's extent tree: its root, and one level of blocks below.
 const EXT4_DEPTH_MAX: u16 = 1;
-/// A header and an entry of an extent tree are as long.
+/// Length of a header and of an entry of an extent tree.
 const EXT4_ENTRY_BYTES: usize = 12;
-/// Up to here a length is that of an extent that is initialized.
+/// Longest initialized extent; a larger value marks an uninitialized one.
 const EXT4_LENGTH_MAX: u16 = 32768;
 const BLOCK_BYTES_MAX: u64 = 65536;
 
-/// Reads so many bytes of the filesystem's device from an offset; None where it cannot.
+/// Reads this many bytes of the filesystem's device at an offset; None where that fails.
 pub type Read<'a> = &'a mut dyn FnMut(Bytes, usize) -> Option<Vec<u8>>;
 
-/// The log's extents on the filesystem's device, in its own order; none where it has none there, or it is not understood.
+/// The log's extents on the filesystem's device, in the log's order; none where the log is elsewhere or is
+/// not understood.
 #[must_use]
 pub fn find(read: Read<'_>) -> Vec<Extent> {
     let Some(head) = read(Bytes::ZERO, HEAD_BYTES).filter(|head| head.len() >= HEAD_BYTES) else {
@@ -62,7 +64,7 @@ fn ext4(head: &[u8], read: Read<'_>) -> Vec<Extent> {
     let block_bits = get_u32(superblock, 0x18);
     let is_known = get_u16(superblock, 0x38) == EXT4_MAGIC
         && get_u32(superblock, 0x5c) & EXT4_COMPAT_HAS_JOURNAL != 0
-        // On a device of its own otherwise.
+        // Otherwise the journal is on a device of its own.
         && get_u32(superblock, 0xe0) != 0
         && superblock[0xfd] == EXT4_BACKED_UP
         && block_bits <= 6;
@@ -78,7 +80,7 @@ fn ext4(head: &[u8], read: Read<'_>) -> Vec<Extent> {
     }
 }
 
-/// The extents below a node of a tree; None where it is none.
+/// Adds the extents below a node of a tree; None where the node is invalid.
 fn ext4_node(node: &[u8], block: u64, read: Read<'_>, depth_max: u16, found: &mut Vec<Extent>) -> Option<()> {
     let (entries, depth) = (usize::from(get_u16(node, 2)), get_u16(node, 6));
     let fits = (entries + 1) * EXT4_ENTRY_BYTES <= node.len();
@@ -137,7 +139,7 @@ mod tests {
         put_u32(entry, 8, u32::try_from(start & 0xffff_ffff).unwrap());
     }
 
-    /// An ext4 with blocks of 4 KiB, its journal's root still empty.
+    /// An ext4 with blocks of 4 KiB; the root of its journal's extent tree is still empty.
     fn ext4_disk() -> Vec<u8> {
         let mut disk = vec![0; 64 << 10];
         let superblock = &mut disk[EXT4_SUPER..];
@@ -150,14 +152,14 @@ mod tests {
     }
 
     #[test]
-    fn an_ext4_journal_is_where_its_inodes_copy_says() {
+    fn an_ext4_journal_is_found_by_the_copy_of_its_inode() {
         let mut disk = ext4_disk();
         let root = &mut disk[EXT4_SUPER + 0x10c..];
         header(root, 2, 0);
         leaf_entry(root, 0, 1 << 33, 4096);
         leaf_entry(root, 1, 77, EXT4_LENGTH_MAX + 5);
         assert_eq!(found(&disk), [(1 << 45, 16 << 20), (77 * 4096, 5 * 4096)]);
-        // Above four extents the root names blocks of them.
+        // With more than four extents the root refers to blocks of them.
         header(&mut disk[EXT4_SUPER + 0x10c..], 1, 1);
         let index = EXT4_SUPER + 0x10c + EXT4_ENTRY_BYTES;
         put_u32(&mut disk[index..], 4, 3);
@@ -201,7 +203,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(
+        fn decoding_never_panics(
             changes in prop::collection::vec((0usize..HEAD_BYTES, any::<u8>()), 0..40), is_xfs in any::<bool>(),
         ) {
             let mut disk = ext4_disk();

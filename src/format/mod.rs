@@ -1,5 +1,5 @@
-//! Bytes <-> structs: every on-disk format, pure (no I/O, no clock), one folder each with its
-//! FORMAT.md.
+//! Conversion between bytes and structs for every on-disk format; pure (no I/O, no clock). Each format is a
+//! folder with its FORMAT.md.
 
 pub mod archive;
 mod bytes;

@@ -285,7 +285,7 @@ fn fault(sample: &Sample) -> ArchiveError {
 #[test]
 fn a_map_that_disagrees_with_the_frames_is_found() {
     // A frame less, with sequences and totals that agree: only the map knows.
-    let lacking = Sample { forgotten: Some(2), ..sample() };
+    let lacking = Sample { omitted_frame: Some(2), ..sample() };
     assert_eq!(fault(&lacking), ArchiveError::MapMismatch { origin_offset: 2 * SEGMENT, map: "present" });
     let whole = extent(0, 4 * SEGMENT + 5001);
     let cases = [
@@ -301,7 +301,7 @@ fn a_map_that_disagrees_with_the_frames_is_found() {
         let sample = Sample::new(noise(whole.end().as_len(), 3));
         let honest = Sample { block_list: frames, ..sample };
         check(&honest.build()).unwrap();
-        let lying = Sample { map_list: Some(map.clone()), ..honest };
+        let lying = Sample { wrong_map_list: Some(map.clone()), ..honest };
         let fault = fault(&lying);
         assert!(
             matches!(fault, ArchiveError::MapMismatch { .. } | ArchiveError::Totals { .. }),

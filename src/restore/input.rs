@@ -230,7 +230,7 @@ impl Stream {
             if found < BLOCK_BYTES {
                 return Err(checker.truncated(found));
             }
-            if !control::begins(&buffer) {
+            if !control::has_magic(&buffer) {
                 let totals = checker.finish(&buffer[..BLOCK_BYTES])?;
                 let trailing = self.fill(&mut buffer[..1], io)? > 0;
                 io.engine.give_buffer(buffer);

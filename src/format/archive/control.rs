@@ -1,7 +1,7 @@
-//! The control block before and after each payload: which frame this is, what its payload means.
+//! The control block before and after each payload: it identifies the frame and describes its payload.
 //!
-//! Head and tail carry the same facts, each under its own salt: a frame that was torn, misplaced, or
-//! left over from another archive is told from a good one.
+//! Head and tail carry the same facts, each under its own salt. A frame that was torn, misplaced, or left
+//! over from another archive is therefore detected.
 
 use uuid::Uuid;
 
@@ -19,28 +19,28 @@ const EXTENTS_AT: usize = 64;
 const EXTENTS_END: usize = EXTENTS_AT + EXTENTS_MAX * 8;
 const CRC_AT: usize = BLOCK_BYTES - 4;
 
-/// Extents in one control block.
+/// Most extents in one control block.
 pub const EXTENTS_MAX: usize = 500;
 
-/// Bits of an extent's start, in sectors; its count has the 24 above. So an extent reaches 512 TiB
-/// behind the frame's origin offset: further than any origin that [`SEGMENT_COUNT_MAX`] allows.
+/// Bits of an extent's start, in sectors; the upper 24 bits are its length. So an extent can start 512 TiB
+/// past the frame's origin offset, further than any origin that [`SEGMENT_COUNT_MAX`] permits.
 ///
 /// [`SEGMENT_COUNT_MAX`]: crate::base::limits::SEGMENT_COUNT_MAX
 const START_BITS: u32 = 40;
 const START_MAX: u64 = (1 << START_BITS) - 1;
 const COUNT_MAX: u64 = (1 << 24) - 1;
 
-/// A frame's facts without its extents.
+/// A frame's facts, without its extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameFacts {
     /// The frame's number, from 0.
     pub sequence: u64,
-    /// What the payload is.
+    /// The kind of payload.
     pub kind: FrameKind,
-    /// Data: where the segment begins. Originals: where the first one begins. Map: where the first
-    /// entry begins.
+    /// Data: where the segment has_magic. Originals: where the first original has_magic. Map: where the first entry
+    /// has_magic.
     pub origin_offset: Bytes,
-    /// Bytes of the payload that mean something; zeros follow up to the segment size.
+    /// Bytes of the payload in use; zeros follow up to the segment size.
     pub payload_length: Bytes,
     /// CRC-32C of those bytes.
     pub payload_crc: u32,
@@ -49,7 +49,7 @@ pub struct FrameFacts {
 /// A decoded control block; its extents stay in the block's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Control<'a> {
-    /// The facts.
+    /// Everything but the extents.
     pub facts: FrameFacts,
     extents: &'a [u8],
     base: u64,
@@ -57,8 +57,8 @@ pub struct Control<'a> {
 }
 
 impl<'a> Control<'a> {
-    /// The valid extents, on the origin; sorted, disjoint, within the origin. Data: the parts of the
-    /// segment that are present. Originals: what the payload packs, in this order. Map: none.
+    /// The valid extents on the origin; sorted, disjoint, within the origin. Data: the parts of the segment
+    /// that are present. Originals: the ranges packed into the payload, in this order. Map: none.
     pub fn extents(&self) -> impl ExactSizeIterator<Item = Extent> + Clone + use<'a> {
         let (base, size) = (self.base, self.size);
         self.extents.chunks_exact(8).map(move |entry| {
@@ -67,7 +67,8 @@ impl<'a> Control<'a> {
     }
 }
 
-/// An extent from its packed form; an end behind the origin's is cut, if by less than a sector.
+/// An extent from its packed form. An end less than a sector past the origin's end is cut there; None if it
+/// is further.
 fn unpack(packed: u64, base: u64, size: Bytes) -> Option<Extent> {
     let start = base.checked_add((packed & START_MAX).checked_mul(SECTOR_BYTES)?)?;
     let end = start.checked_add((packed >> START_BITS).checked_mul(SECTOR_BYTES)?)?;
@@ -87,11 +88,11 @@ fn pack(extent: Extent, base: Bytes, size: Bytes) -> Option<u64> {
         .then_some(start_sectors | (count << START_BITS))
 }
 
-/// Writes a control block to the first [`BLOCK_BYTES`] of `block`.
+/// Encodes a control block into the first [`BLOCK_BYTES`] of `block`.
 ///
 /// # Errors
-/// What would not decode: facts that do not fit the layout, extents that are not sorted, not disjoint,
-/// outside, or cut elsewhere than at a multiple of 512 bytes or the origin's end.
+/// Anything that would not decode: facts that do not fit the layout; extents that are unsorted, not disjoint,
+/// out of bounds, or cut at anything but a multiple of 512 bytes or the origin's end.
 pub fn encode(
     layout: &Layout,
     facts: &FrameFacts,
@@ -128,10 +129,10 @@ pub fn encode(
     Ok(())
 }
 
-/// Reads a control block and bounds everything in it by `layout`.
+/// Decodes a control block and checks every field against `layout`.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The first fault found.
 pub fn decode<'a>(layout: &Layout, side: Side, block: &'a [u8]) -> Result<Control<'a>, ArchiveError> {
     let what = ArchiveError::control(side);
     let block = block
@@ -140,7 +141,7 @@ pub fn decode<'a>(layout: &Layout, side: Side, block: &'a [u8]) -> Result<Contro
     if block[..8] != MAGIC {
         return Err(ArchiveError::Magic { what });
     }
-    // The kind chooses the salt, so a kind that was changed fails the checksum.
+    // The kind selects the salt, so a changed kind fails the checksum.
     let code = get_u32(block, FACTS_AT);
     let computed = crc32c_salted(side.salt(code), &block[..CRC_AT]);
     let found = get_u32(block, CRC_AT);
@@ -186,14 +187,14 @@ fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Con
     Ok(Control { facts, extents, base, size: layout.origin_size })
 }
 
-/// True where `block` begins as a control block does: a reader of a pipe tells a frame from the tail
-/// superblock by it. Nothing is checked.
+/// True where `block` has_magic with the magic number of a control block. A reader of a pipe uses it to tell a
+/// frame from the tail superblock. It checks nothing else.
 #[must_use]
-pub fn begins(block: &[u8]) -> bool {
+pub fn has_magic(block: &[u8]) -> bool {
     block.starts_with(&MAGIC)
 }
 
-/// True where two control blocks of the two sides, each decoded, say the same.
+/// True where two decoded control blocks, one of each side, have the same facts.
 pub(super) fn same_facts(head: &[u8], tail: &[u8]) -> bool {
     head[FACTS_AT..CRC_AT] == tail[FACTS_AT..CRC_AT]
 }
@@ -220,7 +221,7 @@ fn check_facts(layout: &Layout, facts: &FrameFacts) -> Result<(), ArchiveError> 
     }
 }
 
-/// Checks what a control block's extents must be, each given as None where it could not be unpacked.
+/// Checks the extents of a control block. An extent that could not be unpacked is given as None.
 fn check_extents(
     layout: &Layout,
     facts: &FrameFacts,

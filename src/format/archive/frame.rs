@@ -6,17 +6,17 @@ use crate::base::Extent;
 use crate::base::checksum::crc32c;
 use crate::format::bytes::{BLOCK_BYTES, is_zero};
 
-/// A frame that was checked.
+/// A frame that has been checked.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame<'a> {
     /// Its facts and extents.
     pub control: Control<'a>,
-    /// The bytes of the payload that mean something.
+    /// The bytes of the payload in use.
     pub payload: &'a [u8],
 }
 
-/// Puts both control blocks around a payload that already lies at [`PAYLOAD_OFFSET`] of `memory`, and
-/// zeros behind it up to the segment size. `facts.payload_crc` is the caller's.
+/// Adds both control blocks around a payload at [`PAYLOAD_OFFSET`] of `memory`, and zeros after the payload
+/// up to the segment size. The caller computes `facts.payload_crc`.
 ///
 /// # Errors
 /// As [`encode`]; [`ArchiveError::Truncated`] where `memory` is shorter than a frame.
@@ -37,10 +37,10 @@ pub fn seal(
     Ok(())
 }
 
-/// Checks the frame in `memory`, which shall be number `sequence`, and reads it.
+/// Checks and decodes the frame in `memory`, whose sequence must be `sequence`.
 ///
 /// # Errors
-/// What is wrong with it: any byte of a frame that differs from what was written is found.
+/// The first fault found. Any byte of the frame that was changed is detected.
 pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Frame<'a>, ArchiveError> {
     let expected = layout.frame_bytes().as_len();
     let found = memory.len();
@@ -72,7 +72,7 @@ pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Fram
 /// Checks the head control block of frame `sequence` alone.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The first fault found.
 pub fn open_head<'a>(layout: &Layout, sequence: u64, block: &'a [u8]) -> Result<Control<'a>, ArchiveError> {
     let control = decode(layout, Side::Head, block)?;
     if control.facts.sequence == sequence {

@@ -1,10 +1,10 @@
-//! What a frame carries, and the two sides of it.
+//! The kinds of frame, and the two sides of a frame.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// Before or after the payload.
+/// Whether a control block is before or after the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// Before.
@@ -13,13 +13,13 @@ pub enum Side {
     Tail,
 }
 
-/// What a frame's payload is.
+/// The kind of a frame's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FrameKind {
     /// The image of one segment.
     Data,
-    /// Originals, packed one behind the other.
+    /// Originals, packed one after the other.
     Originals,
     /// Entries of the map.
     Map,

@@ -1,4 +1,4 @@
-//! Where everything lies in an archive.
+//! Offsets and lengths of everything in an archive.
 
 use uuid::Uuid;
 
@@ -12,10 +12,10 @@ pub const VERSION: u32 = 1;
 /// Bytes of a superblock, and of a control block.
 pub const BLOCK: Bytes = Bytes::kib(4);
 
-/// Where a frame's payload begins in it.
+/// Offset of the payload in a frame.
 pub const PAYLOAD_OFFSET: usize = BLOCK_BYTES;
 
-/// What decides where everything lies in one archive.
+/// The facts that determine all offsets in one archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// The archive's identity, repeated in each control block.
@@ -54,8 +54,8 @@ pub fn frame_bytes(segment: SegmentSize) -> Bytes {
     BLOCK + segment.bytes() + BLOCK
 }
 
-/// Where frame `sequence` begins; for the sequence behind the last frame, where the tail superblock
-/// lies. None where that does not fit 64 bits.
+/// Where frame `sequence` begins. For the sequence after the last frame this is the offset of the tail
+/// superblock. None where it does not fit 64 bits.
 #[must_use]
 pub fn frame_offset(sequence: u64, segment: SegmentSize) -> Option<Bytes> {
     frame_bytes(segment).get().checked_mul(sequence)?.checked_add(BLOCK.get()).map(Bytes)

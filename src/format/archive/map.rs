@@ -1,7 +1,7 @@
 //! The map: for each byte of the origin, whether the archive's data frames hold it.
 //!
-//! Entries cover the origin from 0 to its end, in order, without gaps, over as many map frames as are
-//! needed. Made and read lazily: no memory grows with the origin.
+//! Entries cover the origin from 0 to its end, in order, without gaps, in as many map frames as needed. They
+//! are created and read lazily: no memory grows with the origin.
 
 use serde::Serialize;
 
@@ -18,7 +18,7 @@ pub const ENTRY_BYTES: usize = 24;
 pub enum MapState {
     /// Data frames hold it.
     Present,
-    /// It was copied, and is zero; no data frame holds it.
+    /// It was copied and is zero; no data frame holds it.
     Zero,
     /// It was not copied; it reads as zeros.
     Absent,
@@ -33,7 +33,7 @@ impl MapState {
         }
     }
 
-    /// For messages.
+    /// The state's name, for messages.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -59,8 +59,8 @@ pub fn entries_per_frame(segment: SegmentSize) -> usize {
     segment.bytes().as_len() / ENTRY_BYTES
 }
 
-/// Fills `payload` with as many of `entries` as fit. Answers where the first one begins and how many
-/// bytes were used, or None where there are no more entries.
+/// Fills `payload` with as many of `entries` as fit. Returns where the first one begins and how many bytes
+/// were used, or None where no entries are left.
 pub fn fill(entries: &mut impl Iterator<Item = MapEntry>, payload: &mut [u8]) -> Option<(Bytes, Bytes)> {
     let mut first = None;
     let mut used = 0;
@@ -76,7 +76,7 @@ pub fn fill(entries: &mut impl Iterator<Item = MapEntry>, payload: &mut [u8]) ->
     first.map(|start| (start, Bytes::from_len(used)))
 }
 
-/// Follows a map while it is read, across its frames.
+/// Checks a map while it is read, across its frames.
 #[derive(Clone, Copy, Debug)]
 pub struct MapCursor {
     at: Bytes,
@@ -84,16 +84,16 @@ pub struct MapCursor {
 }
 
 impl MapCursor {
-    /// At the beginning of the map of an origin of `size` bytes.
+    /// A cursor at the beginning of the map of an origin of `size` bytes.
     #[must_use]
     pub fn new(size: Bytes) -> Self {
         Self { at: Bytes::ZERO, size }
     }
 
-    /// Reads the entries of one map frame; `origin_offset` is the frame's.
+    /// Reads the entries of one map frame; `origin_offset` is that of the frame.
     ///
     /// # Errors
-    /// An entry that does not continue the map, or has no state.
+    /// An entry that does not continue the map, or whose state is invalid.
     pub fn read(
         &mut self,
         origin_offset: Bytes,
@@ -145,8 +145,8 @@ impl MapCursor {
     }
 }
 
-/// The map of an archive for which `block_list` (sorted, disjoint, within the origin) was copied and
-/// `has_frame` says which segments got a data frame; lazily, neighbours of one state merged.
+/// The map of an archive for which `block_list` (sorted, disjoint, within the origin) was copied; `has_frame`
+/// tells which segments got a data frame. Created lazily; neighbours with the same state are merged.
 pub fn entries<'a>(
     layout: &Layout,
     block_list: &'a [Extent],

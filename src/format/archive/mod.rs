@@ -1,12 +1,12 @@
-//! What do the bytes of an archive mean? The codec of writer, reader and verifier; no I/O.
+//! The codec of the archive format, for writer, reader and verifier; no I/O.
 //!
 //! Invariants:
-//! - encoding goes into the caller's memory and allocates nothing;
-//! - decoding looks at a field only when the checksum over it was right, bounds it before any
-//!   arithmetic, and never panics, whatever the bytes;
-//! - what [`superblock`], [`control`] and [`map`] write, they read back as the same values.
+//! - encoding writes to the caller's memory and allocates nothing;
+//! - decoding uses a field only after the checksum that covers it was found right, bounds it before any
+//!   arithmetic, and never panics, whatever the bytes are;
+//! - [`superblock`], [`control`] and [`map`] decode what they encode to the same values.
 //!
-//! Must not know where an archive lies, nor in which order a reader reads it.
+//! This module does not know where an archive is stored, nor in which order it is read.
 //!
 #![doc = include_str!("FORMAT.md")]
 

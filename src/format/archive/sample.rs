@@ -1,4 +1,4 @@
-//! Small archives in memory, for tests of everything that reads one.
+//! Small archives in memory, for tests of every reader.
 
 use uuid::Uuid;
 
@@ -9,22 +9,22 @@ use super::{
 use crate::base::checksum::crc32c;
 use crate::base::{Bytes, ChunkSize, Extent, SegmentIx, SegmentSize};
 
-/// What an archive is made of.
+/// The content of a sample archive.
 #[derive(Clone, Debug)]
 pub struct Sample {
     pub superblock: Superblock,
-    /// What the data frames hold where they hold anything.
+    /// The content of the data frames: the fuzzy copy.
     pub fuzzy: Vec<u8>,
     /// The parts of the origin that were copied.
     pub block_list: Vec<Extent>,
     /// Originals frames: each a list of extents and their packed bytes.
     pub originals: Vec<(Vec<Extent>, Vec<u8>)>,
-    /// Data frames in an order drawn from this seed instead of the ascending one.
+    /// Put the data frames in an order derived from this seed instead of ascending.
     pub shuffled: Option<u64>,
-    /// A lie: the map is made of this block list.
-    pub map_list: Option<Vec<Extent>>,
-    /// A lie: this segment gets no data frame, whatever the map says.
-    pub forgotten: Option<u64>,
+    /// Damage: derive the map from this block list instead.
+    pub wrong_map_list: Option<Vec<Extent>>,
+    /// Damage: write no data frame for this segment, whatever the map says.
+    pub omitted_frame: Option<u64>,
 }
 
 impl Sample {
@@ -50,12 +50,12 @@ impl Sample {
             block_list,
             originals: Vec::new(),
             shuffled: None,
-            map_list: None,
-            forgotten: None,
+            wrong_map_list: None,
+            omitted_frame: None,
         }
     }
 
-    /// Appends one originals frame: `byte` all over `extents`.
+    /// Appends one originals frame that fills `extents` with `byte`.
     pub fn with_originals(mut self, extents: &[Extent], byte: u8) -> Self {
         self.superblock.originals = OriginalsMode::Append;
         let length: Bytes = extents.iter().map(|extent| extent.length()).sum();
@@ -67,7 +67,7 @@ impl Sample {
         self.superblock.layout()
     }
 
-    /// What a restore must give.
+    /// The image that a restore must produce.
     pub fn content(&self) -> Vec<u8> {
         let mut content = vec![0; self.fuzzy.len()];
         for extent in &self.block_list {
@@ -112,12 +112,13 @@ impl Sample {
         let mut data: Vec<u64> =
             (0..layout.segment.count_for(layout.origin_size)).filter(|ix| self.has_frame(*ix)).collect();
         if let Some(seed) = self.shuffled {
-            // By the residues of an odd multiplier: any seed gives an order, and most give another.
+            // Sorted by the residues of an odd multiplier: every seed gives a valid order, and most seeds a
+            // different one.
             let key = |ix: &u64| (ix + 1).wrapping_mul(seed | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7;
             data.sort_by_key(key);
         }
         let mut sequence = 0;
-        for ix in data.into_iter().filter(|ix| self.forgotten != Some(*ix)) {
+        for ix in data.into_iter().filter(|ix| self.omitted_frame != Some(*ix)) {
             let extent = self.segment(ix);
             let valid = self.valid(extent);
             let mut payload = vec![0x99; extent.length().as_len()];
@@ -137,7 +138,7 @@ impl Sample {
             totals.originals_bytes += Bytes::from_len(packed.len());
             sequence += 1;
         }
-        let list = self.map_list.as_ref().unwrap_or(&self.block_list);
+        let list = self.wrong_map_list.as_ref().unwrap_or(&self.block_list);
         let mut map = entries(&layout, list, |SegmentIx(ix)| self.has_frame(ix));
         let mut payload = vec![0; entries_per_frame(layout.segment) * map::ENTRY_BYTES];
         while let Some((start, length)) = fill(&mut map, &mut payload) {

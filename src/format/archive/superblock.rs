@@ -1,4 +1,4 @@
-//! The superblock at both ends of an archive: identity, origin, instant, sizes; the tail adds totals.
+//! The superblocks at both ends of an archive: identity, origin, instant and sizes; the tail adds totals.
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -23,7 +23,7 @@ pub const NAME_MAX: usize = 254;
 /// Longest origin path, in bytes.
 pub const PATH_MAX: usize = 1022;
 
-/// A text field: where its length lies (the text follows), longest text, name.
+/// A text field: the offset of its length (the text follows), the longest text, the name.
 #[derive(Clone, Copy)]
 struct TextField(usize, usize, &'static str);
 
@@ -32,7 +32,7 @@ const NAME: TextField = TextField(256, NAME_MAX, "the origin's name");
 const PATH: TextField = TextField(512, PATH_MAX, "the origin's path");
 const RESERVED_AT: usize = 1536;
 
-/// Which end of the archive.
+/// The end of the archive that a superblock is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
     Head,
@@ -60,15 +60,15 @@ impl Role {
     }
 }
 
-/// How the archive holds originals.
+/// Where the originals of an archive are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OriginalsMode {
-    /// The origin was quiet: there are none.
+    /// The origin was quiet, so there are none.
     None,
-    /// They were laid over the data before the archive was complete.
+    /// They were applied to the data before the archive was complete.
     Overlay,
-    /// They follow the data, to be applied last.
+    /// They follow the data; a restore applies them last.
     Append,
 }
 
@@ -87,8 +87,8 @@ impl OriginalsMode {
 pub struct Superblock {
     /// The archive's own identity.
     pub archive: Uuid,
-    /// The archive that this one continues: nil, for version 1 has whole copies only, and a reader that took an
-    /// increment for one would restore half of it.
+    /// The archive that this one continues: always nil, since version 1 has whole copies only. A reader that
+    /// took an increment for a whole copy would restore only half of the data.
     pub parent: Uuid,
     /// The origin's name, cut to [`NAME_MAX`] bytes.
     pub origin_name: String,
@@ -108,33 +108,33 @@ pub struct Superblock {
     pub tool: String,
 }
 
-/// What the tail superblock adds. Frames come by kind: data, originals, map.
+/// The totals, which only the tail superblock has. Frames are ordered by kind: data, originals, map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Totals {
     /// Data frames: sequences from 0.
     pub data_frames: u64,
-    /// Originals frames, behind them.
+    /// Originals frames, after the data frames.
     pub originals_frames: u64,
-    /// Map frames, behind those.
+    /// Map frames, after the originals frames.
     pub map_frames: u64,
-    /// Bytes of the origin that the map calls present.
+    /// Bytes of the origin that the map marks as present.
     pub present_bytes: Bytes,
     /// Bytes of originals in originals frames.
     pub originals_bytes: Bytes,
 }
 
 impl Totals {
-    /// The first originals frame's sequence, also where there is none.
+    /// The sequence of the first originals frame, or where it would be.
     #[must_use]
     pub fn first_originals(&self) -> u64 {
         self.data_frames
     }
-    /// The first map frame's sequence. Saturates: decoded totals do not reach that.
+    /// The sequence of the first map frame. Saturates; decoded totals stay below that.
     #[must_use]
     pub fn first_map(&self) -> u64 {
         self.data_frames.saturating_add(self.originals_frames)
     }
-    /// The sequence behind the last frame. Saturates: decoded totals do not reach that.
+    /// The sequence after the last frame. Saturates; decoded totals stay below that.
     #[must_use]
     pub fn sequence_end(&self) -> u64 {
         self.first_map().saturating_add(self.map_frames)
@@ -142,13 +142,13 @@ impl Totals {
 }
 
 impl Superblock {
-    /// What decides where everything lies.
+    /// The facts that determine all offsets in the archive.
     #[must_use]
     pub fn layout(&self) -> Layout {
         Layout { archive: self.archive, origin_size: self.origin_size, segment: self.segment }
     }
 
-    /// Writes the head superblock to the first [`BLOCK_BYTES`] of `block`.
+    /// Encodes the head superblock into the first [`BLOCK_BYTES`] of `block`.
     ///
     /// # Errors
     /// [`ArchiveError::Field`] where the origin has more segments than the format allows;
@@ -159,7 +159,7 @@ impl Superblock {
         Ok(())
     }
 
-    /// Writes the tail superblock to the first [`BLOCK_BYTES`] of `block`.
+    /// Encodes the tail superblock into the first [`BLOCK_BYTES`] of `block`.
     ///
     /// # Errors
     /// As [`Superblock::encode_head`].
@@ -182,10 +182,10 @@ impl Superblock {
         Ok(())
     }
 
-    /// Reads a head superblock.
+    /// Decodes a head superblock.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The first fault found.
     pub fn decode_head(block: &[u8]) -> Result<Self, ArchiveError> {
         let block = check(Role::Head, block)?;
         if !is_zero(&block[TOTALS_AT..TOTALS_END]) {
@@ -194,10 +194,10 @@ impl Superblock {
         Self::decode_facts(block)
     }
 
-    /// Reads a tail superblock.
+    /// Decodes a tail superblock.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The first fault found.
     pub fn decode_tail(block: &[u8]) -> Result<(Self, Totals), ArchiveError> {
         let block = check(Role::Tail, block)?;
         let facts = Self::decode_facts(block)?;
@@ -288,7 +288,7 @@ fn decode_totals(block: &[u8], facts: &Superblock) -> Result<Totals, ArchiveErro
     if totals.data_frames > facts.segment.count_for(facts.origin_size) {
         return Err(ArchiveError::Field { field: "the data frame count", value: totals.data_frames });
     }
-    // Bounds the other two counts: the archive's end must have an offset.
+    // Bounds the other two counts: the end of the archive must have an offset.
     let end = totals
         .data_frames
         .checked_add(totals.originals_frames)
@@ -314,7 +314,7 @@ fn sign(role: Role, block: &mut [u8]) {
     put_u32(block, CRC_AT, crc);
 }
 
-/// Magic, checksum, role: after this, the fields are what was written.
+/// Checks magic, checksum and role; after that the fields are those that were written.
 fn check(role: Role, block: &[u8]) -> Result<&[u8], ArchiveError> {
     let what = role.what();
     let block = block

@@ -1,4 +1,4 @@
-//! Round trips, single-byte corruptions of each block, and the map against a slow oracle.
+//! Round trips, single-byte corruption of each block, and the map compared with a slow oracle.
 
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -138,7 +138,7 @@ fn every_corrupted_byte_of_a_frame_is_found() {
 }
 
 #[test]
-fn a_torn_frame_is_told() {
+fn a_torn_frame_is_detected() {
     let layout = layout(SEGMENT);
     let payload = vec![1; Bytes(SEGMENT).as_len()];
     let facts = data_facts(&layout, 0, &payload);
@@ -176,7 +176,7 @@ fn what_would_not_decode_is_not_encoded() {
     refused(&FrameFacts { kind: FrameKind::Map, payload_length: Bytes(25), ..data }, &[]);
 }
 
-/// The state of every page, one at a time.
+/// The state of every page, determined page by page.
 fn slow_map(pages: &[bool], frames: &[bool], size: u64) -> Vec<MapEntry> {
     let mut map: Vec<MapEntry> = Vec::new();
     for (page, listed) in pages.iter().enumerate() {
@@ -209,7 +209,7 @@ fn runs(pages: &[bool], size: u64) -> Vec<Extent> {
 
 proptest! {
     #[test]
-    fn superblocks_come_back(name in ".{0,80}", ns: u64, size in 0u64..1 << 38, path in ".{0,200}", data in 0u64..5, originals in 0u64..9, map in 0u64..9) {
+    fn superblocks_round_trip(name in ".{0,80}", ns: u64, size in 0u64..1 << 38, path in ".{0,200}", data in 0u64..5, originals in 0u64..9, map in 0u64..9) {
         let mut facts = superblock("x");
         facts.origin_name = name;
         facts.origin_path = path;
@@ -231,7 +231,7 @@ proptest! {
     }
 
     #[test]
-    fn control_blocks_come_back(
+    fn control_blocks_round_trip(
         cuts in prop::collection::btree_set(0u64..1 << 31, 2..400),
         crc: u32, sequence: u64, tail in 1u64..512,
     ) {
@@ -264,7 +264,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_a_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..9000), good_magic: bool) {
+    fn decoders_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..9000), good_magic: bool) {
         let mut bytes = bytes;
         if good_magic && bytes.len() > 8 {
             bytes[..8].copy_from_slice(b"TDMFRAME");
@@ -278,7 +278,7 @@ proptest! {
     }
 
     #[test]
-    fn maps_are_the_oracles(pages in prop::collection::vec(any::<bool>(), 1..100), frames in prop::collection::vec(any::<bool>(), 7), tail in 1u64..=4096) {
+    fn maps_match_the_oracle(pages in prop::collection::vec(any::<bool>(), 1..100), frames in prop::collection::vec(any::<bool>(), 7), tail in 1u64..=4096) {
         let size = (pages.len() as u64 - 1) * 4096 + tail;
         let layout = layout(size);
         let list = runs(&pages, size);

@@ -1,10 +1,10 @@
-//! Where in the COW store is the original of a chunk? The codec of dm-snapshot's persistent store.
+//! The codec of dm-snapshot's persistent store: where in the COW store the original of a chunk is.
 //!
 //! Invariants:
-//! - whatever the bytes, decoding answers an error or entries within the origin and the store;
+//! - whatever the bytes are, decoding returns an error or entries within the origin and the store;
 //! - a new chunk is a data chunk: never the header, never a metadata area.
 //!
-//! Does no I/O and holds no state; the kernel is the only writer of a real store.
+//! Does no I/O and keeps no state; only the kernel writes a real store.
 //!
 #![doc = include_str!("FORMAT.md")]
 
@@ -21,42 +21,42 @@ use crate::base::{Bytes, ChunkIx, ChunkSize, Error as BaseError, ErrorKind, Exte
 const MAGIC: u32 = 0x7041_6e53;
 /// `SNAPSHOT_DISK_VERSION`.
 const VERSION: u32 = 1;
-/// Bytes of the header that mean something.
+/// Bytes of the header in use.
 pub const HEADER_BYTES: usize = 16;
 /// Bytes of an entry (`struct disk_exception`).
 pub const ENTRY_BYTES: usize = 16;
 
 /// What is wrong with a store's bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[allow(missing_docs)] // the messages say what the fields are
+#[allow(missing_docs)] // the messages explain the fields
 pub enum StoreError {
-    /// Fewer bytes than the structure needs.
+    /// There are fewer bytes than the structure needs.
     #[error("{found} bytes where {expected} are needed")]
     Short { found: usize, expected: usize },
-    /// Not a store.
+    /// This is not a store.
     #[error("magic number {found:#010x} is not that of a snapshot store")]
     Magic { found: u32 },
-    /// An unknown version.
-    #[error("store version {found}, this program reads version 1")]
+    /// The version is unknown.
+    #[error("the store's version is {found}; this program reads version 1")]
     Version { found: u32 },
-    /// Neither 0 nor 1.
+    /// The valid field is neither 0 nor 1.
     #[error("the header's valid field is {found}")]
     Valid { found: u32 },
-    /// A chunk size out of range.
+    /// The chunk size is out of range.
     #[error("a chunk size of {sectors} sectors is not supported")]
     ChunkSize { sectors: u32 },
-    /// An entry for a chunk that the origin does not have.
-    #[error("entry {index}: chunk {old} is behind the origin's end")]
+    /// An entry is for a chunk that the origin does not have.
+    #[error("entry {index}: chunk {old} is past the origin's end")]
     OldChunk { index: usize, old: u64 },
-    /// An entry whose original lies where none can be.
+    /// The original of an entry is where none can be.
     #[error("entry {index}: chunk {new} of the store cannot hold an original")]
     NewChunk { index: usize, new: u64 },
 }
 
 impl From<StoreError> for BaseError {
-    /// Kind [`StoreInvalid`](ErrorKind::StoreInvalid): the copy that needs the store is void.
+    /// Kind [`StoreInvalid`](ErrorKind::StoreInvalid): a copy that needs the store is lost.
     fn from(error: StoreError) -> Self {
-        Self::new(ErrorKind::StoreInvalid, "the COW store cannot be read").with_source(error)
+        Self::new(ErrorKind::StoreInvalid, "the content of the COW store is invalid").with_source(error)
     }
 }
 
@@ -70,10 +70,10 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header at the front of `block`.
+    /// Decodes the header at the front of `block`.
     ///
     /// # Errors
-    /// What is wrong with it; an invalid store decodes.
+    /// The first fault found. The header of an invalidated store decodes.
     pub fn decode(block: &[u8]) -> Result<Self, StoreError> {
         if block.len() < HEADER_BYTES {
             return Err(StoreError::Short { found: block.len(), expected: HEADER_BYTES });
@@ -97,7 +97,7 @@ impl Header {
         Ok(Self { valid, chunk })
     }
 
-    /// Writes the header to the front of `block`, as the kernel does.
+    /// Encodes the header into the front of `block`, as the kernel does.
     ///
     /// # Errors
     /// [`StoreError::Short`].
@@ -138,14 +138,14 @@ pub fn is_data_chunk(index: ChunkIx, chunk: ChunkSize) -> bool {
     index.get() > 0 && index.get() % (entries_per_area(chunk) + 1) != 1
 }
 
-/// What entries must lie within.
+/// The bounds that entries must be within.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// The unit of copy-on-write.
     pub chunk: ChunkSize,
     /// Size of the origin; its last chunk may be cut short.
     pub origin_size: Bytes,
-    /// Size of the store now; a chunk counts where it is whole.
+    /// Size of the store now; only whole chunks of it count.
     pub store_size: Bytes,
 }
 
@@ -187,17 +187,17 @@ impl Entry {
 /// The entries of one metadata area.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AreaEntries {
-    /// Up to the first that ends the list.
+    /// The entries up to the first one that ends the list.
     pub entries: Vec<Entry>,
-    /// True where nothing ends the list: it goes on in the next area.
+    /// True where no entry ends the list: it continues in the next area.
     pub full: bool,
 }
 
-/// Reads one metadata area: `block` is a whole chunk. Entries before number `skip` were read before
-/// and are left out.
+/// Decodes one metadata area; `block` is a whole chunk. The first `skip` entries were read before and are
+/// left out.
 ///
 /// # Errors
-/// [`StoreError::Short`] where `block` is no whole chunk; an entry out of `bounds`.
+/// [`StoreError::Short`] where `block` is not a whole chunk; an entry out of `bounds`.
 pub fn decode_area(block: &[u8], skip: usize, bounds: &Bounds) -> Result<AreaEntries, StoreError> {
     let expected = bounds.chunk.bytes().as_len();
     let block = block.get(..expected).ok_or(StoreError::Short { found: block.len(), expected })?;
@@ -214,8 +214,8 @@ pub fn decode_area(block: &[u8], skip: usize, bounds: &Bounds) -> Result<AreaEnt
     Ok(area)
 }
 
-/// The entries at the front of a metadata area up to the first that ends the list, whatever they say:
-/// nothing is checked. For hints, and for counting.
+/// The entries of a metadata area up to the first one that ends the list. Nothing is checked, so they serve
+/// as hints and for counting only.
 pub fn listed_entries(block: &[u8]) -> impl Iterator<Item = Entry> + '_ {
     block
         .chunks_exact(ENTRY_BYTES)
@@ -223,7 +223,7 @@ pub fn listed_entries(block: &[u8]) -> impl Iterator<Item = Entry> + '_ {
         .take_while(|entry| entry.new != ChunkIx::ZERO)
 }
 
-/// Writes a metadata area as the kernel does: `entries`, then zeros. For simulated stores.
+/// Encodes a metadata area as the kernel does: `entries`, then zeros. For simulated stores.
 ///
 /// # Errors
 /// [`StoreError::Short`] where `entries` do not fit `block`.

@@ -1,4 +1,4 @@
-//! Round trips, hostile bytes, and the stores that real kernels made.
+//! Round trips, arbitrary bytes, and stores written by real kernels.
 
 use std::collections::HashSet;
 use std::fs;
@@ -30,7 +30,7 @@ fn areas_and_data_chunks_partition_the_store() {
 }
 
 #[test]
-fn every_corrupted_byte_of_a_header_is_found_or_said() {
+fn every_corrupted_byte_changes_the_decoded_header() {
     let header = Header { valid: true, chunk: chunk(4096) };
     let mut block = [0u8; HEADER_BYTES];
     header.encode(&mut block).unwrap();
@@ -40,7 +40,8 @@ fn every_corrupted_byte_of_a_header_is_found_or_said() {
             block[at] ^= flip;
             let decoded = Header::decode(&block);
             block[at] ^= flip;
-            // The format has no checksum: what remains is another valid header, never the same one.
+            // The format has no checksum. A changed byte may give another valid header, but never the same
+            // one.
             assert_ne!(decoded, Ok(header), "byte {at}");
         }
     }
@@ -71,7 +72,7 @@ fn entries_out_of_bounds_are_refused() {
 
 proptest! {
     #[test]
-    fn areas_come_back(olds in prop::collection::vec(0u64..1000, 0..=256), skip in 0usize..300) {
+    fn areas_round_trip(olds in prop::collection::vec(0u64..1000, 0..=256), skip in 0usize..300) {
         let bounds = Bounds { chunk: chunk(4096), origin_size: Bytes(1000 * 4096), store_size: Bytes(1 << 30) };
         let entries: Vec<Entry> = olds.iter().enumerate()
             .map(|(index, old)| Entry { old: ChunkIx(*old), new: ChunkIx(index as u64 % 256 + 2) })
@@ -84,7 +85,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_a_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..5000), shift in 12u32..21, skip: usize, origin: u64, store: u64) {
+    fn decoders_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..5000), shift in 12u32..21, skip: usize, origin: u64, store: u64) {
         let bounds = Bounds { chunk: chunk(1 << shift), origin_size: Bytes(origin), store_size: Bytes(store) };
         let _ = Header::decode(&bytes);
         if let Ok(area) = decode_area(&bytes, skip, &bounds) {

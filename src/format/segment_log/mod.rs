@@ -2,8 +2,8 @@
 //!
 //! # Codec
 //!
-//! Pure: bytes in, values out. Invariants: decoding never panics, looks at a field only when the check
-//! over it was right, and bounds it before it is used; what is encoded decodes to the same value.
+//! Pure: bytes in, values out. Invariants: decoding never panics, uses a field only after the check that
+//! covers it was found right, and bounds it before use; what is encoded decodes to the same value.
 
 #[cfg(test)]
 mod tests;
@@ -24,8 +24,8 @@ pub const HEADER_BYTES: usize = 128;
 /// Bytes of a record.
 pub const RECORD_BYTES: usize = 16;
 
-/// Records in one file at most: a copy may be killed and resumed, and its last segments placed anew each
-/// time; four times the largest count of segments is 256 MiB, which no copy comes near.
+/// Most records in one file. A copy may be killed and resumed, and place its last segments again each time.
+/// Four times the largest count of segments is 256 MiB, which no copy comes near.
 pub const RECORD_COUNT_MAX: u64 = 4 * SEGMENT_COUNT_MAX;
 
 const MAGIC: [u8; 8] = *b"TDMPROGR";
@@ -54,7 +54,7 @@ pub enum SecondaryForm {
     Archive,
 }
 
-/// What the file is about.
+/// Identifies the copy that the file belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     /// The job's id, as in its devices' UUIDs.
@@ -74,13 +74,13 @@ pub struct Header {
 /// One record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// A segment's write has completed.
+    /// A segment is on the secondary's medium.
     Placed(PlacedSegment),
-    /// Originals may have been laid over the data from here on.
+    /// Originals may have been applied to the data from here on.
     OriginalsBegun,
 }
 
-/// Where a segment went.
+/// Where a segment was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlacedSegment {
     /// The segment.
@@ -111,14 +111,14 @@ impl Header {
         match (self.form, self.archive) {
             (SecondaryForm::Raw, None) => Ok(()),
             (SecondaryForm::Archive, Some(archive)) if !archive.is_nil() => Ok(()),
-            _ => Err(bad("an archive has an identity, and nothing else has one")),
+            _ => Err(bad("only an archive has an identity, and it must have one")),
         }
     }
 
     /// The header's bytes.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for facts that cannot be.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for invalid values.
     pub fn encode(&self) -> Result<[u8; HEADER_BYTES]> {
         self.check()?;
         let mut block = [0; HEADER_BYTES];
@@ -143,10 +143,10 @@ impl Header {
     /// The header in `bytes`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) naming the first thing that is wrong.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) naming the first fault.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let Some(block) = bytes.get(..HEADER_BYTES) else {
-            return Err(bad(format!("its header is cut off after {} bytes", bytes.len())));
+            return Err(bad(format!("its header is truncated after {} bytes", bytes.len())));
         };
         if block[..8] != MAGIC {
             return Err(bad("it has no magic number"));
@@ -156,7 +156,7 @@ impl Header {
         }
         match get_u32(block, 8) {
             VERSION => {}
-            other => return Err(bad(format!("its version is {other}, this program reads {VERSION}"))),
+            other => return Err(bad(format!("its version is {other}; this program reads {VERSION}"))),
         }
         if !is_zero(&block[68..HEADER_CRC_AT]) {
             return Err(bad("its header's padding is not zero"));
@@ -172,17 +172,17 @@ impl Header {
             archive: (!archive.is_nil()).then_some(archive),
             origin_size: Bytes(get_u64(block, 48)),
             segment: SegmentSize::new(Bytes(u64::from(get_u32(block, 64))))
-                .map_err(|error| bad("its segment size cannot be").with_source(error))?,
+                .map_err(|error| bad("its segment size is invalid").with_source(error))?,
             instant_ns: get_u64(block, 56),
         };
         header.check()?;
         Ok(header)
     }
 
-    /// Record number `number`'s bytes.
+    /// The bytes of record number `number`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for facts that cannot be.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for invalid values.
     pub fn encode_record(&self, number: u64, record: &Record) -> Result<[u8; RECORD_BYTES]> {
         let mut block = [0; RECORD_BYTES];
         match record {
@@ -215,8 +215,8 @@ impl Header {
             return Err(bad(format!("segment {} of {count}", placed.ix.get())));
         }
         match (self.form, placed.frame) {
-            (_, Some(frame)) if frame >= count => Err(bad(format!("frame {frame} for {count} segments"))),
-            (SecondaryForm::Raw, Some(_)) => Err(bad("a frame in a raw secondary")),
+            (_, Some(frame)) if frame >= count => Err(bad(format!("frame {frame} of {count} segments"))),
+            (SecondaryForm::Raw, Some(_)) => Err(bad("a raw secondary has no frames")),
             (SecondaryForm::Archive, None) if !placed.zero => {
                 Err(bad(format!("no frame for segment {}, which is not zero", placed.ix.get())))
             }
@@ -224,13 +224,17 @@ impl Header {
         }
     }
 
-    /// The record in `block`, whose check was right.
+    /// The record in `block`, whose check has been found right.
     fn decode_checked(&self, block: &[u8; RECORD_BYTES]) -> Result<Record> {
         let (first, second, crc) = (get_u32(block, 0), get_u32(block, 4), get_u32(block, 8));
         let (kind, flags) = (first >> 24, second >> 24);
         if kind == KIND_ORIGINALS {
             let clear = first & NUMBER_MAX == 0 && second == 0 && crc == 0;
-            return if clear { Ok(Record::OriginalsBegun) } else { Err(bad("a mark that says more")) };
+            return if clear {
+                Ok(Record::OriginalsBegun)
+            } else {
+                Err(bad("a mark with other fields than the kind"))
+            };
         }
         if kind != KIND_DATA && kind != KIND_ZERO {
             return Err(bad(format!("a record of kind {kind}")));
@@ -253,29 +257,29 @@ impl Header {
     }
 }
 
-/// Follows the records of one file, in order, and tells a torn end from damage.
+/// Reads the records of one file, in order, and tells a torn end from damage.
 #[derive(Clone, Debug)]
 pub struct Follower<'a> {
     header: &'a Header,
-    /// Good records so far: the number of the one that comes next.
+    /// Good records so far; also the number of the next one.
     good: u64,
-    /// Why the record behind the good ones is bad. Nothing may follow it.
+    /// Why the record after the good ones is bad. Nothing may follow it.
     torn: Option<String>,
     originals_begun: bool,
 }
 
 impl<'a> Follower<'a> {
-    /// Before the first record.
+    /// A reader before the first record.
     #[must_use]
     pub fn new(header: &'a Header) -> Self {
         Self { header, good: 0, torn: None, originals_begun: false }
     }
 
-    /// Takes the next whole record. None: it is bad, and must be the last one.
+    /// Takes the next whole record. None: the record is bad, and must be the last one.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is not what a cut leaves: a bad
-    /// record stands before it, its check is right and its fields are not, or there are too many.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for what truncation cannot cause: a record
+    /// after a bad one, a record with a right check and invalid fields, or too many records.
     pub fn take(&mut self, block: &[u8; RECORD_BYTES]) -> Result<Option<Record>> {
         self.check_last()?;
         if self.good >= RECORD_COUNT_MAX {
@@ -302,7 +306,7 @@ impl<'a> Follower<'a> {
         Ok(Some(record))
     }
 
-    /// What is left at the end of the file, less than a record.
+    /// Takes the rest of the file, which is less than a record.
     ///
     /// # Errors
     /// As [`Follower::take`].
@@ -323,14 +327,14 @@ impl<'a> Follower<'a> {
         self.good
     }
 
-    /// True where the mark has been seen.
+    /// True where the originals-begun mark has been read.
     #[must_use]
     pub fn originals_begun(&self) -> bool {
         self.originals_begun
     }
 }
 
-/// A whole file: its header, its good records, and how many bytes they take; what is behind is torn.
+/// A whole file: its header, its good records, and how many bytes they take. Bytes past those are torn.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).

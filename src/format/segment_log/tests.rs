@@ -21,7 +21,7 @@ fn placed(ix: u64, frame: Option<u64>, crc: Option<u32>, zero: bool) -> Record {
     Record::Placed(PlacedSegment { ix: SegmentIx(ix), frame, crc, zero })
 }
 
-/// What tests/golden/segment_log/README.md says.
+/// The content that tests/golden/segment_log/README.md describes.
 fn sample() -> (Header, Vec<Record>) {
     let records = vec![
         placed(3, Some(0), Some(0xe306_9283), false),
@@ -52,7 +52,7 @@ fn the_golden_file_of_version_1_is_read_and_written_the_same() {
 }
 
 #[test]
-fn every_changed_byte_is_noticed_and_only_the_end_may_be_torn() {
+fn every_changed_byte_is_detected_and_only_the_end_may_be_torn() {
     let (header, records) = sample();
     let good = encode(&header, &records);
     let last = good.len() - RECORD_BYTES;
@@ -68,7 +68,8 @@ fn every_changed_byte_is_noticed_and_only_the_end_may_be_torn() {
                 Ok((_, read, length)) => {
                     assert!(at >= last, "byte {at} xor {flip:#x} was not noticed");
                     assert_eq!((read.as_slice(), length), (&records[..records.len() - 1], last));
-                    // Anything behind it, even a part of a record, and it was no cut.
+                    // If anything follows the bad record, even a part of a record, it was not caused by
+                    // truncation.
                     bytes.push(0);
                     assert!(decode(&bytes).is_err());
                 }
@@ -78,7 +79,7 @@ fn every_changed_byte_is_noticed_and_only_the_end_may_be_torn() {
 }
 
 #[test]
-fn a_cut_file_has_the_whole_records_before_the_cut() {
+fn a_truncated_file_keeps_its_whole_records() {
     let (header, records) = sample();
     let good = encode(&header, &records);
     for cut in 0..good.len() {

@@ -2,9 +2,9 @@
 //!
 //! # Codec
 //!
-//! Pure: bytes in, structures out. Invariants: decoding never panics and accepts nothing whose
-//! checksum, kind or version is not right; what is encoded decodes to the same value; an encoded
-//! record is at most [`RECORD_BYTES_MAX`] long.
+//! Pure: bytes in, structures out. Invariants: decoding never panics and accepts nothing whose checksum, kind
+//! or version is wrong; what is encoded decodes to the same value; an encoded record is at most
+//! [`RECORD_BYTES_MAX`] long.
 
 mod view;
 
@@ -21,18 +21,18 @@ use crate::base::{DeviceNumber, Error, Result};
 /// Longest record, in bytes: a table of 65,536 lines of 100 bytes and room to spare.
 pub const RECORD_BYTES_MAX: usize = 16 << 20;
 
-/// The version that is written, and the only one that is read. A field that may be absent can be added without another
-/// one: who does not know it passes over it.
+/// The version that is written, and the only one that is read. A field that may be absent can be added under
+/// the same version: a program that does not know it ignores it.
 pub const VERSION: u32 = 1;
 
-/// A job in progress: what `recover` needs to know that the kernel does not.
+/// A job in progress: what `recover` needs and the kernel does not know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobRecord {
     /// The job's id, as in its devices' UUIDs.
     pub job: String,
-    /// What the user asked for: "copy".
+    /// The command that the user ran: "copy".
     pub command: String,
-    /// Process id, for people; whether it lives is told by the lock.
+    /// Process id, for display. The lock tells whether the process lives.
     pub process: u32,
     /// Start, UTC, in nanoseconds since 1970.
     pub started_utc_ns: u64,
@@ -40,19 +40,19 @@ pub struct JobRecord {
     pub origin: Option<OriginRecord>,
     /// The change in progress, if any.
     pub change: Option<ChangeRecord>,
-    /// What else the job has made and must be taken down, in order of making.
+    /// Other things that the job has made and that must be removed, in the order in which they were made.
     pub resources: Vec<ResourceRecord>,
-    /// The copy, once its instant is taken and where another process could go on with it.
+    /// The copy, once its instant is taken, if another process can resume it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyRecord>,
 }
 
-/// A copy between its instant and its end: what a process needs to go on with it.
+/// A copy between its instant and its end: what a process needs to resume it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyRecord {
-    /// What was asked for, as JSON; its form is that of the program which wrote it.
+    /// The user's request as JSON, in the form of the program that wrote it.
     pub request: String,
-    /// The origin's path, as people know it.
+    /// The origin's path, for display.
     pub origin_path: String,
     /// Unit of copying, bytes.
     pub segment_bytes: u64,
@@ -60,52 +60,53 @@ pub struct CopyRecord {
     pub region_bytes: u64,
     /// The instant, UTC, in nanoseconds since 1970.
     pub instant_utc_ns: u64,
-    /// Nanoseconds for which filesystems were written back, then frozen, and the origin was suspended.
+    /// Nanoseconds: writing back the filesystems, filesystems frozen, origin suspended.
     pub held_ns: [u64; 3],
     /// The archive's UUID.
     pub archive: Option<String>,
     /// The secondary's file under the name that it has until it is complete.
     pub partial: Option<String>,
-    /// What is not copied, because nothing there was in use: first byte and end of each range, in order.
+    /// The ranges that are not copied because they were not in use: first byte and end of each, in order.
     pub skipped: Vec<(u64, u64)>,
-    /// --hook-after has been run.
+    /// --hook-after has run.
     pub hook_after_done: bool,
-    /// What the copy goes to, by what it is known again. None in a record of a program that did not note it.
+    /// The facts that identify the copy's target. None in a record of a program that did not store them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<TargetRecord>,
 }
 
-/// What a copy goes to: the facts by which a later process tells it from another of the same name.
+/// The facts by which a later process recognizes a copy's target, and tells it from another of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetRecord {
     /// The kernel's id of this boot.
     pub boot: String,
     /// The file; None where the target is a device.
     pub file: Option<FileRecord>,
-    /// The target, or what the file's filesystem lies on, and every device beneath, in the order of their numbers.
+    /// The target, or the device that the file's filesystem is on, and every device below it, in the order of
+    /// their numbers.
     pub devices: Vec<DeviceRecord>,
 }
 
-/// A file and the filesystem that it is in.
+/// A file and its filesystem.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
     /// `st_dev`.
     pub device: DeviceNumber,
     /// The kernel's id of the mount.
     pub mount: u64,
-    /// The filesystem's id as statfs(2) tells it (`f_fsid`). That is made from its UUID by some; others tell the number
-    /// of their device, or zero.
+    /// The filesystem's id from statfs(2) (`f_fsid`). Some filesystems derive it from their UUID; others
+    /// return the number of their device, or zero.
     pub filesystem: u64,
     /// Inode number.
     pub inode: u64,
-    /// The inode's generation, where the filesystem tells.
+    /// The inode's generation, where the filesystem reports it.
     pub generation: Option<u32>,
-    /// When the file was made, UTC, in nanoseconds since 1970, where the filesystem tells.
+    /// When the file was created, UTC, in nanoseconds since 1970, where the filesystem reports it.
     pub born_utc_ns: Option<u64>,
-    /// The filesystem's UUID or volume serial number, where it can be known.
+    /// The filesystem's UUID or volume serial number, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filesystem_uuid: Option<String>,
-    /// The filesystem gives out inode numbers anew with each mount.
+    /// The filesystem assigns inode numbers anew at each mount.
     #[serde(default, skip_serializing_if = "is_false")]
     pub inode_passes: bool,
 }
@@ -117,9 +118,9 @@ pub struct DeviceRecord {
     pub number: DeviceNumber,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// The kernel's count of disks, never used twice in a boot; of a partition its disk's.
+    /// The kernel's count of disks, never used twice in a boot; for a partition that of its disk.
     pub sequence: Option<u64>,
-    /// Of device-mapper's or md's making: the UUID.
+    /// The UUID of a device-mapper or md device.
     pub uuid: Option<String>,
     /// The disk's world-wide name.
     pub wwid: Option<String>,
@@ -129,10 +130,10 @@ pub struct DeviceRecord {
     pub backing: Option<String>,
     /// A partition's first byte on its disk.
     pub partition_start_bytes: Option<u64>,
-    /// A partition's UUID, where the kernel tells.
+    /// A partition's UUID, where the kernel reports it.
     pub partition_uuid: Option<String>,
-    /// The world-wide name and the serial number do not identify the disk: it is behind a USB bridge, or another disk
-    /// reports the same.
+    /// The world-wide name and the serial number do not identify the disk: it is attached through a USB
+    /// bridge, or another disk reports the same ones.
     #[serde(default, skip_serializing_if = "is_false")]
     pub doubtful: bool,
 }
@@ -150,20 +151,20 @@ pub struct OriginRecord {
     pub number: DeviceNumber,
     /// Its own table, as the kernel printed it.
     pub table: String,
-    /// Settings of its queue before the table was changed, by the names of their files in sysfs. Empty in a record of a
-    /// program that did not note them.
+    /// Settings of its queue before the table was changed, by the names of their files in sysfs. Empty in a
+    /// record of a program that did not store them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub queue: BTreeMap<String, String>,
 }
 
-/// Where a change stands.
+/// The progress of a change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeRecord {
     /// The change's name.
     pub name: String,
-    /// The step that is next, or is being done, from 0.
+    /// The step that is next or in progress, from 0.
     pub step: usize,
-    /// True where the steps before `step`, and it, are being taken back.
+    /// True where `step` and the steps before it are being undone.
     pub undo: bool,
     /// Filesystems that may be frozen now.
     pub frozen: Vec<String>,
@@ -173,23 +174,23 @@ pub struct ChangeRecord {
     pub steps: Vec<String>,
 }
 
-/// Something made beside the stack.
+/// Something that the job made apart from devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResourceRecord {
-    /// "partial": a file under construction. "rcu-expedited": a switch to be turned off.
+    /// "partial": a file under construction. "rcu-expedited": a kernel setting to be turned off.
     pub kind: String,
     /// Its path.
     pub path: String,
 }
 
-/// A volume that was attached: what outlives a boot.
+/// A volume that was attached: this record outlives a boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeRecord {
     /// Its name: /dev/mapper/NAME.
     pub name: String,
     /// Its id, as in the device's UUID.
     pub id: String,
-    /// The device beneath, by a path that stays the same from boot to boot.
+    /// The device below, by a path that stays the same from boot to boot.
     pub device: String,
     /// Its size in bytes when it was attached.
     pub size_bytes: u64,
@@ -197,7 +198,7 @@ pub struct VolumeRecord {
     pub attached_utc_ns: u64,
 }
 
-/// A record that can be written to a file of its own.
+/// A record that is stored in a file of its own.
 pub trait Record: Serialize + DeserializeOwned {
     /// Its kind, in the header line and in the checksum's salt.
     const KIND: &'static str;
@@ -222,12 +223,12 @@ pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
 /// As [`encode`], padded to `length` bytes with spaces after the object, if it is shorter.
 ///
 /// # Errors
-/// As there.
+/// As [`encode`].
 pub fn encode_padded<R: Record>(record: &R, length: usize) -> Result<Vec<u8>> {
     let mut body = serde_json::to_string(record).map_err(|source| {
-        Error::bad_data(format!("a {} record cannot be written", R::KIND)).with_source(source)
+        Error::bad_data(format!("encoding a {} record failed", R::KIND)).with_source(source)
     })?;
-    // Around the body: the first line, with three newlines in all, and "crc32c " with its digits.
+    // The bytes around the body: the first line, three newlines in all, and "crc32c " with its digits.
     let around = format!("tidemark-{} {VERSION}\n\ncrc32c 00000000\n", R::KIND).len();
     body.extend(std::iter::repeat_n(' ', length.saturating_sub(around + body.len())));
     let head = format!("tidemark-{} {VERSION}\n{body}\n", R::KIND);
@@ -259,19 +260,20 @@ pub fn decode<R: Record>(bytes: &[u8]) -> Result<R> {
         .and_then(|rest| rest.strip_prefix(R::KIND))
         .and_then(|rest| rest.strip_prefix(' '))
         .and_then(|rest| rest.strip_suffix('\n'))
-        .ok_or_else(|| bad("its first line is another"))?;
+        .ok_or_else(|| bad("its first line is not that of such a record"))?;
     let head = &text[..header.len() + body.len()];
     let expected = format!("crc32c {:08x}\n", crc32c_salted(R::KIND.as_bytes(), head.as_bytes()));
     if checksum != expected {
         return Err(bad("its checksum is wrong"));
     }
     if version != VERSION.to_string() {
-        return Err(bad(&format!("its version is {version}, this program reads {VERSION}")));
+        return Err(bad(&format!("its version is {version}; this program reads {VERSION}")));
     }
-    serde_json::from_str(body).map_err(|source| bad("its fields are wrong").with_source(source))
+    serde_json::from_str(body)
+        .map_err(|source| bad("a field is missing or has the wrong type").with_source(source))
 }
 
-/// True if `record`, decoded from `bytes`, has no field there that this program does not know.
+/// True if `bytes`, from which `record` was decoded, have no field that this program does not know.
 #[must_use]
 pub fn is_fully_known<R: Record>(record: &R, bytes: &[u8]) -> bool {
     encode_padded(record, bytes.len()).is_ok_and(|again| again == bytes)
@@ -374,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_padded_record_is_as_long_as_is_asked_and_says_the_same() {
+    fn a_padded_record_has_the_requested_length_and_the_same_content() {
         let length = encode(&job()).unwrap().len();
         for wanted in [length, length + 1, 32 << 10] {
             let bytes = encode_padded(&job(), wanted).unwrap();
@@ -404,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_newer_program_has_added_is_passed_over_and_told() {
+    fn fields_of_a_newer_program_are_ignored_and_reported() {
         let now = text_of(&copying_to(target()));
         let is_known = |bytes: &[u8]| is_fully_known(&decode::<JobRecord>(bytes).unwrap(), bytes);
         for (before, after) in [
@@ -422,7 +424,7 @@ mod tests {
         assert!(is_known(include_bytes!("golden/job-copy-v1.json")));
         let volume = sealed("volume", &text_of(&volume()).replacen('{', "{\"new\":1,", 1));
         assert_eq!(decode::<VolumeRecord>(&volume).unwrap(), self::volume());
-        // What was there from the beginning is not left away by anybody.
+        // A field that version 1 has had from the beginning is always present.
         assert!(decode::<JobRecord>(&sealed("job", &now.replacen("\"process\":4711,", "", 1))).is_err());
     }
 
@@ -439,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn every_changed_byte_and_every_cut_is_noticed() {
+    fn every_changed_byte_and_every_truncation_is_detected() {
         let good = encode(&copying_to(target())).unwrap();
         for at in 0..good.len() {
             for flip in [0x01, 0x20, 0x80, 0xff] {

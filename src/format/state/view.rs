@@ -1,7 +1,7 @@
-//! How far a copy is, for people: one JSON object, replaced a few times a second (see FORMAT.md).
+//! The progress of a copy, for display: one JSON object, replaced a few times a second (see FORMAT.md).
 //!
-//! Nothing is decided by it, so it has no checksum, is never synced, and whatever does not decode is as
-//! good as none.
+//! No decision depends on it, so it has no checksum and is never synced; one that does not decode counts as
+//! absent.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ pub const VIEW_BYTES_MAX: usize = 64 << 10;
 /// The version that is written, and the only one that is read.
 pub const VIEW_VERSION: u32 = 1;
 
-/// See the module's head. What is not known is None.
+/// One snapshot of a copy's progress. Unknown values are None.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgressView {
     /// [`VIEW_VERSION`].
@@ -26,17 +26,17 @@ pub struct ProgressView {
     pub done_bytes: Bytes,
     /// Bytes of the phase in all.
     pub total_bytes: Option<Bytes>,
-    /// Over the recent past.
+    /// Measured over the recent past.
     pub rate_bytes_per_second: Option<Bytes>,
     /// Segments on the secondary, in the data phase.
     pub segments_done: Option<u64>,
-    /// Segments that are copied.
+    /// Segments to be copied in all.
     pub segments_total: Option<u64>,
     /// The COW store.
     pub store: Option<StoreView>,
-    /// What was released.
+    /// The regions released so far.
     pub regions: Option<RegionsView>,
-    /// How the applications fare.
+    /// The applications' I/O on the origin.
     pub origin: Option<OriginView>,
 }
 
@@ -57,7 +57,7 @@ pub struct StoreView {
     pub exceptions_per_second: u64,
 }
 
-/// What was released.
+/// The regions released so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionsView {
     /// Regions released.
@@ -66,18 +66,18 @@ pub struct RegionsView {
     pub total: u64,
     /// Bytes released.
     pub released_bytes: Bytes,
-    /// The longest that a release held the origin, microseconds.
+    /// The longest time for which a release held the origin, microseconds.
     pub longest_stall_us: u64,
 }
 
-/// How the applications on the origin fare.
+/// The applications' I/O on the origin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OriginView {
     /// Mean time of their reads and writes, microseconds; None while they do none.
     pub latency_us: Option<u64>,
-    /// Without the copier, as last heard.
+    /// Their latency without the copier, as last sampled.
     pub baseline_us: Option<u64>,
-    /// What the copier may read therefore; None for no limit.
+    /// The rate at which the copier may read; None for no limit.
     pub allowed_bytes_per_second: Option<Bytes>,
 }
 
@@ -100,13 +100,13 @@ impl Default for ProgressView {
 }
 
 impl ProgressView {
-    /// Its bytes: one line.
+    /// The encoded view: one line.
     ///
     /// # Errors
     /// None in practice: its keys are strings.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut bytes = serde_json::to_vec(self)
-            .map_err(|source| Error::bad_data("a view of progress cannot be written").with_source(source))?;
+            .map_err(|source| Error::bad_data("encoding the progress view failed").with_source(source))?;
         bytes.push(b'\n');
         Ok(bytes)
     }
