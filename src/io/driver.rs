@@ -1,4 +1,5 @@
-//! An engine at work for an operation: tokens, an interrupt that is polled in time, progress that does not flood.
+//! Runs an engine for one operation: tokens, an interrupt that is polled in time, rate-limited progress
+//! events.
 //!
 //! Invariants:
 //! - the interrupt is polled at least every [`POLL_INTERVAL`], also while nothing completes;
@@ -12,7 +13,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Extent, Result};
 use crate::progress::{Event, Observer, Phase, SegmentCount};
 
-/// Longest time between two looks at the interrupt.
+/// Longest time between two polls of the interrupt.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Shortest time between two progress events.
@@ -33,12 +34,12 @@ pub struct Driver<'a> {
     done: Bytes,
     total: Option<Bytes>,
     segments: Option<SegmentCount>,
-    /// Completions that came while others were waited for.
+    /// Completions that arrived while waiting for others.
     stash: VecDeque<Completion>,
 }
 
 impl<'a> Driver<'a> {
-    /// Nothing is in flight yet.
+    /// A driver with nothing in flight yet.
     pub fn new(
         engine: &'a mut dyn Engine,
         observer: &'a dyn Observer,
@@ -65,7 +66,7 @@ impl<'a> Driver<'a> {
         self.clock.elapsed()
     }
 
-    /// Reports that a phase begins, which takes `total` bytes where that is known.
+    /// Reports that a phase begins; `total`: its bytes, where known.
     pub fn begin_phase(&mut self, phase: Phase, total: Option<Bytes>) {
         self.phase = phase;
         self.done = Bytes::ZERO;
@@ -74,12 +75,12 @@ impl<'a> Driver<'a> {
         self.observer.event(&Event::Phase { phase, total });
     }
 
-    /// From here on in this phase each [`Driver::advance`] is one segment.
+    /// From here on in this phase, each [`Driver::advance`] is one segment.
     pub fn count_segments(&mut self, done: u64, total: u64) {
         self.segments = Some(SegmentCount { done, total });
     }
 
-    /// Adds to what is done of the phase.
+    /// Adds to the bytes of the phase that are done.
     pub fn advance(&mut self, bytes: Bytes) {
         self.done += bytes;
         if let Some(segments) = &mut self.segments {
@@ -90,7 +91,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Reports how far the phase is.
+    /// Reports the phase's progress to the observer.
     pub fn report(&mut self) {
         self.reported = self.now();
         self.observer.event(&Event::Progress {
@@ -106,7 +107,7 @@ impl<'a> Driver<'a> {
         self.next_token
     }
 
-    /// Reads `pieces` of `buffer`; the token of the request.
+    /// Reads `pieces` of `buffer`; returns the token of the request.
     ///
     /// # Errors
     /// The engine's.
@@ -114,7 +115,7 @@ impl<'a> Driver<'a> {
         self.read_pieces(file, buffer, pieces, false)
     }
 
-    /// As [`Driver::read`]; `in_turn`: a piece at a time.
+    /// As [`Driver::read`]; `in_turn`: one piece after the other.
     ///
     /// # Errors
     /// The engine's.
@@ -130,7 +131,7 @@ impl<'a> Driver<'a> {
         Ok(token)
     }
 
-    /// Writes `pieces` of `buffer`; the token of the request.
+    /// Writes `pieces` of `buffer`; returns the token of the request.
     ///
     /// # Errors
     /// The engine's.
@@ -140,7 +141,7 @@ impl<'a> Driver<'a> {
         Ok(token)
     }
 
-    /// Makes a range zero; the token of the request.
+    /// Zeroes a range; returns the token of the request.
     ///
     /// # Errors
     /// The engine's.
@@ -150,7 +151,7 @@ impl<'a> Driver<'a> {
         Ok(token)
     }
 
-    /// Polls the interrupt where it is time to.
+    /// Polls the interrupt when that is due.
     ///
     /// # Errors
     /// The interrupt's.
@@ -174,8 +175,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// The next completion with a token for which `mine` holds; others wait for [`Driver::next_completion`]. None:
-    /// nothing is in flight.
+    /// The next completion whose token `mine` accepts; others are set aside for [`Driver::next_completion`].
+    /// None: nothing is in flight.
     ///
     /// # Errors
     /// The interrupt's, the engine's.
@@ -191,7 +192,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// A completion that is there already.
+    /// A completion that has already arrived.
     ///
     /// # Errors
     /// The interrupt's, the engine's.
@@ -228,12 +229,12 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Tells the observer.
+    /// Sends a note to the observer.
     pub fn note(&self, text: String) {
         self.observer.event(&Event::Note { text });
     }
 
-    /// Begins to make durable all writes to `file` that have completed; others may be in flight.
+    /// Begins to make all completed writes to `file` durable; others may be in flight.
     ///
     /// # Errors
     /// The engine's.
@@ -243,7 +244,7 @@ impl<'a> Driver<'a> {
         Ok(token)
     }
 
-    /// Makes all completed writes to `file` durable; nothing else is in flight.
+    /// Makes all completed writes to `file` durable; nothing else may be in flight.
     ///
     /// # Errors
     /// The interrupt's, the engine's.
@@ -255,18 +256,15 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// After an error: waits for what is in flight and forgets it, for `patience` at most; with `restarts` that
-    /// begins anew with each completion. False where something is still in flight.
+    /// After an error: waits for what is in flight and drops it, for at most `patience`; with `restarts` that
+    /// time starts again at each completion. Returns false where something is still in flight.
     pub fn drain(&mut self, patience: Duration, restarts: bool) -> bool {
         let set_aside = self.stash.drain(..).filter_map(|completion| completion.buffer);
         set_aside.for_each(|buffer| self.engine.give_buffer(buffer));
         let mut since = self.now();
         while self.engine.in_flight() > 0 {
             if self.now().saturating_sub(since) >= patience {
-                tracing::warn!(
-                    "what is being written does not end: {} transfers are given up",
-                    self.engine.in_flight()
-                );
+                tracing::warn!("writes do not complete: giving up {} transfers", self.engine.in_flight());
                 return false;
             }
             match self.engine.wait_timeout(POLL_INTERVAL) {
@@ -280,7 +278,7 @@ impl<'a> Driver<'a> {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "the engine failed while it was drained");
+                    tracing::warn!(%error, "the engine failed while it was being drained");
                     return false;
                 }
             }
@@ -288,9 +286,9 @@ impl<'a> Driver<'a> {
         true
     }
 
-    /// For the state "work is left, nothing is in flight": the engine has no buffer.
+    /// For the state "work is left, nothing is in flight": the engine has no free buffer.
     #[must_use]
     pub fn out_of_buffers(&self) -> Error {
-        Error::new(ErrorKind::Io, format!("the {} engine has no buffer to work with", self.engine.name()))
+        Error::new(ErrorKind::Io, format!("the {} engine has no free buffer", self.engine.name()))
     }
 }

@@ -1,14 +1,14 @@
-//! Is an archive whole, and does it hold what a device or a file holds?
+//! Checks whether an archive is complete, and whether it equals a device or a file.
 //!
-//! Every block is read and checked. With `--against`, the content is compared byte for byte in one
-//! pass, from a pipe as well: what differs from a data frame is remembered as sectors; an original for
-//! them, which wins over the data, is compared when it comes and settles the question anew. What the archive
-//! calls absent was not copied, and is not compared: a file's map is read beforehand, a pipe's comes last
-//! and takes back what was remembered of absent ranges.
+//! Every block is read and checked. With `--against`, the content is compared byte for byte in one pass, from
+//! a pipe as well. Sectors that differ from a data frame are recorded. An original for them replaces the
+//! data, so it is compared when it arrives and its result replaces the recorded one. Ranges that the map
+//! marks as absent were not copied and are not compared: a file's map is read beforehand; a pipe's map comes
+//! last, and then the recorded differences in absent ranges are dropped.
 //!
 //! Invariants:
 //! - nothing is written anywhere;
-//! - memory: the engine's buffers, one segment of the other side, and at most
+//! - memory: the engine's buffers, one segment of the device or file that is compared, and at most
 //!   [`DIFFERENCE_RUNS_MAX`] runs of sectors that differ.
 
 use std::fs::{File, OpenOptions};
@@ -29,42 +29,42 @@ use crate::io::open::{EnginePreference, open_engine};
 use crate::io::{Buffer, Completion, Driver};
 use crate::progress::{Observer, Phase};
 use crate::restore::input::{engine_config_for, too_many};
-use crate::restore::{FrameUser, Input};
+use crate::restore::{FrameConsumer, Input};
 use crate::secondary::PAYLOAD_OFFSET;
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::sys::aligned::AlignedBuffer;
 
-/// Runs of differing sectors that are remembered: some 40 MiB.
+/// Most runs of differing sectors that are recorded: some 40 MiB.
 pub const DIFFERENCE_RUNS_MAX: usize = 1 << 20;
 
-/// Differing runs that an error names.
+/// Most differing runs that an error lists.
 const DIFFERENCES_SHOWN: usize = 4;
 
-/// What was verified. Sizes in bytes, times in seconds.
+/// The result of a verification. Sizes in bytes, times in seconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct VerifyReport {
     /// The archive's name.
     pub archive: String,
-    /// What it says of itself.
+    /// Its superblock.
     pub superblock: Superblock,
-    /// What it holds; counted, and equal to what its tail superblock says.
+    /// Its totals: counted, and equal to those in its tail superblock.
     pub totals: Totals,
-    /// What it was compared with.
+    /// The device or file that it was compared with.
     pub against: Option<String>,
     /// Bytes of the origin that were compared.
     pub compared_bytes: Bytes,
     /// Bytes of the origin that the archive does not hold, and so could not be compared.
     pub absent_bytes: Bytes,
-    /// The whole verification.
+    /// Duration of the whole verification.
     pub seconds: f64,
 }
 
-/// Verifies what `input` holds.
+/// Verifies the archive that `input` reads.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive, and for a difference;
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where there is nothing to compare with, or too
-/// much differs to be remembered; I/O errors; whatever the interrupt answers.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the device or file cannot be compared, or
+/// too many differences would have to be recorded; I/O errors; any error that the interrupt returns.
 pub fn verify(
     input: &Input,
     against: Option<&Path>,
@@ -84,7 +84,8 @@ pub fn verify(
         Input::File(archive) => Some(archive.as_ref()),
         Input::Stream(_) => None,
     };
-    let mut user = Comparer { against: against.as_mut(), map, absent: Bytes::ZERO, stage: FrameKind::Data };
+    let mut user =
+        Comparer { against: against.as_mut(), map, absent: Bytes::ZERO, last_kind: FrameKind::Data };
     let read = input.read_all(&mut io, &mut checker, &mut user);
     let read = read.and_then(|totals| user.finish(&mut io, checker.seen()).map(|()| totals));
     if read.is_err() {
@@ -114,14 +115,14 @@ pub fn verify(
 
 struct Comparer<'a> {
     against: Option<&'a mut Against>,
-    /// Where the map can be read beforehand.
+    /// Set where the map can be read beforehand.
     map: Option<&'a ArchiveFile>,
-    /// What the map calls absent, as far as it has come.
+    /// Bytes that the map marks as absent, so far.
     absent: Bytes,
-    stage: FrameKind,
+    last_kind: FrameKind,
 }
 
-impl FrameUser for Comparer<'_> {
+impl FrameConsumer for Comparer<'_> {
     fn map(&mut self, entry: MapEntry) {
         if entry.state != MapState::Absent {
             return;
@@ -139,10 +140,10 @@ impl FrameUser for Comparer<'_> {
         seen: &SegmentBits,
         buffer: Buffer,
     ) -> Result<()> {
-        if self.stage == FrameKind::Data && frame.facts.kind != FrameKind::Data {
+        if self.last_kind == FrameKind::Data && frame.facts.kind != FrameKind::Data {
             self.end_data(io, seen)?;
         }
-        self.stage = frame.facts.kind;
+        self.last_kind = frame.facts.kind;
         let mut packed = PAYLOAD_OFFSET;
         for extent in &frame.extents {
             let at = match frame.facts.kind {
@@ -161,7 +162,7 @@ impl FrameUser for Comparer<'_> {
     }
 
     fn completed(&mut self, _io: &mut Driver<'_>, completion: Completion) -> Result<()> {
-        unreachable!("verify has no requests of its own, and {} is none of the reader's", completion.token)
+        unreachable!("verify has no requests of its own, and {} is not the reader's", completion.token)
     }
 
     fn has_room(&self) -> bool {
@@ -170,8 +171,8 @@ impl FrameUser for Comparer<'_> {
 }
 
 impl Comparer<'_> {
-    /// What no data frame holds is zero, as far as the data goes. From a pipe the map comes last, and
-    /// takes back what was not copied at all.
+    /// A segment without a data frame is zero. From a pipe the map comes last; it then drops the differences
+    /// found in ranges that were not copied.
     fn end_data(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
         let Some(against) = &mut self.against else { return Ok(()) };
         let Layout { origin_size, segment, .. } = against.layout;
@@ -189,7 +190,7 @@ impl Comparer<'_> {
         }
         for ix in (0..segment.count_for(origin_size)).map(SegmentIx).filter(|ix| !seen.get(*ix)) {
             io.poll()?;
-            let start = segment.offset_of(ix).expect("a segment lies within the origin");
+            let start = segment.offset_of(ix).expect("a segment is within the origin");
             let end = origin_size.min(start + segment.bytes());
             let extent = Extent::new(start, end).expect("a segment is never empty");
             against.compare(extent, &zeros[..extent.length().as_len()])?;
@@ -197,20 +198,20 @@ impl Comparer<'_> {
         Ok(())
     }
 
-    /// An archive without a frame ends here.
+    /// Ends the comparison of an archive without any frame after the data.
     fn finish(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
-        if self.stage == FrameKind::Data { self.end_data(io, seen) } else { Ok(()) }
+        if self.last_kind == FrameKind::Data { self.end_data(io, seen) } else { Ok(()) }
     }
 }
 
-/// The other side of a comparison.
+/// The device or file that the archive is compared with.
 struct Against {
     file: File,
     description: String,
     size: Bytes,
     layout: Layout,
-    /// What is still to come may explain differences: originals, or a pipe's map.
-    may_be_explained: bool,
+    /// Originals, or a pipe's map, are still to come and may resolve differences.
+    may_be_resolved: bool,
     memory: AlignedBuffer,
     differences: ExtentSet,
 }
@@ -218,13 +219,13 @@ struct Against {
 impl Against {
     fn open(path: &Path, superblock: &Superblock, is_stream: bool) -> Result<Self> {
         let shown = path.display();
-        let kind = std::fs::metadata(path).io_context(|| format!("look at {shown}"))?.file_type();
+        let kind = std::fs::metadata(path).io_context(|| format!("stat of {shown}"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::refused(format!("{shown} is neither a file nor a block device"))
                 .next("compare with a device or a raw file"));
         }
-        // A device past the page cache, which may hold what the device does not; a file through it,
-        // because it may end anywhere.
+        // Read a device past the page cache, which may differ from the device. Read a file through it,
+        // because a file may end anywhere.
         let flags = if kind.is_block_device() { libc::O_DIRECT } else { 0 };
         let mut file = OpenOptions::new()
             .read(true)
@@ -239,7 +240,7 @@ impl Against {
                 size.get(),
                 origin.get()
             ))
-            .next("compare with the device that the archive was made of or restored to"));
+            .next("compare with the device that was copied, or that the archive was restored to"));
         }
         let room = superblock.segment.bytes() + DIRECT_IO_ALIGN + DIRECT_IO_ALIGN;
         Ok(Self {
@@ -247,14 +248,14 @@ impl Against {
             description: shown.to_string(),
             size,
             layout: superblock.layout(),
-            may_be_explained: is_stream || superblock.originals == OriginalsMode::Append,
+            may_be_resolved: is_stream || superblock.originals == OriginalsMode::Append,
             memory: AlignedBuffer::zeroed(room.as_len()),
             differences: ExtentSet::new(),
         })
     }
 
-    /// Compares `extent`, at most a segment, with what the archive holds of it; what was found about
-    /// it before is void.
+    /// Compares `extent`, at most a segment, with what the archive holds of it. The result replaces an
+    /// earlier one for that range.
     fn compare(&mut self, extent: Extent, expected: &[u8]) -> Result<()> {
         let start = extent.start().align_down(DIRECT_IO_ALIGN);
         let end = extent.end().align_up(DIRECT_IO_ALIGN).min(self.size);
@@ -286,7 +287,7 @@ impl Against {
         }
         let what =
             format!("{} differs from the data in more than {DIFFERENCE_RUNS_MAX} places", self.description);
-        if self.may_be_explained {
+        if self.may_be_resolved {
             return Err(too_many(what).next("restore the archive to a file and compare that"));
         }
         Err(Error::bad_data(what).state("nothing was changed"))
@@ -306,7 +307,7 @@ impl Against {
             self.differences.total().get(),
             shown.join(", ")
         ))
-        .state("the archive itself is whole; nothing was changed")
+        .state("the archive itself is complete; nothing was changed")
         .next("if the device has been in use since the instant, differences are to be expected"))
     }
 }

@@ -1,9 +1,9 @@
-//! Reading archives, for `restore`, `verify` and `inspect`: how frames come from a file or a pipe,
-//! checked and in order, while what is done with them goes on.
+//! Reading archives for `restore`, `verify` and `inspect`: delivers the frames of a file or a pipe, checked
+//! and in order, while their consumer processes earlier ones.
 //!
 //! Invariants:
-//! - a user sees a frame only after [`FrameChecker`] accepted it, in the order of the sequence;
-//! - reading ahead takes at most half of the engine's buffers, so its user is never starved;
+//! - the consumer gets a frame only after [`FrameChecker`] accepted it, in the order of the sequence;
+//! - reading ahead takes at most half of the engine's buffers, so that the consumer always gets some;
 //! - the interrupt is polled at least every [`POLL_INTERVAL`], also while a pipe is silent.
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,7 +24,7 @@ use crate::io::{Buffer, Completion, Driver, EngineConfig, POLL_INTERVAL, Piece, 
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::engine_config;
 
-/// Buffers at least: one being read while another is being written.
+/// Fewest buffers: one is read while another is written.
 const BUFFERS_MIN: u16 = 2;
 
 /// Where an archive is read from.
@@ -37,12 +37,12 @@ pub enum ArchiveSource {
     Path(PathBuf),
 }
 
-/// What is done with frames.
-pub trait FrameUser {
-    /// An entry of the map, after the map frame that holds it: the data has ended by then.
+/// Consumes the frames of an archive.
+pub trait FrameConsumer {
+    /// An entry of the map, passed after the map frame that holds it: all data has been passed by then.
     fn map(&mut self, entry: MapEntry);
-    /// A checked frame, at the front of `buffer`, which is the user's to keep until it gives it back
-    /// to the engine. `seen`: the segments that data frames were seen for.
+    /// A checked frame, at the front of `buffer`, which the consumer keeps until it gives it back to the
+    /// engine. `seen`: the segments whose data frames have been read.
     fn frame(
         &mut self,
         io: &mut Driver<'_>,
@@ -50,21 +50,21 @@ pub trait FrameUser {
         seen: &SegmentBits,
         buffer: Buffer,
     ) -> Result<()>;
-    /// One of the user's own requests has ended.
+    /// A request of the consumer has completed.
     fn completed(&mut self, io: &mut Driver<'_>, completion: Completion) -> Result<()>;
-    /// False while the user has enough in flight.
+    /// False while the consumer has enough requests in flight.
     fn has_room(&self) -> bool;
 }
 
-/// An archive, opened; its head superblock has been read.
+/// An open archive; its head superblock has been read.
 pub enum Input {
-    /// Can be read at any offset.
+    /// An archive that can be read at any offset.
     File(Box<ArchiveFile>),
-    /// Comes once, from front to back.
+    /// An archive that is read once, from front to back.
     Stream(Stream),
 }
 
-/// See [`Input::Stream`].
+/// An archive that is read once, from front to back.
 pub struct Stream {
     file: File,
     description: String,
@@ -72,7 +72,7 @@ pub struct Stream {
 }
 
 impl Input {
-    /// Opens the archive and reads its head superblock; of a file, the tail as well.
+    /// Opens the archive and reads its head superblock; for a file, the tail superblock as well.
     pub fn open(source: &ArchiveSource, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         match source {
             ArchiveSource::Path(path) => Ok(Self::File(Box::new(ArchiveFile::open(path)?))),
@@ -105,7 +105,7 @@ impl Input {
         Ok(Self::Stream(Stream { file, description: description.to_owned(), superblock }))
     }
 
-    /// What the archive says of itself.
+    /// The archive's head superblock.
     pub fn superblock(&self) -> &Superblock {
         match self {
             Self::File(archive) => archive.superblock(),
@@ -121,7 +121,7 @@ impl Input {
         }
     }
 
-    /// What the tail superblock claims, where it can be read beforehand.
+    /// The totals of the tail superblock, where that can be read beforehand.
     pub fn totals(&self) -> Option<Totals> {
         match self {
             Self::File(archive) => Some(*archive.totals()),
@@ -129,17 +129,17 @@ impl Input {
         }
     }
 
-    /// Shows every frame of the archive to `user`. When this returns, the archive was whole and every
-    /// frame has been seen; the user may still have requests in flight.
+    /// Passes every frame of the archive to `consumer`. On success the archive is complete and every frame was
+    /// passed; the consumer may still have requests in flight.
     pub fn read_all(
         &self,
         io: &mut Driver<'_>,
         checker: &mut FrameChecker,
-        user: &mut dyn FrameUser,
+        consumer: &mut dyn FrameConsumer,
     ) -> Result<Totals> {
         match self {
-            Self::File(archive) => read_file(archive, io, checker, user),
-            Self::Stream(stream) => stream.read(io, checker, user),
+            Self::File(archive) => read_file(archive, io, checker, consumer),
+            Self::Stream(stream) => stream.read(io, checker, consumer),
         }
     }
 }
@@ -147,18 +147,18 @@ impl Input {
 fn deliver(
     io: &mut Driver<'_>,
     checker: &mut FrameChecker,
-    user: &mut dyn FrameUser,
+    consumer: &mut dyn FrameConsumer,
     buffer: Buffer,
 ) -> Result<()> {
-    // At most a segment's worth of them.
+    // At most as many entries as a segment holds.
     let mut entries = Vec::new();
     let frame = checker.accept(&buffer, &mut |entry| entries.push(entry))?;
-    user.frame(io, &frame, checker.seen(), buffer)?;
-    entries.into_iter().for_each(|entry| user.map(entry));
+    consumer.frame(io, &frame, checker.seen(), buffer)?;
+    entries.into_iter().for_each(|entry| consumer.map(entry));
     Ok(())
 }
 
-/// Frames that are being read, or have been read before their turn.
+/// Frames that are being read, or were read before their turn.
 #[derive(Default)]
 struct Ahead {
     next: u64,
@@ -170,7 +170,7 @@ fn read_file(
     archive: &ArchiveFile,
     io: &mut Driver<'_>,
     checker: &mut FrameChecker,
-    user: &mut dyn FrameUser,
+    consumer: &mut dyn FrameConsumer,
 ) -> Result<Totals> {
     let description = archive.path().display().to_string();
     let handle =
@@ -179,29 +179,29 @@ fn read_file(
     let layout = *checker.layout();
     let end = archive.totals().sequence_end();
     let length = layout.frame_bytes().as_len();
-    // Half of the buffers: the rest are for what is done with the frames.
+    // Half of the buffers; the consumer needs the rest.
     let ahead_max = usize::from(engine_config_for(archive.superblock()).buffer_count / 2).max(1);
     let mut ahead = Ahead::default();
     while checker.next_sequence() < end {
         while ahead.next < end && ahead.pending.len() + ahead.ready.len() < ahead_max {
             let Some(buffer) = io.engine.take_buffer() else { break };
             let offset = crate::format::archive::frame_offset(ahead.next, layout.segment)
-                .expect("the tail superblock lies behind every frame");
+                .expect("the tail superblock follows all frames");
             let pieces = vec![Piece { range: 0..length, place: Place::At(offset) }];
             let token = io.read(file, buffer, pieces)?;
             ahead.pending.insert(token, ahead.next);
             ahead.next += 1;
         }
-        if user.has_room()
+        if consumer.has_room()
             && let Some(buffer) = ahead.ready.remove(&checker.next_sequence())
         {
             io.poll()?;
-            deliver(io, checker, user, buffer)?;
+            deliver(io, checker, consumer, buffer)?;
             continue;
         }
         let Some(completion) = io.next_completion(None)? else { return Err(io.out_of_buffers()) };
         match ahead.pending.remove(&completion.token) {
-            None => user.completed(io, completion)?,
+            None => consumer.completed(io, completion)?,
             Some(sequence) => {
                 completion.result.map_err(|error| read_failed(error, checker))?;
                 ahead.ready.insert(sequence, completion.buffer.expect("a read gives its buffer back"));
@@ -211,7 +211,7 @@ fn read_file(
     checker.finish(archive.tail())
 }
 
-/// The archive had its right length when it was opened: one that ends now was cut meanwhile.
+/// The archive had its right length when it was opened: if it ends now, it was truncated meanwhile.
 fn read_failed(error: Error, checker: &FrameChecker) -> Error {
     if is_end_of_file(&error) { checker.truncated(0).with_source(error) } else { error }
 }
@@ -221,11 +221,11 @@ impl Stream {
         &self,
         io: &mut Driver<'_>,
         checker: &mut FrameChecker,
-        user: &mut dyn FrameUser,
+        consumer: &mut dyn FrameConsumer,
     ) -> Result<Totals> {
         let length = checker.layout().frame_bytes().as_len();
         loop {
-            let mut buffer = self.free_buffer(io, user)?;
+            let mut buffer = self.free_buffer(io, consumer)?;
             let found = self.fill(&mut buffer[..BLOCK_BYTES], io)?;
             if found < BLOCK_BYTES {
                 return Err(checker.truncated(found));
@@ -240,7 +240,7 @@ impl Stream {
             if BLOCK_BYTES + rest < length {
                 return Err(checker.truncated(BLOCK_BYTES + rest));
             }
-            deliver(io, checker, user, buffer)?;
+            deliver(io, checker, consumer, buffer)?;
         }
     }
 
@@ -254,32 +254,32 @@ impl Stream {
         ArchiveError::Trailing.at(Block::TailSuperblock, offset, &self.description)
     }
 
-    /// A buffer for the next frame, and room for what the user does with it. Takes completions on the
-    /// way, so that they do not pile up.
-    fn free_buffer(&self, io: &mut Driver<'_>, user: &mut dyn FrameUser) -> Result<Buffer> {
+    /// A buffer for the next frame, once the consumer has room. Processes completions meanwhile, so that they
+    /// do not accumulate.
+    fn free_buffer(&self, io: &mut Driver<'_>, consumer: &mut dyn FrameConsumer) -> Result<Buffer> {
         while let Some(completion) = io.ended()? {
-            user.completed(io, completion)?;
+            consumer.completed(io, completion)?;
         }
         loop {
-            if user.has_room()
+            if consumer.has_room()
                 && let Some(buffer) = io.engine.take_buffer()
             {
                 return Ok(buffer);
             }
             let Some(completion) = io.next_completion(None)? else { return Err(io.out_of_buffers()) };
-            user.completed(io, completion)?;
+            consumer.completed(io, completion)?;
         }
     }
 }
 
-/// Reads until `memory` is full or the stream ends; answers the bytes read.
+/// Reads until `memory` is full or the stream ends; returns the number of bytes read.
 fn fill(
     file: &File,
     memory: &mut [u8],
     description: &str,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<usize> {
-    let timeout = PollTimeout::try_from(POLL_INTERVAL).expect("50 ms is a time-out that poll takes");
+    let timeout = PollTimeout::try_from(POLL_INTERVAL).expect("poll accepts a timeout of 50 ms");
     let mut done = 0;
     while done < memory.len() {
         let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
@@ -302,7 +302,7 @@ fn fill(
     Ok(done)
 }
 
-/// An error's state, with what is left added behind what it knew.
+/// Appends `left` to the state of an error.
 pub fn with_state(error: Error, left: String) -> Error {
     let state = match error.state_left() {
         Some(known) => format!("{known}; {left}"),
@@ -311,7 +311,8 @@ pub fn with_state(error: Error, left: String) -> Error {
     error.state(state)
 }
 
-/// The engine for an archive: as a copy's, but a small origin needs no more buffers than segments.
+/// The engine configuration for an archive: that of a copy, but with no more buffers than the origin has
+/// segments.
 pub fn engine_config_for(superblock: &Superblock) -> EngineConfig {
     let config = engine_config(superblock.segment, COPY_BUFFER_BYTES_MAX);
     let segments = superblock.segment.count_for(superblock.origin_size);
@@ -319,7 +320,7 @@ pub fn engine_config_for(superblock: &Superblock) -> EngineConfig {
     EngineConfig { buffer_count: config.buffer_count.min(wanted), ..config }
 }
 
-/// For a reader's own limits.
+/// The error for a limit of the reader itself.
 pub fn too_many(what: String) -> Error {
     Error::new(ErrorKind::Refused, what)
 }

@@ -6,11 +6,11 @@ use crate::format::archive::{ArchiveError, Block, MapEntry, MapState, frame, fra
 use crate::secondary::archive_read::ArchiveFile;
 use crate::sys::aligned::AlignedBuffer;
 
-/// Shows the whole map to `take`, in order. An error of `take` ends it.
+/// Passes the whole map to `take`, in order, until `take` returns an error.
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a damaged map; I/O errors; whatever the
-/// interrupt and `take` answer.
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a damaged map; I/O errors; any error that the
+/// interrupt or `take` returns.
 pub fn read_map(
     archive: &ArchiveFile,
     interrupt: &dyn Fn() -> Result<()>,

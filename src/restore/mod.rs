@@ -1,8 +1,9 @@
-//! Archives read back: frames come from a file or a pipe, checked and in order, while what is done with them goes on.
+//! Reading archives back: delivers the frames of a file or a pipe, checked and in order, to a consumer that
+//! restores or compares them.
 
 pub mod compare;
 pub mod input;
 pub mod map;
 pub mod writer;
 
-pub use input::{ArchiveSource, FrameUser, Input};
+pub use input::{ArchiveSource, FrameConsumer, Input};

@@ -1,16 +1,18 @@
-//! An archive becomes a device or a file again.
+//! Writes an archive to a device or a file.
 //!
 //! Order, and why:
-//! 1. data frames, each at its place, in any order: no two touch;
-//! 2. (all of those complete) ranges without a data frame, copied zeros and what was not copied alike,
-//!    become zeros: on a device by a discard where that guarantees zeros, in a new file they are holes;
-//! 3. (all of those complete) originals frames, in the order of the archive: they lie over 1 and 2;
-//! 4. the map and the tail superblock say that nothing was missing;
-//! 5. sync, and only then the final name.
+//! 1. Write the data frames at their places, in any order: no two overlap.
+//! 2. (After all of those are complete:) zero the ranges without a data frame, both copied zeros and ranges
+//!    that were not copied: on a device by a discard where that guarantees zeros; in a new file they are
+//!    holes.
+//! 3. (After all of those are complete:) write the originals frames, in the order of the archive: they
+//!    replace parts of 1 and 2.
+//! 4. Check the map and the tail superblock, which show that nothing was missing.
+//! 5. Sync, and only then give the file its final name.
 //!
 //! Invariants:
 //! - a byte of a frame is written only after the frame was checked;
-//! - a file has its final name only after 5: an archive that turns out bad leaves nothing there;
+//! - a file gets its final name only in step 5: an archive that proves bad leaves nothing under it;
 //! - memory: the engine's buffers, and a bit for each segment.
 
 use std::collections::HashMap;
@@ -19,7 +21,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::input::{engine_config_for, with_state};
-use super::{FrameUser, Input};
+use super::{FrameConsumer, Input};
 use crate::base::{Bytes, Extent, Result, SegmentIx};
 use crate::format::archive::{FrameFacts, FrameKind, Layout, MapEntry, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
@@ -29,13 +31,13 @@ use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::raw::RawTarget;
 use crate::secondary::{PAYLOAD_OFFSET, Placement, Secondary as _, Segment};
 
-/// Zero requests in flight at most; they carry no buffer that would bound them.
+/// Most zero requests in flight; they carry no buffer that would limit them.
 const ZEROS_IN_FLIGHT_MAX: usize = 64;
 
-/// Longest range zeroed by one request: what a signal has to wait for.
+/// Longest range zeroed by one request: a signal waits for its end.
 const ZERO_BYTES_MAX: Bytes = Bytes::mib(64);
 
-/// What a restore did. Sizes in bytes, times in seconds.
+/// The result of a restore. Sizes in bytes, times in seconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestoreReport {
     /// The archive's name.
@@ -44,25 +46,26 @@ pub struct RestoreReport {
     pub target: String,
     /// The engine's name.
     pub engine: &'static str,
-    /// What the archive says of itself.
+    /// The archive's superblock.
     pub superblock: Superblock,
-    /// What it held.
+    /// The archive's totals.
     pub totals: Totals,
     /// Bytes written to the target.
     pub written_bytes: Bytes,
-    /// Bytes of the target made zero by command; the holes of a new file are not counted.
+    /// Bytes of the target zeroed by command; the holes of a new file are not counted.
     pub zeroed_bytes: Bytes,
-    /// Of those, bytes that a device was told it may give back: discarded, and read as zeros.
+    /// Of those, bytes that were discarded and read as zeros: the device may release their space.
     pub discarded_bytes: Bytes,
-    /// The whole restore.
+    /// Duration of the whole restore.
     pub seconds: f64,
 }
 
-/// Writes what `input` holds to `target`; on success that is complete and synced, and a file has its final name.
+/// Writes the archive that `input` reads to `target`. On success the target is complete and synced, and a
+/// file has its final name.
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive, I/O errors, whatever the interrupt answers;
-/// each with the state in which the target is left.
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive; I/O errors; any error that the
+/// interrupt returns. Each states how the target is left.
 pub fn write(
     mut target: RawTarget,
     input: &Input,
@@ -96,7 +99,7 @@ pub fn write(
     }
 }
 
-/// What was done to the target.
+/// Amounts written to the target.
 struct Amounts {
     written: Bytes,
     zeroed: Bytes,
@@ -112,7 +115,7 @@ fn write_all(input: &Input, io: &mut Driver<'_>, target: &mut RawTarget) -> Resu
         file,
         layout: *checker.layout(),
         originals_total: input.totals().map(|totals| totals.originals_bytes),
-        stage: FrameKind::Data,
+        last_kind: FrameKind::Data,
         in_flight: HashMap::new(),
         zeros_in_flight: 0,
         written: Bytes::ZERO,
@@ -137,9 +140,9 @@ struct Writer<'t> {
     file: FileIx,
     layout: Layout,
     originals_total: Option<Bytes>,
-    /// The kind of frame that was seen last.
-    stage: FrameKind,
-    /// Requests of ours, with the range that they change.
+    /// The kind of the last frame.
+    last_kind: FrameKind,
+    /// Requests of this writer, with the range that each changes.
     in_flight: HashMap<u64, InFlight>,
     zeros_in_flight: usize,
     written: Bytes,
@@ -152,7 +155,7 @@ struct InFlight {
     is_zero: bool,
 }
 
-impl FrameUser for Writer<'_> {
+impl FrameConsumer for Writer<'_> {
     fn map(&mut self, _entry: MapEntry) {}
 
     fn frame(
@@ -163,10 +166,10 @@ impl FrameUser for Writer<'_> {
         mut buffer: Buffer,
     ) -> Result<()> {
         let facts = &frame.facts;
-        if self.stage == FrameKind::Data && facts.kind != FrameKind::Data {
+        if self.last_kind == FrameKind::Data && facts.kind != FrameKind::Data {
             self.end_data(io, seen, facts.kind)?;
         }
-        self.stage = facts.kind;
+        self.last_kind = facts.kind;
         match facts.kind {
             FrameKind::Data => {
                 let (placement, extent) = self.place_data(frame, &mut buffer)?;
@@ -188,7 +191,8 @@ impl FrameUser for Writer<'_> {
     }
 
     fn completed(&mut self, io: &mut Driver<'_>, completion: Completion) -> Result<()> {
-        let ended = self.in_flight.remove(&completion.token).expect("every token is a frame's or ours");
+        let ended =
+            self.in_flight.remove(&completion.token).expect("every token is a frame's or this writer's");
         self.zeros_in_flight -= usize::from(ended.is_zero);
         if let Some(buffer) = completion.buffer {
             io.engine.give_buffer(buffer);
@@ -211,7 +215,7 @@ fn hull(extents: &[Extent]) -> Extent {
 /// The segment's range on the origin.
 fn segment_extent(facts: &FrameFacts) -> Extent {
     Extent::with_length(facts.origin_offset, facts.payload_length)
-        .expect("a checked data frame lies within the origin")
+        .expect("a checked data frame is within the origin")
 }
 
 impl Writer<'_> {
@@ -234,7 +238,7 @@ impl Writer<'_> {
         let mut all = Placement::default();
         let mut packed = Bytes::ZERO;
         for extent in extents {
-            // Sorted extents that begin at or behind what was packed before them: never negative.
+            // The extents are sorted, so each begins at or after the bytes packed before it: never negative.
             let memory_offset = extent.start() - packed;
             let placement = self.target.lay_out(&[*extent], memory_offset, false, memory);
             all.pieces.extend(placement.pieces);
@@ -266,17 +270,17 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Waits until all of our requests have completed.
+    /// Waits until all requests of this writer have completed.
     fn settle(&mut self, io: &mut Driver<'_>) -> Result<()> {
         while !self.in_flight.is_empty() {
             let tokens = &self.in_flight;
             let completion = io.next_of(&|token| tokens.contains_key(&token))?;
-            self.completed(io, completion.expect("requests of ours are in flight"))?;
+            self.completed(io, completion.expect("requests of this writer are in flight"))?;
         }
         Ok(())
     }
 
-    /// Step 2, between the data frames and what follows.
+    /// Step 2, between the data frames and the following ones.
     fn end_data(&mut self, io: &mut Driver<'_>, seen: &SegmentBits, next: FrameKind) -> Result<()> {
         self.settle(io)?;
         // A new file reads as zeros where nothing was written.
@@ -285,7 +289,7 @@ impl Writer<'_> {
             let count = segment.count_for(self.layout.origin_size);
             let mut run: Option<Extent> = None;
             for ix in (0..count).map(SegmentIx).filter(|ix| !seen.get(*ix)) {
-                let start = segment.offset_of(ix).expect("a segment lies within the origin");
+                let start = segment.offset_of(ix).expect("a segment is within the origin");
                 let end = self.layout.origin_size.min(start + segment.bytes());
                 run = match run {
                     Some(run) if run.end() == start && run.length() < ZERO_BYTES_MAX => {
@@ -316,9 +320,9 @@ impl Writer<'_> {
         self.zero(io, extent)
     }
 
-    /// Waits for the last requests. An archive without a frame ends here as well.
+    /// Waits for the last requests, and ends an archive without any frame after the data.
     fn finish(&mut self, io: &mut Driver<'_>, seen: &SegmentBits) -> Result<()> {
-        if self.stage == FrameKind::Data {
+        if self.last_kind == FrameKind::Data {
             self.end_data(io, seen, FrameKind::Map)?;
         }
         self.settle(io)
