@@ -27,7 +27,7 @@ use crate::extent::Extent;
 use crate::io::Driver;
 use crate::io::{Completion, Engine, FileIx};
 use crate::progress::{Observer, Phase};
-use crate::secondary::identity::Known;
+use crate::secondary::identity::Recognition;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
 /// Segments in a sample, evenly spread over those that were noted.
@@ -129,26 +129,26 @@ pub(super) fn run(
     (checksums, overlaid): (&Checksums, &BTreeSet<SegmentIx>),
     progress: Option<&mut (dyn PlacementLog + '_)>,
 ) -> Result<()> {
-    let known = secondary.known();
-    if resumed.placed.is_empty() && known != Known::Perhaps {
+    let known = secondary.recognition();
+    if resumed.placed.is_empty() && known != Recognition::Unproven {
         return Ok(());
     }
     let mut read = |placed: &[PlacedSegment]| {
         read_back(driver, schedule, secondary, file, placed, (checksums, overlaid))
     };
     let mut found = Found::default();
-    if known == Known::Throughout {
+    if known == Recognition::Uninterrupted {
         found = read(&sample(&resumed.placed))?;
     }
-    if known != Known::Throughout || !found.lost.is_empty() {
+    if known != Recognition::Uninterrupted || !found.lost.is_empty() {
         found = read(&resumed.placed)?;
     }
-    if known == Known::Perhaps {
+    if known == Recognition::Unproven {
         return check_proven(secondary, &found);
     }
     let Found { lost, untold, .. } = found;
     if lost.is_empty() {
-        if untold > 0 && known != Known::Throughout {
+        if untold > 0 && known != Recognition::Uninterrupted {
             driver
                 .note(format!("{untold} segments could not be checked: originals were being laid over them"));
         }

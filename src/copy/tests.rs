@@ -184,7 +184,7 @@ impl Setup {
         invalid: bool,
         observer: &dyn Observer,
     ) -> Result<CopyReport> {
-        secondary.begin(INSTANT);
+        secondary.set_instant(INSTANT);
         let mut provider =
             WorldProvider { world: self.world.clone(), batch_max: self.case.batch_max, invalid };
         let origin = self.world.borrow().origin.try_clone().unwrap();
@@ -620,7 +620,7 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
         case.seed = seed;
         let mut setup = Setup::with_gaps(&case);
         let mut secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-        secondary.begin(0);
+        secondary.set_instant(0);
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 99, invalid: false };
         let mut releases = WorldReleases { world: setup.world.clone(), slow: 30 };
@@ -783,7 +783,7 @@ fn copy_with_losses(
     let mut survives = Survives::default();
     let request = setup.request("out", form, originals);
     let mut secondary = open(&request).unwrap();
-    secondary.begin(INSTANT);
+    secondary.set_instant(INSTANT);
     let partial = secondary.partial_path().unwrap().to_owned();
     let archive = secondary.archive_id();
     let mut target = secondary.target().cloned();

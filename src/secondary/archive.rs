@@ -1,17 +1,18 @@
-//! An archive, in a file or down a pipe: framed segments (see [`crate::format::archive`]).
+//! An archive in a file or a pipe: framed segments (see [`crate::format::archive`]).
 //!
 //! Invariants:
-//! - data frames are numbered in the order in which their segments are placed, which may be any
-//!   ([`frames`](super::frames)); a segment of zeros has none, unless an original changes it later (then
-//!   its frame comes behind the others) or its number was given out by a copy that was killed;
-//! - a frame that was changed is written again whole, with both its control blocks, where it was;
-//! - the tail superblock is the last block written: an archive without it is not complete, whatever
-//!   happened to its writer;
-//! - an archive file has its name only when it is complete; a pipe has no such protection, its reader
-//!   has the tail superblock.
+//! - data frames are numbered in the order in which their segments are placed, which may be any order
+//!   ([`frames`](super::frames)). A segment of zeros has no frame, with two exceptions: an original changes
+//!   it later (its frame then follows the other data frames), or it fills a number that a killed copy left
+//!   unused;
+//! - a changed frame is rewritten as a whole at its place, with both its control blocks;
+//! - the tail superblock is written last: an archive without it is incomplete, whatever happened to its
+//!   writer;
+//! - an archive file gets its name only when it is complete. A pipe has no such protection; its reader has to
+//!   look for the tail superblock.
 //!
-//! A copy that was killed is gone on with by [`Archive::reopen`]: the same identity and instant, the data
-//! frames where they are, and everything behind them (originals, map, tail superblock) made anew.
+//! [`Archive::reopen`] resumes a copy that was killed: it keeps the identity, the instant and the data frames
+//! in their places, and writes everything after them (originals, map, tail superblock) again.
 //!
 //! Memory: four bytes for each segment.
 
@@ -25,7 +26,7 @@ use uuid::Uuid;
 
 use super::archive_read::SegmentBits;
 use super::frames::Frames;
-use super::identity::Known;
+use super::identity::Recognition;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
@@ -49,16 +50,16 @@ enum Out {
     Pipe(File),
 }
 
-/// Which block comes next behind the data.
+/// The next block to write after the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Closing {
-    /// A map frame; so many entries have been written.
+    /// A map frame; the number of entries already written.
     Map(usize),
     Tail,
     Done,
 }
 
-/// See the module's head.
+/// An archive that is being written.
 #[derive(Debug)]
 pub struct Archive {
     out: Out,
@@ -67,20 +68,20 @@ pub struct Archive {
     layout: Layout,
     block_list: Vec<Extent>,
     frames: Frames,
-    /// What there is so far, but for the data frames, which `frames` counts.
-    rest: Totals,
-    /// A process died while it laid originals over the data: any data frame may be torn, except those
-    /// that this process has laid originals over.
-    mended: Option<SegmentBits>,
+    /// The totals so far, except the data frames, which `frames` counts.
+    other_totals: Totals,
+    /// Set where a process died while it applied originals to the data: any data frame may be torn, except
+    /// those that this process has rewritten since.
+    rewritten: Option<SegmentBits>,
     head_written: bool,
     closing: Closing,
 }
 
 impl Archive {
-    /// Opens and checks; an archive file exists under its partial name.
+    /// Opens and checks the target. An archive file exists under its partial name afterwards.
     ///
     /// # Errors
-    /// Refusals (see [`guard`](super::guard)), a terminal for standard output, I/O errors.
+    /// Refusals (see [`guard`](super::guard)), also of a terminal as standard output; I/O errors.
     pub fn open(request: &SecondaryRequest) -> Result<Self> {
         match &request.target {
             Target::Pipe => Ok(Self::over_stream(open_pipe(request)?, "standard output", request)),
@@ -91,7 +92,8 @@ impl Archive {
         }
     }
 
-    /// The refusals of [`Archive::open`], without making anything; standard output is looked at when it is opened.
+    /// The checks of [`Archive::open`], without creating anything. Standard output is checked only when it is
+    /// opened.
     ///
     /// # Errors
     /// As [`Archive::open`].
@@ -101,7 +103,7 @@ impl Archive {
         PartialFile::check(path, request.replace)
     }
 
-    /// Writes to an open stream: standard output, or a pipe of the caller's.
+    /// Writes to an open stream: standard output, or a pipe of the caller.
     #[must_use]
     pub fn over_stream(stream: File, description: &str, request: &SecondaryRequest) -> Self {
         Self::new(Out::Pipe(stream), description.to_owned(), request)
@@ -128,28 +130,29 @@ impl Archive {
             superblock,
             block_list: request.block_list.clone(),
             frames: Frames::new(count),
-            rest: Totals::default(),
-            mended: None,
+            other_totals: Totals::default(),
+            rewritten: None,
             head_written: false,
             closing: Closing::Map(0),
         }
     }
 
-    /// Opens the file of a copy that was killed, to go on with it.
+    /// Opens the file of a copy that was killed, to resume it.
     ///
     /// # Errors
-    /// Refusals, also where the partial file is gone or is not ours; a pipe, which cannot be gone on with;
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does not fit the request.
+    /// Refusals, also where the partial file is missing or was not created by Tidemark; a pipe, which cannot
+    /// be resumed; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does not fit the
+    /// request.
     pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Self> {
         let (Target::Path(path), Some(archive)) = (&request.target, state.archive) else {
-            return Err(Error::refused("what was sent to standard output cannot be gone on with")
+            return Err(Error::refused("a copy to standard output cannot be resumed")
                 .state("nothing was written")
-                .next("run tidemark recover, and copy again"));
+                .next("run 'tidemark recover', and copy again"));
         };
         let count = request.segment.count_for(request.origin.size);
         let frames = Frames::rebuilt(count, &state.placed)?;
         let present = |ix: SegmentIx| {
-            let start = request.segment.offset_of(ix).expect("a segment lies within the origin");
+            let start = request.segment.offset_of(ix).expect("a segment is within the origin");
             let end = request.origin.size.min(start + request.segment.bytes());
             let extent = Extent::new(start, end).expect("a segment is never empty");
             let at = request.block_list.partition_point(|listed| listed.end() <= start);
@@ -159,47 +162,48 @@ impl Archive {
         let framed = state.placed.iter().filter(|segment| segment.frame.is_some());
         let present_bytes = framed.map(|segment| present(segment.ix)).sum();
         Topology::default().check_file(directory_of(path), &request.forbidden)?;
-        // Last: what refuses before this leaves the partial file to a later attempt.
+        // Last, so that any refusal before this leaves the partial file for a later attempt.
         let mut partial =
             PartialFile::reopen(state.partial.as_deref(), path, request.replace, state.target.as_ref())?;
         let end = frame_offset(frames.end(), request.segment)
             .expect("an origin of at most SEGMENT_COUNT_MAX segments gives offsets below 2^63");
-        let noted = if frames.end() == 0 { Bytes::ZERO } else { end };
-        if let Err(error) = partial.check_length(noted) {
+        let needed = if frames.end() == 0 { Bytes::ZERO } else { end };
+        if let Err(error) = partial.check_length(needed) {
             partial.leave();
             return Err(error);
         }
         let mut reopened = Self::new(Out::File(partial), path.display().to_string(), request);
         reopened.superblock.archive = archive;
         reopened.superblock.instant_utc_ns = state.instant_ns;
-        // The head superblock is written once more: the same bytes, whether it was written or not.
+        // The head superblock is written again with the same bytes, whether the killed process wrote it or
+        // not.
         reopened.layout = reopened.superblock.layout();
         reopened.frames = frames;
-        reopened.rest.present_bytes = present_bytes;
-        reopened.mended = state.originals_begun.then(|| SegmentBits::new(count));
+        reopened.other_totals.present_bytes = present_bytes;
+        reopened.rewritten = state.originals_begun.then(|| SegmentBits::new(count));
         Ok(reopened)
     }
 
-    /// What there is so far.
+    /// The totals so far.
     fn totals(&self) -> Totals {
-        Totals { data_frames: self.frames.end(), ..self.rest }
+        Totals { data_frames: self.frames.end(), ..self.other_totals }
     }
 
-    /// Nothing may come behind the data while a data frame is missing.
+    /// Nothing may follow the data while a data frame is missing.
     fn check_data_is_whole(&self) -> Result<()> {
         match self.frames.gap_count() {
             0 => Ok(()),
             gaps => Err(Error::bad_data(format!(
-                "{} lacks {gaps} data frames: the journal of segments is of another copy",
+                "{} lacks {gaps} data frames: the journal of segments belongs to another copy",
                 self.description
             ))
-            .next("run tidemark recover, and copy again")),
+            .next("run 'tidemark recover', and copy again")),
         }
     }
 
-    /// Makes the file as long as it may become: a direct write behind the end of a file waits for all
-    /// others, one within it does not. [`Secondary::seal`] cuts it. Advice: a file system that takes no
-    /// file of that length may still take what is really written.
+    /// Extends the file to its greatest possible length, because a direct write past the end of a file waits
+    /// for all other writes, and one within it does not. [`Secondary::seal`] truncates it. A failure is
+    /// ignored: a filesystem that refuses this length may still have room for what is really written.
     fn lengthen(&self, file: &File) {
         let length = self.frame_at(self.frames.segment_count()) + BLOCK;
         if let Err(error) = file.set_len(length.get()) {
@@ -231,9 +235,9 @@ impl Archive {
         }
     }
 
-    /// An encoder's refusal: facts that the format cannot hold.
+    /// An encoder's refusal: the format cannot express these values.
     fn unfit(&self, error: ArchiveError) -> Error {
-        Error::usage(format!("{} cannot hold this copy", self.description))
+        Error::usage(format!("the format of {} cannot express this copy", self.description))
             .with_source(error)
             .next("choose a smaller --segment, or --format raw")
     }
@@ -261,16 +265,16 @@ impl Archive {
 
     /// The next data frame, for a segment that has none.
     fn new_data_frame(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
-        let placement = self.data_frame(self.frames.next(), segment, memory)?;
-        self.frames.give(segment.ix);
-        self.rest.present_bytes += segment.valid.iter().map(|extent| extent.length()).sum();
+        let placement = self.data_frame(self.frames.next_number(), segment, memory)?;
+        self.frames.assign(segment.ix);
+        self.other_totals.present_bytes += segment.valid.iter().map(|extent| extent.length()).sum();
         Ok(placement)
     }
 
     fn map_frame(&mut self, skip: usize, memory: &mut [u8]) -> Result<Option<Placement>> {
         let payload = &mut memory[PAYLOAD_OFFSET..][..self.layout.segment.bytes().as_len()];
-        // From the beginning for each frame: a map frame holds thousands of entries, and an archive
-        // has few of them.
+        // Each frame starts from the first entry again. That is cheap: a map frame holds thousands of
+        // entries, so an archive has few of them.
         let mut entries =
             map::entries(&self.layout, &self.block_list, |ix| self.frames.get(ix).is_some()).skip(skip);
         let Some((start, used)) = map::fill(&mut entries, payload) else {
@@ -280,7 +284,7 @@ impl Archive {
         let crc = crc32c(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
         let sequence = self.totals().sequence_end();
         let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, crc), memory)?;
-        self.rest.map_frames += 1;
+        self.other_totals.map_frames += 1;
         self.closing = Closing::Map(skip + used.as_len() / map::ENTRY_BYTES);
         Ok(Some(placement))
     }
@@ -330,7 +334,7 @@ fn check_place(path: &Path, request: &SecondaryRequest) -> Result<()> {
     Topology::default().check_file(directory_of(path), &request.forbidden)
 }
 
-/// True for what a mixture of two frames of the same number can show.
+/// True for a fault that a mixture of two versions of the same frame can show.
 fn is_mixture(error: &ArchiveError) -> bool {
     matches!(
         error,
@@ -340,20 +344,22 @@ fn is_mixture(error: &ArchiveError) -> bool {
 
 fn open_pipe(request: &SecondaryRequest) -> Result<File> {
     if request.verify {
-        return Err(Error::usage("what was sent to standard output cannot be read back")
-            .next("leave --verify away, and run tidemark verify where the archive arrives"));
+        return Err(Error::usage("an archive sent to standard output cannot be read back")
+            .next("leave out --verify, and run 'tidemark verify' where the archive is stored"));
     }
     if request.originals == OriginalsMode::Overlay {
-        return Err(Error::usage("originals cannot be laid over what was sent to standard output")
-            .next("use --originals append, the default for -"));
+        return Err(Error::usage(
+            "originals cannot be applied to data that was already sent to standard output",
+        )
+        .next("use --originals append, the default for -"));
     }
     if stdout_was_closed() {
-        return Err(Error::usage("an archive would be written to a standard output that is closed")
+        return Err(Error::usage("standard output, where the archive would be written, is closed")
             .next("redirect standard output to a file or a pipe, or name the archive"));
     }
     let stdout = std::io::stdout();
     if stdout.is_terminal() {
-        return Err(Error::usage("an archive would be written to the terminal")
+        return Err(Error::usage("standard output, where the archive would be written, is a terminal")
             .next("redirect standard output to a file or a pipe, or name the archive"));
     }
     let file = stdout
@@ -365,9 +371,9 @@ fn open_pipe(request: &SecondaryRequest) -> Result<File> {
     Ok(file)
 }
 
-/// The shell may have redirected standard output to a place where a copy must not go.
+/// Standard output may be redirected to a place where a copy must not be written.
 fn check_redirection(file: &File, forbidden: &[DeviceNumber]) -> Result<()> {
-    let metadata = file.metadata().io_context(|| "look at standard output".to_owned())?;
+    let metadata = file.metadata().io_context(|| "stat of standard output".to_owned())?;
     let topology = Topology::default();
     if metadata.file_type().is_block_device() {
         let device = DeviceNumber::from_dev(metadata.rdev());
@@ -404,7 +410,7 @@ impl Secondary for Archive {
         true
     }
 
-    fn begin(&mut self, instant_ns: u64) {
+    fn set_instant(&mut self, instant_ns: u64) {
         self.superblock.instant_utc_ns = instant_ns;
     }
 
@@ -434,7 +440,7 @@ impl Secondary for Archive {
     }
 
     fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
-        let needs_none = segment.zero && !self.frames.is_wanted();
+        let needs_none = segment.zero && !self.frames.must_fill_gap();
         if needs_none { Ok(Placement::default()) } else { self.new_data_frame(segment, memory) }
     }
 
@@ -446,20 +452,20 @@ impl Secondary for Archive {
         self.frames.get(segment.ix).map(|sequence| vec![self.frame_piece(sequence)])
     }
 
-    /// Where a process died while it laid originals over the data, a frame may be torn: some blocks of it
-    /// as they were, others as they were to become. It is accepted all the same, to have all its originals
-    /// laid over it again. Why that gives the right payload: the two frames differ in their control blocks,
-    /// which are written anew, and in the payload only within extents of originals. The store has kept
-    /// every original, each is laid over again in this run, and so each byte in which the two differ is
-    /// set to what it was at the instant; every other byte is the same in both. A frame that is rewritten
-    /// by this process is not accepted torn any more, and a fault that no such mixture has (another magic,
-    /// number or archive) never is.
+    /// Where a process died while it applied originals to the data, a frame may be torn: some of its blocks
+    /// are the old ones, others the new ones. Such a frame is accepted, and all its originals are applied to
+    /// it again. Why that gives the right payload: the two versions differ in their control blocks, which are
+    /// rewritten, and in the payload only within extents of originals. The store has kept every original, and
+    /// each is applied again in this run. So each byte in which the two versions differ is set to its value
+    /// at the instant; every other byte is the same in both. A frame that this process has rewritten is not
+    /// accepted torn any more; a fault that no such mixture can show (another magic number, sequence or
+    /// archive) is never accepted.
     fn check_stored(&self, segment: &Segment<'_>, memory: &[u8]) -> Result<()> {
         let Some(sequence) = self.frames.get(segment.ix) else { return Ok(()) };
-        let may_be_torn = self.mended.as_ref().is_some_and(|mended| !mended.get(segment.ix));
+        let may_be_torn = self.rewritten.as_ref().is_some_and(|rewritten| !rewritten.get(segment.ix));
         let frame = match frame::open(&self.layout, sequence, memory) {
             Err(error) if may_be_torn && is_mixture(&error) => {
-                tracing::info!(sequence, %error, "a data frame is torn: its originals are laid over it again");
+                tracing::info!(sequence, %error, "a data frame is torn: applying its originals again");
                 return Ok(());
             }
             opened => opened.map_err(|error| self.bad(sequence, error))?,
@@ -481,8 +487,8 @@ impl Secondary for Archive {
         _changed: &[Extent],
         memory: &mut [u8],
     ) -> Result<Placement> {
-        if let Some(mended) = &mut self.mended {
-            mended.set(segment.ix);
+        if let Some(rewritten) = &mut self.rewritten {
+            rewritten.set(segment.ix);
         }
         match self.frames.get(segment.ix) {
             Some(sequence) => self.data_frame(sequence, segment, memory),
@@ -502,8 +508,8 @@ impl Secondary for Archive {
         let crc = crc32c(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
         let sequence = self.totals().first_map();
         let placement = self.frame(FrameKind::Originals, sequence, originals, (start, bytes, crc), memory)?;
-        self.rest.originals_frames += 1;
-        self.rest.originals_bytes += bytes;
+        self.other_totals.originals_frames += 1;
+        self.other_totals.originals_bytes += bytes;
         Ok(placement)
     }
 
@@ -559,16 +565,16 @@ impl Secondary for Archive {
         }
     }
 
-    fn known(&self) -> Known {
+    fn recognition(&self) -> Recognition {
         match &self.out {
-            Out::File(partial) => partial.known(),
-            Out::Pipe(_) => Known::Throughout,
+            Out::File(partial) => partial.recognition(),
+            Out::Pipe(_) => Recognition::Uninterrupted,
         }
     }
 
     fn forget(&mut self, segment: &Segment<'_>) {
-        if self.frames.take_back(segment.ix) {
-            self.rest.present_bytes -= segment.valid.iter().map(|extent| extent.length()).sum();
+        if self.frames.unassign(segment.ix) {
+            self.other_totals.present_bytes -= segment.valid.iter().map(|extent| extent.length()).sum();
         }
     }
 
@@ -614,7 +620,7 @@ impl Secondary for Archive {
     fn abandon(&mut self) -> Result<String> {
         match &mut self.out {
             Out::File(partial) => partial.abandon(),
-            Out::Pipe(_) => Ok("what was sent to standard output is not a complete archive; restore and \
+            Out::Pipe(_) => Ok("the data sent to standard output is not a complete archive; restore and \
                                 verify refuse it"
                 .to_owned()),
         }

@@ -1,15 +1,15 @@
-//! Is this archive whole, and what does it hold? The reading side of the archive format.
+//! The reading side of the archive format: whether an archive is complete, and what it holds.
 //!
-//! [`FrameChecker`] is fed every frame in order, from wherever the bytes come, and the tail superblock
-//! at the end. [`ArchiveFile`] is an archive that can be read at any offset.
+//! [`FrameChecker`] takes every frame in order, from any source, and the tail superblock at the end.
+//! [`ArchiveFile`] is an archive that can be read at any offset.
 //!
 //! Invariants:
-//! - no field is used before the checksum over it was right;
-//! - what [`FrameChecker::finish`] accepts is complete: every frame in its place, none missing or
-//!   doubled, the map in agreement with the data frames, the totals with both;
+//! - no field is used before the checksum that covers it was found right;
+//! - what [`FrameChecker::finish`] accepts is complete: every frame is in its place, none is missing or
+//!   duplicated, the map agrees with the data frames, and the totals agree with both;
 //! - memory: a bit for each segment, whatever the archive's size.
 //!
-//! Must not know where the bytes go.
+//! This module does not know where the bytes go.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom};
@@ -40,10 +40,10 @@ impl SegmentBits {
         Self { words: vec![0; Bytes(count.div_ceil(64)).as_len()], count }
     }
 
-    /// Sets a segment's bit; answers whether it was clear.
+    /// Sets a segment's bit; returns whether it was clear.
     ///
     /// # Panics
-    /// Where there is no such segment.
+    /// If there is no such segment.
     pub fn set(&mut self, SegmentIx(ix): SegmentIx) -> bool {
         assert!(ix < self.count, "segment {ix} of {}", self.count);
         let word = &mut self.words[Bytes(ix / 64).as_len()];
@@ -52,22 +52,22 @@ impl SegmentBits {
         clear
     }
 
-    /// True where the segment's bit is set; false behind the last one.
+    /// True where the segment's bit is set; false past the last segment.
     #[must_use]
     pub fn get(&self, SegmentIx(ix): SegmentIx) -> bool {
         ix < self.count && self.words[Bytes(ix / 64).as_len()] & (1 << (ix % 64)) != 0
     }
 }
 
-/// What the data frames, or the map, say is present; two equal values mean the same extents.
+/// The presence that the data frames, or the map, describe; two equal values mean the same extents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Presence {
     bytes: Bytes,
-    /// Sum over the segments of the CRC of each one's merged extents: no order matters.
+    /// Sum over the segments of the CRC of each one's merged extents: independent of their order.
     digest: u64,
 }
 
-/// Adds up the present extents of one segment at a time.
+/// Accumulates the present extents of one segment at a time.
 #[derive(Clone, Copy, Debug, Default)]
 struct SegmentPresence {
     run: Option<Extent>,
@@ -95,7 +95,7 @@ impl SegmentPresence {
         }
     }
 
-    /// Ends the segment; answers whether anything of it is present.
+    /// Ends the segment; returns whether any of it is present.
     fn finish(&mut self, total: &mut Presence) -> bool {
         self.close();
         if self.any {
@@ -105,7 +105,7 @@ impl SegmentPresence {
     }
 }
 
-/// Follows an archive from its head superblock to its tail; see the module's head.
+/// Checks an archive from its head superblock to its tail, frame by frame.
 #[derive(Clone, Debug)]
 pub struct FrameChecker {
     superblock: Superblock,
@@ -119,21 +119,22 @@ pub struct FrameChecker {
     map: MapCursor,
     map_presence: Presence,
     map_segment: SegmentPresence,
-    /// The segment that `map_segment` adds up.
+    /// The segment that `map_segment` accumulates.
     map_at: SegmentIx,
 }
 
-/// A frame that has been checked: its facts, and what its payload belongs to.
+/// A frame that has been checked: its facts, and the extents that its payload belongs to.
 #[derive(Clone, Debug)]
 pub struct CheckedFrame {
     /// The facts.
     pub facts: FrameFacts,
-    /// Data: what is present. Originals: what the payload packs, in this order. Map: none.
+    /// Data: the parts that are present. Originals: the ranges packed into the payload, in this order. Map:
+    /// none.
     pub extents: Vec<Extent>,
 }
 
 impl FrameChecker {
-    /// For the archive that begins with `superblock`; `description` names it in errors.
+    /// A checker for the archive that begins with `superblock`; `description` names it in errors.
     #[must_use]
     pub fn new(superblock: Superblock, description: &str) -> Self {
         let layout = superblock.layout();
@@ -159,19 +160,19 @@ impl FrameChecker {
         &self.superblock
     }
 
-    /// Where everything lies.
+    /// Offsets and lengths of everything in the archive.
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The number of the frame that comes next.
+    /// The sequence of the next frame.
     #[must_use]
     pub fn next_sequence(&self) -> u64 {
         self.next
     }
 
-    /// The segments that data frames were seen for.
+    /// The segments whose data frames have been read.
     #[must_use]
     pub fn seen(&self) -> &SegmentBits {
         &self.seen
@@ -183,13 +184,13 @@ impl FrameChecker {
         error.at(Block::Frame(self.next), offset, &self.description)
     }
 
-    /// For a reader whose input ends in the middle of the next frame, after `found` bytes of it.
+    /// The error for input that ends in the middle of the next frame, after `found` bytes of it.
     #[must_use]
     pub fn truncated(&self, found: usize) -> Error {
         self.fault(ArchiveError::Truncated { found, expected: self.layout.frame_bytes().as_len() })
     }
 
-    /// Checks the next frame, which lies in `memory`. Entries of a map frame go to `map`.
+    /// Checks the next frame, which is in `memory`. Entries of a map frame go to `map`.
     ///
     /// # Errors
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData), with the frame and its offset.
@@ -279,7 +280,7 @@ impl FrameChecker {
         Err(ArchiveError::MapMismatch { origin_offset, map: if present { "present" } else { "not present" } })
     }
 
-    /// Checks the tail superblock behind the last frame: the archive is whole.
+    /// Checks the tail superblock after the last frame, and with it that the archive is complete.
     ///
     /// # Errors
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
@@ -332,8 +333,8 @@ fn compare_totals(tail: &Totals, seen: &Totals) -> Result<(), ArchiveError> {
     }
 }
 
-/// An archive that can be read at any offset: a regular file or a block device. Both superblocks have
-/// been read, and its length is right.
+/// An archive that can be read at any offset: a regular file or a block device. Both superblocks have been
+/// read, and its length is right.
 #[derive(Debug)]
 pub struct ArchiveFile {
     file: File,
@@ -344,18 +345,19 @@ pub struct ArchiveFile {
 }
 
 impl ArchiveFile {
-    /// Opens an archive for reading, with direct I/O where the filesystem takes it.
+    /// Opens an archive for reading, with direct I/O where the filesystem supports it.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is no archive, or cut off;
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is neither file nor device; I/O errors.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is not an archive or is truncated;
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is neither file nor device; I/O
+    /// errors.
     pub fn open(path: &Path) -> Result<Self> {
-        // Looked at first: opening a pipe would wait for its writer.
+        // Checked first: opening a pipe would wait for its writer.
         check_answers(path)?;
-        let kind = std::fs::metadata(path).io_context(|| format!("look at {}", path.display()))?.file_type();
+        let kind = std::fs::metadata(path).io_context(|| format!("stat of {}", path.display()))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::refused(format!("{} is neither a file nor a block device", path.display()))
-                .next("give - and connect the pipe to standard input"));
+                .next("name - as the archive, and connect the pipe to standard input"));
         }
         let file = open_direct_or_buffered(path)?;
         let length =
@@ -368,9 +370,9 @@ impl ArchiveFile {
         let layout = superblock.layout();
         let frames = if kind.is_file() {
             layout.frame_count(Bytes(length)).map_err(|error| {
-                Error::bad_data(format!("{shown} is cut off, or something was appended to it"))
+                Error::bad_data(format!("{shown} is truncated, or data was appended to it"))
                     .with_source(error)
-                    .next("take the archive again from where it came, or make a new copy")
+                    .next("fetch the archive from its source again, or make a new copy")
             })?
         } else {
             reader.count_frames(&layout)?
@@ -396,13 +398,13 @@ impl ArchiveFile {
         &self.superblock
     }
 
-    /// The totals that the tail superblock claims; true once [`FrameChecker::finish`] agrees.
+    /// The totals in the tail superblock; they are confirmed once [`FrameChecker::finish`] agrees.
     #[must_use]
     pub fn totals(&self) -> &Totals {
         &self.totals
     }
 
-    /// The tail superblock, as it lies in the file.
+    /// The tail superblock, as stored in the file.
     #[must_use]
     pub fn tail(&self) -> &[u8] {
         &self.tail
@@ -441,7 +443,7 @@ impl ArchiveFile {
     }
 }
 
-/// What is needed to read single blocks before the archive is known.
+/// Reads single blocks while the layout of the archive is still unknown.
 struct Reader<'a> {
     file: &'a File,
     path: &'a Path,
@@ -462,8 +464,8 @@ impl Reader<'_> {
         Ok(memory)
     }
 
-    /// A device is longer than its archive: follows the frames' head control blocks to the end. The
-    /// device's size bounds the walk.
+    /// A device is longer than its archive: follows the frames' head control blocks to the end. The device's
+    /// size bounds the walk.
     fn count_frames(&self, layout: &Layout) -> Result<u64> {
         let mut sequence = 0;
         loop {

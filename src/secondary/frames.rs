@@ -1,15 +1,16 @@
-//! Which data frame of an archive holds which segment?
+//! Assigns data frames of an archive to segments.
 //!
 //! Invariants:
-//! - a frame holds one segment, and a segment has one frame at most;
-//! - numbers are given out without gaps, the lowest first. A copy that was killed leaves gaps: numbers
-//!   that were given to segments whose writes had not completed. They are given out again first.
+//! - a frame holds one segment, and a segment has at most one frame;
+//! - numbers are assigned without gaps, the lowest first. A killed copy leaves gaps: numbers of segments
+//!   whose writes had not completed. These numbers are assigned first when the copy is resumed.
 //!
-//! Why every gap is filled before the data ends: the number of a gap was given to a segment that is not
-//! placed, and no two gaps to the same one. So at least as many segments are still to be placed as there
-//! are gaps, as long as each of them takes a number, even one that has become all zero; and that is what
-//! [`Frames::is_wanted`] is for. A later kill keeps it so: what it leaves unplaced has numbers of its own. So does a
-//! segment that the secondary has lost: it is to be placed again.
+//! Why every gap is filled before the data ends: the number of a gap had been assigned to a segment that is
+//! not placed, and no two gaps to the same segment. So at least as many segments are still to be placed as
+//! there are gaps. That fills all gaps if each of these segments takes a number, even one that has become all
+//! zero; [`Frames::must_fill_gap`] tells the caller to do so. A later kill does not change this: the segments
+//! that it leaves unplaced have numbers of their own. The same holds for a segment that the secondary has
+//! lost: it is placed again.
 //!
 //! Memory: four bytes for each segment, and eight for each gap. Pure.
 
@@ -18,33 +19,33 @@ use std::collections::BTreeSet;
 use super::PlacedSegment;
 use crate::base::{Bytes, Error, Result, SegmentIx};
 
-/// See the module's head.
+/// The data frames of an archive, by segment.
 #[derive(Clone, Debug)]
 pub(super) struct Frames {
     /// For each segment its frame's number plus one, or 0 for none.
-    of: Vec<u32>,
+    by_segment: Vec<u32>,
     /// Numbers below `end` that hold no segment.
     gaps: BTreeSet<u64>,
-    /// Behind the highest number given out.
+    /// One past the highest number assigned.
     end: u64,
 }
 
 impl Frames {
     /// For `count` segments (at most `SEGMENT_COUNT_MAX`), none of which has a frame.
     pub(super) fn new(count: u64) -> Self {
-        Self { of: vec![0; Bytes(count).as_len()], gaps: BTreeSet::new(), end: 0 }
+        Self { by_segment: vec![0; Bytes(count).as_len()], gaps: BTreeSet::new(), end: 0 }
     }
 
-    /// As a killed copy has left them.
+    /// The assignment that a killed copy has left.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `placed` cannot be: a segment or
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `placed` is impossible: a segment or
     /// frame out of range, or one frame for two segments.
     pub(super) fn rebuilt(count: u64, placed: &[PlacedSegment]) -> Result<Self> {
         let bad = |what: String| {
             Error::bad_data(format!("the journal of segments does not fit an archive: {what}"))
                 .state("nothing was written")
-                .next("run tidemark recover, and copy again")
+                .next("run 'tidemark recover', and copy again")
         };
         let mut frames = Self::new(count);
         let mut taken = vec![false; Bytes(count).as_len()];
@@ -72,32 +73,32 @@ impl Frames {
     }
 
     fn set(&mut self, ix: SegmentIx, frame: u64) {
-        self.of[Bytes(ix.get()).as_len()] = u32::try_from(frame + 1)
+        self.by_segment[Bytes(ix.get()).as_len()] = u32::try_from(frame + 1)
             .expect("there are at most SEGMENT_COUNT_MAX data frames, one for each segment");
     }
 
     /// Segments of the origin.
     pub(super) fn segment_count(&self) -> u64 {
-        Bytes::from_len(self.of.len()).get()
+        Bytes::from_len(self.by_segment.len()).get()
     }
 
     /// The segment's frame.
     pub(super) fn get(&self, ix: SegmentIx) -> Option<u64> {
-        u64::from(self.of[Bytes(ix.get()).as_len()]).checked_sub(1)
+        u64::from(self.by_segment[Bytes(ix.get()).as_len()]).checked_sub(1)
     }
 
-    /// True where the next segment must take a frame, whatever it holds.
-    pub(super) fn is_wanted(&self) -> bool {
+    /// True where the next segment must take a frame, even if it is all zero.
+    pub(super) fn must_fill_gap(&self) -> bool {
         !self.gaps.is_empty()
     }
 
-    /// The number that [`Frames::give`] gives next.
-    pub(super) fn next(&self) -> u64 {
+    /// The number that [`Frames::assign`] assigns next.
+    pub(super) fn next_number(&self) -> u64 {
         self.gaps.first().copied().unwrap_or(self.end)
     }
 
-    /// Gives a segment that has no frame the next one.
-    pub(super) fn give(&mut self, ix: SegmentIx) {
+    /// Assigns the next number to a segment that has no frame.
+    pub(super) fn assign(&mut self, ix: SegmentIx) {
         debug_assert!(self.get(ix).is_none());
         match self.gaps.pop_first() {
             Some(gap) => self.set(ix, gap),
@@ -108,14 +109,14 @@ impl Frames {
         }
     }
 
-    /// Takes a segment's frame from it, for whoever is placed next; false where it has none.
-    pub(super) fn take_back(&mut self, ix: SegmentIx) -> bool {
+    /// Makes the number of a segment's frame free for the next segment; false where it has none.
+    pub(super) fn unassign(&mut self, ix: SegmentIx) -> bool {
         let Some(frame) = self.get(ix) else { return false };
-        self.of[Bytes(ix.get()).as_len()] = 0;
+        self.by_segment[Bytes(ix.get()).as_len()] = 0;
         self.gaps.insert(frame)
     }
 
-    /// Behind the last data frame; gaps below it count.
+    /// One past the last data frame; includes gaps.
     pub(super) fn end(&self) -> u64 {
         self.end
     }
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_that_cannot_be_is_refused() {
+    fn an_inconsistent_journal_is_refused() {
         for wrong in [
             vec![placed(4, Some(0), false)],
             vec![placed(0, Some(4), false)],
@@ -150,12 +151,12 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::BadData, "{wrong:?}");
         }
         let frames = Frames::rebuilt(4, &[placed(3, Some(2), false), placed(1, None, true)]).unwrap();
-        assert_eq!((frames.next(), frames.end(), frames.gap_count()), (0, 3, 2));
+        assert_eq!((frames.next_number(), frames.end(), frames.gap_count()), (0, 3, 2));
     }
 
     proptest! {
-        /// Copies that are killed again and again, each with writes that did not complete and with
-        /// segments that are zero in one run and not in the next: no number is left out or given twice.
+        /// Copies that are killed again and again, each with writes that did not complete and with segments
+        /// that are zero in one run and not in the next: no number is skipped or assigned twice.
         #[test]
         fn every_gap_is_filled_before_the_data_ends(
             count in 1u64..40,
@@ -166,9 +167,9 @@ mod tests {
             let unplaced = |journal: &[PlacedSegment]| -> Vec<u64> {
                 (0..count).filter(|ix| !journal.iter().any(|placed| placed.ix.get() == *ix)).collect()
             };
-            let give = |frames: &mut Frames, ix: u64, zero: bool| {
-                if !zero || frames.is_wanted() {
-                    frames.give(SegmentIx(ix));
+            let assign = |frames: &mut Frames, ix: u64, zero: bool| {
+                if !zero || frames.must_fill_gap() {
+                    frames.assign(SegmentIx(ix));
                 }
                 placed(ix, frames.get(SegmentIx(ix)), zero)
             };
@@ -176,7 +177,7 @@ mod tests {
                 let mut frames = Frames::rebuilt(count, &journal).unwrap();
                 let todo = unplaced(&journal);
                 for (ix, (zero, completed)) in todo.into_iter().rev().zip(run) {
-                    let segment = give(&mut frames, ix, zero);
+                    let segment = assign(&mut frames, ix, zero);
                     if completed {
                         journal.push(segment);
                     }
@@ -184,7 +185,7 @@ mod tests {
             }
             let mut frames = Frames::rebuilt(count, &journal).unwrap();
             for (ix, zero) in unplaced(&journal).into_iter().zip(zeros) {
-                journal.push(give(&mut frames, ix, zero));
+                journal.push(assign(&mut frames, ix, zero));
             }
             prop_assert_eq!(frames.gap_count(), 0);
             let mut numbers: Vec<u64> = journal.iter().filter_map(|placed| placed.frame).collect();

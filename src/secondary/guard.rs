@@ -1,10 +1,10 @@
-//! May these bytes be written there? The refusals that keep a copy from changing its own origin, its
-//! store, or something else that is in use.
+//! The refusals that keep a copy from overwriting its own origin, its store, or another device or file in
+//! use.
 //!
-//! The exclusive open of a device is the last word on mounts and holders; the checks here come first because
-//! they can say by whom, and they find what an exclusive open does not: processes that write, loop devices. For a
-//! file there is a last word too: the kernel grants no read lease on one that anybody has open for writing.
-//! Must not write what it judges, and opens it for reading at most.
+//! The exclusive open of a device decides about mounts and holders. The checks here come first because they
+//! can name the user of the device, and because they find what an exclusive open does not: processes that
+//! write, loop devices. For a file the kernel decides as well: it grants no read lease on a file that is open
+//! for writing. This module never writes to what it checks, and opens it only for reading.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -17,8 +17,8 @@ use crate::sys::block::is_open_for_writing;
 use crate::topology::{Ground, Topology, User};
 
 impl Topology {
-    /// Refuses a device that is mounted, swapped to, held by another device, written by a process, shown by a
-    /// loop device, read-only, or part of the stack of one of the `forbidden` ones.
+    /// Refuses a device that is mounted, swapped to, held by another device, written by a process, the
+    /// backing device of a loop device, read-only, or part of the stack of one of the `forbidden` devices.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] with the reason and what to do.
@@ -45,52 +45,52 @@ impl Topology {
                     self.name(part)
                 ))
                 .state("it was not touched")
-                .next("take it out of use first (lsblk shows by what), or name another device"));
+                .next("release it first (lsblk shows the user), or name another device"));
             }
         }
         self.check_unused(path)
     }
 
-    /// Refuses a device or file that a process writes, a loop device shows or the kernel swaps to.
+    /// Refuses a device or file that a process writes, a loop device is backed by, or the kernel swaps to.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] with who it is and what to do.
+    /// [`ErrorKind::Refused`] with the user of it and what to do.
     pub fn check_unused(&self, path: &Path) -> Result<()> {
         self.user_of(path)?.map_or(Ok(()), |user| Err(used(path, &user)))
     }
 
-    /// Refuses to have a file replaced that somebody still writes: what they write would be lost when they close it.
-    /// Who only reads it goes on reading what it held.
+    /// Refuses to replace a file that is open for writing: a process that holds it open would lose what it
+    /// writes. A process that only reads it keeps reading the old content.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] with who it is, as far as that can be told.
+    /// [`ErrorKind::Refused`] with the user of it, as far as that can be determined.
     pub fn check_replaceable(&self, file: &Path) -> Result<()> {
         if let Some(user) = self.user_of(file)?.filter(User::writes) {
             return Err(used(file, &user));
         }
-        // Whoever cannot be seen from here, the kernel's own users among them. One that cannot be opened can
-        // still be replaced, and nobody else can be asked about it.
+        // This finds users that are not visible from here, the kernel's own among them. A file that cannot be
+        // opened can still be replaced, and no other check is possible.
         let opened =
             OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(file);
         match opened {
             Ok(open) if is_open_for_writing(&open) => {
                 Err(Error::refused(format!("{} is open for writing", file.display()))
                     .state("it was not touched")
-                    .next("stop what writes it (fuser shows it), or name another target"))
+                    .next("stop the process that writes it (fuser shows it), or name another target"))
             }
             _ => Ok(()),
         }
     }
 
-    /// Refuses a file whose filesystem lies on one of the `forbidden` devices; `directory` is where
-    /// the file will be.
+    /// Refuses a file whose filesystem is on one of the `forbidden` devices; `directory` is where the file
+    /// will be.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`], or stat's I/O error.
     pub fn check_file(&self, directory: &Path, forbidden: &[DeviceNumber]) -> Result<()> {
         let metadata = fs::metadata(directory).map_err(|error| {
             let missing = error.kind() == io::ErrorKind::NotFound;
-            let error = Error::io(format!("look at the directory {}", directory.display()), error);
+            let error = Error::io(format!("stat of the directory {}", directory.display()), error);
             if missing {
                 error.with_kind(ErrorKind::Refused).next("create the directory first")
             } else {
@@ -103,15 +103,14 @@ impl Topology {
             Ground::Devices(devices) => {
                 devices.iter().try_for_each(|device| self.check_filesystem(*device, &what, forbidden))
             }
-            // One that hides what it lies on may be the origin's, by a way that nobody sees. The origin loses nothing by
-            // that: at rest it is used by nobody, and a live one waits for the secondary only where writers are held for
-            // it, which is asked with everything else that may wait.
+            // A filesystem whose devices are hidden may be on the origin. The origin loses nothing by that: a
+            // cold origin is not in use, and a live one waits for the secondary only where writers are held
+            // for it; that case is checked together with everything else that may wait.
             Ground::Elsewhere | Ground::Unknown(_) => Ok(()),
         }
     }
 
-    /// Refuses what lies on the filesystem of `device`, named `what`, if that belongs to a
-    /// `forbidden` one.
+    /// Refuses the filesystem of `device`, named `what`, if it belongs to a `forbidden` device.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`].
@@ -124,7 +123,7 @@ impl Topology {
         self.check_not_above(&self.stack(device), what, forbidden)
     }
 
-    /// `forbidden` has something in `stack`: writing would change the origin or its store.
+    /// Refuses if `forbidden` has a device in `stack`: writing would change the origin or its store.
     fn check_not_above(
         &self,
         stack: &BTreeSet<DeviceNumber>,
@@ -134,7 +133,7 @@ impl Topology {
         match forbidden.iter().find(|device| stack.contains(device)) {
             None => Ok(()),
             Some(device) => Err(Error::refused(format!(
-                "{what} lies on {}, which belongs to the origin or its store: writing the copy there \
+                "{what} is on {}, which belongs to the origin or its store: writing the copy there \
                  would change what is being copied",
                 self.name(*device)
             ))
@@ -143,7 +142,7 @@ impl Topology {
         }
     }
 
-    /// One of `devices` lies beneath a forbidden one.
+    /// Refuses if one of `devices` is below a forbidden one.
     fn check_not_beneath(
         &self,
         devices: &[DeviceNumber],
@@ -154,7 +153,7 @@ impl Topology {
             let beneath = self.stack(upper);
             if let Some(device) = devices.iter().find(|device| beneath.contains(device)) {
                 return Err(Error::refused(format!(
-                    "{} holds a part of the origin's stack ({} lies beneath {})",
+                    "{} holds a part of the origin's stack ({} is below {})",
                     path.display(),
                     self.name(*device),
                     self.name(upper)
@@ -206,7 +205,7 @@ mod tests {
     use crate::topology::tests::{dev, machine};
 
     #[test]
-    fn a_filesystem_that_hides_what_it_lies_on_is_no_reason() {
+    fn a_filesystem_with_hidden_devices_is_accepted() {
         let (keep, topology) = machine();
         for kind in ["fuse.mergerfs", "zfs", "nfs4", "smbfs"] {
             let line = format!("50 1 0:7777 / / rw - {kind} pool rw\n");
@@ -227,10 +226,10 @@ mod tests {
         assert!(refused(dev(8, 2), &[]).contains("mounted (at /mnt/my disk)"));
         assert!(refused(dev(8, 0), &[]).contains("mounted"), "a disk with a mounted partition");
         assert!(refused(dev(8, 1), &[]).contains("/dev/dm-0 holds /dev/sda1"));
-        assert!(refused(dev(8, 1), &[dev(253, 0)]).contains("beneath"));
-        assert!(refused(dev(8, 0), &[dev(253, 0)]).contains("beneath"));
+        assert!(refused(dev(8, 1), &[dev(253, 0)]).contains("is below"));
+        assert!(refused(dev(8, 0), &[dev(253, 0)]).contains("is below"));
         assert!(refused(dev(253, 0), &[dev(253, 0)]).contains("origin"));
-        assert!(refused(dev(253, 0), &[dev(8, 1)]).contains("lies on"));
+        assert!(refused(dev(253, 0), &[dev(8, 1)]).contains("is on"));
         assert!(refused(dev(8, 16), &[dev(8, 16)]).contains("origin"));
         topology.check_device(dev(8, 16), Path::new("/dev/sdb"), &[dev(253, 0)]).unwrap();
         topology.check_device(dev(253, 0), Path::new("/dev/dm-0"), &[dev(8, 16)]).unwrap();

@@ -1,13 +1,14 @@
-//! Is this what the copy was made to? What a copy goes to is noted by the facts that stay with it ([`TargetRecord`]),
-//! and a process that goes on with it compares them before it writes.
+//! Recognizes the target of a copy. The facts that stay with a target are recorded ([`TargetRecord`]), and a
+//! process that resumes the copy compares them before it writes.
 //!
 //! Two questions are answered:
-//! - is it the same device or file? Where a fact that stays with it differs, nothing may be written to it; where none
-//!   differs and none proves it either ([`Known::Perhaps`]), not before what was written has been read back from it;
-//! - is it the same *instance* of it, there without a break since the copy began? Otherwise what had not reached the
-//!   medium may be lost, and what is to be trusted has to be read back.
+//! - Is it the same device or file? If a permanent fact differs, it must not be written to. If none differs
+//!   but none proves it either ([`Recognition::Unproven`]), what was written has to be read back from it
+//!   before it is written to.
+//! - Is it the same *instance*, attached without interruption since the copy began? If not, data that had not
+//!   reached the medium may be lost, and everything that is to be trusted has to be read back.
 //!
-//! Must not open or write what it judges.
+//! This module never opens or writes a target.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -25,34 +26,34 @@ use crate::sys::block::{self, generation};
 use crate::sys::process::mount_of;
 use crate::topology::{Ground, Topology};
 
-/// How much a time of birth may differ that was read from the medium of FAT: its grain, and that of a clock of theirs.
-const PASSING_BIRTH_NS: u64 = 2_000_000_000;
+/// Tolerance for the time of birth on FAT and exFAT, which store it with less precision.
+const BIRTH_TOLERANCE_NS: u64 = 2_000_000_000;
 
 /// Linux `include/uapi/linux/magic.h`.
 const EXFAT_SUPER_MAGIC: FsType = FsType(0x2011_bab0);
 
-/// Filesystems that give out inode numbers anew with each mount.
-const INODES_PASS: [FsType; 3] = [MSDOS_SUPER_MAGIC, EXFAT_SUPER_MAGIC, FUSE_SUPER_MAGIC];
+/// Filesystems that assign inode numbers anew at each mount.
+const INODES_REASSIGNED: [FsType; 3] = [MSDOS_SUPER_MAGIC, EXFAT_SUPER_MAGIC, FUSE_SUPER_MAGIC];
 
-/// A target that is the one that was noted.
+/// How the current target compares with the recorded one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Known {
-    /// Nothing differs, and nothing that another could not have as well is the same.
-    Perhaps,
-    /// It is the same, and may have been away meanwhile.
-    Again,
-    /// It was there all the time.
-    Throughout,
+pub enum Recognition {
+    /// No fact differs, but every fact that matches could be another target's as well.
+    Unproven,
+    /// It is the same target, but it may have been detached meanwhile.
+    Same,
+    /// It is the same target, attached all the time.
+    Uninterrupted,
 }
 
-/// The facts of what `file`, at `path`, stands for: a block device, or a regular file.
+/// The facts of `file`, opened from `path`: a block device or a regular file.
 ///
 /// # Errors
 /// I/O errors.
 pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
     let topology = Topology::default();
     let boot = topology.boot();
-    let metadata = file.metadata().io_context(|| format!("look at {}", path.display()))?;
+    let metadata = file.metadata().io_context(|| format!("stat of {}", path.display()))?;
     if metadata.file_type().is_block_device() {
         let devices = topology.identities(DeviceNumber::from_dev(metadata.rdev()));
         return Ok(TargetRecord { boot, file: None, devices });
@@ -64,7 +65,7 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
     };
     devices.sort_by_key(|device| device.number);
     devices.dedup_by_key(|device| device.number);
-    let what = || format!("look at the filesystem of {}", path.display());
+    let what = || format!("statfs of the filesystem of {}", path.display());
     let filesystem = fstatvfs(file).io_context(what)?.filesystem_id();
     let kind = fstatfs(file).map_err(io::Error::from).io_context(what)?.filesystem_type();
     let born = metadata.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok());
@@ -76,15 +77,15 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
         generation: generation(file),
         born_utc_ns: born.and_then(|born| u64::try_from(born.as_nanos()).ok()),
         filesystem_uuid: filesystem_uuid(file, &topology, device),
-        inode_passes: INODES_PASS.contains(&kind),
+        inode_passes: INODES_REASSIGNED.contains(&kind),
     };
     Ok(TargetRecord { boot, file: Some(file), devices })
 }
 
-/// Of the kernel, which tells it from 6.9 on and not for each kind; else from the device itself.
+/// From the kernel, which reports it from 6.9 on for some filesystems; else from the device itself.
 fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Option<String> {
-    let told = block::filesystem_uuid(file).and_then(|uuid| filesystem_id::text(&uuid));
-    told.or_else(|| {
+    let reported = block::filesystem_uuid(file).and_then(|uuid| filesystem_id::text(&uuid));
+    reported.or_else(|| {
         let mut head = Vec::new();
         let length = u64::try_from(filesystem_id::HEAD_BYTES).expect("4096 fits u64");
         let beneath = topology.node(device).exists().then(|| topology.name(device))?;
@@ -93,87 +94,88 @@ fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Op
     })
 }
 
-/// Compares what is at `path` now with what was `noted`.
+/// Compares the target at `path` now with the `recorded` one.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is another, or where nothing tells.
-pub fn recognize(noted: Option<&TargetRecord>, now: &TargetRecord, path: &Path) -> Result<Known> {
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is another target, or where no fact
+/// identifies it.
+pub fn recognize(recorded: Option<&TargetRecord>, now: &TargetRecord, path: &Path) -> Result<Recognition> {
     let refused = |what: String| {
         Error::refused(what).state("nothing was written").next(
-            "connect what the copy was made to, under the same name, and try again; or run 'tidemark recover', and \
+            "connect the copy's target under the same name, and try again; or run 'tidemark recover', and \
              copy again",
         )
     };
     let shown = path.display();
-    let noted = noted.ok_or_else(|| {
-        refused(format!("nothing tells whether {shown} is what the copy was made to: it was not noted"))
+    let recorded = recorded.ok_or_else(|| {
+        refused(format!("whether {shown} is the copy's target is unknown: its identity was not recorded"))
     })?;
-    let is_same_boot = !noted.boot.is_empty() && noted.boot == now.boot;
-    let devices = all_known(&noted.devices, &now.devices, is_same_boot);
-    match (&noted.file, &now.file) {
-        (None, None) if now.devices.is_empty() => Err(refused(format!("{shown} is no device any more"))),
-        (None, None) => {
-            devices.map_err(|why| refused(format!("{shown} is not what the copy was made to: {why}")))
+    let is_same_boot = !recorded.boot.is_empty() && recorded.boot == now.boot;
+    let devices = compare_devices(&recorded.devices, &now.devices, is_same_boot);
+    match (&recorded.file, &now.file) {
+        (None, None) if now.devices.is_empty() => Err(refused(format!("{shown} is not a device any more"))),
+        (None, None) => devices.map_err(|why| refused(format!("{shown} is not the copy's target: {why}"))),
+        (Some(recorded), Some(now)) => {
+            let is_same_mount = is_same_boot
+                && recorded.mount != 0
+                && (recorded.mount, recorded.device) == (now.mount, now.device);
+            let known = same_file(recorded, now, is_same_mount)
+                .map_err(|why| refused(format!("{shown} is not the copy's target file: {why}")))?;
+            // The file's own facts prove that it is the same; but the disk below may have been replaced by a
+            // copy of it.
+            Ok(if is_same_mount { devices.unwrap_or(Recognition::Same) } else { known })
         }
-        (Some(noted), Some(now)) => {
-            let is_same_mount =
-                is_same_boot && noted.mount != 0 && (noted.mount, noted.device) == (now.mount, now.device);
-            let known = same_file(noted, now, is_same_mount).map_err(|why| {
-                refused(format!("{shown} is not the file that the copy was made to: {why}"))
-            })?;
-            // The file's own facts say that it is the same; another disk beneath it may be a copy of the first.
-            Ok(if is_same_mount { devices.unwrap_or(Known::Again) } else { known })
-        }
-        _ => Err(refused(format!(
-            "{shown} is not what the copy was made to: one is a device, the other a file"
-        ))),
+        _ => Err(refused(format!("{shown} is not the copy's target: one is a device, the other a file"))),
     }
 }
 
-fn same_file(noted: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<Known, String> {
-    let is_proven = same_filesystem(noted, now, is_same_mount)?;
-    let fact =
-        |what: &str, is_same: bool| if is_same { Ok(()) } else { Err(format!("its {what} is another")) };
-    let passes = !is_same_mount && (noted.inode_passes || now.inode_passes);
-    if !passes {
-        fact("inode", noted.inode == now.inode)?;
-        fact("inode's generation", noted.generation == now.generation)?;
+fn same_file(recorded: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<Recognition, String> {
+    let is_proven = same_filesystem(recorded, now, is_same_mount)?;
+    let fact = |what: &str, is_same: bool| if is_same { Ok(()) } else { Err(format!("its {what} differs")) };
+    let is_reassigned = !is_same_mount && (recorded.inode_passes || now.inode_passes);
+    if !is_reassigned {
+        fact("inode", recorded.inode == now.inode)?;
+        fact("inode's generation", recorded.generation == now.generation)?;
     }
-    let is_born_then = match (noted.born_utc_ns, now.born_utc_ns) {
-        // They keep it less exactly on the medium than in memory.
-        (Some(noted), Some(now)) if passes => noted.abs_diff(now) <= PASSING_BIRTH_NS,
-        (noted, now) => noted == now,
+    let is_born_then = match (recorded.born_utc_ns, now.born_utc_ns) {
+        // These filesystems store it with less precision than they keep in memory.
+        (Some(recorded), Some(now)) if is_reassigned => recorded.abs_diff(now) <= BIRTH_TOLERANCE_NS,
+        (recorded, now) => recorded == now,
     };
     fact("time of birth", is_born_then)?;
-    Ok(if is_proven && !passes { Known::Again } else { Known::Perhaps })
+    Ok(if is_proven && !is_reassigned { Recognition::Same } else { Recognition::Unproven })
 }
 
-/// True where it is proven to be the same filesystem; an error where it is another.
-fn same_filesystem(noted: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<bool, String> {
-    let compared = match (&noted.filesystem_uuid, &now.filesystem_uuid) {
-        (Some(noted), Some(now)) => Some(noted == now),
-        _ if is_same_mount || (is_made_from_uuid(noted) && is_made_from_uuid(now)) => {
-            Some(noted.filesystem == now.filesystem)
+/// True where the filesystem is proven to be the same; an error where it is another.
+fn same_filesystem(recorded: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<bool, String> {
+    let compared = match (&recorded.filesystem_uuid, &now.filesystem_uuid) {
+        (Some(recorded), Some(now)) => Some(recorded == now),
+        _ if is_same_mount || (is_derived_from_uuid(recorded) && is_derived_from_uuid(now)) => {
+            Some(recorded.filesystem == now.filesystem)
         }
         _ => None,
     };
     match compared {
-        Some(false) => Err("it is in another filesystem".to_owned()),
+        Some(false) => Err("it is on another filesystem".to_owned()),
         compared => Ok(is_same_mount || compared.is_some()),
     }
 }
 
-/// The filesystem's id is not zero, nor the number of its device.
-fn is_made_from_uuid(file: &FileRecord) -> bool {
+/// True where the filesystem's id is neither zero nor the number of its device.
+fn is_derived_from_uuid(file: &FileRecord) -> bool {
     file.filesystem != 0 && file.filesystem != file.device.to_dev()
 }
 
-/// Each device that was noted is there, and no other.
-fn all_known(noted: &[DeviceRecord], now: &[DeviceRecord], is_same_boot: bool) -> Result<Known, String> {
+/// Every recorded device is present, and no other.
+fn compare_devices(
+    recorded: &[DeviceRecord],
+    now: &[DeviceRecord],
+    is_same_boot: bool,
+) -> Result<Recognition, String> {
     let mut left: Vec<&DeviceRecord> = now.iter().collect();
-    let mut known = Known::Throughout;
-    for device in noted {
-        // The one of the same number first: what it lacks is the best reason.
+    let mut known = Recognition::Uninterrupted;
+    for device in recorded {
+        // Compare the device with the same number first: its difference is the best reason to report.
         left.sort_by_key(|other| other.number != device.number);
         let mut why = None;
         let found =
@@ -185,47 +187,59 @@ fn all_known(noted: &[DeviceRecord], now: &[DeviceRecord], is_same_boot: bool) -
                 }
             });
         let Some((at, found)) = found else {
-            return Err(why.unwrap_or_else(|| format!("what was block device {} is gone", device.number)));
+            return Err(why.unwrap_or_else(|| format!("the former block device {} is gone", device.number)));
         };
         left.remove(at);
         known = known.min(found);
     }
     match left.first() {
         None => Ok(known),
-        Some(other) => Err(format!("block device {} beneath it was not there", other.number)),
+        Some(other) => Err(format!("block device {} below it is new", other.number)),
     }
 }
 
-fn same_device(noted: &DeviceRecord, now: &DeviceRecord, is_same_boot: bool) -> Result<Known, String> {
+fn same_device(
+    recorded: &DeviceRecord,
+    now: &DeviceRecord,
+    is_same_boot: bool,
+) -> Result<Recognition, String> {
     let number = now.number;
-    if noted.size_bytes != now.size_bytes {
-        return Err(format!("block device {number} has {} bytes, not {}", now.size_bytes, noted.size_bytes));
+    if recorded.size_bytes != now.size_bytes {
+        return Err(format!(
+            "block device {number} has {} bytes, not {}",
+            now.size_bytes, recorded.size_bytes
+        ));
     }
     let part = |device: &DeviceRecord| (device.partition_start_bytes, device.partition_uuid.clone());
-    if part(noted) != part(now) {
+    if part(recorded) != part(now) {
         return Err(format!("block device {number} is another partition"));
     }
     let facts = [
-        ("UUID", &noted.uuid, &now.uuid),
-        ("world-wide name", &noted.wwid, &now.wwid),
-        ("serial number", &noted.serial, &now.serial),
-        ("backing file", &noted.backing, &now.backing),
+        ("UUID", &recorded.uuid, &now.uuid),
+        ("world-wide name", &recorded.wwid, &now.wwid),
+        ("serial number", &recorded.serial, &now.serial),
+        ("backing file", &recorded.backing, &now.backing),
     ];
-    if let Some((what, ..)) = facts.iter().find(|(_, noted, now)| noted != now) {
-        return Err(format!("block device {number} has another {what}"));
+    if let Some((what, ..)) = facts.iter().find(|(_, recorded, now)| recorded != now) {
+        return Err(format!("the {what} of block device {number} differs"));
     }
-    if is_same_boot && noted.number == number && noted.sequence.is_some() && noted.sequence == now.sequence {
-        return Ok(Known::Throughout);
+    if is_same_boot
+        && recorded.number == number
+        && recorded.sequence.is_some()
+        && recorded.sequence == now.sequence
+    {
+        return Ok(Recognition::Uninterrupted);
     }
-    let is_doubtful = noted.doubtful || now.doubtful;
+    let is_doubtful = recorded.doubtful || now.doubtful;
     let proves = |what: &str| !is_doubtful || ["UUID", "backing file"].contains(&what);
-    let mut told = facts.iter().filter(|(_, noted, _)| noted.is_some()).map(|(what, ..)| *what).peekable();
-    if told.peek().is_none() {
+    let mut present =
+        facts.iter().filter(|(_, recorded, _)| recorded.is_some()).map(|(what, ..)| *what).peekable();
+    if present.peek().is_none() {
         return Err(format!(
-            "block device {number} has come since, and has neither UUID nor serial number by which to know it"
+            "block device {number} was attached since, and has neither UUID nor serial number to identify it"
         ));
     }
-    Ok(if told.any(proves) { Known::Again } else { Known::Perhaps })
+    Ok(if present.any(proves) { Recognition::Same } else { Recognition::Unproven })
 }
 
 #[cfg(test)]
@@ -256,8 +270,8 @@ mod tests {
         TargetRecord { boot: "b".to_owned(), file: None, devices: devices.to_vec() }
     }
 
-    fn known(noted: &TargetRecord, now: &TargetRecord) -> Option<Known> {
-        match recognize(Some(noted), now, Path::new("/dev/sdb")) {
+    fn known(recorded: &TargetRecord, now: &TargetRecord) -> Option<Recognition> {
+        match recognize(Some(recorded), now, Path::new("/dev/sdb")) {
             Ok(known) => Some(known),
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Refused);
@@ -268,40 +282,40 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_told_from_another_of_its_name() {
-        let noted = target(&[disk(16, 5, Some("A"))]);
-        assert_eq!(known(&noted, &noted), Some(Known::Throughout));
-        assert_eq!(known(&noted, &target(&[disk(16, 6, Some("A"))])), Some(Known::Again));
-        assert_eq!(known(&noted, &target(&[disk(32, 6, Some("A"))])), Some(Known::Again));
-        assert_eq!(known(&noted, &target(&[disk(16, 6, Some("B"))])), None);
-        assert_eq!(known(&noted, &target(&[disk(16, 6, None)])), None);
-        assert_eq!(known(&noted, &target(&[disk(16, 5, Some("B"))])), None, "nothing may differ");
-        assert_eq!(known(&noted, &target(&[])), None);
+    fn a_disk_is_distinguished_from_another_of_its_name() {
+        let recorded = target(&[disk(16, 5, Some("A"))]);
+        assert_eq!(known(&recorded, &recorded), Some(Recognition::Uninterrupted));
+        assert_eq!(known(&recorded, &target(&[disk(16, 6, Some("A"))])), Some(Recognition::Same));
+        assert_eq!(known(&recorded, &target(&[disk(32, 6, Some("A"))])), Some(Recognition::Same));
+        assert_eq!(known(&recorded, &target(&[disk(16, 6, Some("B"))])), None);
+        assert_eq!(known(&recorded, &target(&[disk(16, 6, None)])), None);
+        assert_eq!(known(&recorded, &target(&[disk(16, 5, Some("B"))])), None, "nothing may differ");
+        assert_eq!(known(&recorded, &target(&[])), None);
         let smaller = DeviceRecord { size_bytes: 1 << 29, ..disk(16, 5, Some("A")) };
-        assert_eq!(known(&noted, &target(&[smaller])), None);
-        let rebooted = TargetRecord { boot: "c".to_owned(), ..noted.clone() };
-        assert_eq!(known(&noted, &rebooted), Some(Known::Again));
-        let error = recognize(None, &noted, Path::new("/dev/sdb")).unwrap_err();
+        assert_eq!(known(&recorded, &target(&[smaller])), None);
+        let rebooted = TargetRecord { boot: "c".to_owned(), ..recorded.clone() };
+        assert_eq!(known(&recorded, &rebooted), Some(Recognition::Same));
+        let error = recognize(None, &recorded, Path::new("/dev/sdb")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
     }
 
     #[test]
-    fn disks_that_a_dock_gives_one_serial_number_are_not_told_apart() {
+    fn a_serial_number_shared_by_a_docks_disks_proves_nothing() {
         let doubtful = |sequence| DeviceRecord { doubtful: true, ..disk(16, sequence, Some("DOCK")) };
-        let noted = target(&[doubtful(5)]);
-        assert_eq!(known(&noted, &noted), Some(Known::Throughout));
-        assert_eq!(known(&noted, &target(&[doubtful(6)])), Some(Known::Perhaps));
-        assert_eq!(known(&noted, &target(&[disk(16, 6, Some("DOCK"))])), Some(Known::Perhaps));
+        let recorded = target(&[doubtful(5)]);
+        assert_eq!(known(&recorded, &recorded), Some(Recognition::Uninterrupted));
+        assert_eq!(known(&recorded, &target(&[doubtful(6)])), Some(Recognition::Unproven));
+        assert_eq!(known(&recorded, &target(&[disk(16, 6, Some("DOCK"))])), Some(Recognition::Unproven));
         assert_eq!(
             known(&target(&[disk(16, 5, Some("DOCK"))]), &target(&[doubtful(6)])),
-            Some(Known::Perhaps)
+            Some(Recognition::Unproven)
         );
         let volume = |sequence| DeviceRecord { uuid: Some("LVM-x".to_owned()), ..doubtful(sequence) };
-        assert_eq!(known(&target(&[volume(5)]), &target(&[volume(6)])), Some(Known::Again));
+        assert_eq!(known(&target(&[volume(5)]), &target(&[volume(6)])), Some(Recognition::Same));
     }
 
     #[test]
-    fn a_filesystem_whose_id_is_its_device_s_number_is_known_by_its_uuid() {
+    fn a_filesystem_without_an_id_of_its_own_is_recognized_by_its_uuid() {
         let file = |minor: u32, uuid: Option<&str>| FileRecord {
             device: dev(8, minor),
             mount: u64::from(minor),
@@ -312,21 +326,21 @@ mod tests {
             filesystem_uuid: uuid.map(str::to_owned),
             inode_passes: false,
         };
-        let known = |noted: &FileRecord, now: &FileRecord| {
+        let known = |recorded: &FileRecord, now: &FileRecord| {
             let of = |file: &FileRecord| TargetRecord { file: Some(file.clone()), ..target(&[]) };
-            recognize(Some(&of(noted)), &of(now), Path::new("/x")).ok()
+            recognize(Some(&of(recorded)), &of(now), Path::new("/x")).ok()
         };
-        assert_eq!(known(&file(17, Some("a")), &file(33, Some("a"))), Some(Known::Again));
+        assert_eq!(known(&file(17, Some("a")), &file(33, Some("a"))), Some(Recognition::Same));
         assert_eq!(known(&file(17, Some("a")), &file(33, Some("b"))), None);
         assert_eq!(known(&file(17, Some("a")), &file(17, Some("b"))), None, "the same name");
         for (one, other) in [(None, None), (Some("a"), None), (None, Some("a"))] {
-            assert_eq!(known(&file(17, one), &file(33, other)), Some(Known::Perhaps));
+            assert_eq!(known(&file(17, one), &file(33, other)), Some(Recognition::Unproven));
         }
         let none = |mount| FileRecord { filesystem: 0, mount, ..file(17, None) };
-        assert_eq!(known(&none(1), &none(1)), Some(Known::Throughout));
-        assert_eq!(known(&none(1), &none(2)), Some(Known::Perhaps));
+        assert_eq!(known(&none(1), &none(1)), Some(Recognition::Uninterrupted));
+        assert_eq!(known(&none(1), &none(2)), Some(Recognition::Unproven));
         assert_eq!(known(&none(1), &FileRecord { inode: 13, ..none(2) }), None);
-        // FAT: another inode, and a birth that is known less exactly.
+        // FAT: another inode, and a time of birth with less precision.
         let fat = |mount, inode, born| FileRecord {
             inode,
             generation: None,
@@ -334,7 +348,7 @@ mod tests {
             inode_passes: true,
             ..FileRecord { mount, ..file(17, Some("c")) }
         };
-        assert_eq!(known(&fat(1, 5, 1_005_000_000), &fat(2, 9, 1_000_000_000)), Some(Known::Perhaps));
+        assert_eq!(known(&fat(1, 5, 1_005_000_000), &fat(2, 9, 1_000_000_000)), Some(Recognition::Unproven));
         assert_eq!(
             known(&fat(1, 5, 1_005_000_000), &fat(1, 9, 1_005_000_000)),
             None,
@@ -344,55 +358,58 @@ mod tests {
     }
 
     #[test]
-    fn what_nothing_tells_is_another() {
-        let noted = target(&[disk(16, 5, None)]);
-        assert_eq!(known(&noted, &noted), Some(Known::Throughout));
-        assert_eq!(known(&noted, &target(&[disk(16, 6, None)])), None);
-        let untold = target(&[DeviceRecord { sequence: None, ..disk(16, 5, None) }]);
-        assert_eq!(known(&untold, &untold), None, "a kernel that does not count its disks");
+    fn a_disk_without_identifying_facts_is_refused() {
+        let recorded = target(&[disk(16, 5, None)]);
+        assert_eq!(known(&recorded, &recorded), Some(Recognition::Uninterrupted));
+        assert_eq!(known(&recorded, &target(&[disk(16, 6, None)])), None);
+        let uncounted = target(&[DeviceRecord { sequence: None, ..disk(16, 5, None) }]);
+        assert_eq!(known(&uncounted, &uncounted), None, "a kernel that does not count its disks");
     }
 
     #[test]
-    fn every_device_beneath_has_to_be_the_same() {
+    fn every_device_below_has_to_be_the_same() {
         let volume = DeviceRecord { uuid: Some("LVM-x".to_owned()), ..disk(99, 7, None) };
-        let noted = target(&[disk(16, 5, Some("A")), disk(32, 6, Some("B")), volume.clone()]);
-        assert_eq!(known(&noted, &noted), Some(Known::Throughout));
+        let recorded = target(&[disk(16, 5, Some("A")), disk(32, 6, Some("B")), volume.clone()]);
+        assert_eq!(known(&recorded, &recorded), Some(Recognition::Uninterrupted));
         let swapped = target(&[disk(16, 8, Some("B")), disk(32, 9, Some("A")), volume.clone()]);
-        assert_eq!(known(&noted, &swapped), Some(Known::Again));
+        assert_eq!(known(&recorded, &swapped), Some(Recognition::Same));
         let moved = target(&[disk(16, 5, Some("A")), disk(48, 6, Some("C")), volume.clone()]);
-        assert_eq!(known(&noted, &moved), None);
+        assert_eq!(known(&recorded, &moved), None);
         let more = target(&[disk(16, 5, Some("A")), disk(32, 6, Some("B")), disk(48, 1, Some("C")), volume]);
-        assert_eq!(known(&noted, &more), None);
-        assert_eq!(known(&more, &noted), None);
+        assert_eq!(known(&recorded, &more), None);
+        assert_eq!(known(&more, &recorded), None);
         let part = |start| DeviceRecord { partition_start_bytes: Some(start), ..disk(17, 5, Some("A")) };
-        assert_eq!(known(&target(&[part(1 << 20)]), &target(&[part(1 << 20)])), Some(Known::Throughout));
+        assert_eq!(
+            known(&target(&[part(1 << 20)]), &target(&[part(1 << 20)])),
+            Some(Recognition::Uninterrupted)
+        );
         assert_eq!(known(&target(&[part(1 << 20)]), &target(&[part(2 << 20)])), None);
     }
 
     #[test]
-    fn a_file_is_told_from_another_of_its_name() {
+    fn a_file_is_distinguished_from_another_of_its_name() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         let make = || File::create(&path).unwrap();
         let file = make();
-        let noted = identify(&file, &path).unwrap();
-        assert!(!noted.boot.is_empty() && noted.file.as_ref().is_some_and(|file| file.mount != 0));
+        let recorded = identify(&file, &path).unwrap();
+        assert!(!recorded.boot.is_empty() && recorded.file.as_ref().is_some_and(|file| file.mount != 0));
         assert_eq!(
-            recognize(Some(&noted), &identify(&file, &path).unwrap(), &path).unwrap(),
-            Known::Throughout
+            recognize(Some(&recorded), &identify(&file, &path).unwrap(), &path).unwrap(),
+            Recognition::Uninterrupted
         );
         std::fs::remove_file(&path).unwrap();
-        // The first one is still open: its inode is not given out again.
-        let error = recognize(Some(&noted), &identify(&make(), &path).unwrap(), &path).unwrap_err();
-        assert!(error.to_string().contains("is not the file"), "{error}");
+        // The first one is still open, so its inode number is not reused.
+        let error = recognize(Some(&recorded), &identify(&make(), &path).unwrap(), &path).unwrap_err();
+        assert!(error.to_string().contains("is not the copy's target file"), "{error}");
         let with = |change: &dyn Fn(&mut FileRecord)| {
-            let mut now = noted.clone();
+            let mut now = recorded.clone();
             change(now.file.as_mut().unwrap());
-            recognize(Some(&noted), &now, &path).ok()
+            recognize(Some(&recorded), &now, &path).ok()
         };
-        assert_eq!(with(&|_| ()), Some(Known::Throughout));
-        assert_eq!(with(&|file| file.mount += 1), Some(Known::Again));
-        assert_eq!(with(&|file| file.device = dev(1, 1)), Some(Known::Again));
+        assert_eq!(with(&|_| ()), Some(Recognition::Uninterrupted));
+        assert_eq!(with(&|file| file.mount += 1), Some(Recognition::Same));
+        assert_eq!(with(&|file| file.device = dev(1, 1)), Some(Recognition::Same));
         let other = |id: &Option<String>| id.as_ref().map(|id| format!("{id}0"));
         assert_eq!(
             with(&|file| {
@@ -405,7 +422,7 @@ mod tests {
         assert_eq!(with(&|file| file.generation = Some(file.generation.unwrap_or(0) ^ 1)), None);
         assert_eq!(with(&|file| file.born_utc_ns = Some(1)), None);
         let device = target(&[disk(16, 5, Some("A"))]);
-        assert_eq!(known(&noted, &device), None);
-        assert_eq!(known(&device, &noted), None);
+        assert_eq!(known(&recorded, &device), None);
+        assert_eq!(known(&device, &recorded), None);
     }
 }

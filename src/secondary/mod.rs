@@ -1,16 +1,16 @@
-//! Where a copy goes: raw device, raw file, archive, pipe.
+//! The places where a copy goes: raw device, raw file, archive, pipe.
 //!
-//! A [`Secondary`] says *where* bytes go and what surrounds them; the copier moves them through the
+//! A [`Secondary`] decides *where* bytes go and what surrounds them; the copier moves them through the
 //! engine. So a secondary never does bulk I/O itself: it lays out pieces of the copier's buffers.
 //!
 //! Invariants:
-//! - every check that can refuse is done by [`open`], before the origin's instant is taken;
-//! - a result appears under its final name only through [`Secondary::finish`], complete and synced;
-//! - a payload lies at [`PAYLOAD_OFFSET`] of a buffer, with room for a control block on both sides;
+//! - [`open`] makes every check that can refuse, before the origin's instant is taken;
+//! - a result gets its final name only through [`Secondary::finish`], complete and synced;
+//! - a payload begins at [`PAYLOAD_OFFSET`] of a buffer, with room for a control block on both sides;
 //! - bytes between the origin's end and the next [`DIRECT_IO_ALIGN`](crate::base::limits::DIRECT_IO_ALIGN) are zero in every buffer that is
 //!   written.
 //!
-//! Must not know device-mapper, nor how the originals were preserved.
+//! This module knows neither device-mapper nor how the originals were preserved.
 
 use crate::base::{Error, Result};
 
@@ -26,16 +26,16 @@ pub mod raw;
 mod resume_tests;
 
 pub use crate::format::archive::OriginalsMode;
-/// A segment that is on the secondary: what a later process needs to go on where this one stopped.
+/// A segment that is on the secondary: what a later process needs in order to resume the copy.
 pub use crate::format::segment_log::PlacedSegment;
 pub use port::{
     Form, OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
     engine_config, is_zero, zero_padding,
 };
 
-/// Extents of the block list in one segment that this form can tell apart: see
-/// [`BlockList::with_parts_max`](crate::extent::BlockList::with_parts_max). Reached with gaps of 4 KiB in
-/// segments of 4 MiB or more.
+/// Most extents of the block list in one segment that this form can express: see
+/// [`BlockList::with_parts_max`](crate::extent::BlockList::with_parts_max). The limit is reached with gaps of
+/// 4 KiB in segments of 4 MiB or more.
 #[must_use]
 pub fn parts_max(form: Form) -> usize {
     match form {
@@ -52,10 +52,10 @@ pub fn parts_max(form: Form) -> usize {
 pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
         (Target::Pipe, Form::Raw) => Err(Error::usage("standard output takes an archive only")
-            .next("leave --format away, or restore the archive to a raw device or file later")),
+            .next("leave out --format, or restore the archive to a raw device or file later")),
         (Target::Path(path), Form::Raw) => {
             if request.originals == OriginalsMode::Append {
-                return Err(Error::usage("a raw copy has no place for originals behind the data")
+                return Err(Error::usage("a raw copy cannot hold originals after the data")
                     .next("use --originals overlay, or --format archive"));
             }
             Ok(Box::new(raw::RawTarget::open(path, &raw::RawRequest::from(request))?))
@@ -64,7 +64,7 @@ pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
     }
 }
 
-/// The refusals of [`open`], as far as they can be told without making or touching anything: for a plan.
+/// The checks of [`open`], as far as they are possible without creating or touching anything. For a plan.
 ///
 /// # Errors
 /// As [`open`].
@@ -76,13 +76,13 @@ pub fn check(request: &SecondaryRequest) -> Result<()> {
     }
 }
 
-/// Opens the secondary of a copy that was killed, to go on with it: what is on it stays. The same checks
-/// as for [`open`], of which `request` is the same again. After an error a partial file is still there.
+/// Opens the secondary of a copy that was killed, to resume it: its content stays. Makes the same checks as
+/// [`open`]; `request` is the same as for it. A partial file is kept after an error.
 ///
 /// # Errors
 /// As [`open`]; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a pipe, and where the partial
-/// file is gone or not ours; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does
-/// not fit `request`.
+/// file is missing or was not created by Tidemark; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData)
+/// where `state` does not fit `request`.
 pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
         (Target::Path(path), Form::Raw) => {

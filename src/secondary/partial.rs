@@ -1,19 +1,22 @@
-//! A regular file that gets its name only when it is complete: how does a result appear at once?
+//! A regular file that gets its name only when it is complete, so that a result appears in one step.
 //!
 //! Invariants:
 //! - until [`PartialFile::publish`] the bytes are under `.NAME.tidemark-partial.<id>` in the final
-//!   directory, and nothing is under the final name that was not there before;
-//! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final
-//!   name or a complete file under it;
-//! - dropping an unpublished file removes the partial name. A killed process leaves it, under that
-//!   name only, to be gone on with ([`PartialFile::reopen`]) or removed ([`remove_leftover`]);
-//! - it is locked (flock) for as long as any write to it may come: a killed process's writes that are still on
-//!   their way hold the file open, and the lock with it. Who goes on waits for their end;
-//! - there is one locked partial file for a target at most: a second command to it is refused;
-//! - a file that somebody writes is not replaced, neither at the beginning nor at the end;
-//! - a complete file is never removed: one that cannot get its name stays beside it, as `NAME.tidemark-complete.<id>`.
+//! - until [`PartialFile::publish`] the bytes are under `.NAME.tidemark-partial.<id>` in the final directory,
+//!   and the final name is as it was before;
+//! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final name, or
+//!   a complete file under it;
+//! - dropping an unpublished file removes the partial name. A killed process leaves the file under that name
+//!   only, to be resumed ([`PartialFile::reopen`]) or removed ([`remove_leftover`]);
+//! - the file is locked (flock) as long as any write to it may arrive: writes of a killed process that are
+//!   still in flight keep the file open, and the lock with it. A process that resumes the copy waits for
+//!   their end;
+//! - a target has at most one locked partial file: a second command with the same target is refused;
+//! - a file that is open for writing is not replaced, neither at the beginning nor at the end;
+//! - a complete file is never removed: one that cannot get its name stays in the same directory as
+//!   `NAME.tidemark-complete.<id>`.
 //!
-//! Must not look at the bytes, and never writes to or removes a file that was not made here.
+//! This module does not interpret the bytes, and never writes to or removes a file that it did not create.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -27,12 +30,12 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::unistd::AccessFlags;
 
-use super::identity::{Known, identify, recognize};
+use super::identity::{Recognition, identify, recognize};
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _, directory_of};
 use crate::format::state::TargetRecord;
 use crate::topology::Topology;
 
-/// A file under construction; see the module's head.
+/// A file under construction.
 #[derive(Debug)]
 pub struct PartialFile {
     file: File,
@@ -42,40 +45,40 @@ pub struct PartialFile {
     fate: Fate,
     direct: bool,
     identity: Box<TargetRecord>,
-    known: Known,
+    recognition: Recognition,
 }
 
-/// What becomes of the file when it is given up or closed.
+/// What happens to the file when it is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     /// It is removed.
     Unfinished,
     /// It stays for a later attempt.
     Left,
-    /// It is complete, and stays for who gives it its name.
+    /// It is complete, and stays under another name.
     Kept,
-    /// It has its name.
+    /// It has its final name.
     Published,
 }
 
-/// Between the final name and the id, in a partial file's name.
+/// The part between the final name and the id in the name of a partial file.
 const INFIX: &str = ".tidemark-partial.";
 
-/// The same, for a complete file that could not get its name.
+/// The same for a complete file that could not get its name.
 const COMPLETE_INFIX: &str = ".tidemark-complete.";
 
-/// How long the last writes of a killed process are waited for.
+/// Longest wait for the last writes of a killed process.
 const LAST_WRITES_MAX: Duration = Duration::from_secs(10);
 
-/// Between two looks.
+/// Time between two checks.
 const LAST_WRITES_POLL: Duration = Duration::from_millis(20);
 
-/// For how long the last writes of a killed process are still waited for.
-pub(super) struct Patience {
+/// Limits the wait for the last writes of a killed process.
+pub(super) struct Deadline {
     end: Instant,
 }
 
-impl Patience {
+impl Deadline {
     pub(super) fn new() -> Self {
         Self::of(LAST_WRITES_MAX)
     }
@@ -84,7 +87,7 @@ impl Patience {
         Self { end: Instant::now() + time }
     }
 
-    /// Waits a moment; false where there was patience for no more.
+    /// Waits a moment; false once the time has run out.
     pub(super) fn pause(&self) -> bool {
         let is_left = Instant::now() < self.end;
         if is_left {
@@ -98,15 +101,17 @@ impl Patience {
 const ID_LENGTH: usize = 12;
 
 impl PartialFile {
-    /// Creates the partial file beside `target`, with direct I/O where the filesystem takes it.
+    /// Creates the partial file in the directory of `target`, with direct I/O where the filesystem supports
+    /// it.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where `target` exists and `replace` is false, or is neither absent nor
-    /// a regular file; [`ErrorKind::Usage`] where it names no file; I/O errors otherwise.
+    /// [`ErrorKind::Refused`] where `target` exists and `replace` is false, or exists and is not a regular
+    /// file; [`ErrorKind::Usage`] where `target` does not name a file; I/O errors otherwise.
     pub fn create(target: &Path, replace: bool) -> Result<Self> {
-        let (target, directory, name) = look_at_target(target, replace)?;
-        // Two that begin at once: one after the other, so that the second finds the first.
-        let _turn = Turn::take(&directory)?;
+        let (target, directory, name) = examine_target(target, replace)?;
+        // Two processes that begin at the same time run one after the other, so that the second one finds the
+        // first one's file.
+        let _turn = DirectoryLock::take(&directory)?;
         refuse_others(&target, &directory, &name, None)?;
         let id = &uuid::Uuid::new_v4().simple().to_string()[..ID_LENGTH];
         let mut partial_name = OsString::from(".");
@@ -114,11 +119,11 @@ impl PartialFile {
         partial_name.push(format!("{INFIX}{id}"));
         let partial = directory.join(partial_name);
         let (file, direct) = open_direct_or_buffered(&partial)?;
-        let locked = lock(&file, &partial, &Patience::new()).and_then(|()| identify(&file, &partial));
+        let locked = lock(&file, &partial, &Deadline::new()).and_then(|()| identify(&file, &partial));
         let identity = locked.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
         })?;
-        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, Known::Throughout)))
+        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, Recognition::Uninterrupted)))
     }
 
     fn unfinished(
@@ -126,18 +131,18 @@ impl PartialFile {
         partial: PathBuf,
         target: PathBuf,
         replace: bool,
-        (identity, known): (TargetRecord, Known),
+        (identity, recognition): (TargetRecord, Recognition),
     ) -> Self {
         let (fate, identity) = (Fate::Unfinished, Box::new(identity));
-        Self { file, partial, target, replace, fate, direct, identity, known }
+        Self { file, partial, target, replace, fate, direct, identity, recognition }
     }
 
-    /// The refusals of [`PartialFile::create`], without making anything.
+    /// The checks of [`PartialFile::create`], without creating anything.
     ///
     /// # Errors
     /// As [`PartialFile::create`].
     pub fn check(target: &Path, replace: bool) -> Result<()> {
-        let (target, directory, name) = look_at_target(target, replace)?;
+        let (target, directory, name) = examine_target(target, replace)?;
         refuse_others(&target, &directory, &name, None)?;
         nix::unistd::eaccess(&directory, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|errno| {
             Error::io(format!("create a file in {}", directory.display()), errno.into())
@@ -147,26 +152,26 @@ impl PartialFile {
         })
     }
 
-    /// Opens the partial file that a killed process has left beside `target`, as it is. After an error
-    /// it is still there.
+    /// Opens the partial file of `target` that a killed process has left, unchanged. The file is kept after
+    /// an error.
     ///
     /// # Errors
-    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, gone, not a
-    /// file that we have made for `target`, or not the one that was `noted`.
+    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, is missing, was
+    /// not created by Tidemark for `target`, or is not the `recorded` one.
     pub fn reopen(
         partial: Option<&Path>,
         target: &Path,
         replace: bool,
-        noted: Option<&TargetRecord>,
+        recorded: Option<&TargetRecord>,
     ) -> Result<Self> {
-        let (target, directory, name) = look_at_target(target, replace)?;
+        let (target, directory, name) = examine_target(target, replace)?;
         let Some(partial) = partial else {
-            return Err(cannot_go_on(format!("no partial file is recorded for {}", target.display())));
+            return Err(cannot_resume(format!("no partial file is recorded for {}", target.display())));
         };
         let partial = partial.to_owned();
         let shown = partial.display();
         if partial.parent() != Some(&directory) || partial_of(&partial) != Some(name.as_bytes()) {
-            return Err(cannot_go_on(format!("{shown} is no partial file of {}", target.display())));
+            return Err(cannot_resume(format!("{shown} is not a partial file of {}", target.display())));
         }
         let open = |flags: i32| {
             OpenOptions::new()
@@ -182,45 +187,47 @@ impl PartialFile {
         let (file, direct) = match opened {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(cannot_go_on(format!("the partial file {shown} is gone")));
+                return Err(cannot_resume(format!("the partial file {shown} is gone")));
             }
             Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
-                return Err(cannot_go_on(format!("{shown} is a symbolic link, not our partial file")));
+                return Err(cannot_resume(format!(
+                    "{shown} is a symbolic link, not a partial file of Tidemark"
+                )));
             }
             Err(error) => return Err(Error::io(format!("open the partial file {shown}"), error)),
         };
-        let found = file.metadata().io_context(|| format!("look at {shown}"))?;
+        let found = file.metadata().io_context(|| format!("stat of {shown}"))?;
         if !is_ours(&found) {
-            return Err(cannot_go_on(format!(
-                "{shown} is not the file that we have made: it is no regular file, another user's, or has a \
+            return Err(cannot_resume(format!(
+                "{shown} was not created by Tidemark: it is not a regular file, belongs to another user, or has a \
                  second name"
             )));
         }
         let identity = identify(&file, &partial)?;
-        let known = recognize(noted, &identity, &partial)?;
-        lock(&file, &partial, &Patience::new())?;
+        let recognition = recognize(recorded, &identity, &partial)?;
+        lock(&file, &partial, &Deadline::new())?;
         refuse_others(&target, &directory, &name, Some(&partial))?;
-        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, known)))
+        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, recognition)))
     }
 
-    /// Refuses a file that is too short for what was written to it.
-    pub(super) fn check_length(&self, noted: Bytes) -> Result<()> {
+    /// Refuses a file that is shorter than the data written to it.
+    pub(super) fn check_length(&self, needed: Bytes) -> Result<()> {
         let shown = self.partial.display();
-        let length = self.file.metadata().io_context(|| format!("look at {shown}"))?.len();
-        if Bytes(length) >= noted {
+        let length = self.file.metadata().io_context(|| format!("stat of {shown}"))?.len();
+        if Bytes(length) >= needed {
             return Ok(());
         }
-        Err(cannot_go_on(format!("{shown} has become shorter than what was written to it: {length} bytes")))
+        Err(cannot_resume(format!("{shown} is shorter than the data written to it: {length} bytes")))
     }
 
-    /// By what the file is known again.
+    /// The facts that identify the file.
     pub(super) fn identity(&self) -> &TargetRecord {
         &self.identity
     }
 
-    /// Whether it was there all the time.
-    pub(super) fn known(&self) -> Known {
-        self.known
+    /// How the file compares with the recorded one.
+    pub(super) fn recognition(&self) -> Recognition {
+        self.recognition
     }
 
     /// The open file, for reading and writing.
@@ -247,16 +254,16 @@ impl PartialFile {
         &self.partial
     }
 
-    /// Gives the file its final name. The caller has synced the file's data; its metadata (the final
-    /// length) is synced here too.
+    /// Gives the file its final name. The caller has synced the file's data; its metadata (the final length)
+    /// is synced here too.
     ///
-    /// Order: 1. file sync, 2. rename, 3. directory sync. A crash before 2 leaves the partial name;
-    /// between 2 and 3 either name, and the bytes under it are whole because of 1.
+    /// Order: 1. file sync, 2. rename, 3. directory sync. A crash before 2 leaves the partial name. A crash
+    /// between 2 and 3 leaves either name, and the file under it is complete because of 1.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the final name appeared meanwhile and `replace` is false, or is in use; I/O
-    /// errors. After an error the final name is as it was, except for a failed directory sync, which says so. A file
-    /// that was synced stays.
+    /// [`ErrorKind::Refused`] where `replace` is false and the final name appeared meanwhile, or where the
+    /// file of that name is in use; I/O errors. After an error the final name is as it was, except after a
+    /// failed directory sync, which the error states. A file that was synced stays.
     pub fn publish(&mut self) -> Result<()> {
         self.file.sync_all().io_context(|| format!("sync {}", self.partial.display()))?;
         self.take_name().map_err(|error| self.keep(error))?;
@@ -275,7 +282,7 @@ impl PartialFile {
         if !self.replace {
             return self.rename_without_replacing();
         }
-        // It may have been taken into use while the copy ran.
+        // The target may have been opened for writing while the copy ran.
         Topology::default().check_replaceable(&self.target)?;
         fs::rename(&self.partial, &self.target)
             .io_context(|| format!("rename {} to {}", self.partial.display(), self.target.display()))
@@ -288,14 +295,14 @@ impl PartialFile {
             .io_context(|| format!("sync directory {}", directory.display()))
     }
 
-    /// Keeps the complete file, which cannot get its name. It loses the partial name, by which job records and people
-    /// know what may be removed.
+    /// Keeps the complete file, which cannot get its name. Its partial name is changed, because job records
+    /// and users take files of that name for removable.
     fn keep(&mut self, error: Error) -> Error {
         self.fate = Fate::Kept;
         if let Some(complete) = complete_name(&self.partial) {
             match rename_to_new(&self.partial, &complete) {
                 Ok(()) => self.partial = complete,
-                Err(error) => tracing::warn!(%error, "{} keeps its name", self.partial.display()),
+                Err(error) => tracing::warn!(%error, "{} keeps its partial name", self.partial.display()),
             }
         }
         if let Err(error) = self.sync_directory() {
@@ -305,7 +312,7 @@ impl PartialFile {
         error
             .context("the copy is complete, but could not get its name")
             .state(format!("{target} was not touched"))
-            .next(format!("mv -T {kept} {target}, once that is free, or give it another name"))
+            .next(format!("run mv -T {kept} {target} once that name is free, or rename it to another name"))
     }
 
     fn rename_without_replacing(&self) -> Result<()> {
@@ -320,7 +327,8 @@ impl PartialFile {
         self.fate = Fate::Left;
     }
 
-    /// Removes the partial file, unless it is complete; answers the state that is left, for an error's text.
+    /// Removes the partial file, unless it is complete; returns the state that is left, for the text of an
+    /// error.
     ///
     /// # Errors
     /// The removal's I/O error; the file is then still under its partial name.
@@ -338,17 +346,17 @@ impl PartialFile {
     }
 }
 
-/// Renames a file to a name that nobody has.
+/// Renames a file to a name that does not exist yet.
 fn rename_to_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
         Ok(()) => Ok(()),
-        // Filesystems without the flag (some network ones): a hard link never replaces either.
+        // Filesystems without the flag (some network ones): a hard link never replaces a file either.
         Err(Errno::EINVAL | Errno::ENOSYS) => link_and_remove(from, to, |from| fs::remove_file(from)),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// The name of a complete file that cannot get its own, beside it.
+/// The name of a complete file that cannot get its final name.
 fn complete_name(partial: &Path) -> Option<PathBuf> {
     let name = partial_of(partial)?;
     let id = &partial.file_name()?.as_bytes()[1 + name.len() + INFIX.len()..];
@@ -356,8 +364,8 @@ fn complete_name(partial: &Path) -> Option<PathBuf> {
     Some(partial.with_file_name(OsStr::from_bytes(&complete)))
 }
 
-/// Gives a file its second name, the final one, and takes the first. Once it has the final name the copy
-/// is complete: a first name that stays is an untidiness, and no reason to call the copy failed.
+/// Gives a file the final name as its second name, and removes the first. Once it has the final name the copy
+/// is complete: a first name that cannot be removed is harmless, and does not make the copy fail.
 fn link_and_remove(
     partial: &Path,
     target: &Path,
@@ -374,7 +382,7 @@ fn link_and_remove(
     Ok(())
 }
 
-/// The final name in the name of a partial file; None for a file that is named otherwise.
+/// The final name within the name of a partial file; None for any other file.
 fn partial_of(path: &Path) -> Option<&[u8]> {
     let name = path.file_name()?.as_bytes().strip_prefix(b".")?;
     let (rest, id) = name.split_at_checked(name.len().checked_sub(ID_LENGTH)?)?;
@@ -383,46 +391,46 @@ fn partial_of(path: &Path) -> Option<&[u8]> {
     (is_id && !name.is_empty()).then_some(name)
 }
 
-/// True where `partial` is named as a partial file of `target`.
+/// True where `partial` has the name of a partial file of `target`.
 #[must_use]
 pub fn is_partial_of(partial: &Path, target: &Path) -> bool {
     let name = target.file_name().map(OsStr::as_bytes);
     partial.parent() == target.parent() && name.is_some() && partial_of(partial) == name
 }
 
-/// A file as we make them: regular, our user's, with one name.
+/// True for a file as this module creates them: regular, owned by this user, with one name.
 fn is_ours(found: &fs::Metadata) -> bool {
     found.is_file() && found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() == 1
 }
 
-/// Removes a partial file that a killed process has left; answers whether it was there. Its path comes
-/// from the job's record; the name is looked at so that a record can never name somebody's file. Where
-/// the copy got its final name before the process died, only this other name of it is taken away.
+/// Removes a partial file that a killed process has left; returns whether it existed. Its path comes from the
+/// job's record; the name is checked so that no record can make it remove any other file. Where the copy got
+/// its final name before the process died, only the partial name is removed.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] for a path that is not a partial file of ours; I/O errors.
 pub fn remove_leftover(path: &Path) -> Result<bool> {
     let shown = path.display();
     let refused = |why: &str| {
-        Error::refused(format!("{shown} is no partial file of ours: {why}"))
+        Error::refused(format!("{shown} is not a partial file of Tidemark: {why}"))
             .state("it was not touched")
-            .next("look at it, and remove it yourself if it is not needed")
+            .next("inspect it, and remove it yourself if it is not needed")
     };
     if partial_of(path).is_none() {
-        return Err(refused("it has another name"));
+        return Err(refused("its name is a different one"));
     }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(Error::io(format!("look at {shown}"), error)),
-        Ok(found) if !found.is_file() => return Err(refused("it is no regular file")),
+        Err(error) => return Err(Error::io(format!("stat of {shown}"), error)),
+        Ok(found) if !found.is_file() => return Err(refused("it is not a regular file")),
         Ok(_) => {}
     }
     fs::remove_file(path).io_context(|| format!("remove the partial file {shown}"))?;
     Ok(true)
 }
 
-fn cannot_go_on(what: String) -> Error {
-    Error::refused(what).state("nothing was written").next("run tidemark recover, and copy again")
+fn cannot_resume(what: String) -> Error {
+    Error::refused(what).state("nothing was written").next("run 'tidemark recover', and copy again")
 }
 
 impl Drop for PartialFile {
@@ -438,15 +446,15 @@ impl Drop for PartialFile {
 fn exists(target: &Path) -> Error {
     Error::refused(format!("{} exists", target.display()))
         .state("it was not touched")
-        .next("remove it, choose another name, or give --yes to have it replaced when the copy is complete")
+        .next("remove it, choose another name, or pass --yes to replace it when the copy is complete")
 }
 
-/// The target's real path, its directory, and its name; refused where it cannot be made or replaced.
-fn look_at_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsString)> {
+/// The target's real path, its directory, and its name; refused where the file cannot be created or replaced.
+fn examine_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsString)> {
     let target = resolve(target)?;
     match fs::symlink_metadata(&target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io(format!("look at {}", target.display()), error)),
+        Err(error) => return Err(Error::io(format!("stat of {}", target.display()), error)),
         Ok(found) if !found.is_file() => {
             return Err(Error::refused(format!("{} exists and is not a regular file", target.display()))
                 .next("name a file that does not exist yet, a block device, or - for standard output"));
@@ -461,10 +469,12 @@ fn look_at_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsS
     Ok((target, directory, name))
 }
 
-/// The full path of `target`, through a symbolic link at its end: the file that it names is the one replaced.
+/// The full path of `target`. A symbolic link at its end is followed: the file that it names is the one
+/// replaced.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] where it names no file, [`ErrorKind::Refused`] where its directory is not there; I/O errors.
+/// [`ErrorKind::Usage`] where it does not name a file, [`ErrorKind::Refused`] where its directory does not
+/// exist; I/O errors.
 pub fn resolve(target: &Path) -> Result<PathBuf> {
     if target.as_os_str().as_bytes().is_empty() {
         return Err(Error::usage("an empty name does not name a file"));
@@ -486,22 +496,24 @@ pub fn resolve(target: &Path) -> Result<PathBuf> {
     Ok(parent.join(name))
 }
 
-/// A lock of the target's directory: makers of partial files beside one target take turns.
-struct Turn {
+/// A lock of the target's directory: processes that create partial files of one target do so one after the
+/// other.
+struct DirectoryLock {
     _directory: Option<File>,
 }
 
-impl Turn {
+impl DirectoryLock {
     fn take(directory: &Path) -> Result<Self> {
-        // Who may not read it, or has a filesystem without such locks, goes without: see [`lock`].
+        // Without permission to read the directory, or without such locks in the filesystem, there is no
+        // lock: see [`lock`].
         let Ok(file) = File::open(directory) else { return Ok(Self { _directory: None }) };
-        lock(&file, directory, &Patience::new())?;
+        lock(&file, directory, &Deadline::new())?;
         Ok(Self { _directory: Some(file) })
     }
 }
 
-/// Refuses a target to which a living process makes another partial file than `own`: whoever ended last would
-/// replace the other's result. One that nobody holds was left by a killed process.
+/// Refuses a target for which a living process has another partial file than `own`: the last one to end would
+/// replace the other's result. A file that no process has locked was left by a killed process.
 fn refuse_others(target: &Path, directory: &Path, name: &OsStr, own: Option<&Path>) -> Result<()> {
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     for path in entries.flatten().map(|entry| entry.path()) {
@@ -517,28 +529,28 @@ fn refuse_others(target: &Path, directory: &Path, name: &OsStr, own: Option<&Pat
             || format!("another process has {} open", path.display()),
             |user| format!("its partial file is {user}"),
         );
-        return Err(Error::refused(format!("{} is being written already: {who}", target.display()))
+        return Err(Error::refused(format!("{} is already being written: {who}", target.display()))
             .state("it was not touched")
             .next("wait for it ('tidemark status' shows jobs), or name another target"));
     }
     Ok(())
 }
 
-/// Locks the file for as long as it is open anywhere through this handle or a duplicate of it.
-fn lock(file: &File, path: &Path, patience: &Patience) -> Result<()> {
+/// Locks the file as long as it is open through this handle or a duplicate of it.
+fn lock(file: &File, path: &Path, deadline: &Deadline) -> Result<()> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if patience.pause() => {}
+            Err(TryLockError::WouldBlock) if deadline.pause() => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::refused(format!(
                     "{} is still being written by another process, or by the last writes of a killed one",
                     path.display()
                 ))
                 .state("nothing was written")
-                .next("see what its disk does ('dmesg'), and try again"));
+                .next("check its disk ('dmesg'), and try again"));
             }
-            // A filesystem without locks has none to wait for.
+            // Where the filesystem has no locks, there is nothing to wait for.
             Err(TryLockError::Error(error)) => {
                 tracing::debug!(path = %path.display(), %error, "no lock on the partial file");
                 return Ok(());
@@ -559,7 +571,8 @@ fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
     };
     match open(libc::O_DIRECT) {
         Ok(file) => Ok((file, true)),
-        // Some filesystems create the file and then refuse O_DIRECT: it is ours, O_EXCL said so.
+        // Some filesystems create the file and then refuse O_DIRECT: this process created it, as O_EXCL
+        // guarantees.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -655,7 +668,7 @@ mod tests {
             let shown = complete.to_str().unwrap();
             assert!(partial.abandon().unwrap().contains(shown), "{error}");
             assert!(error.next_step().unwrap().contains(shown), "{error}");
-            // 'recover', which has its name from a record, keeps off it as well.
+            // 'recover', which knows the name from a record, does not remove it either.
             assert!(!remove_leftover(&hidden).unwrap());
             drop((partial, hindrance));
             assert_eq!(fs::read(&complete).unwrap(), b"ours");
@@ -698,8 +711,8 @@ mod tests {
 
     fn reopen(partial: &Path, target: &Path) -> Result<PartialFile> {
         let is_file = fs::metadata(partial).is_ok_and(|found| found.is_file());
-        let noted = is_file.then(|| identify(&File::open(partial).unwrap(), partial).unwrap());
-        PartialFile::reopen(Some(partial), target, false, noted.as_ref())
+        let recorded = is_file.then(|| identify(&File::open(partial).unwrap(), partial).unwrap());
+        PartialFile::reopen(Some(partial), target, false, recorded.as_ref())
     }
 
     /// The partial file of a process that was killed, and a handle that outlives it.
@@ -712,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn a_killed_process_s_file_is_gone_on_with() {
+    fn a_killed_process_s_file_is_reopened() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("out");
         let (path, file) = killed(&target);
@@ -730,9 +743,9 @@ mod tests {
     fn the_last_writes_of_a_killed_process_are_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("out");
-        // What an io_uring that is being torn down still holds.
+        // Writes that an io_uring still holds while it is being torn down.
         let (path, in_flight) = killed(&target);
-        let error = lock(&File::open(&path).unwrap(), &path, &Patience::of(Duration::ZERO)).unwrap_err();
+        let error = lock(&File::open(&path).unwrap(), &path, &Deadline::of(Duration::ZERO)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
         let landed = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -742,7 +755,7 @@ mod tests {
                 drop(in_flight);
             });
             reopen(&path, &target).unwrap().leave();
-            assert!(landed.load(std::sync::atomic::Ordering::SeqCst), "a write was still on its way");
+            assert!(landed.load(std::sync::atomic::Ordering::SeqCst), "a write was still in flight");
         });
     }
 
@@ -779,7 +792,7 @@ mod tests {
         refused(&path, &directory.path().join("other"));
         refused(&path, &directory.path().join("sub/out"));
         refused(&other, &target);
-        // What was refused is still there, and good.
+        // The refused file is unchanged and can still be reopened.
         reopen(&path, &target).unwrap().leave();
         fs::write(&target, b"appeared").unwrap();
         refused(&path, &target);

@@ -1,22 +1,22 @@
 //! A raw device or a raw file: every byte of the origin at its own offset.
 //!
 //! Invariants:
-//! - a device is opened exclusively (O_EXCL: nothing else has it mounted or held), after the checks
-//!   of [`guard`](super::guard) that say who has it;
-//! - a file is sparse and anonymous to the world until it is finished ([`partial`](super::partial));
-//!   it is as long as the origin rounded up to [`DIRECT_IO_ALIGN`] until [`RawTarget::seal`] cuts it;
-//! - a device's bytes behind the origin's end are left alone, except for the rest of the last logical
-//!   block, which becomes zero.
+//! - a device is opened exclusively (O_EXCL: it is neither mounted nor held by another device), after the
+//!   checks of [`guard`](super::guard), which name its user;
+//! - a file is sparse, and has no final name until it is finished ([`partial`](super::partial)). Until
+//!   [`RawTarget::seal`] truncates it, its length is that of the origin rounded up to [`DIRECT_IO_ALIGN`];
+//! - a device is left unchanged past the origin's end, except for the rest of the last logical block, which
+//!   becomes zero.
 //!
-//! Serves restore as well, which writes segments in the same way.
+//! Restore uses it as well: it writes segments in the same way.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use super::identity::{Known, identify, recognize};
-use super::partial::{PartialFile, Patience};
+use super::identity::{Recognition, identify, recognize};
+use super::partial::{Deadline, PartialFile};
 use super::{
     Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, is_zero, zero_padding,
 };
@@ -27,18 +27,18 @@ use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece, Place};
 use crate::topology::{self, Topology};
 
-/// Runs of zeros are found at this grain, aligned: short enough for the holes of real files, long
-/// enough that a write is not cut into confetti.
+/// Granularity at which runs of zeros are found, aligned: small enough for the holes of real files, large
+/// enough to keep writes from being split into tiny pieces.
 pub const ZERO_GRAIN: Bytes = Bytes::kib(64);
 
-/// What is wanted of [`RawTarget::open`].
+/// The arguments of [`RawTarget::open`].
 #[derive(Clone, Debug)]
 pub struct RawRequest {
     /// Bytes that will be written, from offset 0.
     pub size: Bytes,
-    /// A file in the way may be replaced, a device overwritten.
+    /// An existing file may be replaced, a device overwritten.
     pub replace: bool,
-    /// See [`SecondaryRequest::forbidden`].
+    /// As [`SecondaryRequest::forbidden`].
     pub forbidden: Vec<DeviceNumber>,
 }
 
@@ -55,22 +55,22 @@ enum Kind {
     File(PartialFile),
 }
 
-/// An open raw device or file; see the module's head.
+/// An open raw device or file.
 #[derive(Debug)]
 pub struct RawTarget {
     kind: Kind,
     description: String,
     size: Bytes,
-    /// Unit to which the end of the last write is rounded up.
+    /// Alignment of the end of the last write.
     block: Bytes,
     written: bool,
-    /// Something may have been written anywhere before: see [`RawTarget::reopen`].
+    /// Any part may have been written before: see [`RawTarget::reopen`].
     reopened: bool,
-    known: Known,
+    recognition: Recognition,
 }
 
 impl RawTarget {
-    /// Opens and checks; a device is not written yet, a file exists under its partial name.
+    /// Opens and checks the target. A device is not written yet; a file exists under its partial name.
     ///
     /// # Errors
     /// Refusals (see [`guard`](super::guard)), I/O errors.
@@ -78,23 +78,23 @@ impl RawTarget {
         if is_block_device(path)? { Self::open_device(path, request) } else { Self::open_file(path, request) }
     }
 
-    /// Opens the target of a copy that was killed, to go on with it: what is on it stays.
+    /// Opens the target of a copy that was killed, to resume it: its content stays.
     ///
-    /// A segment that was being written may be there in part, and read as zeros when it is copied again:
-    /// so zeros are written to a file too, instead of being left out.
+    /// A segment whose write was in flight may be partly present, and may be all zero when it is copied
+    /// again. So zeros are written to a file too, instead of being left out.
     ///
     /// # Errors
-    /// As [`RawTarget::open`]; a refusal where the partial file is gone or not ours.
+    /// As [`RawTarget::open`]; a refusal where the partial file is missing or was not created by Tidemark.
     pub fn reopen(path: &Path, request: &RawRequest, state: &Resumed) -> Result<Self> {
         let device = is_block_device(path)?;
         if device != state.partial.is_none() || state.archive.is_some() {
             let was = if state.partial.is_none() { "a device" } else { "a file" };
             return Err(Error::refused(format!(
-                "{} is not what the copy was made to: {was}",
+                "{} is not the copy's target, which was {was}",
                 path.display()
             ))
             .state("nothing was written")
-            .next("connect what the copy was made to, or run tidemark recover and copy again"));
+            .next("connect the copy's target, or run 'tidemark recover' and copy again"));
         }
         let mut target = if device {
             Self::reopen_device(path, request, state.target.as_ref())?
@@ -102,9 +102,9 @@ impl RawTarget {
             Topology::default().check_file(directory_of(path), &request.forbidden)?;
             let mut partial =
                 PartialFile::reopen(state.partial.as_deref(), path, request.replace, state.target.as_ref())?;
-            // It has its exact length where the process died between the seal and the final name.
-            let noted = if state.placed.is_empty() { Bytes::ZERO } else { request.size };
-            let long_enough = partial.check_length(noted);
+            // The file already has its exact length if the process died between the seal and the rename.
+            let needed = if state.placed.is_empty() { Bytes::ZERO } else { request.size };
+            let long_enough = partial.check_length(needed);
             if let Err(error) = long_enough.and_then(|()| set_rounded_length(&partial, request.size)) {
                 partial.leave();
                 return Err(error);
@@ -116,28 +116,28 @@ impl RawTarget {
         Ok(target)
     }
 
-    /// A killed process's last writes hold the device: they are waited for.
-    fn reopen_device(path: &Path, request: &RawRequest, noted: Option<&TargetRecord>) -> Result<Self> {
-        let patience = Patience::new();
+    /// Waits for the last writes of a killed process, which keep the device open.
+    fn reopen_device(path: &Path, request: &RawRequest, recorded: Option<&TargetRecord>) -> Result<Self> {
+        let deadline = Deadline::new();
         let mut target = loop {
             match Self::open_device(path, request) {
-                Err(error) if error.errno() == Some(libc::EBUSY) && patience.pause() => {}
+                Err(error) if error.errno() == Some(libc::EBUSY) && deadline.pause() => {}
                 opened => break opened?,
             }
         };
         let Kind::Device { identity, .. } = &target.kind else { unreachable!("it was opened as a device") };
-        target.known = recognize(noted, identity, path)?;
+        target.recognition = recognize(recorded, identity, path)?;
         Ok(target)
     }
 
-    /// The refusals of [`RawTarget::open`], without making or touching anything.
+    /// The checks of [`RawTarget::open`], without creating or touching anything.
     ///
     /// # Errors
     /// As [`RawTarget::open`].
     pub fn check(path: &Path, request: &RawRequest) -> Result<()> {
         if is_block_device(path)? {
             check_device(path, request)?;
-            // Opened for writing it would be scanned again by udev when it is closed.
+            // Opened read-only: udev scans a device again when a writer closes it.
             open_exclusively(path, OpenOptions::new().read(true), request.size).map(drop)
         } else {
             Topology::default().check_file(directory_of(path), &request.forbidden)?;
@@ -149,7 +149,8 @@ impl RawTarget {
         let device = check_device(path, request)?;
         let file = open_exclusively(path, OpenOptions::new().read(true).write(true), request.size)?;
         let topology = Topology::default();
-        // Once more: who came between the look and the exclusive open is not kept away by it.
+        // Again: the exclusive open does not keep away a process that opened it between the check and the
+        // open.
         topology.check_unused(path)?;
         let identity = identify(&file, path)?;
         Ok(Self {
@@ -159,7 +160,7 @@ impl RawTarget {
             block: Bytes(topology.logical_block_bytes(device)),
             written: false,
             reopened: false,
-            known: Known::Throughout,
+            recognition: Recognition::Uninterrupted,
         })
     }
 
@@ -173,7 +174,7 @@ impl RawTarget {
     fn over_partial(partial: PartialFile, path: &Path, request: &RawRequest) -> Self {
         Self {
             description: path.display().to_string(),
-            known: partial.known(),
+            recognition: partial.recognition(),
             kind: Kind::File(partial),
             size: request.size,
             block: DIRECT_IO_ALIGN,
@@ -188,7 +189,7 @@ impl RawTarget {
         matches!(self.kind, Kind::Device { .. })
     }
 
-    /// Bytes that the copy has.
+    /// Size of the copy.
     #[must_use]
     pub fn size(&self) -> Bytes {
         self.size
@@ -201,15 +202,14 @@ impl RawTarget {
         }
     }
 
-    /// The end of a transfer: the origin's end is rounded up to what direct I/O takes.
+    /// The end of a transfer: the origin's end is rounded up to the alignment of direct I/O.
     fn rounded_end(&self, end: Bytes) -> Bytes {
         if end == self.size { end.align_up(self.block) } else { end }
     }
 
-    /// Lays out `extents` of the target, whose bytes are in `memory` such that offset
-    /// `memory_offset` of the target lies at [`PAYLOAD_OFFSET`]. Runs of zeros become holes or
-    /// zeroed ranges. `fresh`: nothing has been written there before, so a file needs no hole.
-    /// Zeroes the padding behind the origin's end.
+    /// Lays out `extents` of the target. Their bytes are in `memory`, where offset `memory_offset` of the
+    /// target is at [`PAYLOAD_OFFSET`]. Runs of zeros become holes or zeroed ranges. `fresh`: nothing has
+    /// been written there before, so a file needs no hole. Zeroes the padding past the origin's end.
     pub fn lay_out(
         &mut self,
         extents: &[Extent],
@@ -238,13 +238,13 @@ impl RawTarget {
         placement
     }
 
-    /// The range to be made zero so that `extent` reads as zeros; its end is rounded up as a write's is.
+    /// The range to be zeroed so that `extent` reads as zeros; its end is rounded up like that of a write.
     pub fn zeroed(&mut self, extent: Extent) -> Extent {
         self.written = true;
         Extent::new(extent.start(), self.rounded_end(extent.end())).expect("rounding up keeps a range")
     }
 
-    /// What to read to have `extents` back in the same layout.
+    /// What to read to get `extents` back in the same layout.
     #[must_use]
     pub fn read_back(&self, extents: &[Extent], memory_offset: Bytes) -> Vec<Piece> {
         let piece = |extent: &Extent| Piece {
@@ -262,9 +262,9 @@ fn check_device(path: &Path, request: &RawRequest) -> Result<DeviceNumber> {
         .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
     Topology::default().check_device(device, path, &request.forbidden)?;
     if !request.replace {
-        return Err(Error::refused(format!("everything on {shown} would be overwritten"))
+        return Err(Error::refused(format!("the copy would overwrite everything on {shown}"))
             .state("it was not touched")
-            .next("give --yes if that is what you want"));
+            .next("pass --yes if that is what you want"));
     }
     Ok(device)
 }
@@ -277,7 +277,7 @@ fn open_exclusively(path: &Path, how: &mut OpenOptions, size: Bytes) -> Result<F
                 Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
                     .with_source(error)
                     .state("it was not touched")
-                    .next("find out by what (lsblk, fuser), or name another device"),
+                    .next("find its user (lsblk, fuser), or name another device"),
                 _ => Error::io(format!("open {shown}"), error),
             }
         })?;
@@ -295,7 +295,7 @@ fn open_exclusively(path: &Path, how: &mut OpenOptions, size: Bytes) -> Result<F
 
 fn set_rounded_length(partial: &PartialFile, size: Bytes) -> Result<()> {
     let length = size.align_up(DIRECT_IO_ALIGN).get();
-    let what = || format!("look at {}", partial.partial().display());
+    let what = || format!("stat of {}", partial.partial().display());
     if partial.file().metadata().io_context(what)?.len() == length {
         return Ok(());
     }
@@ -309,19 +309,19 @@ fn is_block_device(path: &Path) -> Result<bool> {
     match std::fs::metadata(path) {
         Ok(metadata) => Ok(metadata.file_type().is_block_device()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io(format!("look at {}", path.display()), error)),
+        Err(error) => Err(Error::io(format!("stat of {}", path.display()), error)),
     }
 }
 
-/// Drops a file's clean pages; advice, so a failure is only worth a log line.
+/// Drops a file's clean pages from the page cache. It is an optimization: a failure is only logged.
 pub(super) fn forget_cache(file: &File, description: &str) {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
     if let Err(errno) = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED) {
-        tracing::debug!(%errno, description, "the page cache keeps what it has");
+        tracing::debug!(%errno, description, "the page cache was not dropped");
     }
 }
 
-/// Where byte `offset` of the target lies in a buffer whose payload begins at `memory_offset`.
+/// Where byte `offset` of the target is in a buffer whose payload begins at `memory_offset`.
 fn position(memory_offset: Bytes, offset: Bytes) -> usize {
     PAYLOAD_OFFSET + (offset - memory_offset).as_len()
 }
@@ -369,7 +369,7 @@ impl Secondary for RawTarget {
         &self.description
     }
 
-    fn begin(&mut self, _instant_ns: u64) {}
+    fn set_instant(&mut self, _instant_ns: u64) {}
 
     fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
         let file =
@@ -396,8 +396,8 @@ impl Secondary for RawTarget {
         }
     }
 
-    fn known(&self) -> Known {
-        self.known
+    fn recognition(&self) -> Recognition {
+        self.recognition
     }
 
     fn target(&self) -> Option<&TargetRecord> {
@@ -407,7 +407,7 @@ impl Secondary for RawTarget {
         })
     }
 
-    /// A device holds what it held; a new file reads as zeros where nothing is written.
+    /// A device keeps its old content, so it is zeroed; a new file reads as zeros where nothing is written.
     fn absent(&mut self, extents: &[Extent]) -> Placement {
         if !self.is_device() {
             return Placement::default();
@@ -445,7 +445,7 @@ impl Secondary for RawTarget {
     fn abandon(&mut self) -> Result<String> {
         match &mut self.kind {
             Kind::Device { .. } if self.written => Ok(format!(
-                "{} is partly overwritten: neither the copy nor what it held before is whole",
+                "{} is partly overwritten: neither the copy nor its previous content is complete",
                 self.description
             )),
             Kind::Device { .. } => Ok(format!("{} was not touched", self.description)),
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_refused() {
+    fn a_target_that_is_not_a_file_is_refused() {
         let request = RawRequest { size: Bytes(1), replace: true, forbidden: Vec::new() };
         let error = RawTarget::open(Path::new("/dev/null"), &request).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);

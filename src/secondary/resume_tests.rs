@@ -1,6 +1,6 @@
-//! Copies that are killed again and again and gone on with, block by block: whatever was in flight is
-//! torn, segments are placed in any order, and the origin changes meanwhile. The copier is played here, in
-//! the simplest way; the bytes go to the real files.
+//! Copies that are killed and resumed again and again, block by block: writes in flight are torn, segments
+//! are placed in any order, and the origin changes meanwhile. A minimal copier in this file makes the copy;
+//! the bytes go to real files.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -52,13 +52,13 @@ fn range(extent: Extent) -> std::ops::Range<usize> {
     extent.start().as_len()..extent.end().as_len()
 }
 
-/// An origin under a writing application, and the copy of it.
+/// An origin under a writing application, and its copy.
 struct World {
     directory: tempfile::TempDir,
     rng: Rng,
-    /// What it held at the instant.
+    /// The origin's content at the instant.
     image: Vec<u8>,
-    /// What it holds now.
+    /// The origin's content now.
     now: Vec<u8>,
     /// Chunks whose originals are in the store.
     preserved: BTreeSet<usize>,
@@ -179,7 +179,7 @@ impl World {
         OpenOptions::new().read(true).write(true).open(self.partial.as_ref().unwrap()).unwrap()
     }
 
-    /// Writes a placement; torn: each sector of it, or not.
+    /// Writes a placement. Torn: each sector of it is written or not, at random.
     fn write(&mut self, placement: &Placement, memory: &[u8], torn: bool) {
         let file = self.file();
         for extent in &placement.zeros {
@@ -216,7 +216,7 @@ impl World {
         }
     }
 
-    /// The fuzzy copy of what is not placed, in any order; killed after `steps`.
+    /// The fuzzy copy of the segments that are not placed, in any order; killed after `steps`.
     fn data(&mut self, secondary: &mut dyn Secondary, mut steps: usize) -> Result<(), Killed> {
         let count = self.size().get().div_ceil(SEGMENT);
         let mut todo: Vec<u64> =
@@ -237,7 +237,7 @@ impl World {
             let ix = SegmentIx(ix);
             let segment = Segment { ix, extent, valid: &valid, crc: Some(crc), zero };
             let placement = secondary.place(&segment, &mut memory).unwrap();
-            // What is being written when the process dies may be torn, and is not noted.
+            // What is in flight when the process dies may be torn, and is not recorded.
             let in_flight = steps < 4 && self.rng.below(2) == 0;
             self.write(&placement, &memory, in_flight);
             if !in_flight {
@@ -248,7 +248,7 @@ impl World {
                 }
                 assert!(
                     back[PAYLOAD_OFFSET..][..payload.len()] == payload,
-                    "segment {} is not there",
+                    "segment {} is missing",
                     ix.get()
                 );
                 let frame = secondary.frame_number(ix);
@@ -319,7 +319,7 @@ impl World {
                 return Err(Killed);
             }
             if in_flight {
-                // The next batch would wait for it: it did complete.
+                // The next batch waits for it, so it did complete.
                 self.write(&placement, &memory, false);
             }
             match steps.checked_sub(1) {
@@ -348,13 +348,13 @@ impl World {
         Ok(())
     }
 
-    /// One process: from where the last one was killed to `steps` further on, or to the end.
+    /// One process: from where the last one was killed, for `steps` steps or to the end.
     fn run(&mut self, steps: usize) -> Result<(), Killed> {
         let mut secondary = match self.partial {
             None => open(&self.request()).unwrap(),
             Some(_) => reopen(&self.request(), &self.resumed()).unwrap(),
         };
-        secondary.begin(INSTANT);
+        secondary.set_instant(INSTANT);
         self.partial = secondary.partial_path().map(std::path::Path::to_owned);
         self.target = secondary.target().cloned();
         if self.archive.is_some() {
@@ -364,7 +364,7 @@ impl World {
         self.blocks(|memory| secondary.opening(memory));
         let result = self.phases(secondary.as_mut(), steps);
         if result.is_err() {
-            // SIGKILL: nobody cleans up.
+            // SIGKILL: no clean-up runs.
             die(secondary);
         }
         result
@@ -393,7 +393,7 @@ impl World {
         Ok(())
     }
 
-    /// What the copy must hold: absent ranges are zeros.
+    /// The content that the copy must have: absent ranges are zeros.
     fn expected(&self) -> Vec<u8> {
         let mut expected = vec![0; self.image.len()];
         for extent in &self.block_list {
@@ -469,7 +469,7 @@ proptest! {
     }
 }
 
-/// As a process does that is killed: the file is closed, and stays.
+/// As when a process is killed: the file is closed, and stays.
 fn die(mut secondary: Box<dyn Secondary>) {
     secondary.leave();
 }
@@ -479,7 +479,7 @@ fn case(form: Form) -> Case {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_and_the_partial_file_stays() {
+fn a_state_that_does_not_fit_is_refused_and_the_partial_file_stays() {
     for form in [Form::Raw, Form::Archive] {
         let mut world = World::new(&case(form));
         assert!(world.run(3).is_err());
@@ -511,7 +511,7 @@ fn what_does_not_fit_is_refused_and_the_partial_file_stays() {
 }
 
 #[test]
-fn what_was_in_flight_and_reads_as_zeros_now_is_zero_on_a_raw_file() {
+fn a_segment_that_became_zero_is_zero_on_a_raw_file_after_a_kill() {
     let mut world = World::new(&Case { gaps: false, ..case(Form::Raw) });
     let extent = world.extent(0);
     let valid = [extent];
@@ -535,7 +535,7 @@ fn what_was_in_flight_and_reads_as_zeros_now_is_zero_on_a_raw_file() {
 }
 
 #[test]
-fn an_archive_that_lacks_a_data_frame_is_not_ended() {
+fn an_archive_that_lacks_a_data_frame_is_not_finished() {
     let mut world = World::new(&case(Form::Archive));
     assert!(world.run(5).is_err());
     // A journal that lacks a segment in the middle, and a copier that takes it for copied.
@@ -554,7 +554,7 @@ fn an_archive_that_lacks_a_data_frame_is_not_ended() {
 fn only_what_an_overlay_may_have_torn_is_accepted() {
     let mut world = World::new(&Case { gaps: false, ..case(Form::Archive) });
     let mut secondary = open(&world.request()).unwrap();
-    secondary.begin(INSTANT);
+    secondary.set_instant(INSTANT);
     world.partial = secondary.partial_path().map(std::path::Path::to_owned);
     world.target = secondary.target().cloned();
     world.archive = secondary.archive_id();
@@ -564,11 +564,11 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     let extent = world.extent(ix.get());
     let valid = [extent];
     let segment = Segment { ix, extent, valid: &valid, crc: None, zero: false };
-    let check = |state: &Resumed, at: usize, flip: u8, mended: bool| {
+    let check = |state: &Resumed, at: usize, flip: u8, rewritten: bool| {
         let mut secondary = reopen(&world.request(), state).unwrap();
         let mut memory = World::memory();
         world.read(&secondary.stored(&segment).unwrap(), &mut memory);
-        if mended {
+        if rewritten {
             let segment = Segment { crc: Some(0), ..segment };
             secondary.overlay(&segment, &[extent], &mut World::memory()).unwrap();
         }
@@ -583,7 +583,7 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     for at in torn {
         assert_eq!(check(&data, at, 1, false), Err(ErrorKind::BadData), "no originals had begun: {at}");
         assert_eq!(check(&begun, at, 1, false), Ok(()), "{at}");
-        assert_eq!(check(&begun, at, 1, true), Err(ErrorKind::BadData), "mended: {at}");
+        assert_eq!(check(&begun, at, 1, true), Err(ErrorKind::BadData), "rewritten: {at}");
         assert_eq!(check(&begun, at, 0, true), Ok(()));
     }
     assert_eq!(check(&begun, 0, 1, false), Err(ErrorKind::BadData), "the magic number is never torn");

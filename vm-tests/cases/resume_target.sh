@@ -32,7 +32,7 @@ start_and_kill /dev/loop5
 wait_until 20 losetup -d /dev/loop5
 wait_until 20 sh -c '! losetup /dev/loop5'
 losetup /dev/loop5 /mnt/scratch/second
-refused 'is not what the copy was made to'
+refused "is not the copy's target"
 other_is_untouched /mnt/scratch/second
 losetup -d /dev/loop5
 refused '/dev/loop5'
@@ -50,7 +50,7 @@ start_and_kill /dev/mapper/target
 wait_until 20 dmsetup remove --noudevsync target
 dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop6) linear /dev/loop6 0"
 settle
-refused 'is not what the copy was made to'
+refused "is not the copy's target"
 note "and one whose table leads there"
 dmsetup remove --noudevsync target
 tidemark recover
@@ -59,7 +59,7 @@ settle
 start_and_kill /dev/mapper/target
 dmsetup load target --table "0 $(blockdev --getsz /dev/loop6) linear /dev/loop6 0"
 dmsetup resume --noudevsync target
-refused 'is not what the copy was made to'
+refused "is not the copy's target"
 other_is_untouched /mnt/scratch/second
 dmsetup load target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
 dmsetup resume --noudevsync target
@@ -76,10 +76,10 @@ for name in copy.raw copy.tdm; do
     mv "$partial" /mnt/scratch/kept
     cp --sparse=always /mnt/scratch/kept "$partial"
     other=$(digest "$partial")
-    refused 'is not the file'
+    refused "is not the copy's target file"
     other_is_untouched "$partial"
     mv /mnt/scratch/kept "$partial"
-    # A length that cannot hold what was noted.
+    # A length that cannot hold the recorded segments.
     length=$(stat -c %s "$partial")
     cp --sparse=always "$partial" /mnt/scratch/kept
     truncate -s 65536 "$partial"
@@ -102,7 +102,7 @@ mount "$(disk 1)" /mnt/target
 refused 'gone'
 fill "/mnt/target/$partial" "$size" third
 other=$(digest "/mnt/target/$partial")
-refused 'is not the file'
+refused "is not the copy's target file"
 other_is_untouched "/mnt/target/$partial"
 umount /mnt/target
 mount --bind /mnt/scratch /mnt/target

@@ -79,7 +79,7 @@ fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     let Session { plan, observer, live, transfer, .. } = session;
     let live = live.as_ref().expect("the origin is held");
     let secondary = transfer.as_mut().expect("the copier does not have it yet").secondary.as_mut();
-    secondary.begin(live.stack().times().instant_utc_ns);
+    secondary.set_instant(live.stack().times().instant_utc_ns);
     tell_skipped(plan, &SkippedReport::of(live.stack().skipped()), *observer);
     note_copy(plan, live, secondary)
 }
@@ -221,7 +221,7 @@ fn copy_cold(session: &mut Session<'_>) -> Result<CopyResult> {
     let before_publish = || cold.check_unchanged(device);
     let Transfer { mut engine, mut secondary } =
         session.transfer.take().expect("the copier does not have it yet");
-    secondary.begin(instant.instant_utc_ns);
+    secondary.set_instant(instant.instant_utc_ns);
     let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.options(), secondary);
     job.origin_description = plan.origin.path.display().to_string();
