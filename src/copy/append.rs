@@ -1,7 +1,7 @@
-//! Packing the originals behind the fuzzy data of an archive, for restore to apply last.
+//! Appends the originals to the fuzzy data of an archive; a restore applies them last.
 //!
-//! Originals are sorted by destination within a batch and packed one behind the other into frames as
-//! full as they get. Nothing is read back, so this serves a pipe.
+//! Originals are sorted by destination within a batch, and packed one after the other into frames that are as
+//! full as possible. Nothing is read back, so this works on a pipe.
 //!
 //! Memory: one batch, and the engine's buffers.
 
@@ -27,7 +27,7 @@ struct Append<'a, 'd> {
     capacity: Bytes,
 }
 
-/// Appends every original of `store`; see the module's head.
+/// Appends every original of `store` to the archive.
 pub(super) fn run(
     driver: &mut Driver<'_>,
     store: &mut Store<'_>,
@@ -46,8 +46,8 @@ pub(super) fn run(
     Ok(stats)
 }
 
-/// Takes as many originals from the front of `waiting` as one frame holds, the last one in part.
-/// Answers them with their positions in the buffer.
+/// Takes as many originals from the front of `waiting` as one frame holds; the last one may be taken in part.
+/// Returns them with their positions in the buffer.
 fn pack(waiting: &mut VecDeque<Original>, capacity: Bytes, extents_max: usize) -> Vec<(Original, usize)> {
     let mut packed: Vec<(Original, usize)> = Vec::new();
     let mut extents = 0;
@@ -55,7 +55,7 @@ fn pack(waiting: &mut VecDeque<Original>, capacity: Bytes, extents_max: usize) -
     while let Some(original) = waiting.pop_front() {
         let continues = packed.last().is_some_and(|(last, _)| last.extent.end() == original.extent.start());
         let start = original.extent.start();
-        // A piece that direct I/O must round up would push the next one off its alignment.
+        // A piece that direct I/O rounds up would misalign the next one.
         let room = if used.is_aligned(DIRECT_IO_ALIGN) { capacity - used } else { Bytes::ZERO };
         let fitting = Extent::with_length(start, room.min(original.extent.length()))
             .filter(|_| continues || extents < extents_max)
@@ -142,7 +142,7 @@ mod tests {
         let mut waiting = VecDeque::from([original(0, 65536), original(65536, 4096)]);
         assert_eq!(pack(&mut waiting, Bytes(65536), 9).len(), 1);
 
-        // One that is longer than a frame continues in the next, behind what is there.
+        // An original longer than a frame continues in the next frame.
         let mut waiting = VecDeque::from([original(0, 4096), original(8192, 131_072)]);
         let frames: Vec<_> = std::iter::from_fn(|| {
             Some(pack(&mut waiting, Bytes(65536), 9)).filter(|frame| !frame.is_empty())

@@ -1,9 +1,8 @@
-//! Test support: an engine that completes requests in random order and fails where it is told to,
-//! and a world in which an application writes the origin while it is copied.
+//! Test support: an engine that completes requests in random order and fails as configured, and a simulated
+//! application that writes the origin while it is copied.
 //!
-//! The engine checks what every copy must keep: pieces are aligned for direct I/O, transfers that
-//! overlap and of which one is a write are never in flight together, no more buffers are used than
-//! there are.
+//! The engine checks invariants of every copy: pieces are aligned for direct I/O; overlapping transfers are
+//! never in flight together if one of them is a write; no more buffers are used than exist.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -50,14 +49,14 @@ impl Rng {
     }
 }
 
-/// What fails: the `after`th read or write (from 0) of the file whose description contains `file`.
+/// A fault: the `after`th read or write (from 0) of the file whose description contains `file` fails.
 #[derive(Clone, Debug)]
 pub struct Fault {
     pub file: &'static str,
     pub write: bool,
     pub after: u64,
     pub errno: i32,
-    /// A write that fails has written its first part, up to somewhere.
+    /// A write that fails has written a random first part.
     pub torn: bool,
 }
 
@@ -72,11 +71,11 @@ struct Registered {
 
 pub struct ChaosEngine {
     files: Vec<Registered>,
-    /// The file whose medium is told from its cache.
+    /// The file whose medium is simulated apart from its cache.
     pub volatile: Option<&'static str>,
-    /// What is on its medium whatever happens.
+    /// The content that is certainly on its medium.
     medium: Vec<u8>,
-    /// What will be, once these syncs have ended.
+    /// The content that will be on it once these syncs have completed.
     syncs: BTreeMap<u64, Vec<u8>>,
     pool: Vec<Buffer>,
     queue: Vec<Request>,
@@ -93,7 +92,7 @@ impl ChaosEngine {
         let mut pool: Vec<Buffer> = (0..config.buffer_count).map(make).collect();
         let mut rng = Rng(seed);
         for buffer in &mut pool {
-            // Whoever forgets to clear a buffer shall be seen.
+            // Random content, so that a buffer that is not cleared is detected.
             rng.fill(buffer);
         }
         Self {
@@ -131,7 +130,8 @@ impl ChaosEngine {
         content[..length.as_len()].to_vec()
     }
 
-    /// The volatile file's disk loses its power: of each block that was not synced, the old content is left, or the new.
+    /// The disk of the volatile file loses power: each block that was not synced keeps its old content or its
+    /// new.
     pub fn lose_power(&mut self, file: &File) {
         let mut content = Vec::new();
         io::Read::read_to_end(&mut &*file, &mut content).unwrap();
@@ -157,7 +157,7 @@ impl ChaosEngine {
         &found.expect("a registered file").read_blocks
     }
 
-    /// File, range in it, and whether it is written, for every piece of a request.
+    /// For every piece of a request: the file, the range in it, and whether it is written.
     fn ranges(request: &Request) -> Vec<(u16, Extent, bool)> {
         let of = |file: &FileIx, pieces: &[Piece], write| {
             let range = |piece: &Piece| match piece.place {
@@ -165,7 +165,7 @@ impl ChaosEngine {
                     let length = Bytes::from_len(piece.range.len());
                     (file.0, Extent::with_length(at, length).expect("no empty pieces"), write)
                 }
-                // All of a stream is one place.
+                // A whole stream counts as one range.
                 Place::Stream => (file.0, Extent::new(Bytes(0), Bytes(u64::MAX)).unwrap(), true),
             };
             pieces.iter().map(range).collect()
@@ -218,7 +218,7 @@ impl ChaosEngine {
         let what = || format!("read of {}", known.description);
         fault.io_context(what)?;
         for piece in pieces {
-            let Place::At(at) = piece.place else { panic!("nobody reads a stream here") };
+            let Place::At(at) = piece.place else { panic!("the copier never reads a stream") };
             known.file.read_exact_at(&mut buffer[piece.range.clone()], at.get()).io_context(what)?;
             for block in at.get() / 4096..(at.get() + Bytes::from_len(piece.range.len()).get()) / 4096 {
                 *known.read_blocks.entry(block).or_default() += 1;
@@ -320,7 +320,7 @@ impl Engine for ChaosEngine {
         if let Request::Sync { token, file } = request
             && self.is_volatile(file)
         {
-            // What is written later may or may not be on the medium.
+            // Later writes may or may not reach the medium.
             self.syncs.insert(token, self.content(file));
         }
         self.queue.push(request);
@@ -348,18 +348,18 @@ pub struct World {
     pub store: File,
     pub size: Bytes,
     chunk: Bytes,
-    /// What the origin held at the instant.
+    /// The origin's content at the instant.
     pub image: Vec<u8>,
     preserved: BTreeMap<u64, Original>,
-    /// Where new originals were preserved since somebody looked.
+    /// Where originals were preserved since the last call of `recent`.
     recent: Vec<Bytes>,
-    /// Ranges that are written without anything being preserved.
+    /// Ranges where writes are not preserved.
     linear: Vec<Extent>,
     store_end: Bytes,
     rng: Rng,
     /// Percent of steps that write.
     pub busy: u64,
-    /// How often the store was shown to this process; the application goes on writing.
+    /// How often this process opened the store; the application keeps writing.
     opened: u32,
     handed_out: Vec<Original>,
 }
@@ -405,7 +405,7 @@ impl World {
         }))
     }
 
-    /// The process that copies is gone; another may open the store.
+    /// The copying process died; another one may open the store.
     pub fn copier_died(&mut self) {
         for _ in 0..5 {
             self.step();
@@ -413,7 +413,7 @@ impl World {
         self.opened = 0;
     }
 
-    /// Lets the application write, or not.
+    /// One step of the application, which may write.
     pub fn step(&mut self) {
         while self.rng.chance(self.busy) {
             let chunks = self.size.get().div_ceil(self.chunk.get());
@@ -434,7 +434,7 @@ impl World {
             self.recent.push(start);
             let mut held = vec![0u8; extent.length().as_len()];
             self.origin.read_exact_at(&mut held, start.get()).unwrap();
-            // The store's chunk is whole, whatever is behind the origin's end.
+            // The store's chunk is whole; its bytes past the origin's end are arbitrary.
             let mut whole = vec![0xeeu8; self.chunk.as_len()];
             whole[..held.len()].copy_from_slice(&held);
             if self.rng.chance(20) {
@@ -451,7 +451,7 @@ impl World {
         self.origin.write_all_at(&data, start.get()).unwrap();
     }
 
-    /// What is written without anything being preserved.
+    /// Ranges where writes are not preserved.
     pub fn released(&self) -> Vec<Extent> {
         self.linear.clone()
     }
@@ -461,17 +461,17 @@ impl World {
     }
 }
 
-/// Gives a world's origin back.
+/// Releases regions of a world's origin.
 pub struct WorldReleases {
     pub world: Rc<RefCell<World>>,
-    /// Percent of looks that find a slow release.
+    /// Percent of calls that report a slow release.
     pub slow: u64,
 }
 
 impl Releases for WorldReleases {
     fn release(&mut self, region: Extent) -> Result<()> {
         self.world.borrow_mut().linear.push(region);
-        // The application makes use of it at once.
+        // The application writes to it at once.
         self.world.borrow_mut().step();
         Ok(())
     }
@@ -483,7 +483,7 @@ impl Releases for WorldReleases {
     }
 }
 
-/// Shows a world's store to a copy.
+/// Provides the originals of a world's store.
 pub struct WorldProvider {
     pub world: Rc<RefCell<World>>,
     pub batch_max: usize,
@@ -496,7 +496,7 @@ impl OriginalsProvider for WorldProvider {
         world.opened += 1;
         assert!(
             world.opened <= 2,
-            "the store is opened once, or twice by who goes on where originals had begun"
+            "the store is opened once, or twice by a copy that resumes after originals had begun"
         );
         let mut all: Vec<Original> = world.preserved.values().copied().collect();
         for at in (1..all.len()).rev() {

@@ -1,18 +1,22 @@
-//! Is what an earlier process has noted still on the secondary? Where that may have been away meanwhile, all of it is
-//! read back and compared with the checksums that were noted; where it was there all the time, a sample, for somebody may
-//! have written to it. What is not there any more is copied again, as long as the origin still holds it. Where nothing
-//! else proves what the secondary is, this has to: all of it must be there, and something that is not zeros.
+//! Checks whether the segments that an earlier process recorded are still on the secondary.
 //!
-//! A segment that originals were being laid over may hold some of them: its checksum tells no more. What it held before
-//! had been synced, and all its originals are laid over it again; so it is taken for right where all others are. (A
-//! frame of an archive has a checksum of its own.)
+//! If the secondary may have been detached meanwhile, every segment is read back and compared with its
+//! recorded checksum. If it was attached all the time, only a sample is, since another process may have
+//! written to it. Lost segments are copied again, as long as the origin still holds them. If nothing else
+//! proves that the secondary is the copy's target, this check has to: all segments must be there, and at
+//! least one must hold something other than zeros.
+//!
+//! A segment to which originals were being applied may hold some of them, so its checksum proves nothing. Its
+//! earlier content had been synced, and all its originals are applied to it again; so it is accepted where
+//! all other segments are right. (A frame of an archive has checksums of its own.)
 //!
 //! Invariants:
 //! - nothing is written, and the origin is not read;
-//! - a segment that was not read back, or was found to be another, is trusted only where the secondary was there all the
-//!   time and no sample of it differs, or as said above.
+//! - a segment that was not read back, or that differs, is trusted in two cases only: the secondary was
+//!   attached all the time and no segment of the sample differs, or originals were being applied to it as
+//!   described above.
 //!
-//! Must not decide who noted what, nor where it is kept.
+//! This module does not know which process recorded the segments, nor where the record is.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -30,35 +34,36 @@ use crate::progress::{Observer, Phase};
 use crate::secondary::identity::Recognition;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
-/// Segments in a sample, evenly spread over those that were noted.
+/// Segments in a sample, evenly spread over the recorded ones.
 const SAMPLE: usize = 64;
 
-/// What [`confirm`] is to find out, and by what.
+/// The arguments of [`confirm`].
 pub struct ConfirmJob<'a> {
-    /// Fresh, made for [`engine_config`](crate::secondary::engine_config).
+    /// A new engine, configured by [`engine_config`](crate::secondary::engine_config).
     pub engine: &'a mut dyn Engine,
     /// The origin's size.
     pub origin_size: Bytes,
-    /// What of it is copied.
+    /// The parts of the origin that are copied.
     pub block_list: Vec<Extent>,
     /// Unit of copying.
     pub segment: SegmentSize,
-    /// Where to; reopened. It is left as it is.
+    /// The reopened secondary. It is left as it is.
     pub secondary: Box<dyn Secondary>,
     /// The originals.
     pub originals: &'a mut dyn OriginalsProvider,
     /// Where an earlier process stopped.
     pub resumed: ResumePoint,
-    /// Is told how it goes.
+    /// Receives progress events.
     pub observer: &'a dyn Observer,
     /// Polled at least every 100 ms; an error ends it.
     pub interrupt: &'a dyn Fn() -> Result<()>,
 }
 
-/// Finds out whether [`job::run`](super::job::run) would trust what an earlier process has placed, and writes nothing.
+/// Checks whether [`job::run`](super::job::run) would trust the segments that an earlier process has placed.
+/// Writes nothing.
 ///
 /// # Errors
-/// As [`job::run`](super::job::run)'s before it writes.
+/// Those of [`job::run`](super::job::run) before it writes.
 pub fn confirm(job: ConfirmJob<'_>) -> Result<()> {
     let ConfirmJob { engine, mut secondary, mut resumed, observer, interrupt, .. } = job;
     let mut driver = Driver::new(engine, observer, interrupt);
@@ -73,10 +78,11 @@ pub fn confirm(job: ConfirmJob<'_>) -> Result<()> {
     let outcome = look();
     drain(&mut driver, false);
     secondary.leave();
-    outcome.map_err(|error| error.state("nothing was written: everything is as the killed copy has left it"))
+    outcome.map_err(|error| error.state("nothing was written: everything is as the killed copy left it"))
 }
 
-/// Segments over which an earlier process may have laid originals: all that have any, as none of them is forgotten.
+/// Segments to which an earlier process may have applied originals: all that have any, since the store keeps
+/// them all.
 pub(super) fn overlaid(
     schedule: &Schedule,
     secondary: &dyn Secondary,
@@ -103,23 +109,23 @@ struct Confirm<'a, 'd> {
     driver: &'a mut Driver<'d>,
     secondary: &'a dyn Secondary,
     checksums: &'a Checksums,
-    /// Originals may have been laid over them.
+    /// Segments to which originals may have been applied.
     overlaid: &'a BTreeSet<SegmentIx>,
     reads: HashMap<u64, (Work, PlacedSegment)>,
-    found: Found,
+    found: ReadBack,
 }
 
-/// What came of reading back.
+/// The result of reading back.
 #[derive(Default)]
-struct Found {
+struct ReadBack {
     lost: BTreeSet<SegmentIx>,
-    /// Segments that hold something, and what was noted.
+    /// Segments that are right and hold something other than zeros.
     proofs: u64,
-    /// Segments whose checksum tells nothing any more.
-    untold: u64,
+    /// Segments whose checksum proves nothing any more.
+    unverifiable: u64,
 }
 
-/// Takes out of `resumed` what is not on the secondary any more; see the module's head.
+/// Removes the segments from `resumed` that are lost.
 pub(super) fn run(
     driver: &mut Driver<'_>,
     schedule: &Schedule,
@@ -136,7 +142,7 @@ pub(super) fn run(
     let mut read = |placed: &[PlacedSegment]| {
         read_back(driver, schedule, secondary, file, placed, (checksums, overlaid))
     };
-    let mut found = Found::default();
+    let mut found = ReadBack::default();
     if known == Recognition::Uninterrupted {
         found = read(&sample(&resumed.placed))?;
     }
@@ -146,22 +152,23 @@ pub(super) fn run(
     if known == Recognition::Unproven {
         return check_proven(secondary, &found);
     }
-    let Found { lost, untold, .. } = found;
+    let ReadBack { lost, unverifiable, .. } = found;
     if lost.is_empty() {
-        if untold > 0 && known != Recognition::Uninterrupted {
-            driver
-                .note(format!("{untold} segments could not be checked: originals were being laid over them"));
+        if unverifiable > 0 && known != Recognition::Uninterrupted {
+            driver.note(format!(
+                "{unverifiable} segments could not be checked: originals were being applied to them"
+            ));
         }
         return Ok(());
     }
     check_can_be_copied_again(schedule, secondary, resumed, &lost)?;
     driver.note(format!(
-        "{} segments are not on {} any more: they are copied again",
+        "{} segments on {} are lost: copying them again",
         lost.len(),
         secondary.description()
     ));
     resumed.placed.retain(|segment| !lost.contains(&segment.ix));
-    // Before anything is written: the place of one that is lost may be given to another.
+    // Before anything is written, because the place of a lost segment may be assigned to another one.
     if let Some(progress) = progress {
         progress.restate(&resumed.placed)?;
     }
@@ -181,19 +188,19 @@ fn sample(placed: &[PlacedSegment]) -> Vec<PlacedSegment> {
     sample
 }
 
-/// Nothing else tells that the secondary is what the copy was made to.
-fn check_proven(secondary: &dyn Secondary, found: &Found) -> Result<()> {
+/// Fails unless the segments read back prove that the secondary is the copy's target; no other fact does.
+fn check_proven(secondary: &dyn Secondary, found: &ReadBack) -> Result<()> {
     let why = match (found.lost.len(), found.proofs) {
-        (0, 0) => "nothing but zeros had been written to it".to_owned(),
+        (0, 0) => "only zeros had been written to it".to_owned(),
         (0, _) => return Ok(()),
-        (lost, _) => format!("{lost} segments on it are not what was written"),
+        (lost, _) => format!("{lost} segments on it differ from what was written"),
     };
     Err(Error::refused(format!(
-        "nothing tells that {} is what the copy was made to: its serial number or its filesystem names no single one, \
+        "whether {} is the copy's target is unknown: its serial number or filesystem does not identify it uniquely, \
          and {why}",
         secondary.description()
     ))
-    .next("connect what the copy was made to, and try again; or run 'tidemark recover', and copy again"))
+    .next("connect the copy's target, and try again; or run 'tidemark recover', and copy again"))
 }
 
 fn check_can_be_copied_again(
@@ -209,24 +216,24 @@ fn check_can_be_copied_again(
     };
     let gone = lost.iter().filter(is_released).count();
     let why = if gone > 0 {
-        format!("of {gone} of them the origin does not hold any more what it held at the instant")
+        format!("{gone} of them were released, so the origin no longer holds their content at the instant")
     } else if resumed.originals_begun {
-        "originals were being laid over them, so what they have to hold is not known".to_owned()
+        "originals were being applied to them, so their right content is unknown".to_owned()
     } else {
         return Ok(());
     };
     Err(Error::bad_data(format!(
-        "{} segments on {} are not what was written to them, and {why}",
+        "{} segments on {} differ from what was written, and {why}",
         lost.len(),
         secondary.description()
     ))
     .next(
-        "if it is another one of the same name, connect the right one and try again; else run 'tidemark recover', and \
-         copy again: a secondary that has lost what it had confirmed to be on its medium is not to be relied on",
+        "if this is another target of the same name, connect the right one and try again; else run 'tidemark recover', and \
+         copy again: do not rely on a secondary that has lost data after it confirmed a sync",
     ))
 }
 
-/// What of `placed` the secondary holds.
+/// Reads `placed` back and compares the segments.
 fn read_back(
     driver: &mut Driver<'_>,
     schedule: &Schedule,
@@ -234,10 +241,10 @@ fn read_back(
     file: FileIx,
     placed: &[PlacedSegment],
     (checksums, overlaid): (&Checksums, &BTreeSet<SegmentIx>),
-) -> Result<Found> {
+) -> Result<ReadBack> {
     let listed = placed.iter().filter_map(|segment| Some((schedule.work(segment.ix)?, *segment)));
     driver.begin_phase(Phase::Verify, Some(listed.clone().map(|(work, _)| work.valid_bytes()).sum()));
-    let (reads, found) = (HashMap::new(), Found::default());
+    let (reads, found) = (HashMap::new(), ReadBack::default());
     let mut confirm = Confirm { driver, secondary, checksums, overlaid, reads, found };
     let mut listed = listed.peekable();
     loop {
@@ -251,7 +258,7 @@ fn read_back(
                     let token = confirm.driver.read(file, buffer, pieces)?;
                     confirm.reads.insert(token, (work, placed));
                 }
-                // Zeros, for which nothing is stored.
+                // All zero: nothing is stored for it.
                 None => confirm.driver.engine.give_buffer(buffer),
             }
         }
@@ -275,7 +282,7 @@ impl Confirm<'_, '_> {
         let is_same = placed.crc == Some(self.checksums.of(data, zero));
         let is_framed_right = self.secondary.check_stored(&segment(&work, placed.crc), &buffer).is_ok();
         match is_framed_right && (is_same || self.overlaid.contains(&work.ix)) {
-            true if !is_same => self.found.untold += 1,
+            true if !is_same => self.found.unverifiable += 1,
             true => self.found.proofs += u64::from(!zero),
             false => drop(self.found.lost.insert(work.ix)),
         }

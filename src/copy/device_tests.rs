@@ -1,5 +1,5 @@
-//! A copy to a real device, of an origin of which only parts are copied: nothing of the device's earlier
-//! life may show between them.
+//! A copy to a real device, of an origin of which only parts are copied: the device's old content must not
+//! show between them.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -81,6 +81,6 @@ proptest! {
         run(job).unwrap();
         let found = fs::read(&device).unwrap();
         prop_assert!(found[..expected.len()] == expected);
-        prop_assert!(found[expected.len()..] == old[expected.len()..], "what is behind it is left alone");
+        prop_assert!(found[expected.len()..] == old[expected.len()..], "bytes past the origin's end are unchanged");
     }
 }

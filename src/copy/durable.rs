@@ -1,11 +1,13 @@
-//! When does what was written count? Behind a sync of the secondary that began after the write had ended: until then a
-//! disk that is unplugged, or a server that loses its power, may have lost it.
+//! Syncs the secondary while a copy writes to it. A segment counts as placed only after a sync that began
+//! after its write had completed: until then a disk that is unplugged, or a server that loses power, may lose
+//! it.
 //!
-//! Syncs go beside the writes, one at a time, each for all that has landed since the last one began. Between two there
-//! is a pause of several times what the last one took, so that they cost a small share of the secondary's time; but no
-//! longer one than [`PAUSE_MAX`], because a region waits for its release until then.
+//! Syncs run beside the writes, one at a time, each for all segments that landed since the last one began.
+//! Between two syncs there is a pause of several times the duration of the last one, so that they cost a
+//! small share of the secondary's time. The pause is at most [`PAUSE_MAX`], because the release of a region
+//! waits for the sync.
 //!
-//! Must not note anything itself.
+//! This module records nothing itself.
 
 use std::time::Duration;
 
@@ -14,13 +16,13 @@ use crate::io::Driver;
 use crate::io::FileIx;
 use crate::secondary::PlacedSegment;
 
-/// The pause between two syncs, in times of what the last one took.
+/// The pause between two syncs, as a multiple of the last one's duration.
 const PAUSE_FACTOR: u32 = 8;
 
-/// The shortest pause: a sync that costs nothing still costs a call.
+/// Shortest pause: even a sync without work costs a call.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 
-/// The longest: what has landed is preserved until then.
+/// Longest pause: writes to the landed segments are preserved until then.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 struct Sync {
@@ -29,28 +31,29 @@ struct Sync {
     covers: Vec<PlacedSegment>,
 }
 
-/// See the module's head.
-pub(super) struct Durable {
+/// Begins the syncs, and tracks which segments they make durable.
+pub(super) struct Syncer {
     file: FileIx,
-    /// Written, and not covered by a sync yet.
+    /// Segments that have landed and are not covered by a sync yet.
     landed: Vec<PlacedSegment>,
     sync: Option<Sync>,
-    /// No sync begins before; since the copy's begin.
+    /// The earliest begin of the next sync, as time since the copy began.
     next: Duration,
 }
 
-impl Durable {
-    /// For what is written to `file`.
+impl Syncer {
+    /// Syncs for writes to `file`.
     pub(super) fn new(file: FileIx) -> Self {
         Self { file, landed: Vec::new(), sync: None, next: Duration::ZERO }
     }
 
-    /// All of `segment` has been written.
+    /// `segment` has landed.
     pub(super) fn landed(&mut self, segment: PlacedSegment) {
         self.landed.push(segment);
     }
 
-    /// Begins a sync where there is something to make durable and it is time to, or none may be waited for: `at_once`.
+    /// Begins a sync if there are segments to make durable and it is due, or at once if `at_once` is set
+    /// because nothing else will complete.
     pub(super) fn advance(&mut self, driver: &mut Driver<'_>, at_once: bool) -> Result<()> {
         let begun = driver.now();
         if self.landed.is_empty() || self.sync.is_some() || (begun < self.next && !at_once) {
@@ -61,8 +64,9 @@ impl Durable {
         Ok(())
     }
 
-    /// The sync of `token` has ended well: what it has made durable. None where it is not the token of ours.
-    pub(super) fn take(&mut self, token: u64, now: Duration) -> Option<Vec<PlacedSegment>> {
+    /// The sync of `token` has succeeded: returns the segments that it made durable. None where the token is
+    /// not of a sync begun here.
+    pub(super) fn synced(&mut self, token: u64, now: Duration) -> Option<Vec<PlacedSegment>> {
         let sync = self.sync.take_if(|sync| sync.token == token)?;
         let took = now.saturating_sub(sync.begun);
         self.next = now + took.saturating_mul(PAUSE_FACTOR).clamp(PAUSE_MIN, PAUSE_MAX);

@@ -1,20 +1,21 @@
-//! The fuzzy copy: reads the block list as fast as the origin gives it, writes it to the secondary,
-//! and does not ask which chunks change meanwhile.
+//! The fuzzy copy: reads the block list as fast as the origin permits and writes it to the secondary,
+//! regardless of which chunks change meanwhile.
 //!
 //! Invariants:
 //! - each byte of the block list is read once;
 //! - reads and writes of different segments overlap, bounded by the engine's buffers;
-//! - a region is released after the last of its segments has been written and, where somebody could go on, made
-//!   durable ([`durable`](super::durable)) and noted as placed, so nothing will read it from the origin again: not this
-//!   process, and not one that goes on after it, whatever the secondary has lost by then;
-//! - when [`run`] returns, no read of the origin is in flight and none will follow, and every segment is
-//!   on the secondary.
+//! - a region is released after the last of its segments has been written and, if the copy can be resumed,
+//!   made durable ([`durable`](super::durable)) and recorded as placed. So no process reads the region from
+//!   the origin again: neither this one, nor one that resumes the copy, whatever the secondary has lost by
+//!   then;
+//! - when [`run`] returns, no read of the origin is in flight, none will follow, and every segment is on the
+//!   secondary.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::checksums::Checksums;
-use super::durable::Durable;
+use super::durable::Syncer;
 use super::origin::{Origin, payload};
 use super::placed::PlacedSet;
 use super::ports::{PlacementLog, Releases};
@@ -29,7 +30,7 @@ use crate::io::{Buffer, Completion};
 use crate::progress::Phase;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
 
-/// What the fuzzy copy did.
+/// Amounts of the fuzzy copy.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FuzzyStats {
     pub(super) read: Bytes,
@@ -37,15 +38,15 @@ pub struct FuzzyStats {
     pub(super) segments: u64,
 }
 
-/// What is copied, in which order, and who is told.
+/// What is copied, in which order, and the ports to report to.
 pub(super) struct Plan<'a, 'p> {
     pub(super) origin: &'a Origin,
     pub(super) schedule: &'a Schedule,
     pub(super) region: Bytes,
     pub(super) order: Order,
-    /// Copied first, whatever the order.
+    /// Copied first, in any order of regions.
     pub(super) first: &'a [Extent],
-    /// What an earlier process has placed.
+    /// The segments that an earlier process has placed.
     pub(super) placed: &'a PlacedSet,
     pub(super) releases: Option<&'p mut dyn Releases>,
     pub(super) placements: Option<&'p mut dyn PlacementLog>,
@@ -64,18 +65,18 @@ struct Fuzzy<'a, 'p, 'd> {
     secondary: &'a mut dyn Secondary,
     sink: &'a mut Sink,
     checksums: &'a mut Checksums,
-    /// And when each began.
+    /// Reads in flight, and when each began.
     reads: HashMap<u64, (Work, Duration)>,
     /// For an ordered secondary: the segments being read, and those that wait for an earlier one.
     order: VecDeque<SegmentIx>,
     early: BTreeMap<SegmentIx, Filled>,
     /// Segments being written.
     placing: HashMap<SegmentIx, PlacedSegment>,
-    durable: Durable,
+    syncer: Syncer,
     stats: FuzzyStats,
 }
 
-/// Copies everything in the plan's schedule that is not placed yet; see the module's head.
+/// Copies every segment of the plan's schedule that is not placed yet.
 pub(super) fn run(
     driver: &mut Driver<'_>,
     plan: Plan<'_, '_>,
@@ -90,7 +91,7 @@ pub(super) fn run(
     driver.count_segments(plan.placed.count(), schedule.work_count());
     let mut regions = Regions::new(schedule, plan.region, plan.order, &|ix| plan.placed.contains(ix));
     regions.put_first(plan.first);
-    let durable = Durable::new(sink.file);
+    let syncer = Syncer::new(sink.file);
     let mut fuzzy = Fuzzy {
         driver,
         plan,
@@ -102,10 +103,10 @@ pub(super) fn run(
         order: VecDeque::new(),
         early: BTreeMap::new(),
         placing: HashMap::new(),
-        durable,
+        syncer,
         stats: FuzzyStats::default(),
     };
-    fuzzy.settle()?;
+    fuzzy.process_landed()?;
     let mut pending = fuzzy.next_work();
     loop {
         let mut pause = None;
@@ -118,7 +119,7 @@ pub(super) fn run(
                 pending = Some(work);
                 break;
             };
-            pause = throttle.take(work.valid_bytes(), fuzzy.driver.now(), fuzzy.reads.len());
+            pause = throttle.admit(work.valid_bytes(), fuzzy.driver.now(), fuzzy.reads.len());
             if pause.is_some() {
                 fuzzy.driver.engine.give_buffer(buffer);
                 pending = Some(work);
@@ -127,9 +128,9 @@ pub(super) fn run(
             fuzzy.start(work, buffer)?;
             pending = fuzzy.next_work();
         }
-        // At the end, what has landed waits for nothing but its sync.
+        // At the end the landed segments wait only for their sync.
         let is_end = pause.is_none() && pending.is_none() && fuzzy.driver.engine.in_flight() == 0;
-        fuzzy.durable.advance(fuzzy.driver, is_end)?;
+        fuzzy.syncer.advance(fuzzy.driver, is_end)?;
         match fuzzy.driver.next_completion(pause)? {
             Some(completion) => fuzzy.complete(completion, throttle)?,
             None if pause.is_some() => {}
@@ -142,7 +143,7 @@ pub(super) fn run(
 }
 
 impl Fuzzy<'_, '_, '_> {
-    /// The next segment, of the region that is due.
+    /// The next segment, according to the order of regions.
     fn next_work(&mut self) -> Option<Work> {
         if self.regions.is_at_boundary()
             && let Some(releases) = self.plan.releases.as_deref_mut()
@@ -158,21 +159,22 @@ impl Fuzzy<'_, '_, '_> {
         self.regions.next(&|ix| placed.contains(ix))
     }
 
-    /// Hands what has landed since the last call to the next sync; where nobody could go on, it is placed as it is.
-    fn settle(&mut self) -> Result<()> {
+    /// Passes the segments that landed since the last call to the next sync; without a placement log they
+    /// count as placed at once.
+    fn process_landed(&mut self) -> Result<()> {
         while let Some(ix) = self.sink.take_landed() {
             let segment = self.placing.remove(&ix).expect("what lands was placed");
             match self.plan.placements {
-                Some(_) => self.durable.landed(segment),
+                Some(_) => self.syncer.landed(segment),
                 None => self.regions.placed(ix),
             }
         }
         self.release_done()
     }
 
-    /// Notes what is durable, then releases the regions that are done by it: in this order, because what is released
-    /// must never be read from the origin again.
-    fn note(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+    /// Records durable segments as placed, then releases the regions that this completes. The order matters:
+    /// a released region must never be read from the origin again.
+    fn record_durable(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         if let Some(placements) = self.plan.placements.as_deref_mut() {
             placements.placed(segments)?;
         }
@@ -207,10 +209,12 @@ impl Fuzzy<'_, '_, '_> {
     }
 
     fn complete(&mut self, completion: Completion, throttle: &mut Throttle<'_>) -> Result<()> {
-        let Some(completion) = self.sink.complete(self.driver, completion)? else { return self.settle() };
-        if let Some(durable) = self.durable.take(completion.token, self.driver.now()) {
+        let Some(completion) = self.sink.complete(self.driver, completion)? else {
+            return self.process_landed();
+        };
+        if let Some(durable) = self.syncer.synced(completion.token, self.driver.now()) {
             completion.result.map_err(|error| self.sink.explain(error))?;
-            return self.note(&durable);
+            return self.record_durable(&durable);
         }
         let (work, begun) = self.reads.remove(&completion.token).expect("a token is the sink's or a read's");
         let now = self.driver.now();
@@ -239,10 +243,10 @@ impl Fuzzy<'_, '_, '_> {
         let bytes = work.valid_bytes();
         let data = payload(&work, &buffer);
         let zero = is_zero(data);
-        // Who goes on may have to compare what the secondary still holds.
-        let is_wanted =
+        // A process that resumes the copy may have to compare what the secondary still holds.
+        let needs_crc =
             self.checksums.is_kept() || self.secondary.is_framed() || self.plan.placements.is_some();
-        let crc = is_wanted.then(|| self.checksums.of(data, zero));
+        let crc = needs_crc.then(|| self.checksums.of(data, zero));
         if let Some(crc) = crc {
             self.checksums.set(work.ix, crc);
         }
@@ -258,6 +262,6 @@ impl Fuzzy<'_, '_, '_> {
         self.sink.put_segment(self.driver, buffer, placement, work.ix)?;
         self.driver.advance(bytes);
         // A segment of zeros may have landed without a write.
-        self.settle()
+        self.process_landed()
     }
 }

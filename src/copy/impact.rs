@@ -1,51 +1,54 @@
-//! How much may the copier read, so that the applications do not feel it? The law behind `--impact`.
+//! The control law of `--impact`: how fast the copier may read without slowing down the applications.
 //!
-//! Pure: time and measurements are passed in, [`Throttle`](super::throttle::Throttle) carries the answer
-//! out. What is measured is the mean latency of the reads and writes of the origin's own device. The
-//! copier reads beneath it, so what is counted there is the applications' alone, and a disk that the two
-//! share shows as their latency.
+//! Pure: time and measurements are passed in; [`Throttle`](super::throttle::Throttle) applies the result. The
+//! measurement is the mean latency of the reads and writes of the origin's own device. The copier reads below
+//! that device, so its reads are not counted there; where they share a disk with the applications, they show
+//! as higher latency of the applications.
 //!
-//! # What is compared with what
+//! # The goal
 //!
-//! The goal is a multiple of the latency that the applications would have without the copier *now*. Until
-//! that is known the latency before the instant stands for it, where there were enough I/Os to measure it.
-//! That one alone would mislead: after the instant the first write to a chunk also waits for its original
-//! to be preserved, at any rate of the copier, and the load may change. So now and then, and before
-//! anything is slowed down, the copier holds its breath for a few tenths of a second ([`State::Draining`]
-//! to [`State::Listening`]) and listens.
+//! The goal is a multiple of the latency that the applications would have without the copier *now*: the
+//! baseline. Until a baseline has been sampled, the latency before the instant takes its place, if there were
+//! enough I/Os to measure it. That latency alone would mislead: after the instant the first write to a chunk
+//! also waits until its original is preserved, at any rate of the copier, and the load may change. So from
+//! time to time, and before it throttles anything, the copier pauses for a few tenths of a second to sample
+//! the idle baseline ([`State::Draining`] to [`State::Sampling`]).
 //!
-//! # The trade
+//! # The cost of throttling
 //!
-//! Giving way is no gift. As long as the copy lasts, first writes are preserved, each at the price of a
-//! read and a write: a copy that takes twice as long spares its applications the copier's reads and makes
-//! them pay for more first writes. So nothing is slowed down beyond a floor ([`Limits::floor_share`] of the
-//! best rate seen, [`FLOOR_MIN`] at least), and what copy-on-write itself costs is never put down to the
-//! copier: where listening shows that the applications are as slow without it, it reads on.
+//! Throttling has a cost for the applications. As long as the copy lasts, first writes are preserved, each at
+//! the price of a read and a write: a copy that takes twice as long spares its applications the copier's
+//! reads and makes them pay for more first writes. So the rate never falls below a floor
+//! ([`Limits::floor_share`] of the best rate seen, [`FLOOR_MIN`] at least), and the cost of copy-on-write
+//! itself is not attributed to the copier: where sampling shows that the applications are as slow without it,
+//! the copier is not throttled.
 //!
-//! # The knob
+//! # The window
 //!
-//! One number, the window: the reads that may be in flight, in thousandths. From 1,000 up it is that many
-//! reads without a pause (a queue is what hurts first, and shortening it costs least), below 1,000 it is
-//! one read at a time, at that share of the rate which one read at a time had. It is moved in steps that
-//! depend on where in the room between baseline and goal the latency is ([`factor`]): a quarter of that
-//! room is a dead zone, so that noise does not move it, and each step is judged by three fresh looks, of
-//! which those far off the middle one do not count: no outlier moves it, and no step is taken twice for
-//! one cause.
+//! The controller sets one number, the window: the reads that may be in flight, in thousandths. From 1,000 up
+//! it is that many reads without a pause (a queue is what hurts first, and shortening it costs least). Below
+//! 1,000 it is one read at a time, at that share of the rate which one read at a time had. The size of a step
+//! depends on where the latency is between baseline and goal ([`factor`]): the last quarter of that room is a
+//! dead zone, so that noise does not move the window. Each step is decided by three new measurements, without
+//! those far slower than the middle one: no outlier moves the window, and no step is taken twice for one
+//! cause.
 //!
-//! More reads than it takes to keep the disk busy are only a longer queue, and who waits in it is a
-//! first write, whose original is read behind them. So an enlargement that does not bring its part of the rate
-//! ([`GAIN_PARTS`]) is taken back, and not tried again until the copier has listened anew.
+//! More reads than it takes to keep the disk busy only make the queue longer, and first writes wait in that
+//! queue, because their originals are read after the copier's reads. So an enlargement that does not raise
+//! the rate by its part ([`GAIN_PARTS`]) is undone, and not tried again until the baseline has been sampled
+//! again.
 //!
-//! Nor is every delay mended by giving way: the baseline may have been taken too low, and what the table's changes
-//! cost has little to do with the rate. Where a quarter of the rate leaves more than half of the excess, the copier
-//! takes its rate back ([`Controller::mends_little`]), until it has listened anew: a longer copy would only cost more.
+//! Throttling does not reduce every delay: the sampled baseline may be too low, and the cost of table changes
+//! depends little on the rate. If more than half of the excess remains at a quarter of the rate, the backoff
+//! is undone ([`Controller::backoff_has_little_effect`]) until the baseline has been sampled again: a longer
+//! copy would only cost more.
 //!
 //! Invariants:
 //! - an origin without applications (no I/O for [`IDLE`]) is read at full speed;
-//! - outside listening, which is bounded, at least one read may be in flight and the rate allowed is never
-//!   below the floor. (On a disk that the applications saturate alone the floor is kept as well: where
-//!   one read at a time gets a smaller share than that, it adds less to the others' latency than the goal
-//!   allows, and there may be more reads.)
+//! - except while the baseline is sampled, which is bounded, at least one read may be in flight, and the
+//!   permitted rate is never below the floor. (This also holds on a disk that the applications saturate by
+//!   themselves. If one read at a time gets less than the floor there, it adds less to their latency than the
+//!   goal permits, and more reads are permitted.)
 //! - without measurements nothing is limited.
 
 use std::fmt;
@@ -55,22 +58,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::Bytes;
 
-/// How much the applications may feel of a copy.
+/// How much a copy may slow down the applications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Impact {
-    /// Their reads and writes take at most a quarter longer than without the copier, as far as giving way mends it.
+    /// Their reads and writes take at most a quarter longer than without the copier, as far as throttling
+    /// helps.
     Low,
-    /// They take at most twice as long, as far as giving way mends it.
+    /// They take at most twice as long, as far as throttling helps.
     Medium,
-    /// The copier does not look.
+    /// The copier is not throttled.
     None,
 }
 
 impl Impact {
-    /// What `--impact` is when it is not given. Medium: on a disk that has room for both it changes
-    /// nothing, on one that has not it keeps the copier's queue short, and it rarely reaches the point
-    /// where the longer copy costs the applications more than the shorter queue gives them.
+    /// The default of `--impact`. Medium: on a disk with room for both it changes nothing; on a disk without,
+    /// it keeps the copier's queue short, and it rarely reaches the point where the longer copy costs the
+    /// applications more than the shorter queue gains them.
     pub const DEFAULT: Self = Self::Medium;
 
     fn limits(self) -> Option<Limits> {
@@ -83,7 +87,7 @@ impl Impact {
 }
 
 impl fmt::Display for Impact {
-    /// "low (applications' I/O at most 1.25 times as slow by the copier's reads)".
+    /// "low (the applications' I/O takes at most 125 % of its time without the copier's reads)".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self {
             Self::Low => "low",
@@ -91,141 +95,145 @@ impl fmt::Display for Impact {
             Self::None => return f.write_str("none (the copier reads as fast as it can)"),
         };
         let percent = self.limits().map_or(100, |limits| limits.latency_percent_max);
-        write!(f, "{name} (the copier's reads make the applications' take at most {percent} % of their time)")
+        write!(
+            f,
+            "{name} (the applications' I/O takes at most {percent} % of its time without the copier's reads)"
+        )
     }
 }
 
-/// What a level means in numbers.
+/// The numbers of a level.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// Of the latency without the copier.
+    /// The highest latency, in percent of the baseline.
     latency_percent_max: u64,
     /// The copier always gets the best rate seen divided by this.
     floor_share: u64,
 }
 
-/// What the applications did on the origin since the last sample.
+/// The applications' I/O on the origin since the last sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LatencySample {
     /// Reads and writes completed.
     pub ios: u64,
-    /// Time that they took, summed.
+    /// Time that they took, in total.
     pub waited: Duration,
-    /// Reads and writes that are issued and not completed.
+    /// Reads and writes that were issued and have not completed.
     pub in_flight: u64,
 }
 
-/// Who can tell how the applications fare: `op`, for the origin's device.
+/// Measures the applications' I/O on the origin's device; implemented in `op`.
 pub trait LatencyProbe {
-    /// What was done since the last call; None where that cannot be known.
+    /// The I/O since the last call; None where it cannot be measured.
     fn sample(&mut self) -> Option<LatencySample>;
 }
 
-/// What a copy needs to give way.
+/// What a copy needs in order to limit its impact on the applications.
 pub struct ImpactWatch {
-    /// How far.
+    /// The level.
     pub impact: Impact,
-    /// The applications' mean latency before the instant, where there were enough I/Os to measure one.
+    /// The applications' mean latency before the instant, where there were enough I/Os to measure it.
     pub before: Option<Duration>,
-    /// Its first sample covers what was done since it was made.
+    /// The first sample covers the I/O since the probe was created.
     pub probe: Box<dyn LatencyProbe>,
-    /// What the origin's disk is asked for at once while anybody is given way to; multiples of 4 KiB.
+    /// Most bytes of one request to the origin's disk while the copier may be throttled; a multiple of 4 KiB.
     pub read_max: Bytes,
 }
 
-/// I/Os from which on a mean is one.
+/// Fewest I/Os for a mean.
 pub const IOS_MIN: u64 = 32;
 
-/// Between two ticks of the controller.
+/// Time between two ticks of the controller.
 pub(super) const TICK: Duration = Duration::from_millis(100);
 
-/// And the waiting that it should be made of: the time of device-mapper's I/Os is counted in the
-/// scheduler's ticks of 1 to 10 ms, and five of the usual 4 ms make a sum.
+/// Least total time of the I/Os of a measurement: the time of device-mapper's I/Os is counted in the
+/// scheduler's ticks of 1 to 10 ms, and five of the usual 4 ms make a usable sum.
 const WAITED_MIN: Duration = Duration::from_millis(20);
 
-/// One tick of the scheduler more or less in a sum is no signal.
+/// A difference of one scheduler tick in a sum is no signal.
 const KERNEL_TICK: Duration = Duration::from_millis(4);
 
-/// A look with too few I/Os ends after this all the same.
-const LOOK_MAX: Duration = Duration::from_secs(1);
+/// A measurement with too few I/Os ends after this time.
+const MEASUREMENT_MAX: Duration = Duration::from_secs(1);
 
-/// Looks that a step is decided by.
-const LOOKS: usize = 3;
+/// Measurements that decide a step.
+const MEASUREMENTS: usize = 3;
 
-/// A look this many times as slow as the middle one is an outlier.
+/// A measurement this many times as slow as the middle one is an outlier.
 const OUTLIER: u32 = 3;
 
-/// An origin on which nothing was done for so long has no applications.
+/// An origin without any I/O for this long has no applications.
 pub const IDLE: Duration = Duration::from_secs(1);
 
-/// Applications that are active are listened to at least so often: under 4 % of the time.
-const LISTEN_EVERY: Duration = Duration::from_secs(15);
+/// Longest time between two samples of the baseline while applications are active: sampling takes under 4 %
+/// of the time.
+const SAMPLE_EVERY: Duration = Duration::from_secs(15);
 
-/// And not more often than this, however bad the latency is.
-const LISTEN_PAUSE: Duration = Duration::from_secs(3);
+/// Shortest time between two samples, however high the latency is.
+const SAMPLE_PAUSE: Duration = Duration::from_secs(3);
 
-/// Reads that are not done by then make listening pointless this time.
+/// If the reads in flight are not done by then, this sample is given up.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
 
-/// Longest listening.
-const LISTEN_MAX: Duration = Duration::from_millis(400);
+/// Longest sample.
+const SAMPLE_MAX: Duration = Duration::from_millis(400);
 
-/// I/Os that are enough to hear: more than for a look, because the goal hangs on them.
-const HEARD_ENOUGH: u64 = 4 * IOS_MIN;
+/// I/Os that are enough for a sample: more than for a measurement, because the goal depends on them.
+const SAMPLE_IOS_ENOUGH: u64 = 4 * IOS_MIN;
 
-/// Of what was heard before, this share counts beside what is heard now, in quarters: a few tenths of a
-/// second are a small sample.
-const HEARD_KEPT_QUARTERS: u64 = 3;
+/// The weight of the earlier baseline against the new sample, in quarters: a few tenths of a second are a
+/// small sample.
+const BASELINE_KEPT_QUARTERS: u64 = 3;
 
-/// Where what is heard differs by this factor from what was heard before, the load is another one, and
-/// what was heard before is forgotten.
-const HEARD_ANEW: u32 = 2;
+/// If the new sample differs from the earlier baseline by this factor, the load has changed, and the earlier
+/// baseline is dropped.
+const BASELINE_DROP_FACTOR: u32 = 2;
 
-/// Below this no latency matters: it is what device-mapper and a fast disk take.
+/// Below this no latency matters: device-mapper and a fast disk take as long.
 const BASELINE_MIN: Duration = Duration::from_micros(100);
 
-/// The copier always gets this, bytes per second: 10 TiB in two months, but it ends.
+/// The copier always gets this rate, bytes per second: at it 10 TiB take two months, but the copy ends.
 pub const FLOOR_MIN: Bytes = Bytes::mib(2);
 
-/// The best rate is measured over this: a burst is none.
+/// The best rate is measured over this time, so that a burst does not count.
 const RATE_SPAN: Duration = Duration::from_secs(2);
 
 /// One read in flight, in the window's unit.
 const ONE: u64 = 1000;
 
-/// The window at most: as many reads as the engine ever has buffers.
+/// Largest window: as many reads as the engine ever has buffers.
 const WINDOW_MAX: u64 = 128 * ONE;
 
-/// The window at the beginning, the shortest queue: until it is known what the applications feel, the copy is
-/// at its costliest for them, for every write is a first one.
-const WINDOW_BEGIN: u64 = ONE;
+/// The initial window, the shortest queue: before the effect on the applications is known, the copy costs
+/// them most, because every write is a first write.
+const WINDOW_INITIAL: u64 = ONE;
 
-/// Of the rate that more reads would bring if each brought its own, one in so many is enough to keep them.
+/// An enlargement is kept if it raises the rate by at least a proportional increase divided by this.
 const GAIN_PARTS: u64 = 4;
 
-/// Whether giving way mends anything is judged at this part of the rate of one read at a time, or at the floor.
-const VAIN_RATE_PARTS: u64 = 4;
+/// The effect of throttling is judged at the rate of one read at a time divided by this, or at the floor.
+const FUTILE_RATE_PARTS: u64 = 4;
 
-/// And by so many rounds running.
-const VAIN_ROUNDS: usize = 2;
+/// Rounds in a row by which the effect of throttling is judged.
+const FUTILE_ROUNDS: usize = 2;
 
-/// What was seen before the copier became slower says nothing any more after this.
+/// The excess latency from before the copier became slower is valid for this long.
 const SLOWED_KEPT: Duration = Duration::from_secs(300);
 
 /// What the copier may do until the next tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Allowance {
-    /// Reads in flight; 0 while it is listened.
+    /// Reads in flight; 0 while the baseline is sampled.
     pub(super) reads: u64,
     /// Bytes per second; None: no limit.
     pub(super) rate: Option<Bytes>,
 }
 
 impl Allowance {
-    /// No limit: there is no application to yield to.
+    /// No limit: there are no applications to spare.
     const FREE: Self = Self { reads: WINDOW_MAX / ONE, rate: None };
 
-    /// True if the copier need not yield.
+    /// True if the copier is not limited.
     pub(super) fn is_free(self) -> bool {
         self == Self::FREE
     }
@@ -233,8 +241,8 @@ impl Allowance {
 
 /// What happened since the last tick.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Moment {
-    /// Since any fixed start.
+pub(super) struct TickInput {
+    /// Time since any fixed start.
     pub(super) now: Duration,
     /// The applications' I/O.
     pub(super) sample: Option<LatencySample>,
@@ -242,24 +250,24 @@ pub(super) struct Moment {
     pub(super) read: Bytes,
     /// Its reads in flight now.
     pub(super) reads: u64,
-    /// And at most.
+    /// The most reads that were in flight.
     pub(super) reads_max: u64,
-    /// It wanted to read and had as many in flight as it may.
-    pub(super) lacked_slot: bool,
-    /// It wanted to read, might have had another in flight, and had to wait for the rate.
-    pub(super) lacked_rate: bool,
+    /// It wanted to read, and had as many reads in flight as permitted.
+    pub(super) waited_for_slot: bool,
+    /// It wanted to read, had fewer reads in flight than permitted, and had to wait for the rate.
+    pub(super) waited_for_rate: bool,
 }
 
-/// I/O being summed up until there is enough of it for a mean.
+/// I/O that is accumulated until there is enough of it for a mean.
 #[derive(Clone, Copy, Debug, Default)]
-struct Look {
+struct Measurement {
     opened: Duration,
     ios: u64,
     waited: Duration,
     in_flight: u64,
 }
 
-/// I/Os, at least one, and how long they took in all.
+/// A number of I/Os, at least one, and the time that they took in total.
 #[derive(Clone, Copy, Debug)]
 struct Sum {
     ios: u64,
@@ -276,7 +284,7 @@ impl Sum {
     }
 }
 
-impl Look {
+impl Measurement {
     fn open(now: Duration) -> Self {
         Self { opened: now, ..Self::default() }
     }
@@ -291,8 +299,8 @@ impl Look {
         self.ios >= ios_min && self.waited >= WAITED_MIN
     }
 
-    /// None where nothing was done. What is issued and does not come back takes at least as long as we
-    /// have looked.
+    /// None without any I/O. I/O that was issued and does not complete takes at least as long as this
+    /// measurement lasts.
     fn sum(&self, now: Duration) -> Option<Sum> {
         match (self.ios, self.in_flight) {
             (0, 0) => None,
@@ -302,66 +310,67 @@ impl Look {
     }
 }
 
-/// The looks of one step, and what the copier did meanwhile.
+/// The measurements of one step, and the copier's reads meanwhile.
 #[derive(Clone, Debug, Default)]
 struct Round {
     opened: Duration,
     sums: Vec<Sum>,
     read: Bytes,
     reads_max: u64,
-    lacked_slot: bool,
-    lacked_rate: bool,
+    waited_for_slot: bool,
+    waited_for_rate: bool,
 }
 
-/// What is being done.
+/// The controller's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The origin is measured while the copier reads.
+    /// The latency is measured while the copier reads.
     Watching,
-    /// There are no applications; since when nothing was seen of them is the look's.
+    /// There are no applications.
     Idle,
-    /// To be listened to: no read may begin, and those in flight (since when) are waited for.
+    /// Before sampling: no read may begin; waits for those in flight, since this time.
     Draining { since: Duration },
-    /// None is in flight any more, but what waited behind them is still coming back.
+    /// No read is in flight any more; I/O that waited for those reads is still completing.
     Settling,
-    /// What comes now is as it would be without the copier.
-    Listening,
+    /// The applications' I/O is now as it would be without the copier.
+    Sampling,
 }
 
-/// See the module's head.
+/// Decides from the applications' latency how fast the copier may read.
 #[derive(Debug)]
 pub(super) struct Controller {
     limits: Option<Limits>,
     begun: Duration,
     before: Option<Duration>,
-    /// What was heard while the copier held its breath.
-    quiet: Option<Sum>,
-    /// When that was, or was tried.
-    listened: Option<Duration>,
+    /// The sampled baseline.
+    idle_baseline: Option<Sum>,
+    /// When the baseline was last sampled, or the attempt given up.
+    sampled_at: Option<Duration>,
     state: State,
     window: u64,
-    /// Nothing has been too slow yet: the window is still being found.
+    /// The latency was never above the goal so far: the window is still being searched.
     climbing: bool,
-    /// Rate of one read at a time.
+    /// The rate of one read at a time.
     rate_of_one: Option<Bytes>,
-    /// The reads that there were before the last enlargement, and their rate, until it is judged.
+    /// The number of reads before the last enlargement, and their rate, until the enlargement is judged.
     enlarged: Option<(u64, Bytes)>,
-    /// More reads than these bring nothing.
+    /// More reads than this do not raise the rate.
     knee: Option<u64>,
-    /// When one read at a time became slower, and by how much the latency was above the baseline then.
+    /// When the rate fell below that of one read at a time, and by how much the latency exceeded the baseline
+    /// then.
     slowed: Option<(Duration, Duration)>,
-    /// Rounds running in which that has mended nothing.
-    vain_rounds: usize,
-    /// So the rate was taken back.
-    in_vain: bool,
-    /// Something was done about the latency since the copier last listened.
-    acted: bool,
-    best: Bytes,
-    span: (Duration, Bytes),
-    look: Look,
+    /// Rounds in a row in which throttling had little effect.
+    futile_rounds: usize,
+    /// Throttling had little effect, so it was undone.
+    backoff_futile: bool,
+    /// A step was decided since the baseline was last sampled.
+    decided: bool,
+    best_rate: Bytes,
+    rate_span: (Duration, Bytes),
+    measurement: Measurement,
     round: Round,
     last: Option<Sum>,
-    /// The last sample was none.
+    /// The last tick had no sample.
     blind: bool,
 }
 
@@ -371,21 +380,21 @@ impl Controller {
             limits: impact.limits(),
             begun: now,
             before,
-            quiet: None,
-            listened: None,
+            idle_baseline: None,
+            sampled_at: None,
             state: State::Watching,
-            window: WINDOW_BEGIN,
+            window: WINDOW_INITIAL,
             climbing: true,
             rate_of_one: None,
             enlarged: None,
             knee: None,
             slowed: None,
-            vain_rounds: 0,
-            in_vain: false,
-            acted: false,
-            best: Bytes::ZERO,
-            span: (now, Bytes::ZERO),
-            look: Look::open(now),
+            futile_rounds: 0,
+            backoff_futile: false,
+            decided: false,
+            best_rate: Bytes::ZERO,
+            rate_span: (now, Bytes::ZERO),
+            measurement: Measurement::open(now),
             round: Round { opened: now, ..Round::default() },
             last: None,
             blind: false,
@@ -400,7 +409,7 @@ impl Controller {
         }
         match self.state {
             State::Idle => free,
-            State::Draining { .. } | State::Settling | State::Listening => Allowance { reads: 0, rate: None },
+            State::Draining { .. } | State::Settling | State::Sampling => Allowance { reads: 0, rate: None },
             State::Watching if self.window >= ONE => Allowance { reads: self.window / ONE, rate: None },
             State::Watching => {
                 let share = |rate: Bytes| scale(rate.get(), self.window, ONE);
@@ -410,95 +419,95 @@ impl Controller {
         }
     }
 
-    /// The applications' latency as last measured (None: they are idle), and what it is compared with.
+    /// The applications' latency as last measured (None: they are idle), and the baseline.
     pub(super) fn latency(&self) -> (Option<Duration>, Option<Duration>) {
         (self.last.map(Sum::mean), self.baseline())
     }
 
     fn baseline(&self) -> Option<Duration> {
-        self.quiet.map(Sum::mean).or(self.before).map(|known| known.max(BASELINE_MIN))
+        self.idle_baseline.map(Sum::mean).or(self.before).map(|known| known.max(BASELINE_MIN))
     }
 
     fn floor(&self) -> Bytes {
         let share = self.limits.map_or(1, |limits| limits.floor_share);
-        Bytes(self.best.get() / share).max(FLOOR_MIN)
+        Bytes(self.best_rate.get() / share).max(FLOOR_MIN)
     }
 
-    /// Takes in what happened since the last tick.
-    pub(super) fn tick(&mut self, moment: &Moment) {
-        self.blind = moment.sample.is_none();
-        let Some(sample) = moment.sample else {
+    /// Processes what happened since the last tick.
+    pub(super) fn tick(&mut self, input: &TickInput) {
+        self.blind = input.sample.is_none();
+        let Some(sample) = input.sample else {
             self.last = None;
             return;
         };
-        let now = moment.now;
+        let now = input.now;
         match self.state {
-            State::Watching => self.watch(moment, sample),
+            State::Watching => self.watch(input, sample),
             State::Idle => {
-                self.note_rate(moment);
+                self.note_rate(input);
                 if sample.ios > 0 || sample.in_flight > 0 {
-                    self.watch_anew(now);
+                    self.resume_watching(now);
                 }
             }
-            State::Draining { .. } if moment.reads == 0 => self.state = State::Settling,
-            State::Draining { since } if now.saturating_sub(since) >= DRAIN_MAX => self.listened(now, None),
+            State::Draining { .. } if input.reads == 0 => self.state = State::Settling,
+            State::Draining { since } if now.saturating_sub(since) >= DRAIN_MAX => self.sampled(now, None),
             State::Draining { .. } => {}
             State::Settling => {
-                self.look = Look::open(now);
-                self.state = State::Listening;
+                self.measurement = Measurement::open(now);
+                self.state = State::Sampling;
             }
-            State::Listening => {
-                self.look.add(sample);
-                let listening = now.saturating_sub(self.look.opened);
-                if self.look.is_enough(HEARD_ENOUGH) || listening >= LISTEN_MAX {
-                    let heard = self.look.sum(now);
-                    self.listened(now, heard);
+            State::Sampling => {
+                self.measurement.add(sample);
+                let sampling = now.saturating_sub(self.measurement.opened);
+                if self.measurement.is_enough(SAMPLE_IOS_ENOUGH) || sampling >= SAMPLE_MAX {
+                    let baseline = self.measurement.sum(now);
+                    self.sampled(now, baseline);
                 }
             }
         }
     }
 
-    fn watch_anew(&mut self, now: Duration) {
+    fn resume_watching(&mut self, now: Duration) {
         self.state = State::Watching;
-        self.look = Look::open(now);
+        self.measurement = Measurement::open(now);
         self.round = Round { opened: now, ..Round::default() };
     }
 
-    fn note_rate(&mut self, moment: &Moment) {
-        let (opened, read) = self.span;
-        let read = read + moment.read;
-        let elapsed = moment.now.saturating_sub(opened);
-        self.span = (opened, read);
+    fn note_rate(&mut self, input: &TickInput) {
+        let (opened, read) = self.rate_span;
+        let read = read + input.read;
+        let elapsed = input.now.saturating_sub(opened);
+        self.rate_span = (opened, read);
         if elapsed >= RATE_SPAN {
-            self.best = self.best.max(per_second(read, elapsed));
-            self.span = (moment.now, Bytes::ZERO);
+            self.best_rate = self.best_rate.max(per_second(read, elapsed));
+            self.rate_span = (input.now, Bytes::ZERO);
         }
     }
 
-    fn watch(&mut self, moment: &Moment, sample: LatencySample) {
-        let now = moment.now;
-        self.note_rate(moment);
-        self.look.add(sample);
-        self.round.read += moment.read;
-        self.round.reads_max = self.round.reads_max.max(moment.reads_max);
-        self.round.lacked_slot |= moment.lacked_slot;
-        self.round.lacked_rate |= moment.lacked_rate;
-        let looked = now.saturating_sub(self.look.opened);
-        if looked >= IDLE && self.look.ios == 0 && self.look.in_flight == 0 {
+    fn watch(&mut self, input: &TickInput, sample: LatencySample) {
+        let now = input.now;
+        self.note_rate(input);
+        self.measurement.add(sample);
+        self.round.read += input.read;
+        self.round.reads_max = self.round.reads_max.max(input.reads_max);
+        self.round.waited_for_slot |= input.waited_for_slot;
+        self.round.waited_for_rate |= input.waited_for_rate;
+        let measured = now.saturating_sub(self.measurement.opened);
+        if measured >= IDLE && self.measurement.ios == 0 && self.measurement.in_flight == 0 {
             self.last = None;
             self.state = State::Idle;
-            self.forget_slowing();
+            self.reset_slowing();
             return;
         }
-        if !self.look.is_enough(IOS_MIN) && looked < LOOK_MAX {
+        if !self.measurement.is_enough(IOS_MIN) && measured < MEASUREMENT_MAX {
             return;
         }
-        if let Some(sum) = self.look.sum(now) {
+        if let Some(sum) = self.measurement.sum(now) {
             self.last = Some(sum);
             self.round.sums.push(sum);
         }
-        self.look = Look::open(now);
-        if self.round.sums.len() >= LOOKS {
+        self.measurement = Measurement::open(now);
+        if self.round.sums.len() >= MEASUREMENTS {
             let next = Round { opened: now, ..Round::default() };
             let round = std::mem::replace(&mut self.round, next);
             self.decide(now, &round);
@@ -510,31 +519,35 @@ impl Controller {
         let Some(sum) = without_outliers(&round.sums) else { return };
         let seen = sum.mean();
         let rate = per_second(round.read, now.saturating_sub(round.opened));
-        if self.window / ONE == 1 && round.lacked_slot && rate > Bytes::ZERO {
+        if self.window / ONE == 1 && round.waited_for_slot && rate > Bytes::ZERO {
             self.rate_of_one = Some(rate);
         }
         let Some(baseline) = self.baseline() else {
-            return match self.listened {
-                // Whoever rests as soon as the copier does can be given no way to.
-                Some(listened) if now.saturating_sub(listened) < LISTEN_PAUSE => self.grow(round, 1200, rate),
-                _ => self.listen(now),
+            return match self.sampled_at {
+                // The applications are idle whenever the copier pauses: throttling cannot help them.
+                Some(sampled_at) if now.saturating_sub(sampled_at) < SAMPLE_PAUSE => {
+                    self.grow(round, 1200, rate)
+                }
+                _ => self.begin_sampling(now),
             };
         };
         let goal = scaled(baseline, limits.latency_percent_max, 100) + KERNEL_TICK / narrow(sum.ios);
         let is_slow = seen > goal;
-        let unheard = now.saturating_sub(self.listened.unwrap_or(self.begun));
-        let may_listen = self.listened.is_none() || unheard >= LISTEN_PAUSE && self.acted && !self.in_vain;
-        if unheard >= LISTEN_EVERY || is_slow && may_listen {
-            return self.listen(now);
+        let since_sampling = now.saturating_sub(self.sampled_at.unwrap_or(self.begun));
+        let may_sample = self.sampled_at.is_none()
+            || since_sampling >= SAMPLE_PAUSE && self.decided && !self.backoff_futile;
+        if since_sampling >= SAMPLE_EVERY || is_slow && may_sample {
+            return self.begin_sampling(now);
         }
-        self.acted = true;
+        self.decided = true;
         let excess = seen.saturating_sub(baseline);
         if is_slow {
             self.climbing = false;
-            self.vain_rounds = if self.mends_little(excess, rate) { self.vain_rounds + 1 } else { 0 };
-            if self.vain_rounds == VAIN_ROUNDS {
-                self.forget_slowing();
-                self.in_vain = true;
+            self.futile_rounds =
+                if self.backoff_has_little_effect(excess, rate) { self.futile_rounds + 1 } else { 0 };
+            if self.futile_rounds == FUTILE_ROUNDS {
+                self.reset_slowing();
+                self.backoff_futile = true;
                 return;
             }
             let at_least_one = self.window >= ONE;
@@ -543,35 +556,35 @@ impl Controller {
                 self.slowed = Some((now, excess));
             }
         } else {
-            self.vain_rounds = 0;
+            self.futile_rounds = 0;
             self.grow(round, factor(seen, baseline, goal, self.climbing), rate);
         }
     }
 
-    /// True where the rate is as low as it is made to find out, and most of the excess is still there.
-    fn mends_little(&self, excess: Duration, rate: Bytes) -> bool {
+    /// True where the rate is as low as it gets for this test, and most of the excess latency is still there.
+    fn backoff_has_little_effect(&self, excess: Duration, rate: Bytes) -> bool {
         let allowed = scale(self.rate_of_one.map_or(0, Bytes::get), self.window, ONE);
-        self.window <= self.lowest().max(ONE / VAIN_RATE_PARTS)
-            // What was read is what the window says: a round may be shorter than a read and the pause behind it.
+        self.window <= self.window_min().max(ONE / FUTILE_RATE_PARTS)
+            // The rate must match the window: a round may be shorter than a read and the pause after it.
             && (allowed / 2..=allowed * 2).contains(&rate.get())
             && self.slowed.is_some_and(|(_, before)| excess * 2 > before)
     }
 
-    /// One read at a time again, without pauses: what comes is judged anew.
-    fn forget_slowing(&mut self) {
-        (self.slowed, self.vain_rounds, self.in_vain) = (None, 0, false);
+    /// Returns to one read at a time without pauses; what follows is judged afresh.
+    fn reset_slowing(&mut self) {
+        (self.slowed, self.futile_rounds, self.backoff_futile) = (None, 0, false);
         self.window = self.window.max(ONE);
     }
 
     /// The smallest window: the floor as a share of the rate of one read at a time.
-    fn lowest(&self) -> u64 {
+    fn window_min(&self) -> u64 {
         let one = self.rate_of_one.unwrap_or(Bytes(1));
         scale(self.floor().get(), ONE, one.get()).clamp(1, ONE - 1)
     }
 
-    /// A window that was not used is not made larger, nor one that got no more out of the disk when it was.
+    /// Keeps the window if it was not used up; undoes an enlargement that did not raise the disk's rate.
     fn grow(&mut self, round: &Round, thousandths: u64, rate: Bytes) {
-        if !round.lacked_slot && !round.lacked_rate {
+        if !round.waited_for_slot && !round.waited_for_rate {
             return;
         }
         let reads = self.window / ONE;
@@ -597,55 +610,56 @@ impl Controller {
 
     fn shrink(&mut self, round: &Round, thousandths: u64, rate: Bytes) {
         self.enlarged = None;
-        // What is beyond the reads that there were has no effect, and is given up first.
+        // The part of the window beyond the reads that were in flight has no effect; it goes first.
         let used = self.window.min(round.reads_max.max(1) * ONE + ONE - 1);
         let mut window = scale(used, thousandths, 1000);
         if used >= ONE {
-            // At least one read less, or none but with pauses.
+            // At least one read less; from one read, at least some pause.
             window = window.min(used / ONE * ONE - 1);
         }
-        if window < ONE && self.in_vain {
+        if window < ONE && self.backoff_futile {
             window = ONE;
         } else if window < ONE {
             self.rate_of_one.get_or_insert(rate.max(Bytes(1)));
-            // The floor is as far as it goes: a window below it would only have to be climbed again.
-            window = window.max(self.lowest());
+            // The floor is the limit: a smaller window would only have to grow back.
+            window = window.max(self.window_min());
         }
         self.window = window;
     }
 
-    fn listen(&mut self, now: Duration) {
+    fn begin_sampling(&mut self, now: Duration) {
         self.state = State::Draining { since: now };
     }
 
-    fn listened(&mut self, now: Duration, heard: Option<Sum>) {
-        self.listened = Some(now);
-        (self.enlarged, self.knee, self.in_vain, self.acted) = (None, None, false, false);
+    fn sampled(&mut self, now: Duration, baseline: Option<Sum>) {
+        self.sampled_at = Some(now);
+        (self.enlarged, self.knee, self.backoff_futile, self.decided) = (None, None, false, false);
         let is_old = |(since, _): (Duration, Duration)| now.saturating_sub(since) >= SLOWED_KEPT;
         if self.slowed.is_some_and(is_old) {
-            self.forget_slowing();
+            self.reset_slowing();
         }
-        if let Some(heard) = heard {
+        if let Some(baseline) = baseline {
             let same = |old: &Sum| {
-                old.mean() <= heard.mean() * HEARD_ANEW && heard.mean() <= old.mean() * HEARD_ANEW
+                old.mean() <= baseline.mean() * BASELINE_DROP_FACTOR
+                    && baseline.mean() <= old.mean() * BASELINE_DROP_FACTOR
             };
-            let kept = self.quiet.filter(same).map(|old| Sum {
-                ios: scale(old.ios, HEARD_KEPT_QUARTERS, 4),
-                waited: scaled(old.waited, HEARD_KEPT_QUARTERS, 4),
+            let kept = self.idle_baseline.filter(same).map(|old| Sum {
+                ios: scale(old.ios, BASELINE_KEPT_QUARTERS, 4),
+                waited: scaled(old.waited, BASELINE_KEPT_QUARTERS, 4),
             });
-            self.quiet = Some(kept.map_or(heard, |kept| kept.plus(heard)));
+            self.idle_baseline = Some(kept.map_or(baseline, |kept| kept.plus(baseline)));
         }
-        self.span = (now, Bytes::ZERO);
-        self.watch_anew(now);
+        self.rate_span = (now, Bytes::ZERO);
+        self.resume_watching(now);
     }
 }
 
-/// By how many thousandths the window is multiplied. The latency's place between baseline and goal is
-/// what counts: where it is beyond the goal, the window shrinks the faster the farther; in the last
-/// quarter before the goal nothing is done; before that it grows, and faster while `climbing`.
+/// By how many thousandths the window is multiplied. This depends on where the latency is between baseline
+/// and goal. Past the goal the window shrinks, faster with the distance. In the last quarter before the goal
+/// it stays. Before that it grows, and faster while `climbing`.
 ///
-/// The steps are smaller than what they answer to, because a queue's latency grows faster than its load:
-/// close to a disk's capacity by the square, and a step in proportion would overshoot there and swing.
+/// The steps are smaller than the deviations that cause them, because a queue's latency grows faster than its
+/// load: near a disk's capacity with the square, where a proportional step would overshoot and oscillate.
 fn factor(seen: Duration, baseline: Duration, goal: Duration, climbing: bool) -> u64 {
     let excess = seen.saturating_sub(baseline).as_nanos();
     let room = goal.saturating_sub(baseline).as_nanos().max(1);
@@ -661,8 +675,8 @@ fn factor(seen: Duration, baseline: Duration, goal: Duration, climbing: bool) ->
     }
 }
 
-/// All of `sums` but those far slower than the middle one. (The middle one alone would be below the mean:
-/// latencies have a long tail on one side.)
+/// The sum of `sums` without those far slower than the middle one. (The middle one alone would be below the
+/// mean: latencies have a long tail on one side.)
 fn without_outliers(sums: &[Sum]) -> Option<Sum> {
     let mut sorted: Vec<Sum> = sums.to_vec();
     sorted.sort_by_key(|sum| sum.mean());
@@ -670,7 +684,7 @@ fn without_outliers(sums: &[Sum]) -> Option<Sum> {
     sorted.into_iter().filter(|sum| sum.mean() <= middle * OUTLIER).reduce(Sum::plus)
 }
 
-/// `value` x `by` / `of`, or as much of it as fits.
+/// `value` x `by` / `of`, or u64::MAX where that does not fit.
 fn scale(value: u64, by: u64, of: u64) -> u64 {
     let wide = u128::from(value) * u128::from(by) / u128::from(of.max(1));
     u64::try_from(wide).unwrap_or(u64::MAX)
@@ -684,7 +698,7 @@ fn from_nanos(nanos: u128) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
-/// For a divisor: at least 1.
+/// `count` as a divisor: at least 1.
 fn narrow(count: u64) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX).max(1)
 }

@@ -1,10 +1,10 @@
-//! One copy from its first read to its final name: the order of the phases, and that order's reason.
+//! One copy from its first read to its final name: the order of the phases, and the reason for that order.
 //!
 //! Invariants:
-//! - the store is opened after the last read of the origin has completed ([`copy_and_lay_over`]);
-//! - whatever fails, nothing is in flight afterwards, the secondary is abandoned (no final name), and
-//!   the error says in which state it is left. A secondary that does not answer any more is left as it is, with what is
-//!   in flight to it: the engine must then not be dropped.
+//! - the store is opened after the last read of the origin has completed ([`copy_and_apply_originals`]);
+//! - after any failure nothing is in flight, the secondary is abandoned (it gets no final name), and the
+//!   error states how it is left. A secondary that does not respond any more is left as it is, with the
+//!   writes in flight to it: the engine must then not be dropped.
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -32,11 +32,11 @@ use crate::progress::{Observer, Phase, Silent};
 use crate::secondary::Secondary;
 use crate::sys::process::crash_point;
 
-/// Ranges outside the block list are made zero in pieces of this size at most, so that an interrupt is
-/// heard between them.
+/// Ranges outside the block list are zeroed in pieces of at most this size, so that the interrupt is polled
+/// in between.
 const ABSENT_STEP: Bytes = Bytes::mib(256);
 
-/// How a copy is made: what its user chooses.
+/// The options of a copy that the user chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CopyOptions {
     /// Unit of copying.
@@ -45,7 +45,7 @@ pub struct CopyOptions {
     pub region: Bytes,
     /// The order of the regions.
     pub order: Order,
-    /// Bytes per second read from the origin at most.
+    /// Most bytes per second read from the origin.
     pub rate: Option<Bytes>,
     /// Re-read the secondary and compare checksums.
     pub verify: bool,
@@ -53,54 +53,54 @@ pub struct CopyOptions {
 
 /// A copy to be made.
 pub struct CopyJob<'a> {
-    /// Fresh, made for [`engine_config`](crate::secondary::engine_config).
+    /// A new engine, configured by [`engine_config`](crate::secondary::engine_config).
     pub engine: &'a mut dyn Engine,
-    /// What is read: the origin below the snapshot, opened for direct I/O.
+    /// The origin below the snapshot, opened for direct I/O.
     pub origin: OwnedFd,
     /// Its name in errors.
     pub origin_description: String,
     /// Its size.
     pub origin_size: Bytes,
-    /// What of it is copied; sorted, disjoint, multiples of 4 KiB or the origin's end.
+    /// The parts of the origin that are copied; sorted, disjoint, multiples of 4 KiB or the origin's end.
     pub block_list: Vec<Extent>,
-    /// What of it is copied first, whatever the order; in any order.
+    /// The parts of the origin that are copied first; in any order.
     pub first: Vec<Extent>,
-    /// How.
+    /// The options.
     pub options: CopyOptions,
-    /// Where to; opened, checked, and told the instant.
+    /// The secondary: opened, checked, and its instant set.
     pub secondary: Box<dyn Secondary>,
     /// The originals; None for a cold copy.
     pub originals: Option<&'a mut dyn OriginalsProvider>,
-    /// Who gives regions back; None where nothing is preserved.
+    /// Releases regions; None where nothing is preserved.
     pub releases: Option<&'a mut dyn Releases>,
     /// The durable record of placed segments; None for a copy that cannot be resumed.
     pub placements: Option<&'a mut dyn PlacementLog>,
     /// Where an earlier process stopped; the secondary was reopened accordingly.
     pub resumed: Option<ResumePoint>,
-    /// How to see, and how far to spare, the applications on the origin; None where there are none.
+    /// Measures and limits the impact on the applications; None where there are none.
     pub impact: Option<ImpactWatch>,
-    /// Is told how it goes.
+    /// Receives progress events.
     pub observer: &'a dyn Observer,
-    /// Polled at least every 100 ms; an error aborts the copy and is what [`run`] answers.
+    /// Polled at least every 100 ms; [`run`] aborts the copy with the error that it returns.
     pub interrupt: &'a dyn Fn() -> Result<()>,
-    /// Asked behind the last read, before the archive's end is written and again before the secondary
-    /// gets its name: can what was read still be believed? An error abandons the copy.
+    /// Called after the last read, before the end of the archive is written, and again before the secondary
+    /// gets its name: checks whether the data read is still valid. An error abandons the copy.
     pub before_publish: &'a dyn Fn() -> Result<()>,
-    /// Called where the copy fails, at once: before anything in flight is waited for, and before the secondary is given
-    /// up.
+    /// Called at once when the copy fails: before waiting for what is in flight, and before the secondary is
+    /// abandoned.
     pub on_failure: &'a dyn Fn(),
-    /// Called instead where a copy that goes on fails before it has written anything, but for an interrupt: the secondary
-    /// is left as it was found, and the rest is to be.
-    pub on_doubt: &'a dyn Fn(),
+    /// Called instead of `on_failure` when a resumed copy fails before it has written anything, except by an
+    /// interrupt: the secondary is left unchanged, and the caller must leave everything else unchanged, too.
+    pub on_unwritten_failure: &'a dyn Fn(),
 }
 
-fn go_on() -> Result<()> {
+fn never_fails() -> Result<()> {
     Ok(())
 }
 
 impl<'a> CopyJob<'a> {
-    /// A copy of all of an origin at rest that nobody watches, from its beginning: the fields that differ
-    /// are set afterwards.
+    /// A copy from the beginning of a whole origin that is not in use, without an observer. The caller sets
+    /// the fields that differ.
     pub fn new(
         engine: &'a mut dyn Engine,
         origin: OwnedFd,
@@ -123,15 +123,15 @@ impl<'a> CopyJob<'a> {
             resumed: None,
             impact: None,
             observer: &Silent,
-            interrupt: &go_on,
-            before_publish: &go_on,
+            interrupt: &never_fails,
+            before_publish: &never_fails,
             on_failure: &|| (),
-            on_doubt: &|| (),
+            on_unwritten_failure: &|| (),
         }
     }
 }
 
-/// What a copy did. Sizes in bytes, times in seconds.
+/// The result of a copy. Sizes in bytes, times in seconds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct CopyReport {
     /// The engine's name.
@@ -154,19 +154,19 @@ pub struct CopyReport {
     pub zero_bytes: Bytes,
     /// Bytes written to the secondary, framing and originals included.
     pub written_bytes: Bytes,
-    /// Originals laid over or appended.
+    /// Originals applied or appended.
     pub originals_count: u64,
     /// Their bytes.
     pub originals_bytes: Bytes,
-    /// Bytes of the secondary re-read and found equal; None where that was not asked for.
+    /// Bytes of the secondary that were re-read and found equal; None without verification.
     pub verified_bytes: Option<Bytes>,
-    /// The fuzzy copy.
+    /// Duration of the fuzzy copy.
     pub data_seconds: f64,
-    /// The originals.
+    /// Duration of applying or appending the originals.
     pub originals_seconds: f64,
-    /// The verification, the sync before it included.
+    /// Duration of the verification, including the sync before it.
     pub verify_seconds: f64,
-    /// Sync and rename.
+    /// Duration of sync and rename.
     pub finish_seconds: f64,
     /// Bytes read from the origin per second of the fuzzy copy.
     pub read_bytes_per_second: u64,
@@ -176,13 +176,20 @@ pub struct CopyReport {
 ///
 /// # Errors
 /// The first failure, with the state in which the secondary is left; the origin is never written.
-/// [`ErrorKind::Io`] for a failed read or write,
-/// [`ErrorKind::NoSpace`] for a full secondary,
-/// [`ErrorKind::BadData`] for a failed verification, whatever the
-/// interrupt and the originals provider answer.
+/// [`ErrorKind::Io`] for a failed read or write, [`ErrorKind::NoSpace`] for a full secondary,
+/// [`ErrorKind::BadData`] for a failed verification, any error that the interrupt or the originals provider
+/// returns.
 pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
-    let CopyJob { engine, mut secondary, observer, interrupt, before_publish, on_failure, on_doubt, .. } =
-        job;
+    let CopyJob {
+        engine,
+        mut secondary,
+        observer,
+        interrupt,
+        before_publish,
+        on_failure,
+        on_unwritten_failure,
+        ..
+    } = job;
     let mut driver = Driver::new(engine, observer, interrupt);
     let options = job.options;
     let confirmed = Cell::new(job.resumed.is_none());
@@ -207,11 +214,11 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     });
     outcome.map_err(|error| {
         if !confirmed.get() && error.kind() != ErrorKind::Interrupted {
-            on_doubt();
-            // Reads alone: whether they have ended or not, it stays as it is.
+            on_unwritten_failure();
+            // Only reads were issued: whether they have completed or not, the secondary is unchanged.
             drain(&mut driver, false);
             secondary.leave();
-            return error.state("nothing was written: everything is as the killed copy has left it");
+            return error.state("nothing was written: everything is as the killed copy left it");
         }
         on_failure();
         let is_drained = drain(&mut driver, secondary.is_stream());
@@ -219,15 +226,15 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
     })
 }
 
-/// Gives up the secondary of a copy that failed with `error`.
+/// Abandons the secondary of a copy that failed with `error`.
 fn give_up(secondary: &mut dyn Secondary, error: Error, is_drained: bool) -> Error {
     let abandoned = if is_drained || secondary.is_stream() {
         secondary.abandon()
     } else {
-        // Whatever is asked of it now may wait as what is in flight does.
+        // A further request to it may hang, as those in flight do.
         secondary.leave();
         Ok(format!(
-            "{} does not answer: what is being written to it may still arrive, and this process ends when it has",
+            "{} does not answer: writes in flight to it may still arrive, and this process ends when they have",
             secondary.description()
         ))
     };
@@ -243,7 +250,7 @@ fn give_up(secondary: &mut dyn Secondary, error: Error, is_drained: bool) -> Err
     }
 }
 
-/// The parts of a job that are plain values, checked, and those who take part in it.
+/// The checked values and the ports of a job.
 struct Plan<'a> {
     schedule: Schedule,
     region: Bytes,
@@ -260,7 +267,7 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// What an earlier process has placed and is still there counts as placed.
+    /// Keeps the segments that an earlier process has placed and that are still on the secondary.
     fn confirm(
         &mut self,
         driver: &mut Driver<'_>,
@@ -286,8 +293,8 @@ fn run_phases(
     (confirmed, before_publish): (&Cell<bool>, &dyn Fn() -> Result<()>),
 ) -> Result<CopyReport> {
     if plan.verify && secondary.is_stream() {
-        return Err(Error::usage("what was sent to standard output cannot be read back")
-            .next("leave --verify away, and run tidemark verify where the archive arrives"));
+        return Err(Error::usage("an archive sent to standard output cannot be read back")
+            .next("leave out --verify, and run 'tidemark verify' where the archive is stored"));
     }
     let (size, piece_max) = (plan.schedule.size(), plan.throttle.read_max());
     let origin = Origin::open(driver.engine, origin, &plan.origin_description, size, piece_max)?;
@@ -308,9 +315,9 @@ fn run_phases(
         ..CopyReport::default()
     };
     write_blocks(driver, &mut sink, |memory| secondary.opening(memory))?;
-    copy_and_lay_over(driver, &mut plan, &origin, secondary, &mut sink, &mut checksums, &mut report)?;
+    copy_and_apply_originals(driver, &mut plan, &origin, secondary, &mut sink, &mut checksums, &mut report)?;
     zero_absent(driver, &plan.schedule, secondary, &mut sink)?;
-    // What comes now is all that tells a complete stream from a cut one: it cannot be taken back.
+    // The following blocks make a stream complete: once they are written, it cannot be undone.
     before_publish()?;
     write_blocks(driver, &mut sink, |memory| secondary.closing(memory))?;
     report.written_bytes = sink.written();
@@ -334,19 +341,19 @@ fn run_phases(
 
 /// The fuzzy copy, then the originals.
 ///
-/// Why the result is exact. A read below the snapshot returns newer data for a chunk only if a write
-/// to that chunk was issued to the origin before the read ended, and the kernel issues it only after
-/// the exception has been committed. So every chunk that the fuzzy copy got wrong has its original in
-/// the store by the time the reading is done. The store is read AFTER the last read of the origin has
-/// completed: `fuzzy::run` returns only then, and `open` is what makes the store readable. That order
-/// is the whole argument; it is kept here and nowhere else.
+/// Why the result is exact. A read below the snapshot returns newer data for a chunk only if a write to that
+/// chunk was issued to the origin before the read ended, and the kernel issues it only after the exception
+/// has been committed. So every chunk that the fuzzy copy got wrong has its original in the store by the time
+/// the reading is done. The store is read AFTER the last read of the origin has completed: `fuzzy::run`
+/// returns only then, and `open` is what makes the store readable. That order is the whole argument; it is
+/// kept here and nowhere else.
 ///
-/// Why a region may be released before its originals are on the secondary. After its release the origin
-/// is written there without anything being preserved; but it was read for the last time before, so what
-/// those writes change is in no read. What had been preserved until then is exactly what the reads of the
-/// region can have got wrong, and it stays in the store, which forgets nothing, until it is laid over. The
-/// application is spared from that moment on, and not only after a round of originals for each region.
-fn copy_and_lay_over(
+/// Why a region may be released before its originals are on the secondary. After the release, writes to the
+/// region are not preserved. But the last read of the region has completed before, so no read contains what
+/// those writes change. The originals preserved until then are exactly those that the reads of the region can
+/// need. They stay in the store, which drops nothing, until they are applied. So the applications are spared
+/// from that moment on, and not only after the originals of the region have been applied.
+fn copy_and_apply_originals(
     driver: &mut Driver<'_>,
     plan: &mut Plan<'_>,
     origin: &Origin,
@@ -391,7 +398,7 @@ fn copy_and_lay_over(
     Ok(())
 }
 
-/// What is outside the block list reads as zeros on the secondary, whatever it held before.
+/// Zeroes the secondary outside the block list, whatever it held before.
 fn zero_absent(
     driver: &mut Driver<'_>,
     schedule: &Schedule,
@@ -412,7 +419,7 @@ fn zero_absent(
     sink.flush(driver)
 }
 
-/// Writes blocks made by `make` until there is no more, one after the other.
+/// Writes the blocks that `make` lays out until it returns None, one after the other.
 fn write_blocks(
     driver: &mut Driver<'_>,
     sink: &mut Sink,

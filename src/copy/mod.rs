@@ -1,6 +1,6 @@
-//! Copying: the schedule, the copier, overlay and append of originals, verification.
+//! Copying: the schedule, the copier, applying and appending originals, verification.
 //!
-//! Sees extents, `io` traits and secondaries; never device-mapper: `op` wires them.
+//! Uses extents, `io` traits and secondaries, never device-mapper; `op` connects them.
 
 mod append;
 #[cfg(test)]
@@ -11,11 +11,11 @@ mod confirm;
 mod device_tests;
 mod durable;
 mod fuzzy;
+mod headroom;
 pub mod impact;
 pub mod job;
 mod origin;
 mod overlay;
-mod pace;
 mod placed;
 mod ports;
 pub mod regions;

@@ -1,9 +1,9 @@
-//! The origin as the copier reads it: direct I/O, and the end of a file that direct I/O cannot read.
+//! The origin as the copier reads it: by direct I/O, except for the end of a file that direct I/O cannot
+//! read.
 //!
-//! A block device's size is a multiple of its logical block, so every piece of it can be read
-//! directly. A regular file (a cold copy: nobody writes it) may end anywhere: what lies behind its
-//! last multiple of [`DIRECT_IO_ALIGN`] is read once, through the page cache, when the origin is
-//! opened.
+//! A block device's size is a multiple of its logical block, so every piece of it can be read directly. A
+//! regular file (a cold copy: no process writes it) may end anywhere: the part after its last multiple of
+//! [`DIRECT_IO_ALIGN`] is read once, through the page cache, when the origin is opened.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -16,15 +16,15 @@ use crate::extent::Extent;
 use crate::io::{Engine, FileIx, Piece, Place};
 use crate::secondary::{PAYLOAD_OFFSET, zero_padding};
 
-/// See the module's head.
+/// The open origin.
 #[derive(Debug)]
 pub struct Origin {
     pub(super) file: FileIx,
-    /// Where direct reading ends.
+    /// Where direct I/O ends.
     direct_end: Bytes,
-    /// What its disk is asked for at once; the parts of a segment follow each other.
+    /// Most bytes of one request to its disk; the pieces of a segment are then read one after the other.
     pub(super) piece_max: Option<Bytes>,
-    /// The bytes from there to the origin's end.
+    /// The bytes from `direct_end` to the origin's end.
     tail: Vec<u8>,
 }
 
@@ -37,11 +37,11 @@ impl Origin {
         piece_max: Option<Bytes>,
     ) -> Result<Self> {
         let file = File::from(fd);
-        let regular = file.metadata().io_context(|| format!("look at the origin {description}"))?.is_file();
+        let regular = file.metadata().io_context(|| format!("stat of the origin {description}"))?.is_file();
         let direct_end = if regular { size.align_down(DIRECT_IO_ALIGN) } else { size };
         let mut tail = vec![0u8; (size - direct_end).as_len()];
         if !tail.is_empty() {
-            // Through /proc, because the handle at hand was opened for direct I/O.
+            // Through /proc, because the present handle was opened for direct I/O.
             OpenOptions::new()
                 .read(true)
                 .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
@@ -68,7 +68,7 @@ impl Origin {
             .collect()
     }
 
-    /// Makes a buffer ready for `work`: what will not be read is zero, and the tail is in its place.
+    /// Prepares a buffer for `work`: zeroes what will not be read, and puts the tail in its place.
     pub(super) fn prepare(&self, work: &Work, memory: &mut [u8]) {
         zero_gaps(work, memory);
         if let Some(last) = work.valid.last().filter(|last| last.end() > self.direct_end) {
@@ -80,12 +80,12 @@ impl Origin {
     }
 }
 
-/// Where byte `offset` of the origin lies in the buffer of a segment that begins at `base`.
+/// Where byte `offset` of the origin is in the buffer of a segment that begins at `base`.
 pub(super) fn payload_position(base: Bytes, offset: Bytes) -> usize {
     PAYLOAD_OFFSET + (offset - base).as_len()
 }
 
-/// Zeroes the parts of the payload that are not in `work.valid`, and the padding behind it.
+/// Zeroes the parts of the payload that are not in `work.valid`, and the padding after it.
 pub(super) fn zero_gaps(work: &Work, memory: &mut [u8]) {
     let base = work.extent.start();
     let mut at = base;

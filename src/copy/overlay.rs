@@ -1,14 +1,14 @@
-//! Laying the originals over the fuzzy copy.
+//! Applies the originals to the fuzzy copy.
 //!
-//! Originals come in batches. Each batch is sorted by destination, adjacent ones are merged, and they
-//! are grouped by segment; a segment is one job that owns one buffer: (read the segment back, where
-//! its checksum is kept;) read its originals from the store into their places; write what changed.
+//! Originals come in batches. Each batch is sorted by destination, adjacent originals are merged, and they
+//! are grouped by segment. A segment is one unit of work that owns one buffer: (read the segment back, if its
+//! checksum is kept;) read its originals from the store into their places; write what changed.
 //!
 //! Invariants:
-//! - writes to one segment are never in flight together: a segment is one job in a batch, and a batch
-//!   ends before the next begins;
+//! - writes to one segment are never in flight together: a segment is one unit of work in a batch, and a
+//!   batch ends before the next begins;
 //! - memory: one batch, and the engine's buffers;
-//! - a segment that is read back is checked before anything is laid over it.
+//! - a segment that is read back is checked before anything is applied to it.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ use crate::io::Driver;
 use crate::io::{Buffer, Completion, FileIx, Piece, Place};
 use crate::secondary::{Secondary, Segment, is_zero, zero_padding};
 
-/// What was laid over or appended.
+/// The originals applied or appended.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OriginalsStats {
     pub(super) count: u64,
@@ -39,15 +39,15 @@ impl OriginalsStats {
     }
 }
 
-/// Some of the store's originals, ready to be read.
+/// Some of the store's originals, arranged for reading.
 pub(super) struct Batch {
-    /// As many as the store named.
+    /// Originals in the batch before arranging.
     count: u64,
     /// Sorted, merged, cut to the block list.
     pub(super) originals: Vec<Original>,
 }
 
-/// Where originals come from while they are worked through.
+/// The source of originals while they are processed.
 pub(super) struct Store<'a> {
     pub(super) provider: &'a mut dyn OriginalsProvider,
     pub(super) file: FileIx,
@@ -65,11 +65,11 @@ impl Store<'_> {
     }
 }
 
-/// Sorts a batch by destination, merges what continues, and cuts it to the block list.
+/// Sorts a batch by destination, merges originals that continue each other, and cuts it to the block list.
 ///
 /// # Errors
-/// [`ErrorKind::Kernel`] where two originals claim one byte, or one lies behind the origin's end: the
-/// store does not say what it should.
+/// [`ErrorKind::Kernel`] where two originals overlap, or one is past the origin's end: the content of the
+/// store is wrong.
 fn arranged(batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> {
     let batch = arrange(batch);
     for pair in batch.windows(2) {
@@ -78,7 +78,7 @@ fn arranged(batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> 
         }
     }
     if let Some(last) = batch.last().filter(|last| last.extent.end() > schedule.size()) {
-        return Err(nonsense(format!("an original at {} behind the origin's end", last.extent)));
+        return Err(nonsense(format!("an original at {} past the origin's end", last.extent)));
     }
     let listed = |original: &Original| schedule.parts_of(original.extent);
     if batch.iter().all(|original| listed(original) == [original.extent]) {
@@ -96,8 +96,8 @@ fn nonsense(what: String) -> Error {
         .next("this should not happen: keep the store (--keep-store) and report it")
 }
 
-/// What to read from the store so that an original lies at `position` of a buffer; the end is rounded
-/// up to what direct I/O takes.
+/// What to read from the store so that an original is at `position` of a buffer; the end is rounded up to the
+/// alignment of direct I/O.
 pub(super) fn store_piece(original: &Original, position: usize) -> Piece {
     let length = original.extent.length().align_up(DIRECT_IO_ALIGN).as_len();
     Piece { range: position..position + length, place: Place::At(original.store_offset) }
@@ -124,7 +124,7 @@ struct Group {
 }
 
 enum Step {
-    /// The segment itself is being read back.
+    /// The segment is being read back.
     Reread(Group),
     /// Its originals are being read.
     Fetch(Group),
@@ -139,7 +139,7 @@ struct Overlay<'a, 'd> {
     reads: HashMap<u64, Step>,
 }
 
-/// Lays every original of `store` over the secondary; see the module's head.
+/// Applies every original of `store` to the secondary.
 pub(super) fn run(
     driver: &mut Driver<'_>,
     store: &mut Store<'_>,
@@ -180,7 +180,7 @@ impl Overlay<'_, '_> {
         Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero }
     }
 
-    /// True where the whole segment must be in the buffer.
+    /// True where the buffer must hold the whole segment.
     fn is_whole(&self) -> bool {
         self.secondary.is_framed() || self.checksums.is_kept()
     }
@@ -228,7 +228,7 @@ impl Overlay<'_, '_> {
                 completion
                     .result
                     .map_err(|error| error.context("reading originals from the store failed"))?;
-                self.lay_over(&group, buffer)
+                self.apply(&group, buffer)
             }
         }
     }
@@ -239,8 +239,8 @@ impl Overlay<'_, '_> {
         check_crc(self.checksums, expected, work, memory, self.secondary.description())
     }
 
-    fn lay_over(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
-        // The last original was read to a whole block; behind the origin's end the payload is zero.
+    fn apply(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
+        // The last original was read to a whole block; zero the payload past the origin's end.
         zero_padding(&mut buffer, payload_position(group.work.extent.start(), group.work.extent.end()));
         let changed = merged(group.originals.iter().map(|original| original.extent));
         let (mut crc, mut zero) = (None, false);
@@ -260,7 +260,7 @@ impl Overlay<'_, '_> {
     }
 }
 
-/// Compares a payload that was read back with the checksum that it must have, if any.
+/// Compares a payload that was read back with the checksum that it must have, if known.
 pub(super) fn check_crc(
     checksums: &Checksums,
     expected: Option<u32>,
@@ -275,7 +275,7 @@ pub(super) fn check_crc(
         return Ok(());
     }
     Err(Error::bad_data(format!(
-        "{secondary} does not hold what was written to it: the segment at {} of the origin has CRC-32C \
+        "{secondary} holds other data than were written: the segment at {} of the origin has CRC-32C \
          {found:08x}, {expected:08x} was written",
         work.extent
     ))

@@ -1,17 +1,18 @@
-//! Which segments has an earlier process placed? One byte for each where there was one, nothing else.
+//! The segments that an earlier process has placed: one byte for each if there was such a process, else
+//! nothing.
 
 use super::schedule::Schedule;
 use crate::base::{Bytes, SegmentIx};
 use crate::secondary::PlacedSegment;
 
-/// See the module's head.
+/// A set of segments.
 #[derive(Clone, Debug, Default)]
 pub struct PlacedSet {
     placed: Vec<bool>,
 }
 
 impl PlacedSet {
-    /// Of an origin of `segment_count` segments; a segment behind its end is ignored.
+    /// For an origin of `segment_count` segments; segments past its end are ignored.
     pub(super) fn new(segments: &[PlacedSegment], segment_count: u64) -> Self {
         if segments.is_empty() {
             return Self::default();
@@ -37,7 +38,7 @@ impl PlacedSet {
         schedule.works().filter(|work| self.contains(work.ix)).map(|work| work.valid_bytes()).sum()
     }
 
-    /// How many there are.
+    /// The number of segments in the set.
     pub(super) fn count(&self) -> u64 {
         Bytes::from_len(self.placed.iter().filter(|placed| **placed).count()).get()
     }

@@ -1,26 +1,25 @@
-//! In which order is the origin copied, and when is a region of it done?
+//! The order in which the origin is copied, and the regions that are done.
 //!
-//! A region is a run of segments that is released together: once every segment of it is on the
-//! secondary, the origin's writes there need not be preserved any more. The origin is cut into *units*
-//! of a fixed number of segments; a region is a unit, or a run of neighbouring ones once releases have
-//! turned out to be slow ([`Regions::enlarge`]).
+//! A region is a run of segments that is released together: once every segment of it is on the secondary,
+//! writes to it need not be preserved any more. The origin is cut into *units* of a fixed number of segments.
+//! A region is one unit, or a run of adjacent units after releases have proved slow ([`Regions::enlarge`]).
 //!
-//! | order | which region comes next |
+//! | order | which region is next |
 //! |---|---|
 //! | physical | the next one on the origin |
-//! | hot | the one that has received the most new exceptions lately, else the next one on the origin |
+//! | hot | the one with the most new exceptions recently, else the next one on the origin |
 //!
-//! Whatever the order, what is put first ([`Regions::put_first`]) comes before it: a filesystem's log, of which every
-//! block is written again and again.
+//! In any order, the regions passed to [`Regions::put_first`] come first: for example a filesystem's log, of
+//! which every block is written again and again.
 //!
-//! Writers move on, as through a filesystem's journal: so half of the heat of what is being copied goes to what lies
-//! behind it, which is then copied before they come.
+//! Writers often advance through a device, as through a filesystem's journal. So half of the heat of a region
+//! that is being copied goes to the units after it, which are then copied before the writers get there.
 //!
-//! Invariants, whatever the order and however often regions are enlarged:
-//! - every segment that holds a part of the block list is handed out exactly once, those of one region
-//!   in their order on the origin;
-//! - a region is reported done exactly once, after the last of its segments was reported placed;
-//!   the regions reported are disjoint, and together they cover the origin.
+//! Invariants, for any order and any number of enlargements:
+//! - every segment that holds a part of the block list is handed out exactly once, those of one region in
+//!   their order on the origin;
+//! - a region is reported done exactly once, after the last of its segments was reported placed; the reported
+//!   regions are disjoint, and together they cover the origin.
 //!
 //! Pure: no I/O, no clock. Memory: a few words for each of at most [`UNITS_MAX`] units.
 
@@ -32,46 +31,46 @@ use super::schedule::{Schedule, Work};
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
 
-/// Units that an origin is cut into at most. What is released in any order is then at most half as many
-/// runs, so that the origin's table can always name all of them: a range that was released must never be
-/// preserved again, for the store would take what is there now for the instant's.
+/// Most units of an origin. The released parts then form at most half as many runs, in any order, so that the
+/// origin's table can always name all of them. That is necessary: a released range must never be preserved
+/// again, since the store would record its present content as that of the instant.
 pub const UNITS_MAX: u64 = 1024;
 
-/// Units that an origin is cut into where nothing is said.
+/// Default number of units of an origin.
 const UNITS_DEFAULT: u64 = 128;
 
-/// Smallest unit by default: below this a release costs more than the writes that it spares.
+/// Smallest unit by default: with a smaller one a release costs more than the writes that it spares.
 const REGION_BYTES_MIN: Bytes = Bytes::mib(4);
 
-/// Largest unit by default: writes to what was copied long ago must not go on being preserved.
+/// Largest unit by default: writes to parts that were copied long ago should not still be preserved.
 const REGION_BYTES_MAX: Bytes = Bytes::gib(1);
 
-/// Of the origin, the share that is one region at most.
-const RUN_SHARE: usize = 16;
+/// A region is at most this part of the origin.
+const REGION_SHARE: usize = 16;
 
-/// Share of a unit's heat that is left after each look: what was hot a while ago is not hot now.
+/// A unit's heat is divided by this at each update: old heat fades.
 const HEAT_KEPT: u64 = 2;
 
-/// Units behind one that is being copied among which the next is looked for.
-const BEHIND_MAX: usize = 4;
+/// How many units after one that is being copied may receive its heat.
+const FOLLOWING_MAX: usize = 4;
 
 /// The order in which regions are copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// As they lie on the origin.
+    /// By offset on the origin.
     #[default]
     Physical,
-    /// First what is being written most.
+    /// The most written regions first.
     Hot,
 }
 
-/// The size of a unit for an origin: what was asked for, rounded up to whole segments, else a share of
-/// the origin.
+/// The size of a unit for an origin: the requested size, rounded up to whole segments, else a share of the
+/// origin.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the one asked for gives more than
-/// [`UNITS_MAX`] units; the error says which to use.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the requested size gives more than [`UNITS_MAX`]
+/// units; the error names the size to use.
 pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<Bytes>) -> Result<Bytes> {
     let smallest = Bytes(origin.get().div_ceil(UNITS_MAX)).align_up(segment.bytes()).max(segment.bytes());
     match requested {
@@ -79,7 +78,7 @@ pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<By
             "regions of {size} are too small for an origin of {origin} with segments of {segment}: there are \
              at most {UNITS_MAX}"
         ))
-        .next(format!("use --region {}KiB or leave --region away", smallest.get() / 1024))),
+        .next(format!("use --region {}KiB or leave out --region", smallest.get() / 1024))),
         Some(size) => Ok(size.align_up(segment.bytes())),
         None => Ok(Bytes(origin.get() / UNITS_DEFAULT)
             .max(REGION_BYTES_MIN)
@@ -94,35 +93,35 @@ pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<By
 struct Unit {
     /// Its segments were handed out, or are about to be.
     begun: bool,
-    /// Segments of it that are not on the secondary yet.
+    /// Its segments that are not on the secondary yet.
     left: u64,
     heat: u64,
 }
 
-/// See the module's head.
+/// Hands out segments by region, and reports the regions that are done.
 #[derive(Debug)]
 pub struct Regions<'a> {
     schedule: &'a Schedule,
     order: Order,
-    /// Segments of a unit.
+    /// Segments in a unit.
     unit_segments: u64,
     units: Vec<Unit>,
-    /// Units of a region from now on.
-    run: usize,
-    /// Segments of the region at hand that are to be handed out.
+    /// Units in a region from now on.
+    region_units: usize,
+    /// Segments of the current region that are still to be handed out.
     current: std::ops::Range<u64>,
-    /// Units that come before the order.
+    /// Units that precede the order.
     first: VecDeque<usize>,
-    /// Regions being copied: units and segments left.
+    /// Regions being copied: their units, and the segments left.
     open: VecDeque<(std::ops::Range<usize>, u64)>,
-    /// Regions that are done and were not taken yet.
+    /// Regions that are done and not yet returned.
     done: VecDeque<Extent>,
 }
 
 impl<'a> Regions<'a> {
-    /// For what `schedule` holds, in units of `unit` bytes (see [`region_size_for`]). Units in which
-    /// `is_placed` says that all of the schedule's segments are on the secondary already are done at once;
-    /// a placed segment is not handed out again.
+    /// For the segments of `schedule`, in units of `unit` bytes (see [`region_size_for`]). `is_placed` tells
+    /// which segments are on the secondary already; they are not handed out again, and units without any
+    /// other segment are done at once.
     pub fn new(
         schedule: &'a Schedule,
         unit: Bytes,
@@ -140,13 +139,13 @@ impl<'a> Regions<'a> {
             order,
             unit_segments,
             units,
-            run: 1,
+            region_units: 1,
             current: 0..0,
             first: VecDeque::new(),
             open: VecDeque::new(),
             done: VecDeque::new(),
         };
-        // What holds nothing to be copied is done before it is begun; runs of it are one region.
+        // Units without anything to copy are done from the start; a run of them is one region.
         let mut at = 0;
         while at < count {
             let end = (at..count).find(|ix| this.units[*ix].left > 0).unwrap_or(count);
@@ -160,7 +159,7 @@ impl<'a> Regions<'a> {
         this
     }
 
-    /// The regions that hold a part of `extents` come first, as they lie on the origin.
+    /// The regions that hold a part of `extents` come first, by offset.
     pub fn put_first(&mut self, extents: &[Extent]) {
         let Some(last) = self.units.len().checked_sub(1) else { return };
         let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
@@ -172,19 +171,19 @@ impl<'a> Regions<'a> {
         self.first.extend(units);
     }
 
-    /// Regions not handed out wholly are larger from now on: twice as many units, but never more than a
-    /// [`RUN_SHARE`]th of the origin: what is released late is preserved long.
+    /// Doubles the units of the regions not yet handed out, up to one [`REGION_SHARE`]th of the origin: a region
+    /// that is released late is preserved long.
     pub fn enlarge(&mut self) {
-        self.run = (self.run * 2).min((self.units.len() / RUN_SHARE).max(1));
+        self.region_units = (self.region_units * 2).min((self.units.len() / REGION_SHARE).max(1));
     }
 
     /// Bytes of a region from now on.
     #[must_use]
     pub fn region_bytes(&self) -> Bytes {
-        self.schedule.segment().bytes() * self.unit_segments * Bytes::from_len(self.run).get()
+        self.schedule.segment().bytes() * self.unit_segments * Bytes::from_len(self.region_units).get()
     }
 
-    /// Notes where new exceptions have appeared since the last look. Without use for [`Order::Physical`].
+    /// Records where new exceptions appeared since the last call. Has no effect on [`Order::Physical`].
     pub fn heat(&mut self, offsets: &[Bytes]) {
         for unit in &mut self.units {
             unit.heat /= HEAT_KEPT;
@@ -192,9 +191,9 @@ impl<'a> Regions<'a> {
         let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
         for offset in offsets {
             let index = Bytes(offset.get() / unit_bytes.get()).as_len();
-            // So that one new exception is more than none after the halving.
+            // Weighted so that one new exception counts more than none after the halving.
             match self.units.get(index) {
-                Some(unit) if unit.begun => self.warm_behind(index, HEAT_KEPT / 2),
+                Some(unit) if unit.begun => self.warm_following(index, HEAT_KEPT / 2),
                 Some(_) => self.warm(index, HEAT_KEPT),
                 None => {}
             }
@@ -205,15 +204,15 @@ impl<'a> Regions<'a> {
         self.units[unit].heat = self.units[unit].heat.saturating_add(heat);
     }
 
-    /// Warms the next unit behind `unit` that is not begun, if there is one close by.
-    fn warm_behind(&mut self, unit: usize, heat: u64) {
-        let end = (unit + 1 + BEHIND_MAX).min(self.units.len());
+    /// Heats the next unit after `unit` that is not begun, if one is close.
+    fn warm_following(&mut self, unit: usize, heat: u64) {
+        let end = (unit + 1 + FOLLOWING_MAX).min(self.units.len());
         if let Some(next) = (unit + 1..end).find(|ix| !self.units[*ix].begun) {
             self.warm(next, heat);
         }
     }
 
-    /// True where the next segment would be the first of another region: the time to look for heat.
+    /// True where the next segment is the first of another region: the time to update the heat.
     #[must_use]
     pub fn is_at_boundary(&self) -> bool {
         self.current.is_empty()
@@ -225,7 +224,7 @@ impl<'a> Regions<'a> {
         self.order
     }
 
-    /// The next segment to be copied, where `is_placed` does not say that it is copied already.
+    /// The next segment to be copied; skips segments for which `is_placed` is true.
     pub fn next(&mut self, is_placed: &dyn Fn(SegmentIx) -> bool) -> Option<Work> {
         loop {
             for index in self.current.by_ref() {
@@ -235,9 +234,9 @@ impl<'a> Regions<'a> {
                 }
             }
             let first = self.next_unit()?;
-            let end = (first + 1..(first + self.run).min(self.units.len()))
+            let end = (first + 1..(first + self.region_units).min(self.units.len()))
                 .find(|ix| self.units[*ix].begun)
-                .unwrap_or((first + self.run).min(self.units.len()));
+                .unwrap_or((first + self.region_units).min(self.units.len()));
             self.begin(first..end);
         }
     }
@@ -251,7 +250,7 @@ impl<'a> Regions<'a> {
         let waiting = self.units.iter().enumerate().filter(|(_, unit)| !unit.begun);
         match self.order {
             Order::Physical => waiting.map(|(ix, _)| ix).next(),
-            // The first of those that are equally hot.
+            // The first of equally hot units.
             Order::Hot => waiting
                 .max_by(|one, other| one.1.heat.cmp(&other.1.heat).then(other.0.cmp(&one.0)))
                 .map(|(ix, _)| ix),
@@ -265,13 +264,13 @@ impl<'a> Regions<'a> {
             left += unit.left;
             heat = heat.saturating_add(unit.heat);
         }
-        self.warm_behind(units.end - 1, heat / 2);
+        self.warm_following(units.end - 1, heat / 2);
         let segment = |unit: usize| Bytes::from_len(unit).get() * self.unit_segments;
         self.current = segment(units.start)..segment(units.end).min(self.schedule.segment_count());
         self.open.push_back((units, left));
     }
 
-    /// Notes that a segment is on the secondary.
+    /// Records that a segment is on the secondary.
     ///
     /// # Panics
     /// For a segment that was not handed out, or that was reported before: a broken invariant.
@@ -294,7 +293,7 @@ impl<'a> Regions<'a> {
         self.done.pop_front()
     }
 
-    /// Units that are not begun.
+    /// The number of units that are not begun.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.units.iter().filter(|unit| !unit.begun).count()
@@ -329,11 +328,11 @@ mod tests {
         assert_eq!(size(Bytes::gib(2048), None).unwrap(), Bytes::gib(2));
         assert_eq!(size(Bytes::mib(48), Some(Bytes(1))).unwrap(), segment().bytes());
         let error = size(Bytes::gib(1), Some(Bytes::kib(64))).unwrap_err();
-        assert_eq!(error.next_step(), Some("use --region 1024KiB or leave --region away"));
+        assert_eq!(error.next_step(), Some("use --region 1024KiB or leave out --region"));
     }
 
     #[test]
-    fn what_is_hot_comes_first_and_cools_down() {
+    fn the_hottest_unit_comes_first_and_heat_fades() {
         let schedule =
             Schedule::new(vec![Extent::new(Bytes(0), Bytes::mib(1)).unwrap()], Bytes::mib(1), segment())
                 .unwrap();
@@ -345,13 +344,13 @@ mod tests {
         regions.heat(&[Bytes::kib(900), Bytes::kib(300), Bytes::kib(910)]);
         assert_eq!(unit(regions.next(&never).unwrap()), 7);
         assert_eq!(unit(regions.next(&never).unwrap()), 7);
-        // Two new ones are more than what one is after it has cooled down, and the first of equals wins.
+        // A new exception counts more than an old one that has faded, and the first of equals wins.
         regions.heat(&[Bytes::kib(700), Bytes::kib(800)]);
         assert_eq!(unit(regions.next(&never).unwrap()), 5);
     }
 
     #[test]
-    fn what_is_put_first_comes_before_any_order() {
+    fn units_put_first_precede_any_order() {
         let whole = Extent::new(Bytes(0), segment().bytes() * 8).unwrap();
         let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
         for order in [Order::Physical, Order::Hot] {
@@ -367,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn heat_moves_on_with_the_writers() {
+    fn heat_moves_ahead_of_the_writers() {
         let whole = Extent::new(Bytes(0), segment().bytes() * 8).unwrap();
         let schedule = Schedule::new(vec![whole], whole.length(), segment()).unwrap();
         let mut regions = Regions::new(&schedule, segment().bytes(), Order::Hot, &|_| false);
@@ -376,9 +375,9 @@ mod tests {
             regions.next(&|_| false).unwrap().ix.get()
         };
         assert_eq!(next(&[3, 3, 3, 3, 6]), 3);
-        // Nothing is new: what lies behind it is warmer than where one was written a while ago.
+        // Nothing is new: the unit after it is hotter than one that was written a while ago.
         assert_eq!(next(&[]), 4);
-        // They write in what is being copied.
+        // Writers write in the region that is being copied.
         assert_eq!(next(&[4, 4, 4, 4]), 5);
     }
 
@@ -394,8 +393,8 @@ mod tests {
     }
 
     proptest! {
-        /// Every order, under any heat, growth of regions and order of completion: each needed byte once,
-        /// and a region is done only when all of it is placed.
+        /// Any order, heat, growth of regions and order of completion: each needed byte is copied once, and a
+        /// region is done only when all of it is placed.
         #[test]
         fn every_order_copies_each_needed_byte_exactly_once(
             pages in prop::collection::vec(any::<bool>(), 1..1500),

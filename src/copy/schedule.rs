@@ -1,6 +1,6 @@
-//! In which pieces is the origin copied? Cuts a block list into segments, lazily.
+//! Cuts a block list into segments, lazily.
 //!
-//! Pure. Memory: the block list itself; the segments are made as they are asked for.
+//! Pure. Memory: the block list itself; segments are created when they are asked for.
 
 use crate::base::limits::{DIRECT_IO_ALIGN, SEGMENT_COUNT_MAX};
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
@@ -13,7 +13,7 @@ pub struct Work {
     pub ix: SegmentIx,
     /// The whole segment, or less at the origin's end.
     pub extent: Extent,
-    /// The parts of it in the block list; sorted, disjoint, never none.
+    /// The parts of it in the block list; sorted, disjoint, at least one.
     pub valid: Vec<Extent>,
 }
 
@@ -25,7 +25,7 @@ impl Work {
     }
 }
 
-/// A block list and how it is cut; see the module's head.
+/// A block list and its segments.
 #[derive(Clone, Debug)]
 pub struct Schedule {
     extents: Vec<Extent>,
@@ -47,7 +47,7 @@ impl Schedule {
             let cut = |at: Bytes| at == size || at.is_aligned(DIRECT_IO_ALIGN);
             if extent.start() < last || extent.end() > size || !cut(extent.start()) || !cut(extent.end()) {
                 return Err(Error::usage(format!(
-                    "extent {extent} of the block list is out of order, unaligned, or behind the origin's \
+                    "extent {extent} of the block list is out of order, unaligned, or past the origin's \
                      end at {}",
                     size.get()
                 )));
@@ -81,7 +81,7 @@ impl Schedule {
         self.extents.iter().map(|extent| extent.length()).sum()
     }
 
-    /// How many segments [`Schedule::works`] gives, without making them.
+    /// The number of segments that [`Schedule::works`] returns, without creating them.
     #[must_use]
     pub fn work_count(&self) -> u64 {
         let mut next = SegmentIx(0);
@@ -117,7 +117,7 @@ impl Schedule {
         })
     }
 
-    /// One segment, or None where nothing of it is in the block list.
+    /// One segment, or None where no part of it is in the block list.
     #[must_use]
     pub fn work(&self, ix: SegmentIx) -> Option<Work> {
         let start = self.segment.offset_of(ix)?;
@@ -134,12 +134,12 @@ impl Schedule {
     }
 }
 
-/// The segment size for an origin: what was asked for, else 1 MiB, else the smallest that keeps the
-/// count of segments within [`SEGMENT_COUNT_MAX`].
+/// The segment size for an origin: the requested one, else 1 MiB, else the smallest one that keeps the number
+/// of segments within [`SEGMENT_COUNT_MAX`].
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the one asked for is too small (the error
-/// says which to use), or where the origin is too large for any.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the requested size is too small (the error names
+/// the size to use), or where the origin is too large for any size.
 pub fn segment_size_for(origin_size: Bytes, requested: Option<SegmentSize>) -> Result<SegmentSize> {
     let fits = |size: SegmentSize| size.count_for(origin_size) <= SEGMENT_COUNT_MAX;
     let mut smallest = requested.map_or(SegmentSize::default().bytes(), SegmentSize::bytes);
@@ -160,7 +160,7 @@ pub fn segment_size_for(origin_size: Bytes, requested: Option<SegmentSize>) -> R
             "segments of {size} are too small for an origin of {origin_size}: a copy has at most \
              {SEGMENT_COUNT_MAX} segments"
         ))
-        .next(format!("use --segment {}KiB or leave --segment away", needed.bytes().get() / 1024))),
+        .next(format!("use --segment {}KiB or leave out --segment", needed.bytes().get() / 1024))),
         _ => Ok(needed),
     }
 }
@@ -187,7 +187,7 @@ mod tests {
         let small = SegmentSize::new(Bytes::kib(64)).unwrap();
         assert_eq!(segment_size_for(Bytes::gib(256), Some(small)).unwrap(), small);
         let error = segment_size_for(Bytes::gib(257), Some(small)).unwrap_err();
-        assert_eq!(error.next_step(), Some("use --segment 128KiB or leave --segment away"));
+        assert_eq!(error.next_step(), Some("use --segment 128KiB or leave out --segment"));
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Writes what a secondary laid out.
+//! Writes what a secondary has laid out. A segment has *landed* when all of its writes have completed.
 //!
 //! Invariants:
 //! - at most one write to a stream is in flight;
-//! - a buffer is given back to the engine when its last use has completed.
+//! - a buffer is returned to the engine when its last use has completed.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -15,23 +15,24 @@ use crate::secondary::Placement;
 /// Longest time that an aborted copy waits for a stream whose reader has stopped reading.
 const STREAM_DRAIN_MAX: Duration = Duration::from_secs(2);
 
-/// Longest time that an aborted copy waits for the next answer of what it wrote to. The applications do not wait with it.
+/// Longest time that an aborted copy waits for the next completion from the secondary. The applications do
+/// not wait for it.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
-/// Zero requests in flight at most; they carry no buffer that would bound them.
+/// Most zero requests in flight; they carry no buffer that would limit them.
 pub const ZEROS_IN_FLIGHT_MAX: usize = 64;
 
-/// After an error: waits for what is in flight. A stream whose reader has stopped, and a secondary of which nothing comes
-/// back any more, is given up after a while; the engine keeps the memory of such a write. False where something is still in
-/// flight.
+/// After an error: waits for what is in flight. Gives up after a while on a stream whose reader has stopped,
+/// and on a secondary that completes nothing any more; the engine keeps the memory of such a write. Returns
+/// false where something is still in flight.
 pub(super) fn drain(driver: &mut Driver<'_>, stream: bool) -> bool {
     if stream { driver.drain(STREAM_DRAIN_MAX, false) } else { driver.drain(SILENCE_MAX, true) }
 }
 
-/// What a write is a part of; None where nobody asks when it has landed.
+/// The segment that a write belongs to; None where its completion need not be reported.
 type Tag = Option<SegmentIx>;
 
-/// The writes of a copy.
+/// Submits the writes of a copy and tracks their completion.
 pub struct Sink {
     pub(super) file: FileIx,
     stream: bool,
@@ -39,9 +40,9 @@ pub struct Sink {
     waiting: VecDeque<(Buffer, Vec<Piece>, Tag)>,
     writes: HashMap<u64, Tag>,
     zeros: HashMap<u64, Tag>,
-    /// Segments of which something is under way, and in how many parts.
+    /// Segments with writes in flight, and the number of those writes.
     parts: HashMap<SegmentIx, usize>,
-    /// Segments of which everything has been written, in order of completion.
+    /// Segments that have landed, in order of completion.
     landed: VecDeque<SegmentIx>,
     written: Bytes,
 }
@@ -83,7 +84,7 @@ impl Sink {
         self.put_tagged(driver, buffer, placement, None)
     }
 
-    /// As [`Sink::put`], and tells by [`Sink::take_landed`] when all of it has been written.
+    /// As [`Sink::put`]; [`Sink::take_landed`] returns `ix` when all of it has been written.
     pub(super) fn put_segment(
         &mut self,
         driver: &mut Driver<'_>,
@@ -100,12 +101,12 @@ impl Sink {
         self.put_tagged(driver, buffer, placement, Some(ix))
     }
 
-    /// Submits a range to be made zero.
+    /// Submits a range to be zeroed.
     pub(super) fn put_zeros(&mut self, driver: &mut Driver<'_>, extent: Extent) -> Result<()> {
         self.zero(driver, extent, None)
     }
 
-    /// A segment that has been written wholly since the last call.
+    /// A segment that has landed since the last call.
     pub(super) fn take_landed(&mut self) -> Option<SegmentIx> {
         self.landed.pop_front()
     }
@@ -144,7 +145,7 @@ impl Sink {
         Ok(())
     }
 
-    /// Takes a completion that is the sink's; gives any other back.
+    /// Processes a completion of the sink; returns any other.
     pub(super) fn complete(
         &mut self,
         driver: &mut Driver<'_>,
@@ -183,7 +184,7 @@ impl Sink {
             Some(libc::EPIPE) => error
                 .context("the reader of standard output is gone")
                 .with_kind(ErrorKind::External)
-                .next("see why the command behind the pipe ended, and copy again"),
+                .next("find out why the command that reads the pipe ended, and copy again"),
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => error
                 .context("the secondary is full")
                 .with_kind(ErrorKind::NoSpace)
@@ -192,7 +193,7 @@ impl Sink {
         }
     }
 
-    /// Waits until everything put has completed.
+    /// Waits until everything submitted has completed.
     pub(super) fn flush(&mut self, driver: &mut Driver<'_>) -> Result<()> {
         while !self.is_idle() {
             let Some(completion) = driver.next_completion(None)? else { break };
@@ -201,7 +202,7 @@ impl Sink {
         Ok(())
     }
 
-    /// Takes a completion where nothing but the sink's is in flight.
+    /// Processes a completion where only requests of the sink are in flight.
     pub(super) fn take(&mut self, driver: &mut Driver<'_>, completion: Completion) -> Result<()> {
         if let Some(stray) = self.complete(driver, completion)? {
             unreachable!("token {} is not the sink's, and nothing else is in flight", stray.token);

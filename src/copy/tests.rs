@@ -1,5 +1,5 @@
-//! Exactness of whole copies against the image at the instant, under a writing application, random
-//! sizes, and random orders of completion; and what is left when something fails.
+//! Whole copies compared with the image at the instant, with a writing application, random sizes, and random
+//! orders of completion; and what a failure leaves.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -32,7 +32,7 @@ use crate::secondary::{
 /// UTC, nanoseconds.
 const INSTANT: u64 = 1_700_000_000_000_000_000;
 
-/// One copy, as drawn.
+/// One copy with random parameters.
 #[derive(Clone, Debug)]
 struct Case {
     size: Bytes,
@@ -41,7 +41,7 @@ struct Case {
     buffers: u16,
     batch_max: usize,
     busy: u64,
-    /// Segments of a region; None where nothing is released.
+    /// Segments of a region; None: nothing is released.
     region: Option<u64>,
     hot: bool,
     /// Percent of releases that are slow.
@@ -113,7 +113,7 @@ impl Setup {
         }
     }
 
-    /// Lists parts of the origin only. What is not listed is free: most of it is not preserved.
+    /// Lists only parts of the origin. The rest is free: most of it is not preserved.
     fn with_gaps(case: &Case) -> Self {
         let mut this = Self::new(case);
         let mut rng = Rng(case.seed);
@@ -139,7 +139,7 @@ impl Setup {
         this
     }
 
-    /// What was listed of the image at the instant, zeros elsewhere.
+    /// The listed parts of the image at the instant, zeros elsewhere.
     fn expected(&self) -> Vec<u8> {
         let mut expected = vec![0u8; self.case.size.as_len()];
         for extent in &self.block_list {
@@ -202,7 +202,7 @@ impl Setup {
         })
     }
 
-    /// Every block of the origin was read once, never more buffers than there are.
+    /// Every block of the origin was read once, with no more buffers than exist.
     fn check_economy(&self) {
         let blocks = self.engine.read_blocks("the origin");
         assert_eq!(Bytes::from_len(blocks.len()).get(), self.case.size.get() / 4096);
@@ -211,7 +211,7 @@ impl Setup {
         assert!(self.engine.pool_is_whole(), "a buffer was lost");
     }
 
-    /// The bytes of "out"; nothing else is left.
+    /// The bytes of "out", which must be the only file.
     fn only_file(&self) -> Vec<u8> {
         assert_eq!(self.names(), ["out"]);
         fs::read(self.directory.path().join("out")).unwrap()
@@ -234,7 +234,7 @@ fn assert_same(found: &[u8], expected: &[u8]) {
     }
 }
 
-/// Flips a byte of the secondary behind the copier's back, at the beginning of a phase.
+/// Flips a byte of the secondary, without the copier's knowledge, at the beginning of a phase.
 struct Flip {
     directory: std::path::PathBuf,
     at: u64,
@@ -254,7 +254,7 @@ impl Observer for Flip {
     }
 }
 
-fn go_on() -> Result<()> {
+fn never_fails() -> Result<()> {
     Ok(())
 }
 
@@ -265,7 +265,7 @@ proptest! {
     fn a_raw_file_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
         let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-        let report = setup.copy(secondary, &go_on, false).unwrap();
+        let report = setup.copy(secondary, &never_fails, false).unwrap();
         prop_assert_eq!(setup.names(), ["out"]);
         let found = fs::read(setup.directory.path().join("out")).unwrap();
         assert_same(&found, &setup.world.borrow().image);
@@ -276,14 +276,14 @@ proptest! {
     }
 }
 
-/// An archive's bytes, extracted as FORMAT.md says, every block checked; nothing is absent.
+/// An archive's bytes, extracted as FORMAT.md specifies, every block checked; nothing is absent.
 fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
     let (image, totals, absent) = extract_parts(bytes);
     assert!(absent.is_empty(), "{absent:?}");
     (image, totals)
 }
 
-/// As [`extract`]; answers what is absent, too.
+/// As [`extract`]; returns the absent extents, too.
 fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
     let head = Superblock::decode_head(&bytes[..4096]).unwrap();
     let (tail, totals) = Superblock::decode_tail(&bytes[bytes.len() - 4096..]).unwrap();
@@ -343,10 +343,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn an_archive_with_originals_laid_over_is_the_image_at_the_instant(case in cases()) {
+    fn an_archive_with_originals_applied_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
         let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Overlay)).unwrap();
-        let report = setup.copy(secondary, &go_on, false).unwrap();
+        let report = setup.copy(secondary, &never_fails, false).unwrap();
         prop_assert_eq!(setup.names(), ["out.tdm"]);
         let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
         assert_same(&image, &setup.world.borrow().image);
@@ -359,7 +359,7 @@ proptest! {
     fn an_archive_with_originals_appended_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
         let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
-        let report = setup.copy(secondary, &go_on, false).unwrap();
+        let report = setup.copy(secondary, &never_fails, false).unwrap();
         let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
         assert_same(&image, &setup.world.borrow().image);
         setup.check_economy();
@@ -378,7 +378,7 @@ proptest! {
         let request = setup.request("-", Form::Archive, OriginalsMode::Append);
         let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
         let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
-        setup.copy(secondary, &go_on, false).unwrap();
+        setup.copy(secondary, &never_fails, false).unwrap();
         setup.check_economy();
         let world = setup.world.clone();
         drop(setup);
@@ -387,7 +387,7 @@ proptest! {
     }
 }
 
-/// An origin whose applications are slow as soon as they are looked at.
+/// An origin whose applications are slow whenever they are measured.
 struct Slow(u64);
 
 impl LatencyProbe for Slow {
@@ -399,7 +399,7 @@ impl LatencyProbe for Slow {
 }
 
 #[test]
-fn a_copy_that_gives_way_is_the_image_at_the_instant() {
+fn a_throttled_copy_is_the_image_at_the_instant() {
     #[derive(Default)]
     struct Told(std::sync::atomic::AtomicU32);
     impl Observer for Told {
@@ -416,32 +416,32 @@ fn a_copy_that_gives_way_is_the_image_at_the_instant() {
         probe: Box::new(Slow(0)),
         read_max: Bytes::kib(64),
     };
-    // Two seconds: long enough for the copier to hold its breath in the middle.
+    // Two seconds: long enough for a sample of the idle baseline.
     (setup.impact, setup.rate) = (Some(watch), Some(Bytes(setup.case.size.get() / 2)));
-    let told = Told::default();
+    let reported = Told::default();
     let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-    setup.copy_watched(secondary, &go_on, false, &told).unwrap();
+    setup.copy_watched(secondary, &never_fails, false, &reported).unwrap();
     assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &setup.world.borrow().image);
     setup.check_economy();
-    assert!((2..=6).contains(&told.0.into_inner()), "twice a second, for two seconds");
+    assert!((2..=6).contains(&reported.0.into_inner()), "two events a second, for two seconds");
 }
 
 #[test]
-fn a_pipe_whose_reader_is_gone_is_said_to_be() {
+fn a_pipe_without_a_reader_is_reported() {
     let mut setup = Setup::new(&busy_case(false));
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let request = setup.request("-", Form::Archive, OriginalsMode::Append);
     let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
     let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
-    let error = setup.copy(secondary, &go_on, false).unwrap_err();
+    let error = setup.copy(secondary, &never_fails, false).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::External, Some(libc::EPIPE)));
     assert!(error.to_string().contains("reader of standard output is gone"), "{error}");
     assert!(error.state_left().unwrap().contains("not a complete archive"));
 }
 
 #[test]
-fn what_cannot_be_believed_is_no_archive_at_the_reader() {
+fn an_archive_that_fails_its_last_check_never_gets_its_end() {
     let mut setup = Setup::new(&busy_case(false));
     let (mut reader, writer) = std::io::pipe().unwrap();
     let received = std::thread::spawn(move || {
@@ -453,7 +453,7 @@ fn what_cannot_be_believed_is_no_archive_at_the_reader() {
     let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
-        before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+        before_publish: &|| Err(Error::new(ErrorKind::External, "another process wrote to the origin")),
         ..job(&mut setup.engine, origin, &setup.case, secondary)
     })
     .unwrap_err();
@@ -465,27 +465,27 @@ fn what_cannot_be_believed_is_no_archive_at_the_reader() {
 }
 
 #[test]
-fn a_damaged_frame_is_not_laid_over() {
-    // The first frame's payload, between the fuzzy copy and the originals: to write a new checksum
-    // over it would make the damage look right.
+fn originals_are_not_applied_to_a_damaged_frame() {
+    // Damages the first frame's payload between the fuzzy copy and the originals. Writing a new checksum over
+    // it would hide the damage.
     let mut setup = Setup::new(&busy_case(false));
     let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Overlay)).unwrap();
     let at = 4096 + 4096 + 60_000;
     let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Originals };
-    let error = setup.copy_watched(secondary, &go_on, false, &flip).unwrap_err();
+    let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadData, "{error}");
     assert!(setup.names().is_empty());
 }
 
 #[test]
-fn an_archive_that_changes_behind_the_copier_is_found_out() {
-    // Frames of the busy case are 64 KiB + 8 KiB: a byte in a control block, a payload, both
-    // superblocks' places. The last block is the tail superblock.
+fn an_archive_that_another_process_changes_is_detected() {
+    // Frames of the busy case are 64 KiB + 8 KiB: these bytes are in a control block, a payload, and both
+    // superblocks. The last block is the tail superblock.
     for at in [0u64, 100, 4096 + 32, 4096 + 5000, 4096 + 4096 + 65536 + 40] {
         let mut setup = Setup::new(&busy_case(true));
         let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
         let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Verify };
-        let error = setup.copy_watched(secondary, &go_on, false, &flip).unwrap_err();
+        let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData, "byte {at}: {error}");
         assert!(setup.names().is_empty());
     }
@@ -511,7 +511,7 @@ fn failing(case: &Case, fault: Fault) -> (Error, Vec<String>) {
     let mut setup = Setup::new(case);
     setup.engine.faults.push(fault);
     let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-    let error = setup.copy(secondary, &go_on, false).unwrap_err();
+    let error = setup.copy(secondary, &never_fails, false).unwrap_err();
     assert_eq!(crate::io::Engine::in_flight(&setup.engine), 0);
     (error, setup.names())
 }
@@ -555,7 +555,7 @@ fn faults_have_their_kind_and_leave_no_name() {
 fn an_invalid_snapshot_ends_the_copy() {
     let mut setup = Setup::new(&busy_case(false));
     let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
-    let error = setup.copy(secondary, &go_on, true).unwrap_err();
+    let error = setup.copy(secondary, &never_fails, true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreInvalid);
     assert!(setup.names().is_empty());
 }
@@ -586,13 +586,13 @@ fn an_interrupt_ends_the_copy() {
 }
 
 #[test]
-fn what_cannot_be_believed_gets_no_name() {
+fn a_copy_that_fails_its_last_check_gets_no_name() {
     let case = busy_case(false);
     let mut setup = Setup::new(&case);
     let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
-        before_publish: &|| Err(Error::new(ErrorKind::External, "somebody wrote to the origin")),
+        before_publish: &|| Err(Error::new(ErrorKind::External, "another process wrote to the origin")),
         ..job(&mut setup.engine, origin, &setup.case, secondary)
     })
     .unwrap_err();
@@ -601,13 +601,13 @@ fn what_cannot_be_believed_gets_no_name() {
 }
 
 #[test]
-fn a_secondary_that_lies_is_found_out() {
+fn a_corrupted_secondary_is_detected() {
     let case = busy_case(true);
     for at in [0, 65535, 1_000_000, 1_999_999] {
         let mut setup = Setup::new(&case);
         let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
         let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Verify };
-        let error = setup.copy_watched(secondary, &go_on, false, &flip).unwrap_err();
+        let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData);
         assert!(setup.names().is_empty());
     }
@@ -654,21 +654,21 @@ fn buffers_stay_within_their_limit() {
     }
 }
 
-/// What a killed copy can go on with.
+/// The forms of secondary for which a killed copy can be resumed.
 const FORMS: [(Form, OriginalsMode); 3] = [
     (Form::Raw, OriginalsMode::Overlay),
     (Form::Archive, OriginalsMode::Overlay),
     (Form::Archive, OriginalsMode::Append),
 ];
 
-/// What outlives the process that copies.
+/// What outlives the copying process.
 #[derive(Default)]
 struct Survives {
     placed: Vec<PlacedSegment>,
     originals_begun: bool,
 }
 
-/// Notes what is placed, and dies after so many notes.
+/// Records what is placed, and dies after a number of records.
 struct Mortal<'a> {
     survives: &'a mut Survives,
     left: usize,
@@ -705,25 +705,25 @@ impl PlacementLog for Mortal<'_> {
     }
 }
 
-/// What happens to the secondary when a process is killed.
+/// What the secondary loses when a process is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loss {
     Nothing,
-    /// What was not synced, or some of it.
+    /// All or some of what was not synced.
     Unsynced,
-    /// That, and it is seen to have been away.
+    /// The same, and the secondary was visibly detached.
     Unplugged,
-    /// Anything, and it is seen to have been away.
+    /// Anything, and the secondary was visibly detached.
     Lying,
 }
 
 impl Loss {
-    /// Nothing tells of a lie in a segment that originals were being laid over.
-    fn unless_untold(self, is_untold: bool) -> Self {
-        if self == Self::Lying && is_untold { Self::Unplugged } else { self }
+    /// A lie in a segment to which originals were being applied cannot be detected.
+    fn unless_unverifiable(self, is_unverifiable: bool) -> Self {
+        if self == Self::Lying && is_unverifiable { Self::Unplugged } else { self }
     }
 
-    /// Of a process of its own: nothing of the engine or of the copier's memory is left of the last one.
+    /// The engine of a new process: it keeps nothing of the last one's engine or memory.
     fn engine(self, setup: &Setup, seed: u64) -> ChaosEngine {
         let buffer_bytes = setup.case.segment + Bytes(8192);
         let config = EngineConfig { buffer_count: setup.case.buffers, buffer_bytes };
@@ -732,7 +732,7 @@ impl Loss {
         engine
     }
 
-    /// It happens to the partial file of a process that `engine` worked for, and that noted `target`.
+    /// Applies the loss to the partial file of a process that used `engine` and recorded `target`.
     fn happen(
         self,
         engine: &mut ChaosEngine,
@@ -755,7 +755,7 @@ impl Loss {
     }
 }
 
-/// How a process is killed: after so many notes, or in the middle of a write.
+/// How a process is killed: after a number of records, or in the middle of a write.
 fn death(engine: &mut ChaosEngine, rng: &mut Rng) -> usize {
     if rng.chance(50) {
         return rng.index(20);
@@ -765,13 +765,13 @@ fn death(engine: &mut ChaosEngine, rng: &mut Rng) -> usize {
     usize::MAX
 }
 
-/// Copies, is killed again and again, after so many segments or in the middle of a write, and goes on each
-/// time. Answers how often it was killed.
+/// Copies, is killed repeatedly, after a number of segments or in the middle of a write, and resumes each
+/// time. Returns how often it was killed.
 fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, deaths: u64) -> u64 {
     copy_with_losses(setup, form, originals, deaths, Loss::Nothing).unwrap()
 }
 
-/// As [`copy_with_deaths`], and `loss` happens each time. An error is that of a process which was not killed.
+/// As [`copy_with_deaths`], with `loss` each time. An error is that of a process that was not killed.
 fn copy_with_losses(
     setup: &mut Setup,
     form: Form,
@@ -822,8 +822,8 @@ fn copy_with_losses(
         assert!(killed < deaths, "the last process was not killed: {error}");
         // Killed, not failed: the partial file stays.
         fs::rename(&saved, &partial).unwrap();
-        let is_untold = survives.originals_begun && originals == OriginalsMode::Overlay;
-        loss.unless_untold(is_untold).happen(&mut engine, &partial, &mut target, &mut rng);
+        let is_unverifiable = survives.originals_begun && originals == OriginalsMode::Overlay;
+        loss.unless_unverifiable(is_unverifiable).happen(&mut engine, &partial, &mut target, &mut rng);
         drop(engine);
         setup.world.borrow_mut().copier_died();
         let state = Resumed {
@@ -843,14 +843,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_the_secondary_has_lost_is_never_trusted(
+    fn lost_data_of_the_secondary_is_never_trusted(
         case in cases(), deaths in 1u64..5, form in 0..FORMS.len(), loss in 0usize..3
     ) {
         let mut setup = Setup::new(&case);
         let (form, originals) = FORMS[form];
         let loss = [Loss::Unsynced, Loss::Unplugged, Loss::Lying][loss];
         if copy_with_losses(&mut setup, form, originals, deaths, loss).is_err() {
-            // Found before anything was written, it stays.
+            // Detected before anything was written, so the partial file stays.
             prop_assert!(setup.names().iter().all(|name| name.starts_with(".out.tidemark-partial.")));
             return Ok(());
         }
@@ -860,7 +860,7 @@ proptest! {
     }
 
     #[test]
-    fn a_killed_copy_goes_on_and_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
+    fn a_resumed_copy_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
         let mut setup = Setup::new(&case);
         let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
@@ -870,7 +870,7 @@ proptest! {
     }
 
     #[test]
-    fn a_killed_copy_of_parts_goes_on_and_is_these_parts(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
+    fn a_resumed_copy_of_parts_is_these_parts(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
         let mut setup = Setup::with_gaps(&case);
         let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
@@ -901,7 +901,7 @@ fn copies_are_killed_in_every_phase() {
 }
 
 #[test]
-fn originals_that_were_laid_over_before_a_disk_was_away_are_no_loss() {
+fn originals_applied_before_a_disk_was_detached_are_no_loss() {
     let mut killed = 0;
     for seed in 0..6 {
         for form in [Form::Raw, Form::Archive] {

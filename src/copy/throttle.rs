@@ -1,18 +1,18 @@
-//! How long until the next read may begin? A token bucket for `--rate`, and beneath it what `--impact`
-//! leaves the copier. Reads no clock: time is passed in.
+//! Decides how long the copier waits before its next read: a token bucket for `--rate`, and the limits of
+//! `--impact`. Reads no clock: time is passed in.
 
 use std::time::Duration;
 
-use super::impact::{Controller, Impact, ImpactWatch, Moment, TICK};
-use super::pace::Pace;
+use super::headroom::Headroom;
+use super::impact::{Controller, Impact, ImpactWatch, TICK, TickInput};
 use crate::base::Bytes;
 use crate::progress::{Event, Observer};
 
-/// Time whose worth of tokens may be saved up: short, so that a pause is not followed by a burst
-/// that an application would feel.
+/// Unused tokens are kept for this time at most: short, so that a pause is not followed by a burst that slows
+/// down the applications.
 const BURST: Duration = Duration::from_millis(250);
 
-/// Between two [`Event::Latency`].
+/// Time between two [`Event::Latency`].
 const LATENCY_EVENT_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A token bucket.
@@ -29,7 +29,7 @@ impl Bucket {
         Self { bytes_per_second: rate.map(|rate| rate.get().max(1)), tokens: 0.0, updated: Duration::ZERO }
     }
 
-    /// Another rate from `now` on; what was saved or is owed stays.
+    /// Sets another rate from `now` on; saved tokens and debt are kept.
     fn set_rate(&mut self, rate: Option<Bytes>, now: Duration) {
         let rate = rate.map(|rate| rate.get().max(1));
         if rate == self.bytes_per_second {
@@ -52,8 +52,8 @@ impl Bucket {
 
     /// How long to wait; None where a transfer may begin.
     ///
-    /// A transfer may run the bucket into debt, which the next one waits for: so a transfer larger than
-    /// the bucket is possible, and the average holds.
+    /// A transfer may take the bucket into debt, and the next one waits until the debt is paid. So a transfer
+    /// larger than the bucket is possible, and the average is still the rate.
     fn wait(&mut self, now: Duration) -> Option<Duration> {
         self.fill(now);
         let rate = to_f64(self.bytes_per_second?);
@@ -67,33 +67,33 @@ impl Bucket {
     }
 }
 
-/// See the module's head.
+/// Limits the copier's reads.
 pub struct Throttle<'a> {
     cap: Bucket,
-    giving_way: Option<GivingWay<'a>>,
+    impact: Option<ImpactThrottle<'a>>,
 }
 
 impl<'a> Throttle<'a> {
-    /// At most `rate` bytes per second, or no limit; gives way as `watch` has it, and tells `observer`
-    /// how the applications fare.
+    /// Limits reads to `rate` bytes per second, if given, and by the impact on the applications, if `watch`
+    /// is given; reports the applications' latency to `observer`.
     #[must_use]
     pub fn new(rate: Option<Bytes>, watch: Option<ImpactWatch>, observer: &'a dyn Observer) -> Self {
-        let giving_way = watch.map(|watch| GivingWay::new(watch, observer));
-        Self { cap: Bucket::new(rate), giving_way }
+        let impact = watch.map(|watch| ImpactThrottle::new(watch, observer));
+        Self { cap: Bucket::new(rate), impact }
     }
 
-    /// What the origin's disk may be asked for at once; None where no applications are given way to.
+    /// Most bytes of one request to the origin's disk; None where the applications are not spared.
     #[must_use]
     pub fn read_max(&self) -> Option<Bytes> {
-        let watch = &self.giving_way.as_ref()?.watch;
+        let watch = &self.impact.as_ref()?.watch;
         (watch.impact != Impact::None).then_some(watch.read_max)
     }
 
-    /// Lets a read of `bytes` begin at time `now` (since any fixed start) and answers None, or answers
-    /// how long to wait at most and lets nothing begin. `reads`: how many are in flight.
-    pub fn take(&mut self, bytes: Bytes, now: Duration, reads: usize) -> Option<Duration> {
-        if let Some(giving_way) = &mut self.giving_way
-            && let Some(wait) = giving_way.wait(now, Bytes::from_len(reads).get())
+    /// Admits a read of `bytes` at time `now` (since any fixed start) and returns None; or admits nothing and
+    /// returns how long to wait at most. `reads`: the reads in flight.
+    pub fn admit(&mut self, bytes: Bytes, now: Duration, reads: usize) -> Option<Duration> {
+        if let Some(impact) = &mut self.impact
+            && let Some(wait) = impact.wait(now, Bytes::from_len(reads).get())
         {
             return Some(wait);
         }
@@ -101,84 +101,85 @@ impl<'a> Throttle<'a> {
             return Some(wait);
         }
         self.cap.spend(bytes);
-        if let Some(giving_way) = &mut self.giving_way {
-            giving_way.begun(bytes, Bytes::from_len(reads).get());
+        if let Some(impact) = &mut self.impact {
+            impact.read_admitted(bytes, Bytes::from_len(reads).get());
         }
         None
     }
 
-    /// A read that was let begin is done at `now`; it took `latency`.
+    /// An admitted read has completed at `now`; it took `latency`.
     pub fn done(&mut self, bytes: Bytes, latency: Duration, now: Duration) {
-        if let Some(giving_way) = &mut self.giving_way {
-            giving_way.own.read(bytes, latency, now);
+        if let Some(impact) = &mut self.impact {
+            impact.headroom.read(bytes, latency, now);
         }
     }
 }
 
-/// The controller, its clock and its senses.
-struct GivingWay<'a> {
+/// The impact controller with its clock, its probe and its token buckets.
+struct ImpactThrottle<'a> {
     watch: ImpactWatch,
     observer: &'a dyn Observer,
-    /// Made at the first call: the copy's clock may have run for long by then.
+    /// Created at the first call: the copy's clock may have run for long by then.
     controller: Option<Controller>,
     ticked: Duration,
-    told: Option<Duration>,
-    /// What the controller allows.
-    pace: Bucket,
-    /// What the copier's own reads tell, and what it allows by that.
-    own: Pace,
-    own_pace: Bucket,
-    /// Reads begun, and their bytes; of those, bytes told to the controller as read.
-    begun_count: u64,
-    begun: Bytes,
-    told_read: Bytes,
-    since: Moment,
+    reported: Option<Duration>,
+    /// Enforces the controller's rate.
+    impact_bucket: Bucket,
+    /// Finds out from the copier's own reads when the disk is saturated, and the rate that leaves headroom
+    /// then.
+    headroom: Headroom,
+    headroom_bucket: Bucket,
+    /// Reads admitted, and their bytes; of those, the bytes reported to the controller.
+    admitted_count: u64,
+    admitted: Bytes,
+    reported_bytes: Bytes,
+    since: TickInput,
 }
 
-impl<'a> GivingWay<'a> {
+impl<'a> ImpactThrottle<'a> {
     fn new(watch: ImpactWatch, observer: &'a dyn Observer) -> Self {
         Self {
             watch,
             observer,
             controller: None,
             ticked: Duration::ZERO,
-            told: None,
-            pace: Bucket::new(None),
-            own: Pace::default(),
-            own_pace: Bucket::new(None),
-            begun_count: 0,
-            begun: Bytes::ZERO,
-            told_read: Bytes::ZERO,
-            since: Moment::default(),
+            reported: None,
+            impact_bucket: Bucket::new(None),
+            headroom: Headroom::default(),
+            headroom_bucket: Bucket::new(None),
+            admitted_count: 0,
+            admitted: Bytes::ZERO,
+            reported_bytes: Bytes::ZERO,
+            since: TickInput::default(),
         }
     }
 
     fn wait(&mut self, now: Duration, reads: u64) -> Option<Duration> {
         let allowance = self.controller_at(now, reads).allowance();
-        self.pace.set_rate(allowance.rate, now);
-        self.own_pace.set_rate(self.own.rate(now).filter(|_| !allowance.is_free()), now);
+        self.impact_bucket.set_rate(allowance.rate, now);
+        self.headroom_bucket.set_rate(self.headroom.rate(now).filter(|_| !allowance.is_free()), now);
         let until_tick = (self.ticked + TICK).saturating_sub(now).max(Duration::from_millis(1));
         if reads >= allowance.reads {
             if allowance.reads == 0 {
-                self.own.interrupted();
+                self.headroom.restart();
             }
-            self.since.lacked_slot = true;
+            self.since.waited_for_slot = true;
             return Some(until_tick);
         }
-        if let Some(wait) = self.own_pace.wait(now) {
+        if let Some(wait) = self.headroom_bucket.wait(now) {
             return Some(wait.min(until_tick));
         }
-        let wait = self.pace.wait(now)?;
-        self.since.lacked_rate = true;
-        // The next tick may allow more.
+        let wait = self.impact_bucket.wait(now)?;
+        self.since.waited_for_rate = true;
+        // The next tick may permit more.
         Some(wait.min(until_tick))
     }
 
-    fn begun(&mut self, bytes: Bytes, reads: u64) {
-        self.pace.spend(bytes);
-        self.own_pace.spend(bytes);
-        self.begun += bytes;
-        self.begun_count += 1;
+    fn read_admitted(&mut self, bytes: Bytes, reads: u64) {
+        self.impact_bucket.spend(bytes);
+        self.headroom_bucket.spend(bytes);
+        self.admitted += bytes;
+        self.admitted_count += 1;
         self.since.reads_max = self.since.reads_max.max(reads + 1);
     }
 
@@ -187,7 +188,7 @@ impl<'a> GivingWay<'a> {
         let due = match &self.controller {
             Some(_) => now.saturating_sub(self.ticked) >= TICK,
             None => {
-                // What came before the first read is no part of it.
+                // Drops what came before the first read.
                 let _ = self.watch.probe.sample();
                 self.ticked = now;
                 false
@@ -197,15 +198,16 @@ impl<'a> GivingWay<'a> {
         let controller = self.controller.get_or_insert_with(new);
         if due {
             self.ticked = now;
-            let each = self.begun.get().checked_div(self.begun_count).unwrap_or(0);
-            let read = self.begun.saturating_sub(Bytes(each) * reads).max(self.told_read);
+            let each = self.admitted.get().checked_div(self.admitted_count).unwrap_or(0);
+            let read = self.admitted.saturating_sub(Bytes(each) * reads).max(self.reported_bytes);
             let since = std::mem::take(&mut self.since);
             let sample = self.watch.probe.sample();
-            controller.tick(&Moment { now, sample, read: read - self.told_read, reads, ..since });
-            self.told_read = read;
-            let is_silent = self.told.is_some_and(|told| now.saturating_sub(told) < LATENCY_EVENT_INTERVAL);
+            controller.tick(&TickInput { now, sample, read: read - self.reported_bytes, reads, ..since });
+            self.reported_bytes = read;
+            let is_silent =
+                self.reported.is_some_and(|reported| now.saturating_sub(reported) < LATENCY_EVENT_INTERVAL);
             if sample.is_some() && !is_silent {
-                self.told = Some(now);
+                self.reported = Some(now);
                 let (origin, baseline) = controller.latency();
                 self.observer.event(&Event::Latency { origin, baseline, rate: controller.allowance().rate });
             }
@@ -237,7 +239,7 @@ mod tests {
         let mut done = 0u32;
         let begin = now;
         while now < begin + Duration::from_secs(10) {
-            match throttle.take(Bytes::mib(1), now, 0) {
+            match throttle.admit(Bytes::mib(1), now, 0) {
                 None => done += 1,
                 Some(wait) => now += wait + Duration::from_nanos(1),
             }
@@ -247,19 +249,19 @@ mod tests {
 
     #[test]
     fn no_rate_never_waits() {
-        assert_eq!(capped(None).take(Bytes::gib(100), Duration::ZERO, 1000), None);
+        assert_eq!(capped(None).admit(Bytes::gib(100), Duration::ZERO, 1000), None);
     }
 
     #[test]
-    fn a_transfer_larger_than_the_bucket_is_paid_back() {
+    fn a_transfer_larger_than_the_bucket_is_followed_by_a_longer_wait() {
         let mut throttle = capped(Some(Bytes(1000)));
-        assert_eq!(throttle.take(Bytes(10_000), Duration::ZERO, 0), None);
-        let wait = throttle.take(Bytes(1), Duration::from_secs(1), 0).unwrap();
+        assert_eq!(throttle.admit(Bytes(10_000), Duration::ZERO, 0), None);
+        let wait = throttle.admit(Bytes(1), Duration::from_secs(1), 0).unwrap();
         assert!((8.9..9.1).contains(&wait.as_secs_f64()));
     }
 
     #[test]
-    fn a_changed_rate_holds_from_then_on() {
+    fn a_changed_rate_applies_from_then_on() {
         let mut bucket = Bucket::new(Some(Bytes(1000)));
         bucket.spend(Bytes(1000));
         assert_eq!(bucket.wait(Duration::ZERO), Some(Duration::from_secs(1)));

@@ -1,7 +1,7 @@
-//! Does the secondary hold what was written to it? Re-reads every segment and compares its CRC-32C
+//! Checks whether the secondary holds what was written to it: re-reads every segment and compares its CRC-32C
 //! with the one computed when it was written; an archive's own blocks are decoded as well.
 //!
-//! Reads past the page cache (direct I/O; where a filesystem has none, the cache was dropped after
+//! Reads past the page cache (direct I/O; where a filesystem does not support it, the cache was dropped after
 //! the sync). Writes nothing.
 
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ struct Verify<'a, 'd> {
     bytes: Bytes,
 }
 
-/// Verifies everything in `schedule`; answers the bytes compared.
+/// Verifies everything in `schedule`; returns the number of bytes compared.
 pub(super) fn run(
     driver: &mut Driver<'_>,
     schedule: &Schedule,
@@ -85,7 +85,7 @@ impl Verify<'_, '_> {
                 self.reads.insert(token, read);
             }
             (None, Read::Segment(work)) => {
-                // Nothing is stored for a segment of zeros; its checksum must say the same.
+                // Nothing is stored for a segment of zeros; its checksum must be that of zeros.
                 let length = work.extent.length().as_len();
                 buffer[PAYLOAD_OFFSET..PAYLOAD_OFFSET + length].fill(0);
                 self.compare(&work, &buffer)?;

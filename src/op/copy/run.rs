@@ -146,7 +146,7 @@ fn copy_beside_workers(
     job.interrupt = &stop;
     job.before_publish = &before_publish;
     job.on_failure = &on_failure;
-    job.on_doubt = &on_doubt;
+    job.on_unwritten_failure = &on_doubt;
     let report = ended(copy::run(job), engine, is_stream);
     drop((originals, releases));
     let (store, release) = workers.stop(plan, observer);
