@@ -377,7 +377,7 @@ impl Dm {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn let_go<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
+    pub fn resume_if_suspended<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
         let device = device.into();
         let Err(error) = self.resume(device, Udev::None) else { return Ok(()) };
         let goes_on = |info: &DeviceInfo| info.has_active && !info.suspended && !info.has_inactive;

@@ -26,7 +26,7 @@ use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOL
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Udev};
 use crate::format::state::JobRecord;
 use crate::secondary::partial;
-use crate::stack::origin_table::Beneath;
+use crate::stack::origin_table::LowerDevices;
 use crate::stack::{Action, Change, Executor, IntentLog, NoIntents, Owner, Step};
 use crate::sys::dm_ioctl::Key;
 use crate::sys::queue::QueueSettings;
@@ -34,7 +34,7 @@ use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
 use crate::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials, record_of};
-use crate::stack::{Runner, restoration, tell_gone_disk};
+use crate::stack::{Runner, explain_missing_disk, restoration};
 use crate::sys::privilege;
 
 /// Longest time that an origin may be suspended while its table is put back.
@@ -95,7 +95,7 @@ impl Scene {
     }
 
     /// What dead jobs have put beneath origins, each with its job's id.
-    fn stacks(&self) -> Vec<(String, Beneath)> {
+    fn stacks(&self) -> Vec<(String, LowerDevices)> {
         let leftovers = self.leftovers();
         let with_role = |role: &'static str| {
             let identities = leftovers.iter().filter_map(|device| Some((*device, device.identity()?)));
@@ -106,29 +106,29 @@ impl Scene {
             let preserve = preserve.map(|(device, _)| device.number);
             // One without a table is beneath nothing yet.
             let own = real.active.clone()?;
-            Some((identity.id, Beneath { own, real: real.number, preserve }))
+            Some((identity.id, LowerDevices { own, real: real.number, preserve }))
         };
         with_role(ROLE_REAL).filter_map(stack).collect()
     }
 
     /// Origins of dead jobs, each with what is beneath it.
-    fn origins(&self) -> Vec<(&SeenDevice, Beneath)> {
+    fn origins(&self) -> Vec<(&SeenDevice, LowerDevices)> {
         let mut found = Vec::new();
-        for (job, beneath) in self.stacks() {
+        for (job, lower) in self.stacks() {
             let over = self.devices.iter().filter(|device| !self.is_leftover(device));
-            let over = over.filter(|device| self.is_origin_over(device, &job, &beneath));
-            found.extend(over.map(|origin| (origin, beneath.clone())));
+            let over = over.filter(|device| self.is_origin_over(device, &job, &lower));
+            found.extend(over.map(|origin| (origin, lower.clone())));
         }
         found
     }
 
     /// True where a table of `device`, in use or loaded, is one that a copy gives its origin over
-    /// `beneath`, and the record of `job` does not say that the origin was another. Others may map to its devices too
+    /// `lower`, and the record of `job` does not say that the origin was another. Others may map to its devices too
     /// (somebody looks at one through a device of his own): they are not ours to change, and what is
     /// in use is not removed.
-    fn is_origin_over(&self, device: &SeenDevice, job: &str, beneath: &Beneath) -> bool {
+    fn is_origin_over(&self, device: &SeenDevice, job: &str, lower: &LowerDevices) -> bool {
         let tables = [&device.active, &device.inactive].into_iter().flatten();
-        let mut ours = tables.filter(|table| beneath.is_under(table)).peekable();
+        let mut ours = tables.filter(|table| lower.is_stack_table(table)).peekable();
         if ours.peek().is_none() {
             return false;
         }
@@ -139,7 +139,7 @@ impl Scene {
             // Nobody but a copy maps to `preserve`. A table over `real` alone, all of it
             // released, could be anybody's: then the name says it, as far as it is in the UUID.
             None => {
-                ours.any(|table| !beneath.preserved(table).is_empty()) || self.is_named_by(job, &device.name)
+                ours.any(|table| !lower.preserved(table).is_empty()) || self.is_named_by(job, &device.name)
             }
         }
     }
@@ -155,7 +155,7 @@ impl Scene {
         held.filter_map(|(origin, _)| {
             let own: Table = origin.table.parse().ok()?;
             let device = self.devices.iter().find(|device| device.number == origin.number)?;
-            let may_load = |table: &Table| self.stacks().iter().any(|(_, beneath)| beneath.is_of_copy(table));
+            let may_load = |table: &Table| self.stacks().iter().any(|(_, lower)| lower.is_copy_table(table));
             let is_ours =
                 device.active.as_ref() == Some(&own) && device.inactive.as_ref().is_none_or(may_load);
             (device.suspended && is_ours).then_some(device)
@@ -175,26 +175,26 @@ impl Scene {
 pub(super) fn plan_release(scene: &Scene) -> Change {
     let mut change = Change::new("recover-release");
     let mut seen = BTreeSet::new();
-    for (origin, beneath) in scene.origins() {
-        let drop_loaded = origin.inactive.as_ref().is_some_and(|table| beneath.is_of_copy(table));
+    for (origin, lower) in scene.origins() {
+        let drop_loaded = origin.inactive.as_ref().is_some_and(|table| lower.is_copy_table(table));
         if origin.inactive.is_some() && !drop_loaded {
             // A resume would put what somebody else has loaded to use: the device is left to him.
             continue;
         }
         if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
-            change = let_go(change, origin, drop_loaded);
+            change = resume_if_suspended(change, origin, drop_loaded);
         }
     }
     for device in scene.leftovers() {
         if device.suspended && device.active.is_some() && seen.insert(&device.name) {
             // A store that was being grown: its new table is as good as its old one.
-            change = let_go(change, device, false);
+            change = resume_if_suspended(change, device, false);
         }
     }
     for device in scene.held_origins() {
         if seen.insert(&device.name) {
             let drop_loaded = device.inactive.is_some();
-            change = let_go(change, device, drop_loaded);
+            change = resume_if_suspended(change, device, drop_loaded);
         }
     }
     let frozen: Vec<PathBuf> = scene
@@ -209,7 +209,7 @@ pub(super) fn plan_release(scene: &Scene) -> Change {
     change.then(Step::new("thaw", Action::Thaw { filesystems: frozen }))
 }
 
-fn let_go(change: Change, device: &SeenDevice, drop_loaded: bool) -> Change {
+fn resume_if_suspended(change: Change, device: &SeenDevice, drop_loaded: bool) -> Change {
     let name = device.name.clone();
     let change = if drop_loaded && device.inactive.is_some() {
         change.then(Step::new("clear", Action::Clear { device: name.clone() }))
@@ -228,9 +228,9 @@ pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
     scene
         .origins()
         .into_iter()
-        .filter_map(|(origin, beneath)| {
-            let current = origin.active.as_ref().filter(|table| beneath.is_under(table))?;
-            let mut change = restoration(&origin.name, current, &beneath.own);
+        .filter_map(|(origin, lower)| {
+            let current = origin.active.as_ref().filter(|table| lower.is_stack_table(table))?;
+            let mut change = restoration(&origin.name, current, &lower.own);
             change.name = "recover-restore".to_owned();
             Some(change)
         })
@@ -402,7 +402,7 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     report.running.extend(machine.elsewhere.iter().cloned());
     let origins = scene.origins().into_iter();
     let tell_gone_disks = |error| {
-        origins.fold(error, |error, (origin, beneath)| tell_gone_disk(error, &origin.name, &beneath.own))
+        origins.fold(error, |error, (origin, lower)| explain_missing_disk(error, &origin.name, &lower.own))
     };
     report.done.extend(recover_devices(&mut machine).map_err(tell_gone_disks)?);
     put_back_settings(dm, &scene.dead)?;

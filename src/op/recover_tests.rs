@@ -9,7 +9,7 @@ use crate::base::ErrorKind;
 use crate::dm::Template;
 use crate::dm::naming::{ROLE_COW, ROLE_PRESERVE, new_id};
 use crate::format::state::{ChangeRecord, OriginRecord};
-use crate::stack::AtBest;
+use crate::stack::BestEffort;
 use crate::stack::change_record;
 use crate::stack::{StackNames, StackRequest, dismantling, insertion};
 use crate::volume::lvm_lock::LvmScope;
@@ -379,7 +379,7 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
                 removed += 1;
                 let over = Template::new(over("data#real", "data#preserve"));
                 for change in [restoration("data", over, &own), dismantling(&StackNames::new("data", &id))] {
-                    change.run(&mut kernel, &mut AtBest::new(&mut journal)).unwrap();
+                    change.run(&mut kernel, &mut BestEffort::new(&mut journal)).unwrap();
                 }
             }
         }

@@ -32,7 +32,7 @@ use crate::job::segment_log::{self, SegmentLog, SegmentLogContent};
 use crate::job::{FoundJob, Job, find_jobs};
 use crate::progress::{Event, Observer};
 use crate::secondary::{self, Resumed, Secondary};
-use crate::stack::{Adopted, HoldTimes, Skipped, Stack, Standing};
+use crate::stack::{Adopted, FoundStack, HoldTimes, Skipped, Stack};
 use crate::store::{CowStore, ExceptionReader, StoreDevice};
 use crate::sys::privilege;
 use crate::sys::process::LockedMemory;
@@ -175,7 +175,7 @@ pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() ->
     let copy = record.copy.as_ref().expect("the plan was made from it");
     let content = segment_log::read(&found.segments_path())?;
     let dm = Dm::open()?;
-    let standing = Standing::find(&dm, record)?;
+    let standing = FoundStack::find(&dm, record)?;
     standing.check_adoptable(&dm)?;
     let store = CowStore::examine(&found.id)?;
     drop(check_circles(&dm, plan, &store)?);

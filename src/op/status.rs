@@ -8,7 +8,7 @@ use crate::base::{Bytes, DeviceNumber, Result, clock, escape};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
-use crate::stack::origin_table::Beneath;
+use crate::stack::origin_table::LowerDevices;
 use crate::topology::Topology;
 use crate::volume::lvm_lock::LvmScope;
 
@@ -135,7 +135,7 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         let preserve = of_job(ROLE_PRESERVE).map(|it| it.number);
         let origin = below.map_or(Ok(None), |real| origin_over(dm, real, preserve))?;
         let preserved =
-            |over: &Over| over.beneath.preserved(&over.table).iter().map(|extent| extent.length()).sum();
+            |over: &Over| over.lower.preserved(&over.table).iter().map(|extent| extent.length()).sum();
         status.stacks.push(StackStatus {
             job: identity.id.clone(),
             origin: origin.as_ref().map(|over| over.name.clone()),
@@ -153,18 +153,18 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
 struct Over {
     name: String,
     table: Table,
-    beneath: Beneath,
+    lower: LowerDevices,
 }
 
 fn origin_over(dm: &Dm, real: &DeviceInfo, preserve: Option<DeviceNumber>) -> Result<Option<Over>> {
     let Some(own) = dm.table(real.number, Slot::Active)? else { return Ok(None) };
-    let beneath = Beneath { own, real: real.number, preserve };
+    let lower = LowerDevices { own, real: real.number, preserve };
     for (name, number) in dm.list()? {
         // One that goes away, or whose table is none of ours to read, is not the one.
         if let Ok(Some(table)) = dm.table(number, Slot::Active)
-            && beneath.is_under(&table)
+            && lower.is_stack_table(&table)
         {
-            return Ok(Some(Over { name, table, beneath }));
+            return Ok(Some(Over { name, table, lower }));
         }
     }
     Ok(None)

@@ -17,7 +17,7 @@ use crate::topology::Topology;
 const GROUP: &str = "tidemark-watchdog";
 
 /// Leaves whatever can be left. Best effort: each step that fails leaves the watchdog as it was.
-pub fn stand_apart() {
+pub fn isolate() {
     // Not being allowed to means that we lead a group already, which is as good.
     let _ = nix::unistd::setsid();
     signal::ignore_all();

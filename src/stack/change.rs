@@ -115,7 +115,7 @@ pub trait Executor {
     fn execute(&mut self, action: &Action) -> Result<()>;
 
     /// From now on what was done is taken back: nothing may stop that half-way.
-    fn taking_back(&mut self) {}
+    fn begin_undo(&mut self) {}
 }
 
 /// Where intents are kept.
@@ -158,18 +158,18 @@ impl IntentLog for NoIntents {
 
 /// A journal that is kept if it can be: for what can be repeated from any point, and must be done even where
 /// nothing can be written any more.
-pub struct AtBest<'a> {
+pub struct BestEffort<'a> {
     journal: &'a mut dyn IntentLog,
     warned: bool,
 }
 
-impl<'a> AtBest<'a> {
+impl<'a> BestEffort<'a> {
     /// Over `journal`.
     pub fn new(journal: &'a mut dyn IntentLog) -> Self {
         Self { journal, warned: false }
     }
 
-    fn passes(&mut self, result: Result<()>) {
+    fn warn_once(&mut self, result: Result<()>) {
         if let Err(error) = result
             && !std::mem::replace(&mut self.warned, true)
         {
@@ -178,20 +178,20 @@ impl<'a> AtBest<'a> {
     }
 }
 
-impl IntentLog for AtBest<'_> {
+impl IntentLog for BestEffort<'_> {
     fn intend(&mut self, change: &Change, index: usize) -> Result<()> {
         let result = self.journal.intend(change, index);
-        self.passes(result);
+        self.warn_once(result);
         Ok(())
     }
     fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()> {
         let result = self.journal.intend_undo(change, index);
-        self.passes(result);
+        self.warn_once(result);
         Ok(())
     }
     fn done(&mut self, change: &Change) -> Result<()> {
         let result = self.journal.done(change);
-        self.passes(result);
+        self.warn_once(result);
         Ok(())
     }
 }
@@ -234,23 +234,23 @@ impl Change {
             });
             if let Err(error) = result {
                 let error = error.context(format!("{} (step '{}')", self.name, step.name));
-                return Err(self.take_back(index, error, executor, journal));
+                return Err(self.undo_steps(index, error, executor, journal));
             }
             self.pass(step, "after");
         }
         // A change that failed leaves nothing behind: neither does one of which only the record failed.
-        journal.done(self).map_err(|error| self.take_back(self.steps.len(), error, executor, journal))
+        journal.done(self).map_err(|error| self.undo_steps(self.steps.len(), error, executor, journal))
     }
 
     /// Takes back the steps before `end`, last first, adding each failure to `error`.
-    fn take_back(
+    fn undo_steps(
         &self,
         end: usize,
         mut error: Error,
         executor: &mut dyn Executor,
         journal: &mut dyn IntentLog,
     ) -> Error {
-        executor.taking_back();
+        executor.begin_undo();
         for (index, step) in self.steps.iter().enumerate().take(end).rev() {
             if step.undo.is_empty() {
                 continue;

@@ -48,7 +48,7 @@ const FAILURE_REST_MIN: Duration = Duration::from_secs(2);
 const HOLD_POLL: Duration = Duration::from_millis(20);
 
 /// And behind a hold, after which the store is as full as before: those that waited write at once.
-const HOLD_BREATH: Duration = Duration::from_millis(1);
+const HOLD_PAUSE: Duration = Duration::from_millis(1);
 
 /// After so long the watchdog's clock is set anew, or the origin goes on.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
@@ -160,7 +160,7 @@ impl Gate {
         events: impl Fn(GateEvent) + Send + 'static,
     ) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let (dm, stack, theirs) = (Dm::open()?, stack.clone(), Arc::clone(&shared));
+        let (dm, stack, thread_shared) = (Dm::open()?, stack.clone(), Arc::clone(&shared));
         let (ready, started) = mpsc::sync_channel(1);
         let starting = || "starting the thread that releases the origin".to_owned();
         let thread = thread::Builder::new()
@@ -174,7 +174,10 @@ impl Gate {
                 let _ = ready.send(Ok(()));
                 let released = released.into_iter().collect();
                 let events = Box::new(events);
-                run(Keeper { dm, stack, nudge, released, hold, events, spent_said: false }, &theirs);
+                run(
+                    GateThread { dm, stack, nudge, released, hold, events, spent_reported: false },
+                    &thread_shared,
+                );
             })
             .io_context(starting)?;
         started.recv().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())).io_context(starting)?;
@@ -248,16 +251,16 @@ fn rest_after_failure(took: Duration) -> Duration {
     took.saturating_mul(REST_FACTOR).max(FAILURE_REST_MIN)
 }
 
-fn run(mut keeper: Keeper, shared: &Shared) {
+fn run(mut gate: GateThread, shared: &Shared) {
     // A panic must neither leave the origin held (the watchdog sees to that) nor pass for "all is well".
-    if catch_unwind(AssertUnwindSafe(|| keeper.run(shared))).is_err() {
+    if catch_unwind(AssertUnwindSafe(|| gate.run(shared))).is_err() {
         shared.lock().lost =
             Some((ErrorKind::Kernel, "the thread that releases the origin failed".to_owned()));
     }
 }
 
 /// The thread's side.
-struct Keeper {
+struct GateThread {
     dm: Dm,
     stack: Stack,
     /// Bounds the kernel's wait for I/O in flight.
@@ -265,10 +268,10 @@ struct Keeper {
     released: ExtentSet,
     hold: Option<HoldPolicy>,
     events: Box<dyn Fn(GateEvent) + Send>,
-    spent_said: bool,
+    spent_reported: bool,
 }
 
-impl Keeper {
+impl GateThread {
     fn run(&mut self, shared: &Shared) {
         // Released by the copier, not yet by the kernel.
         let mut due = !self.released.is_empty();
@@ -279,7 +282,7 @@ impl Keeper {
             let rest = rest_until.saturating_duration_since(Instant::now());
             let resting = rest > Duration::ZERO;
             let time = match &self.hold {
-                Some(_) if std::mem::take(&mut has_held) => Some(HOLD_BREATH),
+                Some(_) if std::mem::take(&mut has_held) => Some(HOLD_PAUSE),
                 Some(_) => Some(HOLD_POLL),
                 None if resting || due => Some(rest),
                 None => None,
@@ -357,8 +360,8 @@ impl Keeper {
         if held < hold.budget {
             return true;
         }
-        if !self.spent_said {
-            self.spent_said = true;
+        if !self.spent_reported {
+            self.spent_reported = true;
             (self.events)(GateEvent::HoldSpent);
         }
         false
@@ -379,7 +382,7 @@ impl Keeper {
     /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
     /// left of the store: so that is not done after every slice. Answers the watchdog, which stands over what is left
     /// to be done; None where it has let writers go on, or has died.
-    fn stay(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
+    fn hold_slices(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
             let slice = HOLD_SLICE.min(end.saturating_duration_since(Instant::now()));
@@ -402,7 +405,7 @@ impl Keeper {
         }
     }
 
-    fn tell_ended_early(&self) {
+    fn warn_hold_ended_early(&self) {
         let origin = self.stack.origin();
         tracing::warn!("a hold of {origin} ended early: the watchdog over it let writers go on, or has died");
     }
@@ -434,15 +437,15 @@ impl Keeper {
         if report.holds == 0 {
             (self.events)(GateEvent::Holding);
         }
-        let watchdog = self.stay(shared, watchdog, left.saturating_sub(begin.elapsed()));
-        let resumed = self.go_on(&hold, watchdog.is_some());
+        let watchdog = self.hold_slices(shared, watchdog, left.saturating_sub(begin.elapsed()));
+        let resumed = self.resume(&hold, watchdog.is_some());
         match (watchdog, self.stack.is_held()) {
             (watchdog, true) => drop(watchdog),
             // Said only now: who reads it may be slow.
-            (None, false) => self.tell_ended_early(),
+            (None, false) => self.warn_hold_ended_early(),
             (Some(watchdog), false) => {
                 if let Verdict::Fired(_) = self.stack.standby().dismiss(watchdog) {
-                    self.tell_ended_early();
+                    self.warn_hold_ended_early();
                 }
             }
         }
@@ -454,14 +457,14 @@ impl Keeper {
     }
 
     /// The origin goes on, with what is released if that can be.
-    fn go_on(&self, hold: &Hold, is_guarded: bool) -> Result<Duration> {
+    fn resume(&self, hold: &Hold, is_guarded: bool) -> Result<Duration> {
         if !is_guarded {
             // The watchdog has let it go on, or has died.
-            self.stack.let_go(&self.dm)?;
+            self.stack.resume_if_suspended(&self.dm)?;
         }
         let released: Vec<Extent> = self.released.iter().collect();
         let swapped = self.stack.release(&self.dm, &released, Some(hold), &self.nudge);
         // The swap has done that. Where it did not come to it, this does.
-        self.stack.let_go(&self.dm).and(swapped)
+        self.stack.resume_if_suspended(&self.dm).and(swapped)
     }
 }

@@ -61,7 +61,7 @@ mod tests {
     use crate::dm::Udev;
 
     #[test]
-    fn intents_say_what_may_be_held() {
+    fn intents_name_what_may_be_held() {
         let suspend = Action::Suspend { device: "d".into(), flush: true, lock_filesystem: false };
         let resume = Action::Resume { device: "d".into(), udev: Udev::None };
         let steps = vec![

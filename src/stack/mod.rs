@@ -28,7 +28,7 @@ use crate::dm::{DeviceInfo, Dm, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{JobRecord, OriginRecord};
-use crate::stack::origin_table::{Beneath, Form};
+use crate::stack::origin_table::{Form, LowerDevices};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
@@ -55,7 +55,7 @@ mod want_of_memory;
 pub mod watchdog;
 pub mod write_back;
 
-pub use change::{Action, AtBest, Change, Executor, IntentLog, NoIntents, Step};
+pub use change::{Action, BestEffort, Change, Executor, IntentLog, NoIntents, Step};
 pub use intent::change_record;
 pub use model::{AtInstant, HoldTimes, InstantContext, Planned, Skipped, StackRequest};
 pub use owner::Owner;
@@ -63,18 +63,18 @@ pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
 pub use runner::Runner;
 
 /// Attempts to put the origin's own table back within the budget. On a disk that has become slow, I/O in flight may
-/// take longer than that: each attempt has [`RESTORE_PATIENCE`] times as long as the one before, and between two
+/// take longer than that: each attempt has [`RESTORE_BUDGET_FACTOR`] times as long as the one before, and between two
 /// of them writers go on.
 const RESTORE_ATTEMPTS: u32 = 4;
 
 /// See [`RESTORE_ATTEMPTS`].
-const RESTORE_PATIENCE: u32 = 4;
+const RESTORE_BUDGET_FACTOR: u32 = 4;
 
 /// Longest wait for somebody else who is changing the origin's table.
-const OTHERS_MAX: Duration = Duration::from_secs(60);
+const OTHER_TOOL_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Pause between two attempts.
-const OTHERS_PAUSE: Duration = Duration::from_millis(50);
+const OTHER_TOOL_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the kernel does not know of a stack whose process died.
 #[derive(Clone, Debug)]
@@ -94,7 +94,7 @@ pub struct Adopted {
 pub struct Stack {
     origin: String,
     names: StackNames,
-    beneath: Beneath,
+    lower: LowerDevices,
     form: Form,
     /// The only one that changes the origin's table; held while it does.
     owner: Arc<Mutex<Owner>>,
@@ -138,7 +138,7 @@ impl Stack {
         // From before its table is read until it leads through the stack.
         let lvm = LvmLock::hold(dm, number, interrupt)?;
         let own_table = own_table(dm, origin)?;
-        let request = &request.look_again(number, &own_table)?;
+        let request = &request.recheck(number, &own_table)?;
         refuse_own_record(job, &request.filesystems)?;
         let names = StackNames::new(origin, job.id());
         for name in names.removable() {
@@ -177,12 +177,12 @@ impl Stack {
         runner.report(origin);
         // Nothing after the change may fail: the stack is in place.
         let below = runner.below_found.take().expect("the instant has run, and looked it up");
-        let beneath = runner.beneath.take().expect("a table was loaded, or the change had failed");
+        let lower = runner.lower.take().expect("a table was loaded, or the change had failed");
         let owner = runner.owner.take().expect("the change's first step makes it");
         Ok(Self {
             origin: origin.to_owned(),
             names,
-            beneath,
+            lower,
             form: runner.form,
             below,
             owner: Arc::new(Mutex::new(owner)),
@@ -202,18 +202,18 @@ impl Stack {
     /// # Errors
     /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
     pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
-        let Standing { record, origin, names, beneath, current, claim } = Standing::find(dm, job.record())?;
+        let FoundStack { record, origin, names, lower, current, claim } = FoundStack::find(dm, job.record())?;
         let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
         let queue = QueueSettings::from_record(record.number, &record.queue);
-        let owner = take_over(dm, &origin, current, &beneath, queue).map_err(|error| match error.kind() {
-            ErrorKind::StoreInvalid => gone(job.id(), error.to_string()),
+        let owner = take_over(dm, &origin, current, &lower, queue).map_err(|error| match error.kind() {
+            ErrorKind::StoreInvalid => cannot_resume(job.id(), error.to_string()),
             _ => error,
         })?;
         Ok(Self {
             origin: origin.name,
-            below: node::device_path(beneath.real)?,
+            below: node::device_path(lower.real)?,
             names,
-            beneath,
+            lower,
             form: form(dm, record.number),
             owner: Arc::new(Mutex::new(owner)),
             claim: Arc::new(Mutex::new(Some(claim))),
@@ -230,7 +230,7 @@ impl Stack {
     /// What is in use and leads past the snapshot all the same in the origin's table: what was released.
     #[must_use]
     pub fn released(&self) -> Vec<Extent> {
-        released(&self.beneath, lock(&self.owner).active(), &self.skipped.extents)
+        released(&self.lower, lock(&self.owner).active(), &self.skipped.extents)
     }
 
     /// Where the copy's watchdog waits for what it is to guard.
@@ -272,13 +272,13 @@ impl Stack {
     /// The origin's size.
     #[must_use]
     pub fn size(&self) -> Bytes {
-        self.beneath.own.length().bytes()
+        self.lower.own.length().bytes()
     }
 
     /// The number of the device beneath.
     #[must_use]
     pub fn number(&self) -> DeviceNumber {
-        self.beneath.real
+        self.lower.real
     }
 
     /// The origin's device-mapper name when the copy began; it may have been renamed since.
@@ -315,7 +315,7 @@ impl Stack {
         let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
         let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
         let released: Vec<Extent> = released.iter().collect();
-        let table = self.beneath.table(&self.skipped.extents, &released, self.form)?;
+        let table = self.lower.table(&self.skipped.extents, &released, self.form)?;
         self.refuse_to_preserve_again(&table, &released)?;
         let _lvm = match hold {
             Some(_) => None,
@@ -330,7 +330,7 @@ impl Stack {
         Ok(held)
     }
 
-    /// Suspends the origin, until [`Stack::release`] or [`Stack::let_go`]. `nudge` ends the wait for I/O in flight after
+    /// Suspends the origin, until [`Stack::release`] or [`Stack::resume_if_suspended`]. `nudge` ends the wait for I/O in flight after
     /// `limit`.
     ///
     /// # Errors
@@ -355,8 +355,8 @@ impl Stack {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn let_go(&self, dm: &Dm) -> Result<()> {
-        lock(&self.owner).let_go(dm)
+    pub fn resume_if_suspended(&self, dm: &Dm) -> Result<()> {
+        lock(&self.owner).resume_if_suspended(dm)
     }
 
     /// Keeps lvm2 away from the origin's volume group, unless one of its commands is running: that one goes first.
@@ -373,7 +373,7 @@ impl Stack {
     /// A range that was released must never be preserved again: what is there is not the instant's any more,
     /// and everything that the store holds for what is copied is laid over the copy at its end.
     fn refuse_to_preserve_again(&self, table: &Table, released: &[Extent]) -> Result<()> {
-        let preserved: ExtentSet = self.beneath.preserved(table).into_iter().collect();
+        let preserved: ExtentSet = self.lower.preserved(table).into_iter().collect();
         match released.iter().find(|extent| preserved.intersection_with(**extent).next().is_some()) {
             None => Ok(()),
             Some(extent) => Err(Error::new(
@@ -417,9 +417,11 @@ impl Stack {
         let mut change = dismantling(&self.names);
         let names = self.names.removable().into_iter();
         let left = names.map(|name| Ok((name, dm.info(name)?.is_some()))).collect::<Result<Vec<_>>>()?;
-        let gone = |device: &str| left.iter().any(|(name, there)| *name == device && !there);
-        change.steps.retain(|step| !matches!(&step.action, Action::Remove { device, .. } if gone(device)));
-        change.run(&mut runner, &mut AtBest::new(job)).map_err(|error| {
+        let is_removed = |device: &str| left.iter().any(|(name, there)| *name == device && !there);
+        change
+            .steps
+            .retain(|step| !matches!(&step.action, Action::Remove { device, .. } if is_removed(device)));
+        change.run(&mut runner, &mut BestEffort::new(job)).map_err(|error| {
             error
                 .state(format!("{} has its own table again; devices of the copy are left", self.origin))
                 .next("run 'tidemark recover'")
@@ -437,7 +439,7 @@ impl Stack {
                 .context(format!("putting back the table of {}", self.origin))
                 .state(format!("{} goes on, with the snapshot in place", self.origin))
                 .next("run 'tidemark recover'");
-            tell_gone_disk(error, &self.origin, &self.beneath.own)
+            explain_missing_disk(error, &self.origin, &self.lower.own)
         })?;
         // Whatever LVM does to the volume now, no copy depends on it.
         *locked(&self.lvm) = None;
@@ -451,7 +453,7 @@ impl Stack {
     fn put_back(&self, dm: &Dm, job: &mut Job) -> Result<()> {
         job.note_expedited();
         let mut owner = lock(&self.owner);
-        owner.let_go(dm)?;
+        owner.resume_if_suspended(dm)?;
         // Nothing is asked here whether to: what was begun is put back, or said to be in place.
         let _lvm = match self.keeps_lvm_away() {
             true => None,
@@ -463,33 +465,34 @@ impl Stack {
         loop {
             // By the name that it has now. One that is gone has nothing to be put back.
             let Some(origin) = owner.device(dm)? else { return Ok(()) };
-            let active = dm.table(origin.number, Slot::Active)?.filter(|table| self.beneath.is_under(table));
+            let active =
+                dm.table(origin.number, Slot::Active)?.filter(|table| self.lower.is_stack_table(table));
             let Some(active) = active else { return Ok(()) };
             let mut runner = Runner::new(dm, budget, &|| Ok(()));
             runner.standby = self.standby.clone();
             // What is below the origin tells how to go back, also where the record cannot be written any more.
-            let change = restoration(&origin.name, &active, &self.beneath.own);
-            match change.run(&mut runner, &mut AtBest::new(job)) {
+            let change = restoration(&origin.name, &active, &self.lower.own);
+            match change.run(&mut runner, &mut BestEffort::new(job)) {
                 Ok(()) => {
-                    owner.put_back_settings_of(&self.beneath.own);
+                    owner.put_back_settings_of(&self.lower.own);
                     return Ok(());
                 }
-                Err(error) if error.kind() == ErrorKind::Refused && begin.elapsed() < OTHERS_MAX => {
-                    thread::sleep(OTHERS_PAUSE);
+                Err(error) if error.kind() == ErrorKind::Refused && begin.elapsed() < OTHER_TOOL_WAIT_MAX => {
+                    thread::sleep(OTHER_TOOL_PAUSE);
                     continue;
                 }
                 Err(error) if attempt >= RESTORE_ATTEMPTS => return Err(error),
                 Err(error) => tracing::warn!("{error}; trying again"),
             }
             attempt += 1;
-            budget = budget.saturating_mul(RESTORE_PATIENCE);
+            budget = budget.saturating_mul(RESTORE_BUDGET_FACTOR);
         }
     }
 }
 
 /// `error` of putting back table `own` of `origin`, with what to do where one of its disks is gone: the kernel loads no table
 /// over that, and the stack stays for as long as the origin does.
-pub fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> Error {
+pub fn explain_missing_disk(error: Error, origin: &str, own: &Table) -> Error {
     match own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists()) {
         None => error,
         Some(disk) => error
@@ -501,83 +504,83 @@ pub fn tell_gone_disk(error: Error, origin: &str, own: &Table) -> Error {
     }
 }
 
-fn released(beneath: &Beneath, current: &Table, skipped: &[Extent]) -> Vec<Extent> {
-    let mut preserved: ExtentSet = beneath.preserved(current).into_iter().collect();
+fn released(lower: &LowerDevices, current: &Table, skipped: &[Extent]) -> Vec<Extent> {
+    let mut preserved: ExtentSet = lower.preserved(current).into_iter().collect();
     preserved.extend(skipped.iter().copied());
-    let whole = Extent::new(Bytes::ZERO, beneath.own.length().bytes());
+    let whole = Extent::new(Bytes::ZERO, lower.own.length().bytes());
     whole.into_iter().flat_map(|whole| preserved.gaps_in(whole)).collect()
 }
 
-fn gone(job: &str, what: String) -> Error {
+fn cannot_resume(job: &str, what: String) -> Error {
     Error::refused(format!("job {job} cannot go on: {what}"))
         .state("nothing was changed")
         .next("run 'tidemark recover', which puts back what is left, and copy again")
 }
 
 /// The stack of a job whose process died, found whole. Held by its claim, changed in nothing.
-pub struct Standing<'a> {
+pub struct FoundStack<'a> {
     record: &'a OriginRecord,
     origin: DeviceInfo,
     names: StackNames,
-    beneath: Beneath,
+    lower: LowerDevices,
     /// The origin's table in use.
     current: Table,
     claim: File,
 }
 
-impl<'a> Standing<'a> {
+impl<'a> FoundStack<'a> {
     /// Finds it.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] where the kernel has no such stack any more; the kernel's.
     pub fn find(dm: &Dm, job: &'a JobRecord) -> Result<Self> {
-        let gone = |what: String| gone(&job.job, what);
-        let record = job.origin.as_ref().ok_or_else(|| gone("its record names no origin".to_owned()))?;
+        let cannot_resume = |what: String| cannot_resume(&job.job, what);
+        let record =
+            job.origin.as_ref().ok_or_else(|| cannot_resume("its record names no origin".to_owned()))?;
         let names = StackNames::new(&record.device, &job.job);
         // By its number: it may have been renamed.
-        let origin = check_adoptable(dm.info(record.number)?, &record.device, &gone)?;
+        let origin = check_adoptable(dm.info(record.number)?, &record.device, &cannot_resume)?;
         for name in names.removable() {
-            check_adoptable(dm.info(name)?, name, &gone)?;
+            check_adoptable(dm.info(name)?, name, &cannot_resume)?;
         }
         let table = |name: &str| dm.table(name, Slot::Active);
         let number = |name: &str| dm.info_of(name).map(|info| info.number);
-        let beneath = Beneath {
-            own: table(&names.real)?.ok_or_else(|| gone(format!("{} has no table", names.real)))?,
+        let lower = LowerDevices {
+            own: table(&names.real)?.ok_or_else(|| cannot_resume(format!("{} has no table", names.real)))?,
             real: number(&names.real)?,
             preserve: Some(number(&names.preserve)?),
         };
-        let preserving =
-            Table::single(beneath.own.length(), Target::SnapshotOrigin { device: beneath.real })?;
+        let preserving = Table::single(lower.own.length(), Target::SnapshotOrigin { device: lower.real })?;
         if table(&names.preserve)? != Some(preserving) {
-            return Err(gone(format!("{} does not preserve anything any more", names.preserve)));
+            return Err(cannot_resume(format!("{} does not preserve anything any more", names.preserve)));
         }
         let current = dm
             .table(origin.number, Slot::Active)?
-            .filter(|table| beneath.is_under(table))
+            .filter(|table| lower.is_stack_table(table))
             .ok_or_else(|| {
-                gone(format!(
+                cannot_resume(format!(
                     "{} does not write through its snapshot any more: somebody replaced its table",
                     origin.name
                 ))
             })?;
         let status = dm.snapshot_status(&names.snap)?;
         if !status.is_usable() {
-            return Err(gone(format!("the snapshot was lost meanwhile ({status:?})")));
+            return Err(cannot_resume(format!("the snapshot was lost meanwhile ({status:?})")));
         }
         let claim = dm.claim(number(&names.snap)?)?;
-        Ok(Self { record, origin, names, beneath, current, claim })
+        Ok(Self { record, origin, names, lower, current, claim })
     }
 
     /// Its device that carries the origin's own table.
     #[must_use]
     pub fn number(&self) -> DeviceNumber {
-        self.beneath.real
+        self.lower.real
     }
 
     /// As [`Stack::released`], where `skipped` was never preserved.
     #[must_use]
     pub fn released(&self, skipped: &[Extent]) -> Vec<Extent> {
-        released(&self.beneath, &self.current, skipped)
+        released(&self.lower, &self.current, skipped)
     }
 
     /// As [`Stack::snapshot_status`].
@@ -594,7 +597,7 @@ impl<'a> Standing<'a> {
     /// [`ErrorKind::Refused`]; the kernel's.
     pub fn check_adoptable(&self, dm: &Dm) -> Result<()> {
         let loaded = dm.table(self.origin.number, Slot::Inactive)?;
-        if loaded.is_some_and(|table| self.beneath.is_of_copy(&table)) {
+        if loaded.is_some_and(|table| self.lower.is_copy_table(&table)) {
             // The dead process's own, which the adoption drops.
             return Ok(());
         }
@@ -602,24 +605,24 @@ impl<'a> Standing<'a> {
     }
 }
 
-/// A device of a stack that is to be adopted; `gone` says why it is not.
+/// A device of a stack that is to be adopted; `cannot_resume` says why it is not.
 fn check_adoptable(
     found: Option<DeviceInfo>,
     name: &str,
-    gone: &dyn Fn(String) -> Error,
+    cannot_resume: &dyn Fn(String) -> Error,
 ) -> Result<DeviceInfo> {
     let info = found.ok_or_else(|| {
-        gone(format!("there is no device {name} any more")).next(
+        cannot_resume(format!("there is no device {name} any more")).next(
             "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
              while it put the origin back, the copy had ended, well or not: a file with the final name is \
              complete, but may be one that was there before; look at its time",
         )
     })?;
     if !info.has_active {
-        return Err(gone(format!("{name} is not the device that it was")));
+        return Err(cannot_resume(format!("{name} is not the device that it was")));
     }
     if info.suspended {
-        return Err(gone(format!("{name} is suspended")));
+        return Err(cannot_resume(format!("{name} is suspended")));
     }
     Ok(info)
 }
@@ -629,16 +632,16 @@ fn take_over(
     dm: &Dm,
     origin: &DeviceInfo,
     current: Table,
-    beneath: &Beneath,
+    lower: &LowerDevices,
     queue: QueueSettings,
 ) -> Result<Owner> {
     // The dead process may have loaded a table. Any other table is somebody else's.
-    if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| beneath.is_of_copy(&table)) {
+    if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| lower.is_copy_table(&table)) {
         dm.clear(origin.number)?;
     }
     let mut owner = Owner::new(dm, origin.number, current)?;
     owner.check(dm)?;
-    owner.take_over_settings(beneath.own.clone(), queue);
+    owner.take_over_settings(lower.own.clone(), queue);
     Ok(owner)
 }
 

@@ -47,7 +47,7 @@ impl StackRequest {
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the origin is not what was planned for.
-    pub(super) fn look_again(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
+    pub(super) fn recheck(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
         let Some(planned) = &self.planned else { return Ok(self.clone()) };
         if *own_table != planned.table {
             return Err(Error::refused(format!(

@@ -20,7 +20,7 @@
 //! a thousand lines: 1,260 to 1,550 with `switch`, with `linear` 1,110 on 6.12 and 80 on 6.1. Where a kernel has no
 //! `switch` (every distribution's has), the lines are `linear`, and few.
 //!
-//! Invariants of [`Beneath::table`]: every sector is under exactly one line; what is neither free nor
+//! Invariants of [`LowerDevices::table`]: every sector is under exactly one line; what is neither free nor
 //! released leads to `preserve`, so the first write to it preserves its original; the rest leads past it,
 //! as far as the number of lines allows. Every doubt, an extent that is
 //! cut within a sector or reaches behind the end, goes to the side of `preserve`: that costs
@@ -67,7 +67,7 @@ impl Form {
 
 /// What a stack has beneath an origin.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Beneath {
+pub struct LowerDevices {
     /// The origin's own table.
     pub own: Table,
     /// The device that has that table.
@@ -76,11 +76,11 @@ pub struct Beneath {
     pub preserve: Option<DeviceNumber>,
 }
 
-impl Beneath {
+impl LowerDevices {
     /// True for a table that a copy may have loaded into its origin: one over the stack, or the origin's own.
     #[must_use]
-    pub fn is_of_copy(&self, table: &Table) -> bool {
-        self.is_under(table) || *table == self.own
+    pub fn is_copy_table(&self, table: &Table) -> bool {
+        self.is_stack_table(table) || *table == self.own
     }
 
     /// The origin's table. `free` is what nobody needs, `released` what is on the secondary already. Where there would
@@ -101,7 +101,7 @@ impl Beneath {
             released.iter().filter_map(|extent| whole_sectors(*extent, length)).collect();
         let mut past: ExtentSet = free.iter().filter_map(|extent| whole_sectors(*extent, length)).collect();
         past.extend(released.iter());
-        give_up(&mut past, &released, length, Form { runs: form.runs.clamp(1, LINES_MAX), ..form });
+        limit_runs(&mut past, &released, length, Form { runs: form.runs.clamp(1, LINES_MAX), ..form });
         let whole = Extent::new(Bytes::ZERO, length.bytes());
         let preserved: Vec<Extent> = whole.into_iter().flat_map(|whole| past.gaps_in(whole)).collect();
         if preserved.is_empty() {
@@ -146,10 +146,10 @@ impl Beneath {
         within.map(piece).collect()
     }
 
-    /// True where `table` is one that [`Beneath::table`] makes: its first line leads to `preserve` or `real`, each of the
+    /// True where `table` is one that [`LowerDevices::table`] makes: its first line leads to `preserve` or `real`, each of the
     /// others to one of these or past them as the origin's own table does, every sector to itself.
     #[must_use]
-    pub fn is_under(&self, table: &Table) -> bool {
+    pub fn is_stack_table(&self, table: &Table) -> bool {
         let is_ours = |line: &Line| leads_to(line, self.preserve) || leads_to(line, Some(self.real));
         let is_past = |line: &Line| {
             let way = destination(line).map(|(device, offset)| (line.length, device, offset));
@@ -194,7 +194,7 @@ fn sectors(bytes: Bytes) -> Sectors {
 }
 
 /// Takes runs out of `past` until the table is within `form`.
-fn give_up(past: &mut ExtentSet, released: &ExtentSet, length: Sectors, form: Form) {
+fn limit_runs(past: &mut ExtentSet, released: &ExtentSet, length: Sectors, form: Form) {
     // Runs do not touch, so on either side of each is a run of the other kind, or the device's end. Taking
     // a run out joins it with these: it saves as many runs as it has neighbours, whatever else is taken out.
     let saved = |run: Extent| {
@@ -235,17 +235,17 @@ mod tests {
         })
     }
 
-    fn beneath(own: &str) -> Beneath {
-        Beneath { own: own.parse().unwrap(), real: REAL, preserve: Some(PRESERVE) }
+    fn lower(own: &str) -> LowerDevices {
+        LowerDevices { own: own.parse().unwrap(), real: REAL, preserve: Some(PRESERVE) }
     }
 
     /// An origin of `length` sectors on one disk.
-    fn plain(length: u64) -> Beneath {
-        beneath(&format!("0 {length} linear {DISK} 2048"))
+    fn plain(length: u64) -> LowerDevices {
+        lower(&format!("0 {length} linear {DISK} 2048"))
     }
 
     /// Origins of one or several lines, linear (to devices and offsets that tell them apart) and striped.
-    fn origins(length: std::ops::Range<u64>) -> impl Strategy<Value = Beneath> {
+    fn origins(length: std::ops::Range<u64>) -> impl Strategy<Value = LowerDevices> {
         let cuts = prop::collection::btree_set(1u64..length.end, 0..5);
         let kinds = prop::collection::vec(any::<bool>(), 6);
         (length, cuts, kinds).prop_map(|(length, cuts, kinds)| {
@@ -265,7 +265,7 @@ mod tests {
                 start = *border;
                 (length, target)
             });
-            Beneath { own: Table::concatenated(lines).unwrap(), real: REAL, preserve: Some(PRESERVE) }
+            LowerDevices { own: Table::concatenated(lines).unwrap(), real: REAL, preserve: Some(PRESERVE) }
         })
     }
 
@@ -313,7 +313,7 @@ mod tests {
 
     /// Where a sector ends up, once `real` and `preserve` have passed it on unshifted: a sector of a disk, or of `real`
     /// where that is striped.
-    fn place(origin: &Beneath, table: &Table, sector: u64) -> (DeviceNumber, u64) {
+    fn place(origin: &LowerDevices, table: &Table, sector: u64) -> (DeviceNumber, u64) {
         let line = lines_at(table, sector)[0];
         match destination(line) {
             Some((device, offset)) => {
@@ -340,10 +340,10 @@ mod tests {
             prop_assert!(table.lines().len() <= most, "{} lines", table.lines().len());
             let released_part = |run: &Extent| released.iter().any(|it| it.overlaps(*run));
             prop_assert!(past(&table).iter().filter(|run| !released_part(run)).count() <= form.free_runs);
-            prop_assert!(origin.is_under(&table) && table != origin.own);
+            prop_assert!(origin.is_stack_table(&table) && table != origin.own);
             let other = DeviceNumber { major: 253, minor: 9 };
-            let another = Beneath { own: origin.own.clone(), real: other, preserve: Some(other) };
-            prop_assert!(!another.is_under(&table));
+            let another = LowerDevices { own: origin.own.clone(), real: other, preserve: Some(other) };
+            prop_assert!(!another.is_stack_table(&table));
             // One line takes the flush, and leads to every disk.
             let (first, others) = table.lines().split_first().unwrap();
             let takes_flush = matches!(first.target, Target::Linear { device: REAL | PRESERVE, .. });
@@ -365,7 +365,7 @@ mod tests {
         }
 
         #[test]
-        fn with_runs_to_spare_all_that_may_be_leads_past(origin in origins(8..120), free in extents(120), released in extents(120)) {
+        fn below_the_limits_every_free_or_released_sector_bypasses_the_snapshot(origin in origins(8..120), free in extents(120), released in extents(120)) {
             let length = origin.own.length();
             let whole = |list: &[Extent]| list.iter().filter_map(|it| whole_sectors(*it, length)).collect::<Vec<_>>();
             let (free, released) = (whole(&free), whole(&released));
@@ -379,7 +379,7 @@ mod tests {
         }
 
         #[test]
-        fn no_run_is_given_up_before_a_smaller_or_freer_one(
+        fn runs_are_given_up_free_ones_first_then_the_smallest(
             free in extents(120), released in extents(120), form in forms(),
         ) {
             let origin = plain(120);
@@ -408,7 +408,7 @@ mod tests {
     #[test]
     fn the_table_reads_as_the_kernel_has_it() {
         let extent = |start: u64, end: u64| Extent::new(Bytes(start * 512), Bytes(end * 512)).unwrap();
-        let origin = beneath("0 50 linear 8:16 2048\n50 8 linear 8:32 0\n58 42 striped 2 8 8:16 0 8:32 64");
+        let origin = lower("0 50 linear 8:16 2048\n50 8 linear 8:32 0\n58 42 striped 2 8 8:16 0 8:32 64");
         let table = |free: &[Extent], released: &[Extent], form| {
             origin.table(free, released, form).unwrap().to_string()
         };
@@ -428,9 +428,12 @@ mod tests {
         let one = Form { free_runs: 0, runs: 1, ..PLENTY };
         let all = origin.table(&[], &[extent(0, 200)], one).unwrap();
         assert_eq!(all.to_string(), "0 100 linear 253:7 0");
-        assert!(origin.preserved(&all).is_empty() && origin.is_under(&all));
-        let removed = Beneath { preserve: None, ..origin.clone() };
-        assert!(removed.is_under(&all) && !removed.is_under(&table(&[], &[], PLENTY).parse().unwrap()));
+        assert!(origin.preserved(&all).is_empty() && origin.is_stack_table(&all));
+        let removed = LowerDevices { preserve: None, ..origin.clone() };
+        assert!(
+            removed.is_stack_table(&all)
+                && !removed.is_stack_table(&table(&[], &[], PLENTY).parse().unwrap())
+        );
     }
 
     #[test]
@@ -447,8 +450,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shifted_or_goes_elsewhere_is_no_origin_of_ours() {
-        let origin = beneath("0 8 linear 8:16 2048\n8 8 linear 8:32 0");
+    fn a_table_with_another_mapping_is_no_stack_table() {
+        let origin = lower("0 8 linear 8:16 2048\n8 8 linear 8:32 0");
         for text in [
             // Its own, whole or cut: nobody's stack.
             "0 8 linear 8:16 2048\n8 8 linear 8:32 0",
@@ -465,7 +468,7 @@ mod tests {
             "0 8 linear 253:8 0\n8 8 zero",
             "0 16 snapshot-origin 253:7",
         ] {
-            assert!(!origin.is_under(&text.parse().unwrap()), "{text}");
+            assert!(!origin.is_stack_table(&text.parse().unwrap()), "{text}");
         }
     }
 }

@@ -43,7 +43,7 @@ pub struct Owner {
     settings_at_first: Option<(Table, QueueSettings)>,
 }
 
-fn say_lost(path: &Path) {
+fn warn_setting_lost(path: &Path) {
     tracing::warn!("{} has lost its setting, and cannot be written", path.display());
 }
 
@@ -112,7 +112,7 @@ impl Owner {
     /// [`ErrorKind::StoreInvalid`] if the device or its active table was replaced; [`ErrorKind::Refused`] while somebody
     /// else is changing it, where a retry can succeed; the kernel's.
     pub fn check(&self, dm: &Dm) -> Result<()> {
-        match self.look(dm)? {
+        match self.find_foreign_change(dm)? {
             None => Ok(()),
             Some(foreign) => Err(self.explain(foreign)),
         }
@@ -154,7 +154,7 @@ impl Owner {
         self.check(dm)?;
         if let Err(error) = dm.suspend(self.number, how) {
             // EINVAL: it is suspended already. Somebody else may have done that since the check.
-            return Err(match self.look(dm) {
+            return Err(match self.find_foreign_change(dm) {
                 Ok(Some(foreign)) if error.errno() == Some(libc::EINVAL) => self.explain(foreign),
                 _ => error,
             });
@@ -162,7 +162,7 @@ impl Owner {
         self.is_held = true;
         // A suspension takes as long as the I/O in flight: others had time.
         let Err(error) = self.check(dm) else { return Ok(()) };
-        Err(error.after_undo(self.let_go(dm)))
+        Err(error.after_undo(self.resume_if_suspended(dm)))
     }
 
     /// Puts what was loaded to use and lets the device go on. What comes of it the next look tells.
@@ -171,12 +171,12 @@ impl Owner {
     /// As [`Owner::check`], before: the device then goes on with the table it had. The kernel's.
     pub fn resume(&mut self, dm: &Dm) -> Result<()> {
         if let Err(error) = self.check(dm) {
-            return Err(error.after_undo(self.let_go(dm)));
+            return Err(error.after_undo(self.resume_if_suspended(dm)));
         }
         self.note_settings();
         dm.resume(self.number, Udev::None)?;
         if self.has_swapped(dm)? {
-            self.went_on();
+            self.note_resumed();
             return Ok(());
         }
         (self.loaded, self.is_held) = (None, false);
@@ -194,7 +194,7 @@ impl Owner {
     /// device is held.
     pub fn put_back_settings(&mut self) {
         for path in self.settings.take().iter().flat_map(QueueSettings::put_back) {
-            say_lost(&path);
+            warn_setting_lost(&path);
         }
         self.put_back_settings_of(&self.active);
     }
@@ -203,7 +203,7 @@ impl Owner {
     pub fn put_back_settings_of(&self, table: &Table) {
         let at_first = self.settings_at_first.iter().filter(|(first, _)| first == table);
         for path in at_first.flat_map(|(_, settings)| settings.put_back_of_table()) {
-            say_lost(&path);
+            warn_setting_lost(&path);
         }
     }
 
@@ -211,7 +211,7 @@ impl Owner {
     /// dropped any of them. Not while the device is held.
     pub fn take_over_settings(&mut self, first: Table, settings: QueueSettings) {
         for path in settings.put_back() {
-            say_lost(&path);
+            warn_setting_lost(&path);
         }
         self.settings_at_first = Some((first, settings));
         self.put_back_settings_of(&self.active);
@@ -229,10 +229,10 @@ impl Owner {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn let_go(&mut self, dm: &Dm) -> Result<()> {
+    pub fn resume_if_suspended(&mut self, dm: &Dm) -> Result<()> {
         self.drop_loaded(dm)?;
         if self.is_held && self.device(dm)?.is_some_and(|info| info.suspended) {
-            dm.let_go(self.number)?;
+            dm.resume_if_suspended(self.number)?;
         }
         self.is_held = false;
         Ok(())
@@ -254,7 +254,7 @@ impl Owner {
                     (self.loaded, self.is_held) = (None, false);
                     return Err(self.explain(Foreign::Resumed));
                 }
-                self.went_on();
+                self.note_resumed();
                 self.put_back_settings();
                 self.check(dm)?;
                 Ok(held)
@@ -262,7 +262,7 @@ impl Owner {
             Err(error) => {
                 // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
                 self.is_held |= error.kind() != ErrorKind::Interrupted;
-                Err(match self.let_go(dm) {
+                Err(match self.resume_if_suspended(dm) {
                     Ok(()) => error.state(format!("{} keeps the table it had", self.name)),
                     Err(undo) => error.with_failed_undo(undo),
                 })
@@ -270,7 +270,7 @@ impl Owner {
         }
     }
 
-    fn went_on(&mut self) {
+    fn note_resumed(&mut self) {
         self.is_held = false;
         if let Some(table) = self.loaded.take() {
             self.active = table;
@@ -286,7 +286,7 @@ impl Owner {
         Ok(dm.info(self.number)?.filter(is_it))
     }
 
-    fn look(&self, dm: &Dm) -> Result<Option<Foreign>> {
+    fn find_foreign_change(&self, dm: &Dm) -> Result<Option<Foreign>> {
         let Some(info) = self.device(dm)? else { return Ok(Some(Foreign::Device)) };
         let active = dm.table(self.number, Slot::Active)?;
         let loaded = if info.has_inactive { dm.table(self.number, Slot::Inactive)? } else { None };

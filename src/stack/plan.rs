@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_plan_holds_only_the_origin_and_waits_for_nobody_meanwhile() {
+    fn the_plan_holds_only_the_origin_and_never_waits_for_udev_meanwhile() {
         let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
         let plan = insertion(&request(), &own, &crate::dm::naming::new_id());
         let mut held = false;

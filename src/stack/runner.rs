@@ -9,7 +9,7 @@ use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::{Dm, Table, Template, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
-use crate::stack::origin_table::{Beneath, Form};
+use crate::stack::origin_table::{Form, LowerDevices};
 use crate::stack::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
 use crate::stack::write_back::write_back;
 use crate::stack::{Action, Executor, Owner};
@@ -53,13 +53,13 @@ pub struct Runner<'a> {
     /// What is to be frozen, as it was found; None where nobody looked.
     pub(super) frozen: Option<Frozen>,
     /// Things are being put back: nobody is asked whether to.
-    taking_back: bool,
+    is_undoing: bool,
     /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
     map_in_force: bool,
     /// The snapshot's device, held open: see [`Action::Claim`].
     pub(super) claim: Option<File>,
     /// What [`Action::LoadOver`] has loaded leads there.
-    pub(super) beneath: Option<Beneath>,
+    pub(super) lower: Option<LowerDevices>,
     /// Where a watchdog comes from, and goes to when it has nothing to guard.
     pub(super) standby: Standby,
     watchdog: Option<Watchdog>,
@@ -82,7 +82,7 @@ pub struct Runner<'a> {
 impl Drop for Runner<'_> {
     /// Nothing is held any more: what could not be said is said now.
     fn drop(&mut self) {
-        self.tell_notes();
+        self.log_notes();
     }
 }
 
@@ -107,10 +107,10 @@ impl<'a> Runner<'a> {
             number: None,
             lock_filesystem: false,
             frozen: None,
-            taking_back: false,
+            is_undoing: false,
             map_in_force: false,
             claim: None,
-            beneath: None,
+            lower: None,
             standby: Standby::default(),
             watchdog: None,
             expedite: None,
@@ -126,7 +126,7 @@ impl<'a> Runner<'a> {
     }
 
     pub(super) fn report(&mut self, origin: &str) {
-        self.tell_notes();
+        self.log_notes();
         tracing::info!(
             "{origin}: synced in {} ms, frozen for {} ms, suspended for {} ms",
             self.times.synced.as_millis(),
@@ -135,7 +135,7 @@ impl<'a> Runner<'a> {
         );
     }
 
-    fn tell_notes(&mut self) {
+    fn log_notes(&mut self) {
         for note in self.notes.drain(..) {
             tracing::warn!("{note}");
         }
@@ -187,7 +187,7 @@ impl<'a> Runner<'a> {
     /// Writes back what lies on the origin, again while that makes the next time shorter, and fails where the freeze
     /// that is to follow would take longer than the budget.
     fn write_back(&self) -> Result<()> {
-        let Some(number) = self.number.filter(|_| !self.taking_back) else { return Ok(()) };
+        let Some(number) = self.number.filter(|_| !self.is_undoing) else { return Ok(()) };
         let mut targets: Vec<(String, &File)> =
             self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
         // What is mounted in another namespace, and what was written to the device itself.
@@ -197,7 +197,7 @@ impl<'a> Runner<'a> {
             .extend(hidden.iter().map(|file| ("the filesystem in another mount namespace".to_owned(), file)));
         targets.push(("the device".to_owned(), &device));
         let frozen_count = targets.len() - 1;
-        let interrupt = || self.ask();
+        let interrupt = || self.check_interrupt();
         let expected = trial::expected_freeze(number, frozen_count, || {
             targets.iter().try_for_each(|(what, file)| write_back(file, what, &interrupt))
         })?;
@@ -233,11 +233,11 @@ impl<'a> Runner<'a> {
             self.dismiss();
             return Err(error);
         }
-        if interruptible { self.ask() } else { Ok(()) }
+        if interruptible { self.check_interrupt() } else { Ok(()) }
     }
 
-    fn ask(&self) -> Result<()> {
-        if self.taking_back { Ok(()) } else { (self.interrupt)() }
+    fn check_interrupt(&self) -> Result<()> {
+        if self.is_undoing { Ok(()) } else { (self.interrupt)() }
     }
 
     fn freeze(&mut self) -> Result<()> {
@@ -283,20 +283,20 @@ impl<'a> Runner<'a> {
         self.check(true)?;
         let number = |name: &str| self.dm.info_of(name).map(|info| info.number);
         let own = self.own_table.take().expect("an insertion has the origin's own table");
-        let beneath = Beneath { own, real: number(real)?, preserve: Some(number(preserve)?) };
+        let lower = LowerDevices { own, real: number(real)?, preserve: Some(number(preserve)?) };
         if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
             let (found, picture) = mapper.read();
             self.skipped = Skipped {
-                extents: skippable(&found.extents, beneath.own.length().bytes(), limits),
+                extents: skippable(&found.extents, lower.own.length().bytes(), limits),
                 notes: found.notes,
             };
             self.logs = found.logs;
             self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
         }
-        let table = beneath.table(&self.skipped.extents, &[], self.form)?;
+        let table = lower.table(&self.skipped.extents, &[], self.form)?;
         let dm = self.dm;
         self.owner_of(device).expect("an insertion owns its origin").load(dm, &table)?;
-        self.beneath = Some(beneath);
+        self.lower = Some(lower);
         self.map_in_force = !self.skipped.extents.is_empty();
         Ok(())
     }
@@ -364,7 +364,7 @@ impl<'a> Runner<'a> {
     }
 
     /// The owner cannot tell the watchdog from a stranger. Where the watchdog has fired, its error is reported instead.
-    fn or_watchdog(&mut self, result: Result<()>) -> Result<()> {
+    fn prefer_watchdog_error(&mut self, result: Result<()>) -> Result<()> {
         match result {
             Err(error) if error.kind() == ErrorKind::Refused => {
                 self.check(false)?;
@@ -423,13 +423,13 @@ impl<'a> Runner<'a> {
             }
             result => result,
         };
-        self.or_watchdog(result)?;
+        self.prefer_watchdog_error(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
         if let Err(error) = self.check(false) {
             // The watchdog acted too early to see this suspension.
             let undo = match self.owner_of(device) {
-                Some(owner) => owner.let_go(dm),
-                None => dm.clear(device).and_then(|()| dm.let_go(device)),
+                Some(owner) => owner.resume_if_suspended(dm),
+                None => dm.clear(device).and_then(|()| dm.resume_if_suspended(device)),
             };
             return Err(error.after_undo(undo));
         }
@@ -454,16 +454,16 @@ impl<'a> Runner<'a> {
     }
 
     fn resume(&mut self, action: &Action, device: &str) -> Result<()> {
-        let (dm, taking_back) = (self.dm, self.taking_back);
+        let (dm, is_undoing) = (self.dm, self.is_undoing);
         match self.owner_of(device) {
             // On the way back there may be a table to be put to use, or only a suspension to be ended.
-            Some(owner) if taking_back && !owner.has_loaded() => owner.let_go(dm)?,
+            Some(owner) if is_undoing && !owner.has_loaded() => owner.resume_if_suspended(dm)?,
             Some(owner) => {
                 let result = owner.resume(dm);
-                self.or_watchdog(result)?;
+                self.prefer_watchdog_error(result)?;
             }
             // A watchdog that has fired does the same.
-            None if taking_back => dm.let_go(device)?,
+            None if is_undoing => dm.resume_if_suspended(device)?,
             None => dm.execute(action)?,
         }
         if let Some(since) = self.suspended_since.take() {
@@ -474,14 +474,14 @@ impl<'a> Runner<'a> {
 }
 
 impl Executor for Runner<'_> {
-    fn taking_back(&mut self) {
-        self.taking_back = true;
+    fn begin_undo(&mut self) {
+        self.is_undoing = true;
     }
 
     fn execute(&mut self, action: &Action) -> Result<()> {
         match action {
             Action::Guard { device, filesystems } => {
-                self.ask()?;
+                self.check_interrupt()?;
                 let result = self.guard(device, filesystems);
                 if result.is_err() {
                     self.dismiss();

@@ -4,7 +4,7 @@
 //! signals, and thaws nobody before it is done (Linux `fs/super.c`: `freeze_super` holds `s_umount`). So the budget can
 //! only be kept by not beginning. What the kernel does in a freeze is
 //! 1. what syncfs(2) does, for what has become dirty since;
-//! 2. the filesystem's own way to rest: [`STEPS`] writes at most that wait for each other (ext4 writes its journal back
+//! 2. the filesystem's own way to rest: [`SERIAL_WRITES`] writes at most that wait for each other (ext4 writes its journal back
 //!    to its last entry and marks it empty; xfs forces its log and writes its superblock).
 //!
 //! The first is as long as the last of several syncs beforehand, each of which has less to do than the one before as far
@@ -18,7 +18,7 @@ use crate::topology::Topology;
 
 /// Writes of one filesystem's freeze that wait for each other. Measured with dm-delay beneath ext4: 9 under appends, 14
 /// behind one late write.
-const STEPS: u32 = 16;
+const SERIAL_WRITES: u32 = 16;
 
 /// Syncs at most.
 const SYNCS_MAX: u32 = 5;
@@ -40,7 +40,7 @@ pub(super) struct Expected {
 impl Expected {
     /// All of it.
     pub(super) fn total(self) -> Duration {
-        self.sync + self.write * STEPS * self.count
+        self.sync + self.write * SERIAL_WRITES * self.count
     }
 
     /// Says that it does not fit.
@@ -100,10 +100,10 @@ mod tests {
     use crate::base::ErrorKind;
 
     #[test]
-    fn what_does_not_fit_is_said_with_its_figure() {
+    fn a_refusal_gives_the_expected_time() {
         let expected =
             Expected { sync: Duration::from_millis(700), write: Duration::from_millis(50), count: 2 };
-        assert_eq!(expected.total(), Duration::from_millis(700 + 50 * 2 * u64::from(STEPS)));
+        assert_eq!(expected.total(), Duration::from_millis(700 + 50 * 2 * u64::from(SERIAL_WRITES)));
         let error = expected.refusal(Duration::from_millis(500));
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.to_string().contains("would hold writers for up to 2.3 s"), "{error}");

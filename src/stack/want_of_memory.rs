@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The kernel kills first and tells then.
-const TOLD_AFTER: Duration = Duration::from_millis(200);
+const LOG_DELAY_MAX: Duration = Duration::from_millis(200);
 
 /// Pause between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -21,28 +21,28 @@ const PAUSE: Duration = Duration::from_millis(20);
 const RECORD_BYTES_MAX: usize = 8192;
 
 /// What the kernel says of one process from now on.
-pub struct Witness {
-    word: String,
+pub struct OomLog {
+    oom_text: String,
     log: File,
 }
 
-impl Witness {
+impl OomLog {
     /// Of the process that has started this one.
     ///
     /// # Errors
     /// I/O errors of opening the kernel's log.
     pub fn of_parent() -> io::Result<Self> {
-        let word = word(nix::unistd::getppid().as_raw());
+        let oom_text = oom_text(nix::unistd::getppid().as_raw());
         let mut log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
         log.seek(SeekFrom::End(0))?;
-        Ok(Self { word, log })
+        Ok(Self { oom_text, log })
     }
 
     /// Waits a moment for the kernel's word that it has killed the process.
     pub fn was_killed(&mut self) -> bool {
-        let end = Instant::now() + TOLD_AFTER;
+        let end = Instant::now() + LOG_DELAY_MAX;
         loop {
-            if self.read_on() {
+            if self.find_record() {
                 return true;
             }
             if Instant::now() >= end {
@@ -53,12 +53,12 @@ impl Witness {
     }
 
     /// One read is one record.
-    fn read_on(&mut self) -> bool {
+    fn find_record(&mut self) -> bool {
         let mut record = [0; RECORD_BYTES_MAX];
         loop {
             match self.log.read(&mut record) {
                 Ok(0) => return false,
-                Ok(length) if is_of(&record[..length], &self.word) => return true,
+                Ok(length) if contains(&record[..length], &self.oom_text) => return true,
                 Ok(_) => {}
                 // Overwritten before it was read: the next one is the oldest that is left.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
@@ -70,12 +70,12 @@ impl Witness {
 }
 
 /// What the kernel says of `process`, behind "Out of memory" or "Memory cgroup out of memory".
-fn word(process: libc::pid_t) -> String {
+fn oom_text(process: libc::pid_t) -> String {
     format!("of memory: Killed process {process} (")
 }
 
-fn is_of(record: &[u8], word: &str) -> bool {
-    record.windows(word.len()).any(|part| part == word.as_bytes())
+fn contains(record: &[u8], oom_text: &str) -> bool {
+    record.windows(oom_text.len()).any(|part| part == oom_text.as_bytes())
 }
 
 #[cfg(test)]
@@ -83,14 +83,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_names_whom_it_has_killed() {
+    fn the_record_of_a_killed_process_is_recognized() {
         for record in [
             "3,1234,56789,-;Out of memory: Killed process 431 (tidemark) total-vm:91kB, anon-rss:7kB",
             "3,1234,56789,-;Memory cgroup out of memory: Killed process 431 (tidemark) total-vm:91kB",
         ] {
-            assert!(is_of(record.as_bytes(), &word(431)));
-            assert!(!is_of(record.as_bytes(), &word(43)) && !is_of(record.as_bytes(), &word(31)));
+            assert!(contains(record.as_bytes(), &oom_text(431)));
+            assert!(
+                !contains(record.as_bytes(), &oom_text(43)) && !contains(record.as_bytes(), &oom_text(31))
+            );
         }
-        assert!(!is_of(b"6,1,2,-;oom_reaper: reaped process 431 (tidemark)", &word(431)));
+        assert!(!contains(b"6,1,2,-;oom_reaper: reaped process 431 (tidemark)", &oom_text(431)));
     }
 }

@@ -380,7 +380,7 @@ impl Parts {
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SWAP_ATTEMPTS => attempt += 1,
                 Err(error) => {
                     // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
-                    return Err(match self.dm.clear(name).and_then(|()| self.dm.let_go(name)) {
+                    return Err(match self.dm.clear(name).and_then(|()| self.dm.resume_if_suspended(name)) {
                         Ok(()) => error.state("the store works on with the table it had"),
                         Err(undo) => error.with_failed_undo(undo),
                     });

@@ -14,7 +14,7 @@ use super::protocol::{FAREWELL, Line, Lines, Order, failed};
 use crate::base::{DeviceNumber, Result, ResultExt};
 use crate::dm::Dm;
 use crate::stack::apart;
-use crate::stack::want_of_memory::Witness;
+use crate::stack::want_of_memory::OomLog;
 use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
 
@@ -36,9 +36,9 @@ pub fn main(
     drop_loaded: Option<impl FnOnce(u32) -> Result<bool>>,
     put_back: Option<impl FnOnce() -> Result<()>>,
 ) -> ExitCode {
-    apart::stand_apart();
+    apart::isolate();
     let parent = std::os::unix::process::parent_id();
-    let witness = Witness::of_parent();
+    let oom_log = OomLog::of_parent();
     let streams = io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -47,12 +47,12 @@ pub fn main(
         Ok(End::Farewell) => ExitCode::SUCCESS,
         Ok(End::Death) => {
             if let Some(drop_loaded) = drop_loaded {
-                tell_dropped(drop_loaded(parent));
+                log_dropped(drop_loaded(parent));
             }
-            if let (Some(put_back), Ok(mut witness)) = (put_back, witness)
-                && witness.was_killed()
+            if let (Some(put_back), Ok(mut oom_log)) = (put_back, oom_log)
+                && oom_log.was_killed()
             {
-                tell_what_became(put_back());
+                log_put_back(put_back());
             }
             ExitCode::SUCCESS
         }
@@ -61,27 +61,27 @@ pub fn main(
 }
 
 /// Nobody but the kernel's log is there to be told.
-fn tell_what_became(put_back: Result<()>) {
+fn log_put_back(put_back: Result<()>) {
     let what = match put_back {
         Ok(()) => "what its copy left was put back".to_owned(),
         Err(error) => format!("what its copy left could not be put back: {error}"),
     };
     let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
-    tell(log.as_ref(), &format!("the kernel killed the command for want of memory; {what}"));
+    write_kernel_log(log.as_ref(), &format!("the kernel killed the command for want of memory; {what}"));
 }
 
-fn tell_dropped(dropped: Result<bool>) {
+fn log_dropped(dropped: Result<bool>) {
     let what = match dropped {
         Ok(false) => return,
         Ok(true) => "a table that it had loaded was dropped".to_owned(),
         Err(error) => format!("it cannot be told whether it had loaded a table: {error}"),
     };
     let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
-    tell(log.as_ref(), &format!("the command died; {what}"));
+    write_kernel_log(log.as_ref(), &format!("the command died; {what}"));
 }
 
 /// A notice in the kernel's log.
-fn tell(log: Option<&File>, text: &str) {
+fn write_kernel_log(log: Option<&File>, text: &str) {
     if let Some(mut log) = log {
         // <5>: a notice.
         let _ = log.write_all(format!("<5>tidemark watchdog: {text}\n").as_bytes());
@@ -108,7 +108,7 @@ trait Actuator: Send + Sync {
     /// Filesystems guarded.
     fn filesystem_count(&self) -> usize;
     /// Leaves a word in the kernel's log: the command may be dead, and nobody else tells.
-    fn tell(&self, text: &str);
+    fn log(&self, text: &str);
 }
 
 type Prepare<'a> = &'a mut dyn FnMut(Order) -> Result<Arc<dyn Actuator>>;
@@ -149,7 +149,7 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<End>
             (Line::End, None) => return Ok(End::Death),
             (Line::End, Some(start)) => {
                 let done = on_parent_exit(&actuator);
-                actuator.tell(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
+                actuator.log(&format!("the command died; {done} after {} ms", start.elapsed().as_millis()));
                 actuator.restore_rcu_expedited();
                 return Ok(End::Death);
             }
@@ -174,13 +174,13 @@ fn on_deadline(actuator: &Arc<dyn Actuator>, orders: &mut Lines<File>, output: &
             while !stop.load(Ordering::SeqCst) {
                 if actuator.thaw(index).is_ok() {
                     let took = start.elapsed().as_millis();
-                    actuator.tell(&format!("filesystem {} thawed after {took} ms", index + 1));
+                    actuator.log(&format!("filesystem {} thawed after {took} ms", index + 1));
                 }
                 thread::sleep(ROUND);
             }
         });
     }
-    actuator.tell(&format!(
+    actuator.log(&format!(
         "the freeze budget ran out after {} ms: {released} device(s) resumed, thawing",
         start.elapsed().as_millis()
     ));
@@ -199,7 +199,7 @@ fn on_deadline(actuator: &Arc<dyn Actuator>, orders: &mut Lines<File>, output: &
             }
             Ok(Line::End) | Err(_) => {
                 let done = on_parent_exit(actuator);
-                actuator.tell(&format!("then the command died; {done}"));
+                actuator.log(&format!("then the command died; {done}"));
                 return;
             }
         }
@@ -255,26 +255,26 @@ impl KernelActuator {
             let _ = actuator.dm.info(device)?;
         }
         if let Err(source) = process::lock_memory() {
-            actuator.refuse_to_wait_for(source)?;
+            actuator.refuse_unlocked_memory(source)?;
         }
         Ok(Arc::new(actuator))
     }
 
     /// A resume would put to use what somebody else has loaded since the inactive table was dropped: that is dropped with
     /// the next round.
-    fn let_go(&self, device: DeviceNumber) -> Result<usize> {
+    fn resume_if_suspended(&self, device: DeviceNumber) -> Result<usize> {
         match self.dm.info(device)? {
             Some(info) if info.suspended && info.has_inactive => {
                 Err(failed("found a table that was loaded behind it"))
             }
-            Some(info) if info.suspended => self.dm.let_go(device).map(|()| 1),
+            Some(info) if info.suspended => self.dm.resume_if_suspended(device).map(|()| 1),
             _ => Ok(0),
         }
     }
 
     /// Without memory that is locked, what the watchdog runs on may have to be read from a disk again: that must be
     /// none of those that it guards.
-    fn refuse_to_wait_for(&self, source: io::Error) -> Result<()> {
+    fn refuse_unlocked_memory(&self, source: io::Error) -> Result<()> {
         let frozen = |file: &File| file.metadata().map(|meta| DeviceNumber::from_dev(meta.dev()));
         let frozen: Vec<DeviceNumber> = self
             .filesystems
@@ -302,7 +302,7 @@ impl Actuator for KernelActuator {
                 // dropping it makes the command's next step harmless.
                 Some(_) => {
                     self.dm.clear(device)?;
-                    self.let_go(device)
+                    self.resume_if_suspended(device)
                 }
                 None => Ok(0),
             });
@@ -320,7 +320,7 @@ impl Actuator for KernelActuator {
 
     fn restore_rcu_expedited(&self) {
         if let Some(Err(error)) = self.expedite.as_ref().map(Expedite::turn_off) {
-            self.tell(&format!("{} stays on: {error}", rcu::PATH));
+            self.log(&format!("{} stays on: {error}", rcu::PATH));
         }
     }
 
@@ -328,8 +328,8 @@ impl Actuator for KernelActuator {
         self.filesystems.len()
     }
 
-    fn tell(&self, text: &str) {
-        tell(self.log.as_ref(), text);
+    fn log(&self, text: &str) {
+        write_kernel_log(self.log.as_ref(), text);
     }
 }
 
@@ -351,7 +351,7 @@ mod tests {
         suspended: AtomicBool,
         frozen: Mutex<[bool; 2]>,
         releases: AtomicUsize,
-        told: Mutex<Vec<String>>,
+        logged: Mutex<Vec<String>>,
         rcu_restored: AtomicBool,
     }
 
@@ -374,8 +374,8 @@ mod tests {
         fn filesystem_count(&self) -> usize {
             2
         }
-        fn tell(&self, text: &str) {
-            self.told.lock().unwrap().push(text.to_owned());
+        fn log(&self, text: &str) {
+            self.logged.lock().unwrap().push(text.to_owned());
         }
     }
 
@@ -390,10 +390,10 @@ mod tests {
         let (input, orders) = pipe();
         let (verdicts, output) = pipe();
         let actuator = Arc::new(FakeActuator::default());
-        let theirs = Arc::clone(&actuator);
+        let served = Arc::clone(&actuator);
         let thread = thread::spawn(move || {
             serve(input, output, &mut move |_| {
-                let actuator: Arc<dyn Actuator> = Arc::<FakeActuator>::clone(&theirs);
+                let actuator: Arc<dyn Actuator> = Arc::<FakeActuator>::clone(&served);
                 Ok(actuator)
             })
         });
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_command_is_cleaned_up_after() {
+    fn a_watchdog_resumes_and_thaws_when_the_command_dies() {
         let mut setup = start(60_000);
         setup.arm();
         setup.hold();
@@ -462,12 +462,12 @@ mod tests {
         assert_eq!(setup.end(), End::Death);
         assert!(setup.is_free() && setup.actuator.rcu_restored.load(Ordering::SeqCst));
         assert!(
-            setup.actuator.told.lock().unwrap()[0].contains("1 device(s) resumed, 2 filesystem(s) thawed")
+            setup.actuator.logged.lock().unwrap()[0].contains("1 device(s) resumed, 2 filesystem(s) thawed")
         );
     }
 
     #[test]
-    fn a_command_that_dies_unarmed_is_no_business_of_its() {
+    fn an_unarmed_watchdog_does_nothing_when_the_command_dies() {
         let mut setup = start(60_000);
         setup.hold();
         drop(setup.orders.take());
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_arms_again_in_time_is_given_the_whole_time_again() {
+    fn arming_again_restarts_the_clock() {
         let mut setup = start(400);
         setup.hold();
         setup.arm();
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overdue_command_is_acted_for_until_it_answers() {
+    fn a_fired_watchdog_acts_until_the_command_answers() {
         let mut setup = start(30);
         setup.arm();
         setup.hold();
