@@ -1,11 +1,13 @@
-//! How does the watchdog stay out of what happens to its command?
+//! How does the watchdog avoid what happens to its command?
 //!
-//! A command is killed, stopped or frozen as one of a group: a session (the end of a login), a process group (Ctrl-C), a
-//! control group (`systemctl stop`, `systemctl freeze`, `docker pause`, a limit on memory or processor time). The
-//! watchdog leaves them all, as far as it may; what it may not leave it shares.
+//! A command is killed, stopped or frozen as a member of a group: a session (end of a login), a process group
+//! (Ctrl-C), a control group (`systemctl stop`, `systemctl freeze`, `docker pause`, a limit on memory or
+//! processor time). The watchdog leaves every group that it has the right to leave; it shares the fate of the
+//! rest.
 //!
-//! Control groups: it moves to the root of each hierarchy that it sees. Where the root of version 2 takes no processes (in
-//! a container whose root hands controllers on), it makes a group of its own beside the command's, [`GROUP`].
+//! Control groups: it moves to the root of each hierarchy that it can see. Where the root of version 2
+//! accepts no processes (in a container whose root delegates controllers), it creates the group [`GROUP`]
+//! next to the command's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,37 +15,37 @@ use std::path::{Path, PathBuf};
 use crate::sys::{process, signal};
 use crate::topology::Topology;
 
-/// The control group of watchdogs, where there has to be one.
+/// The control group that watchdogs create where the root accepts no processes.
 const GROUP: &str = "tidemark-watchdog";
 
-/// Leaves whatever can be left. Best effort: each step that fails leaves the watchdog as it was.
+/// Leaves every group that can be left. Best effort: a step that fails changes nothing.
 pub fn isolate() {
-    // Not being allowed to means that we lead a group already, which is as good.
+    // Fails if this process already leads a group, which serves as well.
     let _ = nix::unistd::setsid();
     signal::ignore_all();
-    // What the shell has left open, and where we stand, is kept from nobody.
+    // Keep no inherited file and no working directory busy.
     process::close_inherited();
     let _ = nix::unistd::chdir("/");
-    // The last process that the kernel should kill for memory; without the right to say so we go on.
+    // Make this the last process that the OOM killer chooses. Continue if that is not permitted.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     for hierarchy in hierarchies(&Topology::default()) {
         leave(&hierarchy);
     }
 }
 
-/// Where control groups are mounted: version 2, and each of version 1.
+/// The mount points of control groups: version 2, and each hierarchy of version 1.
 fn hierarchies(topology: &Topology) -> Vec<PathBuf> {
     let is_one = |kind: &str| kind == "cgroup" || kind == "cgroup2";
     let mounts = topology.mounts().unwrap_or_default();
     mounts.into_iter().filter(|mount| is_one(&mount.kind)).map(|mount| mount.point).collect()
 }
 
-/// "0" is who writes it (cgroups(7)).
+/// Moves this process: "0" means the writer (cgroups(7)).
 fn leave(hierarchy: &Path) {
     let join = |group: &Path| fs::write(group.join("cgroup.procs"), "0");
     if join(hierarchy).is_err() {
         let own = hierarchy.join(GROUP);
-        // There already, by another watchdog: as good.
+        // Another watchdog may have created it already.
         let _ = fs::create_dir(&own);
         let _ = join(&own);
     }

@@ -1,15 +1,16 @@
-//! A change to a stack as data: steps in order, each with what undoes it.
+//! A change to a stack as data: ordered steps, each with its undo.
 //!
-//! The very value that `--dry-run` prints is run. Order of a step, the crash argument:
-//! 1. the journal has the step's intent on stable storage;
-//! 2. the kernel is asked;
-//! 3. only then comes the next step's intent.
+//! The value that `--dry-run` prints is the value that runs. Each step follows this order, the crash
+//! argument:
+//! 1. the journal holds the step's intent on stable storage;
+//! 2. the kernel performs the step;
+//! 3. only then the next intent is written.
 //!
-//! So at a crash at most the last intent is unsure, and everything before it has happened. Where a
-//! step fails, the undo of every step *before* it runs, last first: a step is all or nothing, and
-//! undoing one that never happened could hit a device that is not ours. Undo goes on past its own
-//! failures; cause and failed undos are both reported. Nothing is logged on the way: standard error
-//! may be a file on the very filesystem that is frozen.
+//! So after a crash only the last intent is in doubt; everything before it has happened. If a step fails, the
+//! steps *before* it are undone, last first. The failed step itself is not: a step is all or nothing, and the
+//! undo of a step that never happened could hit a device that is not ours. A failed undo does not stop the
+//! rest; the cause and every failed undo are reported. Nothing is logged during a change: standard error may
+//! be a file on the filesystem that is frozen.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -25,30 +26,30 @@ use crate::dm::{Dm, Slot, Table, Template, Udev};
 /// Most steps in a change.
 pub const STEPS_MAX: usize = 64;
 
-/// One thing asked of the kernel, or done around it by the executor.
+/// One request to the kernel, or something that the executor does around it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "do")]
 #[allow(missing_docs)] // the fields are what their variant says
 pub enum Action {
     /// Make a device without a table.
     Create { device: String, uuid: String },
-    /// Put the device's table under one [`Owner`](super::Owner) for the rest of the change. Fail unless the active table is
-    /// this one and nobody else is changing it.
+    /// Put the device's table under one [`Owner`](super::Owner) for the rest of the change. Fail unless this
+    /// is the active table and no other tool is changing it.
     Own { device: String, table: Template },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
-    /// Load a table that is made only then: wherever somebody needs what is there it leads to `preserve`, elsewhere
-    /// past it to what `real` leads to.
+    /// Load a table that is computed at this step: it leads to `preserve` where data is in use, elsewhere to
+    /// where `real` leads.
     LoadOver { device: String, real: String, preserve: String },
     /// Drop the device's inactive table, if any.
     Clear { device: String },
-    /// Hold the device's I/O; `flush` waits for what is queued.
+    /// Suspend the device; `flush` waits for queued I/O.
     Suspend { device: String, flush: bool, lock_filesystem: bool },
-    /// Use the inactive table, if any, and let I/O go on.
+    /// Resume the device, which activates its inactive table, if any.
     Resume { device: String, udev: Udev },
     /// Remove the device.
     Remove { device: String, udev: Udev },
-    /// Hold the device open, exclusively: the sign that the command lives, in whatever namespace somebody looks.
+    /// Hold the device open exclusively: shows every namespace that the command is running.
     Claim { device: String },
     /// Close what [`Action::Claim`] holds open.
     Unclaim,
@@ -60,24 +61,24 @@ pub enum Action {
     Freeze { filesystems: Vec<PathBuf> },
     /// Thaw what [`Action::Freeze`] froze.
     Thaw { filesystems: Vec<PathBuf> },
-    /// Start the watchdog: if we die or overstay, it resumes and thaws.
+    /// Start the watchdog. It resumes and thaws if the command dies or exceeds its budget.
     Guard { device: String, filesystems: Vec<PathBuf> },
-    /// Stop the watchdog; fails where it has acted.
+    /// Stop the watchdog; fail if it has acted.
     Unguard,
-    /// Stop the watchdog, if there is one, whatever it has done: for undo.
+    /// Stop the watchdog, if there is one, whether or not it has acted: for undo.
     Dismiss,
-    /// The instant: what the caller does while the origin is quiet.
+    /// The instant: the caller's work while the origin is quiet.
     Instant,
 }
 
-/// An action with its name and what undoes it.
+/// An action with its name and its undo.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// Short name within the change: "create-real". Also names the step's crash points.
     pub name: String,
     /// What is done.
     pub action: Action,
-    /// What takes it back, in order.
+    /// The actions that undo it, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub undo: Vec<Action>,
 }
@@ -89,7 +90,7 @@ impl Step {
         Self { name: name.to_owned(), action, undo: Vec::new() }
     }
 
-    /// Adds what takes the step back.
+    /// Adds an action that undoes the step.
     #[must_use]
     pub fn undo(mut self, action: Action) -> Self {
         self.undo.push(action);
@@ -97,7 +98,7 @@ impl Step {
     }
 }
 
-/// See the module's head.
+/// A named sequence of steps: run in order, undone in reverse.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
     /// "insert", "remove".
@@ -106,19 +107,19 @@ pub struct Change {
     pub steps: Vec<Step>,
 }
 
-/// Who does the actions: the kernel, or a test's fake of it.
+/// Performs the actions: the kernel, or a fake in tests.
 pub trait Executor {
-    /// Does one action, whole or not at all.
+    /// Performs one action, whole or not at all.
     ///
     /// # Errors
     /// What failed on which device.
     fn execute(&mut self, action: &Action) -> Result<()>;
 
-    /// From now on what was done is taken back: nothing may stop that half-way.
+    /// From now on steps are undone. Nothing may interrupt that.
     fn begin_undo(&mut self) {}
 }
 
-/// Where intents are kept.
+/// Stores the intents.
 pub trait IntentLog {
     /// Returns once the intent to do step `index` of `change` is on stable storage.
     ///
@@ -126,21 +127,20 @@ pub trait IntentLog {
     /// I/O errors; the step is not done then.
     fn intend(&mut self, change: &Change, index: usize) -> Result<()>;
 
-    /// Returns once it is on stable storage that `change` is being taken back from step `index` on.
+    /// Returns once stable storage records that `change` is being undone from step `index` on.
     ///
     /// # Errors
-    /// I/O errors; undo goes on all the same.
+    /// I/O errors; the undo continues regardless.
     fn intend_undo(&mut self, change: &Change, index: usize) -> Result<()>;
 
-    /// Returns once it is on stable storage that `change` is over: done, or taken back without a
-    /// failure.
+    /// Returns once stable storage records that `change` is over: done, or undone without a failure.
     ///
     /// # Errors
     /// I/O errors.
     fn done(&mut self, change: &Change) -> Result<()>;
 }
 
-/// A journal for what can be repeated from any point, and so needs none.
+/// A journal that records nothing: for changes that can be repeated from any point.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoIntents;
 
@@ -156,15 +156,15 @@ impl IntentLog for NoIntents {
     }
 }
 
-/// A journal that is kept if it can be: for what can be repeated from any point, and must be done even where
-/// nothing can be written any more.
+/// A journal whose write errors are only logged: for changes that can be repeated from any point, and must
+/// run even if nothing can be written any more.
 pub struct BestEffort<'a> {
     journal: &'a mut dyn IntentLog,
     warned: bool,
 }
 
 impl<'a> BestEffort<'a> {
-    /// Over `journal`.
+    /// Wraps `journal`.
     pub fn new(journal: &'a mut dyn IntentLog) -> Self {
         Self { journal, warned: false }
     }
@@ -173,7 +173,7 @@ impl<'a> BestEffort<'a> {
         if let Err(error) = result
             && !std::mem::replace(&mut self.warned, true)
         {
-            tracing::warn!("{error}; going on without a record of it");
+            tracing::warn!("{error}; continuing without a record of it");
         }
     }
 }
@@ -197,7 +197,7 @@ impl IntentLog for BestEffort<'_> {
 }
 
 impl Change {
-    /// A change without steps yet.
+    /// A change that has no steps yet.
     #[must_use]
     pub fn new(name: &str) -> Self {
         Self { name: name.to_owned(), steps: Vec::new() }
@@ -210,7 +210,7 @@ impl Change {
         self
     }
 
-    /// Every crash point that running this change passes, in order.
+    /// The crash points that running this change passes, in order.
     #[must_use]
     pub fn crash_points(&self) -> Vec<String> {
         self.steps
@@ -221,7 +221,7 @@ impl Change {
             .collect()
     }
 
-    /// Runs every step; where one fails, takes back those before it.
+    /// Runs every step. If one fails, undoes those before it.
     ///
     /// # Errors
     /// The failed step's, with every failed undo.
@@ -238,11 +238,11 @@ impl Change {
             }
             self.pass(step, "after");
         }
-        // A change that failed leaves nothing behind: neither does one of which only the record failed.
+        // A failed change leaves nothing in place, even if only its record failed.
         journal.done(self).map_err(|error| self.undo_steps(self.steps.len(), error, executor, journal))
     }
 
-    /// Takes back the steps before `end`, last first, adding each failure to `error`.
+    /// Undoes the steps before `end`, last first. Adds each failure to `error`.
     fn undo_steps(
         &self,
         end: usize,
@@ -261,7 +261,7 @@ impl Change {
             self.pass(step, "undo");
             for action in &step.undo {
                 if let Err(undo) = executor.execute(action) {
-                    error = error.with_failed_undo(undo.context(format!("taking back '{}'", step.name)));
+                    error = error.with_failed_undo(undo.context(format!("undoing '{}'", step.name)));
                 }
             }
         }
@@ -275,7 +275,7 @@ impl Change {
         } else {
             error
                 .state("not everything could be put back")
-                .next("run 'tidemark recover', which puts back what is left")
+                .next("run 'tidemark recover', which undoes what is left")
         }
     }
 
@@ -287,7 +287,7 @@ impl Change {
 }
 
 impl Dm {
-    /// A template's table, with the numbers that its devices have now.
+    /// Resolves a template to a table, with the current numbers of its devices.
     ///
     /// # Errors
     /// The kernel's, for a device that does not exist.
@@ -295,13 +295,13 @@ impl Dm {
         template.resolve(&mut |name| Ok(self.info_of(name)?.number))
     }
 
-    /// Does one of the actions that are device-mapper's alone.
+    /// Performs an action that needs only device-mapper.
     ///
     /// # Errors
-    /// The kernel's. An [`Action::Expect`] that does not hold is [`ErrorKind::Kernel`].
+    /// The kernel's; [`ErrorKind::Kernel`] for an [`Action::Expect`] whose table differs.
     ///
     /// # Panics
-    /// For an action that is the executor's own (freeze, thaw, guard, instant): a broken invariant.
+    /// For an action that only the executor performs (freeze, thaw, guard, instant): a broken invariant.
     ///
     /// [`ErrorKind::Kernel`]: crate::base::ErrorKind::Kernel
     pub fn execute(&self, action: &Action) -> Result<()> {
@@ -355,7 +355,9 @@ impl fmt::Display for Action {
         };
         match self {
             Self::Create { device, .. } => write!(f, "make device {device}"),
-            Self::Own { device, .. } => write!(f, "check that nobody else is changing the table of {device}"),
+            Self::Own { device, .. } => {
+                write!(f, "check that no other tool is changing the table of {device}")
+            }
             Self::Load { device, table } => {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }
@@ -375,7 +377,7 @@ impl fmt::Display for Action {
             }
             Self::Resume { device, .. } => write!(f, "resume {device}"),
             Self::Remove { device, .. } => write!(f, "remove device {device}"),
-            Self::Claim { device } => write!(f, "hold {device} open, which shows that the copy lives"),
+            Self::Claim { device } => write!(f, "hold {device} open, which marks the copy as running"),
             Self::Unclaim => f.write_str("close it"),
             Self::Expect { device, .. } | Self::ExpectOver { device } => {
                 write!(f, "check the table of {device}")

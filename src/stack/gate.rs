@@ -1,22 +1,21 @@
-//! Who changes the origin's table while it is being copied: releases, and holds.
+//! The gate: changes the origin's table during a copy, for releases and for holds.
 //!
-//! One thread does both, so that a release never lets go what a hold keeps, and the copier never waits
-//! for the kernel:
+//! One thread does both, so that a release never ends a hold by accident, and the copier never waits for the
+//! kernel:
 //!
-//! - **releases**: every region that the copier has done with since the last one leads past the snapshot, by one
-//!   swap of the table. A swap waits for I/O in flight, at most for the freeze budget. After each attempt the thread
-//!   rests for a multiple of what it took, so that the origin is held for a small share of the time only; what is
-//!   released meanwhile goes together. A release that fails is tried again with the next: until then the region is
-//!   preserved.
-//! - **holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is
-//!   suspended, for some seconds at a stretch, so that the copier catches up and releases what is about to be
-//!   written. The watchdog stands over each slice of it; all stretches together are bounded by a budget. Where that is
-//!   spent, the origin goes on, and the snapshot is lost when the store is full: an application's write
-//!   never fails.
+//! - **Releases**: one swap of the table makes all regions that the copier has finished since the last
+//!   release bypass the snapshot. A swap waits for I/O in flight, at most for the freeze budget. After each
+//!   attempt the thread rests for a multiple of its duration, so that the origin is held for a small share of
+//!   the time only. Regions that are finished meanwhile go into the next release. A region whose release
+//!   failed stays preserved, and is retried with the next release.
+//! - **Holds** (`--on-full hold`): while the store is about to fill and cannot grow, the origin is suspended,
+//!   some seconds at a time, so that the copier catches up and releases what is about to be written. The
+//!   watchdog guards each slice of a hold. A budget bounds all holds together. When it is spent, the origin
+//!   stays resumed, and the snapshot is lost when the store is full: a write of an application never fails.
 //!
-//! Crash argument: a release is one call of the kernel on a device in use ([`Owner`](super::Owner)), so the origin has
-//! either table, whole, and goes on. A hold's suspension is ended by its watchdog. `recover` takes a table
-//! of either kind for ours, and drops one that is loaded and not in use.
+//! Crash argument: a release is one call of the kernel on a device in use ([`Owner`](super::Owner)), so the
+//! origin has one of the two tables, whole, and stays resumed. The watchdog ends the suspension of a hold.
+//! `recover` recognizes either table as ours, and drops one that is loaded but not active.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,29 +33,30 @@ use crate::stack::watchdog::{Order, Verdict, Watchdog};
 use crate::stack::{Hold, Stack};
 use crate::sys::nudge::Nudge;
 
-/// A release that holds the origin for longer makes the following regions larger.
+/// A release that holds the origin for longer makes later regions larger.
 pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
 
-/// After a release the gate rests for so many times what it took, so that the origin is held for at most a
-/// twenty-first of the time. What is not released meanwhile is preserved.
+/// After a release the gate rests for this multiple of its duration, so that the origin is held for at most
+/// 1/21 of the time. Until the next release, finished regions stay preserved.
 const REST_FACTOR: u32 = 20;
 
 /// Shortest rest after a release or a hold that failed.
 const FAILURE_REST_MIN: Duration = Duration::from_secs(2);
 
-/// Between two looks at the store, while a hold may become necessary.
+/// Interval at which the store is checked while a hold may become necessary.
 const HOLD_POLL: Duration = Duration::from_millis(20);
 
-/// And behind a hold, after which the store is as full as before: those that waited write at once.
+/// Pause after a hold: the store is then as full as before, and the held writes arrive at once.
 const HOLD_PAUSE: Duration = Duration::from_millis(1);
 
-/// After so long the watchdog's clock is set anew, or the origin goes on.
+/// Length of a slice. After each, the watchdog is armed again or the origin is resumed.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
 
-/// Longest time until writers go on for a moment, where the store is still about to fill.
+/// Longest hold before the origin is resumed for a moment, even if the store is still about to fill.
 const HOLD_STRETCH_MAX: Duration = Duration::from_secs(5);
 
-/// What the watchdog allows beyond a slice; and how long a hold waits for I/O in flight, while writers are held already.
+/// What the watchdog allows beyond a slice, and how long a hold waits for I/O in flight while new writes are
+/// held already.
 const HOLD_GRACE: Duration = Duration::from_secs(2);
 
 /// What the gate has done. Durations in seconds in JSON.
@@ -64,43 +64,43 @@ const HOLD_GRACE: Duration = Duration::from_secs(2);
 pub struct GateReport {
     /// Table swaps that released something.
     pub releases: u64,
-    /// Bytes of the origin that are released.
+    /// Bytes of the origin that have been released.
     pub released_bytes: Bytes,
     /// The longest time that a release, or an attempt at one, held the origin.
     #[serde(rename = "longest_stall_seconds", serialize_with = "clock::seconds")]
     pub longest_stall: Duration,
-    /// All releases and attempts together.
+    /// The same, summed over all releases and attempts.
     #[serde(rename = "stalled_seconds", serialize_with = "clock::seconds")]
     pub stalled: Duration,
-    /// Stretches for which the origin was suspended because the store was about to fill.
+    /// How often the origin was suspended because the store was about to fill.
     pub holds: u64,
-    /// All of them together.
+    /// Their total duration.
     #[serde(rename = "held_seconds", serialize_with = "clock::seconds")]
     pub held: Duration,
 }
 
-/// What a gate tells.
+/// What a gate reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateEvent {
-    /// A release was made; it held the origin for so long.
+    /// A release was made. It held the origin for this long.
     Released(GateReport, Duration),
-    /// The origin is being held, for the first time.
+    /// The origin is held, for the first time.
     Holding,
     /// The budget for holds is spent.
     HoldSpent,
 }
 
-/// When the origin is held.
+/// When to hold the origin.
 pub struct HoldPolicy {
     /// True while the store is about to fill and cannot grow.
     pub is_short: Box<dyn Fn() -> bool + Send>,
-    /// All slices together at most.
+    /// Bound on all holds together.
     pub budget: Duration,
 }
 
 #[derive(Default)]
 struct State {
-    /// Released by the copier, not yet by the kernel.
+    /// Finished by the copier, not yet released by the kernel.
     pending: Vec<Extent>,
     stop: bool,
     /// Why the copy is void.
@@ -125,11 +125,11 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change leaves it whole.
+        // Every change leaves the state consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the end, for `time`, and with `or_pending` for something to release.
+    /// Waits for the stop request, for `time`, or, with `or_pending`, for a region to release.
     fn wait(&self, time: Option<Duration>, or_pending: bool) -> MutexGuard<'_, State> {
         let idle = |state: &mut State| !state.stop && (!or_pending || state.pending.is_empty());
         match time {
@@ -142,17 +142,17 @@ impl Shared {
     }
 }
 
-/// A running gate; dropping it stops and joins its thread, and the origin is not held any more.
+/// A running gate. Dropping it stops and joins its thread, and resumes the origin.
 pub struct Gate {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Gate {
-    /// Starts the gate over the origin of `stack`, of which `released` is released already.
+    /// Starts the gate over the origin of `stack`, of which `released` has been released already.
     ///
     /// # Errors
-    /// Where no thread can be had, or device-mapper cannot be opened.
+    /// If the thread cannot be started or device-mapper cannot be opened.
     pub fn start(
         stack: &Stack,
         released: Vec<Extent>,
@@ -166,7 +166,7 @@ impl Gate {
         let thread = thread::Builder::new()
             .name("origin-gate".to_owned())
             .spawn(move || {
-                // It nudges the thread that makes it.
+                // A nudge signals the thread that created it.
                 let nudge = match Nudge::new() {
                     Ok(nudge) => nudge,
                     Err(error) => return drop(ready.send(Err(error))),
@@ -184,13 +184,13 @@ impl Gate {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Hands a region over for release.
+    /// Queues a region for release.
     pub fn release(&self, region: Extent) {
         self.shared.lock().pending.push(region);
         self.shared.wake.notify_all();
     }
 
-    /// Fails once the origin's table is found to be somebody else's.
+    /// Fails once another tool has replaced the origin's table.
     ///
     /// # Errors
     /// [`ErrorKind::StoreInvalid`], [`ErrorKind::Kernel`].
@@ -198,24 +198,25 @@ impl Gate {
         match &self.shared.lock().lost {
             None => Ok(()),
             Some((kind, what)) => Err(Error::new(*kind, what.clone())
-                .state("the origin goes on; this copy is void")
+                .state("the origin stays in use; this copy is void")
                 .next("copy again, and do not resize or move the volume meanwhile")),
         }
     }
 
-    /// True where a release since the last call took longer than [`RELEASE_STALL_MAX`].
+    /// True if a release since the last call took longer than [`RELEASE_STALL_MAX`].
     #[must_use]
     pub fn take_slow(&self) -> bool {
         std::mem::take(&mut self.shared.lock().slow)
     }
 
-    /// What was done until now.
+    /// What has been done so far.
     #[must_use]
     pub fn report(&self) -> GateReport {
         self.shared.lock().report
     }
 
-    /// Stops it from elsewhere: nothing is released any more. Does not wait.
+    /// Returns a function that stops the gate from another thread, without waiting. Nothing is released after
+    /// that.
     pub fn stopper(&self) -> Box<dyn Fn() + Send + Sync> {
         let shared = Arc::clone(&self.shared);
         Box::new(move || {
@@ -224,7 +225,8 @@ impl Gate {
         })
     }
 
-    /// Stops and answers what was done. What is pending is not released: the stack is about to go.
+    /// Stops the gate and returns its report. Pending regions are not released, since the stack is about to
+    /// be removed.
     pub fn stop(mut self) -> GateReport {
         self.join();
         self.report()
@@ -252,14 +254,14 @@ fn rest_after_failure(took: Duration) -> Duration {
 }
 
 fn run(mut gate: GateThread, shared: &Shared) {
-    // A panic must neither leave the origin held (the watchdog sees to that) nor pass for "all is well".
+    // A panic must not leave the origin suspended (the watchdog sees to that), and must not pass for success.
     if catch_unwind(AssertUnwindSafe(|| gate.run(shared))).is_err() {
         shared.lock().lost =
             Some((ErrorKind::Kernel, "the thread that releases the origin failed".to_owned()));
     }
 }
 
-/// The thread's side.
+/// The state of the gate's thread.
 struct GateThread {
     dm: Dm,
     stack: Stack,
@@ -273,7 +275,7 @@ struct GateThread {
 
 impl GateThread {
     fn run(&mut self, shared: &Shared) {
-        // Released by the copier, not yet by the kernel.
+        // A region was finished that the kernel has not released yet.
         let mut due = !self.released.is_empty();
         let mut rest_until = Instant::now();
         let mut hold_rest_until = rest_until;
@@ -300,8 +302,8 @@ impl GateThread {
                 let outcome = self.hold(shared);
                 has_held = outcome.is_ok();
                 if !has_held {
-                    // Not longer after a long attempt: the budget for holds bounds what all attempts cost. What is
-                    // released meanwhile does not fill the store.
+                    // This rest does not grow with the attempt: the budget for holds bounds what all attempts
+                    // cost, and ranges released meanwhile do not fill the store.
                     hold_rest_until = Instant::now() + FAILURE_REST_MIN;
                 }
                 outcome
@@ -319,7 +321,7 @@ impl GateThread {
                     shared.lock().lost = Some((error.kind(), error.to_string()));
                     return;
                 }
-                // The region stays preserved, and goes with the next release.
+                // The region stays preserved and goes into the next release.
                 Err(error) => {
                     tracing::debug!("releasing a region: {error}");
                     rest_until = Instant::now() + rest_after_failure(watch.elapsed());
@@ -328,7 +330,7 @@ impl GateThread {
         }
     }
 
-    /// One swap for everything that is released.
+    /// Releases everything that is due, by one swap.
     fn release(&self, shared: &Shared) -> Result<Duration> {
         let released: Vec<Extent> = self.released.iter().collect();
         let watch = Stopwatch::start();
@@ -367,7 +369,7 @@ impl GateThread {
         false
     }
 
-    /// The copy's watchdog, ready to be armed over a slice.
+    /// The copy's watchdog, ready to be armed for a slice.
     fn watchdog(&self) -> Result<Watchdog> {
         let order = Order {
             devices: vec![self.stack.origin_number()],
@@ -378,10 +380,10 @@ impl GateThread {
         self.stack.standby().guard(&order)
     }
 
-    /// Stays suspended, slice after slice, the watchdog's clock set anew for each, until the copier has caught up,
-    /// the stretch is over, or `left` is. Every time that writers go on, those that wait take some of what is
-    /// left of the store: so that is not done after every slice. Answers the watchdog, which stands over what is left
-    /// to be done; None where it has let writers go on, or has died.
+    /// Keeps the origin suspended slice by slice, and arms the watchdog again for each, until the store is no
+    /// longer short, everything is released, the hold has reached its maximum, or `left` has passed. Each
+    /// resume lets waiting writes consume more of the store, so the origin is not resumed between slices.
+    /// Returns the watchdog, armed for what is left to do; None if it has resumed the origin or has died.
     fn hold_slices(&mut self, shared: &Shared, mut watchdog: Watchdog, left: Duration) -> Option<Watchdog> {
         let end = Instant::now() + left.min(HOLD_STRETCH_MAX);
         loop {
@@ -397,8 +399,9 @@ impl GateThread {
                 return Some(watchdog);
             }
             if !stands || watchdog.arm().is_err() {
-                // What it has let go on is not held again. What it could not, because it died, the caller lets go on at
-                // once: another process is not started while writers wait.
+                // If the watchdog resumed the origin, it is not suspended again. If the watchdog died before
+                // it could, the caller resumes the origin at once, without starting another process while
+                // writers wait.
                 let _ = self.stack.standby().dismiss(watchdog);
                 return None;
             }
@@ -407,11 +410,11 @@ impl GateThread {
 
     fn warn_hold_ended_early(&self) {
         let origin = self.stack.origin();
-        tracing::warn!("a hold of {origin} ended early: the watchdog over it let writers go on, or has died");
+        tracing::warn!("the hold of {origin} ended early: its watchdog resumed it, or died");
     }
 
-    /// Suspends the origin for a stretch; it goes on with what is released by then. Answers no stall: a hold
-    /// is not followed by a rest.
+    /// Suspends the origin for one hold. The resume releases what is due by then. Returns a stall of zero, as
+    /// no rest follows a hold.
     fn hold(&mut self, shared: &Shared) -> Result<Duration> {
         let report = shared.lock().report;
         let budget = self.hold.as_ref().map_or(Duration::ZERO, |hold| hold.budget);
@@ -419,14 +422,16 @@ impl GateThread {
         let mut watchdog = self.watchdog()?;
         watchdog.arm()?;
         let begin = Instant::now();
-        // Given back when the watchdog stands by again: it would drop what lvm2 has loaded.
+        // Dropped only when the watchdog is disarmed: an armed watchdog would drop a table that lvm2 has
+        // loaded.
         let hold = match self.stack.hold(&self.dm, &self.nudge, HOLD_GRACE.min(left)) {
             Ok(hold) => hold,
             Err(error) => {
-                // Writers waited until the wait for I/O in flight was ended.
+                // Writers waited until the wait for I/O in flight was cut short.
                 shared.lock().report.held += begin.elapsed();
                 if self.stack.is_held() {
-                    // Dropped without a word, it takes us for dead, and lets the origin go on.
+                    // Dropped without a farewell, the watchdog takes this process for dead and resumes the
+                    // origin.
                     drop(watchdog);
                 } else {
                     let _ = self.stack.standby().dismiss(watchdog);
@@ -441,7 +446,7 @@ impl GateThread {
         let resumed = self.resume(&hold, watchdog.is_some());
         match (watchdog, self.stack.is_held()) {
             (watchdog, true) => drop(watchdog),
-            // Said only now: who reads it may be slow.
+            // Logged only now, as the reader of the log may be slow.
             (None, false) => self.warn_hold_ended_early(),
             (Some(watchdog), false) => {
                 if let Verdict::Fired(_) = self.stack.standby().dismiss(watchdog) {
@@ -456,15 +461,15 @@ impl GateThread {
         resumed.map(|_| Duration::ZERO)
     }
 
-    /// The origin goes on, with what is released if that can be.
+    /// Resumes the origin, with the release of what is due if possible.
     fn resume(&self, hold: &Hold, is_guarded: bool) -> Result<Duration> {
         if !is_guarded {
-            // The watchdog has let it go on, or has died.
+            // The watchdog has resumed the origin, or has died.
             self.stack.resume_if_suspended(&self.dm)?;
         }
         let released: Vec<Extent> = self.released.iter().collect();
         let swapped = self.stack.release(&self.dm, &released, Some(hold), &self.nudge);
-        // The swap has done that. Where it did not come to it, this does.
+        // A successful swap has resumed the origin. After a failed one this does.
         self.stack.resume_if_suspended(&self.dm).and(swapped)
     }
 }

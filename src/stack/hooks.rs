@@ -1,7 +1,7 @@
 //! The user's commands around the instant.
 //!
-//! A hook runs as `sh -c CMD` in a process group of its own, so that what it started dies with it
-//! when it overstays. Its standard output goes to our standard error: ours may carry the archive.
+//! A hook runs as `sh -c CMD` in a process group of its own, so that a hook that exceeds its time is killed
+//! with everything it started. Its standard output goes to our standard error: ours may carry the archive.
 
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
@@ -16,11 +16,11 @@ use nix::unistd::Pid;
 use crate::base::{Error, ErrorKind, Result, ResultExt};
 use crate::sys::signal;
 
-/// How often a running hook is looked at: short, because the origin is suspended meanwhile.
+/// Interval at which a running hook is checked: short, as the origin is suspended meanwhile.
 const POLL: Duration = Duration::from_millis(2);
 
-/// How long the dead hook's exit status may take after SIGKILL before we stop waiting for it: a
-/// process in uninterruptible sleep (on the suspended origin itself) dies only after the resume.
+/// How long to wait for the exit status after SIGKILL. A process in uninterruptible sleep (on the suspended
+/// origin itself) dies only after the resume.
 const REAP_MAX: Duration = Duration::from_millis(100);
 
 /// One hook to run.
@@ -33,7 +33,7 @@ pub struct Hook<'a> {
     pub origin: &'a Path,
     /// TIDEMARK_ORIGIN_BELOW, the device that can be read while the origin is suspended.
     pub below: Option<&'a Path>,
-    /// Killed past this moment.
+    /// When to kill the hook.
     pub deadline: Option<Instant>,
 }
 
@@ -41,8 +41,8 @@ impl Hook<'_> {
     /// Runs the hook to its end; `interrupt` is polled meanwhile.
     ///
     /// # Errors
-    /// [`ErrorKind::External`] when it cannot be started or fails, [`ErrorKind::Timeout`] when it is
-    /// killed at the deadline, and whatever `interrupt` says.
+    /// [`ErrorKind::External`] if it cannot be started or fails, [`ErrorKind::Timeout`] if it is killed at
+    /// the deadline, and the error of `interrupt`.
     pub fn run(&self, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut child = self.spawn()?;
         loop {
@@ -89,7 +89,7 @@ impl Hook<'_> {
         Err(Error::new(ErrorKind::External, format!("{} '{}' failed: {status}", self.option, self.command)))
     }
 
-    /// SIGKILL to the whole group; the group exists as long as the child is not reaped.
+    /// Sends SIGKILL to the whole group, which exists as long as the child is not reaped.
     fn kill(&self, child: &mut Child) {
         let Ok(id) = i32::try_from(child.id()) else { return };
         if let Err(errno) = killpg(Pid::from_raw(id), Signal::SIGKILL) {
@@ -102,7 +102,7 @@ impl Hook<'_> {
                 _ => thread::sleep(POLL),
             }
         }
-        tracing::warn!("{} (process {id}) has not died yet; it does once the origin is resumed", self.option);
+        tracing::warn!("{} (process {id}) has not died yet; it dies once the origin is resumed", self.option);
     }
 }
 

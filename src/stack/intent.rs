@@ -1,4 +1,4 @@
-//! Intents of a change, in the record of its job.
+//! Records the intents of a change in the record of its job.
 
 use super::change::{Action, Change, IntentLog, Step};
 use crate::base::Result;
@@ -19,7 +19,7 @@ impl IntentLog for Job {
     }
 }
 
-/// What the record says while step `index` is being done or taken back.
+/// What the record holds while step `index` is being done or undone.
 pub fn change_record(change: &Change, index: usize, undo: bool) -> ChangeRecord {
     let (frozen, suspended) = held_at(&change.steps, index, undo);
     ChangeRecord {
@@ -32,13 +32,13 @@ pub fn change_record(change: &Change, index: usize, undo: bool) -> ChangeRecord 
     }
 }
 
-/// What may be frozen and suspended while step `index` is being done or taken back: everything that
-/// a step up to it has brought to rest and none *before* it has let go.
+/// What may be frozen and suspended while step `index` is being done or undone: whatever a step up to `index`
+/// froze or suspended, and no step *before* `index` thawed or resumed.
 fn held_at(steps: &[Step], index: usize, undo: bool) -> (Vec<String>, Vec<String>) {
     let mut frozen: Vec<String> = Vec::new();
     let mut suspended: Vec<String> = Vec::new();
     for (at, step) in steps.iter().enumerate().take(index.saturating_add(1)) {
-        // An undo suspends for a moment what it puts back.
+        // The undo of the switch suspends the device once more.
         let undo_actions = if undo && at == index { step.undo.as_slice() } else { &[] };
         for action in std::iter::once(&step.action).chain(undo_actions) {
             match action {

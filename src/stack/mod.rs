@@ -1,20 +1,21 @@
-//! The snapshot stack over a live origin: put in place at one instant, taken away again.
+//! The snapshot stack over a live origin: inserted at one instant, and removed again.
 //!
-//! Insertion, in order (each a step with its undo; see [`insertion`]):
-//! 1. `real` gets a copy of the origin's own table, `snap` becomes a snapshot of `real` with the COW
-//!    store, `preserve` the `snapshot-origin` over `real`: all in use *before* anything is held, for writes do not pass
-//!    them yet;
-//! 2. filesystems are synced, then frozen;
-//! 3. a table that leads to `preserve` is loaded into the origin, not used yet: past it where the frozen
-//!    filesystems say that nothing is in use (their map can be read only while the device answers; see
-//!    [`origin_table`]);
-//! 4. the origin is suspended: the instant;
-//! 5. the origin is resumed, which puts the loaded table to use; filesystems are thawed.
+//! Insertion, in order (each step has an undo; see [`insertion`]):
+//! 1. Create three devices: `real` with a copy of the origin's own table, `snap` as a snapshot of `real` on
+//!    the COW store, `preserve` as the `snapshot-origin` over `real`. All are resumed *before* anything is
+//!    held, as writes do not reach them yet.
+//! 2. Sync the filesystems, then freeze them.
+//! 3. Load a table into the origin. It leads to `preserve`, but bypasses it where the frozen filesystems
+//!    report free space (their map can be read only while the device serves reads; see [`origin_table`]).
+//! 4. Suspend the origin: the instant.
+//! 5. Resume the origin, which activates the loaded table. Thaw the filesystems.
 //!
-//! Invariants: the origin is the only device ever suspended; nothing waits for udev between the
-//! freeze and the thaw; nothing is logged meanwhile; a failure anywhere puts the origin's own table
-//! back, the very text. A copy of that table is in `real` as long as the stack is in place, so the
-//! kernel alone is enough to undo it ([`recover`](crate::op::recover)).
+//! Invariants:
+//! - The origin is the only device that is ever suspended.
+//! - Between the freeze and the thaw nothing waits for udev, and nothing is logged.
+//! - A failure at any step restores the origin's own table, with the same text.
+//! - `real` holds a copy of that table as long as the stack exists, so the kernel's state alone is enough to
+//!   undo it ([`recover`](crate::op::recover)).
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -62,69 +63,70 @@ pub use owner::Owner;
 pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
 pub use runner::Runner;
 
-/// Attempts to put the origin's own table back within the budget. On a disk that has become slow, I/O in flight may
-/// take longer than that: each attempt has [`RESTORE_BUDGET_FACTOR`] times as long as the one before, and between two
-/// of them writers go on.
+/// Attempts to restore the origin's own table. On a slow disk, I/O in flight may take longer than the budget:
+/// each attempt may take [`RESTORE_BUDGET_FACTOR`] times as long as the one before, and the origin accepts
+/// writes in between.
 const RESTORE_ATTEMPTS: u32 = 4;
 
-/// See [`RESTORE_ATTEMPTS`].
+/// By how much each of the [`RESTORE_ATTEMPTS`] may take longer than the one before.
 const RESTORE_BUDGET_FACTOR: u32 = 4;
 
-/// Longest wait for somebody else who is changing the origin's table.
+/// Longest wait for another tool that is changing the origin's table.
 const OTHER_TOOL_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Pause between two attempts.
+/// Pause between two attempts while another tool is changing it.
 const OTHER_TOOL_PAUSE: Duration = Duration::from_millis(50);
 
-/// What the kernel does not know of a stack whose process died.
+/// What the kernel does not know about a stack whose process died.
 #[derive(Clone, Debug)]
 pub struct Adopted {
     /// What is not copied.
     pub skipped: Skipped,
     /// Longest time that the origin may be suspended.
     pub budget: Duration,
-    /// For how long lvm2 is kept away.
+    /// How long lvm2 is locked out.
     pub lvm_lock: LvmScope,
-    /// How long it was held for the instant.
+    /// How long the origin was held for the instant.
     pub times: HoldTimes,
 }
 
-/// A stack in place. Dropping it does nothing, [`Stack::remove`] takes it away.
+/// An inserted stack. Dropping it changes nothing; [`Stack::remove`] removes the stack.
 #[derive(Clone, Debug)]
 pub struct Stack {
     origin: String,
     names: StackNames,
     lower: LowerDevices,
     form: Form,
-    /// The only one that changes the origin's table; held while it does.
+    /// The only code that changes the origin's table. Locked during each change.
     owner: Arc<Mutex<Owner>>,
-    /// The snapshot's device, held open exclusively from before the instant until it is removed: whoever does not see our
-    /// locks, in another mount namespace, knows by this that the copy lives.
+    /// The snapshot's device, held open exclusively from before the instant until its removal. A process in
+    /// another mount namespace cannot see our lock files; an open snapshot tells it that the copy is running.
     claim: Arc<Mutex<Option<File>>>,
     skipped: Skipped,
     logs: Vec<Extent>,
     below: PathBuf,
     budget: Duration,
     times: HoldTimes,
-    /// The copy's watchdog, while it guards nothing.
+    /// The copy's watchdog, while it has nothing to guard.
     standby: Standby,
-    /// Of a copy that keeps lvm2 away until its end.
+    /// The lock of a copy that locks out lvm2 until it ends.
     lvm: Arc<Mutex<Option<LvmLock>>>,
 }
 
-/// The origin is held, and lvm2 kept away from it as long as this lives.
+/// The origin is held, and lvm2 locked out, as long as this value lives.
 #[derive(Debug)]
 pub struct Hold {
     _lvm: Option<LvmLock>,
 }
 
 impl Stack {
-    /// Puts the stack in place. `at_instant` runs while the origin is quiet; `interrupt` is asked
-    /// before each step of the critical section up to the switch.
+    /// Inserts the stack. `at_instant` runs while the origin is quiet. `interrupt` is called before each step
+    /// of the critical section up to the switch.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] for an origin that cannot carry a stack, [`ErrorKind::Timeout`] where
-    /// the budget runs out, `at_instant`'s, `interrupt`'s and the kernel's; everything is put back.
+    /// [`ErrorKind::Refused`] for an origin that cannot carry a stack, [`ErrorKind::Timeout`] if the budget
+    /// runs out, those of `at_instant` and `interrupt`, the kernel's. After an error everything has been put
+    /// back.
     pub fn insert(
         dm: &Dm,
         job: &mut Job,
@@ -135,7 +137,7 @@ impl Stack {
     ) -> Result<Self> {
         let origin = request.origin.as_str();
         let number = dm.info_of(origin)?.number;
-        // From before its table is read until it leads through the stack.
+        // Held from before the table is read until it leads through the stack.
         let lvm = LvmLock::hold(dm, number, interrupt)?;
         let own_table = own_table(dm, origin)?;
         let request = &request.recheck(number, &own_table)?;
@@ -175,10 +177,10 @@ impl Stack {
         change.run(&mut runner, job)?;
         let times = runner.times;
         runner.report(origin);
-        // Nothing after the change may fail: the stack is in place.
-        let below = runner.below_found.take().expect("the instant has run, and looked it up");
-        let lower = runner.lower.take().expect("a table was loaded, or the change had failed");
-        let owner = runner.owner.take().expect("the change's first step makes it");
+        // Nothing after the change may fail: the stack is in use now.
+        let below = runner.below_found.take().expect("the instant has run, and resolved it");
+        let lower = runner.lower.take().expect("the change loaded a table, or it would have failed");
+        let owner = runner.owner.take().expect("the change's first step creates it");
         Ok(Self {
             origin: origin.to_owned(),
             names,
@@ -196,11 +198,11 @@ impl Stack {
         })
     }
 
-    /// The stack of a job whose process died, as the kernel has it. Drops a table of the copy that the dead process had
-    /// loaded into the origin and not put to use; changes nothing else.
+    /// The stack of a job whose process died, as found in the kernel. Drops a table of the copy that the dead
+    /// process loaded into the origin but did not activate; changes nothing else.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the kernel has no such stack any more.
+    /// [`ErrorKind::Refused`] if the kernel no longer has such a stack.
     pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
         let FoundStack { record, origin, names, lower, current, claim } = FoundStack::find(dm, job.record())?;
         let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
@@ -218,7 +220,7 @@ impl Stack {
             owner: Arc::new(Mutex::new(owner)),
             claim: Arc::new(Mutex::new(Some(claim))),
             skipped: adopted.skipped,
-            // Copied by now, or soon enough.
+            // The logs only set the order of the copy, and the dead process began with them.
             logs: Vec::new(),
             budget: adopted.budget,
             times: adopted.times,
@@ -227,13 +229,13 @@ impl Stack {
         })
     }
 
-    /// What is in use and leads past the snapshot all the same in the origin's table: what was released.
+    /// Ranges that were released: in use, but no longer mapped through the snapshot.
     #[must_use]
     pub fn released(&self) -> Vec<Extent> {
         released(&self.lower, lock(&self.owner).active(), &self.skipped.extents)
     }
 
-    /// Where the copy's watchdog waits for what it is to guard.
+    /// Where the copy's watchdog waits for its next order.
     #[must_use]
     pub fn standby(&self) -> &Standby {
         &self.standby
@@ -245,7 +247,7 @@ impl Stack {
         self.times
     }
 
-    /// A path of the device beneath: the origin's data, read past the snapshot.
+    /// A path to the device `real`: the origin's data, read below the snapshot.
     #[must_use]
     pub fn below(&self) -> &Path {
         &self.below
@@ -263,7 +265,7 @@ impl Stack {
         &self.skipped
     }
 
-    /// Where the filesystems' logs are, as far as they told: what is written most.
+    /// Where the filesystems' logs are, as far as known: these are written most often.
     #[must_use]
     pub fn logs(&self) -> &[Extent] {
         &self.logs
@@ -275,7 +277,7 @@ impl Stack {
         self.lower.own.length().bytes()
     }
 
-    /// The number of the device beneath.
+    /// The number of the device `real`.
     #[must_use]
     pub fn number(&self) -> DeviceNumber {
         self.lower.real
@@ -293,16 +295,16 @@ impl Stack {
         lock(&self.owner).number()
     }
 
-    /// Replaces the origin's table by one in which what is in `released` is preserved no more, in one call
-    /// of the kernel. Answers how long the origin was held. Where it is held, by `hold`, it goes on.
+    /// Replaces the origin's table, in one call of the kernel, by one that no longer preserves the ranges in
+    /// `released`. Returns how long the origin was held. A suspension by [`Stack::hold`] ends with it.
     ///
-    /// The kernel first waits for I/O in flight, among it writes that wait for the store, and holds what comes meanwhile:
-    /// `nudge` ends that wait with the freeze budget.
+    /// The kernel first waits for I/O in flight, which includes writes that wait for the store, and holds new
+    /// I/O meanwhile. `nudge` ends that wait when the freeze budget runs out.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] where somebody else has replaced the table; [`ErrorKind::Refused`] where somebody is
-    /// about to, which may be over soon; [`ErrorKind::Interrupted`] where I/O in flight took longer than the budget; the
-    /// kernel's. In all cases everything is as it was.
+    /// [`ErrorKind::StoreInvalid`] if another tool has replaced the table; [`ErrorKind::Refused`] if another
+    /// tool is about to, where a retry can succeed; [`ErrorKind::Interrupted`] if I/O in flight took longer
+    /// than the budget; the kernel's. After any of these the table is unchanged.
     pub fn release(
         &self,
         dm: &Dm,
@@ -311,7 +313,7 @@ impl Stack {
         nudge: &Nudge,
     ) -> Result<Duration> {
         let mut owner = lock(&self.owner);
-        // A region's free ranges are free as before: as lines, they count among the others.
+        // Free ranges of a region stay free: a run of them alone counts as a free run, as before.
         let skipped: ExtentSet = self.skipped.extents.iter().copied().collect();
         let released = released.iter().copied().collect::<ExtentSet>().difference(&skipped);
         let released: Vec<Extent> = released.iter().collect();
@@ -330,8 +332,8 @@ impl Stack {
         Ok(held)
     }
 
-    /// Suspends the origin, until [`Stack::release`] or [`Stack::resume_if_suspended`]. `nudge` ends the wait for I/O in flight after
-    /// `limit`.
+    /// Suspends the origin until [`Stack::release`] or [`Stack::resume_if_suspended`]. After `limit`, `nudge`
+    /// ends the wait for I/O in flight.
     ///
     /// # Errors
     /// As [`Stack::release`].
@@ -345,13 +347,13 @@ impl Stack {
         Ok(Hold { _lvm: lvm })
     }
 
-    /// True where the origin is held by us, as far as we know.
+    /// True if this process holds the origin suspended, as far as it knows.
     #[must_use]
     pub fn is_held(&self) -> bool {
         lock(&self.owner).is_held()
     }
 
-    /// Lets the origin go on where it is held by us.
+    /// Resumes the origin if this process suspended it.
     ///
     /// # Errors
     /// The kernel's.
@@ -359,8 +361,8 @@ impl Stack {
         lock(&self.owner).resume_if_suspended(dm)
     }
 
-    /// Keeps lvm2 away from the origin's volume group, unless one of its commands is running: that one goes first.
-    /// None where it is kept away already.
+    /// Locks lvm2 out of the origin's volume group, unless a command of lvm2 is running: then that command
+    /// goes first. None if the lock is held already.
     fn keep_lvm_away(&self, dm: &Dm, owner: &Owner) -> Result<Option<LvmLock>> {
         if self.keeps_lvm_away() {
             return Ok(None);
@@ -370,8 +372,8 @@ impl Stack {
         LvmLock::try_hold(dm, owner.number())?.ok_or_else(busy).map(Some)
     }
 
-    /// A range that was released must never be preserved again: what is there is not the instant's any more,
-    /// and everything that the store holds for what is copied is laid over the copy at its end.
+    /// A released range must never be preserved again. Its content is newer than the instant, and at the end
+    /// the copy is overlaid with every original that the store holds for copied ranges.
     fn refuse_to_preserve_again(&self, table: &Table, released: &[Extent]) -> Result<()> {
         let preserved: ExtentSet = self.lower.preserved(table).into_iter().collect();
         match released.iter().find(|extent| preserved.intersection_with(**extent).next().is_some()) {
@@ -383,7 +385,7 @@ impl Stack {
         }
     }
 
-    /// How the snapshot is.
+    /// The status of the snapshot.
     ///
     /// # Errors
     /// The kernel's.
@@ -391,22 +393,22 @@ impl Stack {
         dm.snapshot_status(&self.names.snap)
     }
 
-    /// Fails where the origin does not write through the stack any more: somebody else has replaced
-    /// its table (`lvextend` does), so originals may be missing. To be asked after the last read and
-    /// before success is claimed.
+    /// Fails if the origin no longer writes through the stack, because another tool has replaced its table
+    /// (`lvextend` does). Originals may be missing then. To be called after the last read, before success is
+    /// reported.
     ///
     /// # Errors
     /// [`ErrorKind::StoreInvalid`].
     pub fn check_in_place(&self, dm: &Dm) -> Result<()> {
         match lock(&self.owner).check(dm) {
-            // Somebody is about to change it: what was read until now holds.
+            // Another tool is about to change it. Everything read so far is still valid.
             Err(error) if error.kind() == ErrorKind::Refused => Ok(()),
             result => result,
         }
     }
 
-    /// Takes the stack away: the origin gets its own table back, then the devices beneath go. Can be
-    /// called again where it failed. A table that somebody else has given the origin meanwhile stays.
+    /// Removes the stack: restores the origin's own table, then removes the devices below. Can be repeated
+    /// after a failure. If another tool has given the origin another table, that table stays.
     ///
     /// # Errors
     /// The kernel's.
@@ -428,8 +430,8 @@ impl Stack {
         })
     }
 
-    /// The origin gets its own table back, and nothing more: the devices beneath stay. Waits for nothing but the origin
-    /// and, where it is LVM's, for LVM.
+    /// Restores the origin's own table and nothing more: the devices below stay. Waits only for the origin
+    /// and, for a logical volume, for lvm2.
     ///
     /// # Errors
     /// The kernel's.
@@ -437,11 +439,11 @@ impl Stack {
         self.put_back(dm, job).map_err(|error| {
             let error = error
                 .context(format!("putting back the table of {}", self.origin))
-                .state(format!("{} goes on, with the snapshot in place", self.origin))
+                .state(format!("{} stays in use, with the snapshot in place", self.origin))
                 .next("run 'tidemark recover'");
             explain_missing_disk(error, &self.origin, &self.lower.own)
         })?;
-        // Whatever LVM does to the volume now, no copy depends on it.
+        // No copy depends on the volume any more, so LVM may change it.
         *locked(&self.lvm) = None;
         Ok(())
     }
@@ -454,7 +456,7 @@ impl Stack {
         job.note_expedited();
         let mut owner = lock(&self.owner);
         owner.resume_if_suspended(dm)?;
-        // Nothing is asked here whether to: what was begun is put back, or said to be in place.
+        // Interrupts are ignored here: the table is restored, or the error reports that it is not.
         let _lvm = match self.keeps_lvm_away() {
             true => None,
             false => Some(LvmLock::hold(dm, owner.number(), &|| Ok(()))?),
@@ -463,14 +465,15 @@ impl Stack {
         let mut attempt = 1;
         let mut budget = self.budget;
         loop {
-            // By the name that it has now. One that is gone has nothing to be put back.
+            // Use the current name. If the device is gone, there is no table to restore.
             let Some(origin) = owner.device(dm)? else { return Ok(()) };
             let active =
                 dm.table(origin.number, Slot::Active)?.filter(|table| self.lower.is_stack_table(table));
             let Some(active) = active else { return Ok(()) };
             let mut runner = Runner::new(dm, budget, &|| Ok(()));
             runner.standby = self.standby.clone();
-            // What is below the origin tells how to go back, also where the record cannot be written any more.
+            // The device `real` holds the table to restore, so this works even if the record cannot be
+            // written.
             let change = restoration(&origin.name, &active, &self.lower.own);
             match change.run(&mut runner, &mut BestEffort::new(job)) {
                 Ok(()) => {
@@ -490,14 +493,17 @@ impl Stack {
     }
 }
 
-/// `error` of putting back table `own` of `origin`, with what to do where one of its disks is gone: the kernel loads no table
-/// over that, and the stack stays for as long as the origin does.
+/// Adds advice to `error`, which came from restoring table `own` of `origin`, if one of the table's disks is
+/// gone. The kernel then loads no table that uses that disk, and the stack stays as long as the origin
+/// exists.
 pub fn explain_missing_disk(error: Error, origin: &str, own: &Table) -> Error {
     match own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists()) {
         None => error,
         Some(disk) => error
             .context(format!("the disk {disk} under {origin} was removed"))
-            .state(format!("{origin} leads to the copy's devices still, and fails as its disk does"))
+            .state(format!(
+                "{origin} still maps to the copy's devices, and its I/O fails because of that disk"
+            ))
             .next(format!(
                 "unmount {origin}, remove it ('dmsetup remove {origin}'), and run 'tidemark recover'"
             )),
@@ -512,33 +518,33 @@ fn released(lower: &LowerDevices, current: &Table, skipped: &[Extent]) -> Vec<Ex
 }
 
 fn cannot_resume(job: &str, what: String) -> Error {
-    Error::refused(format!("job {job} cannot go on: {what}"))
+    Error::refused(format!("job {job} cannot be resumed: {what}"))
         .state("nothing was changed")
-        .next("run 'tidemark recover', which puts back what is left, and copy again")
+        .next("run 'tidemark recover', which undoes what is left of it, then copy again")
 }
 
-/// The stack of a job whose process died, found whole. Held by its claim, changed in nothing.
+/// The complete stack of a job whose process died. Held by its claim; nothing is changed.
 pub struct FoundStack<'a> {
     record: &'a OriginRecord,
     origin: DeviceInfo,
     names: StackNames,
     lower: LowerDevices,
-    /// The origin's table in use.
+    /// The origin's active table.
     current: Table,
     claim: File,
 }
 
 impl<'a> FoundStack<'a> {
-    /// Finds it.
+    /// Finds the stack.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where the kernel has no such stack any more; the kernel's.
+    /// [`ErrorKind::Refused`] if the kernel no longer has such a stack; the kernel's.
     pub fn find(dm: &Dm, job: &'a JobRecord) -> Result<Self> {
         let cannot_resume = |what: String| cannot_resume(&job.job, what);
         let record =
             job.origin.as_ref().ok_or_else(|| cannot_resume("its record names no origin".to_owned()))?;
         let names = StackNames::new(&record.device, &job.job);
-        // By its number: it may have been renamed.
+        // By number: the origin may have been renamed.
         let origin = check_adoptable(dm.info(record.number)?, &record.device, &cannot_resume)?;
         for name in names.removable() {
             check_adoptable(dm.info(name)?, name, &cannot_resume)?;
@@ -552,32 +558,32 @@ impl<'a> FoundStack<'a> {
         };
         let preserving = Table::single(lower.own.length(), Target::SnapshotOrigin { device: lower.real })?;
         if table(&names.preserve)? != Some(preserving) {
-            return Err(cannot_resume(format!("{} does not preserve anything any more", names.preserve)));
+            return Err(cannot_resume(format!("{} no longer preserves anything", names.preserve)));
         }
         let current = dm
             .table(origin.number, Slot::Active)?
             .filter(|table| lower.is_stack_table(table))
             .ok_or_else(|| {
                 cannot_resume(format!(
-                    "{} does not write through its snapshot any more: somebody replaced its table",
+                    "{} no longer writes through its snapshot: another tool replaced its table",
                     origin.name
                 ))
             })?;
         let status = dm.snapshot_status(&names.snap)?;
         if !status.is_usable() {
-            return Err(cannot_resume(format!("the snapshot was lost meanwhile ({status:?})")));
+            return Err(cannot_resume(format!("the snapshot was lost ({status:?})")));
         }
         let claim = dm.claim(number(&names.snap)?)?;
         Ok(Self { record, origin, names, lower, current, claim })
     }
 
-    /// Its device that carries the origin's own table.
+    /// The number of the device that carries the origin's own table.
     #[must_use]
     pub fn number(&self) -> DeviceNumber {
         self.lower.real
     }
 
-    /// As [`Stack::released`], where `skipped` was never preserved.
+    /// As [`Stack::released`]; `skipped` was never preserved.
     #[must_use]
     pub fn released(&self, skipped: &[Extent]) -> Vec<Extent> {
         released(&self.lower, &self.current, skipped)
@@ -591,21 +597,21 @@ impl<'a> FoundStack<'a> {
         dm.snapshot_status(&self.names.snap)
     }
 
-    /// Refuses what [`Stack::adopt`] would find in its way: a table of others', or a suspension.
+    /// Refuses what would stop [`Stack::adopt`]: a table loaded by another tool, or a suspension.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`]; the kernel's.
     pub fn check_adoptable(&self, dm: &Dm) -> Result<()> {
         let loaded = dm.table(self.origin.number, Slot::Inactive)?;
         if loaded.is_some_and(|table| self.lower.is_copy_table(&table)) {
-            // The dead process's own, which the adoption drops.
+            // Loaded by the dead process; the adoption drops it.
             return Ok(());
         }
         Owner::new(dm, self.origin.number, self.current.clone())?.check(dm)
     }
 }
 
-/// A device of a stack that is to be adopted; `cannot_resume` says why it is not.
+/// Checks a device of a stack that is to be adopted. `cannot_resume` makes the error.
 fn check_adoptable(
     found: Option<DeviceInfo>,
     name: &str,
@@ -627,7 +633,7 @@ fn check_adoptable(
     Ok(info)
 }
 
-/// The table of an origin whose owner died, and what it had noted of the queue.
+/// The owner of an origin whose process died, with the queue settings that the process recorded.
 fn take_over(
     dm: &Dm,
     origin: &DeviceInfo,
@@ -635,7 +641,7 @@ fn take_over(
     lower: &LowerDevices,
     queue: QueueSettings,
 ) -> Result<Owner> {
-    // The dead process may have loaded a table. Any other table is somebody else's.
+    // The dead process may have loaded a table of the copy. Any other table belongs to another tool.
     if dm.table(origin.number, Slot::Inactive)?.is_some_and(|table| lower.is_copy_table(&table)) {
         dm.clear(origin.number)?;
     }
@@ -646,17 +652,17 @@ fn take_over(
 }
 
 fn locked<T>(part: &Mutex<Option<T>>) -> MutexGuard<'_, Option<T>> {
-    // It is set in one assignment.
+    // Set in one assignment, so it is never half-written.
     part.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn lock(owner: &Mutex<Owner>) -> MutexGuard<'_, Owner> {
-    // A panic leaves it usable: before each act it compares what it knows with the kernel's state.
+    // Usable after a panic: before each step the owner compares what it knows with the kernel's state.
     owner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an origin's tables are made of. `switch` lines have no direct access to memory (DAX), and the kernel does not load
-/// them into a device that has it.
+/// Which targets the origin's tables use. `switch` has no direct access to memory (DAX), and the kernel does
+/// not load it into a device that has DAX.
 fn form(dm: &Dm, origin: DeviceNumber) -> Form {
     Form::new(!Topology::default().is_dax(origin) && dm.has_target("switch"))
 }
@@ -669,27 +675,27 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
     })?;
     if info.suspended || info.has_inactive {
         return Err(Error::refused(format!(
-            "somebody is changing {origin}: it is suspended or has a table loaded"
+            "another tool is changing {origin}: it is suspended or has an inactive table"
         ))
         .state("nothing was changed")
-        .next("wait until that is over; after a crash: 'tidemark recover', or 'dmsetup resume'"));
+        .next("wait until that is done; after a crash: 'tidemark recover', or 'dmsetup resume'"));
     }
     for line in table.lines() {
         if !matches!(line.target, Target::Linear { .. } | Target::Striped { .. }) {
-            // With such a one no copy is planned.
+            // No copy is planned for such a target, so the table has changed since.
             return Err(Error::refused(format!(
                 "{origin} was changed since the copy was planned: it has a '{}' target, and only linear and striped \
                  devices can be copied live",
                 line.target.kind()
             ))
             .state("nothing was changed")
-            .next("copy again when no other tool changes the volume; remove a snapshot of LVM's first"));
+            .next("copy again when no other tool changes the volume; remove LVM snapshots first"));
         }
     }
     Ok(table)
 }
 
-/// The journal must not lie on a filesystem that is about to be frozen.
+/// The job record must not be on a filesystem that is about to be frozen.
 fn refuse_own_record(job: &Job, filesystems: &[PathBuf]) -> Result<()> {
     let record = job.filesystem()?;
     for path in filesystems {

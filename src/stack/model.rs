@@ -1,4 +1,4 @@
-//! What is asked of a stack, and what is known of one: values.
+//! The request for a stack, and what is known of a stack: plain values.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use crate::extent::Extent;
 use crate::volume::Frozen;
 use crate::volume::lvm_lock::LvmScope;
 
-/// What to put where.
+/// Which stack to insert, over which origin.
 #[derive(Clone, Debug)]
 pub struct StackRequest {
     /// The origin's device-mapper name.
@@ -20,16 +20,15 @@ pub struct StackRequest {
     pub chunk: ChunkSize,
     /// Mount points of every filesystem on the origin, one each, in the order of freezing.
     pub filesystems: Vec<PathBuf>,
-    /// Let the suspension freeze what is mounted on the device itself: for mounts that cannot be
-    /// reached.
+    /// Let the suspension freeze what is mounted on the device itself: for mounts that are out of reach.
     pub lock_filesystem: bool,
     /// Longest time that anything may be frozen or suspended.
     pub budget: Duration,
-    /// Preserve everything, what filesystems do not use as well.
+    /// Preserve everything, including what filesystems do not use.
     pub all: bool,
-    /// What the plan was made from, looked for again before anything is done; None: nobody planned.
+    /// What the plan was based on, checked again before anything is done; None if there was no plan.
     pub planned: Option<Planned>,
-    /// For how long lvm2 is kept away.
+    /// How long lvm2 is locked out.
     pub lvm_lock: LvmScope,
 }
 
@@ -43,10 +42,10 @@ pub struct Planned {
 }
 
 impl StackRequest {
-    /// The request as things are now: a filesystem may have been mounted at another place.
+    /// The request, updated to the present: a filesystem may be mounted at another place now.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the origin is not what was planned for.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the origin is no longer as planned.
     pub(super) fn recheck(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
         let Some(planned) = &self.planned else { return Ok(self.clone()) };
         if *own_table != planned.table {
@@ -68,10 +67,10 @@ impl StackRequest {
     }
 }
 
-/// What can be done at the instant.
+/// What the caller may use at the instant.
 #[derive(Clone, Copy, Debug)]
 pub struct InstantContext<'a> {
-    /// The device beneath: can be read, and does not change before the origin is resumed.
+    /// The device `real`: readable, and unchanged until the origin is resumed.
     pub below: &'a Path,
     /// The instant, UTC, in nanoseconds since 1970.
     pub utc_ns: u64,
@@ -82,24 +81,24 @@ pub struct InstantContext<'a> {
 /// How long the origin was held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HoldTimes {
-    /// Syncing filesystems, nothing held yet.
+    /// Syncing the filesystems, before anything is held.
     pub synced: Duration,
     /// From the first freeze to the last thaw.
     pub frozen: Duration,
-    /// From the suspension's begin to the resume's end.
+    /// From the start of the suspension to the end of the resume.
     pub suspended: Duration,
     /// The instant, UTC, in nanoseconds since 1970.
     pub instant_utc_ns: u64,
 }
 
-/// What of the origin need not be preserved, because at the instant nothing there was in use.
+/// What of the origin need not be preserved, as it was not in use at the instant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Skipped {
     /// The ranges; sorted, disjoint.
     pub extents: Vec<Extent>,
-    /// Which filesystems did not say what they use, and why; for people.
+    /// Which filesystems did not report what they use, and why; as text.
     pub notes: Vec<String>,
 }
 
-/// What is done at the instant.
+/// The work to do at the instant.
 pub type AtInstant<'a> = &'a mut dyn FnMut(&InstantContext<'_>) -> Result<()>;

@@ -2,32 +2,32 @@
 //!
 //! | a range that | leads |
 //! |---|---|
-//! | is needed and not copied yet | to `preserve`, a device that is one `snapshot-origin` line over `real` |
-//! | is free or released | to where the origin's own table leads; to `real` where that is not `linear` |
+//! | is needed and not copied yet | to `preserve`, a device with a single `snapshot-origin` line over `real` |
+//! | is free or released | where the origin's own table leads; to `real` where that is not `linear` |
 //!
-//! Why a device of its own for `snapshot-origin`, one more layer in the way of a first write: what is free or released
-//! then costs no more than without a copy; and the lines of the table are all of kinds that we may choose by what they
-//! make of a flush. device-mapper sends an empty flush to each line of a table, before Linux 6.11 always, and from there
-//! on unless all lines are known to pass it on; and even two flushes at once are two, one behind the other, on a disk.
-//! So **the first line is `linear`, and takes the flush; all others are `switch` with one path**, which maps as `linear`
-//! does and asks for no flush (`num_flush_bios` in Linux `drivers/md/dm-switch.c`). The flush argument: the first line
-//! leads to `preserve` or `real`, whichever kind of range it is; both pass a flush on to *every* device of the
-//! origin's own table, and that is where every line leads. What a write carries itself (FUA, and the flush before it)
-//! device-mapper takes care of as for any table.
+//! Why is `snapshot-origin` a device of its own, although it adds a layer to each first write? A free or
+//! released range then costs no more than without a copy, and every line of the table can be of a kind chosen
+//! for its behaviour on a flush. device-mapper sends an empty flush to each line of a table: always before
+//! Linux 6.11, and since then unless all lines are known to pass it on. Even flushes sent at once execute one
+//! after the other on a disk. So **the first line is `linear` and takes the flush; all others are `switch`
+//! with one path**, which maps as `linear` does and asks for no flush (`num_flush_bios` in Linux
+//! `drivers/md/dm-switch.c`). The flush argument: the first line leads to `preserve` or `real`, whatever kind
+//! of range it is. Both pass a flush on to *every* device of the origin's own table, and every line leads to
+//! one of these. Flags of a write (FUA, PREFLUSH) are handled by device-mapper as for any table.
 //!
-//! Measured in emulated guests (6.12 and 6.1), 4 KiB O_DSYNC writes a second: the origin's own table 1,410 to 1,790; one
-//! line to `preserve` and one past it, both `linear`, 1,130 to 1,310; the second of them `switch`, 1,510 to 1,860. With
-//! a thousand lines: 1,260 to 1,550 with `switch`, with `linear` 1,110 on 6.12 and 80 on 6.1. Where a kernel has no
-//! `switch` (every distribution's has), the lines are `linear`, and few.
+//! Measured in emulated guests (6.12 and 6.1), 4 KiB O_DSYNC writes per second: the origin's own table 1,410
+//! to 1,790; one line to `preserve` and one past it, both `linear`, 1,130 to 1,310; the second of them
+//! `switch`, 1,510 to 1,860. With a thousand lines: 1,260 to 1,550 with `switch`, with `linear` 1,110 on 6.12
+//! and 80 on 6.1. If a kernel has no `switch` (every distribution's has it), the lines are `linear`, and few.
 //!
-//! Invariants of [`LowerDevices::table`]: every sector is under exactly one line; what is neither free nor
-//! released leads to `preserve`, so the first write to it preserves its original; the rest leads past it,
-//! as far as the number of lines allows. Every doubt, an extent that is
-//! cut within a sector or reaches behind the end, goes to the side of `preserve`: that costs
-//! time, never an original. The first line leads to `preserve` or `real`: so the table is never the origin's own, and
-//! whoever finds it knows that no write went by it unseen.
+//! Invariants of [`LowerDevices::table`]: exactly one line maps each sector. A sector that is neither free
+//! nor released leads to `preserve`, so the first write to it preserves its original. The rest leads past
+//! `preserve`, as far as the number of lines allows. In doubt (an extent that is cut within a sector, or ends
+//! past the device) a sector leads to `preserve`: that costs time, never an original. The first line leads to
+//! `preserve` or `real`, so the table always differs from the origin's own. A process that finds it knows
+//! that every write went through it.
 //!
-//! Whichever way a sector takes, it is the same sector of the same disk, so that a table can be replaced by another of
+//! Every line maps a sector to the same sector of the same disk. So a table can be replaced by another one of
 //! the same device at any time, with I/O in flight.
 
 use crate::base::limits::{
@@ -40,23 +40,23 @@ use crate::extent::{Extent, ExtentSet};
 use crate::dm::table::{LINES_MAX, Line, Table};
 use crate::dm::target::Target;
 
-/// The longest region of a `switch` line: a 32-bit number of sectors to the kernel. 1 TiB.
+/// Longest region of a `switch` line: the kernel takes a 32-bit number of sectors. 1 TiB.
 const REGION_MAX: Sectors = Sectors(1 << 31);
 
-/// What a table is made of, and what bounds it.
+/// Which targets a table uses, and its limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Form {
-    /// All lines but the first are `switch`, and cost a flush nothing.
+    /// All lines but the first are `switch`, so a flush does not reach them.
     pub is_switched: bool,
-    /// Runs of free ranges alone that are not preserved.
+    /// Most runs that are free, without any released range, and not preserved.
     pub free_runs: usize,
-    /// Runs of both kinds, at least 1. A run is a line, and one more for each border between lines of the origin's own
-    /// table in it.
+    /// Most runs, preserved or not; at least 1. A run is one line, and one more for each border within it
+    /// between lines of the origin's own table.
     pub runs: usize,
 }
 
 impl Form {
-    /// As the kernel has the target `switch` or not.
+    /// `is_switched` tells whether the kernel has the target `switch`.
     #[must_use]
     pub fn new(is_switched: bool) -> Self {
         let free_runs =
@@ -65,36 +65,37 @@ impl Form {
     }
 }
 
-/// What a stack has beneath an origin.
+/// The devices that a stack has below an origin, and the origin's own table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LowerDevices {
     /// The origin's own table.
     pub own: Table,
     /// The device that has that table.
     pub real: DeviceNumber,
-    /// The device that is `snapshot-origin` over `real`; None once it is removed: nothing leads to it then.
+    /// The device that is `snapshot-origin` over `real`; None once it has been removed, when nothing leads to
+    /// it.
     pub preserve: Option<DeviceNumber>,
 }
 
 impl LowerDevices {
-    /// True for a table that a copy may have loaded into its origin: one over the stack, or the origin's own.
+    /// True for a table that a copy may have loaded into its origin: a stack table, or the origin's own.
     #[must_use]
     pub fn is_copy_table(&self, table: &Table) -> bool {
         self.is_stack_table(table) || *table == self.own
     }
 
-    /// The origin's table. `free` is what nobody needs, `released` what is on the secondary already. Where there would
-    /// be more runs than `form` allows, the smallest runs of free ranges alone are preserved; when none is
-    /// left, the smallest of the other runs.
+    /// The origin's table. `free` is not in use, `released` is on the secondary already. If there would be
+    /// more runs than `form` allows, the smallest runs of free ranges alone are preserved; when none is left,
+    /// the smallest of the other runs.
     ///
-    /// A released range that is given up preserves originals again, and these are not the instant's:
-    /// nobody may take originals of a released range from the store.
+    /// A released range that is preserved again gets originals newer than the instant: the originals of a
+    /// released range must never be read from the store.
     ///
     /// # Errors
     /// As [`Table::new`], for more lines than a table can have.
     ///
     /// # Panics
-    /// Where `preserve` was removed: a broken invariant.
+    /// If `preserve` was removed: a broken invariant.
     pub fn table(&self, free: &[Extent], released: &[Extent], form: Form) -> Result<Table> {
         let length = self.own.length();
         let released: ExtentSet =
@@ -107,7 +108,7 @@ impl LowerDevices {
         if preserved.is_empty() {
             return Table::single(length, Target::Linear { device: self.real, offset: Sectors::ZERO });
         }
-        let preserve = self.preserve.expect("an origin gets a table while its stack is whole");
+        let preserve = self.preserve.expect("a table is made only while the stack is complete");
         let mut runs: Vec<(Extent, bool)> = past.iter().map(|extent| (extent, false)).collect();
         runs.extend(preserved.into_iter().map(|extent| (extent, true)));
         runs.sort_unstable();
@@ -117,7 +118,7 @@ impl LowerDevices {
         });
         let lines = pieces.enumerate().map(|(index, (length, device, offset))| {
             let target = match index {
-                // The line that takes the flush leads to every disk.
+                // The line that takes the flush must lead to every disk.
                 0 if device == preserve => Target::Linear { device, offset },
                 0 => Target::Linear { device: self.real, offset: Sectors::ZERO },
                 _ if form.is_switched => Target::Switch { region: length.min(REGION_MAX), device, offset },
@@ -128,8 +129,8 @@ impl LowerDevices {
         Table::concatenated(lines)
     }
 
-    /// Where a range leads to past the snapshot, in pieces that each lie in one line of the origin's own table: length,
-    /// device, first sector there.
+    /// Where a range leads past the snapshot: as (length, device, first sector there), one piece for each
+    /// line of the origin's own table.
     fn past(&self, start: Sectors, length: Sectors) -> Vec<(Sectors, DeviceNumber, Sectors)> {
         let end = start + length;
         let lines = self.own.lines();
@@ -146,8 +147,8 @@ impl LowerDevices {
         within.map(piece).collect()
     }
 
-    /// True where `table` is one that [`LowerDevices::table`] makes: its first line leads to `preserve` or `real`, each of the
-    /// others to one of these or past them as the origin's own table does, every sector to itself.
+    /// True if [`LowerDevices::table`] could have made `table`: its first line leads to `preserve` or `real`,
+    /// every other line to one of these or where the origin's own table leads, each sector unshifted.
     #[must_use]
     pub fn is_stack_table(&self, table: &Table) -> bool {
         let is_ours = |line: &Line| leads_to(line, self.preserve) || leads_to(line, Some(self.real));
@@ -160,7 +161,8 @@ impl LowerDevices {
             && table.lines().iter().all(|line| is_ours(line) || is_past(line))
     }
 
-    /// What a write still preserves: the ranges of `table` that lead to `preserve`, in order, no two touching.
+    /// The ranges of `table` that a write still preserves, as they lead to `preserve`: in order, no two
+    /// touching.
     #[must_use]
     pub fn preserved(&self, table: &Table) -> Vec<Extent> {
         let lines = table.lines().iter().filter(|line| leads_to(line, self.preserve));
@@ -169,7 +171,7 @@ impl LowerDevices {
     }
 }
 
-/// Where a line leads, if it is of a kind that ours are.
+/// Where a line leads, if stack tables use its target.
 fn destination(line: &Line) -> Option<(DeviceNumber, Sectors)> {
     match line.target {
         Target::Linear { device, offset } | Target::Switch { device, offset, .. } => Some((device, offset)),
@@ -177,26 +179,27 @@ fn destination(line: &Line) -> Option<(DeviceNumber, Sectors)> {
     }
 }
 
-/// True for a line that leads to `device`, every sector to itself.
+/// True for a line that leads to `device`, each sector unshifted.
 fn leads_to(line: &Line, device: Option<DeviceNumber>) -> bool {
     device.is_some_and(|device| destination(line) == Some((device, line.start)))
 }
 
-/// The whole sectors of `extent` that the device has.
+/// The whole sectors of `extent` within the device.
 fn whole_sectors(extent: Extent, length: Sectors) -> Option<Extent> {
     let extent = extent.intersection(Extent::new(Bytes::ZERO, length.checked_bytes()?)?)?;
-    // No overflow: the end of a device is a multiple of a sector, so what is rounded up stays below it.
+    // No overflow: a device ends at a multiple of a sector, so rounding up stays within it.
     Extent::new(extent.start().align_up(Bytes(SECTOR_BYTES)), extent.end().align_down(Bytes(SECTOR_BYTES)))
 }
 
 fn sectors(bytes: Bytes) -> Sectors {
-    bytes.to_sectors("a line").expect("extents were cut at whole sectors, and so are the gaps between them")
+    bytes.to_sectors("a line").expect("extents and the gaps between them consist of whole sectors")
 }
 
-/// Takes runs out of `past` until the table is within `form`.
+/// Removes runs from `past` until the table is within the limits of `form`.
 fn limit_runs(past: &mut ExtentSet, released: &ExtentSet, length: Sectors, form: Form) {
-    // Runs do not touch, so on either side of each is a run of the other kind, or the device's end. Taking
-    // a run out joins it with these: it saves as many runs as it has neighbours, whatever else is taken out.
+    // Runs do not touch, so each is between runs of the other kind, or at an end of the device. Removing a
+    // run merges it with these neighbours: that saves as many runs as there are neighbours, whatever else is
+    // removed.
     let saved = |run: Extent| {
         usize::from(run.start() > Bytes::ZERO) + usize::from(Some(run.end()) != length.checked_bytes())
     };
@@ -244,7 +247,7 @@ mod tests {
         lower(&format!("0 {length} linear {DISK} 2048"))
     }
 
-    /// Origins of one or several lines, linear (to devices and offsets that tell them apart) and striped.
+    /// Origins of one or several lines, striped, or linear to distinct devices and offsets.
     fn origins(length: std::ops::Range<u64>) -> impl Strategy<Value = LowerDevices> {
         let cuts = prop::collection::btree_set(1u64..length.end, 0..5);
         let kinds = prop::collection::vec(any::<bool>(), 6);
@@ -273,7 +276,7 @@ mod tests {
         destination(line).is_some_and(|(device, _)| device == PRESERVE)
     }
 
-    /// The runs that lead past the snapshot.
+    /// The runs that bypass the snapshot.
     fn past(table: &Table) -> Vec<Extent> {
         let lines = table.lines().iter().filter(|line| !is_preserved_line(line));
         let extents = lines.map(|line| Extent::with_length(line.start.bytes(), line.length.bytes()).unwrap());
@@ -290,7 +293,7 @@ mod tests {
         prop::collection::vec(extent, 0..20)
     }
 
-    /// The oracle: does a byte of the sector not lie in any of the extents?
+    /// The oracle: is every byte of the sector within the extents?
     fn is_whole_in(extents: &[Extent], sector: u64) -> bool {
         let bytes = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
         let mut at = bytes.start;
@@ -311,8 +314,8 @@ mod tests {
         table.lines().iter().filter(covers).collect()
     }
 
-    /// Where a sector ends up, once `real` and `preserve` have passed it on unshifted: a sector of a disk, or of `real`
-    /// where that is striped.
+    /// The final place of a sector, through `real` and `preserve`, which do not shift it: a sector of a disk,
+    /// or of `real` where that is striped.
     fn place(origin: &LowerDevices, table: &Table, sector: u64) -> (DeviceNumber, u64) {
         let line = lines_at(table, sector)[0];
         match destination(line) {
@@ -344,7 +347,7 @@ mod tests {
             let other = DeviceNumber { major: 253, minor: 9 };
             let another = LowerDevices { own: origin.own.clone(), real: other, preserve: Some(other) };
             prop_assert!(!another.is_stack_table(&table));
-            // One line takes the flush, and leads to every disk.
+            // One line takes the flush, and it leads to every disk.
             let (first, others) = table.lines().split_first().unwrap();
             let takes_flush = matches!(first.target, Target::Linear { device: REAL | PRESERVE, .. });
             prop_assert!(takes_flush);
@@ -354,7 +357,8 @@ mod tests {
                 let lines = lines_at(&table, sector);
                 prop_assert_eq!(lines.len(), 1, "sector {}", sector);
                 let is_preserved = is_preserved_line(lines[0]);
-                // Each list is rounded inward by itself, extents that touch within a sector included.
+                // Each list is rounded inward on its own, so extents that touch within a sector are rounded
+                // too.
                 if !is_whole_in(&free, sector) && !is_whole_in(&released, sector) {
                     prop_assert!(is_preserved, "sector {} is needed", sector);
                 }
@@ -393,7 +397,7 @@ mod tests {
             for (lost, kept) in lost.iter().flat_map(|lost| kept.iter().map(move |kept| (lost, kept))) {
                 prop_assert!(rank(lost) <= rank(kept), "{lost} went, {kept} stayed");
             }
-            // No more than needed: with the one that went last, there would be too many lines.
+            // No more than needed: if the last removed run were kept, there would be too many.
             if let Some(last) = lost.iter().max_by_key(|run| (rank(run), run.start())) {
                 let mut more = kept.clone();
                 more.push(*last);
@@ -424,7 +428,7 @@ mod tests {
             "0 40 linear 253:8 0\n40 10 linear 8:16 2088\n50 8 linear 8:32 0\n58 6 linear 253:7 58\n64 36 linear 253:8 64"
         );
         assert_eq!(table(&[], &[], PLENTY), "0 100 linear 253:8 0");
-        // All released: not the origin's own table.
+        // All released, and yet not the origin's own table.
         let one = Form { free_runs: 0, runs: 1, ..PLENTY };
         let all = origin.table(&[], &[extent(0, 200)], one).unwrap();
         assert_eq!(all.to_string(), "0 100 linear 253:7 0");
@@ -453,7 +457,7 @@ mod tests {
     fn a_table_with_another_mapping_is_no_stack_table() {
         let origin = lower("0 8 linear 8:16 2048\n8 8 linear 8:32 0");
         for text in [
-            // Its own, whole or cut: nobody's stack.
+            // The origin's own table, whole or split: not a stack table.
             "0 8 linear 8:16 2048\n8 8 linear 8:32 0",
             "0 4 linear 8:16 2048\n4 4 linear 8:16 2052\n8 8 linear 8:32 0",
             "0 8 linear 8:16 2048\n8 8 linear 253:8 8",

@@ -1,9 +1,10 @@
-//! Changes an origin's table without undoing what others do to it.
+//! Changes an origin's table without undoing the changes of other tools.
 //!
-//! A device-mapper device has one active table, one inactive table and one suspended state, shared by everybody. A load
-//! replaces the inactive table; a resume ends any suspension and activates the inactive table. The kernel does not record
-//! who loaded a table or suspended the device. lvm2 loads a table, suspends (for seconds on a busy disk), commits its
-//! metadata, and resumes. A load and a resume by somebody else in between undo that, and both report success.
+//! A device-mapper device has one active table, one inactive table and one suspended state, shared by all
+//! processes. A load replaces the inactive table; a resume ends any suspension and activates the inactive
+//! table. The kernel does not record which process loaded a table or suspended the device. lvm2 loads a
+//! table, suspends (for seconds on a busy disk), commits its metadata, and resumes. If another process loads
+//! and resumes in between, it undoes that change, and both report success.
 //!
 //! So only [`Owner`] loads, suspends and resumes an origin's table. Before and after each step it checks that:
 //! - the device has the same number and UUID (its name may change: lvrename);
@@ -11,12 +12,13 @@
 //! - the inactive table is the one that the owner loaded, or there is none;
 //! - the device is suspended only if the owner suspended it.
 //!
-//! If a check fails, the owner takes no further step. It never ends a suspension of somebody else, and never replaces,
-//! drops or activates a table that it did not load. A device that the owner itself suspended is always resumed.
+//! If a check fails, the owner takes no further step. It never ends the suspension of another process, and
+//! never replaces, drops or activates a table that it did not load. A device that the owner itself suspended
+//! is always resumed.
 //!
-//! A race of some microseconds remains between a check and the step behind it. The lock of lvm2 (`volume::lvm_lock`)
-//! closes it for lvm2. A table that somebody else loads by hand in that window is found by the check after the step: the
-//! copy is void, and the device keeps the table that it then has.
+//! A race of some microseconds remains between a check and the step after it. The lock of lvm2
+//! (`volume::lvm_lock`) closes it for lvm2. A table that another tool loads in that window is found by the
+//! check after the step: the copy is void, and the device keeps the table that it has by then.
 
 use std::path::Path;
 use std::time::Duration;
@@ -28,7 +30,8 @@ use crate::sys::queue::QueueSettings;
 
 use crate::dm::{DeviceInfo, Dm, Slot, Table, Udev};
 
-/// The only one that changes a device's table. Remembers its own steps; reads everything else from the kernel.
+/// The only code that changes the table of a device. Remembers its own steps; reads everything else from the
+/// kernel.
 #[derive(Clone, Debug)]
 pub struct Owner {
     name: String,
@@ -37,14 +40,14 @@ pub struct Owner {
     active: Table,
     loaded: Option<Table>,
     is_held: bool,
-    /// As they were before the table was replaced, until they are put back.
+    /// The settings before the table was replaced, until they are restored.
     settings: Option<QueueSettings>,
-    /// As they were before the first replacement, with the table of that time: some go with it.
+    /// The first table, and the settings before its first replacement: some settings belong to that table.
     settings_at_first: Option<(Table, QueueSettings)>,
 }
 
 fn warn_setting_lost(path: &Path) {
-    tracing::warn!("{} has lost its setting, and cannot be written", path.display());
+    tracing::warn!("{} has lost its setting, and writing it back failed", path.display());
 }
 
 /// A change to the device that the owner did not make.
@@ -58,7 +61,7 @@ enum Foreign {
 }
 
 impl Owner {
-    /// For `device`, whose active table should be `active`; [`Owner::check`] tells whether it is.
+    /// For `device`, whose active table should be `active`; [`Owner::check`] verifies that.
     ///
     /// # Errors
     /// The kernel's, for a device that does not exist.
@@ -76,7 +79,7 @@ impl Owner {
         })
     }
 
-    /// The device's name when it was owned.
+    /// The name that the device had when the owner was created.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -88,19 +91,19 @@ impl Owner {
         self.number
     }
 
-    /// The table in use, by the owner's doing.
+    /// The table that should be active, according to the owner.
     #[must_use]
     pub fn active(&self) -> &Table {
         &self.active
     }
 
-    /// True where the owner has suspended the device, and not let it go on.
+    /// True while the device is suspended by the owner.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.is_held
     }
 
-    /// True where the owner has loaded a table that is not in use yet.
+    /// True if the owner has loaded a table that is not active yet.
     #[must_use]
     pub fn has_loaded(&self) -> bool {
         self.loaded.is_some()
@@ -109,8 +112,8 @@ impl Owner {
     /// Fails unless everything is as the owner left it.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] if the device or its active table was replaced; [`ErrorKind::Refused`] while somebody
-    /// else is changing it, where a retry can succeed; the kernel's.
+    /// [`ErrorKind::StoreInvalid`] if the device or its active table was replaced; [`ErrorKind::Refused`]
+    /// while another tool is changing it, where a retry can succeed; the kernel's.
     pub fn check(&self, dm: &Dm) -> Result<()> {
         match self.find_foreign_change(dm)? {
             None => Ok(()),
@@ -118,7 +121,7 @@ impl Owner {
         }
     }
 
-    /// Loads a table, not used yet.
+    /// Loads a table, without activating it.
     ///
     /// # Errors
     /// As [`Owner::check`], before and after; the kernel's.
@@ -130,7 +133,7 @@ impl Owner {
         Err(error.after_undo(self.drop_loaded(dm)))
     }
 
-    /// Drops what the owner has loaded. What somebody else has loaded stays.
+    /// Drops the table that the owner has loaded. A table that another tool has loaded stays.
     ///
     /// # Errors
     /// The kernel's.
@@ -153,22 +156,22 @@ impl Owner {
     pub fn suspend(&mut self, dm: &Dm, how: SuspendFlags) -> Result<()> {
         self.check(dm)?;
         if let Err(error) = dm.suspend(self.number, how) {
-            // EINVAL: it is suspended already. Somebody else may have done that since the check.
+            // EINVAL: already suspended. Another tool may have done that since the check.
             return Err(match self.find_foreign_change(dm) {
                 Ok(Some(foreign)) if error.errno() == Some(libc::EINVAL) => self.explain(foreign),
                 _ => error,
             });
         }
         self.is_held = true;
-        // A suspension takes as long as the I/O in flight: others had time.
+        // A suspension waits for I/O in flight, which gave other tools time to act.
         let Err(error) = self.check(dm) else { return Ok(()) };
         Err(error.after_undo(self.resume_if_suspended(dm)))
     }
 
-    /// Puts what was loaded to use and lets the device go on. What comes of it the next look tells.
+    /// Activates the loaded table and resumes the device. The next check verifies the result.
     ///
     /// # Errors
-    /// As [`Owner::check`], before: the device then goes on with the table it had. The kernel's.
+    /// As [`Owner::check`], before: the device is then resumed with the table it had. The kernel's.
     pub fn resume(&mut self, dm: &Dm) -> Result<()> {
         if let Err(error) = self.check(dm) {
             return Err(error.after_undo(self.resume_if_suspended(dm)));
@@ -183,15 +186,15 @@ impl Owner {
         Err(self.explain(Foreign::Resumed))
     }
 
-    /// False where the table that the owner loaded is not in use behind a call that should have seen to that: a watchdog
-    /// that lets the device go on drops what is loaded.
+    /// False if the table that the owner loaded is not active after a call that should have activated it: a
+    /// watchdog drops the loaded table when it resumes the device.
     fn has_swapped(&self, dm: &Dm) -> Result<bool> {
         let Some(loaded) = &self.loaded else { return Ok(true) };
         Ok(*loaded == self.active || dm.table(self.number, Slot::Active)?.as_ref() != Some(&self.active))
     }
 
-    /// Puts back what an administrator has set on the device's queue, which the kernel drops with a table. Not while the
-    /// device is held.
+    /// Restores the queue settings of an administrator, which the kernel drops when a table is replaced. Not
+    /// to be called while the device is held.
     pub fn put_back_settings(&mut self) {
         for path in self.settings.take().iter().flat_map(QueueSettings::put_back) {
             warn_setting_lost(&path);
@@ -199,7 +202,7 @@ impl Owner {
         self.put_back_settings_of(&self.active);
     }
 
-    /// With `table` in use, by whomever: if it is the one that was there at first, puts back the settings that go with it.
+    /// Restores the settings that belong to the first table, if `table`, which is active now, is that table.
     pub fn put_back_settings_of(&self, table: &Table) {
         let at_first = self.settings_at_first.iter().filter(|(first, _)| first == table);
         for path in at_first.flat_map(|(_, settings)| settings.put_back_of_table()) {
@@ -207,8 +210,8 @@ impl Owner {
         }
     }
 
-    /// Takes over the settings that a dead process found with the table `first`; the change that it died in may have
-    /// dropped any of them. Not while the device is held.
+    /// Takes over the settings that a dead process recorded for the table `first`. The change that it died in
+    /// may have dropped any of them. Not to be called while the device is held.
     pub fn take_over_settings(&mut self, first: Table, settings: QueueSettings) {
         for path in settings.put_back() {
             warn_setting_lost(&path);
@@ -225,7 +228,8 @@ impl Owner {
         }
     }
 
-    /// Drops what the owner has loaded, and lets the device go on where the owner has suspended it: for undo.
+    /// Drops the table that the owner has loaded, and resumes the device if the owner has suspended it: for
+    /// undo.
     ///
     /// # Errors
     /// The kernel's.
@@ -238,11 +242,13 @@ impl Owner {
         Ok(())
     }
 
-    /// Replaces the table in one call of the kernel, in use or held; a device that the owner holds goes on.
+    /// Replaces the table in one call of the kernel, whether the device is resumed or held by the owner.
+    /// Afterwards it is resumed.
     ///
     /// # Errors
-    /// As [`Owner::check`], before and after; [`ErrorKind::Interrupted`] where a [`nudge`](crate::sys::nudge) ended the wait
-    /// for I/O in flight; the kernel's. In the last two cases the device has the table it had.
+    /// As [`Owner::check`], before and after; [`ErrorKind::Interrupted`] if a [`nudge`](crate::sys::nudge)
+    /// ended the wait for I/O in flight; the kernel's. In the last two cases the device keeps the table it
+    /// had.
     pub fn swap(&mut self, dm: &Dm, table: &Table) -> Result<Duration> {
         self.load(dm, table)?;
         self.note_settings();
@@ -260,7 +266,7 @@ impl Owner {
                 Ok(held)
             }
             Err(error) => {
-                // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
+                // The kernel suspends first, and leaves the device suspended if the tables cannot be swapped.
                 self.is_held |= error.kind() != ErrorKind::Interrupted;
                 Err(match self.resume_if_suspended(dm) {
                     Ok(()) => error.state(format!("{} keeps the table it had", self.name)),
@@ -277,7 +283,8 @@ impl Owner {
         }
     }
 
-    /// The device as it is now; None where there is none with its number and UUID any more. Its name may be another.
+    /// The present state of the device; None if no device has its number and UUID any more. Its name may have
+    /// changed.
     ///
     /// # Errors
     /// The kernel's.
@@ -320,22 +327,20 @@ impl Owner {
                 .next("copy again, and do not resize or move the volume meanwhile")
         };
         let busy = |what: String| {
-            Error::refused(what).state(format!("{name} was left to whoever changes it")).next(
-                "wait until that is over; if nobody is at it any more: 'dmsetup info', 'dmsetup resume'",
+            Error::refused(what).state(format!("{name} was left to the tool that is changing it")).next(
+                "wait until that tool is done; if none is running any more: 'dmsetup info', 'dmsetup resume'",
             )
         };
         match foreign {
             Foreign::Device => replaced(format!("{name} is not the device that it was")),
-            Foreign::Active => {
-                replaced(format!("somebody replaced the table of {name} while it was being copied"))
-            }
+            Foreign::Active => replaced(format!("another tool replaced the table of {name} during the copy")),
             Foreign::Loaded => {
-                busy(format!("somebody is changing {name}: what is loaded into it is not ours"))
+                busy(format!("another tool is changing {name}: its inactive table is not the expected one"))
             }
             Foreign::Suspended => {
-                busy(format!("somebody is changing {name}: it is suspended, and not by us"))
+                busy(format!("another tool is changing {name}: it is suspended, and not by Tidemark"))
             }
-            Foreign::Resumed => busy(format!("somebody else has let {name} go on while we held it")),
+            Foreign::Resumed => busy(format!("another tool resumed {name} while Tidemark held it suspended")),
         }
     }
 }

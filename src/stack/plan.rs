@@ -1,7 +1,8 @@
-//! Which steps put a stack under an origin, give the origin its own table back, and take the stack away?
+//! Which steps insert a stack under an origin, restore the origin's own table, and remove the stack?
 //!
-//! Values, nothing is done here: the very ones that `--dry-run` shows, [`Stack::insert`](super::Stack::insert) and
-//! [`recover`](crate::op::recover) run, and the crash cases pass through step by step.
+//! These are values; nothing is executed here. The same values are shown by `--dry-run`, run by
+//! [`Stack::insert`](super::Stack::insert) and [`recover`](crate::op::recover), and stepped through by the
+//! crash cases.
 
 use std::path::PathBuf;
 
@@ -11,8 +12,8 @@ use crate::stack::{Action, Change, Step};
 
 use super::model::StackRequest;
 
-/// The steps of an insertion, in order: with `insert.` before and `.before`, `.after` behind, the
-/// names of its crash points.
+/// The steps of an insertion, in order. Each has the crash points `insert.STEP.before` and
+/// `insert.STEP.after`.
 pub const INSERT_STEPS: [&str; 20] = [
     "own",
     "create-real",
@@ -35,9 +36,9 @@ pub const INSERT_STEPS: [&str; 20] = [
     "unguard",
     "expect",
 ];
-/// The steps of putting the origin's table back (`restore.`).
+/// The steps of restoring the origin's table (`restore.`).
 pub const RESTORE_STEPS: [&str; 7] = ["own", "load-own", "guard", "suspend", "switch", "unguard", "expect"];
-/// The steps of removing the devices beneath (`dismantle.`).
+/// The steps of removing the devices below (`dismantle.`).
 pub const DISMANTLE_STEPS: [&str; 3] = ["remove-preserve", "remove-snap", "remove-real"];
 
 /// The devices of a stack, by name.
@@ -62,13 +63,13 @@ impl StackNames {
         }
     }
 
-    /// In the order in which they can be removed.
+    /// The names in an order in which the devices can be removed.
     pub(super) fn removable(&self) -> [&str; 3] {
         [&self.preserve, &self.snap, &self.real]
     }
 }
 
-/// The plan of an insertion: the very value that [`Stack::insert`](super::Stack::insert) runs.
+/// The plan of an insertion: the value that [`Stack::insert`](super::Stack::insert) runs.
 #[must_use]
 pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change {
     let origin = request.origin.as_str();
@@ -79,7 +80,7 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
     let preserve_table = format!("0 {length} snapshot-origin {{{real}}}");
     let step = |name: &str, action| Step::new(name, action);
     let filesystems = request.filesystems.clone();
-    // Made, and in use at once.
+    // Creates a device, loads its table and resumes it.
     let made = |change: Change, device: &str, role: &str, table: Template| {
         let name = |what: &str| format!("{what}-{role}");
         let uuid = DeviceIdentity::new(origin, role, id).uuid();
@@ -118,8 +119,9 @@ pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change 
         .then(step("expect", Action::ExpectOver { device: origin.to_owned() }))
 }
 
-/// Once the origin uses the new table, going back is a reload of its own, guarded anew (the watchdog may have fired: that
-/// may be why we go back). Filesystems first, while the watchdog that knows of them still stands.
+/// Once the origin uses the new table, the undo is a reload, guarded by another watchdog (the first may have
+/// fired, which may be why there is an undo). It thaws the filesystems first, while the watchdog that guards
+/// them still exists.
 fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
     step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
         .undo(Action::Dismiss)
@@ -130,7 +132,7 @@ fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathB
         .undo(Action::Dismiss)
 }
 
-/// The plan of putting the origin's own table back where it has the table `current`.
+/// The plan of restoring the origin's own table where its active table is `current`.
 #[must_use]
 pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table) -> Change {
     let clear = Action::Clear { device: origin.to_owned() };
@@ -147,8 +149,8 @@ pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table
         .then(Step::new("expect", Action::Expect { device: origin.to_owned(), table: own_table.into() }))
 }
 
-/// The plan of removing what the origin no longer maps to. Nothing of it is taken back: what is left
-/// is removed by the next attempt.
+/// The plan of removing the devices that the origin no longer maps to. No step has an undo: the next attempt
+/// removes what is left.
 #[must_use]
 pub fn dismantling(names: &StackNames) -> Change {
     let remove = |device: &str| Action::Remove { device: device.to_owned(), udev: Udev::Internal };
@@ -169,13 +171,13 @@ fn suspend(origin: &str, flush: bool, lock_filesystem: bool) -> Action {
     Action::Suspend { device: origin.to_owned(), flush, lock_filesystem }
 }
 
-// Never with a cookie: while anything is held nobody waits for udev, and udev keeps what it knows
-// of a device that is not ours.
+// Never with a cookie: nothing may wait for udev while anything is held, and udev keeps its information about
+// a device that is not ours.
 fn resume(origin: &str) -> Action {
     Action::Resume { device: origin.to_owned(), udev: Udev::None }
 }
 
-/// Every crash point of a copy's stack changes, in order of passage.
+/// Every crash point of the stack changes of a copy, in order.
 #[must_use]
 pub fn crash_points() -> Vec<String> {
     [("insert", &INSERT_STEPS[..]), ("restore", &RESTORE_STEPS), ("dismantle", &DISMANTLE_STEPS)]
@@ -240,7 +242,7 @@ mod tests {
         );
         assert_eq!(
             plan.steps[0].action.to_string(),
-            "check that nobody else is changing the table of vg-data"
+            "check that no other tool is changing the table of vg-data"
         );
     }
 }

@@ -1,4 +1,5 @@
-//! Who does the steps of a change: device-mapper's by [`Dm`], freeze, watchdog, free-space map and instant itself.
+//! Performs the steps of a change: [`Dm`] does those of device-mapper, the runner itself freeze, watchdog,
+//! free-space map and instant.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use crate::volume::{Frozen, open_elsewhere};
 use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
 use super::trial;
 
-/// Does a change's actions: device-mapper's by [`Dm`], freeze, watchdog and instant itself.
+/// Performs the actions of a change: those of device-mapper by [`Dm`], freeze, watchdog and instant itself.
 pub struct Runner<'a> {
     dm: &'a Dm,
     budget: Duration,
@@ -32,62 +33,62 @@ pub struct Runner<'a> {
     pub(super) at_instant: Option<AtInstant<'a>>,
     pub(super) below: Option<String>,
     pub(super) below_found: Option<PathBuf>,
-    /// The origin's own; None where none is to be inserted.
+    /// The origin's own table; None unless a stack is inserted.
     pub(super) own_table: Option<Table>,
-    /// The only one that changes the origin's table, from [`Action::Own`] on.
+    /// The only code that changes the origin's table, set by [`Action::Own`].
     pub(super) owner: Option<Owner>,
     pub(super) form: Form,
-    /// Asked what is in use while everything is frozen; None: everything is.
+    /// Reads what is in use while everything is frozen; None: all of it counts as in use.
     pub(super) mapper: Option<FreeMapper>,
     pub(super) limits: Option<FreeLimits>,
-    /// Where what is skipped was seen to lie.
+    /// Where the skipped ranges lay when the map was read.
     picture: Option<Picture>,
     pub(super) skipped: Skipped,
     /// Where the filesystems' logs are.
     pub(super) logs: Vec<Extent>,
-    /// The origin's number; None where nothing is frozen.
+    /// The origin's number; None if nothing is to be frozen.
     pub(super) number: Option<DeviceNumber>,
-    /// What is on the origin itself is frozen by its device, as part of the suspension: it is written back beforehand, or
-    /// the suspension would do it while writers wait.
+    /// The suspension freezes the filesystem on the origin itself. So this filesystem is written back
+    /// beforehand, or the suspension would do it while writers wait.
     pub(super) lock_filesystem: bool,
-    /// What is to be frozen, as it was found; None where nobody looked.
+    /// The filesystems to freeze, as found by the plan; None if there was no plan.
     pub(super) frozen: Option<Frozen>,
-    /// Things are being put back: nobody is asked whether to.
+    /// Steps are being undone: interrupts are ignored.
     is_undoing: bool,
-    /// The origin is about to be preserved by a map that holds only as long as the filesystems are frozen.
+    /// The loaded table depends on a free-space map that is valid only while the filesystems are frozen.
     map_in_force: bool,
-    /// The snapshot's device, held open: see [`Action::Claim`].
+    /// The snapshot's device, held open by [`Action::Claim`].
     pub(super) claim: Option<File>,
-    /// What [`Action::LoadOver`] has loaded leads there.
+    /// The devices that the table loaded by [`Action::LoadOver`] leads to.
     pub(super) lower: Option<LowerDevices>,
-    /// Where a watchdog comes from, and goes to when it has nothing to guard.
+    /// Supplies the watchdog, and takes it back when it has nothing to guard.
     pub(super) standby: Standby,
     watchdog: Option<Watchdog>,
-    /// Turned on while writers wait.
+    /// Expedites RCU while writers wait.
     expedite: Option<Expedite>,
     files: Vec<(PathBuf, File)>,
-    /// While something is guarded. Others of this process may have locked it for longer.
+    /// Memory, locked while something is guarded. Other code of this process may keep it locked for longer.
     locked: Option<LockedMemory>,
-    /// Ends a suspension that takes longer than the budget.
+    /// Interrupts a suspension that takes longer than the budget.
     nudge: Option<Nudge>,
-    /// Since when the watchdog's clock runs.
+    /// When the watchdog was armed.
     armed_since: Option<Instant>,
     frozen_since: Option<Instant>,
     suspended_since: Option<Instant>,
     pub(super) times: HoldTimes,
-    /// What could not be said while it happened.
+    /// Messages that could not be logged while something was held.
     notes: Vec<String>,
 }
 
 impl Drop for Runner<'_> {
-    /// Nothing is held any more: what could not be said is said now.
+    /// Logs the collected messages, as nothing is held any more.
     fn drop(&mut self) {
         self.log_notes();
     }
 }
 
 impl<'a> Runner<'a> {
-    /// A runner that has nothing to do yet: what a change needs is set before it runs.
+    /// A runner without settings: the caller sets what its change needs.
     pub fn new(dm: &'a Dm, budget: Duration, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
         Self {
             dm,
@@ -141,8 +142,8 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Everything that takes time is done while nothing is held yet, and last of it dirty data is written back, so
-    /// that the freeze, which writes back what has become dirty since, is short.
+    /// Does everything that takes time before anything is held. Dirty data is written back last, so that the
+    /// freeze, which writes back what has become dirty since, is short.
     fn guard(&mut self, device: &str, filesystems: &[PathBuf]) -> Result<()> {
         self.files.clear();
         for path in filesystems {
@@ -158,7 +159,8 @@ impl<'a> Runner<'a> {
         self.expedite = Expedite::find_off();
         let order = Order {
             devices: vec![self.dm.info_of(device)?.number],
-            // These very ones, whatever is mounted at their places by the time that they are opened.
+            // Names these open files, whatever is mounted at their paths by the time that the watchdog opens
+            // them.
             filesystems: self.files.iter().map(|(_, file)| process::path_of(file)).collect(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
             is_expedited: self.expedite.is_some(),
@@ -175,22 +177,22 @@ impl<'a> Runner<'a> {
         self.times.synced = watch.elapsed();
         self.watchdog.as_mut().map_or(Ok(()), Watchdog::arm)?;
         self.armed_since = Some(Instant::now());
-        // From here on the watchdog turns it off if we cannot.
+        // From here on the watchdog turns it off if this process cannot.
         if let Some(expedite) = &self.expedite
             && let Err(error) = expedite.turn_on()
         {
-            self.notes.push(format!("the kernel's grace periods stay as long as they are: {error}"));
+            self.notes.push(format!("grace periods of RCU cannot be expedited: {error}"));
         }
         Ok(())
     }
 
-    /// Writes back what lies on the origin, again while that makes the next time shorter, and fails where the freeze
-    /// that is to follow would take longer than the budget.
+    /// Writes back the filesystems and the device, and repeats that while it becomes shorter. Fails if the
+    /// freeze would take longer than the budget.
     fn write_back(&self) -> Result<()> {
         let Some(number) = self.number.filter(|_| !self.is_undoing) else { return Ok(()) };
         let mut targets: Vec<(String, &File)> =
             self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
-        // What is mounted in another namespace, and what was written to the device itself.
+        // A filesystem mounted in another namespace, and writes to the device itself, also count.
         let hidden = if self.lock_filesystem { open_elsewhere(number)? } else { None };
         let device = File::open(node::device_path(number)?).io_context(|| "opening the origin".to_owned())?;
         targets
@@ -208,7 +210,7 @@ impl<'a> Runner<'a> {
     }
 
     fn dismiss(&mut self) -> Verdict {
-        // Before the watchdog goes, which would do it if we died here.
+        // Turned off before the watchdog is dismissed: the watchdog turns it off if this process dies here.
         if let Some(Err(error)) = self.expedite.take().map(|expedite| expedite.turn_off()) {
             self.notes.push(format!("{} stays on: {error}", crate::sys::rcu::PATH));
         }
@@ -222,8 +224,8 @@ impl<'a> Runner<'a> {
         verdict
     }
 
-    /// Before and after each critical action: has the watchdog let everything go, or the user asked
-    /// us to stop? If the watchdog has fired it is stopped first: from then on we put things back.
+    /// Before and after each critical action: has the watchdog fired, or has the user asked to stop? A
+    /// watchdog that has fired is dismissed first, as steps are undone from then on.
     fn check(&mut self, interruptible: bool) -> Result<()> {
         let fired = match self.watchdog.as_mut() {
             Some(watchdog) => watchdog.check(),
@@ -262,7 +264,7 @@ impl<'a> Runner<'a> {
             Err(error) if error.kind() == ErrorKind::Timeout && took > self.budget => Err(overran(took)),
             result => result,
         };
-        // All or none: this step is not taken back by itself.
+        // All or none: a step that fails is not undone by the change.
         if result.is_err() {
             for (_, file) in self.files.iter().take(count).rev() {
                 let _ = freeze::thaw(file);
@@ -272,13 +274,14 @@ impl<'a> Runner<'a> {
         result
     }
 
-    /// What was mounted meanwhile goes on writing: the same filesystems have to be there as before.
+    /// A filesystem mounted meanwhile would accept writes, so the filesystems must still be the same.
     fn check_frozen(&self) -> Result<()> {
         let (Some(frozen), Some(number)) = (&self.frozen, self.number) else { return Ok(()) };
         frozen.check_still(number, "while it was being frozen").map(drop)
     }
 
-    /// What the frozen filesystems do not use leads past the snapshot; whatever does not answer is all preserved.
+    /// Maps what the frozen filesystems do not use past the snapshot. A filesystem that does not answer is
+    /// preserved whole.
     fn load_over(&mut self, device: &str, real: &str, preserve: &str) -> Result<()> {
         self.check(true)?;
         let number = |name: &str| self.dm.info_of(name).map(|info| info.number);
@@ -314,30 +317,30 @@ impl<'a> Runner<'a> {
 
     fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
         if self.files.is_empty() {
-            // Not frozen by us but by a job that died. Opening a directory writes nothing.
+            // Frozen by a job that died, not by this process. Opening a directory writes nothing.
             for path in filesystems {
                 match File::open(path) {
                     Ok(file) => self.files.push((path.clone(), file)),
-                    // Unmounted since, so not frozen.
+                    // Unmounted since, so it is not frozen.
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                     Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
                 }
             }
         }
         let mut result = Ok(());
-        // On the way back nothing depends on the map any more: a load that is dropped says so.
+        // During undo nothing depends on the map: dropping the loaded table has cleared this flag.
         let map_in_force = std::mem::take(&mut self.map_in_force);
         let mut early = None;
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
                 Ok(()) => {}
-                // The watchdog was faster, or somebody else. What was free when it was read may have been in
-                // use at the instant.
+                // The watchdog, or another process, was faster. What was free when the map was read may have
+                // been in use at the instant.
                 Err(source) if source.raw_os_error() == Some(libc::EINVAL) && map_in_force => {
                     early = Some((path.clone(), source));
                 }
                 Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
-                    self.notes.push(format!("{} was thawed by somebody else", path.display()));
+                    self.notes.push(format!("another process thawed {}", path.display()));
                 }
                 Err(source) => {
                     result = Err(Error::io(format!("thawing {}", path.display()), source)
@@ -349,7 +352,7 @@ impl<'a> Runner<'a> {
             self.times.frozen = since.elapsed();
         }
         if let (Some((path, source)), Ok(())) = (early, &result) {
-            // The watchdog says itself why it did.
+            // If it was the watchdog, its own error is reported.
             self.check(false)?;
             result =
                 Err(Error::io(format!("{} was thawed before the instant was over", path.display()), source)
@@ -363,7 +366,8 @@ impl<'a> Runner<'a> {
         self.owner.as_mut().filter(|owner| owner.name() == device)
     }
 
-    /// The owner cannot tell the watchdog from a stranger. Where the watchdog has fired, its error is reported instead.
+    /// The owner cannot tell the watchdog from another tool. If the watchdog has fired, its error is reported
+    /// instead.
     fn prefer_watchdog_error(&mut self, result: Result<()>) -> Result<()> {
         match result {
             Err(error) if error.kind() == ErrorKind::Refused => {
@@ -414,7 +418,7 @@ impl<'a> Runner<'a> {
         };
         self.nudge = nudge;
         let result = match result {
-            // I/O in flight took longer than writers may be held: they were let go on.
+            // I/O in flight took longer than the budget allows, so the suspension was given up.
             Err(error)
                 if error.kind() == ErrorKind::Interrupted && end.is_some_and(|end| Instant::now() >= end) =>
             {
@@ -426,7 +430,7 @@ impl<'a> Runner<'a> {
         self.prefer_watchdog_error(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
         if let Err(error) = self.check(false) {
-            // The watchdog acted too early to see this suspension.
+            // The watchdog acted before this suspension, so it did not end it.
             let undo = match self.owner_of(device) {
                 Some(owner) => owner.resume_if_suspended(dm),
                 None => dm.clear(device).and_then(|()| dm.resume_if_suspended(device)),
@@ -456,13 +460,13 @@ impl<'a> Runner<'a> {
     fn resume(&mut self, action: &Action, device: &str) -> Result<()> {
         let (dm, is_undoing) = (self.dm, self.is_undoing);
         match self.owner_of(device) {
-            // On the way back there may be a table to be put to use, or only a suspension to be ended.
+            // During undo there may be a table to activate, or only a suspension to end.
             Some(owner) if is_undoing && !owner.has_loaded() => owner.resume_if_suspended(dm)?,
             Some(owner) => {
                 let result = owner.resume(dm);
                 self.prefer_watchdog_error(result)?;
             }
-            // A watchdog that has fired does the same.
+            // The same as a watchdog that has fired does.
             None if is_undoing => dm.resume_if_suspended(device)?,
             None => dm.execute(action)?,
         }
@@ -520,7 +524,7 @@ impl Executor for Runner<'_> {
             },
             Action::Dismiss => {
                 if let Verdict::Fired(_) = self.dismiss() {
-                    self.notes.push("the watchdog had let the origin go on".to_owned());
+                    self.notes.push("the watchdog had resumed the origin".to_owned());
                 }
                 Ok(())
             }
@@ -529,7 +533,7 @@ impl Executor for Runner<'_> {
     }
 }
 
-/// The kernel takes its time for a freeze, and nothing ends it: neither a signal nor the watchdog.
+/// A freeze takes as long as the kernel needs: neither a signal nor the watchdog can end it.
 fn overran(took: Duration) -> Error {
     Error::new(
         ErrorKind::Timeout,
@@ -538,13 +542,13 @@ fn overran(took: Duration) -> Error {
              waited for as long"
         ),
     )
-    .next("copy again while there is less load, or when the disk is faster; a larger --freeze-budget lets it pass")
+    .next("copy again while there is less load, or when the disk is faster; a larger --freeze-budget allows it")
 }
 
 fn freeze_error(path: &Path, source: std::io::Error) -> Error {
     let error = |what: &str| Error::refused(format!("freezing {}: {what}", path.display()));
     match source.raw_os_error() {
-        Some(libc::EBUSY) => error("somebody else has frozen it")
+        Some(libc::EBUSY) => error("it is already frozen")
             .with_source(source)
             .next(format!(
                 "if a device beneath it is suspended ('dmsetup info'), end that: 'cryptsetup luksResume', 'dmsetup \

@@ -1,49 +1,49 @@
-//! How long will a freeze take? Found out while nothing is frozen.
+//! How long will a freeze take? Estimated while nothing is frozen.
 //!
-//! A freeze (FIFREEZE) cannot be stopped: the kernel waits in it for every write of the filesystem, without regard to
-//! signals, and thaws nobody before it is done (Linux `fs/super.c`: `freeze_super` holds `s_umount`). So the budget can
-//! only be kept by not beginning. What the kernel does in a freeze is
-//! 1. what syncfs(2) does, for what has become dirty since;
-//! 2. the filesystem's own way to rest: [`SERIAL_WRITES`] writes at most that wait for each other (ext4 writes its journal back
-//!    to its last entry and marks it empty; xfs forces its log and writes its superblock).
+//! A freeze (FIFREEZE) cannot be stopped: the kernel waits in it for every write of the filesystem, ignores
+//! signals, and a thaw waits until it is done (Linux `fs/super.c`: `freeze_super` holds `s_umount`). So the
+//! only way to keep the budget is not to start the freeze. In a freeze the kernel
+//! 1. does what syncfs(2) does, for what has become dirty since the last sync;
+//! 2. brings the filesystem to rest: at most [`SERIAL_WRITES`] writes, one after the other (ext4 writes back
+//!    its journal and marks it empty; xfs forces its log and writes its superblock).
 //!
-//! The first is as long as the last of several syncs beforehand, each of which has less to do than the one before as far
-//! as the disk keeps up with the writers. The second is a number of times what a write of the origin takes now, by the
-//! sync in which writes were fastest.
+//! The first part takes as long as the last of several syncs beforehand, each of which has less to do than
+//! the one before as long as the disk keeps up with the writers. The second part takes [`SERIAL_WRITES`]
+//! times the present duration of a write, measured in the sync whose writes were fastest.
 
 use std::time::{Duration, Instant};
 
 use crate::base::{DeviceNumber, Error, Result};
 use crate::topology::Topology;
 
-/// Writes of one filesystem's freeze that wait for each other. Measured with dm-delay beneath ext4: 9 under appends, 14
-/// behind one late write.
+/// Writes that the freeze of one filesystem issues one after the other. Measured with dm-delay below ext4: 9
+/// under appends, 14 after one late write.
 const SERIAL_WRITES: u32 = 16;
 
-/// Syncs at most.
+/// Most syncs.
 const SYNCS_MAX: u32 = 5;
 
-/// Below this a sync is as short as it needs to be.
+/// A sync this short is not repeated.
 const SYNC_SHORT: Duration = Duration::from_millis(20);
 
-/// What a freeze would take.
+/// The expected duration of a freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Expected {
     /// The last sync.
     sync: Duration,
     /// One write.
     write: Duration,
-    /// Filesystems.
+    /// Number of filesystems.
     count: u32,
 }
 
 impl Expected {
-    /// All of it.
+    /// The whole freeze.
     pub(super) fn total(self) -> Duration {
         self.sync + self.write * SERIAL_WRITES * self.count
     }
 
-    /// Says that it does not fit.
+    /// The error for a freeze that exceeds the budget.
     pub(super) fn refusal(self, budget: Duration) -> Error {
         let total = self.total();
         Error::refused(format!(
@@ -61,11 +61,11 @@ impl Expected {
     }
 }
 
-/// Runs `sync` until it takes no less than the time before; what a freeze of `count` filesystems on `origin` would take
-/// behind that.
+/// Runs `sync` until it is no longer getting clearly shorter. Returns the expected duration of a freeze of
+/// `count` filesystems on `origin` after that.
 ///
 /// # Errors
-/// What `sync` says.
+/// Those of `sync`.
 pub(super) fn expected_freeze(
     origin: DeviceNumber,
     count: usize,
@@ -78,7 +78,8 @@ pub(super) fn expected_freeze(
         let (start, before) = (Instant::now(), topology.disk_stat(origin));
         sync()?;
         let took = start.elapsed();
-        // The writes of a large sync wait for each other in a queue; those of a freeze come one by one.
+        // The writes of a large sync wait in a queue; those of a freeze are issued one by one. So the fastest
+        // counts.
         let mean = topology.disk_stat(origin).zip(before).and_then(|(now, then)| now.mean_write_since(&then));
         write = write.into_iter().chain(mean).min();
         let is_enough = took <= SYNC_SHORT || took > last / 4 * 3;
@@ -88,7 +89,7 @@ pub(super) fn expected_freeze(
         }
     }
     let count = u32::try_from(count).unwrap_or(u32::MAX);
-    // Nothing was written: then a sync is a flush, which is the longest part of a write.
+    // If nothing was written, a sync is a flush, which is the longest part of a write.
     Ok(Expected { sync: last, write: write.unwrap_or(last / count.max(1)), count })
 }
 

@@ -1,9 +1,9 @@
-//! Was the command killed by the kernel for want of memory? Then its watchdog puts back what it left.
+//! Did the kernel's OOM killer kill the command? Then its watchdog undoes what it left.
 //!
-//! Who kills a command by hand may go on with its copy (`resume`), so everything stays in place. Where the kernel kills it,
-//! nobody may be there to do so. The kernel's log names the process that it has killed (`__oom_kill_process` in Linux
-//! `mm/oom_kill.c`), by its number in the host's first process namespace: in another one nothing is found, and what is
-//! left is left to `recover`.
+//! An administrator who kills a command can resume its copy (`resume`), so everything stays in place. After
+//! the OOM killer there may be no administrator. The kernel's log names the process that was killed
+//! (`__oom_kill_process` in Linux `mm/oom_kill.c`), by its number in the initial PID namespace. In another
+//! namespace that number is not found, and the rest is left to `recover`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek as _, SeekFrom};
@@ -11,23 +11,23 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The kernel kills first and tells then.
+/// The kernel kills first and logs afterwards, within this time.
 const LOG_DELAY_MAX: Duration = Duration::from_millis(200);
 
-/// Pause between two looks.
+/// Pause between two reads of the log.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Longest record of the log (`CONSOLE_EXT_LOG_MAX` in Linux `kernel/printk/printk.c`, or `PRINTKRB_RECORD_MAX`).
 const RECORD_BYTES_MAX: usize = 8192;
 
-/// What the kernel says of one process from now on.
+/// The kernel's log from now on, searched for the end of one process.
 pub struct OomLog {
     oom_text: String,
     log: File,
 }
 
 impl OomLog {
-    /// Of the process that has started this one.
+    /// For the parent of this process.
     ///
     /// # Errors
     /// I/O errors of opening the kernel's log.
@@ -38,7 +38,7 @@ impl OomLog {
         Ok(Self { oom_text, log })
     }
 
-    /// Waits a moment for the kernel's word that it has killed the process.
+    /// Waits a moment for the record that the kernel has killed the process.
     pub fn was_killed(&mut self) -> bool {
         let end = Instant::now() + LOG_DELAY_MAX;
         loop {
@@ -52,7 +52,7 @@ impl OomLog {
         }
     }
 
-    /// One read is one record.
+    /// Reads the records that are available. Each read returns one record.
     fn find_record(&mut self) -> bool {
         let mut record = [0; RECORD_BYTES_MAX];
         loop {
@@ -60,7 +60,7 @@ impl OomLog {
                 Ok(0) => return false,
                 Ok(length) if contains(&record[..length], &self.oom_text) => return true,
                 Ok(_) => {}
-                // Overwritten before it was read: the next one is the oldest that is left.
+                // Records were overwritten before they were read: the next read returns the oldest one left.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return false,
@@ -69,7 +69,7 @@ impl OomLog {
     }
 }
 
-/// What the kernel says of `process`, behind "Out of memory" or "Memory cgroup out of memory".
+/// The text that names `process` in both messages of the OOM killer: "Out of memory" and "Memory cgroup out of memory".
 fn oom_text(process: libc::pid_t) -> String {
     format!("of memory: Killed process {process} (")
 }

@@ -1,9 +1,9 @@
-//! Writing back what is dirty on an origin, before anybody is held, by a process of its own.
+//! Writes back dirty data of an origin, before anything is held, in a child process.
 //!
-//! syncfs(2) and fsync(2) of a device cannot be interrupted, and on a slow or hung disk take for ever. A thread that waits
-//! in them keeps its whole process from ending. So a child waits, with nothing but the open filesystem or device as its
-//! standard input; where the command is to stop, it leaves the child behind. Errors that a filesystem has
-//! noted reach the child, as it shares the open file.
+//! syncfs(2), and fsync(2) of a device, cannot be interrupted, and never return on a hung disk. A thread that
+//! waits in them keeps its whole process from exiting. So a child waits, with the open filesystem or device as
+//! its standard input and nothing else open. If the command has to stop, it kills the child and does not wait
+//! for it. Write errors that the filesystem has recorded reach the child, as it shares the open file.
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
@@ -15,13 +15,13 @@ use std::time::Duration;
 use crate::base::{Error, Result, ResultExt as _};
 use crate::sys::freeze;
 
-/// The hidden first argument of the child.
+/// The hidden first argument that makes the program this child.
 pub const ARGUMENT: &str = "__write-back";
 
-/// Between two looks at the child: first, and at most.
+/// Interval at which the child is checked: at first, and at most.
 const POLL: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(20));
 
-/// The child: what its standard input is, is written back. The exit status is the errno, 0 for none.
+/// The child: writes back its standard input. The exit status is the errno, 0 for success.
 #[must_use]
 pub fn main() -> ExitCode {
     let input = std::io::stdin().as_fd().try_clone_to_owned().map(File::from);
@@ -33,10 +33,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Writes back the filesystem of a directory, or a block device's own cache; `what` names it.
+/// Writes back the filesystem of a directory, or the cache of a block device; `what` names it.
 ///
 /// # Errors
-/// What `interrupt` says, without a wait; the kernel's errno.
+/// That of `interrupt`, without waiting; the kernel's errno.
 pub fn write_back(file: &File, what: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     let context = || format!("writing back {what}");
     let mut child = spawn(file).io_context(context)?;
@@ -50,7 +50,7 @@ pub fn write_back(file: &File, what: &str, interrupt: &dyn Fn() -> Result<()>) -
             };
         }
         if let Err(error) = interrupt() {
-            // It dies of it once the kernel lets it go.
+            // The signal takes effect once the kernel returns from the call.
             let _ = child.kill();
             return Err(error);
         }
@@ -66,7 +66,7 @@ fn spawn(file: &File) -> std::io::Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .current_dir("/")
-        // A Ctrl-C is for us, who then say so.
+        // A Ctrl-C is for this process, which then ends the child itself.
         .process_group(0)
         .spawn()
 }

@@ -155,7 +155,7 @@ round() {
         137 | 130 | 143) [ "$end" != none ] || fail "nobody has ended it: $(cat /run/copy.err)" ;;
         *)
             void=$((void + 1))
-            grep -q 'somebody else has frozen it' /run/copy.err || fail "the copy ended with $status: $(cat /run/copy.err)"
+            grep -q 'it is already frozen' /run/copy.err || fail "the copy ended with $status: $(cat /run/copy.err)"
             ;;
     esac
     [ "$status" = 0 ] || [ ! -e /mnt/scratch/copy.raw ] || fail "what is no copy has its final name"

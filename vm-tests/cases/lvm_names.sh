@@ -40,7 +40,7 @@ copy_ends() {
     if [ "$status" = 0 ]; then
         assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
     else
-        [ "$3" = void ] && grep -q 'somebody replaced the table' /run/copy.err ||
+        [ "$3" = void ] && grep -q 'another tool replaced the table' /run/copy.err ||
             fail "$1: the copy failed: $(cat /run/copy.err)"
         [ ! -e /mnt/scratch/copy.raw ] || fail "$1: a void copy has its final name"
     fi
@@ -108,7 +108,7 @@ lvcreate -q -y -s -L 8m -n theirs --config 'activation { udev_sync=0 udev_rules=
 status=0
 wait "$COPY" || status=$?
 assert_same "the copy's exit status" "$status" 1
-grep -q 'somebody replaced the table' /run/copy.err || fail "another reason: $(cat /run/copy.err)"
+grep -q 'another tool replaced the table' /run/copy.err || fail "another reason: $(cat /run/copy.err)"
 [ ! -e /mnt/scratch/copy.raw ] || fail "a void copy has its final name"
 assert_no_tidemark_left
 assert_same "LVM's snapshot" "$(lvs --noheadings -o lv_attr tidetest/theirs | tr -d ' ' | cut -c1,5)" sa

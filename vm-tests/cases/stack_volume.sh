@@ -102,7 +102,7 @@ exec 9>&-
 status=0
 wait "$HOLDER" || status=$?
 assert_same "exit status after a resize" "$status" 1
-grep -q 'somebody replaced the table' "$REPORT" || fail "$(cat "$REPORT")"
+grep -q 'another tool replaced the table' "$REPORT" || fail "$(cat "$REPORT")"
 assert_same "sectors" "$(blockdev --getsz "$(dm_node vg-lv)")" $((24 * 2048))
 assert_same "suspended devices" "$(suspended_devices)" ""
 assert_no_tidemark_left

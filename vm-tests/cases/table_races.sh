@@ -67,7 +67,7 @@ round() {
         137 | 130 | 143) ;;
         *)
             void=$((void + 1))
-            grep -q 'somebody replaced the table\|somebody is changing\|somebody else has let\|somebody else has frozen it\|changed since the copy was planned' /run/copy.err ||
+            grep -q 'another tool replaced the table\|another tool is changing\|another tool resumed\|it is already frozen\|changed since the copy was planned' /run/copy.err ||
                 fail "$what: the copy ended with $status: $(cat /run/copy.err)"
             ;;
     esac

@@ -32,8 +32,8 @@ CAPTURE = (
 )
 # What a copy says that had to make way for somebody else at its origin.
 MADE_WAY = (
-    "somebody replaced", "somebody is changing", "is changing the volume group", "has been changing the volume group",
-    "somebody else has", "was changed since the copy was planned", "has changed since the copy was planned",
+    "another tool replaced", "another tool is changing", "is changing the volume group", "has been changing the volume group",
+    "another tool resumed", "it is already frozen", "was changed since the copy was planned", "has changed since the copy was planned",
     "was removed or renamed",
 )
 EARLY_DEATHS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)

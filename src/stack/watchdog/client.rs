@@ -1,4 +1,4 @@
-//! The command's end of its watchdog.
+//! The command's side of its watchdog.
 
 use std::io::Write;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -10,32 +10,32 @@ use super::protocol::{FAREWELL, Line, Lines, Order, failed};
 use super::server::ARGUMENT;
 use crate::base::{Error, ErrorKind, Result};
 
-/// How long the watchdog may take to get ready, and to answer.
+/// Longest wait for the watchdog to get ready, or to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
-/// What became of it.
+/// How a watchdog ended, or stands by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It had nothing to do.
+    /// It had no reason to act.
     Calm,
-    /// It has acted: the words say what it did.
+    /// It has acted: the text describes what it did.
     Fired(String),
     /// It died or does not answer.
     Lost,
 }
 
-/// A command's watchdog while it has nothing to guard: one process for all that the command does, one change after the
-/// other. Clones have the same one.
+/// The watchdog of a command while it has nothing to guard: one process for all changes of the command, one
+/// after the other. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Standby {
     waiting: Arc<Mutex<Option<Watchdog>>>,
-    /// What it puts back where the kernel kills the command for want of memory.
+    /// The job that it cleans up if the OOM killer kills the command.
     job: Option<Arc<str>>,
 }
 
 impl Standby {
-    /// Starts a watchdog without waiting for it: while it gets ready, the command prepares what is to be guarded.
-    /// Where it cannot be started, [`Standby::guard`] says so. Where the kernel kills the command for want of memory, the
-    /// watchdog puts back what job `job` left.
+    /// Starts a watchdog without waiting: it gets ready while the command prepares what is to be guarded. If
+    /// it cannot be started, [`Standby::guard`] reports that. If the OOM killer kills the command, the
+    /// watchdog undoes what job `job` left.
     #[must_use]
     pub fn start(job: &str) -> Self {
         let standby = Self { job: Some(job.into()), ..Self::default() };
@@ -47,10 +47,10 @@ impl Standby {
         Watchdog::launch(self.job.as_deref())
     }
 
-    /// A watchdog that is ready to be armed: the one that stands by, or where there is none, or it died, another one.
+    /// A watchdog that is ready to be armed: the one on standby, or a new one if there is none or it died.
     ///
     /// # Errors
-    /// [`ErrorKind::External`] where none can be started or gets ready.
+    /// [`ErrorKind::External`] if none can be started, or none gets ready.
     pub fn guard(&self, order: &Order) -> Result<Watchdog> {
         let waiting = self.lock().take();
         if let Some(mut watchdog) = waiting
@@ -63,7 +63,7 @@ impl Standby {
         Ok(watchdog)
     }
 
-    /// What is guarded is over: `watchdog` stands by again, unless it has acted.
+    /// Ends the guard: `watchdog` is on standby again, unless it has acted.
     #[must_use]
     pub fn dismiss(&self, mut watchdog: Watchdog) -> Verdict {
         let verdict = watchdog.disarm();
@@ -74,12 +74,13 @@ impl Standby {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Watchdog>> {
-        // It is set in one assignment.
+        // Set in one assignment, so it is never half-written.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The command's end of a watchdog that has an order. Dropped while it is armed, it takes the command for dead and acts.
+/// The command's side of a watchdog that has an order. If it is dropped while armed, the watchdog takes the
+/// command for dead and acts.
 #[derive(Debug)]
 pub struct Watchdog {
     child: Child,
@@ -105,7 +106,7 @@ impl Watchdog {
         Ok(Self { child, orders: Some(orders), verdicts: Lines::new(verdicts), is_armed: false })
     }
 
-    /// Gives it an order and waits until it is ready for that.
+    /// Sends an order and waits until the watchdog is ready for it.
     fn guard(&mut self, order: &Order) -> Result<()> {
         let text = serde_json::to_string(order)
             .map_err(|source| failed("'s order cannot be written").with_source(source))?;
@@ -126,11 +127,12 @@ impl Watchdog {
         }
     }
 
-    /// Starts its clock and waits for its word that it runs; where it runs already, starts it anew without waiting, for
-    /// then writers wait.
+    /// Starts the clock and waits for the confirmation. If the clock runs already, restarts it without
+    /// waiting, as writers wait then.
     ///
     /// # Errors
-    /// [`ErrorKind::External`] where it is gone or does not answer; [`ErrorKind::Timeout`] where it has acted already.
+    /// [`ErrorKind::External`] if the watchdog is gone or does not answer; [`ErrorKind::Timeout`] if it has
+    /// acted already.
     pub fn arm(&mut self) -> Result<()> {
         let was_armed = std::mem::replace(&mut self.is_armed, true);
         self.send("arm")?;
@@ -143,7 +145,7 @@ impl Watchdog {
         }
     }
 
-    /// Fails where the watchdog has acted or is gone. Does not wait.
+    /// Fails if the watchdog has acted or is gone. Does not wait.
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`].
@@ -155,22 +157,22 @@ impl Watchdog {
         }
     }
 
-    /// Stops its clock. Where it has acted it ends.
+    /// Stops the clock. A watchdog that has acted exits.
     fn disarm(&mut self) -> Verdict {
         if self.send("disarm").is_err() {
-            // It may have acted, and ended, before.
+            // It may have acted, and exited, before.
             drop(self.orders.take());
         }
         let mut verdict = Verdict::Lost;
         let end = Instant::now() + ANSWER_MAX;
-        // One line where it is calm; else the one of its acting and the last one, then the end.
+        // A calm watchdog sends one line. One that has acted sends "fired", then its last line, then the end.
         loop {
             match self.verdicts.next(end.saturating_duration_since(Instant::now())) {
                 Ok(Line::Text(line)) if line == "calm" => {
                     self.is_armed = false;
                     return Verdict::Calm;
                 }
-                // Its answer to an "arm" that was no longer waited for.
+                // The answer to an "arm" that was not waited for.
                 Ok(Line::Text(line)) if line == "armed" => {}
                 Ok(Line::Text(line)) => verdict = Verdict::Fired(line),
                 _ => return verdict,
@@ -185,7 +187,8 @@ impl Watchdog {
                 _ => return,
             }
         }
-        // One that still has something to let go on must not be stopped; another holds nothing that anybody needs.
+        // An armed one may still have something to resume, so it must not be killed. An unarmed one holds
+        // nothing of use.
         if !self.is_armed {
             let _ = self.child.kill();
             let _ = self.child.wait();
@@ -206,7 +209,7 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         if !self.is_armed {
-            // Where it has ended already there is nobody to be told.
+            // Fails if it has exited already, which needs no farewell.
             let _ = self.send(FAREWELL);
         }
         drop(self.orders.take());
@@ -214,7 +217,7 @@ impl Drop for Watchdog {
     }
 }
 
-/// The error of a freeze budget that ran out.
+/// The error when the freeze budget runs out.
 #[must_use]
 pub fn budget_ran_out() -> Error {
     Error::new(ErrorKind::Timeout, "the freeze budget ran out before the instant was over")

@@ -1,27 +1,28 @@
-//! The watchdog: a process of its own that lets the origin go on if the command cannot.
+//! The watchdog: a separate process that resumes the origin if the command cannot.
 //!
-//! It is started before anything is frozen, and serves a command as long as that lives, order after order ([`Standby`]
-//! has it in between): for each it has everything open and locked in memory that it will need. It does not share what
-//! happens to the command ([`apart`](super::apart)): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
-//! pipes join it to the command: orders in, verdicts out. An order is guarded from "arm", which it answers, to "disarm"; a
-//! further "arm" starts its clock anew.
+//! It is started before anything is frozen, and serves one command for its lifetime, order after order
+//! (between orders it is on [`Standby`]). Before an order is armed, the watchdog has opened everything that
+//! it will need and locked its memory. It is isolated from what happens to the command
+//! ([`apart`](super::apart)): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
+//! pipes connect it to the command: one for orders, one for verdicts. It guards an order from "arm", which it
+//! confirms, to "disarm"; a further "arm" restarts its clock.
 //!
-//! Where the command dies without an order being armed, all goes on as it is: only a table that it had loaded and not put
-//! to use is dropped, before anybody else takes it for his.
+//! If the command dies while no order is armed, everything stays as it is. Only a table that the command
+//! loaded but did not activate is dropped, so that no other tool activates it by mistake.
 //!
-//! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is
-//! dead). To act is, for each device: drop the inactive table, then resume; for each filesystem:
-//! thaw. Dropping comes first because a resume *activates* a loaded table: after it, the origin has
-//! either its old table (the stack never came to be) or, where the command had already switched, the
-//! new one, whole. Never half of one.
+//! It acts when its deadline passes, or when the order pipe ends while it is armed (the command is dead). For
+//! each device it drops the inactive table, then resumes; it thaws each filesystem. It drops first because a
+//! resume *activates* a loaded table. So the origin ends up with either its old table (the stack was never
+//! active) or, if the command had already switched, the new one: always a whole table.
 //!
-//! While the command lives it may still suspend or freeze something after the watchdog has acted, so
-//! the watchdog goes on acting until the command answers: the command finds the verdict "fired"
-//! before and after each of its own critical steps, stops the watchdog, and takes everything back
-//! itself. Where the command had the kernel expedite RCU ([`rcu`](crate::sys::rcu)), that is over once the watchdog has acted.
+//! As long as the command lives it may still suspend or freeze something after the watchdog has acted. So the
+//! watchdog keeps acting until the command answers. The command finds the verdict "fired" before and after
+//! each of its critical steps, stops the watchdog, and undoes everything itself. If the command had the
+//! kernel expedite RCU ([`rcu`](crate::sys::rcu)), the watchdog ends that when it has acted.
 //!
-//! A freeze in progress cannot be stopped, by anybody: FITHAW waits for its end, or answers that nothing is frozen yet.
-//! So every filesystem has its own thread, and the kernel's log is told what was done when it was done, not before.
+//! No process can stop a freeze in progress: FITHAW waits for its end, or fails because nothing is frozen
+//! yet. So each filesystem has a thread of its own, and the kernel's log records each thaw when it has
+//! happened, not before.
 
 mod client;
 mod protocol;

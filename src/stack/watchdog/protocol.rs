@@ -1,4 +1,4 @@
-//! What the command and its watchdog say to each other: lines on two pipes.
+//! The protocol between a command and its watchdog: lines on two pipes.
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{DeviceNumber, Error, ErrorKind};
 
-/// The last line of a command that ends; without it, the command has died.
+/// The last line of a command that exits. A pipe that ends without it means that the command died.
 pub(super) const FAREWELL: &str = "farewell";
 
 /// Longest order or verdict, in bytes.
@@ -18,17 +18,17 @@ const LINE_BYTES_MAX: usize = 1 << 20;
 /// What the watchdog guards.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Order {
-    /// Device-mapper devices to be resumed: by number, as somebody may rename them meanwhile.
+    /// Device-mapper devices to resume: by number, as other tools may rename them meanwhile.
     pub devices: Vec<DeviceNumber>,
-    /// Mount points to be thawed.
+    /// Mount points to thaw.
     pub filesystems: Vec<PathBuf>,
-    /// Time from arming until it acts.
+    /// Time from arming until the watchdog acts.
     pub budget_ms: u64,
     /// The command turns [`rcu::PATH`](crate::sys::rcu::PATH) on once the watchdog is armed.
     pub is_expedited: bool,
 }
 
-/// Lines from a pipe, each waited for with a limit.
+/// Lines from a pipe, each read with a time limit.
 #[derive(Debug)]
 pub(super) struct Lines<F> {
     file: F,
@@ -40,7 +40,7 @@ pub(super) struct Lines<F> {
 pub(super) enum Line {
     /// A line, without its end.
     Text(String),
-    /// None within the limit.
+    /// No line within the limit.
     Nothing,
     /// The pipe has ended.
     End,
@@ -51,7 +51,7 @@ impl<F: Read + AsFd> Lines<F> {
         Self { file, buffered: Vec::new(), ended: false }
     }
 
-    /// The next line, waited for no longer than `limit`.
+    /// The next line. Waits no longer than `limit`.
     ///
     /// # Errors
     /// Those of the pipe; EMSGSIZE for a line that is too long.
@@ -81,11 +81,11 @@ impl<F: Read + AsFd> Lines<F> {
         }
     }
 
-    /// False where the limit passes first.
+    /// False if the limit passes first.
     fn wait(&self, end: Option<Instant>) -> io::Result<bool> {
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-            // Rounded up: a wait that ends early would spin.
+            // Rounded up: a poll that returns early would spin.
             let timeout = left.map_or(PollTimeout::NONE, |left| {
                 let ms = left.as_nanos().div_ceil(1_000_000).min(60_000);
                 PollTimeout::from(u16::try_from(ms).unwrap_or(60_000))

@@ -1,4 +1,4 @@
-//! The watchdog's process.
+//! The watchdog process.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,16 +21,17 @@ use crate::sys::{freeze, process};
 /// The hidden first argument that makes the program a watchdog.
 pub const ARGUMENT: &str = "__watchdog";
 
-/// Pause between two rounds of acting.
+/// Pause between two rounds of resuming and thawing.
 const ROUND: Duration = Duration::from_millis(10);
-/// Longest it goes on acting for a living command that does not answer.
+/// How long it keeps acting for a living command that does not answer.
 const ALIVE_MAX: Duration = Duration::from_secs(600);
-/// Longest it tries for a dead command.
+/// How long it retries for a dead command.
 const DEAD_MAX: Duration = Duration::from_secs(60);
 
-/// The process: reads its orders from standard input, answers on standard output. `drop_loaded` drops a table that the
-/// command, of this process number, has loaded and not put to use when it dies, and answers whether there was one;
-/// `put_back` takes away what its job left, where the kernel has killed it for want of memory. None where it has no job.
+/// The process: reads orders from standard input, answers on standard output. `drop_loaded` is called when
+/// the command dies, with the command's process number: it drops a table that the command loaded but did not
+/// activate, and returns whether there was one. `put_back` undoes what the command's job left, if the OOM
+/// killer killed the command. Both are None if there is no job.
 #[must_use]
 pub fn main(
     drop_loaded: Option<impl FnOnce(u32) -> Result<bool>>,
@@ -60,7 +61,7 @@ pub fn main(
     }
 }
 
-/// Nobody but the kernel's log is there to be told.
+/// The kernel's log is the only place left to report to.
 fn log_put_back(put_back: Result<()>) {
     let what = match put_back {
         Ok(()) => "what its copy left was put back".to_owned(),
@@ -74,13 +75,13 @@ fn log_dropped(dropped: Result<bool>) {
     let what = match dropped {
         Ok(false) => return,
         Ok(true) => "a table that it had loaded was dropped".to_owned(),
-        Err(error) => format!("it cannot be told whether it had loaded a table: {error}"),
+        Err(error) => format!("cannot determine whether it had loaded a table: {error}"),
     };
     let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
     write_kernel_log(log.as_ref(), &format!("the command died; {what}"));
 }
 
-/// A notice in the kernel's log.
+/// Writes a notice to the kernel's log.
 fn write_kernel_log(log: Option<&File>, text: &str) {
     if let Some(mut log) = log {
         // <5>: a notice.
@@ -88,26 +89,26 @@ fn write_kernel_log(log: Option<&File>, text: &str) {
     }
 }
 
-/// How the command ended, or left the watchdog.
+/// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// With its last line, or a verdict of the watchdog's.
+    /// With a farewell, or after the watchdog has acted.
     Farewell,
-    /// Without a word.
+    /// Without a farewell.
     Death,
 }
 
 /// What the watchdog acts on: the kernel, or a test's fake.
 trait Actuator: Send + Sync {
-    /// Drops inactive tables and resumes; the count of devices that were let go.
+    /// Drops inactive tables and resumes. Returns how many devices were resumed.
     fn release_devices(&self) -> io::Result<usize>;
     /// Thaws filesystem `index`.
     fn thaw(&self, index: usize) -> io::Result<()>;
-    /// Turns off what the command has turned on to make the kernel hurry.
+    /// Turns off the expediting of RCU, if the command turned it on.
     fn restore_rcu_expedited(&self);
-    /// Filesystems guarded.
+    /// The number of guarded filesystems.
     fn filesystem_count(&self) -> usize;
-    /// Leaves a word in the kernel's log: the command may be dead, and nobody else tells.
+    /// Writes to the kernel's log: the command may be dead and report nothing.
     fn log(&self, text: &str);
 }
 
@@ -115,7 +116,7 @@ type Prepare<'a> = &'a mut dyn FnMut(Order) -> Result<Arc<dyn Actuator>>;
 
 fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<End> {
     let mut orders = Lines::new(input);
-    // Nothing is frozen while it has no order: without a limit.
+    // Without an order nothing is frozen, so there is no time limit.
     while let Line::Text(text) = orders.next(Duration::MAX)? {
         if text == FAREWELL {
             return Ok(End::Farewell);
@@ -130,19 +131,19 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<End>
             }
         };
         writeln!(output, "ready")?;
-        // Nor before it is armed.
+        // Nor before the order is armed.
         let mut line = orders.next(Duration::MAX)?;
         let mut armed = None;
         while line == Line::Text("arm".to_owned()) {
             if armed.replace(Instant::now()).is_none() {
                 writeln!(output, "armed")?;
             }
-            // An order pipe that cannot be read any more is one that has ended.
+            // A pipe that cannot be read any more counts as ended.
             line = orders.next(budget).unwrap_or(Line::End);
         }
         match (line, armed) {
             (Line::Text(_), _) => {
-                // What it had open keeps nobody from unmounting.
+                // Its open files would keep filesystems from being unmounted.
                 drop(actuator);
                 writeln!(output, "calm")?;
             }
@@ -163,13 +164,13 @@ fn serve(input: File, mut output: File, prepare: Prepare<'_>) -> io::Result<End>
     Ok(End::Death)
 }
 
-/// The deadline passed and the command is alive: act until it answers or dies.
+/// The deadline has passed and the command is alive: act until it answers or dies.
 fn on_deadline(actuator: &Arc<dyn Actuator>, orders: &mut Lines<File>, output: &mut File, start: Instant) {
     let stop = Arc::new(AtomicBool::new(false));
     let mut released = release(actuator);
     for index in 0..actuator.filesystem_count() {
         let (actuator, stop) = (Arc::clone(actuator), Arc::clone(&stop));
-        // Not joined: it may be inside FITHAW until a freeze in progress is over.
+        // Not joined: the thread may be inside FITHAW until a freeze in progress ends.
         thread::spawn(move || {
             while !stop.load(Ordering::SeqCst) {
                 if actuator.thaw(index).is_ok() {
@@ -184,13 +185,13 @@ fn on_deadline(actuator: &Arc<dyn Actuator>, orders: &mut Lines<File>, output: &
         "the freeze budget ran out after {} ms: {released} device(s) resumed, thawing",
         start.elapsed().as_millis()
     ));
-    // The command may be dead by now; the order pipe tells below.
+    // The command may be dead by now; the read of the order pipe below finds that.
     let _ = writeln!(output, "fired");
     let end = Instant::now() + ALIVE_MAX;
     while Instant::now() < end {
         match orders.next(ROUND) {
             Ok(Line::Nothing) => released += release(actuator),
-            // It had not seen yet that the clock had run out.
+            // Sent before the command saw that the clock had run out.
             Ok(Line::Text(line)) if line == "arm" => {}
             Ok(Line::Text(_)) => {
                 stop.store(true, Ordering::SeqCst);
@@ -210,7 +211,7 @@ fn release(actuator: &Arc<dyn Actuator>) -> usize {
     actuator.release_devices().unwrap_or(0)
 }
 
-/// The command is dead: nothing new can be frozen or suspended, so each thing is undone once.
+/// The command is dead. Nothing new can be frozen or suspended, so everything is undone once.
 fn on_parent_exit(actuator: &Arc<dyn Actuator>) -> String {
     let end = Instant::now() + DEAD_MAX;
     let mut resumed = actuator.release_devices();
@@ -218,7 +219,7 @@ fn on_parent_exit(actuator: &Arc<dyn Actuator>) -> String {
         thread::sleep(ROUND);
         resumed = actuator.release_devices();
     }
-    // Last frozen, first thawed. EINVAL: it is not frozen.
+    // In the reverse order of freezing. EINVAL: it is not frozen.
     let thawed = (0..actuator.filesystem_count()).rev().filter(|index| actuator.thaw(*index).is_ok()).count();
     match resumed {
         Ok(count) => format!("{count} device(s) resumed, {thawed} filesystem(s) thawed"),
@@ -226,12 +227,12 @@ fn on_parent_exit(actuator: &Arc<dyn Actuator>) -> String {
     }
 }
 
-/// The kernel's devices and filesystems, opened beforehand.
+/// The kernel's devices and filesystems, opened in advance.
 struct KernelActuator {
     dm: Dm,
     devices: Vec<DeviceNumber>,
     filesystems: Vec<File>,
-    /// The switch that the command turns on from here on.
+    /// The switch that the command turns on once the watchdog is armed.
     expedite: Option<Expedite>,
     log: Option<File>,
 }
@@ -250,7 +251,7 @@ impl KernelActuator {
             expedite: if order.is_expedited { Expedite::open().ok() } else { None },
             log: OpenOptions::new().write(true).open("/dev/kmsg").ok(),
         };
-        // Walk the whole path once, so that nothing is read or linked for the first time later.
+        // Run the calls once, so that nothing is read or linked for the first time later.
         for &device in &actuator.devices {
             let _ = actuator.dm.info(device)?;
         }
@@ -260,20 +261,20 @@ impl KernelActuator {
         Ok(Arc::new(actuator))
     }
 
-    /// A resume would put to use what somebody else has loaded since the inactive table was dropped: that is dropped with
-    /// the next round.
+    /// Resumes the device if it is suspended. Fails if a table was loaded since the inactive table was
+    /// dropped, as a resume would activate it: the next round drops that one too.
     fn resume_if_suspended(&self, device: DeviceNumber) -> Result<usize> {
         match self.dm.info(device)? {
             Some(info) if info.suspended && info.has_inactive => {
-                Err(failed("found a table that was loaded behind it"))
+                Err(failed("found a table that was loaded meanwhile"))
             }
             Some(info) if info.suspended => self.dm.resume_if_suspended(device).map(|()| 1),
             _ => Ok(0),
         }
     }
 
-    /// Without memory that is locked, what the watchdog runs on may have to be read from a disk again: that must be
-    /// none of those that it guards.
+    /// If memory cannot be locked, the watchdog's own pages may have to be read from a disk again. Refuses if
+    /// that disk is one of those that it guards.
     fn refuse_unlocked_memory(&self, source: io::Error) -> Result<()> {
         let frozen = |file: &File| file.metadata().map(|meta| DeviceNumber::from_dev(meta.dev()));
         let frozen: Vec<DeviceNumber> = self
@@ -298,8 +299,8 @@ impl Actuator for KernelActuator {
         let mut failure = None;
         for &device in &self.devices {
             let result = self.dm.info(device).and_then(|info| match info {
-                // A device that is not suspended may have a table that the command just loaded:
-                // dropping it makes the command's next step harmless.
+                // A device that is not suspended may have a table that the command just loaded. Dropping it
+                // makes the command's next step harmless.
                 Some(_) => {
                     self.dm.clear(device)?;
                     self.resume_if_suspended(device)
@@ -444,11 +445,11 @@ mod tests {
         setup.hold();
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
-        // Nor when the command ends, which then is no death.
+        // Nor does it act when the command then ends with a farewell.
         setup.say(FAREWELL);
         assert_eq!(setup.end(), End::Farewell);
         assert!(!setup.is_free());
-        // The command does that itself, before it disarms.
+        // The command restores RCU itself, before it disarms.
         assert!(!setup.actuator.rcu_restored.load(Ordering::SeqCst));
         assert_eq!(setup.actuator.releases.load(Ordering::SeqCst), 0);
     }
@@ -481,7 +482,7 @@ mod tests {
         setup.arm();
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
-        // Never armed, and over all the same.
+        // An order that is never armed also ends with "disarm".
         setup.order(60_000);
         setup.say("disarm");
         assert_eq!(setup.answer(), Line::Text("calm".into()));
@@ -500,7 +501,7 @@ mod tests {
         setup.hold();
         setup.arm();
         for _ in 0..10 {
-            // Not answered again: writers wait.
+            // No answer to a further "arm", as writers wait.
             setup.say("arm");
             thread::sleep(Duration::from_millis(80));
         }
@@ -518,7 +519,7 @@ mod tests {
         setup.arm();
         setup.hold();
         assert_eq!(setup.answer(), Line::Text("fired".into()));
-        // What is frozen or suspended even later is let go too.
+        // What is frozen or suspended later is undone too.
         setup.hold();
         let end = Instant::now() + Duration::from_secs(20);
         while !setup.is_free() && Instant::now() < end {
