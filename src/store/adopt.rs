@@ -1,18 +1,18 @@
-//! Can the store of a process that is gone be used on?
+//! How does a process take over the store of a process that died?
 //!
-//! While the kernel still has the store's device, nothing of it is lost: the table says which parts it
-//! has and how large they are, and holds the tail's loop devices (whose autoclear flag would else have
-//! let go of them). The record says the rest. From both a [`CowStore`] is put together that is read,
-//! grown and given back like any other. The record's lock is taken over first: of two processes only one
-//! gets the store, and `release_leftovers` gets none that is in use.
+//! As long as the kernel has the store's device, nothing of the store is lost. The device's table holds the
+//! parts, their sizes, and the tail's loop devices (which autoclear would release otherwise). The record
+//! holds the rest. The two together give a [`CowStore`] that is read, grown and released like any other. The
+//! record is locked first, so only one of two processes gets the store, and `release_leftovers` skips it
+//! while it is in use.
 //!
-//! Invariants: nothing is made here, and nothing is changed that the origin or the snapshot depends on:
-//! a table that was loaded and never used is dropped, and a file that a further tail had a name for is
-//! removed. So a crash at any step leaves what there was, to be adopted again or given back by `recover`.
-//! Where record and kernel disagree, nothing is touched.
+//! Invariants: nothing is created, and nothing changes that the origin or the snapshot depends on. A table
+//! that was loaded but never activated is dropped, and a file that had a name only while a further tail was
+//! made is removed. So a crash at any step leaves the same store, to be adopted again or released by
+//! `recover`. If record and kernel disagree, nothing is touched.
 //!
-//! Not looked at here: whether the snapshot is valid, and whether the job may be taken over; whoever
-//! calls holds the job's lock.
+//! Not checked here: whether the snapshot is valid, and whether the job may be taken over. The caller holds
+//! the job's lock.
 
 use std::path::Path;
 
@@ -23,56 +23,56 @@ use super::cow::{CowStore, Parts};
 use super::head::Head;
 use super::leftovers::release_file;
 use super::place::TailPlace;
-use super::record::{Facts, Made, RECORD_DIR, Record};
+use super::record::{Facts, HeadRecord, RECORD_DIR, Record};
 use super::size::TAIL_COUNT_MAX;
 use super::tail::Tail;
 use crate::sys::process::crash_point;
 
-/// The parts of a store, as its table has them.
+/// The parts of a store, according to its table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Layout {
     /// The RAM head.
     head: Option<(DeviceNumber, Bytes)>,
-    /// The pieces of the tail; none while it has not joined.
+    /// The pieces of the tail; empty before the tail has joined.
     tails: Vec<(DeviceNumber, Bytes)>,
 }
 
 impl CowStore {
-    /// Takes over the store of job `id`, whose process is gone. Call it with the job's lock held.
+    /// Takes over the store of job `id`, whose process died. The caller holds the job's lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where its process lives, where it is not
-    /// there any more, or where record and kernel disagree; I/O and kernel errors. Nothing is changed by
-    /// an attempt that fails, and the record is nobody's again.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the process lives, if the store no longer
+    /// exists, or if record and kernel disagree; I/O and kernel errors. A failed attempt changes nothing and
+    /// unlocks the record.
     pub fn adopt(id: &str) -> Result<Self> {
         let mut record = Record::take_over(Path::new(RECORD_DIR), id)?;
         crash_point("store.adopt.locked");
         let found = find(record.facts()).and_then(|found| found.drop_unused(&mut record).map(|()| found));
         found
-            .map_err(|error| give_up(error, &record))
-            .map(|found| Self::from_parts(found.number, found.with(record)))
+            .map_err(|error| adoption_error(error, &record))
+            .map(|found| Self::from_parts(found.number, found.into_parts(record)))
     }
 
-    /// As [`CowStore::adopt`], and changes nothing: to be looked at, and dropped.
+    /// As [`CowStore::adopt`], but changes nothing: for a caller that only reads the store.
     ///
     /// # Errors
     /// As [`CowStore::adopt`].
     pub fn examine(id: &str) -> Result<Self> {
         let record = Record::examine(Path::new(RECORD_DIR), id)?;
         find(record.facts())
-            .map_err(|error| give_up(error, &record))
-            .map(|found| Self::from_parts(found.number, found.with(record)))
+            .map_err(|error| adoption_error(error, &record))
+            .map(|found| Self::from_parts(found.number, found.into_parts(record)))
     }
 }
 
-fn give_up(error: Error, record: &Record) -> Error {
+fn adoption_error(error: Error, record: &Record) -> Error {
     error
         .context(format!("taking over the store {}", record.facts().about.device))
-        .state("the store is as it was, and the origin goes on")
-        .next("run 'tidemark recover', which gives the store up, and begin a new copy")
+        .state("the store is unchanged, and the origin stays in use")
+        .next("run 'tidemark recover', which releases the store, then start a new copy")
 }
 
-/// What was found, before the record joins it.
+/// What was found in the kernel; the record is added by [`Found::into_parts`].
 struct Found {
     dm: Dm,
     number: DeviceNumber,
@@ -80,7 +80,7 @@ struct Found {
     tails: Vec<Tail>,
     tails_joined: bool,
     mapped: Bytes,
-    /// A table that was loaded and never used.
+    /// A table that was loaded but never activated.
     has_unused_table: bool,
 }
 
@@ -100,13 +100,13 @@ impl Found {
         Ok(())
     }
 
-    fn with(self, record: Record) -> Parts {
+    fn into_parts(self, record: Record) -> Parts {
         let Self { dm, head, tails, tails_joined, mapped, .. } = self;
         Parts { dm, head, tails, tails_joined, mapped, record }
     }
 }
 
-/// Changes nothing.
+/// Finds the parts in the kernel. Changes nothing.
 fn find(facts: &Facts) -> Result<Found> {
     let dm = Dm::open()?;
     let name = &facts.about.device;
@@ -119,7 +119,7 @@ fn find(facts: &Facts) -> Result<Found> {
     let head = Head::adopt(&facts.head, head_bytes)?;
     let seen = layout.head.map(|(number, _)| number);
     if head.as_ref().map(|head| head.number) != seen {
-        return Err(Error::refused("its RAM head is another device than the table has"));
+        return Err(Error::refused("its RAM head is not the device in its table"));
     }
     let tails = tails_of(facts, &layout)?;
     let tails_joined = head.is_none() || !layout.tails.is_empty();
@@ -131,10 +131,10 @@ fn find(facts: &Facts) -> Result<Found> {
 fn check_device(info: &DeviceInfo, facts: &Facts) -> Result<()> {
     let name = &facts.about.device;
     if info.uuid != facts.about.uuid {
-        return Err(Error::refused(format!("the device {name} is another one (UUID '{}')", info.uuid)));
+        return Err(Error::refused(format!("the device {name} is a different one (UUID '{}')", info.uuid)));
     }
     if info.suspended {
-        return Err(Error::refused(format!("the device {name} is suspended, which is not our doing")));
+        return Err(Error::refused(format!("the device {name} is suspended, and not by Tidemark")));
     }
     Ok(())
 }
@@ -142,7 +142,7 @@ fn check_device(info: &DeviceInfo, facts: &Facts) -> Result<()> {
 fn tails_of(facts: &Facts, layout: &Layout) -> Result<Vec<Tail>> {
     let plan = &facts.about.plan;
     if let ([], TailPlace::Device { path, number, .. }) = (layout.tails.as_slice(), &plan.place) {
-        // Nobody held it while it was not part of the table.
+        // No table maps it, so nothing has held it open since.
         return Tail::on_device(path, *number, plan.tail_bytes).map(|tail| vec![tail]);
     }
     let named = facts.file.as_ref().filter(|_| plan.keep);
@@ -155,10 +155,10 @@ fn tails_of(facts: &Facts, layout: &Layout) -> Result<Vec<Tail>> {
         .collect()
 }
 
-/// What `table` says of the store that `facts` describe. Pure.
+/// Compares `table` with the record's `facts`. Pure.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) naming what they disagree on.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), naming the difference.
 fn layout(facts: &Facts, table: &Table) -> Result<Layout> {
     let plan = &facts.about.plan;
     let mut parts = Vec::new();
@@ -169,14 +169,14 @@ fn layout(facts: &Facts, table: &Table) -> Result<Layout> {
             }
             (target, _) => {
                 let (kind, params) = (target.kind(), target.params());
-                return Err(Error::refused(format!("its table has a line '{kind} {params}'")));
+                return Err(Error::refused(format!("its table has the unexpected line '{kind} {params}'")));
             }
         }
     }
     let has_head = match facts.head {
-        Made::Zram { .. } | Made::Brd => true,
-        Made::Nothing => false,
-        Made::ZramIntended { .. } => return Err(Error::refused("its RAM head was never made")),
+        HeadRecord::Zram { .. } | HeadRecord::Brd => true,
+        HeadRecord::Nothing => false,
+        HeadRecord::ZramIntended { .. } => return Err(Error::refused("its RAM head was never made")),
     };
     let tails = if has_head { parts.split_off(1) } else { std::mem::take(&mut parts) };
     let head = parts.pop();
@@ -197,10 +197,13 @@ fn layout(facts: &Facts, table: &Table) -> Result<Layout> {
     }
     let total = table.length().bytes();
     if total > plan.total_bytes_max {
-        return Err(Error::refused(format!("it has {total}, more than the {} it may", plan.total_bytes_max)));
+        return Err(Error::refused(format!(
+            "it has {total}, more than its maximum of {}",
+            plan.total_bytes_max
+        )));
     }
     if plan.keep && plan.place.directory().is_some() && facts.file.is_none() {
-        return Err(Error::refused("its file was given to its user already"));
+        return Err(Error::refused("its file has been handed over to the user already"));
     }
     Ok(Layout { head, tails })
 }
@@ -225,9 +228,9 @@ mod tests {
         Table::concatenated(parts.iter().map(line)).unwrap()
     }
 
-    /// A head of 16 MiB, at most 1 GiB in all, in a directory.
+    /// A store with a head of 16 MiB, at most 1 GiB in all, in a directory.
     fn with_head() -> Facts {
-        Facts { head: Made::Zram { index: 0 }, ..facts("a") }
+        Facts { head: HeadRecord::Zram { index: 0 }, ..facts("a") }
     }
 
     fn parts(parts: &[(u32, u64)]) -> Vec<(DeviceNumber, Bytes)> {
@@ -250,12 +253,12 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_is_not_the_records_is_refused() {
+    fn a_table_that_contradicts_the_record_is_refused() {
         assert!(refused(&with_head(), &table(&[(1, 17), (2, 64)])), "another head");
         assert!(refused(&with_head(), &table(&[(1, 16), (2, 1009)])), "too large");
         let many: Vec<_> = (1..=65).map(|minor| (minor, 1)).collect();
         assert!(refused(&facts("a"), &table(&many)), "too many pieces");
-        let never = Facts { head: Made::ZramIntended { before: vec![] }, ..facts("a") };
+        let never = Facts { head: HeadRecord::ZramIntended { before: vec![] }, ..facts("a") };
         assert!(refused(&never, &table(&[(1, 16)])), "a head that was never made");
         let length = Sectors(2048);
         for target in [
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_another_or_held_is_refused() {
+    fn a_foreign_or_suspended_device_is_refused() {
         let facts = facts("a");
         let ours = DeviceInfo {
             name: facts.about.device.clone(),

@@ -1,22 +1,22 @@
-//! The store itself: planned, made, grown, settled, given back or kept.
+//! The store itself: created, grown, settled, released or kept.
 //!
-//! One device-mapper device of `linear` lines: the RAM head, then the tail, which is one piece or, where
-//! a process took the store over from another ([`adopt`](super::adopt)), several. While the store fits in
-//! the head, the tail is attached and allocated but not part of the table: the kernel flushes every
-//! device of the table with each batch of exceptions, and a flush of the tail's file costs more than
-//! all that the head saves. It joins when the head fills ([`size::should_join`]).
+//! One device-mapper device of `linear` lines: the RAM head, then the tail. The tail is one piece, or several
+//! if a process has taken the store over from another ([`adopt`](super::adopt)). While the store fits in the
+//! head, the tail is attached and allocated but not in the table: the kernel flushes every device of the
+//! table with each batch of exceptions, and a flush of the tail's file costs more than the head saves. The
+//! tail joins as the head fills ([`size::should_join`]).
 //!
-//! Every change of the table is a load followed by a resume of the device *in use*: the kernel then
-//! suspends, swaps and resumes within that one call. So there is no moment at which a crash of ours
-//! leaves the store, and with it the origin's first writes, suspended.
+//! To change the table, it is loaded, and the device is resumed *while in use*: the kernel then suspends,
+//! swaps and resumes within that one call. So a crash of this process can never leave the store, and the
+//! origin's first writes with it, suspended.
 //!
-//! Order at creation, the crash argument (see also [`record`](super::record)):
-//! 1. the record, before the head is made: the head can always be given back;
-//! 2. the tail: a file without a name behind an autoclear loop device that we hold open; one that is to
-//!    be kept has a name, which the record has as well;
-//! 3. the device-mapper device, named by UUID; from here on `recover` finds it by that;
-//! 4. a zeroed first chunk: the kernel takes a store whose first chunk is zero for a new one, and
-//!    would go on with an old store's exceptions if it found any.
+//! Order of creation, the crash argument (see also [`record`](super::record)):
+//! 1. the record, before the head: so the head can always be released;
+//! 2. the tail: an unnamed file attached to an autoclear loop device that we hold open. A file that is to be
+//!    kept has a name, which is in the record too;
+//! 3. the device-mapper device with its UUID: from here on `recover` finds it by that;
+//! 4. a zeroed first chunk: the kernel takes a store with a zeroed first chunk for a new one, and would
+//!    continue with the exceptions of an old store if it found any.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -33,19 +33,19 @@ use crate::dm::{Dm, SnapshotStatus, Table, Target, Udev};
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
-use super::exceptions::{self, ExceptionReader, StoreDevice, Writing};
+use super::exceptions::{self, ExceptionReader, StoreDevice, StoreWriter};
 use super::follow::Follower;
 use super::head::Head;
 use super::place::TailPlace;
 use super::plan::{StoreConfig, StorePlan};
-use super::record::{About, Made, RECORD_DIR, Record};
+use super::record::{About, HeadRecord, RECORD_DIR, Record};
 use super::size::{self, FillRate};
 use super::tail::Tail;
 
-/// Attempts to swap the table while signals interrupt the kernel's wait for writes in flight.
+/// Attempts to swap the table, as signals may interrupt the kernel's wait for writes in flight.
 const SWAP_ATTEMPTS: u32 = 20;
 
-/// What a growth did.
+/// The result of a growth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Grown {
     /// Size before, in bytes.
@@ -57,7 +57,7 @@ pub struct Grown {
 /// A store that was kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct KeptStore {
-    /// The file or block device that holds it, from its first byte on.
+    /// The file or block device that holds it, starting at the first byte.
     pub path: PathBuf,
     /// Its unit of copy-on-write, in bytes.
     pub chunk: ChunkSize,
@@ -73,13 +73,13 @@ pub struct CowStore {
     parts: Mutex<Parts>,
 }
 
-/// Invariant: the device's table is the head, and behind it either no tail or all of them, each whole;
-/// what an unmapped enlargement added to the last one is behind everything that is mapped.
+/// Invariant: the device's table is the head, followed by no tail or by all of them, each whole. Space that
+/// was added to the last tail but not mapped lies after everything that is mapped.
 pub(super) struct Parts {
     pub(super) dm: Dm,
     pub(super) head: Option<Head>,
     pub(super) tails: Vec<Tail>,
-    /// The tails are part of the table.
+    /// True if the tails are in the table.
     pub(super) tails_joined: bool,
     /// Length of the device's table.
     pub(super) mapped: Bytes,
@@ -87,10 +87,10 @@ pub(super) struct Parts {
 }
 
 impl CowStore {
-    /// Makes the store that `config` describes.
+    /// Creates the store that `config` describes.
     ///
     /// # Errors
-    /// As [`StoreConfig::plan`], and I/O and kernel errors. What was made is given back.
+    /// As [`StoreConfig::plan`], and I/O and kernel errors. Whatever was created is released.
     pub fn create(config: &StoreConfig) -> Result<Self> {
         let plan = config.plan()?;
         let uuid = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id).uuid();
@@ -107,15 +107,15 @@ impl CowStore {
         crash_point("store.create.record");
         let head = match make_head(&plan, &mut record, &mut warnings) {
             Ok(head) => head,
-            Err(error) => return Err(give_back(None, None, record, error)),
+            Err(error) => return Err(undo_creation(None, None, record, error)),
         };
         crash_point("store.create.head");
-        // Without its head the store may be all tail: the planned sum counts.
+        // If there is no head, the tail's planned size alone counts.
         let keep_as = plan.keep.then(|| format!("{name}-{}.store", config.id));
         let made = Tail::make(&plan.place, plan.tail_bytes, keep_as.as_deref(), &mut record, &mut warnings);
         let tail = match made {
             Ok(tail) => tail,
-            Err(error) => return Err(give_back(head, None, record, error)),
+            Err(error) => return Err(undo_creation(head, None, record, error)),
         };
         crash_point("store.create.tail");
         let tails_joined =
@@ -130,11 +130,11 @@ impl CowStore {
                 let origin_bytes = config.origin_bytes;
                 Ok(Self { name, number, origin_bytes, plan, warnings, parts: Mutex::new(parts) })
             }
-            Err(error) => Err(give_back(head, Some(tail), record, error)),
+            Err(error) => Err(undo_creation(head, Some(tail), record, error)),
         }
     }
 
-    /// A store that another process made, as [`adopt`](super::adopt) has put it together.
+    /// A store that another process created, as found by [`adopt`](super::adopt).
     pub(super) fn from_parts(number: DeviceNumber, parts: Parts) -> Self {
         let About { device, origin_bytes, plan, .. } = parts.record.facts().about.clone();
         Self { name: device, number, origin_bytes, plan, warnings: Vec::new(), parts: Mutex::new(parts) }
@@ -158,13 +158,13 @@ impl CowStore {
         &self.plan
     }
 
-    /// What a person should know about how it was made.
+    /// Warnings about its creation, for the user.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The devices that it has: its own, and all that it is made of, also where they are no part of its table yet.
+    /// Its devices: its own, and every part, including those that are not in the table yet.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceNumber> {
         let parts = self.lock();
@@ -172,7 +172,7 @@ impl CowStore {
         head.chain(parts.tails.iter().map(|tail| tail.number)).chain([self.number]).collect()
     }
 
-    /// Size of its RAM head; zero where it has none.
+    /// Size of its RAM head; zero if there is none.
     #[must_use]
     pub fn ram_bytes(&self) -> Bytes {
         self.lock().head_bytes()
@@ -184,13 +184,13 @@ impl CowStore {
         self.lock().total()
     }
 
-    /// What its device has: the head alone, or head and tail.
+    /// Size of its table: the head alone, or head and tail.
     #[must_use]
     pub fn mapped_bytes(&self) -> Bytes {
         self.lock().mapped
     }
 
-    /// Size of the origin that it was made for.
+    /// Size of the origin that it was created for.
     #[must_use]
     pub fn origin_bytes(&self) -> Bytes {
         self.origin_bytes
@@ -204,16 +204,17 @@ impl CowStore {
         Ok(self.lock().dm.open_device(self.number, false, libc::O_DIRECT)?.into())
     }
 
-    /// Makes the store larger where what is left would not last (see [`size`]): `used` bytes of it
-    /// are in use, and it fills at `rate`. None where nothing was to be done.
+    /// Enlarges the store if the free space would not last (see [`size`]), given that `used` bytes are in use
+    /// and it fills at `rate`. None if nothing had to be done.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`](crate::base::ErrorKind::NoSpace) where the tail's place is full; the store works on as it is.
+    /// [`ErrorKind::NoSpace`](crate::base::ErrorKind::NoSpace) if the tail's place is full; the store remains
+    /// usable.
     pub fn grow_ahead(&self, used: Bytes, rate: &FillRate) -> Result<Option<Grown>> {
         let mut parts = self.lock();
         let from = parts.mapped;
         let join = parts.tails_joined || size::should_join(parts.head_bytes(), used, rate);
-        // The space first, which takes longest; but a head about to fill does not wait for it.
+        // Allocation takes longest, so a head that is about to fill gets the existing tail first.
         if join && !parts.tails_joined && !parts.tails.is_empty() {
             parts.load(&self.name, true)?;
         }
@@ -224,7 +225,7 @@ impl CowStore {
             parts.enlarge(&directory, next)?;
             crash_point("store.grow.made");
         }
-        // Also what an earlier growth could not load: space that is not mapped does not count.
+        // Also maps what an earlier growth could not: space that is not mapped is of no use.
         if join && parts.mapped < parts.total() {
             parts.load(&self.name, true)?;
         }
@@ -232,29 +233,29 @@ impl CowStore {
         Ok((to != from).then_some(Grown { from, to }))
     }
 
-    /// Returns once every write to the store that was in flight is done: the table is swapped for
-    /// itself, and the kernel lets writes in flight end before it does so.
+    /// Returns once every write to the store that was in flight has completed. It swaps the table for the
+    /// same table, and the kernel completes writes in flight before it does that.
     ///
     /// # Errors
-    /// The kernel's; the store works on.
+    /// The kernel's; the store remains usable.
     pub fn settle(&self) -> Result<()> {
         let mut parts = self.lock();
         let with_tails = parts.tails_joined;
         parts.load(&self.name, with_tails)
     }
 
-    /// Reads its originals while the snapshot is active. `status` was asked for after the last read
-    /// of the origin had completed (see [`exceptions`]).
+    /// Reads its originals while the snapshot is active. The caller got `status` after the last read of the
+    /// origin had completed (see [`exceptions`]).
     ///
     /// # Errors
-    /// As [`Writing::from_status`] and [`ExceptionReader::open`].
+    /// As [`StoreWriter::from_status`] and [`ExceptionReader::open`].
     pub fn exceptions(&self, status: &SnapshotStatus) -> Result<ExceptionReader<'_, StoreDevice>> {
-        let writing = Writing::from_status(status, self.plan.chunk, || self.settle())?;
-        ExceptionReader::open(self.device_to_read()?, self.plan.chunk, self.origin_bytes, writing)
+        let writer = StoreWriter::from_status(status, self.plan.chunk, || self.settle())?;
+        ExceptionReader::open(self.device_to_read()?, self.plan.chunk, self.origin_bytes, writer)
     }
 
-    /// Follows the exceptions as they appear: a hint for the order of copying, see
-    /// [`follow`](super::follow). It holds the device open: drop it before [`CowStore::release`].
+    /// Follows the exceptions as they appear: a hint for the order of copying, see [`follow`](super::follow).
+    /// The follower holds the device open: drop it before [`CowStore::release`].
     ///
     /// # Errors
     /// As [`CowStore::open_direct`].
@@ -262,22 +263,21 @@ impl CowStore {
         Ok(Follower::new(self.device_to_read()?, self.plan.chunk, self.origin_bytes))
     }
 
-    /// See [`exceptions::is_marked_invalid`].
+    /// True if the kernel has marked the store invalid; see [`exceptions::is_marked_invalid`].
     ///
     /// # Errors
-    /// As there, and as [`CowStore::open_direct`].
+    /// As that function, and as [`CowStore::open_direct`].
     pub fn is_marked_invalid(&self) -> Result<bool> {
         exceptions::is_marked_invalid(&self.device_to_read()?, self.plan.chunk)
     }
 
-    /// The store may grow while it is read: the bound is what it can ever be, and a read of what is
-    /// not there fails by itself.
+    /// The store may grow while it is read, so the size is the maximum; a read past the present end fails.
     fn device_to_read(&self) -> Result<StoreDevice> {
         let size = self.plan.total_bytes_max.max(self.mapped_bytes());
         Ok(StoreDevice::new(self.open_direct()?, size, &format!("the COW store {}", self.name)))
     }
 
-    /// True where the store cannot become any larger.
+    /// True if the store cannot become larger.
     #[must_use]
     pub fn is_at_its_largest(&self) -> bool {
         let parts = self.lock();
@@ -285,27 +285,27 @@ impl CowStore {
         parts.tails_joined && (fixed || parts.total() >= self.plan.total_bytes_max)
     }
 
-    /// False for a store that has room for every chunk of the origin: it never runs out.
+    /// False if the store has room for every chunk of the origin, so that it never runs out.
     #[must_use]
     pub fn can_fill_up(&self) -> bool {
         size::worst_case(self.origin_bytes, self.plan.chunk).is_ok_and(|worst| self.mapped_bytes() < worst)
     }
 
-    /// Gives everything back, once no snapshot uses the store any more. With `keep`, a store that
-    /// was made to be kept stays, durable; without, its file is removed.
+    /// Releases everything, once no snapshot uses the store any more. With `keep`, a store that was created
+    /// to be kept stays, synced; otherwise its file is removed.
     ///
-    /// A file to be kept is the user's once the record no longer names it. That is noted when the file and
-    /// its name are synced and its device is gone: a crash before leaves a file that `recover` removes, as
-    /// nobody was told that it was kept; a crash behind leaves a store that is whole.
+    /// A file to be kept belongs to the user once the record no longer names it. That is recorded when the
+    /// file and its name are synced and the device is removed. A crash before that leaves a file that
+    /// `recover` removes, as it was never reported as kept; a crash after that leaves a complete store.
     ///
     /// # Errors
-    /// The first failure, with the others as failed undos; [`release_leftovers`] tries again.
+    /// The first failure, with the others as failed undos; [`release_leftovers`] retries.
     ///
     /// [`release_leftovers`]: super::release_leftovers
     pub fn release(self, keep: bool) -> Result<Option<KeptStore>> {
         let mut parts = self.parts.into_inner().unwrap_or_else(PoisonError::into_inner);
         parts.dm.remove(&self.name, Udev::Internal).map_err(|error| {
-            error.state("the COW store is still there").next("run 'tidemark recover', which removes it")
+            error.state("the COW store is left").next("run 'tidemark recover', which removes it")
         })?;
         crash_point("store.release.device");
         let keep = keep && self.plan.keep;
@@ -323,21 +323,21 @@ impl CowStore {
         let tails_released = errors.is_empty();
         match parts.head.as_ref().map_or(Ok(()), Head::release) {
             Err(error) => errors.push(error),
-            // The record outlives what could not be given back: recover tries again.
+            // The record remains as long as something could not be released: recover retries.
             Ok(()) if tails_released => errors.extend(parts.record.close().err()),
-            Ok(()) => errors.extend(parts.record.note(Made::Nothing).err()),
+            Ok(()) => errors.extend(parts.record.note(HeadRecord::Nothing).err()),
         }
         Error::first_of(errors).map(|()| path.map(|path| KeptStore { path, chunk: self.plan.chunk })).map_err(
             |error| {
                 error
-                    .state("a part of the COW store is still there")
+                    .state("a part of the COW store is left")
                     .next("run 'tidemark recover', which removes it")
             },
         )
     }
 
     fn lock(&self) -> MutexGuard<'_, Parts> {
-        // Whatever panicked while it held the lock, each step leaves the parts true to the kernel.
+        // Usable after a panic: after each step the parts agree with the kernel.
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -351,25 +351,25 @@ impl Parts {
         self.tails.iter().fold(self.head_bytes(), |sum, tail| sum + tail.bytes.align_down(DIRECT_IO_ALIGN))
     }
 
-    /// True where neither the last tail can be enlarged nor another be made.
+    /// True if the last tail cannot be enlarged and no further one can be made.
     fn tail_is_fixed(&self) -> bool {
         let enlargeable = self.tails.last().is_some_and(Tail::can_grow);
         !enlargeable && self.tails.len() >= size::TAIL_COUNT_MAX
     }
 
-    /// More space, up to `next` in all where it can be had, and not yet in the table.
+    /// Allocates more space, up to `next` in all if available. It is not in the table yet.
     fn enlarge(&mut self, directory: &Path, next: Bytes) -> Result<()> {
         let missing = next.saturating_sub(self.total());
         match self.tails.last_mut().filter(|tail| tail.can_grow()) {
             Some(last) => {
                 last.grow(last.bytes + missing)?;
             }
-            None => self.tails.push(Tail::further(directory, missing, &mut self.record)?),
+            None => self.tails.push(Tail::make_further(directory, missing, &mut self.record)?),
         }
         Ok(())
     }
 
-    /// Load, then resume in use: see the module's head.
+    /// Loads the table, then resumes the device while in use, which swaps the tables in one call.
     fn load(&mut self, name: &str, with_tails: bool) -> Result<()> {
         let table = table_of(self.head.as_ref(), if with_tails { &self.tails } else { &[] })?;
         self.dm.load(name, &table)?;
@@ -379,9 +379,10 @@ impl Parts {
             match self.dm.resume(name, Udev::None) {
                 Err(error) if error.errno() == Some(libc::EINTR) && attempt < SWAP_ATTEMPTS => attempt += 1,
                 Err(error) => {
-                    // The kernel suspends first, and leaves it at that where the tables cannot be swapped.
+                    // The kernel suspends first, and leaves the device suspended if the tables cannot be
+                    // swapped.
                     return Err(match self.dm.clear(name).and_then(|()| self.dm.resume_if_suspended(name)) {
-                        Ok(()) => error.state("the store works on with the table it had"),
+                        Ok(()) => error.state("the store remains usable with the table it had"),
                         Err(undo) => error.with_failed_undo(undo),
                     });
                 }
@@ -402,7 +403,7 @@ fn make_head(plan: &StorePlan, record: &mut Record, warnings: &mut Vec<String>) 
     match Head::make(plan.head_bytes, record)? {
         Ok(head) => Ok(Some(head)),
         Err(why) => {
-            warnings.push(format!("the store has no part in memory: {why}; originals go to disk at once"));
+            warnings.push(format!("the store has no RAM head: {why}; originals go to disk at once"));
             Ok(None)
         }
     }
@@ -435,8 +436,8 @@ fn zero_first_chunk(dm: &Dm, number: DeviceNumber, chunk: ChunkSize) -> Result<(
         .io_context(|| format!("zeroing the first chunk of the store (device {number})"))
 }
 
-/// After a failed creation: `error`, with what could not be given back.
-fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Error) -> Error {
+/// After a failed creation: releases the parts. Returns `error`, with what could not be released.
+fn undo_creation(head: Option<Head>, tail: Option<Tail>, record: Record, error: Error) -> Error {
     let (mut error, mut record) = (error, record);
     let mut all_given = true;
     if let Some(tail) = tail
@@ -446,10 +447,10 @@ fn give_back(head: Option<Head>, tail: Option<Tail>, record: Record, error: Erro
         error = error.with_failed_undo(undo);
     }
     let given = match head.as_ref().map_or(Ok(()), Head::release) {
-        // The record outlives what could not be given back: recover tries again.
+        // The record remains as long as something could not be released: recover retries.
         Err(undo) => Err(undo),
         Ok(()) if all_given => record.close(),
-        Ok(()) => record.note(Made::Nothing),
+        Ok(()) => record.note(HeadRecord::Nothing),
     };
     error.after_undo(given)
 }

@@ -1,38 +1,37 @@
 //! Which originals does the store hold?
 //!
-//! Reads the exceptions of a store in dm-snapshot's persistent format while the kernel may be adding
-//! to it, or when nobody writes it any more. Facts from Linux `drivers/md/dm-snap-persistent.c`:
+//! Reads the exceptions of a store in dm-snapshot's persistent format, while the kernel may be adding to it
+//! or when nothing writes it any more. Facts from Linux `drivers/md/dm-snap-persistent.c`:
 //!
-//! 1. `persistent_commit_exception` puts entries into the current area's buffer in memory, only ever
-//!    behind those already there, writes the whole area with one flushed write, waits for it, and only
-//!    then lets the writes to the origin go whose originals it names. One commit at a time.
-//! 2. When an area is full, the next one is zeroed before the full one is written; `current_area`,
-//!    from which the status line's metadata count is made, moves on only after that write is done. A
-//!    full area is never written again.
-//! 3. A new store's first area is zeroed before the snapshot exists.
+//! 1. `persistent_commit_exception` appends entries to the current area's buffer in memory, writes the whole
+//!    area with one flushed write, waits for it, and only then releases the writes to the origin that the new
+//!    entries cover. One commit at a time.
+//! 2. When an area is full, the next one is zeroed before the full one is written. `current_area`, from which
+//!    the status line's metadata count is computed, advances only after that write has completed. A full area
+//!    is never written again.
+//! 3. The first area of a new store is zeroed before the snapshot exists.
 //!
-//! # Why what is read is right, though the kernel goes on writing
+//! # Why the result is right while the kernel keeps writing
 //!
-//! Needed are the exceptions committed before the reading began (the copier's argument: every chunk
-//! that it read wrongly was committed before its read ended). Let C be the `current_area` of a status
-//! taken after that moment.
+//! Needed are the exceptions committed before the reading began (the copier's argument: every chunk that it
+//! read wrongly was committed before its read ended). Let C be the `current_area` of a status taken after
+//! that moment.
 //!
-//! - Areas before C: full and written (2), never again touched. One read is exact.
-//! - Areas behind C: whatever they hold was committed after the status: not needed, not read. So
-//!   nobody's old data on a reused disk can be taken for an area either: C itself was zeroed (2, 3)
-//!   before its first entry.
-//! - Area C may be in the middle of a write while it is read. Bytes of entries committed earlier are
-//!   written over with themselves and read right at any time (1). But of an entry being written a
-//!   read may see any part: on a RAM disk or a virtual one a write is a memory copy, which can be seen
-//!   half done, and the writing processor may pause there, so that two reads agree on the same
-//!   half. A half-written entry with its store chunk but not yet its origin chunk would name chunk 0:
-//!   reading twice and comparing does not help. So between two reads all writes in flight are waited
-//!   for (`settle`): an entry that the first read saw in any part was being written before it, so the
-//!   second read sees it whole. How many entries there are is taken from the first read, what
-//!   they say from the second.
+//! - Areas before C: full and written (2), never touched again. One read is exact.
+//! - Areas after C: all their entries were committed after the status, so they are not needed and not read.
+//!   So old data on a reused disk is never taken for an area: C itself was zeroed (2, 3) before its first
+//!   entry.
+//! - Area C may be read during a write. Bytes of entries committed earlier are overwritten with the same
+//!   bytes, and read correctly at any time (1). Of an entry that is being written a read may see any part: on
+//!   a RAM disk or a virtual disk a write is a memory copy, which can be seen half done. The writing
+//!   processor may pause in it, so that two reads see the same half. An entry with its store chunk but not
+//!   yet its origin chunk would name chunk 0, and reading twice and comparing would not find that. So between
+//!   two reads all writes in flight are waited for (`settle`): an entry of which the first read saw any part
+//!   was being written by then, so the second read sees it whole. The number of entries is taken from the
+//!   first read, their content from the second.
 //!
-//! Invariants: decoding never panics; every field is bounded before it is used; at most one area and
-//! one bit per chunk of a bounded number of origin chunks are in memory.
+//! Invariants: decoding never panics; every field is bounds-checked before use; memory holds at most one
+//! area, and one bit per chunk for a bounded number of origin chunks.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -48,29 +47,29 @@ use crate::format::exception_store::{
 use crate::io::BlockRead;
 use crate::sys::aligned::AlignedBuffer;
 
-/// Origin chunks among which one named twice is found wherever it is: one bit each, 8 MiB in all, an
-/// origin of 256 GiB with chunks of 4 KiB. Beyond that it is found within a batch.
+/// Largest number of origin chunks for which any duplicate is found: one bit each, 8 MiB in all, an origin of
+/// 256 GiB with chunks of 4 KiB. For larger origins a duplicate is found only within a batch.
 const DUPLICATE_CHUNKS_MAX: u64 = 64 * 1024 * 1024;
 
-/// Who may be writing the store while it is read.
-pub enum Writing<'a> {
-    /// Nobody: the list ends where it ends.
-    Nobody,
-    /// The kernel. See the module's head.
+/// What may write the store while it is read.
+pub enum StoreWriter<'a> {
+    /// Nothing: the list ends at its first empty entry.
+    None,
+    /// The kernel. Then the current area is read twice, with `settle` in between.
     Kernel {
-        /// `current_area` by a status taken after the last needed exception was committed.
+        /// The `current_area` of a status taken after the last needed exception was committed.
         current_area: u64,
         /// Returns once every write in flight is done.
         settle: Box<dyn FnMut() -> Result<()> + 'a>,
     },
 }
 
-impl<'a> Writing<'a> {
+impl<'a> StoreWriter<'a> {
     /// For a snapshot whose status was taken after the last needed exception was committed.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] where the snapshot is lost, [`ErrorKind::Kernel`] where the status
-    /// cannot be one of a store with this chunk.
+    /// [`ErrorKind::StoreInvalid`] if the snapshot is lost, [`ErrorKind::Kernel`] if a store with this chunk
+    /// cannot have this status.
     pub fn from_status(
         status: &SnapshotStatus,
         chunk: ChunkSize,
@@ -83,40 +82,41 @@ impl<'a> Writing<'a> {
             Some(current_area) => Ok(Self::Kernel { current_area, settle: Box::new(settle) }),
             None => Err(Error::new(
                 ErrorKind::Kernel,
-                format!("the snapshot's status speaks of {metadata} of metadata with chunks of {chunk}"),
+                format!(
+                    "the snapshot's status reports {metadata} of metadata, which chunks of {chunk} cannot give"
+                ),
             )),
         }
     }
 }
 
-/// The area that the kernel is filling, from its count of metadata: the header and all areas up to that
-/// one. None for a count that cannot be one of a store with this chunk.
+/// The area that the kernel is filling, computed from the metadata count of a status: that counts the header
+/// and all areas up to the current one. None for a count that a store with this chunk cannot have.
 pub(super) fn current_area(metadata: Sectors, chunk: ChunkSize) -> Option<u64> {
     let unit = chunk.sectors().get();
     (metadata.get() / unit).checked_sub(2).filter(|_| metadata.get().is_multiple_of(unit))
 }
 
-/// Reads exceptions, area by area. See the module's head.
+/// Reads the exceptions area by area, in the order in which they were committed.
 pub struct ExceptionReader<'a, R> {
     device: R,
     bounds: Bounds,
-    writing: Writing<'a>,
+    writer: StoreWriter<'a>,
     area: u64,
     done: bool,
     buffer: AlignedBuffer,
-    /// Decoded, not yet handed out; the last one is next.
+    /// Decoded, not yet returned; the last one is next.
     pending: Vec<Original>,
     seen: Seen,
 }
 
 impl<'a, R: BlockRead> ExceptionReader<'a, R> {
-    /// Reads the header of the store on `device`. Call it after the last needed exception was
-    /// committed.
+    /// Reads the header of the store on `device`. To be called after the last needed exception was committed.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`] for a store that the kernel has given up, [`ErrorKind::BadData`]
-    /// for one that is no store or has another chunk, I/O errors.
-    pub fn open(device: R, chunk: ChunkSize, origin_bytes: Bytes, writing: Writing<'a>) -> Result<Self> {
+    /// [`ErrorKind::StoreInvalid`] for a store that the kernel has marked invalid, [`ErrorKind::BadData`] for
+    /// something that is no store or has another chunk size, I/O errors.
+    pub fn open(device: R, chunk: ChunkSize, origin_bytes: Bytes, writer: StoreWriter<'a>) -> Result<Self> {
         let mut buffer = AlignedBuffer::zeroed(chunk.bytes().as_len());
         device.read_at(&mut buffer, Bytes::ZERO)?;
         let header = Header::decode(&buffer).map_err(bad_store)?;
@@ -133,7 +133,7 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
         Ok(Self {
             device,
             bounds,
-            writing,
+            writer,
             area: 0,
             done: false,
             buffer,
@@ -142,10 +142,10 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
         })
     }
 
-    /// At most `max` further originals, clipped at the origin's end; none at the end.
+    /// At most `max` further originals, clipped at the origin's end; empty at the end.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`] for an exception that cannot be, I/O errors.
+    /// [`ErrorKind::BadData`] for an impossible exception, I/O errors.
     pub fn next_batch(&mut self, max: usize) -> Result<Vec<Original>> {
         let max = max.clamp(1, EXCEPTION_BATCH_MAX);
         let mut batch = Vec::new();
@@ -162,8 +162,8 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
         Ok(batch)
     }
 
-    /// Decodes the next area into `pending`. Ends at the latest at the store's end: every area is
-    /// further behind.
+    /// Decodes the next area into `pending`. Terminates: each area has a higher offset, up to the store's
+    /// end.
     fn read_area(&mut self) -> Result<()> {
         self.fill_buffer()?;
         let area = decode_area(&self.buffer, 0, &self.bounds)
@@ -172,43 +172,41 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
             let original = self.original(index, *entry)?;
             self.pending.push(original);
         }
-        self.done = match &self.writing {
-            Writing::Nobody => !area.full,
-            Writing::Kernel { current_area, .. } if self.area < *current_area => {
+        self.done = match &self.writer {
+            StoreWriter::None => !area.full,
+            StoreWriter::Kernel { current_area, .. } if self.area < *current_area => {
                 if !area.full {
                     let count = area.entries.len();
-                    return Err(self.bad(&format!("{count} entries, though it is not the last")));
+                    return Err(self.bad(&format!("only {count} entries, although it is not the last")));
                 }
                 false
             }
-            Writing::Kernel { .. } => true,
+            StoreWriter::Kernel { .. } => true,
         };
         self.area += 1;
         Ok(())
     }
 
-    /// Reads the next area; what does not count of it is zero.
+    /// Reads the next area. Entries that do not count are zeroed.
     fn fill_buffer(&mut self) -> Result<()> {
         let chunk = self.bounds.chunk;
         let offset = area_offset(self.area, chunk)
             .filter(|offset| {
                 offset.checked_add(chunk.bytes()).is_some_and(|end| end <= self.bounds.store_size)
             })
-            .ok_or_else(|| {
-                self.bad(&format!("behind the store's end at {}", self.bounds.store_size.get()))
-            })?;
+            .ok_or_else(|| self.bad(&format!("past the store's end at {}", self.bounds.store_size.get())))?;
         self.device.read_at(&mut self.buffer, offset)?;
-        let Writing::Kernel { current_area, settle } = &mut self.writing else { return Ok(()) };
+        let StoreWriter::Kernel { current_area, settle } = &mut self.writer else { return Ok(()) };
         if *current_area != self.area {
             return Ok(());
         }
-        // The one area that may be being written: see the module's head. The order of these three
-        // lines is the argument.
+        // The one area that may be changing during the read. The order of these three lines is the argument
+        // at the head of this module.
         let count = listed_entries(&self.buffer).count();
         settle()?;
         self.device.read_at(&mut self.buffer, offset)?;
         if listed_entries(&self.buffer).count() < count {
-            return Err(self.bad("entries that were there have gone"));
+            return Err(self.bad("entries have disappeared"));
         }
         self.buffer[count * ENTRY_BYTES..].fill(0);
         Ok(())
@@ -216,7 +214,7 @@ impl<'a, R: BlockRead> ExceptionReader<'a, R> {
 
     fn original(&mut self, index: usize, entry: Entry) -> Result<Original> {
         let Some((extent, store_offset)) = entry.place(&self.bounds) else {
-            return Err(self.bad(&format!("entry {index} is not within origin and store")));
+            return Err(self.bad(&format!("entry {index} is outside the origin or the store")));
         };
         if !self.seen.insert(entry.old) {
             return Err(
@@ -235,19 +233,19 @@ fn bad_store(error: StoreError) -> Error {
     Error::from(error).with_kind(ErrorKind::BadData)
 }
 
-/// True where the kernel has marked the store on `device` invalid. It does so, with one write, when it
-/// gives the snapshot up and before a status says that (`__invalidate_snapshot`): a store that bears the
-/// mark could still be written then.
+/// True if the kernel has marked the store on `device` invalid. It writes the mark when it gives up the
+/// snapshot, before a status reports that (`__invalidate_snapshot`): a store with the mark was still writable
+/// then.
 ///
 /// # Errors
-/// I/O errors, [`ErrorKind::BadData`] for what is no store.
+/// I/O errors, [`ErrorKind::BadData`] for something that is no store.
 pub fn is_marked_invalid(device: &impl BlockRead, chunk: ChunkSize) -> Result<bool> {
     let mut buffer = AlignedBuffer::zeroed(chunk.bytes().as_len());
     device.read_at(&mut buffer, Bytes::ZERO)?;
     Ok(!Header::decode(&buffer).map_err(bad_store)?.valid)
 }
 
-/// Which origin chunks have been named.
+/// The origin chunks seen so far.
 struct Seen {
     bits: Option<Vec<u64>>,
 }
@@ -259,7 +257,7 @@ impl Seen {
         Self { bits: (chunks <= DUPLICATE_CHUNKS_MAX).then(|| vec![0; words]) }
     }
 
-    /// False where it was there. `chunk` is on the origin.
+    /// False if it was in the set already. `chunk` must be on the origin.
     fn insert(&mut self, chunk: ChunkIx) -> bool {
         let Some(bits) = &mut self.bits else { return true };
         let word = usize::try_from(chunk.get() / 64).expect("the chunk is within the map");
@@ -285,7 +283,7 @@ impl Seen {
     }
 }
 
-/// A store's device or file, opened for (direct) reading, as [`ExceptionReader`] takes it.
+/// The device or file of a store, opened for (direct) reading by [`ExceptionReader`].
 pub struct StoreDevice {
     file: File,
     size: Bytes,
@@ -293,7 +291,7 @@ pub struct StoreDevice {
 }
 
 impl StoreDevice {
-    /// For a store of `size` bytes; `description` names it in errors.
+    /// A store of `size` bytes; `description` names it in errors.
     #[must_use]
     pub fn new(fd: OwnedFd, size: Bytes, description: &str) -> Self {
         Self { file: fd.into(), size, description: description.to_owned() }

@@ -1,5 +1,5 @@
-//! A simulated kernel that goes on adding exceptions while they are read, each write seen half done,
-//! and stores that are not what they should be.
+//! A simulated kernel that keeps adding exceptions while they are read, with every write seen half done; and
+//! stores with bad content.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -8,9 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::format::exception_store::entries_per_area;
-use crate::store::simulator::{Kernel, Random, Shared};
+use crate::store::simulator::{Kernel, Random, TornView};
 
-/// Reads everything while the kernel works; Err describes what is wrong with the result.
+/// Reads everything while the kernel works. Err describes what is wrong with the result.
 fn read_while_written(seed: u64, really_settle: bool) -> Result<(), String> {
     let chunk = ChunkSize::default();
     let kernel = RefCell::new(Kernel::new(seed, chunk, 3000, 3));
@@ -28,10 +28,10 @@ fn read_while_written(seed: u64, really_settle: bool) -> Result<(), String> {
         kernel.borrow_mut().step();
         Ok(())
     };
-    let writing = Writing::from_status(&status, chunk, settle).unwrap();
+    let writer = StoreWriter::from_status(&status, chunk, settle).unwrap();
     let origin = chunk.bytes() * 3000;
     let wrong = |error: Error| format!("seed {seed}: {error}");
-    let mut reader = ExceptionReader::open(Shared(&kernel), chunk, origin, writing).map_err(wrong)?;
+    let mut reader = ExceptionReader::open(TornView(&kernel), chunk, origin, writer).map_err(wrong)?;
     let mut found = HashMap::new();
     loop {
         let batch = reader.next_batch(1 + Bytes(seed % 300).as_len()).map_err(wrong)?;
@@ -57,7 +57,7 @@ fn read_while_written(seed: u64, really_settle: bool) -> Result<(), String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
     #[test]
-    fn a_store_being_written_gives_all_that_is_needed_and_nothing_wrong(seed: u64) {
+    fn an_active_store_yields_every_needed_exception_and_no_wrong_one(seed: u64) {
         prop_assert_eq!(read_while_written(seed, true), Ok(()));
     }
 }
@@ -67,7 +67,7 @@ fn without_settling_the_simulated_kernel_would_be_misread() {
     assert!((0..200).any(|seed| read_while_written(seed, false).is_err()), "the simulator tears nothing");
 }
 
-/// A finished store of `count` exceptions: chunk i of the origin for the i-th.
+/// A complete store of `count` exceptions: the i-th one is for chunk i of the origin.
 fn store(count: u64, chunk: ChunkSize) -> Vec<u8> {
     let mut kernel = Kernel::new(7, chunk, 1 << 40, count / entries_per_area(chunk) + 1);
     while (kernel.all.len() as u64) < count {
@@ -85,7 +85,7 @@ fn store(count: u64, chunk: ChunkSize) -> Vec<u8> {
 }
 
 fn read_all(image: Vec<u8>, chunk: ChunkSize, origin: Bytes) -> Result<Vec<Original>> {
-    let mut reader = ExceptionReader::open(image, chunk, origin, Writing::Nobody)?;
+    let mut reader = ExceptionReader::open(image, chunk, origin, StoreWriter::None)?;
     let mut all = Vec::new();
     loop {
         let batch = reader.next_batch(100)?;
@@ -138,7 +138,7 @@ fn an_origin_chunk_named_twice_is_bad_data() {
     let error = read_all(image, chunk, chunk.bytes() * 1000).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadData);
     assert!(error.to_string().contains("second time"), "{error}");
-    // An origin too large for the map: found within a batch.
+    // For an origin too large for the map, a duplicate is found only within a batch.
     let mut image = store(50, chunk);
     image[4096 + 16..4096 + 24].copy_from_slice(&40u64.to_le_bytes());
     let error = read_all(image, chunk, chunk.bytes() * (DUPLICATE_CHUNKS_MAX + 1)).unwrap_err();
@@ -159,7 +159,7 @@ fn an_invalid_store_and_another_chunk_are_told_apart() {
 
 proptest! {
     #[test]
-    fn no_bytes_make_the_reader_panic_or_run_on(seed: u64, words in 0usize..2000) {
+    fn arbitrary_bytes_never_make_the_reader_panic_or_loop(seed: u64, words in 0usize..2000) {
         let chunk = ChunkSize::default();
         let mut image = store(300, chunk);
         let mut random = Random(seed);
@@ -175,9 +175,9 @@ proptest! {
 #[test]
 fn a_lost_snapshot_is_not_read() {
     for status in [SnapshotStatus::Invalid, SnapshotStatus::Overflow] {
-        let error = Writing::from_status(&status, ChunkSize::default(), || Ok(())).err().unwrap();
+        let error = StoreWriter::from_status(&status, ChunkSize::default(), || Ok(())).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::StoreInvalid);
     }
     let odd = SnapshotStatus::Active { used: Sectors(16), total: Sectors(32), metadata: Sectors(12) };
-    assert!(Writing::from_status(&odd, ChunkSize::default(), || Ok(())).is_err());
+    assert!(StoreWriter::from_status(&odd, ChunkSize::default(), || Ok(())).is_err());
 }

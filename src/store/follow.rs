@@ -1,15 +1,15 @@
 //! Where is the origin being written now?
 //!
-//! Follows the exceptions of a store as the kernel adds them, area by area, from where it stopped. The
-//! facts that it rests on are at the head of [`exceptions`](super::exceptions): areas are only ever
-//! appended to, a full one never changes, the current one was zeroed before its first entry.
+//! Follows the exceptions of a store as the kernel adds them, area by area. This rests on facts at the head
+//! of [`exceptions`](super::exceptions): entries are only appended, a full area never changes, and the
+//! current one was zeroed before its first entry.
 //!
-//! What it finds is a **hint** for the order of copying, never a list of originals: the current area is
-//! read once, without waiting for the write that may be in flight. So an entry seen half written may be
-//! dropped or be misread as another chunk, and nothing may depend on it. Invariants: what cannot be
-//! within origin and store is dropped, never an error and never a panic; an entry of a full area is
-//! handed out exactly once; one poll reads at most [`FOLLOW_BYTES_MAX`] (one area at least) and answers
-//! at most what it was asked for: the rest is the next poll's.
+//! The result is a **hint** for the order of copying, never a list of originals: the current area is read
+//! once, without waiting for a write in flight. So a half-written entry may be dropped, or misread as another
+//! chunk, and nothing may depend on it. Invariants: an entry outside origin or store is dropped, without an
+//! error or a panic; an entry of a full area is returned exactly once; one poll reads at most
+//! [`FOLLOW_BYTES_MAX`] (but at least one area) and returns at most the requested number: the rest is left to
+//! the next poll.
 
 use crate::base::limits::EXCEPTION_BATCH_MAX;
 use crate::base::{Bytes, ChunkSize, Result};
@@ -20,32 +20,32 @@ use crate::sys::aligned::AlignedBuffer;
 
 use super::exceptions::{StoreDevice, current_area};
 
-/// Metadata read in one poll at most: 65,536 exceptions, more than a disk can make in a second.
+/// Most metadata read in one poll: 65,536 exceptions, more than a disk can make in a second.
 pub const FOLLOW_BYTES_MAX: Bytes = Bytes::mib(1);
 
-/// See the module's head.
+/// Returns the offsets of new exceptions, poll by poll: a hint, not a list of originals.
 pub struct Follower<R = StoreDevice> {
     device: R,
     bounds: Bounds,
     area: u64,
-    /// Entries of `area` that were handed out or dropped.
+    /// Entries of `area` that have been returned or dropped.
     entries_done: usize,
     buffer: AlignedBuffer,
 }
 
 impl<R: BlockRead> Follower<R> {
-    /// Begins at the store's first exception. `device` may grow: its size is the most that it can get.
+    /// Begins at the store's first exception. `device` may grow: its size is the maximum.
     pub(super) fn new(device: R, chunk: ChunkSize, origin_bytes: Bytes) -> Self {
         let bounds = Bounds { chunk, origin_size: origin_bytes, store_size: device.size() };
         let buffer = AlignedBuffer::zeroed(chunk.bytes().as_len());
         Self { device, bounds, area: 0, entries_done: 0, buffer }
     }
 
-    /// Offsets on the origin of the exceptions that have appeared since the last poll, oldest first, at
-    /// most `max`. None for a snapshot that is lost: what it held is nobody's hint any more.
+    /// Offsets on the origin of the exceptions that have appeared since the last poll, oldest first, at most
+    /// `max`. Empty if the snapshot is lost, as its store is of no use then.
     ///
     /// # Errors
-    /// I/O errors; the next poll tries the same area again.
+    /// I/O errors; the next poll retries the same area.
     pub fn poll(&mut self, status: &SnapshotStatus, max: usize) -> Result<Vec<Bytes>> {
         let SnapshotStatus::Active { metadata, .. } = status else { return Ok(Vec::new()) };
         let chunk = self.bounds.chunk;
@@ -67,12 +67,12 @@ impl<R: BlockRead> Follower<R> {
         Ok(offsets)
     }
 
-    /// Adds the new entries of the area, until there are `max` offsets; answers how many the area has.
+    /// Adds the new entries of the area, up to `max` offsets in all. Returns how many entries the area has.
     fn read_area(&mut self, max: usize, offsets: &mut Vec<Bytes>) -> Result<usize> {
         let end = |offset: &Bytes| offset.checked_add(self.bounds.chunk.bytes());
         let offset = area_offset(self.area, self.bounds.chunk)
             .filter(|offset| end(offset).is_some_and(|end| end <= self.bounds.store_size));
-        // A status that speaks of more than the store can hold: there is nothing to be read.
+        // The status reports more areas than the store can hold: nothing can be read.
         let Some(offset) = offset else { return Ok(0) };
         self.device.read_at(&mut self.buffer, offset)?;
         let mut listed = 0;
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
     use crate::base::{ChunkIx, Sectors};
     use crate::format::exception_store::{Entry, encode_area, entries_per_area};
-    use crate::store::simulator::{Kernel, Shared};
+    use crate::store::simulator::{Kernel, TornView};
 
     const CHUNK: Bytes = Bytes::kib(4);
 
@@ -109,10 +109,10 @@ mod tests {
         SnapshotStatus::Active { used: metadata, total: Sectors(1 << 40), metadata }
     }
 
-    /// Finished writes alone, none seen half done.
-    struct Whole<'a>(&'a RefCell<Kernel>);
+    /// Shows completed writes only, none half done.
+    struct FinishedView<'a>(&'a RefCell<Kernel>);
 
-    impl BlockRead for Whole<'_> {
+    impl BlockRead for FinishedView<'_> {
         fn size(&self) -> Bytes {
             self.0.borrow().image.size()
         }
@@ -123,7 +123,7 @@ mod tests {
 
     const ORIGIN_CHUNKS: u64 = 3000;
 
-    /// Polls while the kernel works, and a while longer.
+    /// Polls while the kernel works, and some more rounds after it has stopped.
     fn follow<R: BlockRead>(kernel: &RefCell<Kernel>, device: R, max: usize) -> Vec<u64> {
         let mut follower = Follower::new(device, chunk(), CHUNK * ORIGIN_CHUNKS);
         let mut found = Vec::new();
@@ -141,25 +141,25 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
-        /// The oracle is the simulated kernel's own list, in its order.
+        /// The oracle is the simulated kernel's own list, in order.
         #[test]
         fn each_exception_is_found_once_and_in_order(seed: u64, max in 10usize..300) {
             let kernel = RefCell::new(Kernel::new(seed, chunk(), ORIGIN_CHUNKS, 4));
-            let found = follow(&kernel, Whole(&kernel), max);
+            let found = follow(&kernel, FinishedView(&kernel), max);
             prop_assert_eq!(&found, &kernel.borrow().committed);
         }
 
-        /// Every byte of a write in flight may be there or not.
+        /// Each byte of a write in flight may be visible or not.
         #[test]
-        fn what_is_seen_half_written_is_no_error(seed: u64, max in 10usize..300) {
+        fn a_half_written_entry_is_no_error(seed: u64, max in 10usize..300) {
             let kernel = RefCell::new(Kernel::new(seed, chunk(), ORIGIN_CHUNKS, 40));
-            let found = follow(&kernel, Shared(&kernel), max);
+            let found = follow(&kernel, TornView(&kernel), max);
             prop_assert!(found.len() <= kernel.borrow().all.len());
             prop_assert!(found.iter().all(|chunk| *chunk < ORIGIN_CHUNKS));
         }
     }
 
-    /// A store whose areas say what a test wants, without a kernel.
+    /// A store whose areas are set by a test, without a kernel.
     struct Image {
         areas: RefCell<Vec<Vec<Entry>>>,
         size: Bytes,
@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// The `index`-th exception of a store: the kernel leaves out the chunks of the areas.
+    /// The `index`-th exception of a store; the kernel skips the chunks of the areas.
     fn entry(old: u64, index: u64) -> Entry {
         Entry { old: ChunkIx(old), new: ChunkIx(2 + index + index / entries_per_area(chunk())) }
     }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_new_is_answered_as_the_store_grows() {
+    fn a_poll_returns_only_new_exceptions() {
         let image = Image::new(vec![vec![entry(5, 0)], Vec::new()]);
         let mut follower = Follower::new(&image, chunk(), CHUNK * 1000);
         assert_eq!(chunks(&follower.poll(&status(0), 100).unwrap()), [5]);
@@ -211,7 +211,7 @@ mod tests {
         image.add(0, entry(9, 1));
         image.add(0, entry(7, 2));
         assert_eq!(chunks(&follower.poll(&status(0), 100).unwrap()), [9, 7]);
-        // The area fills up and another begins between two polls.
+        // Between two polls the area fills up and the next begins.
         image.areas.borrow_mut()[0] = full(0);
         image.add(1, entry(777, 256));
         let found = chunks(&follower.poll(&status(1), 1000).unwrap());
@@ -220,11 +220,11 @@ mod tests {
     }
 
     #[test]
-    fn a_poll_is_bounded_and_the_next_goes_on() {
+    fn a_poll_is_bounded_and_the_next_continues() {
         let areas = 600;
         let image = Image::new((0..areas).map(full).collect());
         let mut follower = Follower::new(&image, chunk(), CHUNK * 1_000_000);
-        // In the middle of an area, at its end, and behind it.
+        // Within an area, at its end, and after it.
         for (max, expected) in [(100, 0..100), (156, 100..256), (300, 256..556), (0, 0..0)] {
             assert_eq!(
                 chunks(&follower.poll(&status(599), max).unwrap()),
@@ -245,9 +245,9 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_dropped() {
+    fn impossible_entries_are_dropped() {
         let senseless = [
-            // Behind the origin's end, behind the store's, in a metadata area, the header.
+            // Past the origin's end, past the store's end, in a metadata area, past the origin's end.
             Entry { old: ChunkIx(1000), new: ChunkIx(3) },
             Entry { old: ChunkIx(1), new: ChunkIx(u64::MAX) },
             Entry { old: ChunkIx(1), new: ChunkIx(258) },
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_that_is_no_hint_gives_none() {
+    fn an_unusable_status_gives_no_offsets() {
         let image = Image::new(vec![full(0)]);
         let mut follower = Follower::new(&image, chunk(), CHUNK * 1000);
         let odd = SnapshotStatus::Active { used: Sectors(12), total: Sectors(16), metadata: Sectors(12) };
@@ -271,7 +271,7 @@ mod tests {
             assert_eq!(follower.poll(&status, 100).unwrap(), []);
         }
         assert_eq!(image.reads.get(), 0);
-        // More areas than the store can have.
+        // More areas than the store can hold.
         let small = Image { size: CHUNK * 2, ..Image::new(vec![full(0)]) };
         let mut follower = Follower::new(&small, chunk(), CHUNK * 1000);
         assert!(follower.poll(&status(u64::MAX / 64), 1000).unwrap().is_empty());

@@ -1,12 +1,12 @@
-//! Where does the RAM head come from, and how is it given back?
+//! Where does the RAM head come from, and how is it released?
 //!
-//! zram where the kernel has it (it compresses), else brd, else none. A head is never limited below
-//! its size: `mem_limit` would turn originals that do not compress into write errors, which void the
-//! snapshot. So a head may take all of its size in memory, and all of it is counted.
+//! zram if the kernel has it (it compresses), else brd, else none. A head is never limited below its size:
+//! `mem_limit` would turn incompressible originals into write errors, which invalidate the snapshot. So a
+//! head may take all of its size in memory, and its whole size is accounted for.
 //!
-//! Invariants: a zram device is added for us alone (`hot_add`) and only ever removed by its index
-//! from our record; brd is used only where we loaded the module, because its devices cannot be told
-//! apart from anybody else's.
+//! Invariants: each zram device is added for one store (`hot_add`), and only removed by the index in its
+//! record. brd is used only if we loaded the module, as its devices cannot be distinguished from those of
+//! other users.
 
 use std::fs;
 use std::io;
@@ -18,18 +18,18 @@ use std::time::Duration;
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 
 use super::place::device_bytes;
-use super::record::{Made, Record};
+use super::record::{HeadRecord, Record};
 
 const ZRAM_CONTROL: &str = "/sys/class/zram-control";
 const BRD_MODULE: &str = "/sys/module/brd";
 const BRD_NAME: &str = "ram0";
 
-/// Attempts to give a device back that somebody looks at for a moment (udev, blkid).
+/// Attempts to release a device that another process has open for a moment (udev, blkid).
 const RELEASE_ATTEMPTS: u32 = 50;
-/// Pause between them.
+/// Pause between two attempts.
 const RELEASE_PAUSE: Duration = Duration::from_millis(20);
 
-/// A RAM disk that is ours.
+/// A RAM disk that belongs to a store.
 #[derive(Debug)]
 pub(super) struct Head {
     pub kind: HeadKind,
@@ -42,13 +42,13 @@ pub(super) struct Head {
 pub(super) enum HeadKind {
     /// /dev/zramN
     Zram { index: u32 },
-    /// /dev/ram0 of a module that we loaded
+    /// /dev/ram0 of the module, which we loaded
     Brd,
 }
 
 impl Head {
-    /// Makes a head of `bytes` (a multiple of 4 KiB), each step noted in `record` first. Where
-    /// neither zram nor brd can be had: why.
+    /// Creates a head of `bytes` (a multiple of 4 KiB). Each step is recorded in `record` first. The inner
+    /// error says why neither zram nor brd can be used.
     pub(super) fn make(bytes: Bytes, record: &mut Record) -> Result<Result<Self, String>> {
         let no_zram = match make_zram(bytes, record)? {
             Ok(head) => return Ok(Ok(head)),
@@ -60,20 +60,20 @@ impl Head {
         })
     }
 
-    /// The head that a record names, with `bytes` of it in use; None for a store without one.
+    /// The head that a record names, with `bytes` of it in use; None if the store has none.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where it is not there or smaller.
-    pub(super) fn adopt(made: &Made, bytes: Bytes) -> Result<Option<Self>> {
+    /// [`ErrorKind::Refused`] if the device is missing or too small.
+    pub(super) fn adopt(made: &HeadRecord, bytes: Bytes) -> Result<Option<Self>> {
         let (kind, name) = match made {
-            Made::Zram { index } => (HeadKind::Zram { index: *index }, format!("zram{index}")),
-            Made::Brd => (HeadKind::Brd, BRD_NAME.to_owned()),
-            Made::Nothing | Made::ZramIntended { .. } => return Ok(None),
+            HeadRecord::Zram { index } => (HeadKind::Zram { index: *index }, format!("zram{index}")),
+            HeadRecord::Brd => (HeadKind::Brd, BRD_NAME.to_owned()),
+            HeadRecord::Nothing | HeadRecord::ZramIntended { .. } => return Ok(None),
         };
         let path = format!("/sys/block/{name}/dev");
         let number = fs::read_to_string(&path)
             .map_err(|error| {
-                Error::refused(format!("the RAM disk /dev/{name} is not there")).with_source(error)
+                Error::refused(format!("the RAM disk /dev/{name} does not exist")).with_source(error)
             })?
             .parse::<DeviceNumber>()?;
         let have = device_bytes(number)?;
@@ -83,7 +83,7 @@ impl Head {
         Ok(Some(Self { kind, number, bytes }))
     }
 
-    /// Gives the memory back.
+    /// Frees the memory.
     pub(super) fn release(&self) -> Result<()> {
         match self.kind {
             HeadKind::Zram { index } => release_zram(index),
@@ -92,14 +92,14 @@ impl Head {
     }
 }
 
-/// Loads a kernel module. False where it cannot be loaded.
+/// Loads a kernel module. False if it cannot be loaded.
 #[must_use]
 pub fn load_module(name: &str, options: &[&str]) -> bool {
     run_modprobe(&[&[name], options].concat())
 }
 
 fn run_modprobe(arguments: &[&str]) -> bool {
-    // A root shell made by su(1) may lack the directory that modprobe is in.
+    // modprobe's directory may be missing from the PATH of a root shell started by su(1).
     let program = ["/usr/sbin/modprobe", "/sbin/modprobe"]
         .iter()
         .find(|path| Path::new(path).exists())
@@ -123,7 +123,7 @@ fn make_zram(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> 
     if !Path::new(ZRAM_CONTROL).exists() && !load_module("zram", &["num_devices=0"]) {
         return Ok(Err("the kernel has no zram".to_owned()));
     }
-    record.note(Made::ZramIntended { before: zram_indices() })?;
+    record.note(HeadRecord::ZramIntended { before: zram_indices() })?;
     let path = format!("{ZRAM_CONTROL}/hot_add");
     let index = match fs::read_to_string(&path) {
         Ok(text) => text
@@ -131,26 +131,26 @@ fn make_zram(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> 
             .parse::<u32>()
             .map_err(|source| Error::kernel(format!("reading {path} ('{}')", text.trim()), source))?,
         Err(error) => {
-            record.note(Made::Nothing)?;
+            record.note(HeadRecord::Nothing)?;
             return Ok(Err(format!("no zram device could be added ({error})")));
         }
     };
-    record.note(Made::Zram { index })?;
+    record.note(HeadRecord::Zram { index })?;
     let result = fs::write(sysfs(index, "disksize"), bytes.get().to_string())
         .and_then(|()| fs::read_to_string(sysfs(index, "dev")));
     let number = match result {
         Ok(text) => text.parse::<DeviceNumber>()?,
         Err(error) => {
             release_zram(index)?;
-            // From here on the number is anybody's.
-            record.note(Made::Nothing)?;
-            return Ok(Err(format!("a zram device of {bytes} could not be made ({error})")));
+            // From here on another process may get this number.
+            record.note(HeadRecord::Nothing)?;
+            return Ok(Err(format!("a zram device of {bytes} could not be set up ({error})")));
         }
     };
     Ok(Ok(Head { kind: HeadKind::Zram { index }, number, bytes }))
 }
 
-/// Resets and removes a zram device. One that is gone already is no error.
+/// Resets and removes a zram device. If it is gone already, that is no error.
 pub(super) fn release_zram(index: u32) -> Result<()> {
     let reset = sysfs(index, "reset");
     let mut attempt = 1;
@@ -165,14 +165,14 @@ pub(super) fn release_zram(index: u32) -> Result<()> {
             }
             other => {
                 return other
-                    .io_context(|| format!("giving back /dev/zram{index}"))
+                    .io_context(|| format!("releasing /dev/zram{index}"))
                     .map_err(|error| error.next(format!("echo 1 >{}", reset.display())));
             }
         }
     }
 }
 
-/// The zram devices there are.
+/// The zram devices that exist.
 pub(super) fn zram_indices() -> Vec<u32> {
     let mut found: Vec<u32> = fs::read_dir("/sys/block")
         .into_iter()
@@ -184,7 +184,7 @@ pub(super) fn zram_indices() -> Vec<u32> {
     found
 }
 
-/// True for a zram device that nobody has given a size.
+/// True for a zram device without a size.
 pub(super) fn zram_is_unused(index: u32) -> bool {
     fs::read_to_string(sysfs(index, "disksize")).is_ok_and(|text| text.trim() == "0")
 }
@@ -195,12 +195,12 @@ fn sysfs(index: u32, file: &str) -> PathBuf {
 
 fn make_brd(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> {
     if Path::new(BRD_MODULE).exists() {
-        return Ok(Err("brd is in use by others".to_owned()));
+        return Ok(Err("brd is loaded already, by other users".to_owned()));
     }
-    record.note(Made::Brd)?;
+    record.note(HeadRecord::Brd)?;
     let kib = bytes.get() / 1024;
     if !load_module("brd", &["rd_nr=1", "max_part=0", &format!("rd_size={kib}")]) {
-        record.note(Made::Nothing)?;
+        record.note(HeadRecord::Nothing)?;
         return Ok(Err("the kernel has no brd".to_owned()));
     }
     let number = fs::read_to_string(format!("/sys/block/{BRD_NAME}/dev"))
@@ -209,13 +209,13 @@ fn make_brd(bytes: Bytes, record: &mut Record) -> Result<Result<Head, String>> {
     let have = device_bytes(number)?;
     if have < bytes {
         release_brd()?;
-        record.note(Made::Nothing)?;
+        record.note(HeadRecord::Nothing)?;
         return Ok(Err(format!("/dev/{BRD_NAME} has {have} instead of {bytes}")));
     }
     Ok(Ok(Head { kind: HeadKind::Brd, number, bytes }))
 }
 
-/// Unloads the brd module that we loaded. One that is gone already is no error.
+/// Unloads the brd module, which we loaded. If it is gone already, that is no error.
 pub(super) fn release_brd() -> Result<()> {
     for _ in 0..RELEASE_ATTEMPTS {
         if !Path::new(BRD_MODULE).exists() || run_modprobe(&["-r", "brd"]) {

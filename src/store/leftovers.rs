@@ -1,7 +1,7 @@
-//! What has a dead process left of its store, and is it ours to give back?
+//! What has a dead process left of its store, and may it be released?
 //!
-//! Decided by the last whole line of its [`record`](super::record), whose head has the argument. Must not touch a RAM disk
-//! or a file that no record names, or one whose record is locked.
+//! The last whole line of its [`record`](super::record) decides; the argument is at the head of that module.
+//! Must not touch a RAM disk or a file that no record names, or whose record is locked.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,13 +12,13 @@ use crate::dm::Dm;
 use crate::sys::dm_ioctl::Key;
 
 use super::head;
-use super::record::{Inode, Made, NamedFile, RECORD_DIR, last_whole_line, lock, read_locked};
+use super::record::{HeadRecord, Inode, NamedFile, RECORD_DIR, last_whole_line, lock, read_locked};
 
-/// Most records looked at in one go.
+/// Most records examined in one call.
 const RECORD_COUNT_MAX: usize = 4096;
 
-/// Gives back the RAM heads and files of stores whose process is gone and whose device is removed. Call
-/// it after the devices of a crashed copy have been removed. Answers what was given back, for people.
+/// Releases the RAM heads and files of stores whose process died and whose device is removed. To be called
+/// after the devices of a crashed copy have been removed. Returns descriptions of what was released.
 ///
 /// # Errors
 /// The first failure, after every record has been tried.
@@ -31,7 +31,7 @@ pub fn release_leftovers() -> Result<Vec<String>> {
     release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut Kernel)
 }
 
-/// The RAM disks, or a test's fake of them.
+/// The RAM disks, or a fake in tests.
 trait Disks {
     fn zram_indices(&self) -> Vec<u32>;
     fn zram_is_unused(&self, index: u32) -> bool;
@@ -79,7 +79,7 @@ fn release_leftovers_in(
     first_error.map_or(Ok(released), Err)
 }
 
-/// One record: what was given back (so far).
+/// Releases what one record names. Returns descriptions.
 fn release_one(
     path: &Path,
     in_use: &dyn Fn(&str) -> Result<bool>,
@@ -90,25 +90,25 @@ fn release_one(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
     };
-    // Locked: its process lives.
+    // A locked record belongs to a living process.
     let Some(file) = lock(file, path)? else { return Ok(Vec::new()) };
     let Some(text) = read_locked(&file, path)? else { return Ok(Vec::new()) };
     let remove = || fs::remove_file(path).io_context(|| format!("removing {}", path.display()));
     let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
-    // Nothing is made before the first line is whole.
+    // Nothing is created before the first line is complete.
     let Some(facts) = facts else { return remove().map(|()| Vec::new()) };
     if in_use(&facts.about.uuid)? {
         return Ok(Vec::new());
     }
     let mut released = Vec::new();
     match facts.head {
-        Made::Nothing => {}
-        Made::Zram { index } => {
+        HeadRecord::Nothing => {}
+        HeadRecord::Zram { index } => {
             disks.release_zram(index)?;
             released.push(format!("the RAM disk /dev/zram{index}"));
         }
-        Made::ZramIntended { before } => released.extend(release_intended(&before, disks)?),
-        Made::Brd => {
+        HeadRecord::ZramIntended { before } => released.extend(release_intended(&before, disks)?),
+        HeadRecord::Brd => {
             disks.release_brd()?;
             released.push("the RAM disk /dev/ram0 (module brd)".to_owned());
         }
@@ -120,19 +120,19 @@ fn release_one(
     Ok(released)
 }
 
-/// Removes a file that a store has a name for, where it is the one that was noted. Answers what was removed, for people.
+/// Removes the named file of a store if it is the recorded one. Returns a description.
 pub(super) fn release_file(file: &NamedFile) -> Result<Option<String>> {
     let path = &file.path;
     let metadata = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        result => result.io_context(|| format!("looking at the store {}", path.display()))?,
+        result => result.io_context(|| format!("examining the store {}", path.display()))?,
     };
     let ours = match file.inode {
         Some(inode) => inode == Inode::of(&metadata),
         None => metadata.is_file() && metadata.len() == 0,
     };
     if !ours {
-        tracing::warn!("{} is not the file that was made for a store; it was left alone", path.display());
+        tracing::warn!("{} is not the file that was created for a store; it was left alone", path.display());
         return Ok(None);
     }
     fs::remove_file(path).io_context(|| format!("removing the store {}", path.display()))?;
@@ -150,8 +150,8 @@ fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<Stri
         [] => Ok(None),
         _ => {
             tracing::warn!(
-                "zram devices {new:?} are new since a store's creation broke off; none was removed, \
-                 because none is known to be ours (an unused one takes no memory)"
+                "zram devices {new:?} appeared since the creation of a store was cut off; none was removed, \
+                 as none of them is known to be ours (an unused one takes no memory)"
             );
             Ok(None)
         }

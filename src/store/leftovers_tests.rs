@@ -1,9 +1,9 @@
-//! A crash after each step, and records that others use.
+//! A crash after each step, and records that are in use.
 
 use super::*;
 use crate::base::ErrorKind;
 use crate::store::record::tests::{about, count, create, leave};
-use crate::store::record::{HIDDEN, Record};
+use crate::store::record::{HIDDEN_SUFFIX, Record};
 
 #[derive(Default)]
 struct Fake {
@@ -35,10 +35,14 @@ fn release_all(dir: &Path, disks: &mut Fake) -> Result<Vec<String>> {
 }
 
 #[test]
-fn a_crash_behind_each_step_leaves_nothing() {
+fn a_crash_after_each_step_leaves_nothing() {
     let before = vec![0, 3];
-    let all =
-        [Made::ZramIntended { before: before.clone() }, Made::Zram { index: 1 }, Made::Nothing, Made::Brd];
+    let all = [
+        HeadRecord::ZramIntended { before: before.clone() },
+        HeadRecord::Zram { index: 1 },
+        HeadRecord::Nothing,
+        HeadRecord::Brd,
+    ];
     for steps in 0..=all.len() {
         let dir = tempfile::tempdir().unwrap();
         leave(dir.path(), "a", all[..steps].to_vec());
@@ -56,11 +60,11 @@ fn what_is_locked_or_in_use_or_not_ours_stays() {
     let dir = tempfile::tempdir().unwrap();
     let mut disks = Fake { present: vec![1, 2], used: vec![2], ..Fake::default() };
     let mut live = create(dir.path(), "live");
-    live.note(Made::Zram { index: 1 }).unwrap();
-    leave(dir.path(), "mapped", vec![Made::Zram { index: 2 }]);
-    // Two new devices, or one that has a size: not known to be ours.
-    leave(dir.path(), "unsure", vec![Made::ZramIntended { before: vec![] }]);
-    leave(dir.path(), "other", vec![Made::ZramIntended { before: vec![1] }]);
+    live.note(HeadRecord::Zram { index: 1 }).unwrap();
+    leave(dir.path(), "mapped", vec![HeadRecord::Zram { index: 2 }]);
+    // Two new devices, or one that has a size: ownership is unknown.
+    leave(dir.path(), "unsure", vec![HeadRecord::ZramIntended { before: vec![] }]);
+    leave(dir.path(), "other", vec![HeadRecord::ZramIntended { before: vec![1] }]);
     release_leftovers_in(dir.path(), &|uuid| Ok(uuid == "TIDEMARK-mapped"), &mut disks).unwrap();
     assert!(disks.released.is_empty(), "{:?}", disks.released);
     assert!(dir.path().join("live.json").exists() && dir.path().join("mapped.json").exists());
@@ -68,7 +72,7 @@ fn what_is_locked_or_in_use_or_not_ours_stays() {
     assert!(!dir.path().join("live.json").exists());
 }
 
-/// What a killed `--keep-store` copy left was named by nothing.
+/// Regression: no record named the file that a killed `--keep-store` copy left.
 #[test]
 fn a_crash_at_each_step_of_a_file_to_be_kept_leaves_none() {
     for step in 0..5 {
@@ -88,7 +92,7 @@ fn a_crash_at_each_step_of_a_file_to_be_kept_leaves_none() {
             fs::write(&path, "originals").unwrap();
         }
         if step > 3 {
-            // The store is kept: from here on the file is the user's.
+            // The store is kept: from here on the file belongs to the user.
             record.note_file(None).unwrap();
         }
         drop(record);
@@ -100,7 +104,7 @@ fn a_crash_at_each_step_of_a_file_to_be_kept_leaves_none() {
 }
 
 #[test]
-fn a_file_of_somebody_elses_at_the_same_path_stays() {
+fn a_foreign_file_at_the_same_path_stays() {
     let dir = tempfile::tempdir().unwrap();
     let records = dir.path().join("records");
     let (path, other) = (dir.path().join("kept"), dir.path().join("other"));
@@ -114,7 +118,7 @@ fn a_file_of_somebody_elses_at_the_same_path_stays() {
     }
 }
 
-/// A record was visible for a moment before it was locked, and passed for a dead one's.
+/// Regression: a record was visible for a moment before it was locked, and passed for that of a dead process.
 #[test]
 fn a_record_is_never_found_without_its_lock() {
     let dir = tempfile::tempdir().unwrap();
@@ -128,7 +132,7 @@ fn a_record_is_never_found_without_its_lock() {
         });
         for round in 0..300 {
             let record = create(&path, &format!("r{round}"));
-            assert!(record.exists(), "round {round}: taken for a dead one's");
+            assert!(record.exists(), "round {round}: taken for a dead process's record");
             record.close().unwrap();
         }
         stop.store(true, std::sync::atomic::Ordering::SeqCst);
@@ -136,14 +140,14 @@ fn a_record_is_never_found_without_its_lock() {
 }
 
 #[test]
-fn what_a_crash_leaves_of_a_record_in_the_making_is_cleared_away() {
+fn a_record_cut_off_during_creation_is_removed() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join(format!("a{HIDDEN}")), "").unwrap();
+    fs::write(dir.path().join(format!("a{HIDDEN_SUFFIX}")), "").unwrap();
     leave(dir.path(), "b", Vec::new());
-    fs::rename(dir.path().join("b.json"), dir.path().join(format!("b{HIDDEN}"))).unwrap();
+    fs::rename(dir.path().join("b.json"), dir.path().join(format!("b{HIDDEN_SUFFIX}"))).unwrap();
     assert_eq!(release_all(dir.path(), &mut Fake::default()).unwrap(), [""; 0]);
     assert_eq!(count(dir.path()), 0);
-    // Not over one that is there.
+    // An existing record is not replaced.
     let first = create(dir.path(), "a");
     let second = Record::create(dir.path(), "a", about("a")).unwrap_err();
     assert_eq!(second.errno(), Some(libc::EEXIST));
@@ -151,7 +155,7 @@ fn what_a_crash_leaves_of_a_record_in_the_making_is_cleared_away() {
     first.close().unwrap();
 }
 
-/// It names a RAM disk that would otherwise keep its memory for ever.
+/// Such a record may name a RAM disk that would otherwise keep its memory for ever.
 #[test]
 fn a_record_of_another_version_is_not_forgotten() {
     let dir = tempfile::tempdir().unwrap();
@@ -165,7 +169,7 @@ fn a_record_of_another_version_is_not_forgotten() {
 #[test]
 fn a_record_that_was_taken_over_is_no_leftover() {
     let dir = tempfile::tempdir().unwrap();
-    leave(dir.path(), "a", vec![Made::Zram { index: 4 }]);
+    leave(dir.path(), "a", vec![HeadRecord::Zram { index: 4 }]);
     let second = Record::take_over(dir.path(), "a").unwrap();
     let mut disks = Fake { present: vec![4], used: vec![4], ..Fake::default() };
     release_all(dir.path(), &mut disks).unwrap();

@@ -1,4 +1,4 @@
-//! Where is the tail to be, and how much room is there?
+//! Where will the tail be, and how much space is there?
 
 use std::fs;
 use std::io;
@@ -13,18 +13,18 @@ use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _,
 
 use super::size;
 
-/// Where a tail is made when nothing is said.
+/// Directory of the tail if `--store` is not given.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/tidemark";
 
-/// Where a tail is to be.
+/// Where to put the tail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TailPlace {
     /// A file in this directory, without a name unless the store is kept.
     Directory(PathBuf),
-    /// A file to be made at this path.
+    /// A new file at this path.
     NewFile(PathBuf),
-    /// This whole block device; what it holds is lost.
+    /// This whole block device; its content is lost.
     Device {
         /// Its path.
         path: PathBuf,
@@ -36,11 +36,11 @@ pub enum TailPlace {
 }
 
 impl TailPlace {
-    /// What `--store` means: None is [`DEFAULT_DIRECTORY`].
+    /// Interprets the value of `--store`; None means [`DEFAULT_DIRECTORY`].
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] for a path that is none of a directory, a block device and a file yet
-    /// to be made; [`ErrorKind::Usage`] for a zram device (that is what the head is for).
+    /// [`ErrorKind::Refused`] unless the path is a directory, a block device or a file that does not exist
+    /// yet; [`ErrorKind::Usage`] for a zram device (memory is the head's part).
     pub fn resolve(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path else { return Ok(Self::Directory(PathBuf::from(DEFAULT_DIRECTORY))) };
         match fs::metadata(path) {
@@ -64,10 +64,10 @@ impl TailPlace {
                         path.display(),
                         parent.display()
                     ))
-                    .next("make the directory first, or name another place")),
+                    .next("create the directory first, or choose another place")),
                 }
             }
-            Err(error) => Err(error).io_context(|| format!("looking at --store {}", path.display())),
+            Err(error) => Err(error).io_context(|| format!("examining --store {}", path.display())),
         }
     }
 
@@ -79,13 +79,13 @@ impl TailPlace {
                 "--store {}: a zram device cannot be the tail",
                 path.display()
             ))
-            .next("ask for memory with --store-ram, and name a disk with --store"));
+            .next("set the memory with --store-ram, and name a disk with --store"));
         }
         Ok(Self::Device { path: path.to_owned(), number, bytes: device_bytes(number)? })
     }
 
-    /// An existing path on the device that the tail will be on: the block device itself, or a
-    /// directory. From there what lies beneath it is found.
+    /// An existing path on the device that the tail will be on: the block device itself, or a directory. The
+    /// devices below are found from there.
     #[must_use]
     pub fn anchor(&self) -> PathBuf {
         let mut at = match self {
@@ -101,7 +101,7 @@ impl TailPlace {
         at
     }
 
-    /// The directory that its file is in; None for a block device.
+    /// The directory of its file; None for a block device.
     pub(super) fn directory(&self) -> Option<PathBuf> {
         match self {
             Self::Device { .. } => None,
@@ -118,8 +118,7 @@ impl TailPlace {
         }
     }
 
-    /// What a tail here can have: of a device its size, of a filesystem what is free beyond the
-    /// reserve.
+    /// The space for a tail here: the size of a device, or what a filesystem has free beyond the reserve.
     ///
     /// # Errors
     /// I/O errors with the path.
@@ -129,7 +128,7 @@ impl TailPlace {
         }
         let anchor = self.anchor();
         let space =
-            statvfs(&anchor).io_context(|| format!("asking for free space of {}", anchor.display()))?;
+            statvfs(&anchor).io_context(|| format!("reading the free space of {}", anchor.display()))?;
         Ok(free_beyond_reserve(&space))
     }
 }
@@ -145,11 +144,9 @@ pub(super) fn free_beyond_reserve(space: &Statvfs) -> Bytes {
 pub(super) fn device_bytes(number: DeviceNumber) -> Result<Bytes> {
     let path = format!("/sys/dev/block/{number}/size");
     let text = fs::read_to_string(&path).io_context(|| format!("reading {path}"))?;
-    text.trim()
-        .parse::<u64>()
-        .ok()
-        .and_then(|sectors| Sectors(sectors).checked_bytes())
-        .ok_or_else(|| Error::new(ErrorKind::Kernel, format!("{path} holds no size: '{}'", text.trim())))
+    text.trim().parse::<u64>().ok().and_then(|sectors| Sectors(sectors).checked_bytes()).ok_or_else(|| {
+        Error::new(ErrorKind::Kernel, format!("{path} does not contain a size: '{}'", text.trim()))
+    })
 }
 
 #[cfg(test)]

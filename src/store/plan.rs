@@ -1,4 +1,4 @@
-//! How large is a store to be, and of what is it made? As `--dry-run` shows it.
+//! How large will a store be, and which parts will it have? Shown by `--dry-run`.
 
 use std::fs;
 
@@ -9,10 +9,10 @@ use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result};
 use super::place::TailPlace;
 use super::size;
 
-/// What a store is to be, with everything resolved.
+/// The request for a store, with every name resolved.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// The origin's device-mapper name: the store's device is named beside it.
+    /// The origin's device-mapper name, from which the name of the store's device is derived.
     pub origin_name: String,
     /// The volume's name, for the UUID.
     pub volume: String,
@@ -22,17 +22,17 @@ pub struct StoreConfig {
     pub origin_bytes: Bytes,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// Where the tail is to be.
+    /// Where to put the tail.
     pub place: TailPlace,
-    /// Head and tail together at most; None: what the origin can need at most.
+    /// Largest size of head and tail together; None: the most that the origin can need.
     pub size_max: Option<Bytes>,
-    /// Size of the RAM head, zero for none; None: from the memory available.
+    /// Size of the RAM head, zero for none; None: derived from the available memory.
     pub ram: Option<Bytes>,
     /// Keep the store after the copy.
     pub keep: bool,
 }
 
-/// What will be made, as `--dry-run` shows it.
+/// What will be created, as `--dry-run` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorePlan {
     /// Where the tail will be.
@@ -41,20 +41,20 @@ pub struct StorePlan {
     pub head_bytes: Bytes,
     /// The tail at creation.
     pub tail_bytes: Bytes,
-    /// Head and tail together at most.
+    /// Largest size of head and tail together.
     pub total_bytes_max: Bytes,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// The store stays after the copy.
+    /// The store is kept after the copy.
     pub keep: bool,
 }
 
 impl StoreConfig {
-    /// Checks the configuration against the system and fixes the sizes. Changes nothing. Whether the origin may wait for
-    /// what is at its place is not asked here.
+    /// Checks the configuration against the system and sets the sizes. Changes nothing. Does not check
+    /// whether the tail's place may wait for the origin.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for sizes that cannot be, [`ErrorKind::NoSpace`] where the tail's place has too little.
+    /// [`ErrorKind::Usage`] for impossible sizes, [`ErrorKind::NoSpace`] if the tail's place is too small.
     pub fn plan(&self) -> Result<StorePlan> {
         let worst = size::worst_case(self.origin_bytes, self.chunk)?;
         let least = size::smallest(self.chunk);
@@ -86,7 +86,7 @@ impl StoreConfig {
                 format!("{} has {room} for the store, which needs {least_tail}", self.place.path().display()),
             )
             .state("nothing was changed")
-            .next("name another place with --store"));
+            .next("choose another place with --store"));
         }
         let total_bytes_max = match &self.place {
             TailPlace::Device { .. } => head_bytes + tail_bytes,
@@ -106,13 +106,15 @@ impl StoreConfig {
         let tail_least = size::TAIL_BYTES_MIN;
         match self.ram {
             Some(Bytes::ZERO) => Ok(Bytes::ZERO),
-            Some(_) if self.keep => Err(Error::usage("a store that is kept has no part in memory")
-                .next("leave --store-ram or --keep-store away")),
+            Some(_) if self.keep => {
+                Err(Error::usage("a store that is kept has no RAM head")
+                    .next("omit --store-ram or --keep-store"))
+            }
             Some(wanted) => {
                 let wanted = wanted.align_up(size::STORE_UNIT);
                 if wanted + tail_least > total_max {
                     return Err(Error::usage(format!(
-                        "--store-ram {wanted} leaves nothing on disk of a store of {total_max} at most"
+                        "--store-ram {wanted} leaves no space on disk in a store of at most {total_max}"
                     ))
                     .next("make --store-ram smaller or --store-size larger"));
                 }
@@ -127,7 +129,7 @@ impl StoreConfig {
     }
 }
 
-/// Memory that can be had without swapping (`MemAvailable`); zero where the kernel does not say.
+/// Memory available without swapping (`MemAvailable`); zero if the kernel does not report it.
 fn memory_available() -> Bytes {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     parse_available(&text).unwrap_or(Bytes::ZERO)

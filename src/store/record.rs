@@ -1,29 +1,30 @@
-//! What must be given back after a crash, who is still using it, and what does the kernel not know of it?
+//! What of a store must be released after a crash, and which process still uses it?
 //!
-//! Most of a store the kernel drops by itself: the tail is a file without a name behind a loop device
-//! with autoclear. Not so the RAM head, nor a file that was to be kept. So before either is made, a
-//! record of it is synced to `/run/tidemark/stores/ID.json`: one JSON line per step, each the whole
-//! record, only ever appended; the last whole line holds. The space for all of them is allocated with the file: what is
-//! made in the middle of a copy can be noted where `/run` is full by then. Its owner keeps it locked (flock), which dies
-//! with the process; another process may then take the store over ([`adopt`](super::adopt)) or give it
-//! back ([`leftovers`](super::leftovers)).
+//! The kernel drops most of a store by itself: the tail is an unnamed file on a loop device with autoclear.
+//! This is not true of the RAM head, nor of a file that is to be kept. So before either is created, a record
+//! of it is synced to `/run/tidemark/stores/ID.json`: one JSON line per step, each with the whole record,
+//! only ever appended. The last whole line is valid. Space for all lines is allocated when the file is
+//! created, so that a step in the middle of a copy can be recorded even if `/run` is full by then. The owner
+//! keeps the record locked (flock); the lock dies with the process. Another process may then take the store
+//! over ([`adopt`](super::adopt)) or release it ([`leftovers`](super::leftovers)).
 //!
-//! It is made under a hidden name, locked and written, and only then gets its own: a record that can be
-//! found has an owner, or had one.
+//! The record is created under a hidden name, locked and written, and only then renamed to its own name: so a
+//! record that can be found has an owner, or had one.
 //!
-//! Crash argument of the head, by what the last line says:
-//! 1. `nothing`: nothing was made, or all of it was given back.
-//! 2. `zram-intended` with the devices there were before: one may have been added and not yet noted.
-//!    It is ours if it is the only new one and has no size; it holds no memory then.
-//! 3. `zram` with its index, `brd`: given back, unless a live device still has the store's UUID.
+//! Crash argument of the head, by the last line:
+//! 1. `nothing`: nothing was created, or all of it was released.
+//! 2. `zram-intended` with the devices that existed before: one may have been added and not recorded yet. It
+//!    is ours if it is the only new one and has no size; it holds no memory then.
+//! 3. `zram` with its index, `brd`: released, unless a live device still has the store's UUID.
 //!
-//! And of a file with a name:
-//! 1. none is noted: there is none, or it is the user's (its store was kept; see `CowStore::release`).
-//! 2. a path without an inode: the file was about to be made. It is ours if it is empty, as it is until
-//!    its inode is noted; anything else at this path is somebody's.
-//! 3. a path with its inode: removed, if it is still that one.
+//! Crash argument of a file with a name:
+//! 1. none is recorded: there is none, or it belongs to the user (its store was kept; see
+//!    `CowStore::release`).
+//! 2. a path without an inode: the file was about to be created. It is ours if it is empty, as it stays until
+//!    its inode is recorded; any other file at this path is not ours.
+//! 3. a path with an inode: removed, if it is still that inode.
 //!
-//! Must not: touch a RAM disk or a file that no record names, or one whose record is locked.
+//! Must not touch a RAM disk or a file that no record names, or whose record is locked.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
@@ -41,46 +42,46 @@ use crate::sys::block;
 
 use super::plan::StorePlan;
 
-/// Where records are.
+/// Directory of the records.
 pub const RECORD_DIR: &str = "/run/tidemark/stores";
 
-/// Longest record that is written and read: a line is some hundred bytes and twice the longest path.
+/// Longest record that is written or read: a line takes some hundred bytes and twice the longest path.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
 
-/// What is allocated for a record: more than its lines take, unless paths are very long.
+/// Space allocated for a record: more than its lines take, unless paths are very long.
 const RECORD_ROOM: Bytes = Bytes::kib(32);
 
-/// How the name of a record ends that is not locked yet.
-pub(super) const HIDDEN: &str = ".json-new";
+/// Suffix of the hidden name, before the record is locked.
+pub(super) const HIDDEN_SUFFIX: &str = ".json-new";
 
-/// Attempts to make one while a `recover` clears away what it takes for the hidden part of a dead one's.
+/// Attempts to create a record, while `recover` may remove the hidden file as a leftover.
 const CREATE_ATTEMPTS: u32 = 16;
-/// Pause between them.
+/// Pause between two attempts.
 const CREATE_PAUSE: Duration = Duration::from_millis(5);
 
-/// The RAM head: made for the store, and not dropped by the kernel.
+/// The state of the RAM head, which the kernel does not drop by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "made")]
-pub(super) enum Made {
-    /// Nothing, or nothing any more.
+pub(super) enum HeadRecord {
+    /// None, or no longer one.
     Nothing,
     /// A zram device is about to be added; these existed before.
     ZramIntended { before: Vec<u32> },
-    /// This zram device.
+    /// The zram device with this index.
     Zram { index: u32 },
-    /// The brd module is (about to be) loaded.
+    /// The brd module is loaded, or about to be.
     Brd,
 }
 
-/// A file with a name, not (yet) to be kept.
+/// A file with a name that is removed unless the store is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct NamedFile {
     pub path: PathBuf,
-    /// Which file it is; None while it is about to be made.
+    /// Its identity; None while it is about to be created.
     pub inode: Option<Inode>,
 }
 
-/// A file, whatever it is called.
+/// The identity of a file, independent of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Inode {
     pub filesystem: DeviceNumber,
@@ -93,7 +94,7 @@ impl Inode {
     }
 }
 
-/// What the store is, fixed when it is made.
+/// The properties of a store that are fixed when it is created.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct About {
     /// UUID of its device.
@@ -102,25 +103,25 @@ pub(super) struct About {
     pub device: String,
     /// Size of the origin.
     pub origin_bytes: Bytes,
-    /// As planned; how large its parts are now, the kernel says.
+    /// As planned; the present sizes of its parts are in the kernel.
     pub plan: StorePlan,
 }
 
-/// One line of a record: all of it.
+/// One line of a record, which is the whole record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Facts {
     pub version: u32,
     pub about: About,
     #[serde(flatten)]
-    pub head: Made,
+    pub head: HeadRecord,
     pub file: Option<NamedFile>,
-    /// The filesystem that the tail's file is on, once there is one.
+    /// The filesystem of the tail's file, once there is one.
     pub filesystem: Option<DeviceNumber>,
 }
 
 const VERSION: u32 = 2;
 
-/// A record that is ours: locked while this value lives.
+/// A record owned by this process: locked while this value lives.
 #[derive(Debug)]
 pub(super) struct Record {
     path: PathBuf,
@@ -129,15 +130,16 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Begins the record of store `id` in `dir`.
+    /// Creates the record of store `id` in `dir`.
     pub(super) fn create(dir: &Path, id: &str, about: About) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir)
             .io_context(|| format!("making the directory {}", dir.display()))?;
-        let facts = Facts { version: VERSION, about, head: Made::Nothing, file: None, filesystem: None };
-        let hidden = dir.join(format!("{id}{HIDDEN}"));
+        let facts =
+            Facts { version: VERSION, about, head: HeadRecord::Nothing, file: None, filesystem: None };
+        let hidden = dir.join(format!("{id}{HIDDEN_SUFFIX}"));
         let path = record_path(dir, id);
         for _ in 0..CREATE_ATTEMPTS {
             let Some(file) = create_locked(&hidden)? else {
@@ -154,7 +156,7 @@ impl Record {
                     record.path = path;
                     return Ok(record);
                 }
-                // Cleared away before it was locked.
+                // Removed by `recover` before it was locked.
                 Err(Errno::ENOENT) => {}
                 Err(errno) => {
                     let error =
@@ -169,26 +171,26 @@ impl Record {
             }
         }
         Err(Error::refused(format!("making the store's record {}", path.display()))
-            .state("another process clears the directory again and again")
+            .state("another process keeps removing files from the directory")
             .next("wait until no 'tidemark recover' is running"))
     }
 
-    /// Takes over the record of store `id`, whose process is gone.
+    /// Takes over the record of store `id`, whose process died.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where there is none, or its process lives; [`ErrorKind::BadData`] for one
-    /// that cannot be read.
+    /// [`ErrorKind::Refused`] if there is none or its process lives; [`ErrorKind::BadData`] if it cannot be
+    /// read.
     pub(super) fn take_over(dir: &Path, id: &str) -> Result<Self> {
         let (record, text) = Self::lock_existing(dir, id)?;
         record.make_room()?;
         if !text.ends_with('\n') {
-            // Cut short by the crash: what comes next must not be taken for a part of it.
+            // The crash cut the last line short: the next line must not become part of it.
             record.write("\n")?;
         }
         Ok(record)
     }
 
-    /// As [`Record::take_over`], to be read: it is locked, and not changed.
+    /// As [`Record::take_over`], for reading: locked, but not changed.
     ///
     /// # Errors
     /// As [`Record::take_over`].
@@ -196,12 +198,12 @@ impl Record {
         Self::lock_existing(dir, id).map(|(record, _)| record)
     }
 
-    /// And what it holds.
+    /// Locks an existing record. Returns it with its text.
     fn lock_existing(dir: &Path, id: &str) -> Result<(Self, String)> {
         let path = record_path(dir, id);
         let gone = || {
             Error::refused(format!("there is no record of the store {id} ({})", path.display()))
-                .next("it was given back already; begin a new copy")
+                .next("it has been released already; start a new copy")
         };
         let opened = OpenOptions::new().read(true).append(true).open(&path);
         let file = match opened {
@@ -215,51 +217,50 @@ impl Record {
         let text = read_locked(&file, &path)?.ok_or_else(gone)?;
         let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
         let facts = facts.ok_or_else(|| {
-            Error::bad_data(format!("the store's record {} does not say anything", path.display()))
+            Error::bad_data(format!("the store's record {} is empty", path.display()))
                 .next("run 'tidemark recover'")
         })?;
         Ok((Self { path, facts, file }, text))
     }
 
-    /// It can be found under its name.
+    /// True if the record can be found under its name.
     #[cfg(test)]
     pub(super) fn exists(&self) -> bool {
         self.path.exists()
     }
 
-    /// What it says.
+    /// The present content.
     pub(super) fn facts(&self) -> &Facts {
         &self.facts
     }
 
-    /// Notes what is (about to be) made of the head. Returns once that is on stable storage (a tmpfs: it
-    /// outlives the process, not the host, and so do RAM disks).
-    pub(super) fn note(&mut self, head: Made) -> Result<()> {
+    /// Records the state of the head, or what is about to be done to it. Returns once that is on stable
+    /// storage (a tmpfs: it outlives the process but not the host, and so do RAM disks).
+    pub(super) fn note(&mut self, head: HeadRecord) -> Result<()> {
         self.facts.head = head;
         self.append()
     }
 
-    /// As [`Record::note`], for a file that is (about to be) made and must not stay; None for one that is
-    /// gone, or is the user's from now on.
+    /// As [`Record::note`], for a file that exists or is about to, and must be removed after a crash. None
+    /// once it has been removed or belongs to the user.
     pub(super) fn note_file(&mut self, file: Option<NamedFile>) -> Result<()> {
         self.facts.file = file;
         self.append()
     }
 
-    /// As [`Record::note`], for where the tail's file is.
+    /// As [`Record::note`], for the filesystem of the tail's file.
     pub(super) fn note_filesystem(&mut self, filesystem: DeviceNumber) -> Result<()> {
         self.facts.filesystem = Some(filesystem);
         self.append()
     }
 
-    /// Has [`RECORD_ROOM`] allocated; the length stays. A file system that cannot do so goes without.
+    /// Allocates [`RECORD_ROOM`] without changing the length. Skipped on a filesystem that cannot do so.
     fn make_room(&self) -> Result<()> {
         let file: &File = &self.file;
         match block::reserve_beyond(file, RECORD_ROOM) {
             Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(()),
-            result => {
-                result.io_context(|| format!("making room for the store's record {}", self.path.display()))
-            }
+            result => result
+                .io_context(|| format!("allocating space for the store's record {}", self.path.display())),
         }
     }
 
@@ -277,12 +278,12 @@ impl Record {
         let length = file.metadata().io_context(what)?.len() + Bytes::from_len(text.len()).get();
         if length > RECORD_BYTES_MAX {
             return Err(Error::new(ErrorKind::NoSpace, format!("{}: it is {length} bytes long", what()))
-                .next("begin a new copy"));
+                .next("start a new copy"));
         }
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).io_context(what)
     }
 
-    /// Ends the record: everything it names has been given back.
+    /// Removes the record: everything that it names has been released.
     pub(super) fn close(self) -> Result<()> {
         fs::remove_file(&self.path)
             .io_context(|| format!("removing the store's record {}", self.path.display()))
@@ -293,18 +294,18 @@ fn record_path(dir: &Path, id: &str) -> PathBuf {
     dir.join(format!("{id}.json"))
 }
 
-/// None where somebody else was faster to lock it.
+/// None if another process exists that has created or locked it.
 fn create_locked(path: &Path) -> Result<Option<Flock<File>>> {
     let made = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
     let file = match made {
-        // Of a process that died between this and the renaming, or is about to be cleared away.
+        // Left by a process that died before the rename, or about to be removed.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
         result => result.io_context(|| format!("making the store's record {}", path.display()))?,
     };
     lock(file, path)
 }
 
-/// None where it is locked by somebody.
+/// None if another process has locked it.
 pub(super) fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(file) => Ok(Some(file)),
@@ -313,8 +314,8 @@ pub(super) fn lock(file: File, path: &Path) -> Result<Option<Flock<File>>> {
     }
 }
 
-/// What a locked record holds; None where its owner removed or renamed it before we had the lock: what it
-/// names may be somebody else's by now.
+/// The text of a locked record. None if the record was removed or renamed before we had the lock: what it
+/// names may belong to another store by now.
 pub(super) fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<String>> {
     let what = || format!("reading {}", path.display());
     let mine = Inode::of(&file.metadata().io_context(what)?);
@@ -328,11 +329,11 @@ pub(super) fn read_locked(file: &Flock<File>, path: &Path) -> Result<Option<Stri
     let mut bytes = Vec::new();
     let reader: &File = file;
     reader.take(RECORD_BYTES_MAX).read_to_end(&mut bytes).io_context(what)?;
-    // A line cut within a character is a line cut short.
+    // A line cut within a character is also cut short.
     Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
-/// A line cut short by a crash does not count; the one before it does.
+/// The last line that is complete. A line cut short by a crash does not count.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`] for a record of another version: what it names must not be forgotten.
@@ -350,7 +351,7 @@ pub(super) fn last_whole_line(text: &str) -> Result<Option<Facts>> {
         None => Ok(None),
         Some((VERSION, line)) => serde_json::from_str::<Facts>(line)
             .map(Some)
-            .map_err(|source| Error::bad_data("a store's record that is not right").with_source(source)),
+            .map_err(|source| Error::bad_data("a store's record is malformed").with_source(source)),
         Some((version, _)) => {
             Err(Error::bad_data(format!("a store's record of version {version} instead of {VERSION}"))
                 .next("run 'tidemark recover' of the version that wrote it"))

@@ -1,5 +1,5 @@
-//! dm-snapshot's side of a store, simulated for the tests of those who read it: one write at a time,
-//! and each write seen half done.
+//! A simulation of how dm-snapshot writes a store, for the tests of its readers: one write at a time, and
+//! each write visible half done.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,7 +9,7 @@ use crate::dm::SnapshotStatus;
 use crate::format::exception_store::{Entry, Header, area_offset, encode_area, entries_per_area};
 use crate::io::BlockRead;
 
-/// Small and fast; every seed is one run.
+/// A small, fast generator. Each seed gives one run.
 pub struct Random(pub u64);
 
 impl Random {
@@ -25,21 +25,21 @@ impl Random {
     }
 }
 
-/// dm-snap-persistent.c as the module's head describes it, one write at a time.
+/// Follows dm-snap-persistent.c as described at the head of `exceptions`, one write at a time.
 pub struct Kernel {
     pub random: Random,
     chunk: ChunkSize,
     pub image: Vec<u8>,
     /// Offset and content of the write in flight.
     in_flight: Option<(usize, Vec<u8>)>,
-    /// Set while a full area is in flight: the next one is current once that is done.
-    moves_on: bool,
+    /// Set while a full area is in flight: when that completes, the next area is the current one.
+    area_is_full: bool,
     area: Vec<Entry>,
     current_area: u64,
     next_free: u64,
-    /// Everything ever put into an area, old to new.
+    /// Every exception ever put into an area, old to new.
     pub all: HashMap<u64, u64>,
-    /// Of those, what a finished write holds.
+    /// The exceptions held by completed writes.
     pub committed: Vec<u64>,
     uncommitted: Vec<u64>,
     origin_chunks: u64,
@@ -51,7 +51,7 @@ impl Kernel {
         let bytes = chunk.bytes().as_len();
         let chunks = (areas + 1) * (entries_per_area(chunk) + 1) + 2;
         let mut image = vec![0u8; Bytes(chunks * chunk.bytes().get()).as_len()];
-        // A used disk: what will be an area is not zero before the kernel zeroes it.
+        // A used disk: future areas are not zero until the kernel zeroes them.
         for area in 1..=areas {
             let at = area_offset(area, chunk).unwrap().as_len();
             for word in image[at..at + bytes].chunks_exact_mut(8) {
@@ -64,7 +64,7 @@ impl Kernel {
             chunk,
             image,
             in_flight: None,
-            moves_on: false,
+            area_is_full: false,
             area: Vec::new(),
             current_area: 0,
             next_free: 2,
@@ -79,18 +79,18 @@ impl Kernel {
         area_offset(area, self.chunk).unwrap().as_len()
     }
 
-    /// The write in flight is done.
+    /// Completes the write in flight.
     pub fn finish(&mut self) {
         let Some((at, content)) = self.in_flight.take() else { return };
         self.image[at..at + content.len()].copy_from_slice(&content);
         self.committed.append(&mut self.uncommitted);
-        if std::mem::take(&mut self.moves_on) {
+        if std::mem::take(&mut self.area_is_full) {
             self.current_area += 1;
             self.area.clear();
         }
     }
 
-    /// Puts up to `count` exceptions into the current area and begins to write it.
+    /// Puts up to `count` exceptions into the current area and starts to write it.
     pub fn begin(&mut self, count: u64) {
         self.finish();
         let per_area = entries_per_area(self.chunk);
@@ -113,7 +113,7 @@ impl Kernel {
         if self.area.len() as u64 == per_area {
             let next = self.area_at(self.current_area + 1);
             self.image[next..next + bytes].fill(0);
-            self.moves_on = true;
+            self.area_is_full = true;
         }
         let mut content = vec![0; bytes];
         encode_area(&self.area, &mut content).unwrap();
@@ -141,10 +141,10 @@ impl Kernel {
     }
 }
 
-/// What a reader sees of it.
-pub struct Shared<'a>(pub &'a RefCell<Kernel>);
+/// The store as a reader sees it, with a write in flight partly visible.
+pub struct TornView<'a>(pub &'a RefCell<Kernel>);
 
-impl BlockRead for Shared<'_> {
+impl BlockRead for TornView<'_> {
     fn size(&self) -> Bytes {
         Bytes::from_len(self.0.borrow().image.len())
     }
@@ -156,7 +156,7 @@ impl BlockRead for Shared<'_> {
         if let Some((write_at, content)) = &kernel.in_flight
             && *write_at == at
         {
-            // Any byte may be there or not: far worse than any machine.
+            // Any byte may be visible or not: far worse than any real machine.
             let share = kernel.random.below(5);
             for (byte, new) in buffer.iter_mut().zip(content) {
                 if kernel.random.below(4) < share {

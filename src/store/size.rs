@@ -1,89 +1,89 @@
 //! How large must a store be, now and at most? Pure arithmetic, no I/O.
 //!
-//! Invariants: sizes are multiples of [`STORE_UNIT`]; a growth never exceeds the largest size; the
-//! worst case is exact: a store of that size cannot fill up, whatever is written to the origin; the RAM
-//! head that is taken by default is never more than a [`HEAD_SHARE`]-th of the memory that is available
-//! without swapping, nor more than [`HEAD_DEFAULT_MAX`].
+//! Invariants: sizes are multiples of [`STORE_UNIT`]. A growth never exceeds the largest size. The worst case
+//! is exact: a store of that size cannot fill up, whatever is written to the origin. The default RAM head is
+//! at most a [`HEAD_SHARE`]-th of the memory that is available without swapping, and at most
+//! [`HEAD_DEFAULT_MAX`].
 
 use std::time::Duration;
 
 use crate::base::{Bytes, ChunkSize, Error, Result};
 
-/// Granule of every part of a store: a multiple of every chunk and of every logical block.
+/// Granularity of every part of a store: a multiple of every chunk and of every logical block.
 pub const STORE_UNIT: Bytes = Bytes::mib(1);
 
-/// Smallest store: below this even an idle filesystem's own writes would fill it.
+/// Smallest store: the writes of an idle filesystem alone would fill a smaller one.
 pub const STORE_BYTES_MIN: Bytes = Bytes::mib(4);
 
-/// Smallest tail beside a RAM head.
+/// Smallest tail of a store with a RAM head.
 pub const TAIL_BYTES_MIN: Bytes = Bytes::mib(1);
 
-/// The tail at creation, at least (where the worst case is not smaller): what a busy server writes
-/// in the seconds before the first growth.
+/// Smallest tail at creation (unless the worst case is smaller): what a busy server writes in the seconds
+/// before the first growth.
 pub const TAIL_FIRST_MIN: Bytes = Bytes::mib(256);
 
-/// The tail at creation for large origins: this part of the origin.
+/// Tail at creation for large origins: the origin's size divided by this.
 pub const TAIL_FIRST_SHARE: u64 = 64;
 
-/// A tail that cannot have this much at once is refused (where the worst case is not smaller).
+/// A place with less space than this is refused (unless the worst case is smaller).
 pub const TAIL_FIRST_REFUSED_BELOW: Bytes = Bytes::mib(16);
 
 /// Most pieces of a tail: one more for each process that takes a store over and has to enlarge it.
 pub const TAIL_COUNT_MAX: usize = 64;
 
-/// Never taken from the tail's filesystem by default and by growth: this share of its size, at most
-/// [`RESERVE_MAX`]. The store must not be what fills /var.
+/// Space that a default size or a growth never takes from the tail's filesystem: its size divided by this, at
+/// most [`RESERVE_MAX`]. The store must not be what fills /var.
 pub const RESERVE_SHARE: u64 = 20;
-/// See [`RESERVE_SHARE`].
+/// Largest reserve on the tail's filesystem.
 pub const RESERVE_MAX: Bytes = Bytes::gib(1);
 
-/// The RAM head by default: this share of the memory available.
+/// Default RAM head: the available memory divided by this.
 pub const HEAD_SHARE: u64 = 16;
-/// The RAM head by default, at most: all of it counts, since originals may be incompressible.
+/// Largest default RAM head: all of it counts, since originals may be incompressible.
 pub const HEAD_DEFAULT_MAX: Bytes = Bytes::mib(256);
-/// A head smaller than this by default is not worth a device.
+/// Smallest default RAM head: a smaller one is not worth a device.
 pub const HEAD_DEFAULT_MIN: Bytes = Bytes::mib(16);
 
-/// The tail joins the head when what is free in the head would last less than this.
+/// The tail joins the head when the head's free space would last less than this.
 pub const JOIN_LEAD: Duration = Duration::from_secs(2);
-/// The tail joins when less than this part of the head is free, however slow the filling: a burst
-/// from nothing must not fill the rest before the next look.
+/// The tail joins when less than one part in this many of the head is free, however slow the filling: a
+/// sudden burst must not fill the rest before the next sample.
 pub const JOIN_SHARE: u64 = 2;
-/// A head smaller than this never goes without its tail, for the same reason.
+/// A head smaller than this is never used without its tail, for the same reason.
 pub const HEAD_ALONE_MIN: Bytes = Bytes::mib(64);
 
-/// The store is kept ahead of the measured fill rate by this long.
+/// Growth keeps free space for this time at the measured fill rate.
 pub const GROWTH_LEAD: Duration = Duration::from_secs(15);
-/// Free space kept ahead of an idle store: a burst from nothing must survive until the next look.
+/// Free space kept in an idle store: a sudden burst must not fill it before the next sample.
 pub const FREE_FLOOR: Bytes = Bytes::mib(64);
-/// Smallest growth step: each costs a pause of milliseconds in the store's writes.
+/// Smallest growth: each one pauses the store's writes for milliseconds.
 pub const GROWTH_STEP_MIN: Bytes = Bytes::mib(128);
 
-/// A store that cannot grow is short when what is free in it would last less than this: time for a look
-/// and for the suspension of the origin.
+/// A store that cannot grow is short when its free space would last less than this: time for a sample and for
+/// the suspension of the origin.
 pub const SHORT_LEAD: Duration = Duration::from_millis(500);
-/// Free space below which it is short however slow the filling: one chunk for each of this many writes
-/// that may come before the next look...
+/// A store is also short, however slow the filling, when it has less than one free chunk for each of this
+/// many writes that may come before the next sample...
 pub const SHORT_CHUNKS: u64 = 256;
-/// ...but at most this part of the store, so that small ones and large chunks leave some to be used.
+/// ...but at most one part in this many of the store, so that small stores and large chunks leave some to be
+/// used.
 pub const SHORT_SHARE: u64 = 8;
-/// It is looked at more often when it has less than this many times what makes it short.
+/// It is sampled more often when its free space is less than this many times the limit.
 pub const SHORT_NEAR: u64 = 4;
 
-/// What is kept of a measured fill rate in [`RATE_TIME`] when nothing is filled; a rise is believed at
-/// once.
-const RATE_KEPT: f64 = 0.9;
-/// See [`RATE_KEPT`].
-const RATE_TIME: Duration = Duration::from_millis(100);
+/// Part of a measured fill rate that is left after [`RATE_DECAY_TIME`] without writes; a rise counts at once.
+const RATE_DECAY: f64 = 0.9;
+/// Time in which a fill rate falls to [`RATE_DECAY`] of its value.
+const RATE_DECAY_TIME: Duration = Duration::from_millis(100);
 
 /// Entries of 16 bytes in a metadata area of one chunk.
 fn entries_per_area(chunk: ChunkSize) -> u64 {
     chunk.bytes().get() / 16
 }
 
-/// What a store needs when every chunk of the origin is preserved: the header chunk, a metadata
-/// chunk for every area begun (the kernel zeroes the next area when it fills one, so a full last
-/// area needs one more), and a chunk for each original; rounded up to [`STORE_UNIT`].
+/// What a store needs if every chunk of the origin is preserved: the header chunk, a metadata chunk for each
+/// area begun (the kernel zeroes the next area when it fills one, so a full last area needs one more), and a
+/// chunk for each original; rounded up to [`STORE_UNIT`].
 ///
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an origin too large for 64 bits.
@@ -105,27 +105,27 @@ pub fn smallest(chunk: ChunkSize) -> Bytes {
     (chunk.bytes() * 8).max(STORE_BYTES_MIN)
 }
 
-/// The RAM head to be had by default from `available` bytes of memory; zero where that is too little.
+/// The default RAM head for `available` bytes of memory; zero if that is too little.
 #[must_use]
 pub fn head_default(available: Bytes) -> Bytes {
     let share = Bytes(available.get() / HEAD_SHARE).min(HEAD_DEFAULT_MAX).align_down(STORE_UNIT);
     if share < HEAD_DEFAULT_MIN { Bytes::ZERO } else { share }
 }
 
-/// What must stay free on a filesystem of `size` bytes.
+/// Space that must stay free on a filesystem of `size` bytes.
 #[must_use]
 pub fn reserve(size: Bytes) -> Bytes {
     Bytes(size.get() / RESERVE_SHARE).min(RESERVE_MAX)
 }
 
-/// The tail to begin with for an origin of `origin` bytes, `limit` bytes at most.
+/// The first tail for an origin of `origin` bytes, at most `limit` bytes.
 #[must_use]
 pub fn first_tail(origin: Bytes, limit: Bytes) -> Bytes {
     Bytes(origin.get() / TAIL_FIRST_SHARE).max(TAIL_FIRST_MIN).align_up(STORE_UNIT).min(limit)
 }
 
-/// How fast a store fills: rises are believed at once, falls slowly, so that a pause in a burst does
-/// not stop the growth ahead of it.
+/// How fast a store fills. A rise counts at once, a fall slowly, so that a pause in a burst does not stop the
+/// growth ahead of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FillRate {
     last: Option<(Duration, Bytes)>,
@@ -133,7 +133,7 @@ pub struct FillRate {
 }
 
 impl FillRate {
-    /// Takes a sample: at `at` (from any fixed moment) `used` bytes were in use.
+    /// Adds a sample: `used` bytes were in use at `at` (from any fixed moment).
     pub fn observe(&mut self, at: Duration, used: Bytes) {
         if let Some((last_at, last_used)) = self.last {
             let seconds = at.saturating_sub(last_at).as_secs_f64();
@@ -144,14 +144,14 @@ impl FillRate {
             self.bytes_per_second = if now > self.bytes_per_second {
                 now
             } else {
-                let kept = RATE_KEPT.powf(seconds / RATE_TIME.as_secs_f64());
+                let kept = RATE_DECAY.powf(seconds / RATE_DECAY_TIME.as_secs_f64());
                 now + (self.bytes_per_second - now) * kept
             };
         }
         self.last = Some((at, used));
     }
 
-    /// What is filled in `time` at this rate.
+    /// How much is filled in `time` at this rate.
     #[must_use]
     pub fn over(&self, time: Duration) -> Bytes {
         whole(self.bytes_per_second * time.as_secs_f64())
@@ -164,55 +164,55 @@ impl FillRate {
     }
 }
 
-/// Sizes up to 2^53 exactly, above that to 53 bits: enough for a rate.
+/// Exact up to 2^53, above that 53 significant bits: enough for a rate.
 fn approximate(bytes: Bytes) -> f64 {
     let (high, low) = (bytes.get() >> 32, bytes.get() & 0xffff_ffff);
     f64::from(u32::try_from(high).unwrap_or(u32::MAX)) * 4_294_967_296.0
         + f64::from(u32::try_from(low).unwrap_or(u32::MAX))
 }
 
-/// The whole bytes of a rate; anything that is no size is none, anything too large the largest.
+/// The whole bytes of a rate: zero for what is no size, at most the largest size.
 fn whole(value: f64) -> Bytes {
     let duration = Duration::try_from_secs_f64(value.clamp(0.0, 4e18)).unwrap_or(Duration::ZERO);
     Bytes(duration.as_secs())
 }
 
-/// True where the tail should join a store that is only its head yet.
+/// True if the tail should join a store that is only its head so far.
 #[must_use]
 pub fn should_join(head: Bytes, used: Bytes, rate: &FillRate) -> bool {
     let free = head.saturating_sub(used);
     head < HEAD_ALONE_MIN || free < Bytes(head.get() / JOIN_SHARE) || free < rate.over(JOIN_LEAD)
 }
 
-/// The size that a store of `total` bytes (head and tail) should get now; None where it has enough
-/// ahead of its use or is as large as it may be.
+/// The size to which a store of `total` bytes (head and tail) should grow now; None if it has enough free
+/// space or has its largest size.
 #[must_use]
 pub fn next_total(total: Bytes, used: Bytes, total_max: Bytes, rate: &FillRate) -> Option<Bytes> {
     let ahead = rate.over(GROWTH_LEAD).max(FREE_FLOOR);
     if total >= total_max || total.saturating_sub(used) >= ahead {
         return None;
     }
-    // Twice what is wanted ahead, so that a steady rate grows once per lead and not at every look.
+    // Twice the free space wanted, so that a steady rate causes one growth per lead time, not one per sample.
     let step = Bytes(ahead.get().saturating_mul(2)).max(GROWTH_STEP_MIN);
     let wanted = Bytes(total.get().saturating_add(step.get()).min(total_max.get()));
     let next = wanted.align_down(STORE_UNIT);
     (next > total).then_some(next)
 }
 
-/// Free space of a store of `total` bytes below which it is short, if it cannot grow.
+/// A store of `total` bytes that cannot grow is short if less than this is free.
 fn short_below(total: Bytes, chunk: ChunkSize, rate: &FillRate) -> Bytes {
     let floor = (chunk.bytes() * SHORT_CHUNKS).min(Bytes(total.get() / SHORT_SHARE));
     rate.over(SHORT_LEAD).max(floor)
 }
 
-/// True where a store of `total` bytes that cannot grow will soon be full: what is free would not last
+/// True if a store of `total` bytes that cannot grow will soon be full: its free space would not last
 /// [`SHORT_LEAD`], or is less than writes in flight may need.
 #[must_use]
 pub fn is_short(total: Bytes, used: Bytes, chunk: ChunkSize, rate: &FillRate) -> bool {
     total.saturating_sub(used) < short_below(total, chunk, rate)
 }
 
-/// True where that is near: it is worth looking more often.
+/// True if that is near, so that more frequent samples are worth while.
 #[must_use]
 pub fn is_nearly_short(total: Bytes, used: Bytes, chunk: ChunkSize, rate: &FillRate) -> bool {
     let near = short_below(total, chunk, rate).get().saturating_mul(SHORT_NEAR);
@@ -224,8 +224,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The kernel's allocation, one original after the other (`dm-snap-persistent.c`): what the last
-    /// one and the zeroing of the next area need.
+    /// The kernel's allocation, one original after another (`dm-snap-persistent.c`): everything up to the
+    /// last original, and the zeroed next area.
     fn oracle_chunks(originals: u64, per_area: u64) -> u64 {
         let mut next_free = 2;
         for _ in 0..originals {
@@ -247,14 +247,14 @@ mod tests {
             prop_assert!(have == STORE_BYTES_MIN || have.get() < exact + STORE_UNIT.get());
         }
 
-        /// Whatever the rate: a store that is not short has room for it and for the writes in flight, one
-        /// that is was said to be near before, and one with nothing free is short.
+        /// At any rate: a store that is not short has room for that rate and for the writes in flight, a
+        /// short one also counts as nearly short, and one with nothing free is short.
         #[test]
         fn a_store_is_short_in_time(
             total in 1u64..1 << 40, free in 0u64..1 << 40, rate in 0u64..1 << 34,
             bits in (0u32..40, 0u32..40, 0u32..34), shift in 12u32..21
         ) {
-            // Every order of magnitude of each, for it is their relation that counts.
+            // Every order of magnitude of each, as their ratio matters.
             let (total, free, rate) = ((total >> bits.0).max(1), free >> bits.1, rate >> bits.2);
             let (total, chunk) = (Bytes(total), ChunkSize::new(Bytes(1 << shift)).unwrap());
             let used = total.saturating_sub(Bytes(free));
@@ -295,14 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn a_rise_is_believed_at_once_and_a_fall_slowly() {
+    fn a_rise_counts_at_once_and_a_fall_slowly() {
         let mut rate = FillRate::default();
         rate.observe(Duration::from_millis(0), Bytes::ZERO);
         rate.observe(Duration::from_millis(100), Bytes::mib(10));
         assert_eq!(rate.per_second(), Bytes::mib(100).get());
         rate.observe(Duration::from_millis(200), Bytes::mib(10));
         assert_eq!(rate.per_second(), Bytes::mib(90).get());
-        // Looking more often does not make it fall faster.
+        // More frequent samples do not make the rate fall faster.
         let mut often = rate;
         for at in 21..=30 {
             often.observe(Duration::from_millis(at * 10), Bytes::mib(10));
@@ -312,7 +312,7 @@ mod tests {
         let mut rate = often;
         rate.bytes_per_second = approximate(Bytes::mib(90));
         rate.last = Some((Duration::from_millis(200), Bytes::mib(10)));
-        // The same moment twice is no sample.
+        // A second sample at the same time is ignored.
         rate.observe(Duration::from_millis(200), Bytes::mib(20));
         assert_eq!(rate.per_second(), Bytes::mib(90).get());
     }

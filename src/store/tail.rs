@@ -1,18 +1,18 @@
 //! Where is the disk tail, and how does it grow?
 //!
 //! A file through a loop device with direct I/O, or a whole block device. Invariants:
-//! - space is allocated in the filesystem before the loop device shows it: a filesystem that is full
-//!   is a growth that failed, never a write error in the store;
-//! - a file that is not kept has no name: `O_TMPFILE` where the filesystem can, else unlinked at
-//!   once. With the loop device's autoclear flag nothing of it outlives its last user;
-//! - a kept file has its name from the start and mode 0600: it holds the origin's data. The record
-//!   names it before it is made, and until it is the user's;
-//! - a tail that another process made is used as it is: its file can only be opened where it has a name,
-//!   so one without is followed by a further tail instead of being enlarged. That one must be on the
-//!   same filesystem: what is mounted at the same path now has not been checked to be off the origin.
+//! - Space is allocated in the filesystem before the loop device shows it: a full filesystem makes a growth
+//!   fail, never a write to the store.
+//! - A file that is not kept has no name: `O_TMPFILE` if the filesystem supports it, else unlinked at once.
+//!   With the loop device's autoclear flag, nothing of it outlives its last user.
+//! - A kept file has its name from the start, and mode 0600, as it holds the origin's data. The record names
+//!   it from before it is created until it belongs to the user.
+//! - A tail that another process created is used as it is. Its file can be opened only if it has a name, so
+//!   an unnamed one is followed by a further tail instead of being enlarged. That one must be on the same
+//!   filesystem: nothing has checked that what is mounted at the same path now is not on the origin.
 //!
-//! Must not: change the backing block device's settings, or those of a loop device beyond its own
-//! (queue settings outlive the attachment and would reach the next user of the same number).
+//! Must not change the settings of the backing block device, nor settings of a loop device that outlive the
+//! attachment (queue settings do, and would reach the next user of the same number).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -34,14 +34,14 @@ use super::place::{DEFAULT_DIRECTORY, TailPlace, device_bytes, free_beyond_reser
 use super::record::{Inode, NamedFile, Record};
 use super::size;
 
-/// Zeros written at a time where the filesystem cannot allocate space.
+/// Zeros written at a time if the filesystem cannot allocate space.
 const ZERO_STEP: usize = 1 << 20;
 
-/// A tail that is ours.
+/// A tail that this process uses.
 #[derive(Debug)]
 pub(super) struct Tail {
     pub number: DeviceNumber,
-    /// Space that is allocated and shown.
+    /// Space that is allocated and visible on the device.
     pub bytes: Bytes,
     backing: Backing,
     description: String,
@@ -55,14 +55,14 @@ enum Backing {
         device: LoopDevice,
     },
     Device,
-    /// A file without a name, of a process that is gone; the table that maps the loop device holds it.
+    /// An unnamed file of a process that died; the store's table keeps its loop device open.
     Adopted,
 }
 
 impl Tail {
-    /// Makes a tail of `bytes` at `place`. With `keep_as`, a file gets this name in a directory, or
-    /// keeps the name that it was asked for with; `record` knows it by then. Adds what a person should
-    /// know to `warnings`.
+    /// Creates a tail of `bytes` at `place`. With `keep_as`, a file in a directory gets this name, and a file
+    /// at a given path keeps its name; `record` has the name by then. Adds warnings for the user to
+    /// `warnings`.
     pub(super) fn make(
         place: &TailPlace,
         bytes: Bytes,
@@ -94,17 +94,17 @@ impl Tail {
             Some(Err((path, undo))) => {
                 error.with_failed_undo(Error::io(format!("removing {}", path.display()), undo))
             }
-            _ => error.next("name another place with --store, or a smaller --store-size"),
+            _ => error.next("choose another place with --store, or a smaller --store-size"),
         })
     }
 
-    /// Makes a further tail of at most `wanted` bytes, less where the filesystem would fall below its
-    /// reserve, behind one that cannot be enlarged any more.
+    /// Creates a further tail of at most `wanted` bytes, or less to keep the filesystem's reserve. It follows
+    /// one that cannot be enlarged any more.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] where there is none; [`ErrorKind::Refused`] where `directory` is on another
-    /// filesystem than when the store was made.
-    pub(super) fn further(directory: &Path, wanted: Bytes, record: &mut Record) -> Result<Self> {
+    /// [`ErrorKind::NoSpace`] if there is no space; [`ErrorKind::Refused`] if `directory` is not on the
+    /// filesystem that it was on when the store was created.
+    pub(super) fn make_further(directory: &Path, wanted: Bytes, record: &mut Record) -> Result<Self> {
         let description = directory.display().to_string();
         let what = || format!("enlarging the store in {description} by {wanted}");
         let file = create_nameless(directory, record)?;
@@ -133,7 +133,7 @@ impl Tail {
         warnings: &mut Vec<String>,
     ) -> Result<Self> {
         let what = || format!("allocating {bytes} for the store in {description}");
-        // An attempt that must fail would fill the filesystem for everybody until it does.
+        // Check first: a doomed allocation would fill the filesystem for everything else until it fails.
         let space = fstatvfs(&file).io_context(what)?;
         let free = Bytes(space.blocks_available().saturating_mul(space.fragment_size()));
         if free < bytes {
@@ -144,12 +144,12 @@ impl Tail {
         Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
     }
 
-    /// A tail that another process made and the store's table maps: the loop device `number`, of which
-    /// the first `mapped` bytes are in use. With `named`, its file; `place` is for messages. Where it
-    /// `is_last`, what an enlargement added and could not map any more is used as well.
+    /// A tail that another process created and that the store's table maps: the loop device `number`, with
+    /// its first `mapped` bytes in use. `named` is its file, if that has a name; `place` is for messages. If
+    /// the tail `is_last`, space that an enlargement added but could not map is used too.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where it is not what the record says.
+    /// [`ErrorKind::Refused`] if it is not what the record describes.
     pub(super) fn adopt(
         place: &TailPlace,
         number: DeviceNumber,
@@ -164,12 +164,15 @@ impl Tail {
         }
         let description = place.path().display().to_string();
         let path = loop_path(number)?;
-        let what = || format!("looking at the store's loop device {}", path.display());
+        let what = || format!("examining the store's loop device {}", path.display());
         let status = loop_device::status(&path)
             .io_context(what)?
             .ok_or_else(|| Error::refused(format!("{} has no file", path.display())))?;
         if !status.autoclear {
-            return Err(Error::refused(format!("{} is not one that Tidemark makes", path.display())));
+            return Err(Error::refused(format!(
+                "{} was not set up by Tidemark: it has no autoclear flag",
+                path.display()
+            )));
         }
         // Space is allocated before the loop device shows it.
         let shown = device_bytes(number)?.align_down(DIRECT_IO_ALIGN);
@@ -186,18 +189,18 @@ impl Tail {
             .write(true)
             .open(&name)
             .io_context(|| format!("opening the store {}", name.display()))?;
-        let metadata = file.metadata().io_context(|| format!("looking at the store {}", name.display()))?;
-        let behind =
+        let metadata = file.metadata().io_context(|| format!("examining the store {}", name.display()))?;
+        let backing_inode =
             Inode { filesystem: DeviceNumber::from_dev(status.backing_dev), number: status.backing_inode };
-        if named.inode != Some(Inode::of(&metadata)) || named.inode != Some(behind) {
+        if named.inode != Some(Inode::of(&metadata)) || named.inode != Some(backing_inode) {
             return Err(Error::refused(format!("{} is not the store's file", name.display())));
         }
         let device = LoopDevice::open(&path).io_context(what)?;
         Ok(Self { number, bytes, backing: Backing::File { file, name: Some(name), device }, description })
     }
 
-    /// Device-mapper takes the device exclusively when its table is loaded; this check is for the
-    /// better message.
+    /// Device-mapper opens the device exclusively when the table is loaded; this check gives a better
+    /// message.
     pub(super) fn on_device(path: &Path, number: DeviceNumber, bytes: Bytes) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
@@ -212,24 +215,24 @@ impl Tail {
             })?;
         let found = file
             .metadata()
-            .io_context(|| format!("looking at the store {}", path.display()))
+            .io_context(|| format!("examining the store {}", path.display()))
             .map(|metadata| DeviceNumber::from_dev(metadata.rdev()))?;
         if found != number {
-            return Err(Error::refused(format!("{} became another device meanwhile", path.display())));
+            return Err(Error::refused(format!("{} has become another device", path.display())));
         }
         Ok(Self { number, bytes, backing: Backing::Device, description: path.display().to_string() })
     }
 
-    /// False for a tail whose size is given.
+    /// False for a tail of fixed size.
     pub(super) fn can_grow(&self) -> bool {
         matches!(self.backing, Backing::File { .. })
     }
 
-    /// Allocates up to `wanted` bytes, less where the filesystem would fall below its reserve, and
-    /// shows them on the loop device. Answers the size there is now.
+    /// Allocates up to `wanted` bytes, or less to keep the filesystem's reserve, and shows them on the loop
+    /// device. Returns the new size.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] where nothing could be added.
+    /// [`ErrorKind::NoSpace`] if nothing could be added.
     pub(super) fn grow(&mut self, wanted: Bytes) -> Result<Bytes> {
         let what = || format!("enlarging the store in {} to {wanted}", self.description);
         let Backing::File { file, device, .. } = &self.backing else {
@@ -241,11 +244,11 @@ impl Tail {
             return Err(no_space(&what()));
         }
         if let Err(error) = allocate(file, self.bytes, target) {
-            // The loop device still shows the old size: what was added is nobody's yet.
+            // The loop device still shows the old size, so nothing uses the new space.
             let error = Error::io(what(), error);
             return Err(match file.set_len(self.bytes.get()) {
                 Ok(()) => error,
-                Err(undo) => error.with_failed_undo(Error::io("giving back a part of it", undo)),
+                Err(undo) => error.with_failed_undo(Error::io("releasing a part of it", undo)),
             });
         }
         device.refresh_size().io_context(what)?;
@@ -253,9 +256,8 @@ impl Tail {
         Ok(target)
     }
 
-    /// Lets go of a tail that nothing maps any more. With `keep`, a named file stays, durable and the
-    /// user's from then on, and its path is the answer; otherwise it is removed. (A block device stays
-    /// in any case.)
+    /// Releases a tail that nothing maps any more. With `keep`, a named file stays, synced and owned by the
+    /// user, and its path is returned; otherwise it is removed. (A block device always stays.)
     pub(super) fn release(self, keep: bool, record: &mut Record) -> Result<Option<PathBuf>> {
         let Backing::File { file, name, device } = self.backing else { return Ok(None) };
         drop(device);
@@ -284,11 +286,11 @@ fn no_space(what: &str) -> Error {
 }
 
 fn filesystem_of(file: &File, description: &str) -> Result<DeviceNumber> {
-    let metadata = file.metadata().io_context(|| format!("looking at the store in {description}"))?;
+    let metadata = file.metadata().io_context(|| format!("examining the store in {description}"))?;
     Ok(DeviceNumber::from_dev(metadata.dev()))
 }
 
-/// The node of the loop device with this number.
+/// The path of the loop device with this number.
 fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
     let link = format!("/sys/dev/block/{number}");
     let target = fs::read_link(&link).io_context(|| format!("reading {link}"))?;
@@ -307,7 +309,7 @@ fn make_default_directory(path: &Path) -> Result<()> {
         .map_err(|error| error.next("name another place for the store with --store"))
 }
 
-/// A new file, empty, which the record knows by its name before and by its inode after it is made.
+/// A new, empty file. The record has its name before and its inode after it is created.
 fn create_named(path: &Path, record: &mut Record) -> Result<File> {
     record.note_file(Some(NamedFile { path: path.to_owned(), inode: None }))?;
     crash_point("store.named.before");
@@ -320,7 +322,7 @@ fn create_named(path: &Path, record: &mut Record) -> Result<File> {
         }
     };
     crash_point("store.named.after");
-    let metadata = file.metadata().io_context(|| format!("looking at the store {}", path.display()))?;
+    let metadata = file.metadata().io_context(|| format!("examining the store {}", path.display()))?;
     record.note_file(Some(NamedFile { path: path.to_owned(), inode: Some(Inode::of(&metadata)) }))?;
     crash_point("store.named.noted");
     Ok(file)
@@ -331,7 +333,7 @@ fn create_nameless(directory: &Path, record: &mut Record) -> Result<File> {
     let nameless =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory);
     match nameless {
-        // The filesystem has no files without a name (the last two: kernels that know no O_TMPFILE).
+        // The filesystem has no unnamed files (the last two errors: kernels without O_TMPFILE).
         Err(error)
             if matches!(
                 error.raw_os_error(),
@@ -346,7 +348,7 @@ fn create_nameless(directory: &Path, record: &mut Record) -> Result<File> {
     Ok(file)
 }
 
-/// Allocates `from..to`, with zeros written where the filesystem cannot allocate.
+/// Allocates `from..to`, by writing zeros if the filesystem cannot allocate.
 fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
     let offset = |bytes: Bytes| i64::try_from(bytes.get()).map_err(io::Error::other);
     match fallocate(file.as_fd(), FallocateFlags::empty(), offset(from)?, offset(to.saturating_sub(from))?) {
@@ -373,7 +375,7 @@ fn attach(file: &File, description: &str, warnings: &mut Vec<String>) -> Result<
     let attach_direct = || LoopDevice::attach(file, block, true);
     let device = attach_direct().or_else(|error| match error.raw_os_error() {
         Some(libc::ENOENT) if load_module("loop", &[]) => attach_direct(),
-        // Kernels from 6.15 on refuse direct I/O where earlier ones silently go on without it.
+        // Kernels from 6.15 on refuse direct I/O where earlier ones silently do without it.
         Some(libc::EINVAL) => LoopDevice::attach(file, block, false),
         _ => Err(error),
     });
@@ -438,15 +440,15 @@ mod tests {
             assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
             assert_eq!(tail.release(keep, &mut record).unwrap(), keep.then(|| path.clone()));
             assert_eq!(path.exists(), keep);
-            // Kept: the user's from here on.
+            // A kept file belongs to the user from here on.
             assert_eq!(record.facts().file.is_none(), keep);
         }
-        // Never over a file that is there.
+        // An existing file is never overwritten.
         let (_records, mut record) = record();
         let place = TailPlace::NewFile(path);
         let error = Tail::make(&place, Bytes::mib(1), Some("x"), &mut record, &mut Vec::new());
         assert_eq!(error.unwrap_err().errno(), Some(libc::EEXIST));
-        assert_eq!(record.facts().file, None, "somebody's file is in the record");
+        assert_eq!(record.facts().file, None, "a foreign file is in the record");
     }
 
     #[test]
@@ -457,22 +459,22 @@ mod tests {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let place = TailPlace::Directory(dir.path().to_owned());
         let (_records, mut record) = record();
-        let refused = Tail::further(dir.path(), Bytes::mib(3), &mut record).unwrap_err();
+        let refused = Tail::make_further(dir.path(), Bytes::mib(3), &mut record).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Refused, "no tail was made here yet");
         let first = Tail::make(&place, Bytes::mib(1), None, &mut record, &mut Vec::new()).unwrap();
-        let mut further = Tail::further(dir.path(), Bytes::mib(3), &mut record).unwrap();
-        assert_ne!(first.number, further.number);
-        assert_eq!(further.grow(Bytes::mib(5)).unwrap(), Bytes::mib(5));
+        let mut make_further = Tail::make_further(dir.path(), Bytes::mib(3), &mut record).unwrap();
+        assert_ne!(first.number, make_further.number);
+        assert_eq!(make_further.grow(Bytes::mib(5)).unwrap(), Bytes::mib(5));
         let elsewhere = Path::new("/dev/shm");
         if elsewhere.is_dir() {
-            let error = Tail::further(elsewhere, Bytes::mib(3), &mut record).unwrap_err();
+            let error = Tail::make_further(elsewhere, Bytes::mib(3), &mut record).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn a_tail_of_a_process_that_is_gone_is_known_by_its_device() {
+    fn the_tail_of_a_dead_process_is_adopted_by_its_device() {
         if !may_attach() {
             return;
         }
@@ -485,7 +487,7 @@ mod tests {
         let named = record.facts().file.clone();
         let adopt =
             |mapped, last, named: Option<&NamedFile>| Tail::adopt(&place, tail.number, mapped, last, named);
-        // What was added and never mapped counts for the last one only: others lie behind the rest.
+        // Space that was added but never mapped counts only for the last tail: other tails follow the rest.
         assert_eq!(adopt(Bytes::mib(2), false, None).unwrap().bytes, Bytes::mib(2));
         let last = adopt(Bytes::mib(2), true, None).unwrap();
         assert_eq!((last.bytes, last.can_grow()), (Bytes::mib(3), false));
