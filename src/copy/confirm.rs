@@ -170,7 +170,7 @@ pub(super) fn run(
     resumed.placed.retain(|segment| !lost.contains(&segment.ix));
     // Before anything is written, because the place of a lost segment may be assigned to another one.
     if let Some(progress) = progress {
-        progress.restate(&resumed.placed)?;
+        progress.rewrite(&resumed.placed)?;
     }
     for work in lost.iter().filter_map(|ix| schedule.work(*ix)) {
         secondary.forget(&segment(&work, None));

@@ -41,7 +41,7 @@ pub trait PlacementLog {
     ///
     /// # Errors
     /// I/O errors; they end the copy.
-    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()>;
+    fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()>;
     /// Records that every segment is placed, and that originals change placed segments from now on.
     ///
     /// # Errors

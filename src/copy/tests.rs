@@ -693,7 +693,7 @@ impl PlacementLog for Mortal<'_> {
         }
         Ok(())
     }
-    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+    fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         self.live()?;
         self.survives.placed = segments.to_vec();
         Ok(())

@@ -1,15 +1,18 @@
-//! How does a job's record change where no space is left?
+//! How can a job's record change when no space is left?
 //!
-//! Its file and a spare one are made when the job begins, both with room for more than the record will need. From then on
-//! a new record is written into the spare file, in place, and the two trade their names: neither a block nor an inode is
-//! asked for. So a full `/run` never ends a copy in progress, nor keeps a change of the origin from being noted.
+//! When the job begins, its file and a spare file are created, both with more space than the record will
+//! need. From then on a new record is written into the spare file in place, and the two files exchange names:
+//! neither a block nor an inode is allocated. So a full `/run` never ends a copy in progress, and never
+//! prevents a change of the origin from being recorded.
 //!
 //! Crash argument of a change:
-//! 1. the new record is written into the spare file and synced: the file of the record is whole, the old one;
-//! 2. `renameat2(RENAME_EXCHANGE)` trades the names: it is whole, the new one;
+//! 1. the new record is written into the spare file and synced: the record's file is whole, with the old
+//!    record;
+//! 2. `renameat2(RENAME_EXCHANGE)` exchanges the names: it is whole, with the new record;
 //! 3. the directory is synced.
 //!
-//! What follows a record up to its file's end are spaces within its second line, which its checksum covers.
+//! The rest of a file after its record consists of spaces within the record's second line, which its checksum
+//! covers.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -22,27 +25,28 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use crate::base::{Bytes, Result, ResultExt as _};
 use crate::format::state::{JobRecord, RECORD_BYTES_MAX, Record, encode, encode_padded};
 
-/// The size of the files at first, and the step in which they grow: a record of a copy has some KiB.
+/// Initial size of the files, and the step in which they grow: the record of a copy has some KiB.
 const STEP_BYTES: usize = 32 << 10;
 
 /// A job's record on disk.
 #[derive(Debug)]
 pub struct RecordFile {
     path: PathBuf,
-    /// Of both files, once both are there.
+    /// Size of both files, once both exist.
     size: Option<usize>,
 }
 
 impl RecordFile {
-    /// At `path`; nothing is made yet.
+    /// At `path`; creates nothing yet.
     pub fn new(path: PathBuf) -> Self {
         Self { path, size: None }
     }
 
-    /// Replaces the record, as the head of this module describes.
+    /// Replaces the record, in the order given at the head of this module.
     ///
     /// # Errors
-    /// I/O errors; the old record is whole. For want of space only the first time, or where the record has grown by far.
+    /// I/O errors; the old record is intact. An error for lack of space is possible only the first time, or
+    /// if the record has grown much larger.
     pub fn save(&mut self, record: &JobRecord) -> Result<()> {
         let needed = encode(record)?.len();
         let size = match self.size {
@@ -55,7 +59,7 @@ impl RecordFile {
         if self.size == Some(size) {
             self.exchange(&spare)?;
         } else {
-            // The first one, or larger ones: the other of the two gets its room now.
+            // The first record, or larger files: the other file gets its space now.
             self.size = None;
             self.exchange(&spare)?;
             write_in_place(&spare, &bytes)?;
@@ -68,7 +72,7 @@ impl RecordFile {
         let what = || format!("writing {}", self.path.display());
         match renameat2(AT_FDCWD, spare, AT_FDCWD, &self.path, RenameFlags::RENAME_EXCHANGE) {
             Ok(()) => {}
-            // There is none yet, or the filesystem does not know how.
+            // There is no record yet, or the filesystem cannot exchange names.
             Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(spare, &self.path).io_context(what)?,
             Err(errno) => return Err(io::Error::from(errno)).io_context(what),
         }
@@ -76,7 +80,7 @@ impl RecordFile {
     }
 }
 
-/// Makes the file at `path` hold `bytes`, without giving anything back that it has.
+/// Makes the file at `path` contain `bytes`, without freeing any of its blocks first.
 fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
     let what = || format!("writing {}", path.display());
     let mut options = OpenOptions::new();
@@ -90,7 +94,7 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().io_context(what)
 }
 
-/// Replaces the record at `path` whole: written under another name and synced, renamed, the directory synced.
+/// Replaces the record at `path` whole: writes another file, syncs it, renames it, and syncs the directory.
 ///
 /// # Errors
 /// I/O errors.
@@ -106,7 +110,7 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|directory| directory.sync_all())
 }
 
-/// The other name, of the spare file or of one that is being written.
+/// The other name: that of the spare file, or of a file that is being written.
 pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
@@ -153,7 +157,7 @@ mod tests {
             assert_eq!(read_record::<JobRecord>(&path).unwrap(), record);
             assert_eq!(files(), before, "{length}");
         }
-        // One that has outgrown them gets larger ones.
+        // A record that outgrows its files gets larger ones.
         let long = record(&"x".repeat(100_000));
         file.save(&long).unwrap();
         assert_eq!(read_record::<JobRecord>(&path).unwrap(), long);
@@ -168,7 +172,7 @@ mod tests {
         file.save(&record("first")).unwrap();
         fs::write(temporary(&path), "half of").unwrap();
         assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("first"));
-        // Whoever takes it over finds whatever is there.
+        // A process that takes the record over overwrites the spare file, whatever it contains.
         let mut file = RecordFile::new(path.clone());
         file.save(&record("second")).unwrap();
         assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("second"));

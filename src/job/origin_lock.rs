@@ -1,4 +1,4 @@
-//! One job for one live origin.
+//! Allows only one job per live origin.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
@@ -14,15 +14,15 @@ use super::paths::{RUN_DIR, origin_lock_path};
 use crate::base::{DeviceNumber, Error, Result, ResultExt};
 use crate::topology::Topology;
 
-/// How often a job that finds an origin's lock held looks again, and how long it waits in between.
-const ORIGIN_LOOKS: u32 = 10;
-const ORIGIN_LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// Attempts to take a lock that is held, and the pause between two of them.
+const LOCK_ATTEMPTS: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
-/// What is read of an origin's lock at most.
+/// Most bytes that are read from an origin's lock.
 const OWNER_TEXT_BYTES_MAX: u64 = 256;
 
-/// `/run/tidemark/origins/M:m.lock`, locked (flock) for as long as a job has the live origin of that number: whoever
-/// comes second is told by what it says. A killed process leaves the file, which locks nothing.
+/// `/run/tidemark/origins/M:m.lock`, locked (flock) as long as a job has the live origin of that number. Its
+/// text names that job, for the error of a second one. A killed process leaves the file, which locks nothing.
 #[derive(Debug)]
 pub(super) struct OriginLock {
     path: PathBuf,
@@ -30,34 +30,34 @@ pub(super) struct OriginLock {
 }
 
 impl OriginLock {
-    /// Takes it.
+    /// Takes the lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the job that has it; I/O errors.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the job that holds it; I/O errors.
     pub(super) fn take(directory: &Path, number: DeviceNumber, job: &str) -> Result<Self> {
         let path = origin_lock_path(directory, number);
         let what = || format!("locking {}", path.display());
         DirBuilder::new().recursive(true).mode(0o700).create(directory.join("origins")).io_context(what)?;
-        let mut looks_left = ORIGIN_LOOKS;
+        let mut attempts_left = LOCK_ATTEMPTS;
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
             let file = options.open(&path).io_context(what)?;
             let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
-                // Who only looks holds it for a moment.
-                Err((_, Errno::EWOULDBLOCK)) if looks_left > 0 => {
-                    looks_left -= 1;
-                    thread::sleep(ORIGIN_LOOK_PAUSE);
+                // A process that only checks the lock holds it for a moment.
+                Err((_, Errno::EWOULDBLOCK)) if attempts_left > 0 => {
+                    attempts_left -= 1;
+                    thread::sleep(LOCK_PAUSE);
                     continue;
                 }
-                Err((file, Errno::EWOULDBLOCK)) => return Err(held_origin(&file, number)),
+                Err((file, Errno::EWOULDBLOCK)) => return Err(origin_held_error(&file, number)),
                 Err((_, errno)) => return Err(Error::io(what(), errno.into())),
             };
-            // Whoever had it may have taken the name away between our open and our lock.
+            // The previous owner may have removed the file between our open and our lock.
             let (ours, named) = (lock.metadata().io_context(what)?, fs::metadata(&path));
             if named.is_ok_and(|named| named.ino() == ours.ino()) {
-                // For people: a full /run is no reason to fail.
+                // Only for messages, so a full /run is not an error.
                 let _ = lock.set_len(0).and_then(|()| {
                     (&*lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
                 });
@@ -67,12 +67,12 @@ impl OriginLock {
     }
 
     pub(super) fn release(self) {
-        // A file that stays locks nothing.
+        // A file that cannot be removed locks nothing.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Refuses a live origin that a job has.
+/// Refuses a live origin that a job is using.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the job and its process.
@@ -81,21 +81,21 @@ pub fn refuse_held_origin(number: DeviceNumber) -> Result<()> {
 }
 
 pub(super) fn refuse_held_origin_in(directory: &Path, number: DeviceNumber) -> Result<()> {
-    // Where it cannot be opened there is none, or we may not have the origin anyway.
+    // If it cannot be opened, there is no lock, or we may not use the origin anyway.
     let Ok(file) = File::open(origin_lock_path(directory, number)) else { return Ok(()) };
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Err((file, Errno::EWOULDBLOCK)) => Err(held_origin(&file, number)),
+        Err((file, Errno::EWOULDBLOCK)) => Err(origin_held_error(&file, number)),
         _ => Ok(()),
     }
 }
 
-fn held_origin(lock: &File, number: DeviceNumber) -> Error {
+fn origin_held_error(lock: &File, number: DeviceNumber) -> Error {
     let mut text = String::new();
     let read = lock.take(OWNER_TEXT_BYTES_MAX).read_to_string(&mut text);
-    let who =
-        if read.is_ok() && !text.is_empty() { text.as_str() } else { "another job, which is beginning" };
+    let owner =
+        if read.is_ok() && !text.is_empty() { text.as_str() } else { "another job, which is starting" };
     let shown = Topology::default().name(number);
-    Error::refused(format!("the origin, {shown}, is being copied by {who}"))
+    Error::refused(format!("the origin, {shown}, is being copied by {owner}"))
         .state("nothing was changed")
         .next("wait for the copy in progress ('tidemark status --watch')")
 }

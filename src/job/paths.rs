@@ -1,10 +1,10 @@
-//! Where the files of jobs are.
+//! The paths of a job's files.
 
 use std::path::{Path, PathBuf};
 
 use crate::base::DeviceNumber;
 
-/// Where jobs are.
+/// The directory of all jobs.
 pub const RUN_DIR: &str = "/run/tidemark";
 
 pub(super) fn origin_lock_path(directory: &Path, number: DeviceNumber) -> PathBuf {

@@ -1,12 +1,12 @@
-//! What does a running copy look like from outside? Folds its events into a [`ProgressView`] and keeps
-//! that in a file beside the job's record, for `tidemark status`.
+//! How does a running copy show its progress? Folds its events into a [`ProgressView`] and writes that to a
+//! file beside the job's record, for `tidemark status`.
 //!
 //! Invariants:
-//! - every event is passed on, whatever becomes of the file;
-//! - the file is replaced whole (a rename), at most every [`WRITE_INTERVAL`], and never synced: it is on a
-//!   tmpfs, and nothing is decided by it;
-//! - a copy is never hurt by it: a write that fails is said once, in the log, and not tried again;
-//! - nothing is written while the origin is being taken to its instant and filesystems are frozen.
+//! - every event is passed on, whatever happens to the file;
+//! - the file is replaced whole (by a rename), at most every [`WRITE_INTERVAL`], and never synced: it is on a
+//!   tmpfs, and nothing depends on it;
+//! - a failed write never harms a copy: it is logged once, and not retried;
+//! - nothing is written while the origin is being brought to its instant and filesystems are frozen.
 
 use std::collections::VecDeque;
 use std::fs::{self, OpenOptions};
@@ -22,13 +22,13 @@ use crate::base::{Bytes, clock};
 use crate::format::state::{OriginView, ProgressView, RegionsView, StoreView};
 use crate::progress::{Event, Observer, Phase, StoreFill};
 
-/// Between two writes.
+/// Shortest time between two writes.
 const WRITE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Writes that the rate is measured over: ten seconds.
+/// Number of writes over which the rate is measured: ten seconds.
 const RATE_WRITES: usize = 20;
 
-/// See the module's head.
+/// An observer that keeps the progress file up to date and passes every event on.
 pub struct ProgressFile<'a> {
     inner: &'a dyn Observer,
     path: PathBuf,
@@ -38,23 +38,23 @@ pub struct ProgressFile<'a> {
 #[derive(Default)]
 struct State {
     view: ProgressView,
-    /// The origin is being held.
+    /// The origin is being brought to its instant.
     held: bool,
     failed: bool,
     written: Option<Instant>,
-    /// Of the phase, at the last writes.
+    /// Bytes done in this phase, at the last writes.
     done: VecDeque<(Instant, Bytes)>,
 }
 
 impl<'a> ProgressFile<'a> {
-    /// Keeps the view at `path`, and passes events on to `inner`.
+    /// Writes the view to `path`, and passes events on to `inner`.
     #[must_use]
     pub fn new(inner: &'a dyn Observer, path: PathBuf) -> Self {
         Self { inner, path, state: Mutex::default() }
     }
 
-    fn take(&self, event: &Event, now: Instant) {
-        // Every change is an assignment: what a panic left is good enough to be shown.
+    fn handle(&self, event: &Event, now: Instant) {
+        // Every change is an assignment: the state after a panic is good enough for display.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.fold(event);
         let is_due = state.written.is_none_or(|written| now.duration_since(written) >= WRITE_INTERVAL);
@@ -68,14 +68,14 @@ impl<'a> ProgressFile<'a> {
             state.view.encode().map_err(io::Error::other).and_then(|bytes| replace(&self.path, &bytes));
         if let Err(error) = written {
             state.failed = true;
-            tracing::info!("{} is not written any more: {error}", self.path.display());
+            tracing::info!("{} is no longer written: {error}", self.path.display());
         }
     }
 }
 
 impl Observer for ProgressFile<'_> {
     fn event(&self, event: &Event) {
-        self.take(event, Instant::now());
+        self.handle(event, Instant::now());
         self.inner.event(event);
     }
 }
@@ -158,7 +158,7 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// As in JSON lines.
+/// The name used in JSON lines.
 fn phase_name(phase: Phase) -> String {
     match phase.serialize(serde_json::value::Serializer) {
         Ok(serde_json::Value::String(name)) => name,
@@ -173,7 +173,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-/// Where the file that will be at `path` is written.
+/// The path at which the new file for `path` is written.
 #[must_use]
 pub fn temporary(path: &Path) -> PathBuf {
     path.with_extension("progress-new")
@@ -204,20 +204,20 @@ mod tests {
         let file = ProgressFile::new(&Silent, path.clone());
         let begin = Instant::now();
         let at = |ms| begin + Duration::from_millis(ms);
-        file.take(&Event::Phase { phase: Phase::Data, total: Some(Bytes(1000)) }, at(0));
+        file.handle(&Event::Phase { phase: Phase::Data, total: Some(Bytes(1000)) }, at(0));
         assert_eq!(view_at(&path).unwrap().phase, "data");
-        file.take(&progress(100), at(100));
+        file.handle(&progress(100), at(100));
         let fill = StoreFill { used_bytes: Bytes(7), disk_used_bytes: Bytes(3), ..StoreFill::default() };
-        file.take(&Event::Store(fill), at(200));
+        file.handle(&Event::Store(fill), at(200));
         let longest_stall = Duration::from_millis(2);
         let (released_bytes, stall) = (Bytes(9), Duration::ZERO);
-        file.take(&Event::Regions { released: 1, total: 4, released_bytes, stall, longest_stall }, at(300));
-        file.take(
+        file.handle(&Event::Regions { released: 1, total: 4, released_bytes, stall, longest_stall }, at(300));
+        file.handle(
             &Event::Latency { origin: Some(Duration::from_millis(3)), baseline: None, rate: None },
             at(400),
         );
         assert_eq!(view_at(&path).unwrap().done_bytes, Bytes::ZERO, "not again within half a second");
-        file.take(&progress(250), at(500));
+        file.handle(&progress(250), at(500));
         let view = view_at(&path).unwrap();
         assert_eq!((view.done_bytes, view.total_bytes), (Bytes(250), Some(Bytes(1000))));
         assert_eq!(view.rate_bytes_per_second, Some(Bytes(500)));
@@ -227,13 +227,16 @@ mod tests {
         assert_eq!(view.origin.unwrap().latency_us, Some(3000));
         assert!(view.updated_utc_ns > 0);
 
-        file.take(&Event::Phase { phase: Phase::Originals, total: None }, at(1000));
+        file.handle(&Event::Phase { phase: Phase::Originals, total: None }, at(1000));
         let view = view_at(&path).unwrap();
         assert_eq!(
             (view.phase.as_str(), view.done_bytes, view.segments_done),
             ("originals", Bytes::ZERO, None)
         );
-        assert!(view.store.is_some() && view.regions.is_some(), "what is not the phase's stays");
+        assert!(
+            view.store.is_some() && view.regions.is_some(),
+            "fields that do not depend on the phase stay"
+        );
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
     }
 
@@ -243,10 +246,10 @@ mod tests {
         let path = dir.path().join("x.progress");
         let file = ProgressFile::new(&Silent, path.clone());
         let begin = Instant::now();
-        file.take(&Event::Phase { phase: Phase::Instant, total: None }, begin);
-        file.take(&Event::Note { text: "n".into() }, begin + Duration::from_secs(10));
+        file.handle(&Event::Phase { phase: Phase::Instant, total: None }, begin);
+        file.handle(&Event::Note { text: "n".into() }, begin + Duration::from_secs(10));
         assert!(!path.exists());
-        file.take(&instant(), begin + Duration::from_secs(11));
+        file.handle(&instant(), begin + Duration::from_secs(11));
         assert!(path.exists());
     }
 
@@ -270,14 +273,14 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_forgets_and_memory_is_bounded() {
+    fn the_rate_covers_the_last_writes_and_memory_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.progress");
         let file = ProgressFile::new(&Silent, path.clone());
         let begin = Instant::now();
         for half in 0..200u32 {
-            // 400 bytes at once, then one each half second.
-            file.take(&progress(400 + u64::from(half)), begin + WRITE_INTERVAL * half);
+            // 400 bytes at once, then one every half second.
+            file.handle(&progress(400 + u64::from(half)), begin + WRITE_INTERVAL * half);
         }
         assert_eq!(view_at(&path).unwrap().rate_bytes_per_second, Some(Bytes(2)));
         assert!(file.state.lock().unwrap().done.len() <= RATE_WRITES);

@@ -1,4 +1,4 @@
-//! Jobs found on disk: those that run, and what dead ones left.
+//! The jobs found on disk: running ones, and what dead ones left.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -17,7 +17,7 @@ use crate::format::state::{
     JobRecord, ProgressView, RECORD_BYTES_MAX, Record, VIEW_BYTES_MAX, decode, is_fully_known,
 };
 
-/// Most jobs looked at: a bound on a directory that somebody else filled.
+/// Most jobs in the directory: a bound in case another program fills it.
 const JOBS_MAX: usize = 4096;
 
 /// A job found on disk.
@@ -25,26 +25,26 @@ const JOBS_MAX: usize = 4096;
 pub struct FoundJob {
     /// Its id.
     pub id: String,
-    /// Its process lives.
+    /// True if its process is running.
     pub alive: bool,
-    /// Its record; an error where it cannot be read (the kernel's tables do without).
+    /// Its record; an error if it cannot be read (recovery can do without, by the kernel's tables).
     pub record: Result<JobRecord>,
-    /// A newer program has written something into its record that this one does not know.
+    /// True if a newer program has written something into the record that this one does not know.
     pub is_newer: bool,
-    /// How far it is, or was when it died; None where it did not say.
+    /// Its progress, or the last progress before it died; None if it reported none.
     pub progress: Option<ProgressView>,
-    /// Held while we look after a dead one, so that no two recovers do.
+    /// Held while this process handles a dead job, so that no other process does.
     pub(super) lock: Option<Flock<File>>,
 }
 
 impl FoundJob {
-    /// Where the log of its segments is, if it made one.
+    /// The path of the journal of its segments, if it has one.
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
         segments_path(Path::new(RUN_DIR), &self.id)
     }
 
-    /// Removes the record and the lock of a dead job, once everything it made is gone.
+    /// Removes the record and the lock of a dead job, once everything that it created is gone.
     ///
     /// # Errors
     /// I/O errors.
@@ -57,7 +57,7 @@ impl FoundJob {
     }
 }
 
-/// Every job that left something in [`RUN_DIR`]; the dead ones are locked by us from here on.
+/// Every job that left something in [`RUN_DIR`]. From here on this process holds the locks of the dead ones.
 ///
 /// # Errors
 /// I/O errors.
@@ -65,7 +65,7 @@ pub fn find_jobs() -> Result<Vec<FoundJob>> {
     find_jobs_in(Path::new(RUN_DIR))
 }
 
-/// As [`find_jobs`], of one job alone.
+/// As [`find_jobs`], for one job.
 ///
 /// # Errors
 /// I/O errors.
@@ -73,16 +73,16 @@ pub fn find_one(id: &str) -> Result<Option<FoundJob>> {
     find_job(Path::new(RUN_DIR), id.to_owned())
 }
 
-/// As [`find_jobs`], for who only looks: no job is locked afterwards, so that whoever looks again and
-/// again is never taken for the owner of a dead one.
+/// As [`find_jobs`], but holds no lock afterwards. So a process that lists jobs repeatedly is not taken for
+/// the owner of a dead one.
 ///
 /// # Errors
 /// I/O errors.
-pub fn look_at_jobs() -> Result<Vec<FoundJob>> {
-    look_at_jobs_in(Path::new(RUN_DIR))
+pub fn list_jobs() -> Result<Vec<FoundJob>> {
+    list_jobs_in(Path::new(RUN_DIR))
 }
 
-pub(super) fn look_at_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
+pub(super) fn list_jobs_in(directory: &Path) -> Result<Vec<FoundJob>> {
     let look = |id| Ok(find_job(directory, id)?.map(|found| FoundJob { lock: None, ..found }));
     job_ids(directory)?.into_iter().filter_map(|id| look(id).transpose()).collect()
 }
@@ -113,10 +113,10 @@ fn job_ids(directory: &Path) -> Result<Vec<String>> {
     Ok(ids)
 }
 
-/// None where the job ended while we looked.
+/// None if the job ended meanwhile.
 fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
     let path = lock_path(directory, &id);
-    // A record alone is what a removal leaves that was cut short: then the lock is made anew.
+    // A removal that was cut short may leave a record without a lock: then the lock is created again.
     let orphan = !path.exists() && record_path(directory, &id).exists();
     let opened = OpenOptions::new().write(true).create(orphan).truncate(false).mode(0o600).open(&path);
     let file = match opened {
@@ -138,7 +138,7 @@ fn find_job(directory: &Path, id: String) -> Result<Option<FoundJob>> {
 }
 
 pub(super) fn remove_job(directory: &Path, id: &str) -> Result<()> {
-    // The lock last: as long as it exists the job can be found.
+    // The lock comes last: as long as it exists, the job can be found.
     let record = record_path(directory, id);
     let progress = progress_path(directory, id);
     for path in [
@@ -160,7 +160,7 @@ pub(super) fn remove_job(directory: &Path, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// The record of job `id`, whether it lives or not: nothing is locked.
+/// The record of job `id`, running or not. Nothing is locked.
 ///
 /// # Errors
 /// As [`read_record`].
@@ -171,7 +171,7 @@ pub fn record_of(id: &str) -> Result<JobRecord> {
 /// Reads the record at `path`.
 ///
 /// # Errors
-/// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for one that is not right.
+/// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is malformed.
 pub fn read_record<R: Record>(path: &Path) -> Result<R> {
     decode_at(path, &read_bytes(path)?)
 }
@@ -188,7 +188,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// It is for people: whatever cannot be read is as good as none.
+/// For display only: a file that cannot be read counts as missing.
 fn read_progress(path: &Path) -> Option<ProgressView> {
     let limit = u64::try_from(VIEW_BYTES_MAX).expect("64 KiB fit u64") + 1;
     let mut bytes = Vec::new();

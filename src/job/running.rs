@@ -1,4 +1,4 @@
-//! A job in progress: its record, its lock, and its end.
+//! A job of this process: its record, its lock, and its end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -17,26 +17,26 @@ use crate::format::state::{ChangeRecord, CopyRecord, JobRecord, OriginRecord, Re
 use crate::sys::privilege;
 use crate::sys::rcu::{self, Expedite};
 
-/// The kind of a resource: the kernel's switch that a watchdog turns off, if it can.
+/// Resource kind: the kernel's switch, which a watchdog turns off if it can.
 const EXPEDITED: &str = "rcu-expedited";
 
-/// The kind of a resource: a file under construction, which has another name until it is complete.
+/// Resource kind: a file under construction, which gets its final name when it is complete.
 const PARTIAL: &str = "partial";
 
-/// A job of this process. Dropped without [`Job::finish`], it leaves its record for `recover`.
+/// A job of this process. If it is dropped without [`Job::finish`], its record stays for `recover`.
 #[derive(Debug)]
 pub struct Job {
     record: JobRecord,
     directory: PathBuf,
     file: RecordFile,
-    /// Of a live copy.
+    /// The lock of the origin, for a live copy.
     origin_lock: Option<OriginLock>,
     /// Held until the process ends or the job is dropped.
     _lock: Flock<File>,
 }
 
 impl Job {
-    /// Begins a job in [`RUN_DIR`].
+    /// Starts a job in [`RUN_DIR`].
     ///
     /// # Errors
     /// I/O errors.
@@ -44,10 +44,10 @@ impl Job {
         Self::begin_in(Path::new(RUN_DIR), command)
     }
 
-    /// Begins the job of a copy of the live origin `number`, which no other job has then.
+    /// Starts the job that copies the live origin `number`. No other job can have that origin meanwhile.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where one has; I/O errors.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if another job has it; I/O errors.
     pub fn begin_for_origin(command: &str, number: DeviceNumber) -> Result<Self> {
         Self::begin_for_origin_in(Path::new(RUN_DIR), command, number)
     }
@@ -63,10 +63,10 @@ impl Job {
         }
     }
 
-    /// Begins a job that has made nothing but `partial`, which is to become a command's result (none where the target
-    /// is a device), so that others learn who has it and `recover` removes a file if we die. None where no record can
-    /// be made: the command can do without (an ordinary user's has none, and none is needed to clean up behind an
-    /// error).
+    /// Starts a job whose only resource is `partial`, a file that will become the command's result (None if
+    /// the target is a device). So other processes learn which job uses the target, and `recover` removes the
+    /// file if this process dies. None if no record can be created: the command works without (an ordinary
+    /// user has none, and cleaning up after an error needs none).
     #[must_use]
     pub fn begin_for_target(command: &str, partial: Option<&Path>) -> Option<Self> {
         if privilege::is_root() {
@@ -93,19 +93,19 @@ impl Job {
         }
     }
 
-    /// Ends the job after `result`: with the work done or everything put back nothing is left to
-    /// remember; after a failed undo the record stays for `recover`.
+    /// Ends the job with `result`. If the work is done or everything was undone, the record is removed; after
+    /// a failed undo it stays for `recover`.
     ///
     /// # Errors
-    /// `result`'s, else I/O errors.
+    /// That of `result`, else I/O errors.
     pub fn conclude<T>(self, result: Result<T>) -> Result<T> {
         match result {
-            Ok(value) => self.finish().map(|()| value).map_err(names_recover),
+            Ok(value) => self.finish().map(|()| value).map_err(advise_recover),
             Err(error) if error.failed_undos().is_empty() => Err(match self.finish() {
                 Ok(()) => error,
-                Err(undo) => names_recover(error.with_failed_undo(undo)),
+                Err(undo) => advise_recover(error.with_failed_undo(undo)),
             }),
-            Err(error) => Err(names_recover(error)),
+            Err(error) => Err(advise_recover(error)),
         }
     }
 
@@ -114,20 +114,20 @@ impl Job {
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .io_context(|| format!("making the directory {}", directory.display()))?;
+            .io_context(|| format!("creating the directory {}", directory.display()))?;
         let job = new_id();
         let path = lock_path(directory, &job);
-        // Locked under another name first: once it can be found, it is held.
+        // Locked under another name first, so that it is held as soon as it can be found.
         let hidden = directory.join(format!("{job}.lock-new"));
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(&hidden)
-            .io_context(|| format!("making {}", hidden.display()))?;
+            .io_context(|| format!("creating {}", hidden.display()))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| Error::io(format!("locking {}", hidden.display()), errno.into()))?;
-        fs::rename(&hidden, &path).io_context(|| format!("making {}", path.display()))?;
+        fs::rename(&hidden, &path).io_context(|| format!("creating {}", path.display()))?;
         let record = JobRecord {
             job,
             command: command.to_owned(),
@@ -142,7 +142,7 @@ impl Job {
         let mut job = Self { record, directory: directory.to_owned(), file, origin_lock: None, _lock: lock };
         match job.save() {
             Ok(()) => Ok(job),
-            // What can be found of it would pass for a dead one.
+            // The files that exist already would pass for those of a dead job.
             Err(error) => Err(error.after_undo(job.finish())),
         }
     }
@@ -153,19 +153,20 @@ impl Job {
         &self.record.job
     }
 
-    /// Where the journal of its segments is, if it makes one.
+    /// The path of the journal of its segments, if it has one.
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
         segments_path(&self.directory, &self.record.job)
     }
 
-    /// Where [`ProgressFile`](crate::job::published::ProgressFile) shows how far it is; removed with it.
+    /// The path at which [`ProgressFile`](crate::job::published::ProgressFile) writes its progress; removed
+    /// with it.
     #[must_use]
     pub fn progress_path(&self) -> PathBuf {
         progress_path(&self.directory, &self.record.job)
     }
 
-    /// Notes what is being copied.
+    /// Records what is being copied.
     ///
     /// # Errors
     /// I/O errors.
@@ -174,11 +175,11 @@ impl Job {
         self.save()
     }
 
-    /// Goes on with a dead job as this process's own.
+    /// Takes over a dead job as a job of this process.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a living one; its record's, where that
-    /// cannot be read; I/O errors.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the job is running; the error of its
+    /// record, if that cannot be read; I/O errors.
     pub fn take_over(found: FoundJob) -> Result<Self> {
         Self::take_over_in(Path::new(RUN_DIR), found)
     }
@@ -204,7 +205,7 @@ impl Job {
         &self.record
     }
 
-    /// Notes what another process needs to go on with the copy.
+    /// Records what another process needs to resume the copy.
     ///
     /// # Errors
     /// I/O errors.
@@ -213,7 +214,7 @@ impl Job {
         self.save()
     }
 
-    /// Notes that --hook-after has been run.
+    /// Records that --hook-after has been run.
     ///
     /// # Errors
     /// I/O errors.
@@ -227,8 +228,8 @@ impl Job {
         }
     }
 
-    /// Notes a file that is to become the command's result, at once after it was made: if we die, `recover`
-    /// removes it. Where that cannot be noted the command goes on, and says so.
+    /// Records a file that will become the command's result, right after it was created: if this process
+    /// dies, `recover` removes the file. If that cannot be recorded, the command continues with a warning.
     pub fn note_partial(&mut self, path: &Path) {
         let noted = match path.to_str() {
             None => Err(Error::usage("its path is not in UTF-8")),
@@ -243,7 +244,7 @@ impl Job {
         }
     }
 
-    /// Notes that the kernel's grace periods may be made shorter from the next intent on: with that, it is saved.
+    /// Records that RCU may be expedited from the next intent on. Saved together with that intent.
     pub fn note_expedited(&mut self) {
         if Expedite::find_off().is_some() && !is_expedited(&self.record) {
             let resource = ResourceRecord { kind: EXPEDITED.to_owned(), path: rcu::PATH.to_owned() };
@@ -251,17 +252,17 @@ impl Job {
         }
     }
 
-    /// The device number of the filesystem that the record is on: it must not be frozen.
+    /// The device number of the record's filesystem, which must not be frozen.
     ///
     /// # Errors
     /// I/O errors.
     pub fn filesystem(&self) -> Result<DeviceNumber> {
-        let meta = fs::metadata(&self.directory)
-            .io_context(|| format!("looking at {}", self.directory.display()))?;
+        let meta =
+            fs::metadata(&self.directory).io_context(|| format!("examining {}", self.directory.display()))?;
         Ok(DeviceNumber::from_dev(meta.dev()))
     }
 
-    /// Ends the job: everything it made is gone.
+    /// Ends the job: everything that it created is gone.
     ///
     /// # Errors
     /// I/O errors.
@@ -272,7 +273,7 @@ impl Job {
         remove_job(&self.directory, &self.record.job)
     }
 
-    /// Writes what is about to be done to the origin; None where nothing is.
+    /// Records what is about to be done to the origin; None if nothing is.
     ///
     /// # Errors
     /// I/O errors.
@@ -289,15 +290,15 @@ impl Job {
 fn warn_unrecorded(partial: &Path, error: &Error) {
     let partial = partial.display();
     tracing::warn!(
-        "if this process is killed, {partial} stays until you remove it: no record of it ({error})"
+        "if this process is killed, {partial} stays until you remove it: it could not be recorded ({error})"
     );
 }
 
-/// Ends the job of a command that could do without: as [`Job::conclude`], but a record that stays behind a result which
-/// is there is only said.
+/// Ends the job of a command that works without a record: as [`Job::conclude`], but after a success a record
+/// that cannot be removed only causes a warning.
 ///
 /// # Errors
-/// `result`'s.
+/// That of `result`.
 pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
     let Some(job) = job else { return result };
     let value = match result {
@@ -305,17 +306,18 @@ pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
         Err(error) => return job.conclude(Err(error)),
     };
     if let Err(error) = job.finish() {
-        tracing::warn!("all is done, but its record stays, which 'tidemark recover' removes: {error}");
+        tracing::warn!(
+            "the command succeeded, but its record is left; 'tidemark recover' removes it: {error}"
+        );
     }
     Ok(value)
 }
 
-/// What failed to be put back stays in the record, and whoever reads the error has to learn who clears it away.
-fn names_recover(error: Error) -> Error {
-    const RECOVER: &str =
-        "run 'tidemark recover', which clears away what is left, once what failed above is in order";
+/// Adds the advice to run recover, as the record stays and what could not be undone is left.
+fn advise_recover(error: Error) -> Error {
+    const RECOVER: &str = "fix what failed above, then run 'tidemark recover', which removes what is left";
     match error.next_step() {
-        // "After a crash: ..." is no advice to do so.
+        // The advice "After a crash: ..." is not the advice to run it now.
         Some(next) if next.contains("run 'tidemark recover'") || next.contains("run tidemark recover") => {
             error
         }
@@ -327,14 +329,14 @@ fn names_recover(error: Error) -> Error {
     }
 }
 
-/// The files that the job was to complete, by its record. One may be named twice.
+/// The partial files named in the job's record. One may be named twice.
 pub fn partials(record: &JobRecord) -> impl Iterator<Item = &Path> {
     let noted = record.resources.iter().filter(|resource| resource.kind == PARTIAL);
-    let gone_on_with = record.copy.iter().filter_map(|copy| copy.partial.as_deref());
-    noted.map(|resource| resource.path.as_str()).chain(gone_on_with).map(Path::new)
+    let resumed = record.copy.iter().filter_map(|copy| copy.partial.as_deref());
+    noted.map(|resource| resource.path.as_str()).chain(resumed).map(Path::new)
 }
 
-/// True where the job may have left [`rcu::PATH`] on.
+/// True if the job may have left [`rcu::PATH`] on.
 #[must_use]
 pub fn is_expedited(record: &JobRecord) -> bool {
     record.resources.iter().any(|resource| resource.kind == EXPEDITED)
@@ -345,25 +347,25 @@ mod tests {
     use super::super::origin_lock::refuse_held_origin_in;
     use super::super::paths::origin_lock_path;
     use super::super::published;
-    use super::super::registry::{find_jobs_in, look_at_jobs_in};
+    use super::super::registry::{find_jobs_in, list_jobs_in};
     use super::*;
     use crate::format::state::ProgressView;
 
     #[test]
-    fn a_living_job_is_told_from_a_dead_one() {
+    fn a_living_job_is_distinguished_from_a_dead_one() {
         let dir = tempfile::tempdir().unwrap();
         let job = Job::begin_in(dir.path(), "copy").unwrap();
         let found = find_jobs_in(dir.path()).unwrap();
         assert_eq!(found.len(), 1);
         assert!(found[0].alive);
         assert_eq!(found[0].record.as_ref().unwrap().job, job.id());
-        assert!(look_at_jobs_in(dir.path()).unwrap()[0].alive);
+        assert!(list_jobs_in(dir.path()).unwrap()[0].alive);
         drop((found, job));
-        let looked = look_at_jobs_in(dir.path()).unwrap();
-        assert!(!looked[0].alive);
+        let listed = list_jobs_in(dir.path()).unwrap();
+        assert!(!listed[0].alive);
         let found = find_jobs_in(dir.path()).unwrap();
         assert!(!found[0].alive);
-        // While one recover holds it, another sees it as somebody's; who only looked holds nothing.
+        // While one recover holds the lock, the job looks alive to another. `list_jobs` holds no lock.
         assert!(find_jobs_in(dir.path()).unwrap()[0].alive);
     }
 
@@ -375,13 +377,13 @@ mod tests {
         let first = begin().unwrap();
         for error in [begin().unwrap_err(), refuse_held_origin_in(dir.path(), number).unwrap_err()] {
             assert_eq!(error.kind(), crate::base::ErrorKind::Refused);
-            let who = format!("job {} (process {})", first.id(), std::process::id());
-            assert!(error.to_string().contains(&who), "{error}");
+            let owner = format!("job {} (process {})", first.id(), std::process::id());
+            assert!(error.to_string().contains(&owner), "{error}");
         }
-        assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1, "the one refused left nothing");
+        assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1, "the refused job left nothing");
         let other = DeviceNumber { minor: 5, ..number };
         Job::begin_for_origin_in(dir.path(), "copy", other).unwrap().finish().unwrap();
-        // A killed one leaves the file, which locks nothing; an ended one leaves nothing.
+        // A killed job leaves the file, which locks nothing; a finished job leaves nothing.
         drop(first);
         refuse_held_origin_in(dir.path(), number).unwrap();
         begin().unwrap().finish().unwrap();
@@ -389,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_job_names_what_it_was_to_complete() {
+    fn a_dead_job_names_its_partial_file() {
         let dir = tempfile::tempdir().unwrap();
         let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
         drop(Job::begin_for_target_in(dir.path(), "restore", Some(partial)).unwrap());
@@ -398,14 +400,14 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_can_do_without_a_record_does() {
+    fn a_command_runs_without_a_record_if_none_can_be_made() {
         let dir = tempfile::tempdir().unwrap();
         let partial = Path::new("/srv/.copy.tidemark-partial.0123456789ab");
         let nowhere = dir.path().join("file");
         fs::write(&nowhere, b"").unwrap();
         assert!(Job::begin_for_target_in(&nowhere, "restore", Some(partial)).is_none());
         assert!(Job::begin_for_target_in(&nowhere, "restore", None).is_none());
-        // A record that cannot be removed is no reason to call what is done failed.
+        // A record that cannot be removed does not turn a success into a failure.
         let job = Job::begin_for_target_in(dir.path(), "restore", Some(partial)).unwrap();
         let record = record_path(dir.path(), job.id());
         fs::remove_file(&record).unwrap();
@@ -414,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_leaves_a_record_names_who_clears_it_away() {
+    fn an_error_that_leaves_a_record_advises_recover() {
         let dir = tempfile::tempdir().unwrap();
         let failed = |error: Error, undos: usize| {
             let job = Job::begin_in(dir.path(), "copy").unwrap();
@@ -464,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_newer_program_has_left_is_found_and_told() {
+    fn the_record_of_a_newer_program_is_found_and_marked() {
         let dir = tempfile::tempdir().unwrap();
         let mut job = Job::begin_in(dir.path(), "copy").unwrap();
         job.note_partial(Path::new("/srv/.copy.tidemark-partial.0123456789ab"));
@@ -480,7 +482,7 @@ mod tests {
         fs::write(&path, format!("{body}crc32c {sum:08x}\n")).unwrap();
         let found = find_jobs_in(dir.path()).unwrap().remove(0);
         assert!(found.is_newer);
-        // What `recover` goes by.
+        // What `recover` uses.
         let record = found.record.unwrap();
         assert_eq!(partials(&record).count(), 1);
     }
@@ -498,15 +500,15 @@ mod tests {
         assert_eq!(found(), None);
         fs::write(job.progress_path(), view.encode().unwrap()).unwrap();
         drop(job);
-        assert_eq!(found(), Some(view), "what a dead one said last");
-        // What a removal left that was cut short is no job.
+        assert_eq!(found(), Some(view), "the last progress of a dead job");
+        // A removal that was cut short does not leave a job.
         let id = new_id();
         fs::write(progress_path(dir.path(), &id), b"").unwrap();
         assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1);
     }
 
     #[test]
-    fn a_broken_record_is_an_error_and_the_job_is_found_all_the_same() {
+    fn a_broken_record_is_an_error_and_the_job_is_still_found() {
         let dir = tempfile::tempdir().unwrap();
         let job = Job::begin_in(dir.path(), "copy").unwrap();
         let id = job.id().to_owned();

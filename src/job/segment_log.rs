@@ -1,16 +1,16 @@
-//! Which segments of a copy are safely on the secondary? The journal of segments, in a file beside the
-//! job's record (see [`format::segment_log`](crate::format::segment_log)).
+//! Which segments of a copy are safely on the secondary? The journal of segments, in a file beside the job's
+//! record (see [`format::segment_log`](crate::format::segment_log)).
 //!
 //! Invariants:
-//! - a record is appended only after the segment's write has completed and a sync of the secondary behind it, with one
-//!   write(2) for each call; nothing is buffered, so what a call answered survives SIGKILL;
-//! - nothing is synced: the journal outlives the process, and a copy never outlives the host;
-//! - after a failed append every later one fails, and the file ends with its last whole record;
-//! - a copy outlives its journal: if the journal cannot be written any more (a full `/run`), it is removed before a region
-//!   that it does not name is released. A resume from it would take newer data for that of the instant. The copy then
-//!   goes on and cannot be resumed; one warning says so.
+//! - A record is appended only after the segment's write and a later sync of the secondary have completed,
+//!   with one write(2) per call. Nothing is buffered, so what a call has confirmed survives SIGKILL.
+//! - The journal is never synced: it outlives the process, and a copy never outlives the host.
+//! - After a failed append every later one fails, and the file ends with its last whole record.
+//! - A copy outlives its journal. If the journal cannot be written any more (a full `/run`), it is removed
+//!   before a region is released that it does not name: a resume from it would take newer data for that of
+//!   the instant. The copy then continues and cannot be resumed; one warning reports that.
 //!
-//! Must not decide what a resumed copy does with it.
+//! Must not decide how a resumed copy uses the journal.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -22,23 +22,23 @@ use crate::format::segment_log::{
     Follower, HEADER_BYTES, Header, PlacedSegment, RECORD_BYTES, RECORD_COUNT_MAX, Record,
 };
 
-/// Records read in one go.
+/// Records read at a time.
 const READ_RECORDS: usize = 4096;
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentLogContent {
     /// The copy that it belongs to.
     pub header: Header,
     /// Each segment once, with its last record.
     pub placed: Vec<PlacedSegment>,
-    /// Originals may have been laid over some of them.
+    /// True if some of them may have been overlaid with originals.
     pub originals_begun: bool,
-    /// Where the good records end; what is behind is torn.
+    /// The end of the good records; anything after it is torn.
     pub length: Bytes,
 }
 
-/// A journal open for appending; see the module's head.
+/// A journal open for appending, or dropped after a failed append.
 #[derive(Debug)]
 pub struct SegmentLog {
     file: File,
@@ -48,24 +48,24 @@ pub struct SegmentLog {
     next: u64,
     /// errno of the first failed append.
     failed: Option<i32>,
-    /// The file is gone for good, and the copy goes on without.
+    /// The file has been removed for good; the copy continues without it.
     dropped: bool,
 }
 
 impl SegmentLog {
-    /// Makes a journal at `path`, where nothing is yet.
+    /// Creates a journal at `path`, which must not exist.
     ///
     /// # Errors
-    /// I/O errors; [`ErrorKind::BadData`] for a header with facts that cannot be.
+    /// I/O errors; [`ErrorKind::BadData`] for a header with impossible facts.
     pub fn create(path: &Path, header: &Header) -> Result<Self> {
         let block = header.encode()?;
         let mut file = options()
             .create_new(true)
             .mode(0o600)
             .open(path)
-            .io_context(|| format!("make the journal of segments {}", path.display()))?;
-        // Killed in between: a journal without a header, which is refused; nothing was placed yet.
-        file.write_all(&block).io_context(|| format!("write {}", path.display()))?;
+            .io_context(|| format!("creating the journal of segments {}", path.display()))?;
+        // Killed in between: a journal without a header is refused, and nothing was placed yet.
+        file.write_all(&block).io_context(|| format!("writing {}", path.display()))?;
         Ok(Self {
             file,
             path: path.to_owned(),
@@ -76,7 +76,7 @@ impl SegmentLog {
         })
     }
 
-    /// Opens the journal of a copy that died, to go on with it: a torn end is cut off.
+    /// Opens the journal of a copy that died, to continue it: a torn end is cut off.
     ///
     /// # Errors
     /// As [`read`].
@@ -84,7 +84,7 @@ impl SegmentLog {
         let file = open(path)?;
         let content = read_from(&file, path)?;
         file.set_len(content.length.get())
-            .io_context(|| format!("cut the torn end off {}", path.display()))?;
+            .io_context(|| format!("cutting the torn end off {}", path.display()))?;
         let records = (content.length.as_len() - HEADER_BYTES) / RECORD_BYTES;
         let next = Bytes::from_len(records).get();
         let (path, header) = (path.to_owned(), content.header.clone());
@@ -104,7 +104,7 @@ impl SegmentLog {
         &self.header
     }
 
-    /// Notes that a segment's write has completed.
+    /// Records that a segment's write has completed.
     ///
     /// # Errors
     /// As [`SegmentLog::append`].
@@ -112,22 +112,22 @@ impl SegmentLog {
         self.append(std::slice::from_ref(segment))
     }
 
-    /// Notes that the writes of all these segments have completed.
+    /// Records that the writes of all these segments have completed.
     ///
     /// # Errors
-    /// I/O errors: from then on the copy cannot be resumed from here, and nothing may be released that
-    /// was not noted before, as long as the file is there. [`ErrorKind::BadData`] for segments that cannot be.
+    /// I/O errors: the copy can no longer be resumed from this journal, and as long as the file exists, no
+    /// region may be released that it does not name. [`ErrorKind::BadData`] for impossible segments.
     pub fn append(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let mut records = segments.iter().map(|segment| Record::Placed(*segment));
         self.write(&mut records)
     }
 
-    /// Replaces the whole journal: these segments are placed, and nothing else is noted. Killed in between: the old
-    /// journal, or the new one.
+    /// Replaces the whole journal: these segments are placed, and nothing else is recorded. Killed in
+    /// between: the old journal, or the new one.
     ///
     /// # Errors
-    /// As [`SegmentLog::append`]; the old journal is still there.
-    pub fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+    /// As [`SegmentLog::append`]; the old journal is unchanged.
+    pub fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let new = self.path.with_extension("segments-new");
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.failure(error)),
@@ -140,7 +140,7 @@ impl SegmentLog {
         Ok(())
     }
 
-    /// Notes that originals may be laid over the data from now on.
+    /// Records that the data may be overlaid with originals from now on.
     ///
     /// # Errors
     /// I/O errors.
@@ -157,7 +157,7 @@ impl SegmentLog {
         for record in records {
             if next >= RECORD_COUNT_MAX {
                 let what = format!(
-                    "{} has {RECORD_COUNT_MAX} records, the most that one holds",
+                    "{} has {RECORD_COUNT_MAX} records, the most that a journal can hold",
                     self.path.display()
                 );
                 return Err(Error::refused(what).next("copy again from the beginning"));
@@ -168,9 +168,10 @@ impl SegmentLog {
         let end = Bytes::from_len(HEADER_BYTES) + Bytes::from_len(RECORD_BYTES) * self.next;
         if let Err(error) = self.file.write_all_at(&bytes, end.get()) {
             self.failed = Some(error.raw_os_error().unwrap_or(libc::EIO));
-            // A part of it may be there: a reader would take it for a torn end, but only if it is the end.
+            // A part of the records may be in the file: a reader takes that for a torn end only if it is the
+            // end.
             if let Err(error) = self.file.set_len(end.get()) {
-                tracing::warn!(path = %self.path.display(), %error, "a torn journal could not be cut");
+                tracing::warn!(path = %self.path.display(), %error, "the torn end of the journal could not be cut off");
             }
             return Err(self.failure(error));
         }
@@ -179,47 +180,49 @@ impl SegmentLog {
     }
 
     fn failure(&self, error: io::Error) -> Error {
-        Error::io(format!("append to the journal of segments {}", self.path.display()), error)
+        Error::io(format!("appending to the journal of segments {}", self.path.display()), error)
     }
 
-    /// Calls `note`. If that fails, drops the log, as the head of this module describes.
+    /// Calls `note`. If that fails, drops the journal, so that no resume uses a journal with gaps.
     ///
     /// # Errors
-    /// Where the records are wrong in themselves, and where the log cannot be removed.
+    /// If the records themselves are invalid, or the journal cannot be removed.
     pub fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.dropped {
             return Ok(());
         }
         match note(self) {
-            // The records themselves are wrong: a broken copy, whatever the space.
+            // The records themselves are invalid: the copy is broken, whatever the space.
             Err(error) if error.kind() == ErrorKind::BadData => Err(error),
-            Err(error) => self.drop_for(error),
+            Err(error) => self.drop_log(error),
             Ok(()) => Ok(()),
         }
     }
 
-    fn drop_for(&mut self, error: Error) -> Result<()> {
+    fn drop_log(&mut self, error: Error) -> Result<()> {
         let new = self.path.with_extension("segments-new");
         for path in [&new, &self.path] {
             match fs::remove_file(path) {
                 Err(undo) if undo.kind() != io::ErrorKind::NotFound => {
-                    return Err(error.with_failed_undo(Error::io(format!("remove {}", path.display()), undo)));
+                    return Err(
+                        error.with_failed_undo(Error::io(format!("removing {}", path.display()), undo))
+                    );
                 }
                 _ => {}
             }
         }
         self.dropped = true;
         tracing::warn!(
-            "{error}; the copy goes on, but if it is killed 'tidemark resume' cannot go on with it"
+            "{error}; the copy continues, but if it is killed, 'tidemark resume' cannot resume it"
         );
         Ok(())
     }
 }
 
-/// What the journal at `path` says; nothing is changed.
+/// Reads the journal at `path`. Changes nothing.
 ///
 /// # Errors
-/// I/O errors; [`ErrorKind::BadData`] for one that is not right in more than a torn end.
+/// I/O errors; [`ErrorKind::BadData`] for a journal with damage other than a torn end.
 pub fn read(path: &Path) -> Result<SegmentLogContent> {
     read_from(&open(path)?, path)
 }
@@ -233,7 +236,7 @@ fn options() -> OpenOptions {
 fn open(path: &Path) -> Result<File> {
     options().open(path).map_err(|error| {
         let missing = error.kind() == io::ErrorKind::NotFound;
-        let error = Error::io(format!("open the journal of segments {}", path.display()), error);
+        let error = Error::io(format!("opening the journal of segments {}", path.display()), error);
         if missing {
             error.with_kind(ErrorKind::Refused).next("run tidemark recover, and copy again")
         } else {
@@ -283,16 +286,16 @@ fn fill(file: &mut &File, memory: &mut [u8], path: &Path) -> Result<usize> {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(Error::io(format!("read {}", path.display()), error)),
+            Err(error) => return Err(Error::io(format!("reading {}", path.display()), error)),
         }
     }
     Ok(done)
 }
 
-/// Each segment's last record.
+/// The last record of each segment.
 struct Latest {
     placed: Vec<PlacedSegment>,
-    /// For each segment its place in `placed` plus one, or 0 for none.
+    /// For each segment its position in `placed` plus one, or 0 for none.
     places: Vec<u32>,
 }
 
@@ -347,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_is_read_while_the_writer_goes_on() {
+    fn the_journal_can_be_read_while_it_is_written() {
         let (_keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         assert!(SegmentLog::create(&path, &header()).is_err(), "one journal for one job");
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_end_is_cut_off_and_the_journal_goes_on() {
+    fn a_torn_end_is_cut_off_and_the_journal_continues() {
         let (_keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.append(&[segment(0, 1), segment(1, 1)]).unwrap();
@@ -382,14 +385,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_restated_is_all_there_is_and_the_journal_goes_on() {
+    fn a_rewritten_journal_has_only_the_new_records_and_continues() {
         let (keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.append(&[segment(0, 1), segment(1, 2), segment(2, 3)]).unwrap();
         fs::write(keep.path().join("0123.segments-new"), "what a kill has left").unwrap();
-        journal.restate(&[segment(0, 1), segment(2, 3)]).unwrap();
+        journal.rewrite(&[segment(0, 1), segment(2, 3)]).unwrap();
         assert_eq!(read(&path).unwrap().placed, [segment(0, 1), segment(2, 3)]);
-        // The frame of the one that was lost is given to another.
+        // The frame of a lost segment is reused for another.
         journal.placed(&PlacedSegment { frame: Some(1), ..segment(5, 9) }).unwrap();
         journal.originals_begun().unwrap();
         let (_, content) = SegmentLog::open(&path).unwrap();
@@ -416,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_failed_append_there_is_no_other() {
+    fn after_a_failed_append_every_append_fails() {
         let (_keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.placed(&segment(0, 1)).unwrap();
@@ -429,16 +432,16 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_outlives_its_journal_and_nobody_resumes_by_what_is_left() {
+    fn a_copy_outlives_its_journal_which_is_removed() {
         let (keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         journal.note_or_drop(|log| log.append(&[segment(0, 1)])).unwrap();
-        // As on a full filesystem.
+        // Fails as on a full filesystem.
         journal.file = File::open(&path).unwrap();
         journal.note_or_drop(|log| log.append(&[segment(1, 1)])).unwrap();
         assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
         assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::Refused);
-        journal.note_or_drop(|log| log.restate(&[segment(1, 1)])).unwrap();
+        journal.note_or_drop(|log| log.rewrite(&[segment(1, 1)])).unwrap();
         journal.note_or_drop(SegmentLog::originals_begun).unwrap();
         assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 0);
     }

@@ -33,7 +33,7 @@ use crate::sys::queue::QueueSettings;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
-use crate::job::{FoundJob, find_jobs, find_one, is_expedited, look_at_jobs, partials, record_of};
+use crate::job::{FoundJob, find_jobs, find_one, is_expedited, list_jobs, partials, record_of};
 use crate::stack::{Runner, explain_missing_disk, restoration};
 use crate::sys::privilege;
 
@@ -375,7 +375,7 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
 fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
     let is_meant = |job: &FoundJob| only.is_none_or(|only| job.id == only);
     let left = |job: &FoundJob| is_meant(job) && !job.alive && job.record.as_ref().is_ok_and(is_expedited);
-    if !look_at_jobs()?.iter().any(left) {
+    if !list_jobs()?.iter().any(left) {
         return Ok(());
     }
     let what = || format!("writing 0 to {}", rcu::PATH);

@@ -15,7 +15,7 @@ use crate::volume::lvm_lock::LvmScope;
 use super::attach::recorded_volumes;
 use super::recover::living_elsewhere;
 use super::request::CopyRequest;
-use crate::job::look_at_jobs;
+use crate::job::list_jobs;
 use crate::sys::privilege;
 
 /// Everything there is.
@@ -217,7 +217,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
 /// The ids of the jobs on record.
 fn jobs(status: &mut Status) -> Result<Vec<String>> {
     let mut known = Vec::new();
-    for job in look_at_jobs()? {
+    for job in list_jobs()? {
         known.push(job.id.clone());
         if !job.alive {
             let has_journal = job.segments_path().exists();

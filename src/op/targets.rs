@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::attach::recorded_volumes;
 use crate::base::{Bytes, Error, ErrorKind, Result, directory_of};
 use crate::format::state::JobRecord;
-use crate::job::{look_at_jobs, partials};
+use crate::job::{list_jobs, partials};
 use crate::secondary::partial::{is_partial_of, resolve};
 use crate::sys::privilege::is_root;
 use crate::topology::{Topology, device_number};
@@ -99,7 +99,7 @@ pub fn naming_job(error: Error, target: &Path) -> Error {
         partials(record).any(|partial| is_partial_of(partial, &full))
             || topology.is_writing(record.process, target)
     };
-    let jobs = look_at_jobs().unwrap_or_default();
+    let jobs = list_jobs().unwrap_or_default();
     let holder = jobs.into_iter().filter(|job| job.alive).find_map(|job| {
         let record = job.record.ok()?;
         has_it(&record).then_some((job.id, record.process))

@@ -85,7 +85,7 @@ for what in space inodes; do
     begin_full "$what" /mnt/scratch/full.raw --all --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)"
     wait "$copy" || fail "a full /run ($what) ends a copy: $(cat /run/fault.err)"
     cat /run/fault.err
-    [ "$what" = inodes ] || grep -q 'cannot go on with it' /run/fault.err || fail "nothing says that it cannot be resumed"
+    [ "$what" = inodes ] || grep -q 'cannot resume it' /run/fault.err || fail "nothing says that it cannot be resumed"
     ! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
     assert_identical /mnt/scratch/full.raw /mnt/scratch/instant
     rm /mnt/scratch/full.raw /mnt/scratch/instant
@@ -101,7 +101,7 @@ assert_same "the exit status" "$status" 130
 ! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
 is_as_before interrupted
 begin_full space /mnt/scratch/full.raw
-wait_until 20 grep -q 'cannot go on with it' /run/fault.err
+wait_until 20 grep -q 'cannot resume it' /run/fault.err
 kill -KILL "$copy"
 wait "$copy" 2>/dev/null || true
 assert_status 3 tidemark resume

@@ -69,8 +69,8 @@ impl PlacementLog for SegmentLog {
         self.note_or_drop(|log| log.append(segments))
     }
 
-    fn restate(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        self.note_or_drop(|log| Self::restate(log, segments))
+    fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()> {
+        self.note_or_drop(|log| Self::rewrite(log, segments))
     }
 
     fn originals_begun(&mut self) -> Result<()> {
