@@ -14,7 +14,7 @@ use std::path::Path;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::sys::block::is_open_for_writing;
-use crate::topology::{Ground, Topology, User};
+use crate::topology::{FilesystemBacking, Topology, User};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, written by a process, the
@@ -99,14 +99,14 @@ impl Topology {
         })?;
         let full = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
         let what = format!("the filesystem of {}", directory.display());
-        match self.ground(DeviceNumber::from_dev(metadata.dev()), &full) {
-            Ground::Devices(devices) => {
+        match self.filesystem_backing(DeviceNumber::from_dev(metadata.dev()), &full) {
+            FilesystemBacking::Devices(devices) => {
                 devices.iter().try_for_each(|device| self.check_filesystem(*device, &what, forbidden))
             }
             // A filesystem whose devices are hidden may be on the origin. The origin loses nothing by that: a
             // cold origin is not in use, and a live one waits for the secondary only where writers are held
             // for it; that case is checked together with everything else that may wait.
-            Ground::Elsewhere | Ground::Unknown(_) => Ok(()),
+            FilesystemBacking::Elsewhere | FilesystemBacking::Unknown(_) => Ok(()),
         }
     }
 
@@ -181,7 +181,7 @@ impl Topology {
     fn check_not_swap(&self, devices: &[DeviceNumber], path: &Path) -> Result<()> {
         let view = self.own_view()?;
         for swap in self.swaps()? {
-            let device = view.look(&swap).ok().and_then(|found| found.block_device);
+            let device = view.stat(&swap).ok().and_then(|found| found.block_device);
             if device.is_some_and(|device| devices.contains(&device)) {
                 return Err(Error::refused(format!("{} is swap space", path.display()))
                     .state("it was not touched")

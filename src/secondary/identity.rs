@@ -24,7 +24,7 @@ use crate::format::filesystem_id;
 use crate::format::state::{DeviceRecord, FileRecord, TargetRecord};
 use crate::sys::block::{self, generation};
 use crate::sys::process::mount_of;
-use crate::topology::{Ground, Topology};
+use crate::topology::{FilesystemBacking, Topology};
 
 /// Tolerance for the time of birth on FAT and exFAT, which store it with less precision.
 const BIRTH_TOLERANCE_NS: u64 = 2_000_000_000;
@@ -59,9 +59,11 @@ pub fn identify(file: &File, path: &Path) -> Result<TargetRecord> {
         return Ok(TargetRecord { boot, file: None, devices });
     }
     let device = DeviceNumber::from_dev(metadata.dev());
-    let mut devices: Vec<DeviceRecord> = match topology.ground(device, path) {
-        Ground::Devices(devices) => devices.iter().flat_map(|device| topology.identities(*device)).collect(),
-        Ground::Elsewhere | Ground::Unknown(_) => Vec::new(),
+    let mut devices: Vec<DeviceRecord> = match topology.filesystem_backing(device, path) {
+        FilesystemBacking::Devices(devices) => {
+            devices.iter().flat_map(|device| topology.identities(*device)).collect()
+        }
+        FilesystemBacking::Elsewhere | FilesystemBacking::Unknown(_) => Vec::new(),
     };
     devices.sort_by_key(|device| device.number);
     devices.dedup_by_key(|device| device.number);

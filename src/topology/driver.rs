@@ -1,12 +1,13 @@
-//! Does a block device end at a disk, or does its driver reach further than sysfs shows? By the driver, which
-//! `/proc/devices` names by the major number.
+//! Does a block device end at a disk, or does its driver use more than sysfs shows? Decided by the driver's
+//! name, which `/proc/devices` gives for the major number.
 //!
-//! An allow-list: a driver counts as a disk's, or as one whose devices sysfs shows as slaves, because it is known to be.
-//! Every other one may lead anywhere, to our origin too, as zvol, drbd, rnbd and ublk may, and is [`Node::Unknown`].
-//! Some known drivers carry several ways (SCSI, NVMe, virtio); the device's place in sysfs tells which.
+//! An allow-list: only listed drivers count as a disk's, or as having all their devices among the slaves in
+//! sysfs. Any other driver (zvol, drbd, rnbd, ublk) may lead anywhere, even to our origin, and is
+//! [`Node::Unknown`]. Some listed drivers have several transports (SCSI, NVMe, virtio); the device's path in
+//! sysfs shows which.
 //!
-//! An Unknown is one device, or the hardware that serves several: two disks of one controller end at the same
-//! node. Devices that no hardware stands behind are never taken together.
+//! An Unknown names one device, or the hardware that serves several: two disks of one controller share a
+//! node. Devices without hardware never share one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,22 +17,22 @@ use super::Topology;
 use super::graph::Node;
 use crate::base::DeviceNumber;
 
-/// What a device's driver has beneath it, beside the slaves that sysfs shows.
+/// What a device's driver uses, besides the slaves in sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Beneath {
-    /// Nothing of this machine.
+pub(super) enum DriverBacking {
+    /// Nothing on this machine.
     Nothing,
-    /// A file or device: loop devices.
+    /// A file or device, for loop devices.
     File,
     /// Memory.
     Memory,
-    /// Memory, and a device that it writes back to: zram.
+    /// Memory and a writeback device, for zram.
     MemoryAndDevice,
-    /// These.
+    /// These nodes.
     Nodes(BTreeSet<Node>),
 }
 
-/// Disks, and drivers whose devices are all in `slaves`.
+/// Drivers of disks, and drivers whose devices are all in `slaves`.
 const LEAVES: [&str; 14] = [
     "sd",
     "sr",
@@ -49,16 +50,16 @@ const LEAVES: [&str; 14] = [
     "bcache",
 ];
 
-/// Made of memory, which has to be found for a write.
+/// Drivers backed by memory, which a write has to allocate.
 const MEMORY: [&str; 2] = ["ramdisk", "nullb"];
 
-/// Served by other machines.
+/// Drivers whose devices are served by other machines.
 const NETWORK: [&str; 3] = ["nbd", "rbd", "aoe"];
 
-/// How the name of a directory on the way to a device begins where another machine serves it, by USB/IP.
+/// Prefix of a sysfs directory on a device's path if another machine serves it by USB/IP.
 const USB_IP_WAY: &str = "vhci_hcd";
 
-/// The same where it is made by this machine, from anything: a target of the kernel's own, a gadget, a program.
+/// The same if this machine itself serves the device, from anything: a kernel target, a gadget, a program.
 const OWN_WAYS: [&str; 4] = ["tcm_loop", "scst_local", "dummy_hcd", "vduse"];
 
 /// The block drivers of the kernel, by major number.
@@ -66,7 +67,7 @@ const OWN_WAYS: [&str; 4] = ["tcm_loop", "scst_local", "dummy_hcd", "vduse"];
 pub(super) struct Drivers(BTreeMap<u32, String>);
 
 impl Drivers {
-    /// As the kernel has them now; none where it does not say.
+    /// The drivers at present; empty if the kernel does not list them.
     pub(super) fn read(topology: &Topology) -> Self {
         let text = fs::read_to_string(topology.root.join("proc/devices")).unwrap_or_default();
         let lines = text.lines().skip_while(|line| *line != "Block devices:").skip(1);
@@ -77,15 +78,15 @@ impl Drivers {
         Self(lines.filter_map(driver).collect())
     }
 
-    /// What is beneath a device that is no partition.
-    pub(super) fn beneath(&self, topology: &Topology, device: DeviceNumber) -> Beneath {
+    /// What the driver of a device uses. Not for partitions.
+    pub(super) fn backing(&self, topology: &Topology, device: DeviceNumber) -> DriverBacking {
         let place = fs::canonicalize(topology.node(device)).unwrap_or_default();
         let steps: Vec<&str> = place.iter().filter_map(|step| step.to_str()).collect();
         let name = steps.last().copied().unwrap_or_default();
         let Some(driver) = self.0.get(&device.major) else {
-            return unknown(topology, device, "whose driver /proc/devices does not tell");
+            return unknown(topology, device, "whose driver is not in /proc/devices");
         };
-        // Some have a number for each device behind their name.
+        // Some drivers append a number to their name for each device.
         let kind = driver.trim_end_matches(|c: char| c.is_ascii_digit());
         let is = |list: &[&str]| list.contains(&driver.as_str()) || list.contains(&kind);
         let leads_by = |way: &str| steps.iter().any(|step| step.starts_with(way));
@@ -96,14 +97,14 @@ impl Drivers {
             return network("USB/IP".to_owned());
         }
         match driver.as_str() {
-            "loop" => Beneath::File,
-            "zram" => Beneath::MemoryAndDevice,
-            "sd" => session(&place).map_or(Beneath::Nothing, |session| network(iscsi(&session))),
+            "loop" => DriverBacking::File,
+            "zram" => DriverBacking::MemoryAndDevice,
+            "sd" => session(&place).map_or(DriverBacking::Nothing, |session| network(iscsi(&session))),
             "blkext" if is_numbered(name, "nvme") => of_nvme(topology, device),
-            "blkext" if is_numbered(name, "pmem") => Beneath::Nothing,
-            _ if is(&MEMORY) => Beneath::Memory,
+            "blkext" if is_numbered(name, "pmem") => DriverBacking::Nothing,
+            _ if is(&MEMORY) => DriverBacking::Memory,
             _ if is(&NETWORK) => network(kind.to_owned()),
-            _ if is(&LEAVES) => Beneath::Nothing,
+            _ if is(&LEAVES) => DriverBacking::Nothing,
             _ => {
                 let why = format!("whose driver ({driver}) may use other devices of this machine");
                 match hardware(&place) {
@@ -115,15 +116,15 @@ impl Drivers {
     }
 }
 
-fn end(node: Node) -> Beneath {
-    Beneath::Nodes(BTreeSet::from([node]))
+fn end(node: Node) -> DriverBacking {
+    DriverBacking::Nodes(BTreeSet::from([node]))
 }
 
-fn unknown(topology: &Topology, device: DeviceNumber, why: &str) -> Beneath {
+fn unknown(topology: &Topology, device: DeviceNumber, why: &str) -> DriverBacking {
     end(Node::Unknown(format!("{} ({device}), {why}", topology.name(device))))
 }
 
-fn network(what: String) -> Beneath {
+fn network(what: String) -> DriverBacking {
     end(Node::Network(what))
 }
 
@@ -132,7 +133,7 @@ fn is_numbered(name: &str, kind: &str) -> bool {
     name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// The directory of the iSCSI session that a disk is of.
+/// The directory of a disk's iSCSI session.
 fn session(place: &Path) -> Option<PathBuf> {
     let is_session = |at: &&Path| {
         at.file_name().and_then(|name| name.to_str()).is_some_and(|name| is_numbered(name, "session"))
@@ -140,7 +141,7 @@ fn session(place: &Path) -> Option<PathBuf> {
     place.ancestors().find(is_session).map(Path::to_owned)
 }
 
-/// The machine at the other end, by its address; by the session where that is not shown.
+/// The address of the other machine; the name of the session if there is no address.
 fn iscsi(session: &Path) -> String {
     let name = session.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let connections = fs::read_dir(session).into_iter().flatten().flatten();
@@ -153,9 +154,9 @@ fn iscsi(session: &Path) -> String {
     format!("iSCSI {}", address.unwrap_or(name))
 }
 
-/// By the transports of its controllers. The disk lies in its controller's directory or, where several may lead to it,
-/// in that of the subsystem, which has links to them.
-fn of_nvme(topology: &Topology, device: DeviceNumber) -> Beneath {
+/// Decided by the transports of its controllers. The disk is in its controller's directory, or with multipath
+/// in that of the subsystem, which links to all its controllers.
+fn of_nvme(topology: &Topology, device: DeviceNumber) -> DriverBacking {
     let above = topology.node(device).join("..");
     let mut controllers = vec![above.clone()];
     if !above.join("transport").exists() {
@@ -164,13 +165,13 @@ fn of_nvme(topology: &Topology, device: DeviceNumber) -> Beneath {
             entries.map(|entry| entry.path()).filter(|path| path.join("transport").exists()).collect();
     }
     if controllers.is_empty() {
-        return unknown(topology, device, "none of whose controllers is shown");
+        return unknown(topology, device, "whose controllers are not in sysfs");
     }
     let mut found = BTreeSet::new();
     for controller in controllers {
         let read = |name| fs::read_to_string(controller.join(name)).unwrap_or_default().trim().to_owned();
         match read("transport").as_str() {
-            // A fabric of fibre channel is a SAN, as it is for SCSI: its disks are no files of this machine.
+            // A fibre channel fabric is a SAN, as for SCSI: its disks are not files of this machine.
             "pcie" | "apple-nvme" | "fc" => {}
             transport @ ("tcp" | "rdma") => {
                 let address = read("address");
@@ -183,10 +184,11 @@ fn of_nvme(topology: &Topology, device: DeviceNumber) -> Beneath {
             }
         }
     }
-    if found.is_empty() { Beneath::Nothing } else { Beneath::Nodes(found) }
+    if found.is_empty() { DriverBacking::Nothing } else { DriverBacking::Nodes(found) }
 }
 
-/// Where in the machine's hardware a device is, that all its neighbours share; None for one without.
+/// The hardware of a device, shared by its neighbours, as a path in sysfs; None for a device without
+/// hardware.
 fn hardware(place: &Path) -> Option<PathBuf> {
     let mut steps = place.iter().skip_while(|step| *step != "devices").skip(1).peekable();
     if steps.peek().is_none_or(|first| *first == "virtual") {

@@ -1,24 +1,24 @@
-//! What do file systems of a kind lie on? One verdict for each kind that is known; what is not listed hides it.
+//! What backs a kind of file system? One entry for each known kind; any other kind counts as hidden.
 
-/// What a kind of file system lies on.
+/// The backing of a kind of file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LiesOn {
+pub(super) enum BackingKind {
     /// Memory.
     Memory,
-    /// Another machine serves it, or other machines share it and have to agree.
+    /// Another machine serves it, or it is shared with other machines and needs their agreement.
     OtherMachines,
-    /// Its one device, and those that its options name.
+    /// Its single device, and the devices that its options name.
     OneDevice,
-    /// Devices of which the mount's source names one or all.
+    /// Several devices; the mount's source names one or all of them.
     Devices,
-    /// File systems: the layers of an overlay.
+    /// Other file systems: the layers of an overlay.
     Layers,
-    /// It does not say.
+    /// Not known.
     Hidden,
 }
 
-impl LiesOn {
-    /// By the name of the kind, as mountinfo has it.
+impl BackingKind {
+    /// The backing for a kind as named in mountinfo.
     pub(super) fn of(kind: &str) -> Self {
         match kind {
             "tmpfs" | "ramfs" | "devtmpfs" | "hugetlbfs" | "rootfs" => Self::Memory,
@@ -33,9 +33,9 @@ impl LiesOn {
         }
     }
 
-    /// A file system of this kind answers without asking another machine or a process. What is not known to does not; nor
-    /// does an overlay, for its layers may be of any kind.
-    pub(super) fn answers_by_itself(kind: &str) -> bool {
+    /// True if a file system of this kind answers without asking another machine or a process. False for an
+    /// unknown kind, and for an overlay, as its layers may be of any kind.
+    pub(super) fn answers_locally(kind: &str) -> bool {
         match Self::of(kind) {
             Self::Memory | Self::OneDevice | Self::Devices => true,
             Self::OtherMachines | Self::Layers => false,

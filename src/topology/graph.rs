@@ -1,22 +1,23 @@
-//! Who waits for whom? Nodes, what each waits for, and the one question asked of them: may X wait for Y?
+//! What waits for what? A graph of nodes, and one question: may X wait for Y?
 //!
-//! A write to an origin under a copy waits for its store. If the store, by whatever road, waits for a write to the
-//! origin, both wait for good: nothing can let the origin go then, for the kernel lets nobody cancel a bio. So the
-//! question is asked before the store gets its place in the origin's way, and whoever cannot be looked through counts
-//! as the worst.
+//! During a copy a write to the origin waits for the store. If the store waits for a write to the origin,
+//! over any path, both wait forever, and nothing can resume the origin, as the kernel cannot cancel a bio. So
+//! the question is asked before the store is attached to the origin, and a node whose dependencies are hidden
+//! counts as the worst case.
 //!
-//! Pure: what a node waits for is told by whoever observes ([`observe`](super::observe)). Only what can be reached
-//! is asked for, so that nobody has to look at a file system that has nothing to do with the question. Invariants:
-//! - an answer of [`Answer::No`] means that everything that can be reached was looked at, but for what Y stands on;
-//! - what Y stands on does not wait for Y, or Y would wait for itself: there an Unknown or another machine adds nothing.
-//!   So an Unknown has to name the one thing that it is, and two are the same only where that is the same;
-//! - a road is given from its first node to its last, each waiting for the next.
+//! Pure: the caller supplies what a node waits for ([`observe`](super::observe)). Only reachable nodes are
+//! queried, so an unrelated file system is never examined. Invariants:
+//! - [`Answer::No`] means that every reachable node was examined, except those below Y.
+//! - What is below Y does not wait for Y, or Y would wait for itself. So an Unknown or another machine below
+//!   Y adds no risk. An Unknown must therefore name the one thing it stands for: two Unknowns are equal only
+//!   if that is the same.
+//! - A path is listed from its first node to its last; each node waits for the next.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::base::DeviceNumber;
 
-/// Nodes looked at for one question at most; beyond it the answer is [`Answer::Unknown`].
+/// Most nodes examined for one question; beyond it the answer is [`Answer::Unknown`].
 const NODES_MAX: usize = 16_384;
 
 /// Something that I/O may wait for.
@@ -24,77 +25,78 @@ const NODES_MAX: usize = 16_384;
 pub enum Node {
     /// A block device.
     Device(DeviceNumber),
-    /// A file system: its superblock's number, as `st_dev` of most and in mountinfo.
+    /// A file system: the number of its superblock, as in mountinfo, and in `st_dev` for most.
     FileSystem(DeviceNumber),
-    /// Memory that has to be found, for which the kernel may have to write to swap space.
+    /// Memory to be allocated, for which the kernel may have to write to swap space.
     Memory,
-    /// Another machine, which may not answer; by what it is reached.
+    /// Another machine, which may not answer; the text says how it is reached.
     Network(String),
-    /// What it waits for cannot be told; why.
+    /// What it waits for is not known; the text says why.
     Unknown(String),
 }
 
-/// From the node that waits to the one that is waited for.
-pub type Road = Vec<Node>;
+/// From the waiting node to the node that it waits for.
+pub type WaitPath = Vec<Node>;
 
 /// May X wait for Y?
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It does not: all that it waits for is known, on this machine and apart from Y.
+    /// No: all that it waits for is known, is on this machine, and does not include Y.
     No,
-    /// It may, by this road.
-    Yes(Road),
-    /// Nobody knows: the road ends at what cannot be looked through.
-    Unknown(Road),
-    /// Not for Y; but for another machine, which Y does without.
-    Network(Road),
+    /// Yes, over this path.
+    Yes(WaitPath),
+    /// Not known: the path ends at a node whose dependencies are hidden.
+    Unknown(WaitPath),
+    /// Not for Y, but for another machine, which Y does not depend on.
+    Network(WaitPath),
 }
 
-/// May `from` wait for `to`? `waits_for` tells what a node waits for directly. What is in `past` is not followed.
+/// May `from` wait for `to`? `waits_for` returns what a node waits for directly. Nodes in `excluded` are not
+/// followed.
 pub fn may_wait(
     from: &Node,
     to: &Node,
-    past: &[Node],
+    excluded: &[Node],
     waits_for: &mut dyn FnMut(&Node) -> BTreeSet<Node>,
 ) -> Answer {
-    let roads = Roads::explore(from, past, waits_for);
-    if roads.came_from.contains_key(to) {
-        return Answer::Yes(roads.to(to));
+    let reachable = Reachable::explore(from, excluded, waits_for);
+    if reachable.came_from.contains_key(to) {
+        return Answer::Yes(reachable.to(to));
     }
-    if roads.is_cut_short {
+    if reachable.is_cut_short {
         let end = Node::Unknown(format!("more than {NODES_MAX} devices"));
         return Answer::Unknown(vec![from.clone(), end]);
     }
     let ends: Vec<&Node> =
-        roads.order.iter().filter(|node| matches!(node, Node::Unknown(_) | Node::Network(_))).collect();
+        reachable.order.iter().filter(|node| matches!(node, Node::Unknown(_) | Node::Network(_))).collect();
     if ends.is_empty() {
         return Answer::No;
     }
-    // What the target stands on anyway makes it hang no more than it does.
-    let beneath = Roads::explore(to, past, waits_for);
+    // A wait that the target depends on anyway adds no risk.
+    let beneath = Reachable::explore(to, excluded, waits_for);
     let mut ends = ends.into_iter().filter(|node| !beneath.came_from.contains_key(node)).peekable();
     let nearest = ends.peek().copied();
     match ends.find(|node| matches!(node, Node::Unknown(_))) {
-        Some(unknown) => Answer::Unknown(roads.to(unknown)),
-        None => nearest.map_or(Answer::No, |network| Answer::Network(roads.to(network))),
+        Some(unknown) => Answer::Unknown(reachable.to(unknown)),
+        None => nearest.map_or(Answer::No, |network| Answer::Network(reachable.to(network))),
     }
 }
 
-/// Everything that can be reached from a node, each with who waits for it; the nearest first.
-struct Roads {
+/// All nodes that a node can reach, nearest first, each with the node that waits for it.
+struct Reachable {
     came_from: BTreeMap<Node, Option<Node>>,
     order: Vec<Node>,
     is_cut_short: bool,
 }
 
-impl Roads {
-    fn explore(from: &Node, past: &[Node], waits_for: &mut dyn FnMut(&Node) -> BTreeSet<Node>) -> Self {
+impl Reachable {
+    fn explore(from: &Node, excluded: &[Node], waits_for: &mut dyn FnMut(&Node) -> BTreeSet<Node>) -> Self {
         let mut came_from = BTreeMap::from([(from.clone(), None)]);
         let (mut order, mut open) = (Vec::new(), VecDeque::from([from.clone()]));
         let mut is_cut_short = false;
         while let Some(node) = open.pop_front() {
             for next in waits_for(&node) {
-                if past.contains(&next) || came_from.contains_key(&next) {
+                if excluded.contains(&next) || came_from.contains_key(&next) {
                     continue;
                 }
                 if came_from.len() >= NODES_MAX {
@@ -109,15 +111,15 @@ impl Roads {
         Self { came_from, order, is_cut_short }
     }
 
-    fn to(&self, end: &Node) -> Road {
-        let mut road = vec![end.clone()];
+    fn to(&self, end: &Node) -> WaitPath {
+        let mut path = vec![end.clone()];
         let mut at = end;
         while let Some(Some(before)) = self.came_from.get(at) {
-            road.push(before.clone());
+            path.push(before.clone());
             at = before;
         }
-        road.reverse();
-        road
+        path.reverse();
+        path
     }
 }
 
@@ -133,14 +135,14 @@ mod tests {
         Node::Device(DeviceNumber { major: 253, minor })
     }
 
-    fn ask(edges: &Edges, from: &Node, to: &Node, past: &[Node]) -> Answer {
-        may_wait(from, to, past, &mut |node| edges.get(node).cloned().unwrap_or_default())
+    fn ask(edges: &Edges, from: &Node, to: &Node, excluded: &[Node]) -> Answer {
+        may_wait(from, to, excluded, &mut |node| edges.get(node).cloned().unwrap_or_default())
     }
 
-    /// Of every pair, by closing the relation until nothing is added: slow, and plain to see.
-    fn closure(edges: &Edges, past: &[Node]) -> BTreeSet<(Node, Node)> {
+    /// All pairs of the transitive closure: slow but obvious.
+    fn closure(edges: &Edges, excluded: &[Node]) -> BTreeSet<(Node, Node)> {
         let direct = edges.iter().flat_map(|(from, to)| to.iter().map(move |to| (from.clone(), to.clone())));
-        let mut pairs: BTreeSet<(Node, Node)> = direct.filter(|(_, to)| !past.contains(to)).collect();
+        let mut pairs: BTreeSet<(Node, Node)> = direct.filter(|(_, to)| !excluded.contains(to)).collect();
         loop {
             let found: Vec<(Node, Node)> = pairs
                 .iter()
@@ -170,7 +172,7 @@ mod tests {
         prop::collection::vec((nodes(), nodes()), 0..16).prop_map(|pairs| {
             let mut edges = Edges::new();
             for (from, to) in pairs {
-                // These are where knowledge ends.
+                // These nodes have no known dependencies.
                 if !matches!(from, Node::Network(_) | Node::Unknown(_)) {
                     edges.entry(from).or_default().insert(to);
                 }
@@ -181,14 +183,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_answer_is_that_of_the_relation_closed(
+        fn the_answer_agrees_with_the_transitive_closure(
             edges in graphs(),
             from in nodes(),
             to in nodes(),
-            past_memory in any::<bool>(),
+            excluded_memory in any::<bool>(),
         ) {
-            let past: &[Node] = if past_memory { &[Node::Memory] } else { &[] };
-            let pairs = closure(&edges, past);
+            let excluded: &[Node] = if excluded_memory { &[Node::Memory] } else { &[] };
+            let pairs = closure(&edges, excluded);
             let reaches = |a: &Node, b: &Node| a == b || pairs.contains(&(a.clone(), b.clone()));
             let all: BTreeSet<&Node> = edges.iter().flat_map(|(from, to)| to.iter().chain([from])).chain([&from]).collect();
             let any = |test: &dyn Fn(&Node) -> bool| all.iter().any(|node| reaches(&from, node) && test(node));
@@ -201,28 +203,28 @@ mod tests {
             } else {
                 "no"
             };
-            let (found, road) = match ask(&edges, &from, &to, past) {
+            let (found, path) = match ask(&edges, &from, &to, excluded) {
                 Answer::No => ("no", None),
-                Answer::Yes(road) => {
-                    prop_assert_eq!(road.last(), Some(&to));
-                    ("yes", Some(road))
+                Answer::Yes(path) => {
+                    prop_assert_eq!(path.last(), Some(&to));
+                    ("yes", Some(path))
                 }
-                Answer::Unknown(road) => ("unknown", Some(road)),
-                Answer::Network(road) => ("network", Some(road)),
+                Answer::Unknown(path) => ("unknown", Some(path)),
+                Answer::Network(path) => ("network", Some(path)),
             };
             prop_assert_eq!(found, expected);
-            if let Some(road) = road {
-                prop_assert_eq!(&road[0], &from);
-                for pair in road.windows(2) {
+            if let Some(path) = path {
+                prop_assert_eq!(&path[0], &from);
+                for pair in path.windows(2) {
                     prop_assert!(edges[&pair[0]].contains(&pair[1]), "{:?} does not wait for {:?}", pair[0], pair[1]);
-                    prop_assert!(!past.contains(&pair[1]));
+                    prop_assert!(!excluded.contains(&pair[1]));
                 }
             }
         }
     }
 
     #[test]
-    fn a_store_on_an_origin_whose_store_is_on_ours_closes_the_circle() {
+    fn two_stores_on_each_others_origins_are_found_as_a_circle() {
         let on = |minor| Node::FileSystem(DeviceNumber { major: 253, minor });
         let mut edges =
             Edges::from([(on(0), BTreeSet::from([device(0)])), (on(1), BTreeSet::from([device(1)]))]);
@@ -236,18 +238,21 @@ mod tests {
     }
 
     #[test]
-    fn what_the_origin_stands_on_does_not_wait_for_it() {
+    fn what_is_below_the_origin_does_not_wait_for_it() {
         let unknown = |name: &str| BTreeSet::from([Node::Unknown(name.to_owned())]);
         let mut edges = Edges::from([(device(1), unknown("/dev/foo1"))]);
         assert!(matches!(ask(&edges, &device(1), &device(0), &[]), Answer::Unknown(_)));
         edges.insert(device(0), unknown("/dev/foo0"));
-        assert!(matches!(ask(&edges, &device(1), &device(0), &[]), Answer::Unknown(_)), "another one");
+        assert!(
+            matches!(ask(&edges, &device(1), &device(0), &[]), Answer::Unknown(_)),
+            "a different Unknown"
+        );
         edges.insert(device(0), unknown("/dev/foo1"));
         assert_eq!(ask(&edges, &device(1), &device(0), &[]), Answer::No);
     }
 
     #[test]
-    fn a_network_that_the_origin_hangs_on_itself_adds_nothing() {
+    fn a_network_below_the_origin_itself_does_not_count() {
         let network = Node::Network("rbd".to_owned());
         let mut edges = Edges::from([(device(1), BTreeSet::from([network.clone()]))]);
         assert_eq!(
@@ -259,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_can_be_looked_at_is_not_known() {
+    fn a_graph_beyond_the_limit_is_unknown() {
         let mut endless = |node: &Node| match node {
             Node::Device(number) => BTreeSet::from([device(number.minor + 1)]),
             _ => BTreeSet::new(),

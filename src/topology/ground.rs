@@ -1,30 +1,30 @@
-//! What a file system lies on: devices, memory, another machine.
+//! What is a file system backed by: devices, memory, another machine?
 
 use std::fs;
 use std::path::Path;
 
-use super::filesystem::LiesOn;
+use super::filesystem::BackingKind;
 use super::{Mount, Topology};
 use crate::base::DeviceNumber;
 
-/// What a filesystem lies on.
+/// The backing of a filesystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ground {
+pub enum FilesystemBacking {
     /// These block devices.
     Devices(Vec<DeviceNumber>),
     /// Memory, or another machine.
     Elsewhere,
-    /// A filesystem of this kind that does not say (overlay, zfs, fuse).
+    /// A filesystem of this kind, which does not report its backing (overlay, zfs, fuse).
     Unknown(String),
 }
 
 impl Topology {
-    /// What the filesystem of `path`, whose `st_dev` is `st_dev`, lies on. Some (btrfs) show an
-    /// anonymous number there; their mount's source names a device, and sysfs the others.
+    /// The backing of the filesystem of `path`, whose `st_dev` is `st_dev`. Some filesystems (btrfs) show an
+    /// anonymous number there; then the mount's source names one device, and sysfs the others.
     #[must_use]
-    pub fn ground(&self, st_dev: DeviceNumber, path: &Path) -> Ground {
+    pub fn filesystem_backing(&self, st_dev: DeviceNumber, path: &Path) -> FilesystemBacking {
         if self.node(st_dev).exists() {
-            return Ground::Devices(vec![st_dev]);
+            return FilesystemBacking::Devices(vec![st_dev]);
         }
         let mut best: Option<Mount> = None;
         for mount in self.mounts().unwrap_or_default() {
@@ -35,22 +35,22 @@ impl Topology {
                 best = Some(mount);
             }
         }
-        let Some(mount) = best else { return Ground::Unknown("unknown".to_owned()) };
+        let Some(mount) = best else { return FilesystemBacking::Unknown("unknown".to_owned()) };
         match mount.source_device() {
             Some(device) => {
                 let mut devices = self.btrfs_beside(device);
                 devices.push(device);
-                Ground::Devices(devices)
+                FilesystemBacking::Devices(devices)
             }
-            None => match LiesOn::of(&mount.kind) {
-                LiesOn::Memory | LiesOn::OtherMachines => Ground::Elsewhere,
-                _ => Ground::Unknown(mount.kind),
+            None => match BackingKind::of(&mount.kind) {
+                BackingKind::Memory | BackingKind::OtherMachines => FilesystemBacking::Elsewhere,
+                _ => FilesystemBacking::Unknown(mount.kind),
             },
         }
     }
 
-    /// The other devices of the mounted btrfs that `device` is a part of, itself included; none where
-    /// it is no part of one.
+    /// The devices of the mounted btrfs that `device` belongs to, including `device`; empty if it belongs to
+    /// none.
     #[must_use]
     pub fn btrfs_beside(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let Ok(filesystems) = fs::read_dir(self.root.join("sys/fs/btrfs")) else { return Vec::new() };

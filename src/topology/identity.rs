@@ -1,10 +1,10 @@
-//! By what is a block device known again, when another may have got its name and number? Facts only; whether two
-//! devices are the same is for others to judge.
+//! What identifies a block device, when another one may have its name and number by now? Facts only; the
+//! caller judges whether two devices are the same.
 //!
-//! Names and numbers are given out again and again. What stays with a disk is what its maker gave it (world-wide
-//! name, serial number); what stays with what the kernel makes of disks is its UUID, its partition or its file. The
-//! kernel's count of disks (`diskseq`) tells one appearance of a disk from the next. What a maker gives is not always
-//! given once: the bridge of a USB dock shows one serial number for whatever disk is in it.
+//! Names and numbers are reused. A disk keeps what its maker gave it (world-wide name, serial number); a
+//! device that the kernel builds from disks keeps its UUID, its partition or its file. The kernel's sequence
+//! number (`diskseq`) distinguishes one appearance of a disk from the next. A maker's id is not always
+//! unique: the bridge of a USB dock shows the same serial number for any disk in it.
 
 use std::fs;
 use std::io::Read as _;
@@ -18,11 +18,12 @@ use crate::format::state::DeviceRecord;
 /// Longest attribute that is read.
 const ATTRIBUTE_BYTES_MAX: u64 = 4096;
 
-/// Directories above a disk's in which its serial number is looked for: a USB disk has it at its device.
+/// How many parent directories of a disk are searched for its serial number: a USB disk has it at the USB
+/// device.
 const ANCESTORS_MAX: usize = 12;
 
 impl Topology {
-    /// The facts of `device` and of every device beneath it, in the order of their numbers.
+    /// The facts of `device` and of every device below it, ordered by number.
     #[must_use]
     pub fn identities(&self, device: DeviceNumber) -> Vec<DeviceRecord> {
         self.stack(device).into_iter().map(|device| self.identity(device)).collect()
@@ -35,16 +36,16 @@ impl Topology {
         let is_partition = node.join("partition").exists();
         let disk = if is_partition { node.join("..") } else { node.clone() };
         let sectors = |name: &str| {
-            let count: Option<u64> = text(&node.join(name)).and_then(|text| text.parse().ok());
+            let count: Option<u64> = attribute(&node.join(name)).and_then(|text| text.parse().ok());
             count.and_then(|count| count.checked_mul(SECTOR_BYTES))
         };
-        let (wwid, serial) = made(&disk);
+        let (wwid, serial) = maker_ids(&disk);
         DeviceRecord {
             number: device,
             size_bytes: sectors("size").unwrap_or(0),
-            sequence: text(&disk.join("diskseq")).and_then(|text| text.parse().ok()),
-            uuid: if is_partition { None } else { first(&disk, &["dm/uuid", "md/uuid"]) },
-            doubtful: (usb(&disk).is_some() || self.is_shared(&disk, wwid.as_ref(), serial.as_ref()))
+            sequence: attribute(&disk.join("diskseq")).and_then(|text| text.parse().ok()),
+            uuid: if is_partition { None } else { first_attribute(&disk, &["dm/uuid", "md/uuid"]) },
+            doubtful: (usb(&disk).is_some() || self.shares_maker_id(&disk, wwid.as_ref(), serial.as_ref()))
                 && (wwid.is_some() || serial.is_some()),
             wwid,
             serial,
@@ -54,7 +55,7 @@ impl Topology {
         }
     }
 
-    /// What a loop device shows; None for another device, and where its file's system does not answer.
+    /// The file below a loop device; None for another device, and if the file's file system does not answer.
     fn backing(&self, device: DeviceNumber) -> Option<String> {
         let shown = self.attached_loop(device)?;
         let status = shown.status()?;
@@ -62,15 +63,15 @@ impl Topology {
         Some(format!("{filesystem} {} {}", status.backing_inode, status.offset.get()))
     }
 
-    /// Another disk than `disk` has the same name by its maker.
-    fn is_shared(&self, disk: &Path, wwid: Option<&String>, serial: Option<&String>) -> bool {
+    /// True if another disk has the same id from its maker.
+    fn shares_maker_id(&self, disk: &Path, wwid: Option<&String>, serial: Option<&String>) -> bool {
         if wwid.is_none() && serial.is_none() {
             return false;
         }
         let number = super::number_file(&disk.join("dev"));
         let nodes = self.all_devices().into_iter().filter(|other| Some(*other) != number);
         nodes.map(|other| self.node(other)).filter(|node| !node.join("partition").exists()).any(|other| {
-            let (other_wwid, other_serial) = made(&other);
+            let (other_wwid, other_serial) = maker_ids(&other);
             match wwid {
                 Some(_) => other_wwid.as_ref() == wwid,
                 None => other_serial.as_ref() == serial,
@@ -78,15 +79,15 @@ impl Topology {
         })
     }
 
-    /// The kernel's id of this boot; empty where it does not tell.
+    /// The kernel's id of this boot; empty if it is not available.
     #[must_use]
     pub fn boot(&self) -> String {
-        text(&self.root.join("proc/sys/kernel/random/boot_id")).unwrap_or_default()
+        attribute(&self.root.join("proc/sys/kernel/random/boot_id")).unwrap_or_default()
     }
 }
 
-/// An attribute without what is around it: spaces, and the binary head of a SCSI page. None where it says nothing.
-fn text(path: &Path) -> Option<String> {
+/// An attribute, without spaces around it and without the binary header of a SCSI page. None if it is empty.
+fn attribute(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     fs::File::open(path).ok()?.take(ATTRIBUTE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
     let text: String =
@@ -100,18 +101,21 @@ fn uevent(node: &Path, key: &str) -> Option<String> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
 }
 
-/// The first of the files `names` that says something.
-fn first(disk: &Path, names: &[&str]) -> Option<String> {
-    names.iter().find_map(|name| text(&disk.join(name)))
+/// The first of the files `names` that is not empty.
+fn first_attribute(disk: &Path, names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| attribute(&disk.join(name)))
 }
 
-/// The world-wide name and the serial number that a disk has by its maker.
-fn made(disk: &Path) -> (Option<String>, Option<String>) {
-    let serial = first(disk, &["serial", "device/serial", "device/vpd_pg80"]);
-    (first(disk, &["wwid", "device/wwid"]), serial.or_else(|| text(&usb(disk)?.join("serial"))))
+/// The world-wide name and the serial number that the maker gave to a disk.
+fn maker_ids(disk: &Path) -> (Option<String>, Option<String>) {
+    let serial = first_attribute(disk, &["serial", "device/serial", "device/vpd_pg80"]);
+    (
+        first_attribute(disk, &["wwid", "device/wwid"]),
+        serial.or_else(|| attribute(&usb(disk)?.join("serial"))),
+    )
 }
 
-/// The USB device that a disk is behind.
+/// The USB device that a disk is connected through.
 fn usb(disk: &Path) -> Option<PathBuf> {
     let device = fs::canonicalize(disk.join("device")).ok()?;
     device.ancestors().take(ANCESTORS_MAX).find(|path| path.join("idVendor").exists()).map(Path::to_owned)
@@ -129,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_sysfs_says_is_found() {
+    fn the_attributes_in_sysfs_are_read() {
         let (_keep, topology) = machine();
         put(&topology, dev(8, 0), "size", b"2048\n");
         put(&topology, dev(8, 0), "diskseq", b"7\n");
@@ -170,20 +174,20 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_two_disks_have_is_doubtful() {
+    fn an_id_shared_by_two_disks_is_doubtful() {
         let (keep, topology) = machine();
         put(&topology, dev(8, 0), "device/vpd_pg80", b"DOCK-1");
         assert!(!topology.identity(dev(8, 0)).doubtful);
-        assert!(!topology.identity(dev(8, 1)).doubtful, "its own disk");
+        assert!(!topology.identity(dev(8, 1)).doubtful, "its own disk does not count");
         put(&topology, dev(8, 16), "device/vpd_pg80", b"DOCK-1");
         for device in [dev(8, 0), dev(8, 1), dev(8, 16)] {
             assert!(topology.identity(device).doubtful, "{device}");
         }
         put(&topology, dev(8, 16), "device/wwid", b"naa.1");
         assert!(!topology.identity(dev(8, 16)).doubtful);
-        // Behind USB, whatever it shows.
+        // Connected by USB, whatever it shows.
         fs::write(keep.path().join("idVendor"), "1234").unwrap();
         assert!(topology.identity(dev(8, 16)).doubtful);
-        assert!(!topology.identity(dev(253, 0)).doubtful, "what has no such name");
+        assert!(!topology.identity(dev(253, 0)).doubtful, "a device without such an id");
     }
 }

@@ -1,11 +1,12 @@
-//! Which block devices are there, on top of what, and who uses them? Facts only, no judgement.
+//! Which block devices exist, how are they stacked, and what uses them? Facts only, no judgement.
 //!
-//! Who waits for whom is the one judgement, in [`graph`], which is pure and fed by [`Observer`]; which drivers are known to
-//! be a disk's is in [`driver`].
+//! The one judgement is in [`graph`]: what waits for what. It is pure, and its input comes from [`Observer`].
+//! [`driver`] lists the drivers that are known to be a disk's.
 //!
-//! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition), the loop devices ([`loops`]), mounts and swaps
-//! ([`mount`]); how busy a device is, from its counters ([`stats`]); by what it is known again ([`identity`]); who has it
-//! open, from `/proc/*/fd` ([`users`]). Must not open, let alone write, what it looks at.
+//! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition), the loop devices ([`loops`]),
+//! mounts and swap areas ([`mount`]). [`stats`] reads how busy a device is, from its counters; [`identity`]
+//! reads what identifies a device; [`users`] finds the processes that have it open, in `/proc/*/fd`. Must not
+//! open a device or file that it examines, and never write to one.
 //!
 //! Nothing here waits for a file system whose server is gone: see [`crate::sys::inquiry`].
 
@@ -21,7 +22,7 @@ mod stacking;
 pub mod stats;
 mod users;
 
-pub use ground::Ground;
+pub use ground::FilesystemBacking;
 pub use loops::{LoopOver, Loops};
 pub use mount::{Mount, MountTable, View};
 pub use observe::Observer;
@@ -36,7 +37,7 @@ use crate::sys::found::Found;
 
 pub use users::User;
 
-/// A view of the block devices; `root` is "/" except in tests.
+/// The block devices of a machine; `root` is "/" except in tests.
 #[derive(Clone, Debug)]
 pub struct Topology {
     root: PathBuf,
@@ -48,16 +49,17 @@ impl Default for Topology {
     }
 }
 
-/// The number of the block device at `path`, or None where it is something else.
+/// The number of the block device at `path`, or None if it is something else.
 ///
 /// # Errors
 /// I/O errors of stat.
 pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
-    let metadata = fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
+    let metadata = fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;
     Ok(metadata.file_type().is_block_device().then(|| DeviceNumber::from_dev(metadata.rdev())))
 }
 
-/// Refuses a `path` named by a user whose file system does not answer. Every other error is left to the operation on it.
+/// Refuses a `path` from the user if its file system does not answer. Other errors are left to the operation
+/// that uses the path.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
@@ -66,14 +68,14 @@ pub fn check_answers(path: &Path) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => {
             Err(Error::refused(format!("{} does not answer", path.display()))
                 .state("nothing was changed")
-                .next("see to the server of the file system that it is on, or name another place"))
+                .next("check the server of its file system, or choose another path"))
         }
         _ => Ok(()),
     }
 }
 
 impl Topology {
-    /// A view rooted elsewhere, for tests.
+    /// The view of another root directory, for tests.
     #[must_use]
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
@@ -83,7 +85,7 @@ impl Topology {
         self.root.join(format!("sys/dev/block/{device}"))
     }
 
-    /// The kernel's name of a device ("dm-0", "sda1"), or its number where it has none.
+    /// The path of a device by the kernel's name ("/dev/dm-0", "/dev/sda1"), or its number if it has none.
     #[must_use]
     pub fn name(&self, device: DeviceNumber) -> String {
         let named = fs::read_to_string(self.node(device).join("uevent")).ok().and_then(|text| {
@@ -92,13 +94,13 @@ impl Topology {
         named.unwrap_or_else(|| format!("block device {device}"))
     }
 
-    /// True where the device is read-only.
+    /// True if the device is read-only.
     #[must_use]
     pub fn is_read_only(&self, device: DeviceNumber) -> bool {
         fs::read_to_string(self.node(device).join("ro")).is_ok_and(|text| text.trim() == "1")
     }
 
-    /// Logical block size in bytes (512 where sysfs does not say).
+    /// Logical block size in bytes; 512 if sysfs does not have it.
     #[must_use]
     pub fn logical_block_bytes(&self, device: DeviceNumber) -> u64 {
         let node = self.node(device);
@@ -120,7 +122,7 @@ impl Topology {
         entries.flatten().filter_map(|entry| number_file(&entry.path().join("dev"))).collect()
     }
 
-    /// Every block device there is.
+    /// Every block device.
     fn all_devices(&self) -> Vec<DeviceNumber> {
         let Ok(entries) = fs::read_dir(self.root.join("sys/dev/block")) else { return Vec::new() };
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -138,27 +140,27 @@ impl Topology {
             .collect()
     }
 
-    /// True where programs may map `device` as memory (DAX), past the block layer.
+    /// True if programs may map `device` as memory (DAX), which bypasses the block layer.
     #[must_use]
     pub fn is_dax(&self, device: DeviceNumber) -> bool {
         self.queue_attribute(device, "dax").is_some_and(|text| text == "1")
     }
 
-    /// Most bytes that a program may write to `device` all or not at all (`RWF_ATOMIC`, Linux 6.11; volumes of
-    /// device-mapper in later kernels); zero where it may not.
+    /// Largest write to `device` that is atomic (`RWF_ATOMIC`; Linux 6.11, for device-mapper volumes later
+    /// kernels); zero if none is.
     #[must_use]
     pub fn atomic_write_bytes(&self, device: DeviceNumber) -> u64 {
         let text = self.queue_attribute(device, "atomic_write_max_bytes");
         text.and_then(|text| text.parse().ok()).unwrap_or(0)
     }
 
-    /// True where the kernel says that a disk beneath `device` has heads to move.
+    /// True if the kernel reports a rotating disk below `device`.
     #[must_use]
     pub fn is_rotational(&self, device: DeviceNumber) -> bool {
         self.queue_attribute(device, "rotational").is_some_and(|text| text == "1")
     }
 
-    /// What the kernel says of a device's queue; a partition has its disk's.
+    /// An attribute of a device's queue; a partition uses the queue of its disk.
     fn queue_attribute(&self, device: DeviceNumber, name: &str) -> Option<String> {
         let node = self.node(device);
         let read = |queue| fs::read_to_string(node.join(queue).join(name)).ok();
@@ -186,7 +188,7 @@ pub(crate) mod tests {
         DeviceNumber { major, minor }
     }
 
-    /// A made-up machine: disk 8:0 with partitions 8:1 and 8:2, dm 253:0 on 8:1, disk 8:16 alone.
+    /// A fake machine: disk 8:0 with partitions 8:1 and 8:2, dm 253:0 on 8:1, disk 8:16 unused.
     pub fn machine() -> (tempfile::TempDir, Topology) {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
@@ -230,17 +232,17 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_above_is_found() {
+    fn devices_above_are_found() {
         let (_keep, topology) = machine();
         assert_eq!(topology.above(dev(8, 0)), BTreeSet::from([dev(8, 0), dev(8, 1), dev(8, 2), dev(253, 0)]));
         assert_eq!(topology.mounts().unwrap()[0].kind, "ext4");
     }
 
     #[test]
-    fn heads_that_move_are_told() {
+    fn rotational_disks_are_recognized() {
         let (keep, topology) = machine();
         let queue = keep.path().join("sys/devices/sda/queue");
-        assert!(!topology.is_rotational(dev(8, 0)), "a kernel that does not say has none");
+        assert!(!topology.is_rotational(dev(8, 0)), "false without the attribute");
         fs::create_dir(&queue).unwrap();
         for (text, rotational) in [("0\n", false), ("1\n", true)] {
             fs::write(queue.join("rotational"), text).unwrap();
@@ -249,20 +251,20 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn atomic_writes_are_told() {
+    fn atomic_write_limits_are_read() {
         let (keep, topology) = machine();
         let queue = keep.path().join("sys/devices/sda/queue");
-        assert_eq!(topology.atomic_write_bytes(dev(8, 0)), 0, "a kernel that does not say has none");
+        assert_eq!(topology.atomic_write_bytes(dev(8, 0)), 0, "zero without the attribute");
         fs::create_dir(&queue).unwrap();
         fs::write(queue.join("atomic_write_max_bytes"), "16384\n").unwrap();
-        assert_eq!(topology.atomic_write_bytes(dev(8, 1)), 16_384, "a partition's are its disk's");
+        assert_eq!(topology.atomic_write_bytes(dev(8, 1)), 16_384, "a partition has its disk's limit");
     }
 
     #[test]
-    fn memory_that_is_mapped_past_the_block_layer_is_told() {
+    fn dax_is_recognized() {
         let (keep, topology) = machine();
         let queue = keep.path().join("sys/devices/sda/queue");
-        assert!(!topology.is_dax(dev(8, 0)), "a kernel that does not say has none");
+        assert!(!topology.is_dax(dev(8, 0)), "false without the attribute");
         fs::create_dir(&queue).unwrap();
         for (text, dax) in [("0\n", false), ("1\n", true)] {
             fs::write(queue.join("dax"), text).unwrap();

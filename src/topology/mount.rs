@@ -1,7 +1,8 @@
-//! Which file systems are mounted, in which mount namespaces? And which of them answer without a server?
+//! Which file systems are mounted, in which mount namespaces, and which of them answer without a server?
 //!
-//! Facts come from `/proc/PID/mountinfo` (proc_pid_mountinfo(5)), whose paths are bytes, and from `/proc/swaps`. A mount
-//! whose point is covered by another one is in the table all the same: what it shows has to be compared by number.
+//! Facts come from `/proc/PID/mountinfo` (proc_pid_mountinfo(5)), whose paths are bytes, and from
+//! `/proc/swaps`. The table also has mounts that are covered by another mount: what is seen at a mount point
+//! must be compared by number.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,28 +10,28 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Topology;
-use super::filesystem::LiesOn;
+use super::filesystem::BackingKind;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::sys::found::Found;
 
-/// One line of mountinfo, as far as needed.
+/// One line of mountinfo, with the fields that are needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// The mount's own number, as in fdinfo. No two mounts of the machine have the same.
+    /// The id of the mount, as in fdinfo; unique on the machine.
     pub id: u64,
     /// `st_dev` of its files.
     pub device: DeviceNumber,
-    /// Where in the filesystem it begins: "/" unless it is a bind mount of a part.
+    /// The root of the mount within the filesystem: "/", or another directory for a bind mount.
     pub root: PathBuf,
-    /// Where it is mounted.
+    /// The mount point.
     pub point: PathBuf,
-    /// Device nodes in it lead to no device.
+    /// True if device nodes in it cannot be opened.
     pub is_nodev: bool,
     /// "ext4".
     pub kind: String,
-    /// What was mounted: a device's path for most.
+    /// The source of the mount: a device's path for most.
     pub source: PathBuf,
-    /// The superblock's options, as they stand there, escapes and all.
+    /// The superblock's options as listed, with escapes.
     pub options: String,
 }
 
@@ -49,19 +50,20 @@ impl Mount {
         Some(Self { id, device, root, point, is_nodev, kind, source, options })
     }
 
-    /// It is of a filesystem on `device`.
+    /// True if its filesystem is on `device`.
     #[must_use]
     pub fn is_of(&self, device: DeviceNumber) -> bool {
         self.device == device || self.source_device() == Some(device)
     }
 
-    /// The block device that the source names. A file system whose superblock has the number of its device is told by
-    /// that; where it has none of a device (btrfs, a FUSE server on a disk), the source is looked at. It is what the one
-    /// who mounted it has said, and may be a path that leads to another server: nothing outside /dev is looked at, but for
-    /// file systems of which the kernel has opened the source itself.
+    /// The block device that the source names. If the superblock has the number of a device, that number is
+    /// enough; if not (btrfs, a FUSE server on a disk), the source is examined. The source is text from the
+    /// mounting process, and may be a path that leads to another server. So a source outside /dev is examined
+    /// only for file systems whose source the kernel has opened itself.
     #[must_use]
     pub fn source_device(&self) -> Option<DeviceNumber> {
-        let is_opened_by_kernel = LiesOn::of(&self.kind) == LiesOn::Devices && self.source.is_absolute();
+        let is_opened_by_kernel =
+            BackingKind::of(&self.kind) == BackingKind::Devices && self.source.is_absolute();
         if is_opened_by_kernel || self.source.starts_with("/dev") {
             Found::at(&self.source).ok()?.block_device
         } else {
@@ -70,46 +72,46 @@ impl Mount {
     }
 }
 
-/// What the processes of one mount namespace see.
+/// The mounts that the processes of one mount namespace see.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// Where one of those processes has its root.
+    /// The root directory of one of those processes.
     pub root: PathBuf,
     /// In the order in which they were mounted.
     pub mounts: Vec<Mount>,
 }
 
 impl View {
-    /// `path`, as it is for that process, for this one.
+    /// The path by which this process reaches that process's `path`.
     #[must_use]
     pub fn path(&self, path: &Path) -> PathBuf {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// What is at `path` in this view. Where the way leads through a file system that may have to ask a server, a child
-    /// process looks, for a limited time.
+    /// Looks up `path` in this view. If a mount on the way may have to ask a server, a child process does it,
+    /// with a time limit.
     ///
     /// # Errors
     /// The errno of statx(2); [`io::ErrorKind::TimedOut`].
-    pub fn look(&self, path: &Path) -> io::Result<Found> {
+    pub fn stat(&self, path: &Path) -> io::Result<Found> {
         let mut on_the_way = self.mounts.iter().filter(|mount| path.starts_with(&mount.point)).peekable();
-        // None is seen where the process has its root within a mount.
+        // There is none if the process's root directory is within a mount.
         let is_local =
-            on_the_way.peek().is_some() && on_the_way.all(|mount| LiesOn::answers_by_itself(&mount.kind));
+            on_the_way.peek().is_some() && on_the_way.all(|mount| BackingKind::answers_locally(&mount.kind));
         let path = self.path(path);
         if is_local { Found::at(&path) } else { Found::in_time(&path) }
     }
 }
 
-/// The mounts of every mount namespace that a process is in: as they are now.
+/// The mounts of every mount namespace that has a process, at present.
 #[derive(Clone, Debug)]
 pub struct MountTable {
-    /// Our own first.
+    /// Our own comes first.
     views: Vec<View>,
 }
 
 impl MountTable {
-    /// Reads it.
+    /// Reads the table.
     ///
     /// # Errors
     /// I/O errors of reading our own mounts, or the list of processes.
@@ -120,7 +122,7 @@ impl MountTable {
         let mut known: BTreeSet<PathBuf> = namespace(&proc.join("self")).into_iter().collect();
         for id in topology.processes()? {
             let process = topology.process(id);
-            // One that has ended, or that we may not look into.
+            // The process has ended, or we may not examine it.
             let Some(namespace) = namespace(&process).filter(|namespace| !known.contains(namespace)) else {
                 continue;
             };
@@ -136,12 +138,12 @@ impl MountTable {
         self.views.first().expect("the table is read with our own view first")
     }
 
-    /// All mounts, our own first, each with the view that it is in.
+    /// All mounts with their views, our own first.
     pub fn all(&self) -> impl Iterator<Item = (&View, &Mount)> {
         self.views.iter().flat_map(|view| view.mounts.iter().map(move |mount| (view, mount)))
     }
 
-    /// The mount of this number.
+    /// The mount with this id.
     #[must_use]
     pub fn by_id(&self, id: u64) -> Option<&Mount> {
         self.all().map(|(_, mount)| mount).find(|mount| mount.id == id)
@@ -152,17 +154,17 @@ impl MountTable {
         self.all().filter(move |(_, mount)| mount.device == number)
     }
 
-    /// What is at `path` for this process, as [`View::look`].
+    /// Looks up `path` for this process, as [`View::stat`].
     ///
     /// # Errors
-    /// As [`View::look`].
-    pub fn look(&self, path: &Path) -> io::Result<Found> {
-        self.own().look(path)
+    /// As [`View::stat`].
+    pub fn stat(&self, path: &Path) -> io::Result<Found> {
+        self.own().stat(path)
     }
 }
 
 impl Topology {
-    /// The mounts of our mount namespace, in the order in which they were made.
+    /// The mounts of our mount namespace, in the order in which they were mounted.
     ///
     /// # Errors
     /// I/O errors of reading mountinfo.
@@ -170,7 +172,7 @@ impl Topology {
         mounts_in(&self.root.join("proc/self"))
     }
 
-    /// What this process sees.
+    /// The mounts that this process sees.
     ///
     /// # Errors
     /// I/O errors of reading mountinfo.
@@ -184,7 +186,7 @@ impl Topology {
     /// I/O errors of reading /proc.
     pub(super) fn processes(&self) -> Result<Vec<u32>> {
         let proc = self.root.join("proc");
-        let entries = fs::read_dir(&proc).io_context(|| format!("read {}", proc.display()))?;
+        let entries = fs::read_dir(&proc).io_context(|| format!("reading {}", proc.display()))?;
         Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
     }
 
@@ -206,20 +208,20 @@ impl Topology {
             }
             // A kernel without swap has no such file.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(Error::io(format!("read {}", file.display()), error)),
+            Err(error) => Err(Error::io(format!("reading {}", file.display()), error)),
         }
     }
 }
 
-/// The mounts that a process sees, which has `node` in /proc.
+/// The mounts that a process sees; `node` is its directory in /proc.
 fn mounts_in(node: &Path) -> Result<Vec<Mount>> {
     let file = node.join("mountinfo");
-    let bytes = fs::read(&file).io_context(|| format!("read {}", file.display()))?;
+    let bytes = fs::read(&file).io_context(|| format!("reading {}", file.display()))?;
     Ok(escaped_text(&bytes).lines().filter_map(Mount::parse).collect())
 }
 
-/// What the kernel says of paths, which are bytes: one that is no UTF-8 becomes an octal escape as the kernel has others,
-/// which [`unescape`] undoes.
+/// The kernel's text about paths, which are bytes. Bytes that are not UTF-8 become octal escapes like the
+/// kernel's own, which [`unescape`] undoes.
 fn escaped_text(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

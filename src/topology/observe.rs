@@ -1,35 +1,35 @@
-//! What does a device, a file system or memory wait for? The observer behind the [`graph`](super::graph).
+//! What does a device, a file system or memory wait for? Supplies the edges of the [`graph`](super::graph).
 //!
-//! | of | is told by |
+//! | node | source |
 //! |---|---|
 //! | a device | `slaves` in sysfs, the disk of a partition; its [`driver`](super::driver) |
-//! | a loop device | the kernel's own identity of its file (`LOOP_GET_STATUS64`), never the path that it was opened by |
-//! | a file system | its superblock's number where that is a device; btrfs' and bcachefs' devices; logs elsewhere |
-//! | an overlay | its layers, where their paths still lead to what the kernel reports on |
+//! | a loop device | the kernel's identity of its file (`LOOP_GET_STATUS64`), never the path by which it was opened |
+//! | a file system | its superblock's number, if that is a device; the devices of btrfs and bcachefs; external logs |
+//! | an overlay | its layers, if their paths still lead to what the kernel reports |
 //! | memory | swap devices and files |
 //!
-//! Mounts are those of every mount namespace that a process is in. What cannot be looked through is
-//! [`Node::Unknown`], with the reason; that includes what we are not allowed to see. A file system of another machine is
-//! [`Node::Network`].
+//! Mounts are read from every mount namespace that has a process. A dependency that is hidden is
+//! [`Node::Unknown`], with the reason; that includes what we are not permitted to see. A file system of
+//! another machine is [`Node::Network`].
 //!
-//! What a device waits for by its device-mapper table and sysfs does not say (a snapshot's store) is added by whoever
-//! reads tables. Must not open what it looks at, but loop devices, which answer by no other way, and paths without any
-//! access (`O_PATH`).
+//! Dependencies that only a device-mapper table shows (a snapshot's store) are added by the reader of tables.
+//! Must not open what it examines, except loop devices, which can be queried in no other way, and paths
+//! without any access (`O_PATH`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::Topology;
-use super::driver::{Beneath, Drivers};
-use super::filesystem::LiesOn;
+use super::driver::{DriverBacking, Drivers};
+use super::filesystem::BackingKind;
 use super::graph::Node;
-use super::loops::Shows;
+use super::loops::LoopBacking;
 use super::mount::{Mount, MountTable, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
 use crate::sys::found::{Figures, Found};
 
-/// The machine as it is now: to be asked, and thrown away.
+/// The state of the machine at one moment: to be queried, then dropped.
 #[derive(Debug)]
 pub struct Observer {
     topology: Topology,
@@ -41,7 +41,7 @@ impl Observer {
     /// Reads the mounts of every namespace, and the block drivers.
     ///
     /// # Errors
-    /// I/O errors of reading our own, and the list of processes.
+    /// I/O errors of reading our own mounts, and the list of processes.
     pub fn new(topology: Topology) -> Result<Self> {
         let mounts = MountTable::read(&topology)?;
         let drivers = Drivers::read(&topology);
@@ -59,13 +59,13 @@ impl Observer {
         }
     }
 
-    /// What is at `path`: the block device itself, or the file system of anything else. The disk under a local file system can
-    /// hang as well as a server: a child process looks.
+    /// The node of `path`: the block device itself, or the file system of anything else. A local disk can
+    /// hang as a server can, so a child process does the lookup.
     ///
     /// # Errors
-    /// I/O errors of looking; [`std::io::ErrorKind::TimedOut`].
+    /// I/O errors of the lookup; [`std::io::ErrorKind::TimedOut`].
     pub fn at(&self, path: &Path) -> Result<Node> {
-        let found = Found::in_time(path).io_context(|| format!("looking at {}", path.display()))?;
+        let found = Found::in_time(path).io_context(|| format!("examining {}", path.display()))?;
         Ok(self.node_of(&found, path))
     }
 
@@ -73,15 +73,15 @@ impl Observer {
         if let Some(device) = found.block_device {
             return Node::Device(device);
         }
-        // By its mount's number, which no other mount has, wherever it is: a subvolume of btrfs shows a number of its own
-        // in `st_dev`.
+        // By the id of its mount, which is unique across namespaces: a btrfs subvolume has a number of its
+        // own in `st_dev`.
         match self.mounts.by_id(found.mount) {
             Some(mount) => Node::FileSystem(mount.device),
             None => self.by_number(found.dev, &path.display().to_string()),
         }
     }
 
-    /// In words.
+    /// The node as text.
     #[must_use]
     pub fn describe(&self, node: &Node) -> String {
         match node {
@@ -111,14 +111,14 @@ impl Observer {
         }
         let mut found: BTreeSet<Node> =
             self.topology.numbers_in(&node.join("slaves")).into_iter().map(Node::Device).collect();
-        match self.drivers.beneath(&self.topology, device) {
-            Beneath::Nothing => {}
+        match self.drivers.backing(&self.topology, device) {
+            DriverBacking::Nothing => {}
             // A loop device allocates memory for each request, and may have to wait for it.
-            Beneath::File => found.extend([Node::Memory, self.of_loop(device)]),
-            Beneath::Memory => {
+            DriverBacking::File => found.extend([Node::Memory, self.of_loop(device)]),
+            DriverBacking::Memory => {
                 found.insert(Node::Memory);
             }
-            Beneath::MemoryAndDevice => {
+            DriverBacking::MemoryAndDevice => {
                 found.insert(Node::Memory);
                 if let Ok(text) = fs::read_to_string(node.join("backing_dev"))
                     && text.trim() != "none"
@@ -130,7 +130,7 @@ impl Observer {
                     }));
                 }
             }
-            Beneath::Nodes(nodes) => found.extend(nodes),
+            DriverBacking::Nodes(nodes) => found.extend(nodes),
         }
         found
     }
@@ -140,20 +140,21 @@ impl Observer {
         let Some(shown) = self.topology.attached_loop(device) else {
             return Node::Unknown(format!("{name}, which is being set up"));
         };
-        let status = match &shown.shows {
-            Shows::Known(status) => status,
-            Shows::Silent => {
+        let status = match &shown.backing {
+            LoopBacking::Known(status) => status,
+            LoopBacking::Silent => {
                 return Node::Unknown(format!("the file of {name}, whose file system does not answer"));
             }
-            Shows::Hidden(why) => return Node::Unknown(format!("the file of {name} ({why})")),
+            LoopBacking::Hidden(why) => return Node::Unknown(format!("the file of {name} ({why})")),
         };
         if let Some(device) = shown.device_beneath() {
             return Node::Device(device);
         }
         let number = DeviceNumber::from_dev(status.backing_dev);
-        // The path counts only where it leads to that very file: it tells the mount of a subvolume, whose number is none.
+        // The path counts only if it leads to that very file. It finds the mount of a subvolume, whose number
+        // belongs to no device.
         if let Some(path) = self.topology.backing_path(device)
-            && let Ok(found) = self.mounts.look(&path)
+            && let Ok(found) = self.mounts.stat(&path)
             && (found.dev, found.inode) == (number, status.backing_inode)
         {
             return self.node_of(&found, &path);
@@ -163,24 +164,24 @@ impl Observer {
 
     fn of_filesystem(&self, number: DeviceNumber) -> BTreeSet<Node> {
         let Some((_, mount)) = self.mounts.of(number).next() else {
-            // Unmounted everywhere, and still in use.
+            // Unmounted everywhere, but still in use.
             return BTreeSet::from([Node::Device(number)]);
         };
         let kind = mount.kind.as_str();
         let on_device = self.topology.node(number).exists().then_some(Node::Device(number));
         let mut found: BTreeSet<Node> = on_device.clone().into_iter().collect();
-        match LiesOn::of(kind) {
-            LiesOn::Memory => return BTreeSet::from([Node::Memory]),
-            LiesOn::Layers => return self.layers(number),
-            LiesOn::Devices => return self.of_many_devices(mount),
-            LiesOn::OtherMachines => {
+        match BackingKind::of(kind) {
+            BackingKind::Memory => return BTreeSet::from([Node::Memory]),
+            BackingKind::Layers => return self.layers(number),
+            BackingKind::Devices => return self.of_many_devices(mount),
+            BackingKind::OtherMachines => {
                 found.insert(Node::Network(format!("{kind} {}", mount.source.display())));
                 return found;
             }
-            LiesOn::OneDevice if on_device.is_some() => {}
-            LiesOn::OneDevice | LiesOn::Hidden => {
+            BackingKind::OneDevice if on_device.is_some() => {}
+            BackingKind::OneDevice | BackingKind::Hidden => {
                 let at = mount.point.display();
-                let why = format!("the {kind} at {at} ({number}), which does not say what it lies on");
+                let why = format!("the {kind} at {at} ({number}), which does not show what it lies on");
                 found.insert(Node::Unknown(why));
                 return found;
             }
@@ -198,8 +199,8 @@ impl Observer {
         found
     }
 
-    /// Where ext4 has a journal outside, it may be any of those that the kernel has open (`/proc/fs/jbd2/DEVICE`; one
-    /// within is `DEVICE-INODE`).
+    /// If ext4 has an external journal, it may be any journal that the kernel has open
+    /// (`/proc/fs/jbd2/DEVICE`; an internal one is `DEVICE-INODE`).
     fn journals(&self, number: DeviceNumber) -> Vec<Node> {
         let Ok(entries) = fs::read_dir(self.topology.root.join("proc/fs/jbd2")) else { return Vec::new() };
         let names: Vec<String> =
@@ -216,11 +217,11 @@ impl Observer {
         devices.filter(|device| names.contains(&kernel_name(*device))).map(Node::Device).collect()
     }
 
-    /// btrfs names one of its devices as the mount's source, and sysfs the others; bcachefs names all.
+    /// btrfs names one of its devices as the mount's source, and sysfs has the others; bcachefs names all.
     fn of_many_devices(&self, mount: &Mount) -> BTreeSet<Node> {
         let mut found = BTreeSet::new();
         for source in mount.source.to_string_lossy().split(':') {
-            match self.mounts.look(Path::new(source)).ok().and_then(|found| found.block_device) {
+            match self.mounts.stat(Path::new(source)).ok().and_then(|found| found.block_device) {
                 Some(device) => {
                     let beside = self.topology.btrfs_beside(device);
                     if mount.kind == "btrfs" && beside.is_empty() {
@@ -242,9 +243,10 @@ impl Observer {
         found
     }
 
-    /// The layers of an overlay. Their paths are those of the mounting process, in an unknown namespace and at an
-    /// unknown time. They count only where they lead to a file system whose figures the overlay reports as its own.
-    /// All that a layer may lead to counts. One that leads nowhere in any view is not known.
+    /// The layers of an overlay. Their paths are those of the mounting process, in an unknown namespace and
+    /// at an unknown time. They count only if they lead to a file system with the same statistics as the
+    /// overlay reports. Every file system that a layer may lead to counts. A layer that leads nowhere in any
+    /// view is Unknown.
     fn layers(&self, number: DeviceNumber) -> BTreeSet<Node> {
         let mut found: BTreeMap<PathBuf, BTreeSet<Node>> = BTreeMap::new();
         for (view, mount) in self.mounts.of(number) {
@@ -252,15 +254,15 @@ impl Observer {
             let lower = options(&mount.options, &["lowerdir", "lowerdir+", "datadir+"]);
             let is_of_view = top.first().or(lower.first()).is_some_and(|first| {
                 let figures = |path: &Path| Figures::in_time(&view.path(path)).ok();
-                let told = figures(&mount.point);
-                told.is_some() && told == figures(first)
+                let reported = figures(&mount.point);
+                reported.is_some() && reported == figures(first)
             });
             for layer in top.iter().chain(&lower).chain(&options(&mount.options, &["workdir"])) {
                 let nodes = found.entry(layer.clone()).or_default();
                 if is_of_view
                     && layer.is_absolute()
-                    && let Ok(at) = view.look(layer)
-                    // The same words can name something within the overlay.
+                    && let Ok(at) = view.stat(layer)
+                    // The same path may also name something within the overlay.
                     && at.dev != number
                 {
                     nodes.insert(self.node_of(&at, layer));
@@ -293,7 +295,7 @@ impl Observer {
     }
 }
 
-/// The paths that the options `names` of a mount hold, in the order of `names`.
+/// The paths in the options `names` of a mount, in the order of `names`.
 fn options(text: &str, names: &[&str]) -> Vec<PathBuf> {
     let of = |name: &&str| {
         let values =
@@ -303,7 +305,7 @@ fn options(text: &str, names: &[&str]) -> Vec<PathBuf> {
     names.iter().flat_map(of).collect()
 }
 
-/// Splits at colons, but for those behind a backslash, which mountinfo shows as `\134`.
+/// Splits at colons, except after a backslash, which mountinfo shows as `\134`.
 fn split_paths(value: &str) -> Vec<PathBuf> {
     use std::ffi::OsString;
     use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -328,7 +330,7 @@ mod tests {
     use super::super::tests::{dev, machine};
     use super::*;
 
-    /// The made-up machine with more mounts.
+    /// The fake machine with more mounts.
     fn with_mounts(lines: &[&str]) -> (tempfile::TempDir, Observer) {
         let (keep, topology) = machine();
         let file = keep.path().join("proc/self/mountinfo");
@@ -352,7 +354,7 @@ mod tests {
         assert_eq!(of_fs(&observer, dev(8, 2)), BTreeSet::from([Node::Device(dev(8, 2))]));
     }
 
-    /// The made-up machine with a disk `number` of `driver`, at `path` beneath sys/devices.
+    /// The fake machine with a disk `number` of `driver`, at `path` below sys/devices.
     fn with_disk(driver: &str, number: DeviceNumber, path: &str) -> (tempfile::TempDir, BTreeSet<Node>) {
         let (keep, topology) = machine();
         add_disk(keep.path(), driver, number, path);
@@ -371,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_is_not_known_to_be_a_disks_may_reach_anything() {
+    fn a_driver_that_is_not_listed_is_unknown() {
         for (driver, path) in [
             ("zvol", "virtual/block/zd0"),
             ("drbd", "virtual/block/drbd0"),
@@ -386,7 +388,7 @@ mod tests {
             let is_told = |node: &Node| matches!(node, Node::Unknown(what) if what.starts_with(&format!("/dev/{name}")));
             assert!(found.len() == 1 && found.iter().all(is_told), "{driver} {path}: {found:?}");
         }
-        // Its number has no driver at all.
+        // A device number without a driver.
         let (keep, topology) = machine();
         add_disk(keep.path(), "sd", dev(240, 0), "pci0/block/foo0");
         fs::write(keep.path().join("proc/devices"), "Block devices:\n  8 sd\n").unwrap();
@@ -395,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_wait_for_nothing_that_is_ours() {
+    fn disks_wait_for_nothing() {
         for (driver, path) in [
             ("sd", "pci0000:00/0000:00:1f.2/ata1/host0/target0:0:0/0:0:0:0/block/sdc"),
             ("sd", "pci0000:00/0000:05:00.0/host5/rport-5:0-1/target5:0:0/5:0:0:0/block/sdd"),
@@ -411,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_another_machine_serves_is_told_by_its_way() {
+    fn a_disk_served_by_another_machine_is_recognized_by_its_sysfs_path() {
         let iscsi = "platform/host3/session1/target3:0:0/3:0:0:0/block/sdc";
         let network = |what: &str| BTreeSet::from([Node::Network(what.to_owned())]);
         let (keep, found) = with_disk("sd", dev(230, 0), iscsi);
@@ -435,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_of_nvme_is_what_all_its_controllers_are() {
+    fn an_nvme_namespace_waits_for_all_its_controllers() {
         let of = |disk: &str, controllers: &[(&str, &str)]| {
             let (keep, topology) = machine();
             add_disk(keep.path(), "blkext", dev(230, 0), disk);
@@ -465,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_of_one_controller_share_what_is_not_known() {
+    fn disks_of_one_controller_share_one_unknown_node() {
         let (keep, topology) = machine();
         for (minor, path) in [
             (0, "pci0/0000:05:00.0/block/foo0"),
@@ -482,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn file_systems_of_other_machines_are_told_and_those_that_hide_are_not_known() {
+    fn network_file_systems_are_recognized_and_opaque_ones_are_unknown() {
         let kinds = [
             "nfs4",
             "cifs",
@@ -511,14 +513,14 @@ mod tests {
             };
             assert!(found.len() == 1 && found.iter().all(is_right), "{kind}: {found:?}");
         }
-        // Shared with other machines, on a device that is seen.
+        // Shared with other machines, on a visible device.
         let (_keep, observer) = with_mounts(&["99 35 8:16 / /mnt/c rw - ocfs2 /dev/sdb rw"]);
         let network = Node::Network("ocfs2 /dev/sdb".to_owned());
         assert_eq!(of_fs(&observer, dev(8, 16)), BTreeSet::from([Node::Device(dev(8, 16)), network]));
     }
 
     #[test]
-    fn an_overlay_waits_for_what_its_layers_lie_on_or_nobody_knows() {
+    fn an_overlay_whose_layers_cannot_be_found_is_unknown() {
         let missing =
             "90 35 0:50 / /mnt/o rw - overlay overlay rw,lowerdir=/no/where,upperdir=/neither,workdir=/w";
         let relative = "91 35 0:51 / /mnt/o2 rw - overlay overlay rw,lowerdir=l/A:l/B";
@@ -551,7 +553,7 @@ mod tests {
             with_mounts(&["99 35 8:16 / /mnt/x rw - xfs /dev/sdb rw,attr2,logdev=/dev/none"]);
         let found = of_fs(&observer, dev(8, 16));
         assert!(found.iter().any(|node| matches!(node, Node::Unknown(what) if what.contains("/dev/none"))));
-        // ext4's within, then not.
+        // An internal ext4 journal, then none.
         let jbd2 = keep.path().join("proc/fs/jbd2");
         fs::create_dir_all(jbd2.join("sda2-8")).unwrap();
         fs::create_dir_all(jbd2.join("sdb")).unwrap();

@@ -1,17 +1,17 @@
-//! What stands on a device, and what it stands on, all the way.
+//! Which devices are above and below a device, through all levels?
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Ground, Topology};
+use super::{FilesystemBacking, Topology};
 use crate::base::DeviceNumber;
 
-/// Devices on top of each other, beyond which a device keeps the height at which it was found first: a walk ends even where
-/// devices stand on each other in a circle.
+/// Highest stack of devices. Beyond it a device keeps the height at which it was first found, so that a walk
+/// ends even if devices form a circle.
 const STACK_HEIGHT_MAX: usize = 64;
 
 impl Topology {
-    /// Every device beneath `device`, itself included: slaves, the disk of a partition, the device
-    /// under the file of a loop device.
+    /// Every device below `device`, and itself: slaves, the disk of a partition, the device below the file of
+    /// a loop device.
     #[must_use]
     pub fn stack(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
         let mut seen = BTreeSet::new();
@@ -31,8 +31,8 @@ impl Topology {
         if let Some(shown) = self.attached_loop(device) {
             beneath.extend(shown.device_beneath());
             if let Some(number) = shown.filesystem_beneath()
-                && let Ground::Devices(devices) =
-                    self.ground(number, &self.backing_path(device).unwrap_or_default())
+                && let FilesystemBacking::Devices(devices) =
+                    self.filesystem_backing(number, &self.backing_path(device).unwrap_or_default())
             {
                 beneath.extend(devices);
             }
@@ -40,8 +40,8 @@ impl Topology {
         beneath
     }
 
-    /// Every device above `device`, itself included: its partitions, whoever holds them, loop devices over it or over
-    /// files of a filesystem on it, and so on; each with how many are between, by the longest way.
+    /// Every device above `device`, and itself: its partitions, its holders, loop devices on it or on files
+    /// of its filesystem, and so on. Each with its height above `device`, by the longest path.
     #[must_use]
     pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
         let loops = self.loops();
@@ -62,7 +62,7 @@ impl Topology {
         heights
     }
 
-    /// Every device above `device`, itself included. As [`Topology::heights_above`].
+    /// Every device above `device`, and itself: the keys of [`Topology::heights_above`].
     #[must_use]
     pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
         self.heights_above(device).into_keys().collect()

@@ -1,14 +1,14 @@
-//! How long do the reads and writes of a device take? From the kernel's own counters.
+//! How long do the reads and writes of a device take? Computed from the kernel's counters.
 //!
-//! `/sys/dev/block/M:m/stat` (Documentation/block/stat.rst) counts, since the device was made, I/Os,
-//! sectors and the time that each kind of I/O has waited; the difference of two looks is the mean
-//! latency between them. Reading it costs the device nothing. The counts are 64 bits wide on the hosts
-//! that we run on; the milliseconds are 32 ("%u") and wrap, and are subtracted accordingly.
+//! `/sys/dev/block/M:m/stat` (Documentation/block/stat.rst) counts I/Os, sectors, and the time that each kind
+//! of I/O has waited, since the device was created. The difference of two samples gives the mean latency
+//! between them. Reading the counters costs the device nothing. Counts are 64 bits wide on supported hosts;
+//! milliseconds have 32 bits ("%u") and wrap, so they are subtracted modulo 2^32.
 //!
-//! Two limits of the source. With `queue/iostats` at 0 the counters stand still: [`Topology::keeps_stats`]
-//! tells that apart from a device at rest. And the time of a device without a queue of its own (all of
-//! device-mapper) is counted in the scheduler's ticks, 1 to 10 ms each: right on the average of many
-//! I/Os, coarse for a few.
+//! The source has two limits. With `queue/iostats` at 0 the counters stand still: [`Topology::keeps_stats`]
+//! distinguishes that from an idle device. And for a device without a queue of its own (all of
+//! device-mapper), time is counted in scheduler ticks of 1 to 10 ms each: accurate on average over many I/Os,
+//! coarse for a few.
 
 use std::fs;
 use std::time::Duration;
@@ -21,33 +21,33 @@ use crate::base::{DeviceNumber, Sectors};
 pub struct DiskStat {
     /// Reads completed.
     pub reads: u64,
-    /// Time that they waited, summed, milliseconds; wraps.
+    /// Sum of the time that they waited, in milliseconds; wraps.
     pub read_ticks_ms: u32,
     /// Writes completed.
     pub writes: u64,
     /// Sectors written.
     pub sectors_written: Sectors,
-    /// Time that they waited, summed, milliseconds; wraps.
+    /// Sum of the time that they waited, in milliseconds; wraps.
     pub write_ticks_ms: u32,
     /// I/Os issued and not completed.
     pub in_flight: u64,
 }
 
-/// What a device did between two looks.
+/// The activity of a device between two samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interval {
     /// Reads completed.
     pub reads: u64,
     /// Writes completed.
     pub writes: u64,
-    /// Time that these reads and writes waited, summed.
+    /// Sum of the time that these reads and writes waited.
     pub waited: Duration,
-    /// I/Os issued and not completed at its end.
+    /// I/Os issued and not completed at the second sample.
     pub in_flight: u64,
 }
 
 impl Interval {
-    /// Mean time from an I/O's issue to its completion; None where none was completed.
+    /// Mean time from issue to completion of an I/O; None if none completed.
     #[must_use]
     pub fn mean_latency(&self) -> Option<Duration> {
         let count = u128::from(self.reads) + u128::from(self.writes);
@@ -57,8 +57,8 @@ impl Interval {
 }
 
 impl DiskStat {
-    /// Reads the text of a `stat` file; None where it is none. Kernels before 4.18 and 5.5 have fewer
-    /// fields at the end, later ones may have more.
+    /// Parses a `stat` file; None if the text is not one. Kernels before 4.18 and 5.5 have fewer fields at
+    /// the end, later ones may have more.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let mut fields = [0u64; 9];
@@ -77,7 +77,8 @@ impl DiskStat {
         })
     }
 
-    /// Mean time of the writes since `earlier`; None where there was none, or it is another device.
+    /// Mean time of the writes since `earlier`; None if there were none, or if the counts decreased, which
+    /// means another device.
     #[must_use]
     pub fn mean_write_since(&self, earlier: &Self) -> Option<Duration> {
         let count = self.writes.checked_sub(earlier.writes)?;
@@ -85,8 +86,7 @@ impl DiskStat {
         waited.saturating_mul(1_000_000).checked_div(count).map(Duration::from_nanos)
     }
 
-    /// What was done since `earlier`; None where the counts have gone back: another device by the same
-    /// number.
+    /// The activity since `earlier`; None if the counts decreased: another device has the number now.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Option<Interval> {
         let ms = |now: u32, then: u32| u64::from(now.wrapping_sub(then));
@@ -102,14 +102,14 @@ impl DiskStat {
 }
 
 impl Topology {
-    /// The counters of `device`; None where the kernel has none.
+    /// The counters of `device`; None if the kernel has none.
     #[must_use]
     pub fn disk_stat(&self, device: DeviceNumber) -> Option<DiskStat> {
         DiskStat::parse(&fs::read_to_string(self.node(device).join("stat")).ok()?)
     }
 
-    /// False where the kernel was told to keep no statistics of `device`. (Device-mapper honours that
-    /// since 6.0; before, it counts all the same, and the answer here is a pessimist's.)
+    /// False if the kernel was told to keep no statistics of `device`. (Device-mapper obeys since 6.0;
+    /// before, it counts anyway, and this is too pessimistic.)
     #[must_use]
     pub fn keeps_stats(&self, device: DeviceNumber) -> bool {
         self.queue_attribute(device, "iostats").is_none_or(|text| text != "0")
@@ -163,10 +163,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_statistics_is_told_from_one_at_rest() {
+    fn a_device_without_statistics_is_distinguished_from_an_idle_one() {
         let (keep, topology) = machine();
         let disk = keep.path().join("sys/devices/sda");
-        assert!(topology.keeps_stats(dev(8, 0)), "a kernel that does not say keeps them");
+        assert!(topology.keeps_stats(dev(8, 0)), "true without the attribute");
         assert_eq!(topology.disk_stat(dev(8, 0)), None);
         fs::write(disk.join("stat"), STAT).unwrap();
         assert_eq!(topology.disk_stat(dev(8, 0)), DiskStat::parse(STAT));
@@ -179,8 +179,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against sums of wide numbers: whatever is done between two looks comes out, also where the
-        /// milliseconds wrap.
+        /// The oracle computes with wide numbers: every difference is right, also where the milliseconds
+        /// wrap.
         #[test]
         fn differences_survive_the_wrap(
             start: u32, other: u32, ios in 0u64..1 << 40, read_ms in 0u32..1 << 31, write_ms in 0u32..1 << 31,

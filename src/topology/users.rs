@@ -1,19 +1,19 @@
-//! Who uses the bytes of a device or file, now? Named for the refusal.
+//! What uses the bytes of a device or file at present? Named in refusals.
 //!
-//! An exclusive open tells of mounts and of other exclusive users, not of a process that simply writes to a
-//! device (a virtual machine does), nor of a loop device. `/proc/*/fd` tells of processes, the kernel's own
-//! identity of each backing file ([`loops`](super::loops)) of loop devices, whatever path led to it, `/proc/swaps`
-//! of swap files. A device has more names than its own: its partitions, the disk that it is a partition of, the
-//! file or device that it shows as a loop device.
+//! An exclusive open detects mounts and other exclusive users, but not a process that merely writes to a
+//! device (as a virtual machine does), nor a loop device. `/proc/*/fd` shows processes; the kernel's identity
+//! of each backing file ([`loops`](super::loops)) shows loop devices, whatever path led to the file;
+//! `/proc/swaps` shows swap files. The bytes of a device have more names than its own: its partitions, the
+//! disk that it is a partition of, the file or device below it if it is a loop device.
 //!
-//! A host has descriptors and loop devices on file systems whose server is gone, and to ask those is to wait for ever. So
-//! of a descriptor `/proc/PID/fdinfo` is read first, for which no file system is asked: does it write, in which mount, which
-//! inode? Only one that may be what is looked for is looked at, and by a child process where its file system may have to
-//! ask a server. What is not answered then is refused where it may be the file that is looked for. A device
-//! node on a file system of a server that is gone is not seen.
+//! A host may have descriptors and loop devices on file systems whose server is gone, and a query to one of
+//! those never returns. So `/proc/PID/fdinfo` is read first, which involves no file system: does the
+//! descriptor write, in which mount, to which inode? Only a descriptor that may match is then examined, and
+//! by a child process if its file system may have to ask a server. If such a query does not return, a
+//! possible match is refused. A device node on a file system whose server is gone is not found.
 //!
-//! Must not: write, nor open what it judges (loop devices are opened for reading, to be asked). Best effort
-//! where a process hides its descriptors from us: another's user, another namespace of processes.
+//! Must not write, nor open what it judges (loop devices are opened for reading, to be queried). Best effort
+//! if a process hides its descriptors: one of another user, or of another PID namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -23,15 +23,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Topology;
-use super::filesystem::LiesOn;
-use super::loops::{Attached, Loops, Shows};
+use super::filesystem::BackingKind;
+use super::loops::{AttachedLoop, LoopBacking, Loops};
 use super::mount::{Mount, MountTable};
 use crate::base::{DeviceNumber, Error, Result};
 use crate::sys::found::Found;
 use crate::sys::inquiry;
 use crate::sys::loop_device::LoopStatus;
 
-/// Whoever uses a device or file.
+/// A user of a device or file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum User {
     /// A process that has it open for writing.
@@ -41,11 +41,11 @@ pub enum User {
         /// Its name.
         name: String,
     },
-    /// A loop device that shows it.
+    /// A loop device on it.
     Loop {
         /// /dev/loopN.
         node: PathBuf,
-        /// It only reads.
+        /// True if it only reads.
         read_only: bool,
     },
     /// The kernel, as swap space.
@@ -66,7 +66,7 @@ impl User {
         }
     }
 
-    /// It may change what it uses.
+    /// True if it may change what it uses.
     #[must_use]
     pub fn writes(&self) -> bool {
         !matches!(self, Self::Loop { read_only: true, .. })
@@ -74,17 +74,17 @@ impl User {
 }
 
 impl fmt::Display for User {
-    /// Goes on from "/dev/sdb is ".
+    /// Continues "/dev/sdb is ".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Process { id, name } => write!(f, "open for writing by {name} (process {id})"),
-            Self::Loop { node, .. } => write!(f, "what the loop device {} shows", node.display()),
+            Self::Loop { node, .. } => write!(f, "in use by the loop device {}", node.display()),
             Self::Swap { .. } => f.write_str("swap space"),
         }
     }
 }
 
-/// What a name leads to. A device is the same through every node of it; a file is what its filesystem says.
+/// What a name leads to. Every node of a device is the same device; a file is identified by its filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Identity {
     Device(DeviceNumber),
@@ -108,18 +108,18 @@ impl Identity {
 }
 
 impl Topology {
-    /// The first user, other than this process, of the bytes of the file or device at `path`. None where there
-    /// is no such thing, or no user is seen.
+    /// The first user, other than this process, of the bytes of the file or device at `path`. None if the
+    /// path does not exist or no user is found.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it cannot be told; I/O errors of looking at `path`,
-    /// and of reading /proc.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if a user cannot be ruled out; I/O errors of
+    /// examining `path` and of reading /proc.
     pub fn user_of(&self, path: &Path) -> Result<Option<User>> {
         let mounts = MountTable::read(self)?;
-        let found = match mounts.look(path) {
+        let found = match mounts.stat(path) {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io(format!("looking at {}", path.display()), error)),
+            Err(error) => return Err(Error::io(format!("examining {}", path.display()), error)),
         };
         let wanted = Identity::of(&found);
         let loops = self.loops();
@@ -129,20 +129,20 @@ impl Topology {
             return Ok(Some(User::Loop { node: loop_device.node.clone(), read_only }));
         }
         let is_with_server =
-            |id| mounts.by_id(id).is_none_or(|mount| !LiesOn::answers_by_itself(&mount.kind));
-        if let Some(silent) = loops.0.iter().find(|it| it.shows == Shows::Silent)
+            |id| mounts.by_id(id).is_none_or(|mount| !BackingKind::answers_locally(&mount.kind));
+        if let Some(silent) = loops.0.iter().find(|it| it.backing == LoopBacking::Silent)
             && matches!(wanted, Identity::File { .. })
             && is_with_server(found.mount)
         {
-            return Err(untold(path, &format!("shown by {}", silent.node.display())));
+            return Err(cannot_tell(path, &format!("shown by {}", silent.node.display())));
         }
         for swap in self.swaps()? {
-            match mounts.look(&swap) {
+            match mounts.stat(&swap) {
                 Ok(found) if names.contains(&Identity::of(&found)) => {
                     return Ok(Some(User::Swap { path: swap }));
                 }
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                    return Err(untold(path, &format!("the swap space {}", swap.display())));
+                    return Err(cannot_tell(path, &format!("the swap space {}", swap.display())));
                 }
                 _ => {}
             }
@@ -150,8 +150,8 @@ impl Topology {
         self.writer_of(path, &names, &mounts, self.processes()?)
     }
 
-    /// Devices through which the bytes of `device` are reached as well, or a part of them: the disk that it is a
-    /// partition of, its partitions, and what lies beneath it as a loop device. Without itself.
+    /// Other devices that lead to the bytes of `device`, or a part of them: the disk that it is a partition
+    /// of, its partitions, and the device below it if it is a loop device.
     #[must_use]
     pub fn same_bytes(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let (names, _) = self.names_of(Identity::Device(device), &self.loops());
@@ -162,10 +162,10 @@ impl Topology {
         devices.collect()
     }
 
-    /// All names of the same bytes, and the loop devices through which somebody else may reach them: all that
-    /// show one of the names, but for those that are names themselves.
+    /// All names of the same bytes, and the loop devices through which other users may reach them: all loop
+    /// devices on one of the names, except those that are names themselves.
     fn names_of(&self, wanted: Identity, loops: &Loops) -> (BTreeSet<Identity>, BTreeSet<DeviceNumber>) {
-        let backing = |it: &Attached| it.status().map(Identity::of_backing);
+        let backing = |it: &AttachedLoop| it.status().map(Identity::of_backing);
         let mut names = BTreeSet::new();
         let mut open = vec![wanted];
         while let Some(name) = open.pop() {
@@ -176,18 +176,19 @@ impl Topology {
             open.extend(self.disk_of(device).map(Identity::Device));
             open.extend(loops.0.iter().filter(|it| it.number == device).filter_map(backing));
         }
-        // Downwards only so far: the other partitions of a disk are others' bytes.
+        // Only the partitions of `wanted` itself: other partitions of its disk have other bytes.
         if let Identity::Device(device) = wanted {
             names.extend(self.partitions(device).into_iter().map(Identity::Device));
         }
-        let shows = |it: &&Attached| backing(it).is_some_and(|name| names.contains(&name));
-        let is_name = |it: &Attached| names.contains(&Identity::Device(it.number));
-        let shown_by = loops.0.iter().filter(shows).filter(|it| !is_name(it)).map(|it| it.number).collect();
+        let is_over_name = |it: &&AttachedLoop| backing(it).is_some_and(|name| names.contains(&name));
+        let is_name = |it: &AttachedLoop| names.contains(&Identity::Device(it.number));
+        let shown_by =
+            loops.0.iter().filter(is_over_name).filter(|it| !is_name(it)).map(|it| it.number).collect();
         (names, shown_by)
     }
 
-    /// The first of `processes`, other than this one, that has one of `names`, which are those of `path`, open for
-    /// writing.
+    /// The first of `processes`, other than this one, that has one of `names`, which are the names of `path`,
+    /// open for writing.
     fn writer_of(
         &self,
         path: &Path,
@@ -196,7 +197,7 @@ impl Topology {
         processes: Vec<u32>,
     ) -> Result<Option<User>> {
         let search = Search::new(names, mounts);
-        // Of file systems that may have to ask a server: by mount.
+        // Descriptors on file systems that may have to ask a server, by mount.
         let mut doubtful: BTreeMap<u64, Vec<Descriptor>> = BTreeMap::new();
         let own = std::process::id();
         let no_births = inquiry::no_births();
@@ -217,7 +218,7 @@ impl Topology {
         }
         drop(no_births);
         for descriptors in doubtful.values() {
-            if let Some(process) = search.ask(path, descriptors)? {
+            if let Some(process) = search.query(path, descriptors)? {
                 return Ok(Some(self.as_user(process)));
             }
         }
@@ -229,16 +230,16 @@ impl Topology {
         User::Process { id: process, name: name.trim_end().to_owned() }
     }
 
-    /// True where `process` is seen to have the file or device at `path` open for writing.
+    /// True if `process` visibly has the file or device at `path` open for writing.
     #[must_use]
     pub fn is_writing(&self, process: u32, path: &Path) -> bool {
         let Ok(mounts) = MountTable::read(self) else { return false };
-        let Ok(found) = mounts.look(path) else { return false };
+        let Ok(found) = mounts.stat(path) else { return false };
         let names = BTreeSet::from([Identity::of(&found)]);
         self.writer_of(path, &names, &mounts, vec![process]).is_ok_and(|user| user.is_some())
     }
 
-    /// The descriptors of a process that write.
+    /// The descriptors of a process that are open for writing.
     fn writable(&self, process: u32) -> impl Iterator<Item = Descriptor> {
         let node = self.process(process);
         let entries = fs::read_dir(node.join("fd")).into_iter().flatten().flatten();
@@ -246,19 +247,20 @@ impl Topology {
     }
 }
 
-/// A descriptor that writes, as far as no file system is asked for it.
+/// A descriptor that is open for writing, with what is known without asking its file system.
 struct Descriptor {
     process: u32,
     /// `/proc/PID/fd/N`, which leads to the very file.
     path: PathBuf,
-    /// The number of its mount.
+    /// The id of its mount.
     mount: u64,
     /// None before Linux 5.14.
     inode: Option<u64>,
 }
 
 impl Descriptor {
-    /// `node` is the process's in /proc. None where it does not write, or is closed by now.
+    /// `node` is the directory of the process in /proc. None if the descriptor does not write, or has been
+    /// closed.
     fn read(process: u32, node: &Path, number: &OsStr) -> Option<Self> {
         let text = fs::read_to_string(node.join("fdinfo").join(number)).ok()?;
         let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -270,24 +272,24 @@ impl Descriptor {
         is_writable.then(|| Self { process, path: node.join("fd").join(number), mount, inode })
     }
 
-    /// It has a path: no pipe, socket or the like.
+    /// True if it has a path: it is no pipe, socket or the like.
     fn has_path(&self) -> bool {
         fs::read_link(&self.path).is_ok_and(|path| path.is_absolute())
     }
 }
 
-/// How a descriptor is judged before it is looked at.
+/// What is known of a descriptor before it is examined.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     /// It leads to something else.
     Other,
-    /// It may lead to what is looked for, and its file system answers.
+    /// It may match, and its file system answers locally.
     Look,
-    /// It may, and its file system may have to ask a server.
+    /// It may match, and its file system may have to ask a server.
     Doubtful,
 }
 
-/// The names that are looked for among descriptors.
+/// The names that are searched for among descriptors.
 struct Search<'a> {
     names: &'a BTreeSet<Identity>,
     mounts: BTreeMap<u64, &'a Mount>,
@@ -315,9 +317,9 @@ impl<'a> Search<'a> {
         let may_be_it = self.has_devices && shows_devices || self.may_be_file(descriptor);
         match mount {
             _ if !may_be_it => Verdict::Other,
-            Some(mount) if LiesOn::answers_by_itself(&mount.kind) => Verdict::Look,
+            Some(mount) if BackingKind::answers_locally(&mount.kind) => Verdict::Look,
             Some(_) => Verdict::Doubtful,
-            // The kernel's own, or one that was detached while it was in use.
+            // A mount internal to the kernel, or one that was detached while in use.
             None if descriptor.has_path() => Verdict::Doubtful,
             None => Verdict::Other,
         }
@@ -327,17 +329,17 @@ impl<'a> Search<'a> {
         match descriptor.inode {
             None => !self.inodes.is_empty(),
             Some(inode) if !self.inodes.contains(&inode) => false,
-            // A subvolume's files show a number of their own, on a file system that answers.
+            // Files of a subvolume have a device number of their own, on a file system that answers locally.
             Some(inode) => self.mounts.get(&descriptor.mount).is_none_or(|mount| {
-                LiesOn::answers_by_itself(&mount.kind)
+                BackingKind::answers_locally(&mount.kind)
                     || self.names.contains(&Identity::File { dev: mount.device, inode })
             }),
         }
     }
 
-    /// The first process that has what is looked for open through one of these descriptors, all of one mount. The first
-    /// one tells whether it answers at all.
-    fn ask(&self, path: &Path, descriptors: &[Descriptor]) -> Result<Option<u32>> {
+    /// The first process with a matching descriptor among these, which are all of one mount. The first
+    /// descriptor is queried alone, to find out whether the file system answers.
+    fn query(&self, path: &Path, descriptors: &[Descriptor]) -> Result<Option<u32>> {
         let (first, rest) = descriptors.split_at(1.min(descriptors.len()));
         for descriptors in [first, rest] {
             let paths: Vec<&Path> = descriptors.iter().map(|it| it.path.as_path()).collect();
@@ -354,7 +356,7 @@ impl<'a> Search<'a> {
             if is_silent {
                 let file = descriptors.iter().chain(rest).find(|it| self.may_be_file(it));
                 return file.map_or(Ok(None), |it| {
-                    Err(untold(path, &format!("open for writing by process {}", it.process)))
+                    Err(cannot_tell(path, &format!("open for writing by process {}", it.process)))
                 });
             }
         }
@@ -362,11 +364,11 @@ impl<'a> Search<'a> {
     }
 }
 
-fn untold(path: &Path, what: &str) -> Error {
+fn cannot_tell(path: &Path, what: &str) -> Error {
     let shown = path.display();
     Error::refused(format!("{shown} may be {what}, whose file system does not answer"))
         .state("it was not touched")
-        .next("see to the server of that file system, or unmount it (umount -l), and try again")
+        .next("check the server of that file system, or unmount it (umount -l), then try again")
 }
 
 #[cfg(test)]
@@ -398,12 +400,12 @@ mod tests {
     }
 
     #[test]
-    fn a_child_that_asks_for_us_is_no_user() {
+    fn a_query_child_is_no_user() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (born, is_born) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                // As a child that has not closed yet what it inherited.
+                // Like a child that has not closed its inherited descriptors yet.
                 let _birth = inquiry::no_births();
                 let stdin = Stdio::from(fs::OpenOptions::new().write(true).open(file.path()).unwrap());
                 let mut child = Command::new("sleep").arg("0.5").stdin(stdin).spawn().unwrap();
@@ -415,11 +417,11 @@ mod tests {
         });
     }
 
-    fn attached(minor: u32, backing_rdev: u64, backing_inode: u64) -> Attached {
-        Attached {
+    fn attached(minor: u32, backing_rdev: u64, backing_inode: u64) -> AttachedLoop {
+        AttachedLoop {
             number: dev(7, minor),
             node: format!("/dev/loop{minor}").into(),
-            shows: Shows::Known(LoopStatus {
+            backing: LoopBacking::Known(LoopStatus {
                 backing_dev: dev(0, 1).to_dev(),
                 backing_inode,
                 backing_rdev,
@@ -432,20 +434,22 @@ mod tests {
         }
     }
 
-    /// Who must be asked before `wanted` is overwritten: its names, and the loop devices that are others' ways to it.
-    fn asked(wanted: Identity, loops: &[Attached]) -> (Vec<Identity>, Vec<u32>) {
+    /// What is checked before `wanted` is overwritten: its names, and the loop devices that lead to it for
+    /// other users.
+    fn names_and_loops(wanted: Identity, loops: &[AttachedLoop]) -> (Vec<Identity>, Vec<u32>) {
         let (_keep, topology) = machine();
         let (names, shown_by) = topology.names_of(wanted, &Loops(loops.to_vec()));
         (names.into_iter().collect(), shown_by.into_iter().map(|number| number.minor).collect())
     }
 
     #[test]
-    fn the_same_bytes_have_more_names_than_one() {
+    fn all_names_of_the_same_bytes_are_found() {
         let device = |major, minor| Identity::Device(dev(major, minor));
-        // A partition is reached through its disk, a disk through its partitions; not one partition through another.
-        assert_eq!(asked(device(8, 1), &[]).0, [device(8, 0), device(8, 1)]);
-        assert_eq!(asked(device(8, 0), &[]).0, [device(8, 0), device(8, 1), device(8, 2)]);
-        // Loop 1 shows file 77; loop 2 shows loop 1; loop 3 shows the disk; loop 4 another file.
+        // A partition is reached through its disk, and a disk through its partitions, but not one partition
+        // through another.
+        assert_eq!(names_and_loops(device(8, 1), &[]).0, [device(8, 0), device(8, 1)]);
+        assert_eq!(names_and_loops(device(8, 0), &[]).0, [device(8, 0), device(8, 1), device(8, 2)]);
+        // Loop 1 is on file 77; loop 2 on loop 1; loop 3 on the disk; loop 4 on another file.
         let file = Identity::File { dev: dev(0, 1), inode: 77 };
         let loops = [
             attached(1, 0, 77),
@@ -453,13 +457,13 @@ mod tests {
             attached(3, dev(8, 0).to_dev(), 6),
             attached(4, 0, 78),
         ];
-        assert_eq!(asked(file, &loops), (vec![file], vec![1]));
-        assert_eq!(asked(device(7, 1), &loops), (vec![device(7, 1), file], vec![2]));
-        assert_eq!(asked(device(7, 2), &loops), (vec![device(7, 1), device(7, 2), file], vec![]));
-        assert_eq!(asked(device(8, 1), &loops), (vec![device(8, 0), device(8, 1)], vec![3]));
-        assert_eq!(asked(device(8, 16), &loops).1, Vec::<u32>::new());
-        // Two loop devices over one file: each is a way to the other's bytes.
+        assert_eq!(names_and_loops(file, &loops), (vec![file], vec![1]));
+        assert_eq!(names_and_loops(device(7, 1), &loops), (vec![device(7, 1), file], vec![2]));
+        assert_eq!(names_and_loops(device(7, 2), &loops), (vec![device(7, 1), device(7, 2), file], vec![]));
+        assert_eq!(names_and_loops(device(8, 1), &loops), (vec![device(8, 0), device(8, 1)], vec![3]));
+        assert_eq!(names_and_loops(device(8, 16), &loops).1, Vec::<u32>::new());
+        // Two loop devices on one file: each leads to the bytes of the other.
         let twice = [attached(1, 0, 77), attached(5, 0, 77)];
-        assert_eq!(asked(device(7, 1), &twice).1, [5]);
+        assert_eq!(names_and_loops(device(7, 1), &twice).1, [5]);
     }
 }

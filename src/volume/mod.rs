@@ -169,7 +169,7 @@ fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
     let view = topology.own_view()?;
     let swapped = topology.swaps()?.into_iter().any(|swap| {
         let own = (DeviceNumber::from_dev(meta.dev()), meta.ino());
-        view.look(&swap).is_ok_and(|swap| (swap.dev, swap.inode) == own)
+        view.stat(&swap).is_ok_and(|swap| (swap.dev, swap.inode) == own)
     });
     if swapped {
         return Err(Error::refused(format!("{} is swap space", path.display()))

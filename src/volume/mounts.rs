@@ -166,12 +166,12 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
 
 /// The mount point still leads to this very filesystem: nothing is mounted over it.
 fn is_reachable(mount: &Mount, own: &View) -> bool {
-    own.look(&mount.point).is_ok_and(|found| found.dev == mount.device)
+    own.stat(&mount.point).is_ok_and(|found| found.dev == mount.device)
 }
 
 fn swap_devices(own: &View, swaps: Vec<PathBuf>) -> Vec<(PathBuf, DeviceNumber)> {
     let device = |path: PathBuf| {
-        let number = own.look(&path).ok()?.block_device?;
+        let number = own.stat(&path).ok()?.block_device?;
         Some((path, number))
     };
     swaps.into_iter().filter_map(device).collect()
@@ -189,7 +189,7 @@ pub fn open_elsewhere(device: DeviceNumber) -> Result<Option<File>> {
 fn open_in(table: &MountTable, device: DeviceNumber) -> Option<File> {
     table.of(device).find_map(|(view, mount)| {
         // What is there was chosen by the one who made that namespace: nothing is waited for.
-        view.look(&mount.point).ok().filter(|found| found.dev == device)?;
+        view.stat(&mount.point).ok().filter(|found| found.dev == device)?;
         let path = view.path(&mount.point);
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
         let meta = file.metadata().ok()?;

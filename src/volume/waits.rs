@@ -43,14 +43,14 @@ impl Waits {
         self.observer.at(path)
     }
 
-    /// May `from` wait for `origin`? What is in `past` is not followed.
+    /// May `from` wait for `origin`? What is in `excluded` is not followed.
     #[must_use]
-    pub fn ask(&self, from: &Node, origin: DeviceNumber, past: &[Node]) -> Answer {
+    pub fn ask(&self, from: &Node, origin: DeviceNumber, excluded: &[Node]) -> Answer {
         let mut waits_for = |node: &Node| {
             let mut known = self.known.borrow_mut();
             known.entry(node.clone()).or_insert_with(|| self.waits_for(node)).clone()
         };
-        graph::may_wait(from, &Node::Device(origin), past, &mut waits_for)
+        graph::may_wait(from, &Node::Device(origin), excluded, &mut waits_for)
     }
 
     fn waits_for(&self, node: &Node) -> BTreeSet<Node> {
@@ -65,8 +65,8 @@ impl Waits {
 
     /// A road, in words.
     #[must_use]
-    pub fn describe(&self, road: &[Node]) -> String {
-        let words: Vec<String> = road.iter().map(|node| self.observer.describe(node)).collect();
+    pub fn describe(&self, path: &[Node]) -> String {
+        let words: Vec<String> = path.iter().map(|node| self.observer.describe(node)).collect();
         words.join(" -> ")
     }
 }
@@ -137,18 +137,18 @@ fn snapshot(target: &Target) -> Option<(DeviceNumber, DeviceNumber)> {
 /// for those.
 #[must_use]
 pub fn refusal(waits: &Waits, what: &str, answer: &Answer, other_machines: bool) -> Option<Error> {
-    let (message, road) = match answer {
+    let (message, path) = match answer {
         Answer::No => return None,
         Answer::Network(_) if other_machines => return None,
-        Answer::Yes(road) => (format!("{what} would wait for the origin itself"), road),
-        Answer::Unknown(road) => {
-            (format!("whether {what} would wait for the origin itself cannot be told"), road)
+        Answer::Yes(path) => (format!("{what} would wait for the origin itself"), path),
+        Answer::Unknown(path) => {
+            (format!("whether {what} would wait for the origin itself cannot be told"), path)
         }
-        Answer::Network(road) => {
-            (format!("{what} would be on another machine, and the origin would wait for that"), road)
+        Answer::Network(path) => {
+            (format!("{what} would be on another machine, and the origin would wait for that"), path)
         }
     };
-    Some(Error::refused(format!("{message}: {}", waits.describe(road))).state("nothing was changed"))
+    Some(Error::refused(format!("{message}: {}", waits.describe(path))).state("nothing was changed"))
 }
 
 #[cfg(test)]
