@@ -2,7 +2,7 @@
 //! everything of a job that could close a circle, and the lock under which the answer holds.
 //!
 //! From the instant on a write to the origin waits for the store. So the store must not wait for the origin, by any
-//! road ([`Waits`]), nor for what cannot be looked through or for another machine. The same is asked of the secondary,
+//! road ([`WaitGraph`]), nor for what cannot be looked through or for another machine. The same is asked of the secondary,
 //! which holds writers up with `--on-full hold`, and of the job's records.
 //!
 //! Two copies that begin at once, each with its store on the other's file system, would each find the other's origin
@@ -27,7 +27,7 @@ use crate::dm::{CONTROL_PATH, Dm};
 use crate::job::RUN_DIR;
 use crate::store::{CowStore, TailPlace};
 use crate::topology::graph::{Answer, Node};
-use crate::volume::waits::{Waits, refusal};
+use crate::volume::waits::{WaitGraph, refusal};
 
 /// Longest wait for other copies: each takes seconds, and as long as its freeze budget allows.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -94,7 +94,7 @@ impl Admission {
 /// Who waits for whom, as far as it concerns the copy of one origin.
 #[derive(Debug)]
 pub struct Question {
-    waits: Waits,
+    graph: WaitGraph,
     origin: DeviceNumber,
 }
 
@@ -104,7 +104,7 @@ impl Question {
     /// # Errors
     /// I/O errors and the kernel's of looking.
     pub fn of(dm: &Dm, origin: DeviceNumber) -> Result<Self> {
-        Ok(Self { waits: Waits::observe(dm)?, origin })
+        Ok(Self { graph: WaitGraph::observe(dm)?, origin })
     }
 
     /// Refuses a place for the store's tail that may wait for the origin.
@@ -116,7 +116,7 @@ impl Question {
         match place {
             TailPlace::Device { number, .. } => self.check_store_on(&Node::Device(*number), &what),
             TailPlace::Directory(_) | TailPlace::NewFile(_) => {
-                self.check_store_on(&self.waits.at(&place.anchor())?, &what)?;
+                self.check_store_on(&self.graph.at(&place.anchor())?, &what)?;
                 // Its file will be shown by a loop device.
                 self.check_memory(&Node::Memory, &what)
             }
@@ -152,8 +152,8 @@ impl Question {
     }
 
     fn check_store_on(&self, node: &Node, what: &str) -> Result<()> {
-        let answer = self.waits.ask(node, self.origin, &[Node::Memory]);
-        match refusal(&self.waits, what, &answer, false) {
+        let answer = self.graph.may_wait(node, self.origin, &[Node::Memory]);
+        match refusal(&self.graph, what, &answer, false) {
             Some(error) => Err(error.next(NAME_ANOTHER)),
             None => self.check_memory(node, what),
         }
@@ -161,8 +161,8 @@ impl Question {
 
     /// Where `from` needs memory, which may have to be written to swap space first.
     fn check_memory(&self, from: &Node, what: &str) -> Result<()> {
-        let answer = self.waits.ask(from, self.origin, &[]);
-        refusal(&self.waits, what, &answer, true).map_or(Ok(()), |error| Err(error.next(WITHOUT_MEMORY)))
+        let answer = self.graph.may_wait(from, self.origin, &[]);
+        refusal(&self.graph, what, &answer, true).map_or(Ok(()), |error| Err(error.next(WITHOUT_MEMORY)))
     }
 
     /// Refuses a secondary that waits for the origin and, where writers are held for it, one of which that cannot be
@@ -171,12 +171,12 @@ impl Question {
     /// # Errors
     /// As [`Question::check_place`].
     pub fn check_secondary(&self, path: &Path, on_full: OnFull) -> Result<()> {
-        let node = match self.waits.at(path) {
+        let node = match self.graph.at(path) {
             Ok(device @ Node::Device(_)) => device,
-            _ => self.waits.at(directory_of(path))?,
+            _ => self.graph.at(directory_of(path))?,
         };
-        let answer = self.waits.ask(&node, self.origin, &[Node::Memory]);
-        match refusal(&self.waits, &format!("the secondary {}", path.display()), &answer, true) {
+        let answer = self.graph.may_wait(&node, self.origin, &[Node::Memory]);
+        match refusal(&self.graph, &format!("the secondary {}", path.display()), &answer, true) {
             _ if on_full == OnFull::Abort && matches!(answer, Answer::Unknown(_)) => Ok(()),
             None => Ok(()),
             Some(error) if matches!(answer, Answer::Unknown(_)) => Err(error.next(
@@ -192,9 +192,9 @@ impl Question {
     /// # Errors
     /// As [`Question::check_place`].
     fn check_records(&self) -> Result<()> {
-        let answer = self.waits.ask(&self.waits.at(Path::new(RUN_DIR))?, self.origin, &[Node::Memory]);
+        let answer = self.graph.may_wait(&self.graph.at(Path::new(RUN_DIR))?, self.origin, &[Node::Memory]);
         match answer {
-            Answer::Yes(_) => refusal(&self.waits, RUN_DIR, &answer, true)
+            Answer::Yes(_) => refusal(&self.graph, RUN_DIR, &answer, true)
                 .map_or(Ok(()), |error| Err(error.next("mount a tmpfs on /run, as every distribution does"))),
             _ => Ok(()),
         }

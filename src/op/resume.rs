@@ -36,7 +36,7 @@ use crate::stack::{Adopted, FoundStack, HoldTimes, Skipped, Stack};
 use crate::store::{CowStore, ExceptionReader, StoreDevice};
 use crate::sys::privilege;
 use crate::sys::process::LockedMemory;
-use crate::volume::{Frozen, Origin, OriginKind};
+use crate::volume::{FreezeSet, Origin, OriginKind};
 
 /// What would be gone on with. Serialized for `--dry-run --json`.
 #[derive(Debug, Serialize)]
@@ -150,7 +150,7 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
         lock_filesystem: false,
         not_frozen: Vec::new(),
         notes: Vec::new(),
-        frozen: Frozen::default(),
+        frozen: FreezeSet::default(),
     };
     Ok(CopyPlan {
         order: order_for(&request, &origin),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::base::{ChunkSize, DeviceNumber, Error, Result};
 use crate::dm::Table;
 use crate::extent::Extent;
-use crate::volume::Frozen;
+use crate::volume::FreezeSet;
 use crate::volume::lvm_lock::LvmScope;
 
 /// Which stack to insert, over which origin.
@@ -36,7 +36,7 @@ pub struct StackRequest {
 #[derive(Clone, Debug)]
 pub struct Planned {
     /// The filesystems on the origin.
-    pub frozen: Frozen,
+    pub frozen: FreezeSet,
     /// The origin's own table.
     pub table: Table,
 }
@@ -56,7 +56,7 @@ impl StackRequest {
             .state("nothing was frozen or inserted")
             .next("copy again, and do not resize or move the volume meanwhile"));
         }
-        let frozen = planned.frozen.check_still(number, "since the copy was planned")?;
+        let frozen = planned.frozen.recheck(number, "since the copy was planned")?;
         let planned = Planned { frozen: frozen.clone(), table: own_table.clone() };
         Ok(Self {
             filesystems: frozen.points,

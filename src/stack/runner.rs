@@ -19,8 +19,8 @@ use crate::sys::nudge::Nudge;
 use crate::sys::process::LockedMemory;
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
-use crate::volume::free::{FreeMapper, Picture};
-use crate::volume::{Frozen, open_elsewhere};
+use crate::volume::free::{DeviceLayout, FreeMapper};
+use crate::volume::{FreezeSet, open_in_other_namespace};
 
 use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
 use super::trial;
@@ -42,7 +42,7 @@ pub struct Runner<'a> {
     pub(super) mapper: Option<FreeMapper>,
     pub(super) limits: Option<FreeLimits>,
     /// Where the skipped ranges lay when the map was read.
-    picture: Option<Picture>,
+    layout: Option<DeviceLayout>,
     pub(super) skipped: Skipped,
     /// Where the filesystems' logs are.
     pub(super) logs: Vec<Extent>,
@@ -52,7 +52,7 @@ pub struct Runner<'a> {
     /// beforehand, or the suspension would do it while writers wait.
     pub(super) lock_filesystem: bool,
     /// The filesystems to freeze, as found by the plan; None if there was no plan.
-    pub(super) frozen: Option<Frozen>,
+    pub(super) frozen: Option<FreezeSet>,
     /// Steps are being undone: interrupts are ignored.
     is_undoing: bool,
     /// The loaded table depends on a free-space map that is valid only while the filesystems are frozen.
@@ -102,7 +102,7 @@ impl<'a> Runner<'a> {
             form: Form::new(false),
             mapper: None,
             limits: None,
-            picture: None,
+            layout: None,
             skipped: Skipped::default(),
             logs: Vec::new(),
             number: None,
@@ -193,7 +193,7 @@ impl<'a> Runner<'a> {
         let mut targets: Vec<(String, &File)> =
             self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
         // A filesystem mounted in another namespace, and writes to the device itself, also count.
-        let hidden = if self.lock_filesystem { open_elsewhere(number)? } else { None };
+        let hidden = if self.lock_filesystem { open_in_other_namespace(number)? } else { None };
         let device = File::open(node::device_path(number)?).io_context(|| "opening the origin".to_owned())?;
         targets
             .extend(hidden.iter().map(|file| ("the filesystem in another mount namespace".to_owned(), file)));
@@ -277,7 +277,7 @@ impl<'a> Runner<'a> {
     /// A filesystem mounted meanwhile would accept writes, so the filesystems must still be the same.
     fn check_frozen(&self) -> Result<()> {
         let (Some(frozen), Some(number)) = (&self.frozen, self.number) else { return Ok(()) };
-        frozen.check_still(number, "while it was being frozen").map(drop)
+        frozen.recheck(number, "while it was being frozen").map(drop)
     }
 
     /// Maps what the frozen filesystems do not use past the snapshot. A filesystem that does not answer is
@@ -288,13 +288,13 @@ impl<'a> Runner<'a> {
         let own = self.own_table.take().expect("an insertion has the origin's own table");
         let lower = LowerDevices { own, real: number(real)?, preserve: Some(number(preserve)?) };
         if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
-            let (found, picture) = mapper.read();
+            let (found, layout) = mapper.read();
             self.skipped = Skipped {
                 extents: skippable(&found.extents, lower.own.length().bytes(), limits),
                 notes: found.notes,
             };
             self.logs = found.logs;
-            self.picture = (!self.skipped.extents.is_empty()).then_some(picture);
+            self.layout = (!self.skipped.extents.is_empty()).then_some(layout);
         }
         let table = lower.table(&self.skipped.extents, &[], self.form)?;
         let dm = self.dm;
@@ -307,7 +307,7 @@ impl<'a> Runner<'a> {
     fn expect_over(&mut self, device: &str) -> Result<()> {
         let dm = self.dm;
         self.owner_of(device).expect("an insertion owns its origin").check(dm)?;
-        if self.picture.take().is_none_or(Picture::still_holds) {
+        if self.layout.take().is_none_or(DeviceLayout::is_unchanged) {
             return Ok(());
         }
         let what = format!("the devices on {device} were changed while its filesystems were frozen");

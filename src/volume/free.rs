@@ -1,39 +1,40 @@
-//! Which bytes of an origin does nobody need?
+//! Which bytes of an origin are free?
 //!
-//! Asked while the filesystems on the origin are frozen, between the freeze and the instant. A byte
-//! that is called free here is neither copied nor preserved, so a mistake loses data, silently. The
-//! argument that there is none:
+//! Read while the filesystems on the origin are frozen, between the freeze and the instant. A byte that is
+//! reported as free is neither copied nor preserved, so a mistake loses data silently. The argument that
+//! there is none:
 //!
-//! 1. *The map is the instant's.* A frozen filesystem writes nothing and allocates nothing until it
-//!    is thawed, and it is thawed behind the instant. Whoever thaws it earlier (an administrator, the
-//!    watchdog) voids the map: the thaw that finds it thawed already (EINVAL) must fail the copy.
-//! 2. *The map is the disk's.* The freeze writes the journal back to its last entry: ext4 empties it
-//!    (`ext4_freeze`: `jbd2_journal_flush`), xfs forces its log and pushes everything that it tells of to
-//!    its place. What a recovery of the copy replays, if anything (xfs: inodes that were unlinked and
-//!    open), names no free block. That holds for a filesystem that is writable. One that is read-only
-//!    is frozen without any of this: its journal may not have been replayed (`noload`,
-//!    `norecovery`), or it may have been aborted by an error, and then the blocks that its journal or
-//!    its disk still refer to are free in memory alone. So a read-only one has no map; it is asked
-//!    for while it is frozen, when it cannot be remounted.
-//! 3. *What is in doubt is used.* ext4 answers from its buddy bitmaps: blocks that were freed are free
-//!    there once their transaction is committed (which the freeze does), preallocated ones are used,
-//!    groups without a bitmap are made up with their own metadata, groups whose bitmap is damaged fail
-//!    the call. Inodes' tables, the journal, backups of superblock and descriptors are used. xfs
-//!    answers from its free-space btree (or the gaps in the reverse map): the log, the blocks that an
-//!    allocation group keeps for its own btrees (AGFL), staged copies of shared blocks are used;
-//!    extents that are still "busy" are waiting to be discarded, and are free. Only records that say
-//!    "free" count, none that is missing.
-//! 4. *Nobody else needs it.* A filesystem speaks for its own device, as long as that is, and only
-//!    where it alone lies there (see `layers`): an unmounted volume, swap, an external
-//!    log, a crypt or RAID device, a loop device over the same bytes, all object. So does a device
-//!    whose table changed, or was about to change, between the two looks at it: where the second one,
-//!    [`Picture::still_holds`], says so, the map was never good.
-//! 5. *Contents of free blocks have no meaning* to these filesystems: none is read before it is written.
+//! 1. *The map is that of the instant.* A frozen filesystem writes nothing and allocates nothing until it is
+//!    thawed, which happens after the instant. An earlier thaw (by an administrator, or by the watchdog)
+//!    invalidates the map: our own thaw then finds the filesystem thawed already (EINVAL) and must fail the
+//!    copy.
+//! 2. *The map is that of the disk.* The freeze writes back the whole journal: ext4 empties it
+//!    (`ext4_freeze`: `jbd2_journal_flush`), xfs forces its log and writes back everything that is in it.
+//!    What a recovery of the copy replays, if anything (xfs: inodes that were unlinked but open), refers to
+//!    no free block. This holds for a writable filesystem. A freeze of a read-only one does none of it: its
+//!    journal may not have been replayed (`noload`, `norecovery`), or may have been aborted by an error, and
+//!    then blocks to which the journal or the disk still refers are free in memory only. So a read-only
+//!    filesystem has no map. Whether it is read-only is checked while it is frozen, when it cannot be
+//!    remounted.
+//! 3. *In doubt a block is used.* ext4 answers from its buddy bitmaps. Freed blocks are free there once their
+//!    transaction is committed (which the freeze does); preallocated ones are used; for a group without a
+//!    bitmap, one is built with the group's own metadata; a group with a damaged bitmap fails the call. Inode
+//!    tables, the journal, and backups of superblock and descriptors are used. xfs answers from its
+//!    free-space btree (or the gaps in the reverse map). The log, the blocks that an allocation group
+//!    reserves for its btrees (AGFL), and staged copies of shared blocks are used; extents that are still
+//!    "busy" are waiting to be discarded, and are free. Only a record that says "free" counts, never a
+//!    missing one.
+//! 4. *Nothing else needs it.* A filesystem reports on its own device, up to its own length, and counts only
+//!    where nothing else is stacked (see `layers`): an unmounted volume, swap, an external log, a crypt or
+//!    RAID device, or a loop device over the same bytes all object. So does a device whose table changed, or
+//!    was about to change, between the two times it is examined: if the second check,
+//!    [`DeviceLayout::is_unchanged`], fails, the map was never valid.
+//! 5. *Free blocks have no content* for these filesystems: none is read before it is written.
 //!
-//! What nobody can see: a process that writes to the device itself, into what its mounted filesystem
-//! calls free. No filesystem survives that either; `--all` is for those who rely on it.
+//! What cannot be detected: a process that writes to the device itself, into blocks that its mounted
+//! filesystem calls free. No filesystem survives that either; `--all` is for users who rely on it.
 //!
-//! Must not log, nor fail a copy: what does not answer has no free bytes, and a note says why.
+//! Must not log, nor fail a copy: a filesystem that does not answer has no free bytes, and a note says why.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -53,36 +54,36 @@ use crate::format::filesystem_log;
 use crate::sys::fsmap::FreeReader;
 use crate::topology::{LoopOver, Loops, Topology};
 
-use super::layers::{Layers, Seen, View};
+use super::layers::{Layers, MappedDevice, View};
 
-/// What is free on an origin.
+/// The free space of an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FreeSpace {
     /// In bytes of the origin; sorted, no two touching; not aligned to chunks.
     pub extents: Vec<Extent>,
-    /// Where the filesystems' logs are, in bytes of the origin, in order: what is written most.
+    /// The filesystems' logs, in bytes of the origin, in order: these are written most often.
     pub logs: Vec<Extent>,
-    /// Which filesystem gave no map and why, and who else stood in the way.
+    /// Filesystems that gave no map, with the reason, and devices that objected.
     pub notes: Vec<String>,
 }
 
-/// A filesystem that can be asked.
+/// A filesystem whose map will be read.
 struct Source {
     point: PathBuf,
     file: File,
     device: DeviceNumber,
 }
 
-/// How devices lie on the origin, as seen before the freeze.
-pub struct Picture {
+/// The devices on the origin, as found before the freeze.
+pub struct DeviceLayout {
     origin: DeviceNumber,
     kernel: Kernel,
     layers: Layers,
 }
 
-/// Everything that can be done before the freeze. It keeps the filesystems in use until the map is read.
+/// Everything that is done before the freeze. Keeps the filesystems open until the map is read.
 pub struct FreeMapper {
-    picture: Picture,
+    layout: DeviceLayout,
     sources: Vec<Source>,
     logs: Vec<Extent>,
     notes: Vec<String>,
@@ -91,11 +92,11 @@ pub struct FreeMapper {
 }
 
 impl FreeMapper {
-    /// Opens the filesystems (a mount point of each) and finds out how their devices lie on `origin`.
+    /// Opens the filesystems (one mount point each) and finds how their devices are stacked on `origin`.
     /// Nothing is frozen yet.
     ///
     /// # Errors
-    /// Where device-mapper cannot be opened. A filesystem that cannot be asked is a note.
+    /// If device-mapper cannot be opened. A filesystem whose map cannot be read only causes a note.
     pub fn prepare(origin: DeviceNumber, filesystems: &[PathBuf]) -> Result<Self> {
         let topology = Topology::default();
         let kernel = Kernel { dm: Dm::open()?, loops: topology.loops(), topology };
@@ -113,52 +114,53 @@ impl FreeMapper {
         let logs = sources.iter().map(|source| (source.device, log_of(source.device))).collect();
         let logs = layers.free(&logs).iter().collect();
         let (reader, largest) = (FreeReader::new(), Largest::new(FREE_EXTENTS_READ_MAX));
-        let picture = Picture { origin, kernel, layers };
-        Ok(Self { picture, sources, logs, notes, reader, largest })
+        let layout = DeviceLayout { origin, kernel, layers };
+        Ok(Self { layout, sources, logs, notes, reader, largest })
     }
 
-    /// Where the filesystems' logs are, for who does not ask what is free. As [`FreeSpace::logs`].
+    /// The filesystems' logs, for a copy that does not need the free space. As [`FreeSpace::logs`].
     #[must_use]
     pub fn into_logs(self) -> Vec<Extent> {
         self.logs
     }
 
-    /// Fails where `file`, opened at `point` in order to freeze it, is another filesystem than the one that will
-    /// be asked: it was mounted over that meanwhile, and the one that is asked would go on writing.
+    /// Fails if `file`, opened at `point` to be frozen, belongs to another filesystem than the one whose map
+    /// will be read. That would mean that another one was mounted over it meanwhile; the one with the map
+    /// would not be frozen.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); I/O errors.
     pub fn check_same(&self, point: &Path, file: &File) -> Result<()> {
-        let meta = file.metadata().io_context(|| format!("looking at {}", point.display()))?;
+        let meta = file.metadata().io_context(|| format!("examining {}", point.display()))?;
         let device = DeviceNumber::from_dev(meta.dev());
         match self.sources.iter().find(|source| source.point == point && source.device != device) {
             None => Ok(()),
-            Some(_) => Err(Error::refused(format!(
-                "another filesystem was mounted at {} meanwhile",
-                point.display()
-            ))
-            .next("copy again")),
+            Some(_) => {
+                Err(Error::refused(format!("another filesystem has been mounted at {}", point.display()))
+                    .next("copy again"))
+            }
         }
     }
 
-    /// Reads the map. To be called while every one of the filesystems is frozen and the origin still
-    /// answers reads; ends within about [`FREE_MAP_TIME_MAX`].
+    /// Reads the map. To be called while all of the filesystems are frozen and the origin still serves reads.
+    /// Takes at most about [`FREE_MAP_TIME_MAX`].
     ///
-    /// What it says is good only if the picture holds until the instant: ask it behind that, when nothing
-    /// is held any more.
+    /// The result is valid only if the layout stays the same until the instant: check it after that, when
+    /// nothing is held any more.
     #[must_use]
-    pub fn read(mut self) -> (FreeSpace, Picture) {
+    pub fn read(mut self) -> (FreeSpace, DeviceLayout) {
         let deadline = Instant::now() + FREE_MAP_TIME_MAX;
         let mut notes = self.notes;
-        let mut said = BTreeMap::new();
+        let mut reported = BTreeMap::new();
         for source in &self.sources {
             self.largest.clear();
-            match ask(source, &mut self.reader, &mut self.largest, deadline) {
+            match read_map(source, &mut self.reader, &mut self.largest, deadline) {
                 Ok(complete) => {
-                    said.insert(source.device, self.largest.finish().iter().copied().collect::<ExtentSet>());
+                    reported
+                        .insert(source.device, self.largest.finish().iter().copied().collect::<ExtentSet>());
                     if !complete {
                         notes.push(format!(
-                            "{}: there was no time to read all of its free space while it was frozen: the \
+                            "{}: not all of its free space could be read while it was frozen: the \
                              rest is copied",
                             source.point.display()
                         ));
@@ -167,16 +169,17 @@ impl FreeMapper {
                 Err(reason) => notes.push(all_is_copied(&source.point, &reason)),
             }
         }
-        let extents = self.picture.layers.free(&said).iter().collect();
-        (FreeSpace { extents, logs: self.logs, notes }, self.picture)
+        let extents = self.layout.layers.free(&reported).iter().collect();
+        (FreeSpace { extents, logs: self.logs, notes }, self.layout)
     }
 }
 
-impl Picture {
-    /// The second look. False where any device on the origin was changed, came or went since the first, or a loop device
-    /// came that does not say what it shows: what the filesystems said is then not known to be true of the origin's bytes.
+impl DeviceLayout {
+    /// The second check. False if any device on the origin changed, appeared or disappeared since the first,
+    /// or if a loop device appeared whose backing is not known: then the reported free space may not be that
+    /// of the origin's bytes.
     #[must_use]
-    pub fn still_holds(mut self) -> bool {
+    pub fn is_unchanged(mut self) -> bool {
         let before = std::mem::replace(&mut self.kernel.loops, self.kernel.topology.loops());
         self.kernel.loops.unknown().is_subset(&before.unknown())
             && Layers::observe(self.origin, &self.kernel) == self.layers
@@ -187,14 +190,15 @@ fn all_is_copied(point: &Path, reason: &str) -> String {
     format!("{}: {reason}: all of it is copied", point.display())
 }
 
-/// Where the log of the filesystem on `device` is, as far as it can be told. Only an order follows from it.
+/// The log of the filesystem on `device`, as far as known. It only affects the order of copying.
 fn log_of(device: DeviceNumber) -> ExtentSet {
     let Some(file) = node::device_path(device).ok().and_then(|path| File::open(path).ok()) else {
         return ExtentSet::new();
     };
-    // XFS writes past this cache: what we leave in it, read ahead or not, would be old to the next who reads there.
+    // XFS writes bypass this cache: a page left in it, by readahead or not, would be stale for the next
+    // reader.
     let advise = |advice| {
-        // Advice is all it is.
+        // Only a hint, so errors do not matter.
         let _ = posix_fadvise(&file, 0, 0, advice);
     };
     advise(PosixFadviseAdvice::POSIX_FADV_RANDOM);
@@ -209,44 +213,44 @@ fn log_of(device: DeviceNumber) -> ExtentSet {
 
 fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, String> {
     let file = File::open(point).map_err(|error| format!("it cannot be opened: {error}"))?;
-    let meta = file.metadata().map_err(|error| format!("it cannot be looked at: {error}"))?;
+    let meta = file.metadata().map_err(|error| format!("it cannot be examined: {error}"))?;
     let device = DeviceNumber::from_dev(meta.dev());
-    if !layers.reach(device) {
+    if !layers.contains(device) {
         let name = topology.name(device);
-        return Err(format!("it lies on {name}, which is not mapped to the origin by linear targets alone"));
+        return Err(format!("it is on {name}, which is not mapped to the origin by linear targets alone"));
     }
     Ok(Source { point: point.to_owned(), file, device })
 }
 
-/// True where the whole map was read into `largest`; why there is none.
-fn ask(
+/// True if the whole map was read into `largest`; the error says why there is none.
+fn read_map(
     source: &Source,
     reader: &mut FreeReader,
     largest: &mut Largest,
     deadline: Instant,
 ) -> Result<bool, String> {
     let flags =
-        fstatvfs(&source.file).map_err(|errno| format!("asking whether it is read-only: {errno}"))?.flags();
+        fstatvfs(&source.file).map_err(|errno| format!("checking whether it is read-only: {errno}"))?.flags();
     if flags.contains(FsFlags::ST_RDONLY) {
         return Err("it is read-only, so that its journal may not be empty".to_owned());
     }
-    let told = reader.read(&source.file, deadline, &mut |extent| largest.push(extent));
-    told.map(|told| told.complete).map_err(|reason| reason.to_string())
+    let read = reader.read(&source.file, deadline, &mut |extent| largest.push(extent));
+    read.map(|read| read.complete).map_err(|reason| reason.to_string())
 }
 
 struct Kernel {
     dm: Dm,
     topology: Topology,
-    /// As they were at the beginning of a look: each one asks them once.
+    /// The loop devices at the start of a check: each check queries them once.
     loops: Loops,
 }
 
 impl View for Kernel {
-    fn device_mapper(&self, device: DeviceNumber) -> Option<Seen> {
+    fn device_mapper(&self, device: DeviceNumber) -> Option<MappedDevice> {
         let name = self.dm.name_of(device).ok()??;
         let info = self.dm.info(&name).ok()?.filter(|info| info.number == device)?;
         let table = self.dm.table(&name, Slot::Active).ok()??;
-        Some(Seen { table, is_changing: info.has_inactive })
+        Some(MappedDevice { table, is_changing: info.has_inactive })
     }
 
     fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {

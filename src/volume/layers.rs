@@ -1,13 +1,14 @@
-//! Who lies on an origin, and on what lies on it? Whoever covers a byte may need it.
+//! Which devices are stacked on an origin, and which bytes of it do they cover? Anything that covers a byte
+//! may need it.
 //!
-//! Each device of the picture has claims on its bytes: those of the devices above it. A claim of
-//! `linear` lines is as precise as these; anybody else (another target, a device that is no
-//! device-mapper device, a loop device) claims all that it can reach, and never says that a byte is
-//! free. Invariants of [`Layers::free`]:
-//! - a byte of a device is free where at least one of its claims says so and none that covers it says
-//!   otherwise; the filesystem on the device is a claim to all of it;
-//! - a byte that nobody claims is not free: it may be anything (swap, a partition table, LVM's own);
-//! - what was not understood, or went over a limit, is not free.
+//! Each device has claims on its bytes: those of the devices above it. A claim by `linear` lines is as
+//! precise as these lines. Anything else (another target, a device that is not device-mapper's, a loop
+//! device) claims every byte that it can reach, and never reports a byte as free. Invariants of
+//! [`Layers::free`]:
+//! - A byte of a device is free if at least one of its claims reports it as free and no claim that covers it
+//!   reports otherwise. The filesystem on a device claims all of it.
+//! - A byte without a claim is not free: it may be anything (swap, a partition table, LVM metadata).
+//! - A byte is not free if its claim was not understood, or is beyond a limit.
 
 use std::collections::BTreeMap;
 
@@ -16,37 +17,37 @@ use crate::dm::{Table, Target};
 use crate::extent::{Extent, ExtentSet};
 use crate::topology::LoopOver;
 
-/// Devices in the picture at most; what is not in it is not free.
+/// Most devices examined; the others are not free.
 const DEVICES_MAX: usize = 1024;
-/// Devices on top of each other at most.
+/// Highest stack of devices.
 const DEPTH_MAX: usize = 64;
 
-/// A device-mapper device, as seen.
+/// The state of a device-mapper device.
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
+pub(super) struct MappedDevice {
     pub(super) table: Table,
-    /// Another table waits to be used: what the device maps to is about to change.
+    /// True if it has an inactive table: its mapping is about to change.
     pub(super) is_changing: bool,
 }
 
-/// Where the facts come from: the kernel, or a test.
+/// The source of the facts: the kernel, or a test.
 pub(super) trait View {
-    /// None for what is no device-mapper device, has no table, or cannot be looked at.
-    fn device_mapper(&self, device: DeviceNumber) -> Option<Seen>;
-    /// Devices that hold `device`, partitions of it included.
+    /// None if it is not a device-mapper device, has no table, or cannot be examined.
+    fn device_mapper(&self, device: DeviceNumber) -> Option<MappedDevice>;
+    /// The devices that hold `device`, including its partitions.
     fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber>;
     fn loops(&self, device: DeviceNumber) -> Vec<LoopOver>;
     /// For notes.
     fn name(&self, device: DeviceNumber) -> String;
 }
 
-/// One user of a range of a device.
+/// A use of a range of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Claim {
-    /// `on` is what `device` shows from its byte `at` on.
+    /// `device` maps `on`, starting at its byte `at`.
     Through { device: DeviceNumber, on: Extent, at: Bytes },
-    /// Needs all of `on`.
-    All { on: Extent, who: String },
+    /// All of `on` is needed.
+    All { on: Extent, owner: String },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +56,7 @@ struct Layer {
     claims: Vec<Claim>,
 }
 
-/// The picture. Two that are equal say the same of every byte.
+/// All devices above an origin. Equal values give the same result for every byte.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layers {
     origin: DeviceNumber,
@@ -63,7 +64,7 @@ pub(super) struct Layers {
 }
 
 impl Layers {
-    /// Looks at everything above `origin`.
+    /// Examines everything above `origin`.
     pub(super) fn observe(origin: DeviceNumber, view: &dyn View) -> Self {
         let mut devices = BTreeMap::new();
         let mut open = vec![origin];
@@ -71,9 +72,9 @@ impl Layers {
             if devices.contains_key(&device) || devices.len() >= DEVICES_MAX {
                 continue;
             }
-            // The origin's own next table is ours.
+            // The inactive table of the origin itself is ours, and does not count.
             let Some(seen) = view.device_mapper(device) else { continue };
-            let layer = look_at(device, seen.table.length().bytes(), view);
+            let layer = observe_layer(device, seen.table.length().bytes(), view);
             open.extend(layer.claims.iter().filter_map(|claim| match claim {
                 Claim::Through { device, .. } => Some(*device),
                 Claim::All { .. } => None,
@@ -83,33 +84,33 @@ impl Layers {
         Self { origin, devices }
     }
 
-    /// True where `device` is the origin, or maps to it by `linear` lines alone.
-    pub(super) fn reach(&self, device: DeviceNumber) -> bool {
+    /// True if `device` is the origin, or maps to it by `linear` lines alone.
+    pub(super) fn contains(&self, device: DeviceNumber) -> bool {
         self.devices.contains_key(&device)
     }
 
-    /// Who claims all of something, in words.
+    /// The users that claim everything, as text.
     pub(super) fn objections(&self) -> Vec<String> {
         let claims = self.devices.values().flat_map(|layer| &layer.claims);
-        let who = claims.filter_map(|claim| match claim {
-            Claim::All { who, .. } => Some(format!("{who}: all of that is copied")),
+        let owner = claims.filter_map(|claim| match claim {
+            Claim::All { owner, .. } => Some(format!("{owner}: all of that is copied")),
             Claim::Through { .. } => None,
         });
-        who.collect()
+        owner.collect()
     }
 
-    /// The free bytes of the origin, where the filesystem on a device says that `said` is free there.
-    pub(super) fn free(&self, said: &BTreeMap<DeviceNumber, ExtentSet>) -> ExtentSet {
+    /// The free bytes of the origin. `reported` holds what the filesystem on each device reports as free.
+    pub(super) fn free(&self, reported: &BTreeMap<DeviceNumber, ExtentSet>) -> ExtentSet {
         let mut known = BTreeMap::new();
-        self.find(self.origin, said, &mut known, 0);
+        self.find(self.origin, reported, &mut known, 0);
         known.remove(&self.origin).unwrap_or_default()
     }
 
-    /// Puts what is free on `device`, and on all above it, into `known`.
+    /// Computes what is free on `device`, and on everything above it, into `known`.
     fn find(
         &self,
         device: DeviceNumber,
-        said: &BTreeMap<DeviceNumber, ExtentSet>,
+        reported: &BTreeMap<DeviceNumber, ExtentSet>,
         known: &mut BTreeMap<DeviceNumber, ExtentSet>,
         depth: usize,
     ) {
@@ -123,14 +124,14 @@ impl Layers {
             needed.extend(is_free.gaps_in(on));
             free.extend(is_free.iter());
         };
-        if let Some(said) = said.get(&device) {
-            add(whole, said.intersection_with(whole).collect());
+        if let Some(reported) = reported.get(&device) {
+            add(whole, reported.intersection_with(whole).collect());
         }
         for claim in &layer.claims {
             match claim {
                 Claim::Through { device: above, on, at } => {
-                    self.find(*above, said, known, depth + 1);
-                    add(*on, known.get(above).map(|free| shown(free, *on, *at)).unwrap_or_default());
+                    self.find(*above, reported, known, depth + 1);
+                    add(*on, known.get(above).map(|free| map_down(free, *on, *at)).unwrap_or_default());
                 }
                 Claim::All { on, .. } => add(*on, ExtentSet::new()),
             }
@@ -140,14 +141,14 @@ impl Layers {
     }
 }
 
-/// The part of `free` from `at` on that is shown in `on`, in bytes of the device below.
-fn shown(free: &ExtentSet, on: Extent, at: Bytes) -> ExtentSet {
+/// The part of `free`, from `at` on, that maps to `on`, in bytes of the device below.
+fn map_down(free: &ExtentSet, on: Extent, at: Bytes) -> ExtentSet {
     let Some(above) = Extent::with_length(at, on.length()) else { return ExtentSet::new() };
     let parts = free.intersection_with(above);
     parts.filter_map(|part| Extent::with_length(on.start() + (part.start() - at), part.length())).collect()
 }
 
-fn look_at(device: DeviceNumber, length: Bytes, view: &dyn View) -> Layer {
+fn observe_layer(device: DeviceNumber, length: Bytes, view: &dyn View) -> Layer {
     let mut claims = Vec::new();
     let Some(whole) = Extent::new(Bytes::ZERO, length) else { return Layer { length, claims } };
     let name = view.name(device);
@@ -156,24 +157,26 @@ fn look_at(device: DeviceNumber, length: Bytes, view: &dyn View) -> Layer {
             Some(seen) => match through(device, holder, &seen) {
                 Ok(found) => claims.extend(found),
                 Err(how) => {
-                    let who = format!("{} lies on {name} by {how}", view.name(holder));
-                    claims.push(Claim::All { on: whole, who });
+                    let owner = format!("{} uses {name} through {how}", view.name(holder));
+                    claims.push(Claim::All { on: whole, owner });
                 }
             },
-            None => claims.push(Claim::All { on: whole, who: format!("{} is on {name}", view.name(holder)) }),
+            None => {
+                claims.push(Claim::All { on: whole, owner: format!("{} is on {name}", view.name(holder)) })
+            }
         }
     }
     for over in view.loops(device) {
         let end = over.length.and_then(|length| over.offset.checked_add(length));
         if let Some(on) = Extent::new(over.offset.min(length), end.map_or(length, |end| end.min(length))) {
-            claims.push(Claim::All { on, who: format!("{} is on {name}", view.name(over.device)) });
+            claims.push(Claim::All { on, owner: format!("{} is on {name}", view.name(over.device)) });
         }
     }
     Layer { length, claims }
 }
 
-/// The lines by which `holder` maps to `device`; what stands in the way where they are not all linear.
-fn through(device: DeviceNumber, holder: DeviceNumber, seen: &Seen) -> Result<Vec<Claim>, String> {
+/// The lines by which `holder` maps to `device`. An error names what is not linear.
+fn through(device: DeviceNumber, holder: DeviceNumber, seen: &MappedDevice) -> Result<Vec<Claim>, String> {
     if seen.is_changing {
         return Err("a table that is being replaced".to_owned());
     }
@@ -183,10 +186,10 @@ fn through(device: DeviceNumber, holder: DeviceNumber, seen: &Seen) -> Result<Ve
             return Err(format!("a '{}' target", line.target.kind()));
         };
         let on = offset.checked_bytes().and_then(|start| Extent::with_length(start, line.length.bytes()));
-        let on = on.ok_or_else(|| "a line behind the end of every device".to_owned())?;
+        let on = on.ok_or_else(|| "a line past the end of every device".to_owned())?;
         claims.push(Claim::Through { device: holder, on, at: line.start.bytes() });
     }
-    // It holds the device, but not by its table: a metadata device, or a table that is not in use yet.
+    // Its table does not show why it holds the device: a metadata device, or a table that is not active yet.
     if claims.is_empty() { Err("something that its table does not show".to_owned()) } else { Ok(claims) }
 }
 
@@ -205,26 +208,30 @@ mod tests {
         DeviceNumber { major: 253, minor }
     }
 
-    /// Devices by their tables; who is no device-mapper device holds what `strangers` says.
+    /// Devices by their tables. `other_holders` are (holder, held) pairs of devices that are not
+    /// device-mapper's.
     #[derive(Debug, Default)]
     struct Machine {
         tables: BTreeMap<DeviceNumber, Table>,
         changing: BTreeSet<DeviceNumber>,
-        strangers: Vec<(DeviceNumber, DeviceNumber)>,
+        other_holders: Vec<(DeviceNumber, DeviceNumber)>,
         loops: Vec<(DeviceNumber, LoopOver)>,
     }
 
     impl View for Machine {
-        fn device_mapper(&self, device: DeviceNumber) -> Option<Seen> {
-            let seen =
-                |table: &Table| Seen { table: table.clone(), is_changing: self.changing.contains(&device) };
+        fn device_mapper(&self, device: DeviceNumber) -> Option<MappedDevice> {
+            let seen = |table: &Table| MappedDevice {
+                table: table.clone(),
+                is_changing: self.changing.contains(&device),
+            };
             self.tables.get(&device).map(seen)
         }
         fn holders(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
             let by_table =
                 self.tables.iter().filter(|(_, table)| table.maps_to(device)).map(|(holder, _)| *holder);
-            let strangers = self.strangers.iter().filter(|(_, on)| *on == device).map(|(holder, _)| *holder);
-            by_table.chain(strangers).collect()
+            let other_holders =
+                self.other_holders.iter().filter(|(_, on)| *on == device).map(|(holder, _)| *holder);
+            by_table.chain(other_holders).collect()
         }
         fn loops(&self, device: DeviceNumber) -> Vec<LoopOver> {
             self.loops.iter().filter(|(on, _)| *on == device).map(|(_, over)| *over).collect()
@@ -240,10 +247,10 @@ mod tests {
             Self { tables, ..Self::default() }
         }
 
-        /// Free sectors of the origin, as ranges.
-        fn free(&self, said: &[(u32, u64, u64)]) -> Vec<(u64, u64)> {
+        /// The free sectors of the origin, as ranges.
+        fn free(&self, reported: &[(u32, u64, u64)]) -> Vec<(u64, u64)> {
             let mut sets: BTreeMap<DeviceNumber, ExtentSet> = BTreeMap::new();
-            for (minor, start, end) in said {
+            for (minor, start, end) in reported {
                 let extent = Extent::new(Bytes(start * SECTOR_BYTES), Bytes(end * SECTOR_BYTES)).unwrap();
                 sets.entry(dev(*minor)).or_default().insert(extent);
             }
@@ -251,19 +258,19 @@ mod tests {
             free.iter().map(|it| (it.start().get() / SECTOR_BYTES, it.end().get() / SECTOR_BYTES)).collect()
         }
 
-        /// The oracle, a sector at a time: None where nobody claims it.
-        fn says(
+        /// The oracle, for one sector: None if nothing claims it.
+        fn oracle(
             &self,
             device: DeviceNumber,
             sector: u64,
-            said: &BTreeMap<DeviceNumber, BTreeSet<u64>>,
+            reported: &BTreeMap<DeviceNumber, BTreeSet<u64>>,
         ) -> Option<bool> {
             let table = &self.tables[&device];
             if sector >= table.length().get() {
                 return Some(false);
             }
             let mut votes: Vec<bool> =
-                said.get(&device).map(|free| free.contains(&sector)).into_iter().collect();
+                reported.get(&device).map(|free| free.contains(&sector)).into_iter().collect();
             for (holder, table) in self.tables.iter().filter(|(_, table)| table.maps_to(device)) {
                 let whole_lines = table.lines().iter().filter(|line| line.target.devices().contains(&device));
                 if whole_lines.clone().any(|line| !matches!(line.target, Target::Linear { .. })) {
@@ -274,7 +281,7 @@ mod tests {
                     let Target::Linear { offset, .. } = line.target else { unreachable!() };
                     if (offset.get()..offset.get() + line.length.get()).contains(&sector) {
                         let above = line.start.get() + sector - offset.get();
-                        votes.push(self.says(*holder, above, said).unwrap_or(false));
+                        votes.push(self.oracle(*holder, above, reported).unwrap_or(false));
                     }
                 }
             }
@@ -308,25 +315,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_sector_is_free_where_all_who_cover_it_say_so(
+        fn a_sector_is_free_if_every_layer_that_covers_it_reports_so(
             machine in machines(),
-            said in prop::collection::vec((0u32..7, 0u64..70, 1u64..70), 0..10),
+            reported in prop::collection::vec((0u32..7, 0u64..70, 1u64..70), 0..10),
         ) {
             let mut sectors: BTreeMap<DeviceNumber, BTreeSet<u64>> = BTreeMap::new();
-            for (minor, start, length) in &said {
+            for (minor, start, length) in &reported {
                 sectors.entry(dev(*minor)).or_default().extend(*start..start + length);
             }
-            let said: Vec<(u32, u64, u64)> = said.iter().map(|(minor, start, length)| (*minor, *start, start + length)).collect();
-            let free = machine.free(&said);
+            let reported: Vec<(u32, u64, u64)> = reported.iter().map(|(minor, start, length)| (*minor, *start, start + length)).collect();
+            let free = machine.free(&reported);
             for sector in 0..80 {
                 let is_free = free.iter().any(|(start, end)| (*start..*end).contains(&sector));
-                prop_assert_eq!(is_free, machine.says(ORIGIN, sector, &sectors) == Some(true), "sector {}", sector);
+                prop_assert_eq!(is_free, machine.oracle(ORIGIN, sector, &sectors) == Some(true), "sector {}", sector);
             }
         }
     }
 
     #[test]
-    fn a_filesystem_on_the_origin_says_it_alone() {
+    fn a_filesystem_on_the_origin_alone_decides() {
         let machine = Machine::new(&[(0, "0 100 linear 8:0 0")]);
         assert_eq!(machine.free(&[(0, 10, 20), (0, 90, 120)]), [(10, 20), (90, 100)]);
         assert_eq!(machine.free(&[]), []);
@@ -339,48 +346,52 @@ mod tests {
             (1, "0 40 linear 253:0 2"),
             (2, "0 10 linear 253:0 50\n10 30 linear 8:9 0\n40 5 linear 253:0 90"),
         ]);
-        // All of both, which leaves the gaps; the second one's middle is on another disk.
+        // Everything in both, except the gaps; the middle of the second one is on another disk.
         assert_eq!(machine.free(&[(1, 0, 40), (2, 0, 45)]), [(2, 42), (50, 60), (90, 95)]);
-        // One is unmounted, or swap.
+        // One of them is unmounted, or swap.
         assert_eq!(machine.free(&[(2, 0, 45)]), [(50, 60), (90, 95)]);
     }
 
     #[test]
-    fn what_two_cover_is_free_where_both_say_so() {
+    fn a_range_covered_twice_is_free_if_both_report_it_free() {
         let machine = Machine::new(&[
             (0, "0 100 linear 8:0 0"),
             (1, "0 50 linear 253:0 0"),
             (2, "0 50 linear 253:0 25"),
         ]);
-        assert_eq!(machine.free(&[(1, 0, 50)]), [(0, 25)], "the other says nothing");
+        assert_eq!(machine.free(&[(1, 0, 50)]), [(0, 25)], "the other reports nothing");
         assert_eq!(machine.free(&[(1, 0, 50), (2, 0, 10)]), [(0, 35)]);
     }
 
     #[test]
-    fn whoever_is_not_understood_needs_it_all() {
+    fn an_unknown_user_needs_all_that_it_can_reach() {
         let stack = [(0, "0 100 linear 8:0 0"), (1, "0 50 linear 253:0 0"), (2, "0 50 linear 253:0 50")];
-        let said = [(1, 0, 50), (2, 0, 50)];
-        assert_eq!(Machine::new(&stack).free(&said), [(0, 100)]);
+        let reported = [(1, 0, 50), (2, 0, 50)];
+        assert_eq!(Machine::new(&stack).free(&reported), [(0, 100)]);
         let with = |more: &[(u32, &str)]| Machine::new(&[&stack[..], more].concat());
-        assert_eq!(with(&[(3, "0 8 crypt aes 00 0 253:1 0")]).free(&said), [(50, 100)], "a crypt over one");
-        assert_eq!(with(&[(3, "0 8 striped 1 8 253:0 90")]).free(&said), []);
+        assert_eq!(
+            with(&[(3, "0 8 crypt aes 00 0 253:1 0")]).free(&reported),
+            [(50, 100)],
+            "a crypt over one"
+        );
+        assert_eq!(with(&[(3, "0 8 striped 1 8 253:0 90")]).free(&reported), []);
         let mut machine = Machine::new(&stack);
-        machine.strangers.push((DeviceNumber { major: 9, minor: 0 }, dev(2)));
-        assert_eq!(machine.free(&said), [(0, 50)], "md over one");
+        machine.other_holders.push((DeviceNumber { major: 9, minor: 0 }, dev(2)));
+        assert_eq!(machine.free(&reported), [(0, 50)], "md over one");
         let mut machine = Machine::new(&stack);
         machine.changing.insert(dev(1));
-        assert_eq!(machine.free(&said), [], "where it will be in a moment is not known");
+        assert_eq!(machine.free(&reported), [], "its next mapping is not known");
         let mut machine = Machine::new(&stack);
         machine.changing.insert(dev(0));
-        assert_eq!(machine.free(&said), [(0, 100)], "the origin's next table is ours");
+        assert_eq!(machine.free(&reported), [(0, 100)], "the inactive table of the origin is ours");
         let mut machine = Machine::new(&stack);
         let sector = |sectors: u64| Bytes(sectors * SECTOR_BYTES);
         machine
             .loops
             .push((ORIGIN, LoopOver { device: dev(9), offset: sector(20), length: Some(sector(10)) }));
-        assert_eq!(machine.free(&said), [(0, 20), (30, 100)], "a loop device over a part");
+        assert_eq!(machine.free(&reported), [(0, 20), (30, 100)], "a loop device over a part");
         machine.loops[0].1.length = None;
-        assert_eq!(machine.free(&said), [(0, 20)], "or over the rest");
+        assert_eq!(machine.free(&reported), [(0, 20)], "or over the rest");
         let layers = Layers::observe(ORIGIN, &machine);
         assert_eq!(layers.objections(), ["dm-9 is on dm-0: all of that is copied"]);
     }

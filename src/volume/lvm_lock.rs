@@ -1,16 +1,17 @@
-//! Keeps lvm2 away from a volume's table while it is changed.
+//! Locks lvm2 out of a volume group while the table of one of its volumes is changed.
 //!
-//! Each command of lvm2 that changes a volume group holds an exclusive lock on a file of the group's from before it reads
-//! the metadata until behind the last table that it resumes; commands that only look hold a shared one (`flock`; lvm2
-//! `lib/locking/file_locking.c` and `lib/misc/lvm-flock.c`). Whoever holds a shared lock so sees a group that is at rest,
-//! and a command that would change it waits until the lock is given back.
+//! Each lvm2 command that changes a volume group holds an exclusive lock on a file of the group, from before
+//! it reads the metadata until it has resumed the last table. Commands that only read hold a shared lock
+//! (`flock`; lvm2 `lib/locking/file_locking.c` and `lib/misc/lvm-flock.c`). So the holder of a shared lock
+//! sees a group that is not being changed, and a command that would change it waits until the lock is
+//! released.
 //!
-//! A second file says that a writer waits: everybody locks it first, and a writer keeps it while it waits. So we wait for
-//! writers, as lvm2's own readers do. lvm2 removes both files when it gives the lock back: a lock counts only if the file
-//! still has its name.
+//! A second file (`:aux`) is locked first by every process, and a writer keeps it while it waits. So we wait
+//! for writers, as lvm2's own readers do. lvm2 removes both files when it releases the lock, so a lock is
+//! valid only if the file still has its name.
 //!
-//! Not seen: commands with locking turned off (`--nolocking`), with another `locking_dir`, in another mount namespace, or
-//! on other hosts of a shared group.
+//! Not detected: commands without locking (`--nolocking`), with another `locking_dir`, in another mount
+//! namespace, or on other hosts of a shared group.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -30,31 +31,32 @@ use crate::dm::{DeviceInfo, Dm};
 /// lvm2's default for `global/locking_dir`.
 const LOCKING_DIR: &str = "/run/lock/lvm";
 
-/// How the UUIDs of lvm2's devices begin.
+/// Prefix of the UUIDs of lvm2's devices.
 const LVM_UUID_PREFIX: &str = "LVM-";
 
 /// Longest wait for a command of lvm2.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Attempts to lock a file that is removed each time before we have it.
-const RENEWALS_MAX: u32 = 100;
+/// Attempts to lock a file that is removed each time before we have the lock.
+const LOCK_RETRIES_MAX: u32 = 100;
 
-/// For how long lvm2 is kept away.
+/// How long lvm2 is locked out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LvmScope {
     /// While the origin's table is being changed.
     #[default]
     Change,
-    /// From before the instant until the origin has its own table again. Everything that would change the group waits that
-    /// long, and behind it everything that only looks: lvm2 lets nobody pass a writer that waits.
+    /// From before the instant until the origin has its own table again. A command that would change the
+    /// group waits that long, and so does every later command that only reads, as lvm2 lets no reader pass a
+    /// waiting writer.
     Copy,
 }
 
-/// A volume group at rest, as long as it lives. Of a device that is not lvm2's there is nothing to hold.
+/// Keeps a volume group unchanged as long as this value lives. Empty for a device that is not lvm2's.
 #[derive(Debug)]
 pub struct LvmLock {
     _held: Option<Held>,
@@ -67,7 +69,7 @@ struct Held {
 }
 
 impl LvmLock {
-    /// The volume group of `device`, held from now on; None where a command of lvm2 is at it, or waits to be.
+    /// Locks the volume group of `device`; None if a command of lvm2 is changing it, or waits to do so.
     ///
     /// # Errors
     /// I/O errors of the lock's files; the kernel's.
@@ -86,25 +88,28 @@ impl LvmLock {
                 return Ok(lock);
             }
             interrupt()?;
-            if watch.elapsed() >= PATIENCE {
+            if watch.elapsed() >= WAIT_MAX {
                 return Err(Error::refused(format!(
                     "a command of LVM has been changing the volume group of device {device} for {} s",
-                    PATIENCE.as_secs()
+                    WAIT_MAX.as_secs()
                 ))
-                .next("wait until it is done (see who has the file open: fuser /run/lock/lvm/V_*)"));
+                .next("wait until it is done ('fuser /run/lock/lvm/V_*' shows its process)"));
             }
             thread::sleep(PAUSE);
         }
     }
 }
 
-/// `look` tells the device as it is now. A device that is gone, or not of lvm2, needs no lock.
-fn try_hold_of(directory: &Path, look: &dyn Fn() -> Result<Option<DeviceInfo>>) -> Result<Option<LvmLock>> {
-    let group_now = || Ok::<_, Error>(look()?.as_ref().and_then(volume_group));
-    for _ in 0..RENEWALS_MAX {
+/// `device_now` returns the device's present state. A device that is gone, or is not lvm2's, needs no lock.
+fn try_hold_of(
+    directory: &Path,
+    device_now: &dyn Fn() -> Result<Option<DeviceInfo>>,
+) -> Result<Option<LvmLock>> {
+    let group_now = || Ok::<_, Error>(device_now()?.as_ref().and_then(volume_group));
+    for _ in 0..LOCK_RETRIES_MAX {
         let Some(group) = group_now()? else { return Ok(Some(LvmLock { _held: None })) };
         let Some(held) = try_hold_in(directory, &group)? else { return Ok(None) };
-        // vgrename gives the lock another name. With this one held it cannot begin.
+        // vgrename changes the name of the lock. While this lock is held, vgrename cannot start.
         if group_now()?.as_ref() == Some(&group) {
             return Ok(Some(LvmLock { _held: Some(held) }));
         }
@@ -112,8 +117,8 @@ fn try_hold_of(directory: &Path, look: &dyn Fn() -> Result<Option<DeviceInfo>>) 
     Ok(None)
 }
 
-/// The name of the volume group that a device of lvm2's belongs to. Its own name is `GROUP-VOLUME`, with a hyphen within
-/// either doubled.
+/// The name of the volume group of an lvm2 device, whose name is `GROUP-VOLUME`, with hyphens within either
+/// part doubled.
 pub(super) fn volume_group(device: &DeviceInfo) -> Option<String> {
     if !device.uuid.starts_with(LVM_UUID_PREFIX) {
         return None;
@@ -134,17 +139,17 @@ fn try_hold_in(directory: &Path, group: &str) -> Result<Option<Held>> {
         .recursive(true)
         .mode(0o700)
         .create(directory)
-        .io_context(|| format!("making the directory {}", directory.display()))?;
-    let turn = directory.join(format!("V_{group}:aux"));
-    // In its turn, and given back when the lock itself is there, or cannot be had.
-    let Some(_turn) = lock_named(&turn, FlockArg::LockExclusiveNonblock)? else { return Ok(None) };
+        .io_context(|| format!("creating the directory {}", directory.display()))?;
+    let aux = directory.join(format!("V_{group}:aux"));
+    // Released once the lock itself is taken or refused.
+    let Some(_aux) = lock_named(&aux, FlockArg::LockExclusiveNonblock)? else { return Ok(None) };
     lock_named(&directory.join(format!("V_{group}")), FlockArg::LockSharedNonblock)
 }
 
-/// None where somebody holds it in a way that does not go with `how`.
+/// None if another process holds it in a mode that conflicts with `how`.
 fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
     let what = || format!("locking {}", path.display());
-    for _ in 0..RENEWALS_MAX {
+    for _ in 0..LOCK_RETRIES_MAX {
         let opened = OpenOptions::new()
             .read(true)
             .append(true)
@@ -153,7 +158,7 @@ fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
             .custom_flags(libc::O_CLOEXEC)
             .open(path);
         let file = match opened {
-            // There is no such file and there can be none: lvm2 does not get past this either.
+            // The file cannot be created: lvm2 cannot lock it either.
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
                 return Ok(Some(Held { file: None, path: path.to_owned() }));
             }
@@ -169,7 +174,7 @@ fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
             Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => {
                 return Ok(Some(Held { file: Some(file), path: path.to_owned() }));
             }
-            // Removed by who had it before us.
+            // Removed by its previous owner.
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(what(), error)),
@@ -179,7 +184,7 @@ fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
 }
 
 impl Drop for Held {
-    /// As lvm2 does: whoever is the last one takes the file away.
+    /// The last holder removes the file, as in lvm2.
     fn drop(&mut self) {
         let Some(file) = self.file.take() else { return };
         let Ok(ours) = file.metadata() else { return };
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_group_is_told_by_the_name_of_its_device() {
+    fn a_volume_group_is_derived_from_the_device_name() {
         let group = |name: &str| volume_group(&device(name, "LVM-x"));
         assert_eq!(group("vg-data").as_deref(), Some("vg"));
         assert_eq!(group("my--vg-data--1").as_deref(), Some("my-vg"));
@@ -219,30 +224,30 @@ mod tests {
         assert_eq!(volume_group(&device("vg-data", "CRYPT-x")), None);
     }
 
-    /// As lvm2 takes it.
-    fn theirs(path: &Path, how: FlockArg) -> Flock<File> {
+    /// Takes the lock as lvm2 does.
+    fn lvm_lock(path: &Path, how: FlockArg) -> Flock<File> {
         let file = OpenOptions::new().append(true).create(true).open(path).unwrap();
         Flock::lock(file, how).map_err(|(_, errno)| errno).unwrap()
     }
 
     #[test]
-    fn a_group_that_lvm_changes_is_not_held_and_one_that_it_reads_is() {
+    fn a_group_is_locked_while_lvm_reads_it_but_not_while_lvm_changes_it() {
         let dir = tempfile::tempdir().unwrap();
         let locks = dir.path().join("lvm");
         assert!(try_hold_in(&locks, "vg").unwrap().is_some());
-        assert_eq!(fs::read_dir(&locks).unwrap().count(), 0, "as lvm2, which takes its files away");
+        assert_eq!(fs::read_dir(&locks).unwrap().count(), 0, "the files are removed, as by lvm2");
         let file = locks.join("V_vg");
-        let writer = theirs(&file, FlockArg::LockExclusiveNonblock);
+        let writer = lvm_lock(&file, FlockArg::LockExclusiveNonblock);
         assert!(try_hold_in(&locks, "vg").unwrap().is_none());
         assert!(try_hold_in(&locks, "other").unwrap().is_some());
         drop(writer);
-        let reader = theirs(&file, FlockArg::LockSharedNonblock);
+        let reader = lvm_lock(&file, FlockArg::LockSharedNonblock);
         let held = try_hold_in(&locks, "vg").unwrap().unwrap();
         drop(reader);
         let open = OpenOptions::new().append(true).open(&file).unwrap();
         let (open, errno) = Flock::lock(open, FlockArg::LockExclusiveNonblock).unwrap_err();
         assert_eq!(errno, Errno::EWOULDBLOCK, "a writer waits for us");
-        assert!(try_hold_in(&locks, "vg").unwrap().is_some(), "and another copy does not");
+        assert!(try_hold_in(&locks, "vg").unwrap().is_some(), "another copy does not wait");
         drop(held);
         Flock::lock(open, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno).unwrap();
     }
@@ -250,27 +255,27 @@ mod tests {
     #[test]
     fn a_writer_that_waits_goes_first() {
         let dir = tempfile::tempdir().unwrap();
-        let waiting = theirs(&dir.path().join("V_vg:aux"), FlockArg::LockExclusiveNonblock);
+        let waiting = lvm_lock(&dir.path().join("V_vg:aux"), FlockArg::LockExclusiveNonblock);
         assert!(try_hold_in(dir.path(), "vg").unwrap().is_none());
         drop(waiting);
         assert!(try_hold_in(dir.path(), "vg").unwrap().is_some());
     }
 
     #[test]
-    fn what_is_not_of_lvm_needs_no_lock() {
+    fn a_device_that_is_not_lvms_needs_no_lock() {
         let dir = tempfile::tempdir().unwrap();
-        for look in [None, Some(device("data", ""))] {
-            let lock = try_hold_of(dir.path(), &|| Ok(look.clone())).unwrap().unwrap();
+        for device_now in [None, Some(device("data", ""))] {
+            let lock = try_hold_of(dir.path(), &|| Ok(device_now.clone())).unwrap().unwrap();
             assert!(lock._held.is_none());
         }
     }
 
     #[test]
-    fn a_group_that_was_renamed_meanwhile_is_held_by_its_new_name() {
+    fn a_renamed_group_is_locked_by_its_new_name() {
         let dir = tempfile::tempdir().unwrap();
         let names = std::cell::RefCell::new(vec!["new-data", "new-data", "new-data", "old-data"]);
-        let look = || Ok(Some(device(names.borrow_mut().pop().unwrap(), "LVM-x")));
-        let lock = try_hold_of(dir.path(), &look).unwrap().unwrap();
+        let device_now = || Ok(Some(device(names.borrow_mut().pop().unwrap(), "LVM-x")));
+        let lock = try_hold_of(dir.path(), &device_now).unwrap().unwrap();
         assert!(names.borrow().is_empty());
         assert_eq!(lock._held.as_ref().unwrap().path, dir.path().join("V_new"));
         assert!(!dir.path().join("V_old").exists());

@@ -1,12 +1,12 @@
-//! What is an origin? From what the user typed to what can be done with it, or the refusal that says
-//! what to do instead.
+//! What is an origin? Resolves what the user typed to something that can be copied, or to a refusal that
+//! names an alternative.
 //!
-//! Looks only: changes nothing, and opens a device just to learn whether it is in use.
+//! Read-only: changes nothing, and opens a device only to find out whether it is in use.
 //!
-//! | what it is | how it is copied |
+//! | origin | how it is copied |
 //! |---|---|
-//! | an attached volume, or another device of linear and striped targets in use | live, by adoption |
-//! | a device or file that nobody has open for writing | at rest, as it is |
+//! | an attached volume, or another device of linear and striped targets in use | live: a stack is inserted |
+//! | a device or file that no process has open for writing | at rest, as it is |
 //! | anything else | refused |
 
 pub mod free;
@@ -29,7 +29,7 @@ use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
 use crate::topology::{Topology, User, check_answers, device_number};
 
-pub use mounts::{Frozen, filesystems_on, open_elsewhere};
+pub use mounts::{FreezeSet, filesystems_on, open_in_other_namespace};
 
 /// What an origin is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -39,12 +39,12 @@ pub enum OriginKind {
     Live {
         /// Its device-mapper name.
         name: String,
-        /// True for a volume of ours (`tidemark attach`).
+        /// True for a volume created by `tidemark attach`.
         attached: bool,
     },
-    /// A block device that nobody uses.
+    /// A block device that is not in use.
     ColdDevice,
-    /// A regular file that nobody writes.
+    /// A regular file that is not being written.
     ColdFile,
 }
 
@@ -59,10 +59,10 @@ impl fmt::Display for OriginKind {
     }
 }
 
-/// An origin, as found.
+/// An origin that can be copied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Origin {
-    /// The path of the device or file, symbolic links resolved as far as names people know.
+    /// The path of the device or file, by a name that users know.
     pub path: PathBuf,
     /// What it is.
     pub kind: OriginKind,
@@ -70,22 +70,22 @@ pub struct Origin {
     pub number: Option<DeviceNumber>,
     /// Size in bytes.
     pub size: Bytes,
-    /// A mount point of every filesystem on it that is mounted, in the order of freezing.
+    /// One mount point of each filesystem mounted from it, in the order of freezing.
     #[serde(serialize_with = "escape::paths")]
     pub filesystems: Vec<PathBuf>,
-    /// Its own filesystem, if any, is not among these: the suspension must freeze it by its device.
+    /// Its own filesystem, if any, is not in that list: the suspension must freeze it through the device.
     pub lock_filesystem: bool,
-    /// What of the filesystems on it is not frozen, and why; for people.
+    /// Filesystems on it that are not frozen, and why; as text.
     pub not_frozen: Vec<String>,
-    /// What a person should know about how it will be held.
+    /// Notes for the user about how it will be held.
     pub notes: Vec<String>,
-    /// How its filesystems were found.
+    /// The filesystems on it, as found.
     #[serde(skip)]
-    pub frozen: Frozen,
+    pub frozen: FreezeSet,
 }
 
 impl Origin {
-    /// The name that people know it by: the volume's, else the last part of its path.
+    /// The name that users know: the volume's, else the last component of its path.
     #[must_use]
     pub fn name(&self) -> String {
         match &self.kind {
@@ -95,14 +95,14 @@ impl Origin {
     }
 }
 
-/// Finds out what `typed` names: a volume's name, a device, or a regular file.
+/// Resolves `typed`: the name of a volume, a device, or a regular file.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for what cannot be copied, with the reason
-/// and what to do instead; I/O and kernel errors of looking.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it cannot be copied, with the reason and an
+/// alternative; I/O and kernel errors.
 pub fn resolve(typed: &Path) -> Result<Origin> {
     let path = find(typed)?;
-    let meta = fs::metadata(&path).io_context(|| format!("looking at {}", path.display()))?;
+    let meta = fs::metadata(&path).io_context(|| format!("examining {}", path.display()))?;
     if meta.is_file() {
         return cold_file(path, &meta);
     }
@@ -122,23 +122,24 @@ pub fn resolve(typed: &Path) -> Result<Origin> {
     }
 }
 
-/// A path as typed, or the device below /dev/mapper of that name.
+/// The path as typed, or the device of that name below /dev/mapper.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it may be both, I/O errors where it is neither.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it may be either, I/O errors if it is neither.
 pub fn find(typed: &Path) -> Result<PathBuf> {
     let path = find_or_new(typed)?;
     match fs::metadata(&path) {
         Ok(_) => Ok(path),
-        Err(cause) => Err(Error::io(format!("looking at {}", typed.display()), cause)
+        Err(cause) => Err(Error::io(format!("examining {}", typed.display()), cause)
             .next("name a volume (see 'tidemark status'), a block device or a regular file")),
     }
 }
 
-/// As [`find`], of a name that may be that of a file to be made.
+/// As [`find`], for a name that may be that of a file to be created.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is both a file and a device, or does not answer.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it is both a file and a device, or does not
+/// answer.
 pub fn find_or_new(typed: &Path) -> Result<PathBuf> {
     check_answers(typed)?;
     // "./data" is a path; "data" may be either.
@@ -158,7 +159,7 @@ pub fn find_or_new(typed: &Path) -> Result<PathBuf> {
     Ok(volume)
 }
 
-/// True for a name without a folder, which may be a volume's.
+/// True for a name without a directory, which may be a volume's.
 #[must_use]
 pub fn is_word(typed: &Path) -> bool {
     typed.parent() == Some(Path::new(""))
@@ -191,13 +192,13 @@ fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
         lock_filesystem: false,
         not_frozen: Vec::new(),
         notes: Vec::new(),
-        frozen: Frozen::default(),
+        frozen: FreezeSet::default(),
     })
 }
 
-/// Asks for a read lease, which the kernel refuses while the file is open for writing (fcntl(2),
-/// F_SETLEASE). Where leases are not to be had (another's file, another kind of filesystem) the
-/// question stays open, and the comparison of before and after decides.
+/// Requests a read lease, which the kernel refuses while the file is open for writing (fcntl(2), F_SETLEASE).
+/// If leases are not available (another user's file, another kind of filesystem), the file counts as not
+/// open, and the comparison of before and after the copy decides.
 fn has_writers(path: &Path) -> Result<bool> {
     let file = OpenOptions::new()
         .read(true)
@@ -213,25 +214,26 @@ fn is_device_mapper(number: DeviceNumber) -> bool {
 
 fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
     let dm = Dm::open()?;
-    let name = dm
-        .name_of(number)?
-        .ok_or_else(|| Error::refused(format!("{} is gone", path.display())).next("look at 'dmsetup ls'"))?;
+    let name = dm.name_of(number)?.ok_or_else(|| {
+        Error::refused(format!("{} no longer exists", path.display())).next("check 'dmsetup ls'")
+    })?;
     let info = dm.info_of(&name)?;
     let uuid = info.uuid.as_str();
     let identity = DeviceIdentity::parse(uuid);
     let attached = identity.as_ref().is_some_and(|it| it.role == ROLE_VOLUME);
     if identity.is_some() && !attached {
-        return Err(Error::refused(format!("{} is a device that Tidemark made for a copy", path.display()))
-            .next(
-                "copy the volume itself; 'tidemark status' names it, 'tidemark recover' clears leftovers",
-            ));
+        return Err(Error::refused(format!(
+            "{} is a device that Tidemark created for a copy",
+            path.display()
+        ))
+        .next("copy the volume itself; 'tidemark status' names it, 'tidemark recover' removes leftovers"));
     }
     if dm.stack_under(&name)?.is_some() {
         return Err(Error::refused(format!("{} is being copied, or a copy of it has died", path.display()))
             .state("nothing was changed")
             .next(
-                "wait for the copy in progress ('tidemark status'); one that died is gone on with by 'tidemark \
-                 resume', or given up by 'tidemark recover'",
+                "wait for the copy in progress ('tidemark status'); if it died: 'tidemark \
+                 resume' completes it, 'tidemark recover' undoes it",
             ));
     }
     shared::refuse_shared(&dm, &info)?;
@@ -240,7 +242,8 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     })?;
     let refusal = table.lines().iter().find_map(|line| refuse_target(&path, &line.target).err());
     if let Some(refusal) = refusal {
-        // At rest it needs no stack; a snapshot's origin may come to life through its snapshot's user.
+        // At rest it needs no stack. The origin of a snapshot does not count as at rest, as the snapshot may be in
+        // use.
         let has_snapshot = table.lines().iter().any(|line| line.target.kind() == "snapshot-origin");
         return if info.open_count == 0 && !has_snapshot {
             plain_device(path, number, topology)
@@ -253,12 +256,12 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     }
     let held = filesystems_on(number, topology)?;
     if topology.is_dax(number) && held.points.is_empty() {
-        // At rest it needs no stack; where it is mounted out of our reach, it is in use.
+        // At rest it needs no stack. If it is mounted out of reach, it is in use, and opening it fails.
         return plain_device(path, number, topology);
     }
     if topology.is_dax(number) {
         return Err(Error::refused(format!(
-            "{} is memory that programs map directly (DAX): what they store does not pass the block layer",
+            "{} is memory that programs map directly (DAX): their stores bypass the block layer",
             path.display()
         ))
         .state("nothing was changed")
@@ -279,28 +282,28 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     })
 }
 
-/// The warning where the origin takes atomic writes.
+/// A warning if the origin supports atomic writes.
 fn atomic_writes(path: &Path, number: DeviceNumber, topology: &Topology) -> Option<String> {
     (topology.atomic_write_bytes(number) > 0).then(|| {
         format!(
-            "{} takes atomic writes (RWF_ATOMIC), and takes none while it is copied: a program that relies on them (a \
-             database without its double write) gets errors",
+            "{} supports atomic writes (RWF_ATOMIC), but not while it is copied: a program that relies on them (a \
+             database without double writes) gets errors",
             path.display()
         )
     })
 }
 
-/// The whitelist: a table whose meaning is the table alone.
+/// The list of supported targets: those without state beyond their table.
 fn refuse_target(path: &Path, target: &Target) -> Result<()> {
     let kind = target.kind();
     let instead = match kind {
         "linear" | "striped" => return Ok(()),
         "snapshot-origin" => "it has a snapshot already: copy that, or remove it",
-        "snapshot" | "snapshot-merge" => "copy the snapshot's origin, or take the snapshot out of use first",
+        "snapshot" | "snapshot-merge" => "copy the snapshot's origin, or deactivate the snapshot first",
         "thin" => "a thin volume has snapshots of its own: take one (lvcreate -s) and copy that, unmounted",
         "thin-pool" => "copy its thin volumes, not the pool",
         "cache" | "writecache" | "era" | "clone" => {
-            "its table is not its state: flush and split it (lvconvert --splitcache), or copy the device above a \
+            "its table does not hold all of its state: flush and split it (lvconvert --splitcache), or copy the device above a \
              linear volume"
         }
         "crypt" => "its key cannot be read back: attach or copy the encrypted device beneath it",
@@ -309,7 +312,7 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
         _ => "only devices of linear and striped targets can be copied while they are in use",
     };
     Err(Error::refused(format!(
-        "{} has a '{kind}' target, which Tidemark does not put a snapshot under",
+        "{} has a '{kind}' target, under which Tidemark cannot insert a snapshot",
         path.display()
     ))
     .state("nothing was changed")
@@ -333,7 +336,7 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
                 Some(libc::EBUSY) => Error::refused(format!("{} is in use", path.display()))
                     .with_source(error)
                     .state("nothing was changed")
-                    .next("see by what with lsblk and fuser; take it out of use, then attach it as a volume"),
+                    .next("find its users with lsblk and fuser; end them, then attach it as a volume"),
                 Some(libc::EACCES | libc::EPERM) => {
                     Error::refused(format!("{} cannot be opened", path.display()))
                         .with_source(error)
@@ -353,11 +356,11 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
         lock_filesystem: false,
         not_frozen: Vec::new(),
         notes: Vec::new(),
-        frozen: Frozen::default(),
+        frozen: FreezeSet::default(),
     })
 }
 
-/// Says by whom a device is used that is no volume, and how it becomes one.
+/// Refuses a device in use that is no volume. Names its user, and how to make it a volume.
 fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<()> {
     let shown = path.display();
     let mounts = topology.mounts()?;
@@ -367,7 +370,7 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
         return Err(Error::refused(format!("{shown} is mounted (at {point}) and is no volume"))
             .state("nothing was changed")
             .next(format!(
-                "make it one, which takes a remount once: umount {point}; tidemark attach {shown} --name NAME; \
+                "make it one, which needs one remount: umount {point}; tidemark attach {shown} --name NAME; \
                  mount /dev/mapper/NAME {point}; then copy NAME"
             )));
     }
@@ -389,7 +392,7 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
         if device != number && topology.holders(device).is_empty() && is_device_mapper(device) {
             return Err(Error::refused(format!("{shown} is in use by {}", topology.name(device)))
                 .state("nothing was changed")
-                .next(format!("copy {} instead, which may be live", topology.name(device))));
+                .next(format!("copy {} instead, which may be in use", topology.name(device))));
         }
     }
     Ok(())

@@ -1,12 +1,12 @@
-//! Which filesystems must be frozen for an origin to be quiet, and where can they be reached?
+//! Which filesystems must be frozen to make an origin quiet, and where are they mounted?
 //!
-//! A filesystem may be mounted many times; one mount point of each is enough, because a freeze is the
-//! superblock's. Filesystems on devices above the origin count too, by whatever way they stand there: partitions, LVM, md,
-//! loop devices over the origin or over a file of a filesystem on it. The topmost is frozen first, for what it writes back
-//! goes through those below.
+//! A filesystem may have many mounts; one mount point is enough, as a freeze affects the superblock.
+//! Filesystems on devices above the origin count too, however they are stacked: partitions, LVM, md, loop
+//! devices on the origin or on a file of a filesystem on it. The topmost is frozen first, as its writeback
+//! passes through those below.
 //!
-//! What was found holds for the moment: a mount can come, go or move. So it is looked for again right before and right
-//! after the freeze ([`Frozen::check_still`]).
+//! The result is valid only for the moment: mounts can come, go or move. So it is computed again right before
+//! and right after the freeze ([`FreezeSet::recheck`]).
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -16,38 +16,38 @@ use std::path::{Path, PathBuf};
 use crate::base::{DeviceNumber, Error, Result};
 use crate::topology::{Mount, MountTable, Topology, View};
 
-/// Filesystem types that cannot be frozen: read-only by nature.
+/// Filesystem types that are read-only by nature and need no freeze.
 const NEVER_WRITTEN: [&str; 4] = ["iso9660", "squashfs", "erofs", "udf"];
 
-/// Filesystem types that keep more than one device, or hide theirs.
+/// Filesystem types that use more than one device, or do not show theirs.
 const NEVER_FROZEN: [&str; 3] = ["btrfs", "bcachefs", "zfs"];
 
-/// Filesystem types that other machines write, too: past every table of this one.
+/// Filesystem types that other machines may write too, bypassing the tables of this one.
 const SHARED: [&str; 3] = ["gfs2", "ocfs2", "gpfs"];
 
 /// The filesystems on an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Frozen {
+pub struct FreezeSet {
     /// One mount point of each, in the order of freezing.
     pub points: Vec<PathBuf>,
-    /// The device of each, as `st_dev` has it, in the same order.
+    /// The `st_dev` of each, in the same order.
     pub devices: Vec<DeviceNumber>,
-    /// The origin's own filesystem, if it has one, is mounted nowhere that we can reach (another
-    /// namespace, hidden by another mount): the suspension must freeze it by its device. Never true
-    /// together with a mount point of the same filesystem: Linux 6.1 refuses to freeze it twice.
+    /// True if the origin's own filesystem, if any, has no mount that we can reach (it is in another
+    /// namespace, or under another mount): the suspension must freeze it through the device. Never true if
+    /// the same filesystem has a mount point in the list, as Linux 6.1 refuses to freeze it twice.
     pub lock_filesystem: bool,
-    /// Filesystems above the origin that are mounted out of our reach: these are not frozen.
+    /// Filesystems above the origin that are mounted out of reach: these are not frozen.
     pub not_frozen: Vec<String>,
-    /// What a person should know.
+    /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-impl Frozen {
-    /// Fails unless the same filesystems are to be frozen now. `when` says what was done in between.
+impl FreezeSet {
+    /// Fails unless the same filesystems are to be frozen now. `when` says when they may have changed.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); as [`filesystems_on`].
-    pub fn check_still(&self, origin: DeviceNumber, when: &str) -> Result<Self> {
+    pub fn recheck(&self, origin: DeviceNumber, when: &str) -> Result<Self> {
         let topology = Topology::default();
         let now = filesystems_on(origin, &topology)?;
         let key = |frozen: &Self| {
@@ -58,49 +58,49 @@ impl Frozen {
             return Ok(now);
         }
         Err(Error::refused(format!(
-            "what is mounted from {} changed {when}: it was {}, and is {}",
+            "the mounts of {} changed {when}: they were {}, and are {}",
             topology.name(origin),
-            self.in_words(),
-            now.in_words()
+            self.list(),
+            now.list()
         ))
         .state("nothing of it is frozen")
-        .next("copy again, and leave mounts alone meanwhile; a hook must not mount or unmount what lies on the origin"))
+        .next("copy again, and do not change mounts meanwhile; a hook must not mount or unmount anything on the origin"))
     }
 
-    /// Fails unless `file`, opened at `point`, is of the filesystem that is to be frozen there.
+    /// Fails unless `file`, opened at `point`, belongs to the filesystem that is to be frozen there.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), I/O errors.
     pub fn check_file(&self, point: &Path, file: &File) -> Result<()> {
         let meta =
-            file.metadata().map_err(|error| Error::io(format!("looking at {}", point.display()), error))?;
+            file.metadata().map_err(|error| Error::io(format!("examining {}", point.display()), error))?;
         let device = DeviceNumber::from_dev(meta.dev());
         let planned = self.points.iter().zip(&self.devices).find(|(known, _)| *known == point);
         if planned.is_none_or(|(_, known)| *known == device) {
             return Ok(());
         }
-        Err(Error::refused(format!("another filesystem was mounted at {} meanwhile", point.display()))
+        Err(Error::refused(format!("another filesystem has been mounted at {}", point.display()))
             .state("nothing is frozen")
             .next("copy again"))
     }
 
-    fn in_words(&self) -> String {
+    fn list(&self) -> String {
         let all: Vec<String> = self.points.iter().map(|point| point.display().to_string()).collect();
         if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
     }
 }
 
-/// Finds the filesystems on `origin` and the devices above it.
+/// Finds the filesystems on `origin` and on the devices above it.
 ///
 /// # Errors
 /// I/O errors of reading mountinfo and swaps.
-pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Frozen> {
+pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<FreezeSet> {
     let own = topology.own_view()?;
     let mounts = &own.mounts;
-    let mut elsewhere = Elsewhere { topology, table: None };
-    let mut found = Frozen::default();
+    let mut other_namespaces = OtherNamespaces { topology, table: None };
+    let mut found = FreezeSet::default();
     let swaps: Vec<(PathBuf, DeviceNumber)> = swap_devices(&own, topology.swaps()?);
-    // The topmost first; of those at one height, what was mounted last.
+    // The topmost first; at the same height the latest mount first.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
     for (device, height) in topology.heights_above(origin) {
         refuse_unfrozen(device, topology, mounts)?;
@@ -114,9 +114,9 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
             points.push((height, order, mount.point.clone(), mount.device));
         } else if device == origin {
             found.lock_filesystem = true;
-        } else if !of_device.is_empty() || elsewhere.open(device)?.is_some() {
+        } else if !of_device.is_empty() || other_namespaces.open(device)?.is_some() {
             found.not_frozen.push(format!(
-                "the filesystem on {} is mounted out of our reach (in another mount namespace, or beneath another mount) \
+                "the filesystem on {} is mounted out of reach (in another mount namespace, or under another mount) \
                  and is not frozen: the copy shows it as after a power cut",
                 topology.name(device)
             ));
@@ -135,13 +135,13 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Froze
     Ok(found)
 }
 
-/// Filesystems that span devices, or that a freeze does not reach through one of them, have no
-/// instant that a copy of one device could show.
+/// Refuses filesystems that use several devices, that cannot be frozen through one of them, or that other
+/// machines write: a copy of one device cannot show one instant of these.
 fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) -> Result<()> {
     let mut of_device = mounts.iter().filter(|mount| mount.is_of(device));
     if let Some(mount) = of_device.find(|mount| SHARED.contains(&mount.kind.as_str())) {
         return Err(Error::refused(format!(
-            "{} holds a mounted {}, a file system that other machines may write: what they write there does not pass \
+            "{} holds a mounted {}, a file system that other machines may write: what they write there bypasses \
              this one, and no copy would be exact",
             topology.name(device),
             mount.kind
@@ -164,7 +164,7 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
     .next(format!("unmount it for the copy, or use {kind}'s own snapshots and send")))
 }
 
-/// The mount point still leads to this very filesystem: nothing is mounted over it.
+/// True if the mount point leads to this filesystem: nothing is mounted over it.
 fn is_reachable(mount: &Mount, own: &View) -> bool {
     own.stat(&mount.point).is_ok_and(|found| found.dev == mount.device)
 }
@@ -177,18 +177,18 @@ fn swap_devices(own: &View, swaps: Vec<PathBuf>) -> Vec<(PathBuf, DeviceNumber)>
     swaps.into_iter().filter_map(device).collect()
 }
 
-/// An open directory of a filesystem on `device` that is mounted in another mount namespace, reached through a process
-/// there.
+/// Opens a directory of a filesystem on `device` that is mounted in another mount namespace, through a
+/// process in that namespace.
 ///
 /// # Errors
 /// I/O errors of reading the list of processes.
-pub fn open_elsewhere(device: DeviceNumber) -> Result<Option<File>> {
+pub fn open_in_other_namespace(device: DeviceNumber) -> Result<Option<File>> {
     Ok(open_in(&MountTable::read(&Topology::default())?, device))
 }
 
 fn open_in(table: &MountTable, device: DeviceNumber) -> Option<File> {
     table.of(device).find_map(|(view, mount)| {
-        // What is there was chosen by the one who made that namespace: nothing is waited for.
+        // The owner of that namespace controls what is at this path, so the open must not block.
         view.stat(&mount.point).ok().filter(|found| found.dev == device)?;
         let path = view.path(&mount.point);
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
@@ -197,13 +197,13 @@ fn open_in(table: &MountTable, device: DeviceNumber) -> Option<File> {
     })
 }
 
-/// The mounts of all namespaces, read once, and only where one is asked for.
-struct Elsewhere<'a> {
+/// The mounts of all namespaces, read once, and only if needed.
+struct OtherNamespaces<'a> {
     topology: &'a Topology,
     table: Option<MountTable>,
 }
 
-impl Elsewhere<'_> {
+impl OtherNamespaces<'_> {
     fn open(&mut self, device: DeviceNumber) -> Result<Option<File>> {
         let table = match &mut self.table {
             Some(table) => table,

@@ -1,10 +1,10 @@
-//! Do other machines use the volume, too? What they write does not pass this machine's tables, so no copy of it would be
-//! exact, nor its own snapshot.
+//! Do other machines use the volume too? Their writes bypass the tables of this machine, so no copy would be
+//! exact, nor the volume's own snapshot.
 //!
-//! A volume group that lvmlockd shares between machines is known by what its locks leave in this kernel while it is
-//! started: with sanlock a volume `lvmlock` of the group, with dlm a lock space of its name. Whether other machines have
-//! this very volume active is known to them alone. Not seen: the lock type `idm`, whose locks are in the disks, and a
-//! group that other machines use without any locks.
+//! A volume group that lvmlockd shares between machines is recognized by what its locks leave in this kernel
+//! while it is started: with sanlock a volume `lvmlock` of the group, with dlm a lock space of its name. Only
+//! the other machines know whether they have this volume active. Not detected: the lock type `idm`, whose
+//! locks are in the disks, and a group that other machines use without locks.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::dm::{DeviceInfo, Dm};
 /// The lock spaces of dlm.
 const DLM: &str = "/sys/kernel/dlm";
 
-/// Refuses a volume of a group that is shared.
+/// Refuses a volume of a shared group.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); the kernel's.
@@ -35,11 +35,11 @@ pub(super) fn refuse_shared(dm: &Dm, device: &DeviceInfo) -> Result<()> {
     ))
     .state("nothing was changed")
     .next(
-        "make the group this machine's own for the copy: deactivate it on the others, then 'vgchange --lock-type none'",
+        "make the group local for the copy: deactivate it on the other machines, then 'vgchange --lock-type none'",
     ))
 }
 
-/// The device-mapper name of the volume that sanlock keeps a group's leases in.
+/// The device-mapper name of the volume in which sanlock keeps a group's leases.
 fn lock_volume(group: &str) -> String {
     format!("{}-lvmlock", group.replace('-', "--"))
 }

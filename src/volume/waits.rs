@@ -1,10 +1,11 @@
-//! May this place wait for that origin? The [`graph`] of this machine, with what only
-//! device-mapper's tables say.
+//! May a place wait for an origin? The [`graph`] of this machine, with the edges that only device-mapper
+//! tables show.
 //!
-//! A write through a `snapshot-origin` waits for the store of every snapshot of that device, LVM's as well as ours:
-//! the kernel finds them by the device beneath, and sysfs shows no such edge. Tables that wait to be used count, too.
+//! A write through a `snapshot-origin` waits for the store of every snapshot of that device, LVM's as well as
+//! ours: the kernel finds the snapshots by the device below, and sysfs shows no such edge. Inactive tables
+//! count too.
 //!
-//! Observed at one moment; who changes what it says holds the host's admission lock meanwhile.
+//! A view of one moment; a process that changes what it shows holds the host's admission lock meanwhile.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,18 +16,18 @@ use crate::dm::{Dm, Slot, Target};
 use crate::topology::graph::{self, Answer, Node};
 use crate::topology::{Observer, Topology};
 
-/// The machine as it is now: to be asked, and thrown away.
+/// The dependencies of this machine at one moment: to be queried, then dropped.
 #[derive(Debug)]
-pub struct Waits {
+pub struct WaitGraph {
     observer: Observer,
-    /// What a device waits for beside what sysfs says.
+    /// What a device waits for in addition to what sysfs shows.
     stores: BTreeMap<DeviceNumber, BTreeSet<Node>>,
-    /// Nodes asked before.
+    /// Nodes that were queried before.
     known: RefCell<BTreeMap<Node, BTreeSet<Node>>>,
 }
 
-impl Waits {
-    /// Looks at mounts and tables.
+impl WaitGraph {
+    /// Reads mounts and tables.
     ///
     /// # Errors
     /// I/O errors of reading mountinfo; the kernel's.
@@ -35,17 +36,17 @@ impl Waits {
         Ok(Self { observer, stores: stores(&targets(dm)?), known: RefCell::default() })
     }
 
-    /// What is at `path`, to be asked about.
+    /// The node of `path`.
     ///
     /// # Errors
-    /// I/O errors of looking.
+    /// I/O errors of the lookup.
     pub fn at(&self, path: &Path) -> Result<Node> {
         self.observer.at(path)
     }
 
-    /// May `from` wait for `origin`? What is in `excluded` is not followed.
+    /// May `from` wait for `origin`? Nodes in `excluded` are not followed.
     #[must_use]
-    pub fn ask(&self, from: &Node, origin: DeviceNumber, excluded: &[Node]) -> Answer {
+    pub fn may_wait(&self, from: &Node, origin: DeviceNumber, excluded: &[Node]) -> Answer {
         let mut waits_for = |node: &Node| {
             let mut known = self.known.borrow_mut();
             known.entry(node.clone()).or_insert_with(|| self.waits_for(node)).clone()
@@ -63,7 +64,7 @@ impl Waits {
         found
     }
 
-    /// A road, in words.
+    /// A path as text.
     #[must_use]
     pub fn describe(&self, path: &[Node]) -> String {
         let words: Vec<String> = path.iter().map(|node| self.observer.describe(node)).collect();
@@ -71,7 +72,7 @@ impl Waits {
     }
 }
 
-/// Each device with the targets of its tables; None for a table that is not understood.
+/// Each device with the targets of its tables; None if a table cannot be read.
 type Targets = Vec<(DeviceNumber, Option<Vec<Target>>)>;
 
 fn targets(dm: &Dm) -> Result<Targets> {
@@ -84,7 +85,7 @@ fn targets(dm: &Dm) -> Result<Targets> {
                     let lines = table.iter().flat_map(|table| table.lines()).map(|line| line.target.clone());
                     targets.iter_mut().for_each(|targets| targets.extend(lines.clone()));
                 }
-                // Gone meanwhile, and with it all that it waited for.
+                // Removed meanwhile, so it waits for nothing.
                 Err(_) if dm.info(&name)?.is_none_or(|info| info.number != number) => {}
                 Err(_) => targets = None,
             }
@@ -104,7 +105,7 @@ fn stores(targets: &Targets) -> BTreeMap<DeviceNumber, BTreeSet<Node>> {
         .collect();
     let mut found: BTreeMap<DeviceNumber, BTreeSet<Node>> = BTreeMap::new();
     for (device, target) in all() {
-        // A snapshot that is merged into its origin writes to that, and takes the part of an origin's target.
+        // A snapshot that is being merged writes to its origin, and acts as the origin's target.
         let of = match target {
             Target::SnapshotOrigin { device } => Some(*device),
             Target::Other { kind, .. } if kind == "snapshot-merge" => snapshot(target).map(|(of, _)| of),
@@ -133,16 +134,16 @@ fn snapshot(target: &Target) -> Option<(DeviceNumber, DeviceNumber)> {
     }
 }
 
-/// The refusal of `what`, whose I/O must not wait for the origin; None where the answer is no. `other_machines`: it may wait
-/// for those.
+/// The refusal of `what`, whose I/O must not wait for the origin; None if the answer is no. `other_machines`:
+/// it may wait for other machines.
 #[must_use]
-pub fn refusal(waits: &Waits, what: &str, answer: &Answer, other_machines: bool) -> Option<Error> {
+pub fn refusal(waits: &WaitGraph, what: &str, answer: &Answer, other_machines: bool) -> Option<Error> {
     let (message, path) = match answer {
         Answer::No => return None,
         Answer::Network(_) if other_machines => return None,
         Answer::Yes(path) => (format!("{what} would wait for the origin itself"), path),
         Answer::Unknown(path) => {
-            (format!("whether {what} would wait for the origin itself cannot be told"), path)
+            (format!("whether {what} would wait for the origin itself cannot be determined"), path)
         }
         Answer::Network(path) => {
             (format!("{what} would be on another machine, and the origin would wait for that"), path)
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_is_not_understood_may_wait_for_anything() {
+    fn an_unreadable_table_is_unknown() {
         let found = stores(&vec![(dev(0), None)]);
         assert!(matches!(found[&dev(0)].first(), Some(Node::Unknown(_))));
     }

@@ -217,6 +217,6 @@ mount -t ext4 "$(dm_node crypted)" /mnt/a
 map true /mnt/a /mnt/b
 assert_nothing_free "$a_bytes" "$a_end"
 assert_something_free "$(bytes "$b_start")" "$(bytes $((b_start + b_length)))"
-grep -q 'note /mnt/a: it lies on .*not mapped' "$REPORT" || fail "no note of the crypted filesystem"
+grep -q 'note /mnt/a: it is on .*not mapped' "$REPORT" || fail "no note of the crypted filesystem"
 thaw
 umount /mnt/a /mnt/b

@@ -67,7 +67,7 @@ mkdir /mnt/scratch/hides
 for layer in lower upper work; do mount --bind /mnt/scratch/hides "/mnt/home/$layer"; done
 image /mnt/overlay/image
 loop=$(shown /mnt/overlay/image)
-refused 'cannot be told' --store "$loop"
+refused 'cannot be determined' --store "$loop"
 losetup -d "$loop"
 umount /mnt/home/{lower,upper,work}
 umount /mnt/overlay
@@ -101,7 +101,7 @@ for layer in lower upper work; do mount --bind /run "/mnt/scratch/$layer"; done
 tidemark copy home /mnt/overlay/accepted.raw --yes --store /mnt/scratch --dry-run >/run/hidden 2>&1 || { cat /run/hidden; fail "refused"; }
 got=0
 tidemark copy home /mnt/overlay/refused.raw --yes --store /mnt/scratch --on-full hold --dry-run >/run/hidden 2>&1 || got=$?
-[ "$got" = 3 ] && grep -q 'cannot be told' /run/hidden || { cat /run/hidden; fail "exit code $got with writers held"; }
+[ "$got" = 3 ] && grep -q 'cannot be determined' /run/hidden || { cat /run/hidden; fail "exit code $got with writers held"; }
 umount /mnt/scratch/{lower,upper,work}
 
 image /mnt/overlay/image

@@ -36,10 +36,10 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         freeze::freeze(file).io_context(|| "freezing".to_owned())?;
     }
     let begin = Instant::now();
-    let (free, picture) = mapper.read();
+    let (free, layout) = mapper.read();
     let took = begin.elapsed();
     let mut text = String::new();
-    if picture.still_holds() {
+    if layout.is_unchanged() {
         for extent in &free.extents {
             let _ = writeln!(text, "free {} {}", extent.start().get(), extent.end().get());
         }
