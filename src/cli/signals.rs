@@ -5,7 +5,7 @@ use std::thread;
 use super::output::Output;
 use super::progress;
 use crate::base::{Error, ErrorKind, Result};
-use crate::sys::signal::{self, Arrived};
+use crate::sys::signal::{self, SignalCounts};
 
 /// From here on a signal is a request to stop, which the operation's `interrupt` notices. A message on
 /// standard error answers each signal. SIGUSR1 shows progress.
@@ -15,12 +15,12 @@ use crate::sys::signal::{self, Arrived};
 pub fn stop_on_signals(output: Output) -> Result<()> {
     signal::catch_termination()?;
     let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        if let Err(error) = signal::take_questions() {
+        if let Err(error) = signal::unblock_progress_signal() {
             tracing::debug!("SIGUSR1 is not answered: {error}");
         }
-        let mut seen = Arrived::default();
+        let mut seen = SignalCounts::default();
         while let Some(arrived) = signal::wait(seen) {
-            if arrived.questions != seen.questions {
+            if arrived.progress_requests != seen.progress_requests {
                 progress::answer(output);
             }
             if arrived.stops != seen.stops {

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
-use crate::sys::dm_ioctl::{self, Ask, Call, Key, Reply, SuspendFlags};
+use crate::sys::dm_ioctl::{self, Call, CallArguments, Key, Reply, SuspendFlags};
 use crate::sys::nudge;
 
 use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, beside, is_ours};
@@ -98,8 +98,13 @@ impl Dm {
         std::path::Path::new(CONTROL_PATH).exists()
     }
 
-    fn call(&self, call: Call, ask: &Ask<'_>, what: impl FnOnce() -> String) -> Result<Reply> {
-        dm_ioctl::call(&self.control, call, ask).map_err(|source| Error::kernel(what(), source))
+    fn call(
+        &self,
+        call: Call,
+        arguments: &CallArguments<'_>,
+        what: impl FnOnce() -> String,
+    ) -> Result<Reply> {
+        dm_ioctl::call(&self.control, call, arguments).map_err(|source| Error::kernel(what(), source))
     }
 
     /// The interface's version.
@@ -108,7 +113,7 @@ impl Dm {
     /// The kernel's.
     pub fn version(&self) -> Result<(u32, u32, u32)> {
         let what = || "asking for device-mapper's version".to_owned();
-        let [major, minor, patch] = self.call(Call::Version, &Ask::default(), what)?.version;
+        let [major, minor, patch] = self.call(Call::Version, &CallArguments::default(), what)?.version;
         Ok((major, minor, patch))
     }
 
@@ -118,7 +123,7 @@ impl Dm {
     /// The kernel's.
     pub fn targets(&self) -> Result<Vec<TargetVersion>> {
         let what = || "listing device-mapper's targets".to_owned();
-        let reply = self.call(Call::ListVersions, &Ask::default(), what)?;
+        let reply = self.call(Call::ListVersions, &CallArguments::default(), what)?;
         wire::decode_versions(&reply.payload)
     }
 
@@ -127,8 +132,8 @@ impl Dm {
     #[must_use]
     pub fn has_target(&self, kind: &str) -> bool {
         // The kernel takes it in the field of a device's name.
-        let ask = Ask { device: Some(kind.into()), ..Ask::default() };
-        dm_ioctl::call(&self.control, Call::GetTargetVersion, &ask).is_ok()
+        let arguments = CallArguments { device: Some(kind.into()), ..CallArguments::default() };
+        dm_ioctl::call(&self.control, Call::GetTargetVersion, &arguments).is_ok()
     }
 
     /// All devices: name and number.
@@ -137,7 +142,7 @@ impl Dm {
     /// The kernel's.
     pub fn list(&self) -> Result<Vec<(String, DeviceNumber)>> {
         let what = || "listing device-mapper devices".to_owned();
-        wire::decode_names(&self.call(Call::ListDevices, &Ask::default(), what)?.payload)
+        wire::decode_names(&self.call(Call::ListDevices, &CallArguments::default(), what)?.payload)
     }
 
     /// Every device of ours; one that goes away meanwhile is left out.
@@ -162,8 +167,8 @@ impl Dm {
     /// The kernel's, and names that cannot be one.
     pub fn info<'a>(&self, device: impl Into<Key<'a>>) -> Result<Option<DeviceInfo>> {
         let device = device.into();
-        let ask = Ask { device: Some(device), ..Ask::default() };
-        let reply = match dm_ioctl::call(&self.control, Call::DevStatus, &ask) {
+        let arguments = CallArguments { device: Some(device), ..CallArguments::default() };
+        let reply = match dm_ioctl::call(&self.control, Call::DevStatus, &arguments) {
             Ok(reply) => reply,
             Err(source) if source.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
             Err(source) => return Err(Error::kernel(format!("asking for device {device}"), source)),
@@ -234,8 +239,8 @@ impl Dm {
 
     fn status_rows<'a>(&self, device: impl Into<Key<'a>>, flags: u32) -> Result<Vec<wire::Row>> {
         let device = device.into();
-        let ask = Ask { device: Some(device), flags, ..Ask::default() };
-        let reply = self.call(Call::TableStatus, &ask, || format!("reading the table of {device}"))?;
+        let arguments = CallArguments { device: Some(device), flags, ..CallArguments::default() };
+        let reply = self.call(Call::TableStatus, &arguments, || format!("reading the table of {device}"))?;
         wire::decode_rows(&reply.payload, reply.target_count)
     }
 
@@ -255,8 +260,8 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn dependencies(&self, name: &str) -> Result<Vec<DeviceNumber>> {
-        let ask = Ask { device: Some(name.into()), ..Ask::default() };
-        let reply = self.call(Call::TableDeps, &ask, || format!("asking what {name} maps to"))?;
+        let arguments = CallArguments { device: Some(name.into()), ..CallArguments::default() };
+        let reply = self.call(Call::TableDeps, &arguments, || format!("asking what {name} maps to"))?;
         wire::decode_dependencies(&reply.payload)
     }
 
@@ -284,8 +289,9 @@ impl Dm {
     /// The kernel's.
     pub fn message(&self, name: &str, sector: Sectors, text: &str) -> Result<Option<String>> {
         let payload = wire::encode_message(sector.get(), text);
-        let ask = Ask { device: Some(name.into()), payload: &payload, ..Ask::default() };
-        let reply = self.call(Call::TargetMessage, &ask, || format!("message '{text}' to {name}"))?;
+        let arguments =
+            CallArguments { device: Some(name.into()), payload: &payload, ..CallArguments::default() };
+        let reply = self.call(Call::TargetMessage, &arguments, || format!("message '{text}' to {name}"))?;
         if reply.flags & dm_ioctl::FLAG_DATA_OUT == 0 {
             return Ok(None);
         }
@@ -297,8 +303,9 @@ impl Dm {
     /// # Errors
     /// The kernel's: EBUSY where name or UUID is taken.
     pub fn create(&self, name: &str, uuid: &str) -> Result<DeviceNumber> {
-        let ask = Ask { device: Some(name.into()), uuid: Some(uuid), ..Ask::default() };
-        let reply = self.call(Call::DevCreate, &ask, || format!("making device {name}"))?;
+        let arguments =
+            CallArguments { device: Some(name.into()), uuid: Some(uuid), ..CallArguments::default() };
+        let reply = self.call(Call::DevCreate, &arguments, || format!("making device {name}"))?;
         Ok(DeviceNumber::from_dev(reply.dev))
     }
 
@@ -309,13 +316,13 @@ impl Dm {
     pub fn load<'a>(&self, device: impl Into<Key<'a>>, table: &Table) -> Result<()> {
         let device = device.into();
         let payload = wire::encode_table(table);
-        let ask = Ask {
+        let arguments = CallArguments {
             device: Some(device),
             target_count: u32::try_from(table.lines().len()).expect("a table's lines are bounded"),
             payload: &payload,
-            ..Ask::default()
+            ..CallArguments::default()
         };
-        self.call(Call::TableLoad, &ask, || format!("loading the table of {device}"))
+        self.call(Call::TableLoad, &arguments, || format!("loading the table of {device}"))
             .map(|_| ())
             .map_err(|error| error.next("the kernel's log has the reason: dmesg | grep device-mapper"))
     }

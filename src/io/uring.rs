@@ -20,7 +20,7 @@ use super::transfer::{Direction, RETRIES_MAX, Step, Transfer};
 use crate::base::{Bytes, Error, Result};
 use crate::extent::Extent;
 use crate::sys::block::FileKind;
-use crate::sys::ring::{Answer, Features, FileSlot, HoldIx, Operation, Ring, RingOptions};
+use crate::sys::ring::{CompletedOperation, Features, FileSlot, HoldIx, Operation, Ring, RingOptions};
 
 /// Longest part of a piece in one operation.
 const OPERATION_BYTES_MAX: Bytes = Bytes::mib(16);
@@ -272,7 +272,7 @@ impl UringEngine {
 
     /// Processes every completion that has arrived.
     fn reap(&mut self) {
-        while let Some(Answer { user, result }) = self.ring.take_answer() {
+        while let Some(CompletedOperation { user, result }) = self.ring.take_completion() {
             let operation = NextOperation::from_user(user);
             let job = self.job(operation.job);
             job.under_way -= 1;

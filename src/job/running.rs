@@ -246,7 +246,7 @@ impl Job {
 
     /// Records that RCU may be expedited from the next intent on. Saved together with that intent.
     pub fn note_expedited(&mut self) {
-        if Expedite::find_off().is_some() && !is_expedited(&self.record) {
+        if Expedite::open_if_off().is_some() && !is_expedited(&self.record) {
             let resource = ResourceRecord { kind: EXPEDITED.to_owned(), path: rcu::PATH.to_owned() };
             self.record.resources.push(resource);
         }

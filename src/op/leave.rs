@@ -27,7 +27,7 @@ pub fn unless_interrupted<T: Send + 'static>(
     thread::Builder::new()
         .name("may-hang".to_owned())
         .spawn(move || {
-            signal::refuse_in_this_thread();
+            signal::block_in_this_thread();
             if let Err(mpsc::SendError(Ok(late))) = answer.send(call()) {
                 unwanted(late);
             }

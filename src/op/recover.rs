@@ -380,7 +380,7 @@ fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
     }
     let what = || format!("writing 0 to {}", rcu::PATH);
     let switch = Expedite::open().io_context(what)?;
-    if switch.is_on_by_us().io_context(what)? {
+    if switch.is_ours().io_context(what)? {
         switch.turn_off().io_context(what)?;
         done.push(format!("write 0 to {}", rcu::PATH));
     }

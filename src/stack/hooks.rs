@@ -76,7 +76,7 @@ impl Hook<'_> {
             command.env("TIDEMARK_ORIGIN_BELOW", below);
         }
         command.stdin(Stdio::null()).stdout(Stdio::from(stderr)).process_group(0);
-        signal::for_children(|| command.spawn()).map_err(|source| {
+        signal::with_usr1_unblocked(|| command.spawn()).map_err(|source| {
             Error::new(ErrorKind::External, format!("starting {} '{}'", self.option, self.command))
                 .with_source(source)
         })

@@ -196,7 +196,7 @@ impl Owner {
     /// Restores the queue settings of an administrator, which the kernel drops when a table is replaced. Not
     /// to be called while the device is held.
     pub fn put_back_settings(&mut self) {
-        for path in self.settings.take().iter().flat_map(QueueSettings::put_back) {
+        for path in self.settings.take().iter().flat_map(QueueSettings::restore_any_table) {
             warn_setting_lost(&path);
         }
         self.put_back_settings_of(&self.active);
@@ -205,7 +205,7 @@ impl Owner {
     /// Restores the settings that belong to the first table, if `table`, which is active now, is that table.
     pub fn put_back_settings_of(&self, table: &Table) {
         let at_first = self.settings_at_first.iter().filter(|(first, _)| first == table);
-        for path in at_first.flat_map(|(_, settings)| settings.put_back_of_table()) {
+        for path in at_first.flat_map(|(_, settings)| settings.restore_same_table()) {
             warn_setting_lost(&path);
         }
     }
@@ -213,7 +213,7 @@ impl Owner {
     /// Takes over the settings that a dead process recorded for the table `first`. The change that it died in
     /// may have dropped any of them. Not to be called while the device is held.
     pub fn take_over_settings(&mut self, first: Table, settings: QueueSettings) {
-        for path in settings.put_back() {
+        for path in settings.restore_any_table() {
             warn_setting_lost(&path);
         }
         self.settings_at_first = Some((first, settings));

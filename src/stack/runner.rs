@@ -156,7 +156,7 @@ impl<'a> Runner<'a> {
             }
             self.files.push((path.clone(), file));
         }
-        self.expedite = Expedite::find_off();
+        self.expedite = Expedite::open_if_off();
         let order = Order {
             devices: vec![self.dm.info_of(device)?.number],
             // Names these open files, whatever is mounted at their paths by the time that the watchdog opens

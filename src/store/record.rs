@@ -257,7 +257,7 @@ impl Record {
     /// Allocates [`RECORD_ROOM`] without changing the length. Skipped on a filesystem that cannot do so.
     fn make_room(&self) -> Result<()> {
         let file: &File = &self.file;
-        match block::reserve_beyond(file, RECORD_ROOM) {
+        match block::reserve_keeping_size(file, RECORD_ROOM) {
             Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(()),
             result => result
                 .io_context(|| format!("allocating space for the store's record {}", self.path.display())),

@@ -1,11 +1,11 @@
 //! Memory for direct I/O: page-aligned, zeroed, of fixed length.
 //!
-//! A buffer also carries its registration with a ring, which only [`ring`](super::ring) can set: a
-//! new buffer at an old address is never taken for the one that was registered there.
+//! A buffer also carries its registration with a ring, which only [`ring`](super::ring) can set: a new buffer
+//! at an old address is never taken for the one that was registered there.
 //!
-//! A pool's buffers lie side by side in one mapping that asks for huge pages: memory that is
-//! contiguous goes to the disk in requests as large as the disk takes, where scattered 4 KiB pages
-//! run into its limit of segments (virtio: 254) at half a MiB.
+//! The buffers of a pool are adjacent in one mapping that requests huge pages. Contiguous memory goes to the
+//! disk in requests as large as the disk accepts, while scattered 4 KiB pages reach its limit of segments
+//! (virtio: 254) just below 1 MiB.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -16,15 +16,15 @@ use aligned_vec::{AVec, ConstAlign};
 /// Alignment of every buffer, in bytes: enough for any logical block up to 4 KiB.
 pub const BUFFER_ALIGN: usize = 4096;
 
-/// Which registered buffer of which ring a piece of memory is.
+/// The registered buffer of a ring that a piece of memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Registration {
     pub(super) ring: u64,
     pub(super) index: u16,
 }
 
-/// Size and alignment of a huge page on the architectures that have one of this size; elsewhere no
-/// more than a generous alignment.
+/// Size and alignment of a huge page, on architectures that have this size; elsewhere only a generous
+/// alignment.
 const HUGE_PAGE: usize = 2 << 20;
 
 /// An anonymous mapping, unmapped with its last buffer.
@@ -41,7 +41,7 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// `length` zero bytes on huge pages where the kernel has some; None where it maps nothing.
+    /// `length` zero bytes, on huge pages if the kernel has some; None if the kernel refuses.
     fn map(length: usize) -> Option<Self> {
         // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no memory
         // that exists.
@@ -59,10 +59,10 @@ impl Region {
             return None;
         }
         let region = Self { start: NonNull::new(start)?, length };
-        // Only advice: without huge pages all is right, and requests are smaller.
+        // Only a hint: without huge pages everything works, and requests are smaller.
         // SAFETY: the range is the mapping just made.
         let _ = unsafe { libc::madvise(region.start.as_ptr(), length, libc::MADV_HUGEPAGE) };
-        // Pinned pages would be copied by a fork, while writers wait for a hook, and no child needs them.
+        // A fork would copy pinned pages while writers wait for a hook, and no child needs them.
         // SAFETY: as above.
         let _ = unsafe { libc::madvise(region.start.as_ptr(), length, libc::MADV_DONTFORK) };
         Some(region)
@@ -71,8 +71,8 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and the last buffer that pointed into it is gone. Its result
-        // could only say that the range is none of ours, which would be a broken invariant.
+        // SAFETY: the mapping is ours, and the last buffer that pointed into it is gone. An error would mean
+        // that the range is not ours, which would be a broken invariant.
         let result = unsafe { libc::munmap(self.start.as_ptr(), self.length) };
         debug_assert_eq!(result, 0);
     }
@@ -85,13 +85,13 @@ enum Memory {
     Part {
         start: NonNull<u8>,
         length: usize,
-        /// Keeps the mapping.
+        /// Keeps the mapping alive.
         _region: Arc<Region>,
     },
 }
 
-// SAFETY: a part is owned by its buffer alone, like the vector's memory, and the region it keeps is
-// Send and Sync.
+// SAFETY: a part is owned by its buffer alone, like the vector's memory, and the region that it keeps is Send
+// and Sync.
 unsafe impl Send for Memory {}
 // SAFETY: as above: a shared buffer gives shared access to its own part only.
 unsafe impl Sync for Memory {}
@@ -112,11 +112,11 @@ impl AlignedBuffer {
         Self { memory: Memory::Own(memory), registration: None }
     }
 
-    /// `count` buffers of `length` zero bytes each, side by side (see the module's head).
+    /// `count` buffers of `length` zero bytes each, adjacent in memory for large requests.
     ///
     /// # Panics
-    /// Where `length` is no positive multiple of [`BUFFER_ALIGN`] or all of them do not fit the
-    /// address space: the caller bounds both.
+    /// If `length` is not a positive multiple of [`BUFFER_ALIGN`], or if all of them do not fit the address
+    /// space: the caller bounds both.
     #[must_use]
     pub fn pool(count: usize, length: usize) -> Vec<Self> {
         assert!(length > 0 && length.is_multiple_of(BUFFER_ALIGN), "buffers of {length} bytes");
@@ -125,8 +125,8 @@ impl AlignedBuffer {
         let Some(region) = Region::map(total).map(Arc::new) else {
             return (0..count).map(|_| Self::zeroed(length)).collect();
         };
-        // To the first huge page: at most HUGE_PAGE - 1 bytes, which `total` has to spare. The mapping
-        // itself begins on a page, so every buffer does.
+        // Skips to the first huge page: at most HUGE_PAGE - 1 bytes, which are included in `total`. The
+        // mapping itself begins on a page, so every buffer does.
         let lead = region.start.as_ptr().addr().next_multiple_of(HUGE_PAGE) - region.start.as_ptr().addr();
         (0..count)
             .map(|index| {
@@ -186,7 +186,7 @@ mod tests {
             assert!(buffer.iter().all(|byte| *byte == 0));
             buffer.fill(index);
         }
-        // One that outlives the others keeps the mapping.
+        // A buffer that outlives the others keeps the mapping alive.
         let last = buffers.pop().unwrap();
         for (index, buffer) in (1u8..).zip(&buffers) {
             assert!(buffer.len() == 3 * BUFFER_ALIGN && buffer.iter().all(|byte| *byte == index));

@@ -1,9 +1,7 @@
-//! What a file is and what its device can do: kind, size, blocks, exclusive open, zero-out, discard,
-//! holes.
+//! What is a file, and what can its device do? Kind, size, blocks, exclusive open, zero-out, discard, holes.
 //!
-//! Every function is one kernel call (or two where one does not answer), and returns its errno
-//! untouched. Sizes that the kernel reports are bytes. Nothing here retries, except `EINTR`, and
-//! nothing decides a policy.
+//! Every function makes one kernel call (or two if one is not supported), and returns its errno unchanged.
+//! Sizes are bytes. Nothing is retried, except after `EINTR`, and there is no policy.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,16 +15,16 @@ use nix::unistd::{Whence, lseek};
 
 use crate::base::{Bytes, Sectors};
 
-/// What a handle stands for, as far as I/O differs.
+/// The kinds of file that differ in their I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FileKind {
     /// A block device.
     Block,
     /// A regular file.
     Regular,
-    /// A pipe or FIFO, a socket or a terminal: it has a position of its own and no offsets.
+    /// A pipe or FIFO, a socket or a terminal: it has its own position and no offsets.
     Stream,
-    /// A directory or anything else that holds no bytes.
+    /// A directory, or anything else without content.
     Other,
 }
 
@@ -37,12 +35,12 @@ pub struct OpenHow {
     pub read: bool,
     /// For writing.
     pub write: bool,
-    /// Past the page cache (O_DIRECT): offsets, lengths and memory must be aligned.
+    /// Bypass the page cache (O_DIRECT): offsets, lengths and memory must be aligned.
     pub direct: bool,
-    /// Block devices: fail with EBUSY where it is mounted or held by another (O_EXCL). Not to be
-    /// set for a regular file, where the flag means nothing without O_CREAT.
+    /// For block devices: fail with EBUSY if it is mounted or held by another process (O_EXCL). Not for a
+    /// regular file, where the flag has no meaning without O_CREAT.
     pub exclusive: bool,
-    /// Make it; fail with EEXIST where it is there.
+    /// Create it; fail with EEXIST if it exists.
     pub create_new: bool,
 }
 
@@ -68,8 +66,7 @@ impl OpenHow {
     /// Opens `path`.
     ///
     /// # Errors
-    /// The errno of open(2): EBUSY where exclusive and taken, EINVAL where the file system has no
-    /// direct I/O.
+    /// The errno of open(2): EBUSY if exclusive and in use, EINVAL if the file system has no direct I/O.
     pub fn open(self, path: &Path) -> io::Result<OwnedFd> {
         let mut flags = libc::O_CLOEXEC;
         if self.direct {
@@ -89,7 +86,7 @@ impl OpenHow {
     }
 }
 
-/// What `file` stands for.
+/// The kind of `file`.
 ///
 /// # Errors
 /// The errno of fstat(2).
@@ -106,8 +103,7 @@ pub fn kind(file: impl AsFd) -> io::Result<FileKind> {
     })
 }
 
-/// Major and minor number: of the device itself for a device node, of the file system's device for
-/// anything else.
+/// Major and minor number: of the device itself for a device node, else of the file system's device.
 ///
 /// # Errors
 /// The errno of fstat(2).
@@ -127,7 +123,7 @@ fn metadata(file: impl AsFd) -> io::Result<std::fs::Metadata> {
     File::from(file.as_fd().try_clone_to_owned()?).metadata()
 }
 
-/// Size in bytes: BLKGETSIZE64 of a block device, st_size of anything else.
+/// Size in bytes: BLKGETSIZE64 for a block device, else st_size.
 ///
 /// # Errors
 /// The errno of fstat(2) or ioctl(2).
@@ -138,7 +134,7 @@ pub fn size(file: impl AsFd) -> io::Result<Bytes> {
     }
 }
 
-/// True where the handle is past the page cache (O_DIRECT).
+/// True if the handle bypasses the page cache (O_DIRECT).
 ///
 /// # Errors
 /// The errno of fcntl(2).
@@ -171,7 +167,7 @@ mod raw {
     }
 }
 
-/// Calls again while a signal interrupts.
+/// Repeats a call as long as a signal interrupts it.
 fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -184,7 +180,7 @@ fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
 /// Size of a block device.
 ///
 /// # Errors
-/// The errno of ioctl(2); ENOTTY where it is none.
+/// The errno of ioctl(2); ENOTTY for anything else.
 pub fn device_size(device: impl AsFd) -> io::Result<Bytes> {
     let fd = device.as_fd().as_raw_fd();
     let mut size = 0u64;
@@ -205,7 +201,7 @@ pub fn device_sectors(device: impl AsFd) -> io::Result<Sectors> {
 /// Logical block: the unit of direct I/O.
 ///
 /// # Errors
-/// The errno of ioctl(2); ENOTTY where it is no block device; EINVAL for an answer that is none.
+/// The errno of ioctl(2); ENOTTY if it is no block device; EINVAL for an invalid answer.
 pub fn logical_block(device: impl AsFd) -> io::Result<Bytes> {
     let fd = device.as_fd().as_raw_fd();
     let mut size: libc::c_int = 0;
@@ -228,7 +224,7 @@ pub fn physical_block(device: impl AsFd) -> io::Result<Bytes> {
     block_size(Ok(u64::from(size)))
 }
 
-/// The kernel's answer, checked: a power of two of at least a sector.
+/// The kernel's answer, checked: a power of two of at least one sector.
 fn block_size(size: Result<u64, std::num::TryFromIntError>) -> io::Result<Bytes> {
     match size {
         Ok(size) if size >= 512 && size.is_power_of_two() => Ok(Bytes(size)),
@@ -236,7 +232,7 @@ fn block_size(size: Result<u64, std::num::TryFromIntError>) -> io::Result<Bytes>
     }
 }
 
-/// True where the device accepts no writes.
+/// True if the device accepts no writes.
 ///
 /// # Errors
 /// The errno of ioctl(2).
@@ -249,11 +245,11 @@ pub fn is_read_only(device: impl AsFd) -> io::Result<bool> {
     Ok(answer != 0)
 }
 
-/// The generation of a regular file's inode: another one for each file that gets the same inode number. None where the
-/// file system does not tell.
+/// The generation of a regular file's inode, which differs for each file that reuses an inode number. None if
+/// the file system does not report it.
 pub fn generation(file: impl AsFd) -> Option<u32> {
     let fd = file.as_fd().as_raw_fd();
-    // File systems write an int; the number of the call says long, for which there is room.
+    // File systems write an int; the ioctl number specifies a long, so there is room.
     let mut generation: libc::c_long = 0;
     // SAFETY: FS_IOC_GETVERSION writes an int, at most a long, through the pointer, which is to a live local long;
     // `fd` is open for the borrow of `file`.
@@ -261,7 +257,7 @@ pub fn generation(file: impl AsFd) -> Option<u32> {
     u32::try_from(generation & 0xffff_ffff).ok()
 }
 
-/// The UUID of the filesystem that a file is in (Linux 6.9). None where the kernel does not tell.
+/// The UUID of the filesystem of a file (Linux 6.9). None if the kernel does not report it.
 pub fn filesystem_uuid(file: impl AsFd) -> Option<Vec<u8>> {
     let fd = file.as_fd().as_raw_fd();
     let mut answer = raw::FsUuid { length: 0, bytes: [0; 16] };
@@ -274,24 +270,24 @@ pub fn filesystem_uuid(file: impl AsFd) -> Option<Vec<u8>> {
 /// Linux `include/uapi/asm-generic/fcntl.h`.
 const F_SETSIG: libc::c_int = 10;
 
-/// True where a regular file is open for writing by anybody, as far as the kernel will say: it refuses
-/// a read lease then (fcntl(2), F_SETLEASE: EAGAIN). Where leases are not to be had, false.
+/// True if a process has a regular file open for writing, as far as the kernel reports it: it then refuses a
+/// read lease (fcntl(2), F_SETLEASE: EAGAIN). False if leases are not available.
 pub fn is_open_for_writing(file: impl AsFd) -> bool {
     let fd = file.as_fd().as_raw_fd();
-    // A writer that comes while the lease is held makes the kernel send its holder SIGIO, which ends a command. SIGURG does
-    // nothing.
+    // If a writer opens the file while the lease is held, the kernel sends its holder SIGIO, which ends a
+    // command. SIGURG does nothing.
     // SAFETY: F_SETSIG takes an int and touches no memory; `fd` is open for the borrow of `file`.
     unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) };
     // SAFETY: F_SETLEASE takes an int and touches no memory; `fd` is open for the borrow of `file`.
     match nix::errno::Errno::result(unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) }) {
-        // Given back at once: a lease held would make a writer's open() wait.
+        // Released at once: a writer's open() would wait for the lease.
         // SAFETY: as above.
         Ok(_) => unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) != 0 },
         Err(errno) => errno == nix::errno::Errno::EAGAIN,
     }
 }
 
-/// Writes back and drops the device's page cache.
+/// Writes back and drops the page cache of the device.
 ///
 /// # Errors
 /// The errno of ioctl(2); EACCES without CAP_SYS_ADMIN.
@@ -301,11 +297,10 @@ pub fn flush_buffers(device: impl AsFd) -> io::Result<()> {
     uninterrupted(|| unsafe { raw::blkflsbuf(fd) }).map(drop)
 }
 
-/// Tells the device that `length` bytes at `start` are not needed; what they read as afterwards is
-/// undefined.
+/// Tells the device that `length` bytes at `start` are not needed; their content is undefined afterwards.
 ///
 /// # Errors
-/// The errno of ioctl(2); EOPNOTSUPP where the device cannot; EINVAL where not aligned to blocks.
+/// The errno of ioctl(2); EOPNOTSUPP if the device cannot; EINVAL if not aligned to blocks.
 pub fn discard(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
     let fd = device.as_fd().as_raw_fd();
     let range = [start.get(), length.get()];
@@ -314,11 +309,11 @@ pub fn discard(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()>
     uninterrupted(|| unsafe { raw::blkdiscard(fd, &raw const range) }).map(drop)
 }
 
-/// Makes `length` bytes at `start` of a block device read as zeros, by the device's own command or,
-/// in the kernel, by writing them.
+/// Makes `length` bytes at `start` of a block device read as zeros, by a command of the device, or else by
+/// writing them in the kernel.
 ///
 /// # Errors
-/// The errno of ioctl(2); EINVAL where not aligned to logical blocks.
+/// The errno of ioctl(2); EINVAL if not aligned to logical blocks.
 pub fn zero_out(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
     let fd = device.as_fd().as_raw_fd();
     let range = [start.get(), length.get()];
@@ -327,23 +322,23 @@ pub fn zero_out(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()
     uninterrupted(|| unsafe { raw::blkzeroout(fd, &raw const range) }).map(drop)
 }
 
-/// Reserves space for `length` bytes at `start` of a regular file and makes it at least that long.
+/// Allocates space for `length` bytes at `start` of a regular file, and makes it at least that long.
 ///
 /// # Errors
-/// The errno of fallocate(2); EOPNOTSUPP where the file system cannot.
+/// The errno of fallocate(2); EOPNOTSUPP if the file system cannot.
 pub fn allocate(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
     fallocate_range(file, FallocateFlags::empty(), start, length)
 }
 
-/// Reserves space for the first `length` bytes of a regular file, whose size stays.
+/// Allocates space for the first `length` bytes of a regular file, without changing its size.
 ///
 /// # Errors
 /// As [`allocate`].
-pub fn reserve_beyond(file: impl AsFd, length: Bytes) -> io::Result<()> {
+pub fn reserve_keeping_size(file: impl AsFd, length: Bytes) -> io::Result<()> {
     fallocate_range(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, Bytes::ZERO, length)
 }
 
-/// Makes `length` bytes at `start` of a regular file a hole; its size stays.
+/// Makes `length` bytes at `start` of a regular file a hole, without changing its size.
 ///
 /// # Errors
 /// As [`allocate`].
@@ -352,8 +347,8 @@ pub fn punch_hole(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()
     fallocate_range(file, mode, start, length)
 }
 
-/// Makes `length` bytes at `start` read as zeros, their space kept; the size stays. On a block device
-/// that is [`zero_out`].
+/// Makes `length` bytes at `start` read as zeros, keeping their space and the size. On a block device
+/// this equals [`zero_out`].
 ///
 /// # Errors
 /// As [`allocate`].
@@ -367,22 +362,22 @@ fn fallocate_range(file: impl AsFd, mode: FallocateFlags, start: Bytes, length: 
     uninterrupted(|| fallocate(&file, mode, start, length))
 }
 
-/// The kernel's signed offset; EFBIG where it does not fit.
+/// The kernel's signed offset; EFBIG if it does not fit.
 fn file_offset(bytes: Bytes) -> io::Result<libc::off_t> {
     libc::off_t::try_from(bytes.get()).map_err(|_| Errno::EFBIG.into())
 }
 
-/// First byte at or behind `from` that may hold data; None where only a hole follows. Moves the
-/// handle's own position.
+/// The first byte at or after `from` that may hold data; None if only a hole follows. Changes the position of
+/// the handle.
 ///
 /// # Errors
-/// The errno of lseek(2); EINVAL where the file system does not tell holes from data.
+/// The errno of lseek(2); EINVAL if the file system does not report holes.
 pub fn seek_data(file: impl AsFd, from: Bytes) -> io::Result<Option<Bytes>> {
     seek(file, from, Whence::SeekData)
 }
 
-/// First byte at or behind `from` that is in a hole; the end of the file counts as one. None where
-/// `from` is behind the end. Moves the handle's own position.
+/// The first byte at or after `from` that is in a hole; the end of the file counts as one. None if `from` is
+/// past the end. Changes the position of the handle.
 ///
 /// # Errors
 /// As [`seek_data`].
@@ -405,7 +400,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn a_regular_file_is_told_from_pipe_and_directory() {
+    fn a_regular_file_is_distinguished_from_pipe_and_directory() {
         let file = tempfile::tempfile().unwrap();
         assert_eq!(kind(&file).unwrap(), FileKind::Regular);
         let (reader, _writer) = std::io::pipe().unwrap();
@@ -443,14 +438,14 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_past_the_kernels_is_an_error() {
+    fn an_offset_beyond_the_kernels_range_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         let error = allocate(&file, Bytes(u64::MAX), Bytes(1)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
     }
 
     #[test]
-    fn direct_is_seen() {
+    fn direct_io_is_detected() {
         let folder = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
         let path = folder.path().join("file");
         let how = OpenHow { create_new: true, ..OpenHow::direct_write() };

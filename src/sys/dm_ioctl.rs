@@ -1,8 +1,8 @@
-//! Device-mapper's control device: one ioctl each, the udev cookie chosen by the caller, no retries.
+//! Device-mapper's control device: one ioctl per function, the udev cookie chosen by the caller, no retries.
 //!
-//! Why not the devicemapper crate: version 0.34 waits for udev without a time limit. In the critical
-//! section that wait would hang the origin. It also knows devices by name and UUID alone. The calls made while something is suspended ([`suspend`], [`resume`], [`clear`])
-//! allocate nothing.
+//! Why not the devicemapper crate: version 0.34 waits for udev without a time limit, which in the critical
+//! section would hang the origin. It also identifies devices only by name and UUID. The calls that are made
+//! while something is suspended ([`suspend`], [`resume`], [`clear`]) allocate nothing.
 //!
 //! Structure and numbers: Linux `include/uapi/linux/dm-ioctl.h`, interface version 4.0.0.
 
@@ -13,11 +13,11 @@ use std::os::fd::AsRawFd;
 
 use crate::base::DeviceNumber;
 
-/// Longest device name, in bytes (the kernel's field is 128 with its final zero).
+/// Longest device name, in bytes (the kernel's field is 128 bytes with the final zero).
 pub const NAME_BYTES_MAX: usize = 127;
-/// Longest UUID, in bytes (the kernel's field is 129 with its final zero).
+/// Longest UUID, in bytes (the kernel's field is 129 bytes with the final zero).
 pub const UUID_BYTES_MAX: usize = 128;
-/// Longest answer asked for: bounds the buffer that grows until the kernel's answer fits.
+/// Longest reply: bounds the buffer, which grows until the kernel's reply fits.
 pub const REPLY_BYTES_MAX: usize = 64 << 20;
 /// First size of that buffer.
 const REPLY_BYTES_FIRST: usize = 16 << 10;
@@ -26,20 +26,20 @@ const REPLY_BYTES_FIRST: usize = 16 << 10;
 pub const FLAG_READONLY: u32 = 1;
 /// In: suspend instead of resume. Out: the device is suspended.
 pub const FLAG_SUSPEND: u32 = 1 << 1;
-/// Answer with tables instead of states.
+/// Return tables instead of states.
 pub const FLAG_STATUS_TABLE: u32 = 1 << 4;
-/// The device has a table in use.
+/// The device has an active table.
 pub const FLAG_ACTIVE_PRESENT: u32 = 1 << 5;
-/// The device has a table loaded and not in use.
+/// The device has an inactive table.
 pub const FLAG_INACTIVE_PRESENT: u32 = 1 << 6;
 const FLAG_BUFFER_FULL: u32 = 1 << 8;
 const FLAG_SKIP_LOCKFS: u32 = 1 << 10;
 /// Do not flush: I/O before a suspension, metadata before a status.
 pub const FLAG_NOFLUSH: u32 = 1 << 11;
-/// Answer for the inactive table.
+/// Return the inactive table.
 pub const FLAG_QUERY_INACTIVE_TABLE: u32 = 1 << 12;
 const FLAG_UEVENT_GENERATED: u32 = 1 << 13;
-/// A message was answered with text.
+/// The reply to a message contains text.
 pub const FLAG_DATA_OUT: u32 = 1 << 16;
 
 /// `struct dm_ioctl`.
@@ -71,7 +71,7 @@ const DEV_REMOVE: libc::c_ulong = code(4);
 const DEV_SUSPEND: libc::c_ulong = code(6);
 const TABLE_CLEAR: libc::c_ulong = code(10);
 
-/// A call whose answer may be long. The number is the kernel's.
+/// A call whose reply may be long. The number is the kernel's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // the kernel's names
 pub enum Call {
@@ -87,8 +87,8 @@ pub enum Call {
     GetTargetVersion = 17,
 }
 
-/// Which device. The kernel finds it by either (`__find_device_hash_cell` in Linux `drivers/md/dm-ioctl.c`). A name can
-/// be given to another device at any time; a number stays as long as the device does.
+/// Identifies a device, by any of these (`__find_device_hash_cell` in Linux `drivers/md/dm-ioctl.c`). A name
+/// can be given to another device at any time; a number stays as long as the device exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key<'a> {
     /// The device that has this name now.
@@ -127,52 +127,52 @@ impl fmt::Display for Key<'_> {
     }
 }
 
-/// What goes into a [`Call`].
+/// The input of a [`Call`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Ask<'a> {
-    /// The device, where the call is about one.
+pub struct CallArguments<'a> {
+    /// The device, if the call is about one.
     pub device: Option<Key<'a>>,
-    /// The UUID of a device to be made.
+    /// The UUID of a device to be created.
     pub uuid: Option<&'a str>,
     /// `FLAG_` values.
     pub flags: u32,
-    /// Targets in `payload`.
+    /// Number of targets in `payload`.
     pub target_count: u32,
-    /// What follows the header.
+    /// The data after the header.
     pub payload: &'a [u8],
 }
 
-/// What came out of a [`Call`].
+/// The output of a [`Call`].
 #[derive(Clone, Debug)]
 pub struct Reply {
-    /// The interface's version.
+    /// The version of the interface.
     pub version: [u32; 3],
     /// `FLAG_` values.
     pub flags: u32,
-    /// How many have the device open.
+    /// How often the device is open.
     pub open_count: i32,
     /// The device's number, encoded as in `dev_t`.
     pub dev: u64,
-    /// Targets in `payload`.
+    /// Number of targets in `payload`.
     pub target_count: u32,
     /// The device's name.
     pub name: String,
     /// The device's UUID.
     pub uuid: String,
-    /// What followed the header.
+    /// The data after the header.
     pub payload: Vec<u8>,
 }
 
 /// What a suspension does before it holds I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SuspendFlags {
-    /// Wait until writes already queued are done (otherwise they are held and sent on resume).
+    /// Wait until queued writes have completed (otherwise they are held and sent on resume).
     pub flush: bool,
-    /// Freeze the filesystem on the device, by device.
+    /// Freeze the filesystem on the device.
     pub lock_filesystem: bool,
 }
 
-/// True where the kernel sent a uevent that carries the call's cookie.
+/// True if the kernel sent a uevent that carries the call's cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct UeventSent(pub bool);
@@ -215,10 +215,10 @@ fn get_text(field: &[u8]) -> String {
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
-fn short_call(control: &File, number: libc::c_ulong, request: &mut Header) -> io::Result<UeventSent> {
+fn header_call(control: &File, number: libc::c_ulong, request: &mut Header) -> io::Result<UeventSent> {
     // SAFETY: the descriptor is open for as long as `control` is borrowed; `request` is a live,
     // exclusively borrowed `repr(C)` structure that begins with `struct dm_ioctl`, and its
-    // `data_size`, set by `short`, is its true size, which bounds what the kernel reads and writes.
+    // `data_size`, set by `header_request`, is its true size, which bounds what the kernel reads and writes.
     let result = unsafe { libc::ioctl(control.as_raw_fd(), number, std::ptr::from_mut(request)) };
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -226,16 +226,16 @@ fn short_call(control: &File, number: libc::c_ulong, request: &mut Header) -> io
     Ok(UeventSent(request.flags & FLAG_UEVENT_GENERATED != 0))
 }
 
-/// The request of a call that takes a header alone.
-fn short(device: Key<'_>, flags: u32, event_nr: u32) -> io::Result<Header> {
+/// The request for a call that takes only a header.
+fn header_request(device: Key<'_>, flags: u32, event_nr: u32) -> io::Result<Header> {
     header(Some(device), flags, event_nr, HEADER_BYTES)
 }
 
 /// Holds all I/O of `device` until it is resumed. `control` is /dev/mapper/control.
 ///
 /// # Errors
-/// The kernel's errno: ENXIO for no such device, EINVAL where it is suspended already, EINTR where a
-/// signal came while queued I/O was waited for (the device goes on).
+/// The kernel's errno: ENXIO if there is no such device, EINVAL if it is suspended already, EINTR if a signal
+/// arrived during the wait for queued I/O (the device is then resumed).
 pub fn suspend(control: &File, device: Key<'_>, how: SuspendFlags) -> io::Result<()> {
     let mut flags = FLAG_SUSPEND;
     if !how.flush {
@@ -244,43 +244,41 @@ pub fn suspend(control: &File, device: Key<'_>, how: SuspendFlags) -> io::Result
     if !how.lock_filesystem {
         flags |= FLAG_SKIP_LOCKFS;
     }
-    short_call(control, DEV_SUSPEND, &mut short(device, flags, 0)?).map(|_| ())
+    header_call(control, DEV_SUSPEND, &mut header_request(device, flags, 0)?).map(|_| ())
 }
 
-/// Activates the inactive table of `device`, if one is loaded, and lets I/O go on. A device that is
-/// not suspended and has no inactive table stays as it is. `event_nr` is the udev cookie with its
-/// flags, or 0.
+/// Activates the inactive table of `device`, if there is one, and resumes I/O. A device that is not suspended
+/// and has no inactive table is unchanged. `event_nr` is the udev cookie with its flags, or 0.
 ///
 /// # Errors
 /// The kernel's errno.
 pub fn resume(control: &File, device: Key<'_>, event_nr: u32) -> io::Result<UeventSent> {
-    // Where a table is taken over, the kernel suspends by itself a device that is not: it must not
-    // flush or freeze then.
-    short_call(control, DEV_SUSPEND, &mut short(device, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
+    // To activate a table, the kernel itself suspends a device that is not suspended: it must not flush or
+    // freeze then.
+    header_call(control, DEV_SUSPEND, &mut header_request(device, FLAG_SKIP_LOCKFS | FLAG_NOFLUSH, event_nr)?)
 }
 
-/// Drops the inactive table of `device`, if one is loaded.
+/// Drops the inactive table of `device`, if there is one.
 ///
 /// # Errors
 /// The kernel's errno.
 pub fn clear(control: &File, device: Key<'_>) -> io::Result<()> {
-    short_call(control, TABLE_CLEAR, &mut short(device, 0, 0)?).map(|_| ())
+    header_call(control, TABLE_CLEAR, &mut header_request(device, 0, 0)?).map(|_| ())
 }
 
 /// Removes `device`: one attempt.
 ///
 /// # Errors
-/// The kernel's errno: EBUSY while somebody has it open or maps to it.
+/// The kernel's errno: EBUSY while it is open or mapped to.
 pub fn remove(control: &File, device: Key<'_>, event_nr: u32) -> io::Result<UeventSent> {
-    short_call(control, DEV_REMOVE, &mut short(device, 0, event_nr)?)
+    header_call(control, DEV_REMOVE, &mut header_request(device, 0, event_nr)?)
 }
 
-/// Makes a call whose answer may be long; the buffer grows until it fits.
+/// Makes a call whose reply may be long; the buffer grows until it fits.
 ///
 /// # Errors
-/// The kernel's errno; EMSGSIZE for an answer over [`REPLY_BYTES_MAX`], EPROTO for one whose sizes
-/// contradict themselves.
-pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
+/// The kernel's errno; EMSGSIZE for a reply over [`REPLY_BYTES_MAX`], EPROTO for one with inconsistent sizes.
+pub fn call(control: &File, call: Call, arguments: &CallArguments<'_>) -> io::Result<Reply> {
     let number = match call {
         Call::Version => code(0),
         Call::ListDevices => code(2),
@@ -293,16 +291,16 @@ pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
         Call::TargetMessage => code(14),
         Call::GetTargetVersion => code(17),
     };
-    let mut size = (HEADER_BYTES + ask.payload.len()).max(REPLY_BYTES_FIRST);
+    let mut size = (HEADER_BYTES + arguments.payload.len()).max(REPLY_BYTES_FIRST);
     while size <= REPLY_BYTES_MAX {
-        let mut head = header(ask.device, ask.flags, 0, size)?;
-        head.target_count = ask.target_count;
-        if let Some(uuid) = ask.uuid {
+        let mut head = header(arguments.device, arguments.flags, 0, size)?;
+        head.target_count = arguments.target_count;
+        if let Some(uuid) = arguments.uuid {
             put_text(&mut head.uuid, uuid)?;
         }
-        // Of u64, for the header's alignment.
+        // As u64, for the header's alignment.
         let mut buffer = vec![0u64; size.div_ceil(8)];
-        let head = exchange(control, number, &mut buffer, size, head, ask.payload)?;
+        let head = exchange(control, number, &mut buffer, size, head, arguments.payload)?;
         if head.flags & FLAG_BUFFER_FULL == 0 {
             return reply(&buffer, &head, size);
         }
@@ -311,7 +309,7 @@ pub fn call(control: &File, call: Call, ask: &Ask<'_>) -> io::Result<Reply> {
     Err(io::Error::from_raw_os_error(libc::EMSGSIZE))
 }
 
-/// Puts header and payload into the buffer, calls, and takes the header out again.
+/// Writes header and payload to the buffer, makes the call, and reads the header back.
 fn exchange(
     control: &File,
     number: libc::c_ulong,
@@ -369,10 +367,10 @@ mod tests {
 
     #[test]
     fn names_are_bounded() {
-        assert!(short("".into(), 0, 0).is_err());
-        assert!(short("a\0b".into(), 0, 0).is_err());
-        assert!(short(Key::Name(&"x".repeat(128)), 0, 0).is_err());
-        assert!(short(Key::Name(&"x".repeat(127)), 0, 0).is_ok());
+        assert!(header_request("".into(), 0, 0).is_err());
+        assert!(header_request("a\0b".into(), 0, 0).is_err());
+        assert!(header_request(Key::Name(&"x".repeat(128)), 0, 0).is_err());
+        assert!(header_request(Key::Name(&"x".repeat(127)), 0, 0).is_ok());
     }
 
     #[test]

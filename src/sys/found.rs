@@ -1,7 +1,7 @@
 //! What is at a path, as far as the kernel knows without asking a server?
 //!
-//! Linux `include/uapi/linux/stat.h`, statx(2). What cannot be known so is asked of a child process, see
-//! [`inquiry`].
+//! Linux `include/uapi/linux/stat.h`, statx(2). Calls that may have to wait for a server are made by a child
+//! process, see [`inquiry`].
 
 use std::ffi::CString;
 use std::io;
@@ -18,68 +18,68 @@ pub struct Found {
     pub dev: DeviceNumber,
     /// `st_ino`.
     pub inode: u64,
-    /// The block device that it stands for; None for everything else.
+    /// The number of the block device, if it is one.
     pub block_device: Option<DeviceNumber>,
-    /// It is a regular file.
+    /// True for a regular file.
     pub is_file: bool,
-    /// The mount's number, as in mountinfo (Linux 5.8); 0 where the kernel does not tell.
+    /// The id of the mount, as in mountinfo (Linux 5.8); 0 if the kernel does not report it.
     pub mount: u64,
 }
 
 impl Found {
-    /// Asks from this thread: where the way to `path` leads through the file system of a server, it may wait for that.
+    /// Asks in this thread, which waits if `path` leads through the file system of a dead server.
     ///
     /// # Errors
     /// The errno of statx(2).
     pub fn at(path: &Path) -> io::Result<Self> {
-        WhatIsAt::new(path, Known)?.ask().map(WhatIsAt::answer).map_err(io::Error::from_raw_os_error)
+        StatQuestion::new(path, Cached)?.ask().map(StatQuestion::answer).map_err(io::Error::from_raw_os_error)
     }
 
-    /// Asks from a child process, for [`inquiry::PATIENCE`] at most.
+    /// Asks in a child process, for at most [`inquiry::TIMEOUT`].
     ///
     /// # Errors
     /// The errno of statx(2); [`io::ErrorKind::TimedOut`].
-    pub fn in_time(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(WhatIsAt::new(path, Known)?, inquiry::PATIENCE)
+    pub fn with_timeout(path: &Path) -> io::Result<Self> {
+        inquiry::ask_one(StatQuestion::new(path, Cached)?, inquiry::TIMEOUT)
     }
 
-    /// Has the server asked, where there is one, even if the kernel knows what it would say; from a child process, for
-    /// [`inquiry::PATIENCE_FOR_NAMED`] at most.
+    /// Asks the server, if there is one, even if the kernel has the answer cached. In a child process, for at
+    /// most [`inquiry::TIMEOUT_FOR_NAMED`].
     ///
     /// # Errors
-    /// As [`Found::in_time`].
-    pub fn asked_anew(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(WhatIsAt::new(path, Anew)?, inquiry::PATIENCE_FOR_NAMED)
+    /// As [`Found::with_timeout`].
+    pub fn refreshed(path: &Path) -> io::Result<Self> {
+        inquiry::ask_one(StatQuestion::new(path, Server)?, inquiry::TIMEOUT_FOR_NAMED)
     }
 
-    /// Asks for all `paths` from a child process, for [`inquiry::PATIENCE`] each at most.
+    /// Asks for all `paths` in a child process, for at most [`inquiry::TIMEOUT`] each.
     #[must_use]
-    pub fn all_in_time(paths: &[&Path]) -> Vec<io::Result<Self>> {
-        match paths.iter().map(|path| WhatIsAt::new(path, Known)).collect::<io::Result<Vec<_>>>() {
+    pub fn all_with_timeout(paths: &[&Path]) -> Vec<io::Result<Self>> {
+        match paths.iter().map(|path| StatQuestion::new(path, Cached)).collect::<io::Result<Vec<_>>>() {
             Ok(questions) => inquiry::ask(&questions),
             Err(error) => paths.iter().map(|_| Err(error.kind().into())).collect(),
         }
     }
 }
 
-/// Sizes of a file system.
+/// The sizes of a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Figures {
-    /// Of all blocks.
+pub struct FilesystemSizes {
+    /// Number of blocks.
     pub blocks: u64,
-    /// Bytes of a block.
+    /// Bytes per block.
     pub block_bytes: u64,
-    /// All inodes.
+    /// Number of inodes.
     pub files: u64,
 }
 
-impl Figures {
-    /// Those of the file system that `path` is in. Asks from a child process, for [`inquiry::PATIENCE`] at most.
+impl FilesystemSizes {
+    /// The sizes of the file system of `path`. Asks in a child process, for at most [`inquiry::TIMEOUT`].
     ///
     /// # Errors
     /// The errno of statfs(2); [`io::ErrorKind::TimedOut`].
-    pub fn in_time(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(FiguresOf(terminated(path)?), inquiry::PATIENCE)
+    pub fn with_timeout(path: &Path) -> io::Result<Self> {
+        inquiry::ask_one(StatfsQuestion(terminated(path)?), inquiry::TIMEOUT)
     }
 }
 
@@ -87,36 +87,36 @@ fn terminated(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
 }
 
-/// Whose word is taken.
+/// Where an answer comes from.
 #[derive(Clone, Copy)]
-enum Word {
-    /// The kernel's.
-    Known,
-    /// The server's, where there is one.
-    Anew,
+enum Source {
+    /// The kernel's cache.
+    Cached,
+    /// The server, if there is one.
+    Server,
 }
 
-use Word::{Anew, Known};
+use Source::{Cached, Server};
 
-/// [`Found`].
-struct WhatIsAt {
+/// The question for [`Found`].
+struct StatQuestion {
     path: CString,
     sync: libc::c_int,
 }
 
-impl WhatIsAt {
-    fn new(path: &Path, word: Word) -> io::Result<Self> {
-        let sync = match word {
-            Known => libc::AT_STATX_DONT_SYNC,
-            Anew => libc::AT_STATX_FORCE_SYNC,
+impl StatQuestion {
+    fn new(path: &Path, source: Source) -> io::Result<Self> {
+        let sync = match source {
+            Cached => libc::AT_STATX_DONT_SYNC,
+            Server => libc::AT_STATX_FORCE_SYNC,
         };
         Ok(Self { path: terminated(path)?, sync })
     }
 }
 
-// SAFETY: `ask` makes one system call. libc's statx() is that call alone, or the call and its emulation by fstatat();
-// both are async-signal-safe.
-unsafe impl Question for WhatIsAt {
+// SAFETY: `ask` makes one system call. libc's statx() is that call alone, or the call and its emulation by
+// fstatat(); both are async-signal-safe.
+unsafe impl Question for StatQuestion {
     type Answer = Found;
 
     fn ask(&self) -> Result<Words, i32> {
@@ -143,8 +143,8 @@ unsafe impl Question for WhatIsAt {
     }
 
     fn answer([dev, inode, rdev, mode, mount, _]: Words) -> Found {
-        let low = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0);
-        let number = |word: u64| DeviceNumber { major: low(word >> 32), minor: low(word) };
+        let low = |source: u64| u32::try_from(source & u64::from(u32::MAX)).unwrap_or(0);
+        let number = |source: u64| DeviceNumber { major: low(source >> 32), minor: low(source) };
         let kind = low(mode) & libc::S_IFMT;
         Found {
             dev: number(dev),
@@ -156,12 +156,12 @@ unsafe impl Question for WhatIsAt {
     }
 }
 
-/// [`Figures`].
-struct FiguresOf(CString);
+/// The question for [`FilesystemSizes`].
+struct StatfsQuestion(CString);
 
 // SAFETY: `ask` makes one system call.
-unsafe impl Question for FiguresOf {
-    type Answer = Figures;
+unsafe impl Question for StatfsQuestion {
+    type Answer = FilesystemSizes;
 
     fn ask(&self) -> Result<Words, i32> {
         // SAFETY: zeros are a valid `struct statfs`, which consists of numbers.
@@ -175,8 +175,8 @@ unsafe impl Question for FiguresOf {
         Ok(words)
     }
 
-    fn answer([blocks, block_bytes, files, ..]: Words) -> Figures {
-        Figures { blocks, block_bytes, files }
+    fn answer([blocks, block_bytes, files, ..]: Words) -> FilesystemSizes {
+        FilesystemSizes { blocks, block_bytes, files }
     }
 }
 
@@ -187,16 +187,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_what_stat_says() {
+    fn the_result_agrees_with_stat() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let meta = file.as_file().metadata().unwrap();
-        for found in [Found::at, Found::in_time, Found::asked_anew].map(|look| look(file.path())) {
+        for found in [Found::at, Found::with_timeout, Found::refreshed].map(|lookup| lookup(file.path())) {
             let found = found.unwrap();
             assert_eq!((found.dev, found.inode), (DeviceNumber::from_dev(meta.dev()), meta.ino()));
             assert!(found.is_file && found.block_device.is_none());
             assert_eq!(Some(found.mount), crate::sys::process::mount_of(file.as_file()));
         }
-        assert_eq!(Found::in_time(Path::new("/no/where")).unwrap_err().kind(), io::ErrorKind::NotFound);
-        assert!(Figures::in_time(file.path()).unwrap().blocks > 0);
+        assert_eq!(Found::with_timeout(Path::new("/no/where")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(FilesystemSizes::with_timeout(file.path()).unwrap().blocks > 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Filesystem freeze and thaw (FIFREEZE, FITHAW) and syncfs, through any open file of it.
+//! Freeze and thaw of a filesystem (FIFREEZE, FITHAW), and syncfs, through any open file on it.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +9,7 @@ use std::os::unix::fs::FileTypeExt as _;
 const FIFREEZE: libc::c_ulong = nix::request_code_readwrite!(b'X', 119, std::mem::size_of::<libc::c_int>());
 const FITHAW: libc::c_ulong = nix::request_code_readwrite!(b'X', 120, std::mem::size_of::<libc::c_int>());
 
-/// Writes back everything the filesystem of `file` has in memory.
+/// Writes back all dirty data of the filesystem of `file`.
 ///
 /// # Errors
 /// The kernel's errno; EIO for write-back errors since `file` was opened.
@@ -17,7 +17,7 @@ pub fn sync_filesystem(file: &File) -> io::Result<()> {
     nix::unistd::syncfs(file).map_err(io::Error::from)
 }
 
-/// Writes back what `file` stands for: the kernel's cache of a block device, else the whole filesystem.
+/// Writes back the kernel's cache if `file` is a block device, else its whole filesystem.
 ///
 /// # Errors
 /// The kernel's errno.
@@ -25,26 +25,26 @@ pub fn write_back(file: &File) -> io::Result<()> {
     if file.metadata()?.file_type().is_block_device() { file.sync_all() } else { sync_filesystem(file) }
 }
 
-/// Brings the filesystem of `file` to rest: returns when nothing is dirty and every writer waits.
+/// Freezes the filesystem of `file`: returns when nothing is dirty and every writer waits.
 ///
 /// # Errors
-/// EBUSY where it is frozen already, EOPNOTSUPP where it cannot be, EPERM.
+/// EBUSY if it is frozen already, EOPNOTSUPP if it cannot be frozen, EPERM.
 pub fn freeze(file: &File) -> io::Result<()> {
     call(file, FIFREEZE)
 }
 
-/// Lets the filesystem of `file` go on.
+/// Thaws the filesystem of `file`.
 ///
 /// # Errors
-/// EINVAL where it is not frozen (or is only being frozen).
+/// EINVAL if it is not frozen (or is only being frozen).
 pub fn thaw(file: &File) -> io::Result<()> {
     call(file, FITHAW)
 }
 
 fn call(file: &File, code: libc::c_ulong) -> io::Result<()> {
     let unused: libc::c_int = 0;
-    // SAFETY: the descriptor is open while `file` is borrowed; both requests take an int pointer
-    // that the kernel does not follow, and `unused` outlives the call all the same.
+    // SAFETY: the descriptor is open while `file` is borrowed; both requests take an int pointer that the
+    // kernel does not follow, and `unused` outlives the call anyway.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), code, std::ptr::from_ref(&unused)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filesystem_that_is_not_frozen_says_so() {
+    fn thawing_a_filesystem_that_is_not_frozen_fails() {
         let dir = tempfile::tempdir().unwrap();
         let file = File::open(dir.path()).unwrap();
         sync_filesystem(&file).unwrap();

@@ -1,11 +1,11 @@
-//! Which bytes of its device does a mounted filesystem call free? (FS_IOC_GETFSMAP)
+//! Which bytes of its device does a mounted filesystem report as free? (FS_IOC_GETFSMAP)
 //!
-//! Structures, numbers and the continuation (the last record of an answer is the low key of the next
-//! question): Linux `include/uapi/linux/fsmap.h`; ioctl_getfsmap(2). ext4 and xfs answer.
+//! Structures, numbers and the continuation (the last record of a reply is the low key of the next request):
+//! Linux `include/uapi/linux/fsmap.h`; ioctl_getfsmap(2). Supported by ext4 and xfs.
 //!
-//! Believes nothing that contradicts itself: a record whose numbers cannot be, or a free one that
-//! shares a byte with another, voids the answer. What is not told, because time or records ran out,
-//! passes for used: an answer that ends early is right as far as it goes.
+//! Rejects a reply that contradicts itself: an impossible record, or a free one that shares a byte with
+//! another. What is missing, because time or records ran out, counts as used: a reply that is cut short is
+//! right as far as it goes.
 
 use std::fs::File;
 use std::io;
@@ -28,9 +28,9 @@ const LAST: u32 = 0x20;
 /// `FMR_OWN_FREE`, if the owner is a special one.
 const OWNER_FREE: u64 = 1;
 
-/// Records in one answer; the kernel gathers about as many at a time (xfs: 128 KiB of them).
+/// Records in one reply; the kernel gathers about as many at a time (xfs: 128 KiB of them).
 const RECORDS: usize = 2048;
-/// Most answers: 8 million records. A filesystem with more is known in part.
+/// Most replies: 8 million records. The map of a filesystem with more is incomplete.
 const ANSWERS_MAX: usize = 4096;
 
 /// `struct fsmap`.
@@ -65,40 +65,40 @@ const _: () = assert!(std::mem::size_of::<Request>() == HEAD_BYTES + RECORDS * 6
 /// Why there is no map.
 #[derive(Debug, thiserror::Error)]
 pub enum NoMap {
-    /// The filesystem does not answer the question.
-    #[error("its filesystem does not tell what is free ({0})")]
-    CannotSay(io::Error),
-    /// It answers, but not of a device with a number.
-    #[error("its filesystem does not say on which device its free space is")]
+    /// The filesystem does not support the call.
+    #[error("its filesystem does not report free space ({0})")]
+    Unsupported(io::Error),
+    /// The filesystem supports it, but does not report device numbers.
+    #[error("its filesystem does not report the device of its free space")]
     NoDevice,
-    /// The answer contradicts itself.
-    #[error("what its filesystem tells of free space contradicts itself at byte {0}")]
+    /// The reply contradicts itself.
+    #[error("its filesystem reports contradictory free space at byte {0}")]
     Contradiction(u64),
-    /// It failed.
-    #[error("asking its filesystem what is free failed: {0}")]
+    /// The call failed.
+    #[error("reading the free space of its filesystem failed: {0}")]
     Failed(io::Error),
 }
 
 impl From<io::Error> for NoMap {
     fn from(error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) => Self::CannotSay(error),
+            Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) => Self::Unsupported(error),
             _ => Self::Failed(error),
         }
     }
 }
 
-/// What was told.
+/// The result of reading a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// The device whose bytes the extents are: the filesystem's data device.
+pub struct FreeMap {
+    /// The device to which the extents refer: the filesystem's data device.
     pub device: DeviceNumber,
-    /// False where time or records ran out before the end.
+    /// False if time or records ran out before the end.
     pub complete: bool,
 }
 
-/// Asks filesystems; the memory for the answers is taken when it is made, for it is used while they
-/// are frozen.
+/// Reads the maps of filesystems. Allocates its memory when it is created, as it is used while they are
+/// frozen.
 pub struct FreeReader {
     request: Box<Request>,
 }
@@ -110,7 +110,7 @@ impl Default for FreeReader {
 }
 
 impl FreeReader {
-    /// Takes the memory.
+    /// Allocates the memory.
     #[must_use]
     pub fn new() -> Self {
         let none = Record::default();
@@ -127,8 +127,8 @@ impl FreeReader {
         Self { request: Box::new(request) }
     }
 
-    /// Hands every free extent of the data device of `file`'s filesystem to `found`, ascending. No
-    /// question is asked after `deadline`. Where it fails, what `found` was handed is void.
+    /// Passes every free extent of the data device of `file`'s filesystem to `found`, in ascending order.
+    /// Makes no call after `deadline`. After an error, what `found` received is invalid.
     ///
     /// # Errors
     /// [`NoMap`].
@@ -137,30 +137,30 @@ impl FreeReader {
         file: &File,
         deadline: Instant,
         found: &mut dyn FnMut(Extent),
-    ) -> Result<Told, NoMap> {
-        // ext4 and xfs show the number of their data device in every file (s_dev).
+    ) -> Result<FreeMap, NoMap> {
+        // ext4 and xfs report the number of their data device in every file (s_dev).
         let device = DeviceNumber::from_dev(file.metadata().map_err(NoMap::Failed)?.dev());
         walk(&mut self.request, device, &mut |request| call(file, request), deadline, found)
     }
 }
 
 fn call(file: &File, request: &mut Request) -> io::Result<()> {
-    // SAFETY: the descriptor is open while `file` is borrowed. The kernel reads the head and both keys,
-    // and writes the head and at most `count` records behind the keys; `walk` sets `count` to the
-    // number of records that `request` has, and the layout is the kernel's (asserted above). Any bit
-    // pattern is a valid Request.
+    // SAFETY: the descriptor is open while `file` is borrowed. The kernel reads the head and both keys, and
+    // writes the head and at most `count` records after the keys; `walk` sets `count` to the number of
+    // records that `request` has, and the layout is the kernel's (asserted above). Any bit pattern is a valid
+    // Request.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), GETFSMAP, std::ptr::from_mut(request)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The questions and the judgement of the answers; `ask` is the kernel.
+/// Makes the requests and checks the replies; `ask` is the kernel.
 fn walk(
     request: &mut Request,
     device: DeviceNumber,
     ask: &mut dyn FnMut(&mut Request) -> io::Result<()>,
     deadline: Instant,
     found: &mut dyn FnMut(Extent),
-) -> Result<Told, NoMap> {
+) -> Result<FreeMap, NoMap> {
     let everything = Record {
         device: u32::MAX,
         flags: u32::MAX,
@@ -170,10 +170,10 @@ fn walk(
         ..Record::default()
     };
     let mut low = Record::default();
-    let mut judge = Judge { device, told_end: Bytes::ZERO, free_end: Bytes::ZERO, seen: false };
+    let mut checker = RecordChecker { device, records_end: Bytes::ZERO, free_end: Bytes::ZERO, seen: false };
     for _ in 0..ANSWERS_MAX {
         if Instant::now() >= deadline {
-            return judge.told(false);
+            return checker.result(false);
         }
         request.flags_in = 0;
         request.flags_out = 0;
@@ -185,42 +185,42 @@ fn walk(
         ask(request)?;
         let count = usize::try_from(request.entries).unwrap_or(usize::MAX);
         let records = request.records.get(..count).ok_or(NoMap::Contradiction(low.physical))?;
-        let Some(last) = records.last() else { return judge.told(true) };
+        let Some(last) = records.last() else { return checker.result(true) };
         if request.flags_out & OUT_DEVICE_NUMBERS == 0 {
             return Err(NoMap::NoDevice);
         }
         for record in records {
-            if let Some(free) = judge.record(record)? {
+            if let Some(free) = checker.record(record)? {
                 found(free);
             }
         }
         if last.flags & LAST != 0 {
-            return judge.told(true);
+            return checker.result(true);
         }
         if *last == low {
             return Err(NoMap::Contradiction(low.physical));
         }
         low = *last;
     }
-    judge.told(false)
+    checker.result(false)
 }
 
-/// What the records so far amount to.
-struct Judge {
+/// The state after the records so far.
+struct RecordChecker {
     device: DeviceNumber,
-    /// The farthest byte that any record so far has reached.
-    told_end: Bytes,
+    /// The highest end of all records so far.
+    records_end: Bytes,
     /// The end of the last free record.
     free_end: Bytes,
-    /// A record of the device has been seen.
+    /// True if a record of the device has been seen.
     seen: bool,
 }
 
-impl Judge {
-    /// The extent where the record tells of free space of the device. Records come in ascending order;
-    /// those of shared blocks overlap each other, and none overlaps a free one.
+impl RecordChecker {
+    /// Returns the extent if the record is free space of the device. Records arrive in ascending order; those
+    /// of shared blocks overlap each other, and none overlaps a free one.
     fn record(&mut self, record: &Record) -> Result<Option<Extent>, NoMap> {
-        // The numbers of xfs' log and realtime devices, too: what is free there is no matter of ours.
+        // Skips records of the log and realtime devices of xfs: their free space does not matter here.
         if DeviceNumber::from_dev(libc::dev_t::from(record.device)) != self.device {
             return Ok(None);
         }
@@ -229,11 +229,11 @@ impl Judge {
         let extent =
             Extent::with_length(Bytes(record.physical), Bytes(record.length)).ok_or_else(contradiction)?;
         let is_free = record.flags & SPECIAL_OWNER != 0 && record.owner == OWNER_FREE;
-        let at_least = if is_free { self.told_end } else { self.free_end };
+        let at_least = if is_free { self.records_end } else { self.free_end };
         if extent.start() < at_least {
             return Err(contradiction());
         }
-        self.told_end = self.told_end.max(extent.end());
+        self.records_end = self.records_end.max(extent.end());
         if !is_free {
             return Ok(None);
         }
@@ -241,9 +241,13 @@ impl Judge {
         Ok(Some(extent))
     }
 
-    fn told(&self, complete: bool) -> Result<Told, NoMap> {
-        // Not a word of the device in a complete answer: then s_dev is not what it is known by.
-        if complete && !self.seen { Err(NoMap::NoDevice) } else { Ok(Told { device: self.device, complete }) }
+    fn result(&self, complete: bool) -> Result<FreeMap, NoMap> {
+        // A complete reply without a record of the device: then s_dev is not the number in the records.
+        if complete && !self.seen {
+            Err(NoMap::NoDevice)
+        } else {
+            Ok(FreeMap { device: self.device, complete })
+        }
     }
 }
 
@@ -275,8 +279,8 @@ mod tests {
         Instant::now() + Duration::from_secs(60)
     }
 
-    /// Answers from a list, `batch` records at a time, by the documented continuation.
-    fn answer(all: &[Record], batch: usize, flags_out: u32) -> Result<(Told, Vec<(u64, u64)>), NoMap> {
+    /// Replies from a list, `batch` records at a time, by the documented continuation.
+    fn answer(all: &[Record], batch: usize, flags_out: u32) -> Result<(FreeMap, Vec<(u64, u64)>), NoMap> {
         let mut ask = |request: &mut Request| {
             let at = match all.iter().position(|record| *record == request.low) {
                 Some(last) => last + 1,
@@ -290,15 +294,15 @@ mod tests {
         };
         let mut found = Vec::new();
         let mut reader = FreeReader::new();
-        let told = walk(&mut reader.request, DEVICE, &mut ask, soon(), &mut |extent| {
+        let result = walk(&mut reader.request, DEVICE, &mut ask, soon(), &mut |extent| {
             found.push((extent.start().get(), extent.length().get()));
         })?;
-        Ok((told, found))
+        Ok((result, found))
     }
 
     proptest! {
         #[test]
-        fn every_free_record_is_found_however_the_answer_is_cut(
+        fn every_free_record_is_found_for_any_batch_size(
             kinds in prop::collection::vec((0u8..4, 1u64..9), 1..60), batch in 1usize..9, last_is_marked: bool,
         ) {
             let log = DeviceNumber { major: 8, minor: 1 };
@@ -308,7 +312,7 @@ mod tests {
                 all.push(match kind {
                     0 => free(at, length),
                     1 => used(at, length),
-                    // A special owner that is not "free".
+                    // A special owner other than "free".
                     2 => record(DEVICE, at, length, Some(3)),
                     // Free, but on the log's device.
                     _ => record(log, at, length, Some(OWNER_FREE)),
@@ -319,9 +323,9 @@ mod tests {
             if last_is_marked { all.last_mut().unwrap().flags |= LAST; }
             let is_known = all.iter().any(|record| record.device == u32::try_from(DEVICE.to_dev()).unwrap());
             match answer(&all, batch, OUT_DEVICE_NUMBERS) {
-                Ok((told, found)) => {
-                    prop_assert!(told.complete && is_known);
-                    prop_assert_eq!(told.device, DEVICE);
+                Ok((result, found)) => {
+                    prop_assert!(result.complete && is_known);
+                    prop_assert_eq!(result.device, DEVICE);
                     prop_assert_eq!(found, expected);
                 }
                 Err(error) => prop_assert!(!is_known && matches!(error, NoMap::NoDevice), "{}", error),
@@ -329,7 +333,7 @@ mod tests {
         }
 
         #[test]
-        fn no_answer_makes_it_panic_or_go_on_for_ever(
+        fn no_answer_makes_it_panic_or_loop(
             numbers in prop::collection::vec((any::<u64>(), any::<u64>(), any::<bool>()), 0..20), batch in 1usize..5,
         ) {
             let all: Vec<Record> = numbers.iter().map(|(start, length, is_free)| {
@@ -344,16 +348,16 @@ mod tests {
         let shared = [used(0, 8192), used(4096, 8192), free(12288, 4096)];
         assert_eq!(answer(&shared, 1, OUT_DEVICE_NUMBERS).unwrap().1, [(12288, 4096)]);
         for (name, bad) in [
-            ("free within what is used", vec![used(0, 8192), free(4096, 4096)]),
+            ("free within used", vec![used(0, 8192), free(4096, 4096)]),
             (
                 "free within a longer one before the last",
                 vec![used(0, 16384), used(0, 4096), free(8192, 4096)],
             ),
-            ("used within what is free", vec![free(0, 8192), used(4096, 4096)]),
+            ("used within free", vec![free(0, 8192), used(4096, 4096)]),
             ("free twice", vec![free(0, 8192), free(4096, 8192)]),
             ("out of order", vec![free(8192, 4096), free(0, 4096)]),
             ("empty", vec![free(0, 0)]),
-            ("behind the end of all numbers", vec![free(u64::MAX, 2)]),
+            ("past the end of all numbers", vec![free(u64::MAX, 2)]),
         ] {
             for batch in [1, 9] {
                 let result = answer(&bad, batch, OUT_DEVICE_NUMBERS);
@@ -391,11 +395,11 @@ mod tests {
             Ok(())
         };
         let mut count = 0;
-        let told = walk(&mut reader.request, DEVICE, &mut endless, soon(), &mut |_| count += 1).unwrap();
-        assert_eq!((told.complete, count), (false, ANSWERS_MAX));
-        let told =
+        let result = walk(&mut reader.request, DEVICE, &mut endless, soon(), &mut |_| count += 1).unwrap();
+        assert_eq!((result.complete, count), (false, ANSWERS_MAX));
+        let result =
             walk(&mut reader.request, DEVICE, &mut endless, Instant::now(), &mut |_| count += 1).unwrap();
-        assert_eq!((told.complete, count), (false, ANSWERS_MAX), "nothing is asked behind the deadline");
+        assert_eq!((result.complete, count), (false, ANSWERS_MAX), "no call is made after the deadline");
     }
 
     #[test]
@@ -404,10 +408,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_say_is_told_from_what_fails() {
+    fn an_unsupported_filesystem_is_distinguished_from_a_failed_call() {
         let file = File::open("/proc").unwrap();
         let result = FreeReader::new().read(&file, soon(), &mut |_| {});
-        assert!(matches!(result, Err(NoMap::CannotSay(_))), "{result:?}");
+        assert!(matches!(result, Err(NoMap::Unsupported(_))), "{result:?}");
         let failed = NoMap::from(io::Error::from_raw_os_error(libc::EIO));
         assert!(matches!(failed, NoMap::Failed(_)));
     }

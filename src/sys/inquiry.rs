@@ -1,15 +1,15 @@
-//! Questions to which there may be no answer: what is at a path, what does a loop device show?
+//! Questions to the kernel that may never be answered: what is at a path, what backs a loop device?
 //!
-//! A path can lead to a file system whose server is gone (NFS, FUSE). The kernel then waits for the server, and there are
-//! waits that no signal ends. A thread that is caught in one keeps its process from ending, with every lock that the
-//! process holds. So a child process asks. It holds nothing of ours, and if it does not answer in time, it is killed and
-//! left to the kernel.
+//! A path can lead to a file system whose server is gone (NFS, FUSE). The kernel then waits for the server,
+//! in some cases in a way that no signal ends. A thread in such a wait keeps its process from exiting, with
+//! every lock that the process holds. So a child process asks. It holds nothing of ours, and if it does not
+//! answer in time, it is killed and left to the kernel.
 //!
-//! The child is a fork of a process with threads: until its end it may call nothing but what is async-signal-safe
-//! (signal-safety(7)). [`Question::ask`] has to keep to that.
+//! The child is a fork of a process with threads: it may call only what is async-signal-safe
+//! (signal-safety(7)). [`Question::ask`] has to obey that.
 //!
-//! Answers come from what the kernel knows already (`AT_STATX_DONT_SYNC`), so that a server that is merely slow is rarely
-//! asked.
+//! Answers come from what the kernel has cached (`AT_STATX_DONT_SYNC`), so that a server that is merely slow
+//! is rarely asked.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
@@ -22,29 +22,29 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
-/// Longest wait for one answer about what is in use: a local file system has that in memory.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait for one answer about something in use: a local file system has the answer in memory.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Longest wait for an answer about what a person has named. A disk that has to wake up, or is busy, takes its time.
-pub const PATIENCE_FOR_NAMED: Duration = Duration::from_secs(20);
+/// Longest wait for an answer about a path from the user. A disk that has to spin up, or is busy, needs time.
+pub const TIMEOUT_FOR_NAMED: Duration = Duration::from_secs(20);
 
-/// What an answer is made of.
+/// The raw form of an answer.
 pub type Words = [u64; WORDS];
 
-/// Words of an answer.
+/// Number of words in an answer.
 pub const WORDS: usize = 6;
 
-/// Bytes of an answer on the pipe: the errno, then the words. Less than PIPE_BUF, so it arrives whole.
+/// Bytes of an answer on the pipe: the errno, then the words. At most PIPE_BUF, so it is written atomically.
 const REPLY_BYTES: usize = 8 * (WORDS + 1);
 
 /// Held while a child has descriptors of this process: from its fork until it has closed them.
-static BIRTH: Mutex<()> = Mutex::new(());
+static FORK_LOCK: Mutex<()> = Mutex::new(());
 
-/// No child has a descriptor of this process as long as the answer lives, for a look at who has what open. Nothing can be
-/// asked meanwhile.
-pub fn no_births() -> MutexGuard<'static, ()> {
-    // It guards nothing that could be left half-made.
-    BIRTH.lock().unwrap_or_else(PoisonError::into_inner)
+/// Blocks forks. As long as the result lives, no child has a descriptor of this process, so that a search for
+/// open files does not find a child's. No question can be asked meanwhile.
+pub fn block_forks() -> MutexGuard<'static, ()> {
+    // It protects no data, so a panic leaves nothing half-written.
+    FORK_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Something that a child process asks the kernel.
@@ -53,7 +53,7 @@ pub fn no_births() -> MutexGuard<'static, ()> {
 /// `ask` runs in the fork of a process with threads. It must not allocate, lock, or panic, nor call anything that is not
 /// async-signal-safe.
 pub unsafe trait Question {
-    /// What the words of an answer mean.
+    /// The decoded answer.
     type Answer;
 
     /// Asks. An error is an errno.
@@ -62,30 +62,30 @@ pub unsafe trait Question {
     /// The kernel's errno.
     fn ask(&self) -> Result<Words, i32>;
 
-    /// Runs in the process that wants to know.
+    /// Decodes an answer, in the parent.
     fn answer(words: Words) -> Self::Answer;
 }
 
-/// Asks all `questions`, in order, and waits [`PATIENCE`] for each answer at most. [`io::ErrorKind::TimedOut`] stands for
-/// a question that was not answered.
+/// Asks all `questions`, in order, and waits at most [`TIMEOUT`] for each answer. [`io::ErrorKind::TimedOut`]
+/// stands for a question without an answer.
 #[must_use]
 pub fn ask<Q: Question>(questions: &[Q]) -> Vec<io::Result<Q::Answer>> {
-    ask_within(questions, PATIENCE)
+    ask_within(questions, TIMEOUT)
 }
 
-/// Asks one question, as [`ask`], with a `patience` of its own.
+/// Asks one question, as [`ask`], with its own `timeout`.
 ///
 /// # Errors
 /// The kernel's errno; [`io::ErrorKind::TimedOut`].
-pub fn ask_one<Q: Question>(question: Q, patience: Duration) -> io::Result<Q::Answer> {
-    ask_within(&[question], patience).pop().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
+pub fn ask_one<Q: Question>(question: Q, timeout: Duration) -> io::Result<Q::Answer> {
+    ask_within(&[question], timeout).pop().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
 }
 
-fn ask_within<Q: Question>(questions: &[Q], patience: Duration) -> Vec<io::Result<Q::Answer>> {
+fn ask_within<Q: Question>(questions: &[Q], timeout: Duration) -> Vec<io::Result<Q::Answer>> {
     let mut answers = Vec::with_capacity(questions.len());
     while let Some(rest) = questions.get(answers.len()..).filter(|rest| !rest.is_empty()) {
-        let mut asker = match Asker::start(rest) {
-            Ok(asker) => asker,
+        let mut child_process = match QueryChild::start(rest) {
+            Ok(child_process) => child_process,
             Err(error) => {
                 let kind = error.kind();
                 answers.push(Err(error));
@@ -93,9 +93,9 @@ fn ask_within<Q: Question>(questions: &[Q], patience: Duration) -> Vec<io::Resul
                 return answers;
             }
         };
-        // After a question that is not answered another child asks the rest.
+        // After a timeout another child asks the remaining questions.
         while answers.len() < questions.len() {
-            let answer = asker.next(patience);
+            let answer = child_process.next(timeout);
             let is_lost = answer.is_none();
             let answer = answer.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
             answers.push(answer.map(Q::answer));
@@ -107,32 +107,32 @@ fn ask_within<Q: Question>(questions: &[Q], patience: Duration) -> Vec<io::Resul
     answers
 }
 
-/// The child, as its parent sees it.
-struct Asker {
+/// The parent's handle of the child.
+struct QueryChild {
     child: Pid,
     replies: io::PipeReader,
 }
 
-impl Asker {
+impl QueryChild {
     fn start<Q: Question>(questions: &[Q]) -> io::Result<Self> {
-        let (replies, theirs) = io::pipe()?;
-        let pipe = theirs.as_raw_fd();
-        let _birth = no_births();
+        let (replies, child_end) = io::pipe()?;
+        let pipe = child_end.as_raw_fd();
+        let _no_forks = block_forks();
         // SAFETY: the child calls `answer_all` only, which keeps to what is async-signal-safe and does not return.
         match unsafe { fork() }? {
             ForkResult::Parent { child } => {
-                drop(theirs);
-                let mut asker = Self { child, replies };
-                asker.replies.read_exact(&mut [0; CLOSED.len()])?;
-                Ok(asker)
+                drop(child_end);
+                let mut child_process = Self { child, replies };
+                child_process.replies.read_exact(&mut [0; CLOSED.len()])?;
+                Ok(child_process)
             }
             ForkResult::Child => answer_all(questions, pipe),
         }
     }
 
-    /// None where there is none in time, or the child has ended without one.
-    fn next(&mut self, patience: Duration) -> Option<io::Result<Words>> {
-        let end = Instant::now() + patience;
+    /// None if there is no answer in time, or the child has exited without one.
+    fn next(&mut self, timeout: Duration) -> Option<io::Result<Words>> {
+        let end = Instant::now() + timeout;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let time = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -155,10 +155,10 @@ impl Asker {
     }
 }
 
-impl Drop for Asker {
+impl Drop for QueryChild {
     fn drop(&mut self) {
-        // It has ended, or has nothing more to do. One that the kernel keeps waiting is not waited for: it becomes a
-        // zombie once it is let go, and the kernel's after our end.
+        // It has exited, or has nothing more to do. A child that the kernel keeps waiting is not waited for:
+        // it becomes a zombie when that wait ends, and init reaps it after our exit.
         let _ = kill(self.child, Signal::SIGKILL);
         for _ in 0..REAPING_ATTEMPTS {
             match waitpid(self.child, Some(WaitPidFlag::WNOHANG)) {
@@ -169,15 +169,15 @@ impl Drop for Asker {
     }
 }
 
-/// What a child says first: it has closed what it inherited.
+/// The first byte from the child: it has closed what it inherited.
 const CLOSED: [u8; 1] = [1];
 
-/// How often the end of a killed child is looked for.
+/// Attempts to reap a killed child.
 const REAPING_ATTEMPTS: u32 = 50;
-/// Pause in between.
+/// Pause between two attempts.
 const REAPING_PAUSE: Duration = Duration::from_micros(200);
 
-/// The child.
+/// Runs in the child.
 fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
     let pipe_number = pipe.cast_unsigned();
     // SAFETY: these calls take numbers only. The descriptors that they close are this child's copies, which nothing uses.
@@ -187,7 +187,7 @@ fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
     }
     // SAFETY: write() reads the constant, and no more than its length.
     if unsafe { libc::write(pipe, CLOSED.as_ptr().cast(), CLOSED.len()) } < 0 {
-        // SAFETY: ends this process without running anything of its parent's.
+        // SAFETY: exits this process without running any code of its parent.
         unsafe { libc::_exit(0) }
     }
     for question in questions {
@@ -204,7 +204,7 @@ fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
             break;
         }
     }
-    // SAFETY: ends this process without running anything of its parent's.
+    // SAFETY: exits this process without running any code of its parent.
     unsafe { libc::_exit(0) }
 }
 
@@ -212,7 +212,7 @@ fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
 mod tests {
     use super::*;
 
-    /// Answers with its number after a pause; an odd one with that errno.
+    /// Answers with its number after a pause; an odd number gives ENOENT.
     struct After {
         number: u64,
         pause_ms: libc::c_int,
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_not_answered_does_not_keep_the_others() {
+    fn a_question_without_answer_does_not_block_the_others() {
         let question = |number, pause_ms| After { number, pause_ms };
         let questions =
             [question(2, 0), question(4, 60_000), question(3, 0), question(6, 0), question(8, 60_000)];
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(answers.iter().map(of).collect::<Vec<_>>(), expected);
     }
 
-    /// Answers with the first descriptor from 3 on that is open, and is not the pipe.
+    /// Answers with the number of open descriptors.
     struct Inherited;
 
     // SAFETY: fcntl() is async-signal-safe, and nothing else is called.
@@ -266,8 +266,8 @@ mod tests {
     }
 
     #[test]
-    fn the_child_holds_nothing_of_its_parent() {
+    fn the_child_has_no_descriptors_of_its_parent() {
         let _held = tempfile::tempfile().unwrap();
-        assert_eq!(ask(&[Inherited])[0].as_ref().unwrap(), &1, "its pipe");
+        assert_eq!(ask(&[Inherited])[0].as_ref().unwrap(), &1, "only its pipe");
     }
 }

@@ -1,8 +1,8 @@
-//! Loop devices: attach with direct I/O, grow, look, detach.
+//! Loop devices: attach with direct I/O, grow, query, detach.
 //!
-//! Structures and numbers: Linux `include/uapi/linux/loop.h`. `LOOP_CONFIGURE` (Linux 5.8) sets
-//! backing file, block size and flags in one call, so there is no moment at which the device exists
-//! without its autoclear flag: a crash leaves nothing attached once the last user has closed it.
+//! Structures and numbers: Linux `include/uapi/linux/loop.h`. `LOOP_CONFIGURE` (Linux 5.8) sets backing file,
+//! block size and flags in one call, so the device never exists without its autoclear flag: after a crash
+//! nothing stays attached once the last user has closed it.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -32,9 +32,9 @@ const FLAG_READ_ONLY: u32 = 1;
 const FLAG_AUTOCLEAR: u32 = 4;
 const FLAG_DIRECT_IO: u32 = 16;
 
-/// Attempts to get a free loop device: another process may take the same one in between.
+/// Attempts to get a free loop device: another process may take the same one first.
 const ATTACH_ATTEMPTS: u32 = 64;
-/// Pause after an attempt that lost.
+/// Pause after an attempt that failed.
 const ATTACH_PAUSE: Duration = Duration::from_millis(10);
 
 /// `struct loop_info64`.
@@ -68,7 +68,7 @@ struct Config {
 const _: () = assert!(std::mem::size_of::<Info>() == 232);
 const _: () = assert!(std::mem::size_of::<Config>() == 304);
 
-const NO_INFO: Info = Info {
+const EMPTY_INFO: Info = Info {
     device: 0,
     inode: 0,
     rdevice: 0,
@@ -84,43 +84,42 @@ const NO_INFO: Info = Info {
     init: [0; 2],
 };
 
-/// A loop device that we have attached and hold open. Dropping it closes our handle; the kernel
-/// detaches the file once nobody else (a device-mapper table) uses the device any more.
+/// A loop device that we have attached and hold open. Dropping it closes our handle; the kernel detaches the
+/// file once nothing else (a device-mapper table) uses the device.
 #[derive(Debug)]
 pub struct LoopDevice {
     device: File,
     path: PathBuf,
 }
 
-/// What the kernel says of an attached loop device.
+/// The kernel's status of an attached loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoopStatus {
     /// `st_dev` of the backing file.
     pub backing_dev: u64,
     /// `st_ino` of the backing file.
     pub backing_inode: u64,
-    /// `st_rdev` of the backing file: of a block device its number, of anything else zero.
+    /// `st_rdev` of the backing file: the number of a block device, zero for anything else.
     pub backing_rdev: u64,
-    /// Where in the backing file it begins.
+    /// Its start in the backing file.
     pub offset: Bytes,
-    /// Its length, where it ends before the backing file does.
+    /// Its length, if it ends before the backing file.
     pub length: Option<Bytes>,
-    /// Writes are refused.
+    /// True if writes are refused.
     pub read_only: bool,
-    /// Detached by the kernel on the last close.
+    /// True if the kernel detaches it on the last close.
     pub autoclear: bool,
-    /// Reads and writes bypass the page cache of the backing file's filesystem.
+    /// True if reads and writes bypass the page cache of the backing file's filesystem.
     pub direct_io: bool,
 }
 
 impl LoopDevice {
-    /// Attaches `backing`, opened for reading and writing, to a free loop device with direct I/O,
-    /// logical blocks of `block_bytes`, detached by the kernel on its last close. Where the
-    /// filesystem cannot do direct I/O some kernels go on without (see [`LoopDevice::status`]) and
-    /// others refuse with EINVAL.
+    /// Attaches `backing`, opened for reading and writing, to a free loop device with direct I/O and logical
+    /// blocks of `block_bytes`. The kernel detaches it on its last close. If the filesystem has no direct
+    /// I/O, some kernels do without (see [`LoopDevice::status`]), others refuse with EINVAL.
     ///
     /// # Errors
-    /// The kernel's errno; ENOENT where the loop module is missing.
+    /// The kernel's errno; ENOENT if the loop module is missing.
     pub fn attach(backing: &File, block_bytes: u32, direct_io: bool) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open(CONTROL_PATH)?;
         let flags = FLAG_AUTOCLEAR | if direct_io { FLAG_DIRECT_IO } else { 0 };
@@ -130,7 +129,7 @@ impl LoopDevice {
             let number = call_plain(&control, CTL_GET_FREE)?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let config =
-                Config { fd, block_size: block_bytes, info: Info { flags, ..NO_INFO }, reserved: [0; 8] };
+                Config { fd, block_size: block_bytes, info: Info { flags, ..EMPTY_INFO }, reserved: [0; 8] };
             let result = open_node(&path)
                 .and_then(|device| configure(&device, &config).map(|()| Self { device, path }));
             match result {
@@ -143,23 +142,23 @@ impl LoopDevice {
         }
     }
 
-    /// A device that is attached already: to be enlarged, and held like one that we attached.
+    /// Opens a device that is attached already, to enlarge it, and to hold it like one that we attached.
     ///
     /// # Errors
-    /// The kernel's errno; ENXIO where nothing is attached.
+    /// The kernel's errno; ENXIO if nothing is attached.
     pub fn open(path: &Path) -> io::Result<Self> {
         let device = Self { device: open_node(path)?, path: path.to_owned() };
         device.status()?;
         Ok(device)
     }
 
-    /// Where its node is: /dev/loopN.
+    /// The path of its node: /dev/loopN.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its device number, as stat() has it.
+    /// Its device number, as returned by stat().
     ///
     /// # Errors
     /// The kernel's errno.
@@ -167,7 +166,7 @@ impl LoopDevice {
         self.device.metadata().map(|metadata| metadata.rdev())
     }
 
-    /// Takes over the backing file's present size.
+    /// Adopts the present size of the backing file.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -175,23 +174,24 @@ impl LoopDevice {
         call_plain(&self.device, SET_CAPACITY).map(|_| ())
     }
 
-    /// What the kernel says of it.
+    /// The kernel's status.
     ///
     /// # Errors
-    /// The kernel's errno; ENXIO where nothing is attached.
+    /// The kernel's errno; ENXIO if nothing is attached.
     pub fn status(&self) -> io::Result<LoopStatus> {
         info_of(self.device.as_raw_fd()).map(|info| status_from(&info)).map_err(io::Error::from_raw_os_error)
     }
 }
 
-/// The status of each of the loop devices at `paths`; None where no file is attached. A status is the file system's of the
-/// backing file to give, which may have to ask a server: so a child process asks, see [`inquiry`].
+/// The status of each of the loop devices at `paths`; None if no file is attached. The kernel gets it from
+/// the file system of the backing file, which may have to ask a server: so a child process asks, see
+/// [`inquiry`].
 ///
 /// # Errors
-/// Of each the kernel's errno; [`io::ErrorKind::TimedOut`] for one of which nothing is heard.
+/// For each device the kernel's errno; [`io::ErrorKind::TimedOut`] if there is no answer.
 pub fn statuses(paths: &[&Path]) -> Vec<io::Result<Option<LoopStatus>>> {
     let terminated = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap_or_default();
-    let questions: Vec<StatusOf> = paths.iter().map(|path| StatusOf(terminated(path))).collect();
+    let questions: Vec<StatusQuestion> = paths.iter().map(|path| StatusQuestion(terminated(path))).collect();
     let or_none = |answer: io::Result<LoopStatus>| match answer {
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
         answer => answer.map(Some),
@@ -199,7 +199,7 @@ pub fn statuses(paths: &[&Path]) -> Vec<io::Result<Option<LoopStatus>>> {
     inquiry::ask(&questions).into_iter().map(or_none).collect()
 }
 
-/// As [`statuses`], of one.
+/// As [`statuses`], for one device.
 ///
 /// # Errors
 /// As [`statuses`].
@@ -207,12 +207,12 @@ pub fn status(path: &Path) -> io::Result<Option<LoopStatus>> {
     statuses(&[path]).pop().unwrap_or(Ok(None))
 }
 
-/// The status of the loop device at a path.
-struct StatusOf(CString);
+/// The question for the status of the loop device at a path.
+struct StatusQuestion(CString);
 
 // SAFETY: `ask` makes system calls only, of which open() and close() are async-signal-safe by signal-safety(7), and ioctl()
 // is in every libc: a system call that takes no lock.
-unsafe impl Question for StatusOf {
+unsafe impl Question for StatusQuestion {
     type Answer = LoopStatus;
 
     fn ask(&self) -> Result<Words, i32> {
@@ -231,21 +231,20 @@ unsafe impl Question for StatusOf {
 
     fn answer([device, inode, rdevice, offset, size_limit, flags]: Words) -> LoopStatus {
         let flags = u32::try_from(flags).unwrap_or(0);
-        status_from(&Info { device, inode, rdevice, offset, size_limit, flags, ..NO_INFO })
+        status_from(&Info { device, inode, rdevice, offset, size_limit, flags, ..EMPTY_INFO })
     }
 }
 
-/// Detaches the file of the loop device at `path`: at once, or on the last close where somebody
-/// still uses it.
+/// Detaches the file of the loop device at `path`: at once, or on the last close if it is still in use.
 ///
 /// # Errors
-/// The kernel's errno; ENXIO where nothing is attached.
+/// The kernel's errno; ENXIO if nothing is attached.
 pub fn detach(path: &Path) -> io::Result<()> {
     let device = File::open(path)?;
     call_plain(&device, CLR_FD).map(|_| ())
 }
 
-/// Another process was faster: the device is taken (EBUSY), or its node is not made yet.
+/// Another process was faster: the device is in use (EBUSY), or its node does not exist yet.
 fn lost_race(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENXIO | libc::EAGAIN))
 }
@@ -267,9 +266,9 @@ fn configure(device: &File, config: &Config) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// An error is an errno.
+/// The error is an errno.
 fn info_of(device: RawFd) -> Result<Info, i32> {
-    let mut info = NO_INFO;
+    let mut info = EMPTY_INFO;
     // SAFETY: the kernel writes one `struct loop_info64` to the pointer, whose layout `Info` has
     // (size asserted above); it is live and exclusively ours for the call.
     let result = unsafe { libc::ioctl(device, GET_STATUS64, std::ptr::from_mut(&mut info)) };
@@ -293,7 +292,7 @@ fn status_from(info: &Info) -> LoopStatus {
 mod tests {
     use super::*;
 
-    /// Loop devices need root: elsewhere there is nothing to be seen.
+    /// Loop devices need root: without it the tests are skipped.
     fn may_attach() -> bool {
         nix::unistd::geteuid().is_root() && Path::new(CONTROL_PATH).exists()
     }
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_attached_grown_and_let_go_on_the_last_close() {
+    fn a_file_is_attached_grown_and_detached_on_the_last_close() {
         if !may_attach() {
             return;
         }
@@ -324,7 +323,7 @@ mod tests {
 
         let path = device.path().to_owned();
         drop(device);
-        // The detachment runs from a work queue of the kernel's.
+        // A work queue of the kernel does the detachment.
         for _ in 0..100 {
             match super::status(&path) {
                 Ok(Some(left)) if left.backing_inode == status.backing_inode => {
@@ -341,7 +340,7 @@ mod tests {
         if !may_attach() {
             return;
         }
-        // A pipe is no backing file.
+        // A pipe cannot be a backing file.
         let (reader, _writer) = std::io::pipe().unwrap();
         let file = File::from(std::os::fd::OwnedFd::from(reader));
         assert!(LoopDevice::attach(&file, 4096, true).is_err());

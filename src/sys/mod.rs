@@ -1,7 +1,7 @@
-//! The only unsafe code: what the kernel offers, made safe, one wrapper per call.
+//! The only unsafe code: safe wrappers for kernel interfaces, one wrapper per call.
 //!
-//! May use [`base`](crate::base) and nothing else of the crate. Decides no policy: a caller says
-//! what to do, this module says what the kernel answered, errno included.
+//! May use [`base`](crate::base) and nothing else of the crate. Has no policy: the caller decides what to do,
+//! and this module returns the kernel's result, including the errno.
 
 #![allow(unsafe_code, reason = "this module is where it belongs")]
 

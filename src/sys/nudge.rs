@@ -1,9 +1,9 @@
-//! An end to a call of the kernel that waits: at a given moment the waiting thread is sent a signal, again and again,
-//! until its work is done.
+//! Interrupts a system call that waits too long: from a given moment on, the waiting thread gets a signal
+//! again and again, until its work is done.
 //!
-//! A system call that sleeps interruptibly then answers EINTR (a suspension of device-mapper that waits for I/O in
-//! flight does); one that does not, goes on. The signal is SIGURG, which ends no process whoever sends it; its handler
-//! does nothing. Everything is made beforehand: [`Nudge::within`] allocates nothing.
+//! A call that sleeps interruptibly then returns EINTR (a suspension of device-mapper that waits for I/O in
+//! flight does so); another call is not affected. The signal is SIGURG, which ends no process; its handler
+//! does nothing. Everything is prepared in advance: [`Nudge::within`] allocates nothing.
 
 use std::cell::Cell;
 use std::io;
@@ -15,18 +15,18 @@ use std::time::{Duration, Instant};
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// Between two signals: the first may come before the call has begun to wait.
+/// Pause between two signals, as the first may arrive before the call has begun to wait.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// It calls next to nothing, and where memory is locked all of it is made at once.
+/// Small, as the thread calls next to nothing, and locked memory is allocated at once.
 const STACK_BYTES: usize = 128 << 10;
 
 thread_local! {
-    /// When the work of this thread is to end.
+    /// When the work of this thread has to end.
     static END: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// True where the work of the calling thread is past its end: a call that was interrupted must not be made again.
+/// True if the work of the calling thread is past its end: an interrupted call must not be repeated.
 #[must_use]
 pub fn is_overdue() -> bool {
     END.get().is_some_and(|end| Instant::now() >= end)
@@ -37,7 +37,7 @@ extern "C" fn on_nudge(_signal: libc::c_int) {}
 #[derive(Debug, Default)]
 struct State {
     end: Option<Instant>,
-    over: bool,
+    done: bool,
 }
 
 #[derive(Debug, Default)]
@@ -48,17 +48,17 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Each change of it is one assignment.
+        // Each change is one assignment, so the state is never half-written.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watch(&self, thread: Pthread) {
         let mut state = self.lock();
-        while !state.over {
+        while !state.done {
             state = match state.end.map(|end| end.saturating_duration_since(Instant::now())) {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(left) if left.is_zero() => {
-                    // Under the lock: once `within` has taken the deadline back, no signal follows.
+                    // Under the lock: once `within` has cleared the end, no signal follows.
                     let _ = pthread_kill(thread, Signal::SIGURG);
                     self.wait(state, PAUSE)
                 }
@@ -72,12 +72,12 @@ impl Shared {
     }
 }
 
-/// Who nudges the thread that made it, which it does not leave.
+/// Interrupts the thread that created it; cannot be moved to another.
 #[derive(Debug)]
 pub struct Nudge {
     shared: Arc<Shared>,
     watcher: Option<JoinHandle<()>>,
-    /// The thread that is nudged lives as long as this does.
+    /// !Send, so the thread that is interrupted lives as long as this value.
     _thread: PhantomData<*const ()>,
 }
 
@@ -85,26 +85,26 @@ impl Nudge {
     /// For the calling thread.
     ///
     /// # Errors
-    /// The kernel's refusal of a thread or a handler.
+    /// The kernel's, if it refuses the thread or the handler.
     pub fn new() -> io::Result<Self> {
         let action = SigAction::new(SigHandler::Handler(on_nudge), SaFlags::empty(), SigSet::empty());
         // SAFETY: the handler is an extern "C" function that does nothing.
         unsafe { sigaction(Signal::SIGURG, &action) }?;
         let shared = Arc::new(Shared::default());
-        let (theirs, thread) = (Arc::clone(&shared), pthread_self());
+        let (watcher_shared, thread) = (Arc::clone(&shared), pthread_self());
         let watcher = thread::Builder::new()
             .name("nudge".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || theirs.watch(thread))?;
+            .spawn(move || watcher_shared.watch(thread))?;
         Ok(Self { shared, watcher: Some(watcher), _thread: PhantomData })
     }
 
-    /// Does `work`; what waits in it past `end`, and can be interrupted, is.
+    /// Runs `work`. A wait in it that goes past `end` is interrupted, if it can be.
     pub fn within<T>(&self, end: Instant, work: impl FnOnce() -> T) -> T {
         self.set(Some(end));
-        let done = work();
+        let result = work();
         self.set(None);
-        done
+        result
     }
 
     fn set(&self, end: Option<Instant>) {
@@ -116,10 +116,10 @@ impl Nudge {
 
 impl Drop for Nudge {
     fn drop(&mut self) {
-        self.shared.lock().over = true;
+        self.shared.lock().done = true;
         self.shared.changed.notify_all();
         if let Some(watcher) = self.watcher.take() {
-            // It does nothing that could panic.
+            // The thread does nothing that could panic.
             let _ = watcher.join();
         }
     }
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_that_waits_ends_at_its_time_and_one_that_does_not_is_left_alone() {
+    fn a_long_wait_is_interrupted_at_its_end_and_a_short_one_is_not() {
         let nudge = Nudge::new().unwrap();
         let start = Instant::now();
         let waited = nudge.within(start + Duration::from_millis(50), || {

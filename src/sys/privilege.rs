@@ -1,19 +1,19 @@
-//! Who may do what: the one place that asks for root.
+//! Privileges: the one place that checks for root.
 
 use nix::unistd::geteuid;
 
 use crate::base::{Error, Result};
 
-/// True where the effective user is root.
+/// True if the effective user is root.
 #[must_use]
 pub fn is_root() -> bool {
     geteuid().is_root()
 }
 
-/// Refuses unless the effective user is root; `what` names what needs it: "copying a device".
+/// Refuses unless the effective user is root; `what` is the operation: "copying a device".
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), with what to do instead.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused), with an alternative.
 pub fn require_root(what: &str) -> Result<()> {
     if is_root() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The process itself: memory locking, its own end, and the crash points of the tests.
+//! This process: memory locking, open and mapped files, and the crash points of the tests.
 
 use std::fs::File;
 use std::io;
@@ -11,20 +11,20 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 use crate::base::DeviceNumber;
 
-/// How many have locked memory and not ended it.
+/// How many callers have locked memory and not unlocked it.
 static LOCKS: Mutex<u32> = Mutex::new(0);
 
-/// Keeps every page of this process, present and future, in memory: a page fault served from a
-/// frozen filesystem would never return. A limit that may be raised is. Calls count.
+/// Keeps every page of this process, present and future, in memory: a page fault on a frozen filesystem would
+/// never return. Raises the limit if permitted. Calls are counted.
 ///
 /// # Errors
-/// EPERM or ENOMEM where the limits forbid it.
+/// EPERM or ENOMEM if the limits forbid it.
 pub fn lock_memory() -> io::Result<()> {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK)
         && soft != RLIM_INFINITY
         && setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err()
     {
-        // Without CAP_SYS_RESOURCE there is what was granted; CAP_IPC_LOCK needs none of it.
+        // Without CAP_SYS_RESOURCE the granted limit applies; with CAP_IPC_LOCK none does.
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard);
     }
     let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -33,13 +33,14 @@ pub fn lock_memory() -> io::Result<()> {
     Ok(())
 }
 
-/// A path that leads another process to the very file that we have open, for as long as we have.
+/// A path by which another process reaches this very file, as long as we have it open.
 #[must_use]
 pub fn path_of(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
-/// The kernel's number of the mount that `file` was opened through, as in mountinfo; None where it does not tell.
+/// The id of the mount through which `file` was opened, as in mountinfo; None if the kernel does not report
+/// it.
 pub fn mount_of(file: &File) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
     text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
@@ -59,7 +60,7 @@ pub fn mapped_from() -> io::Result<Vec<DeviceNumber>> {
     Ok(maps.lines().filter_map(device).collect())
 }
 
-/// Ends one [`lock_memory`]; where none was successful, does nothing.
+/// Ends one [`lock_memory`]; does nothing if none succeeded.
 ///
 /// # Errors
 /// The kernel's errno.
@@ -69,12 +70,12 @@ pub fn unlock_memory() -> io::Result<()> {
     if *locks == 0 { munlockall().map_err(io::Error::from) } else { Ok(()) }
 }
 
-/// [`lock_memory`], as long as it lives.
+/// Locks memory as long as this value lives.
 #[derive(Debug)]
 pub struct LockedMemory(());
 
 impl LockedMemory {
-    /// Locks.
+    /// Locks memory.
     ///
     /// # Errors
     /// As [`lock_memory`].
@@ -85,29 +86,28 @@ impl LockedMemory {
 
 impl Drop for LockedMemory {
     fn drop(&mut self) {
-        // Pages that stay where they are do no harm.
+        // Pages that stay locked do no harm.
         let _ = unlock_memory();
     }
 }
 
-/// Closes every descriptor but the three standard ones, at the start of a process that uses no other yet. Best effort
-/// (Linux 5.9).
+/// Closes every descriptor except the three standard ones, at the start of a process that uses no others yet.
+/// Best effort (Linux 5.9).
 pub fn close_inherited() {
     // SAFETY: the call takes numbers only; nothing in this process owns a descriptor from 3 on yet.
     unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
 }
 
-/// A place where the tests may end or stall the process. Compiled to nothing without the feature
-/// `vm`.
+/// A place at which tests can kill or stall the process. Compiled to nothing without the feature `vm`.
 ///
-/// `TIDEMARK_CRASH_AT=NAME` (or `NAME:N` for the n-th passage, from 1) kills the process with
-/// SIGKILL; `TIDEMARK_STOP_AT` likewise stops it with SIGSTOP, until SIGCONT;
-/// `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps there, the first time.
+/// `TIDEMARK_CRASH_AT=NAME` (or `NAME:N` for the n-th passage, from 1) kills the process with SIGKILL;
+/// `TIDEMARK_STOP_AT` likewise stops it with SIGSTOP, until SIGCONT; `TIDEMARK_STALL_AT=NAME:SECONDS` sleeps
+/// there, the first time.
 #[cfg(not(feature = "vm"))]
 #[inline]
 pub fn crash_point(_name: &str) {}
 
-/// See above.
+/// A place at which tests can kill or stall the process.
 #[cfg(feature = "vm")]
 pub fn crash_point(name: &str) {
     use std::collections::BTreeMap;
@@ -136,11 +136,11 @@ pub fn crash_point(name: &str) {
         *seen
     };
     if split("TIDEMARK_STOP_AT") == Some(seen) {
-        // Nothing but SIGCONT takes it up again, in this very call.
+        // Only SIGCONT continues it, in this very call.
         let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGSTOP);
     }
     if split("TIDEMARK_CRASH_AT") == Some(seen) {
-        // SIGKILL to oneself cannot fail and does not return to us.
+        // SIGKILL to oneself cannot fail, and the call does not return.
         let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
         loop {
             std::thread::park();

@@ -1,10 +1,11 @@
-//! Which settings of a block device's queue did an administrator make, and are they still in force?
+//! Which settings of a block device's queue has an administrator made, and are they still in force?
 //!
-//! A change of a device-mapper table computes the limits of the queue anew from what lies beneath
-//! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`) and drops what an administrator has set with that. Put back
-//! after every change are the read-ahead (also lvm2's `--readahead`) and the largest request. Others that are dropped (seen
-//! on 6.12: `discard_max_bytes`, `write_cache`; so is `rotational`) tell what the table can do as well: with another table
-//! the old value may be wrong, so they are put back with the table that they were made for.
+//! A change of a device-mapper table recomputes the limits of the queue from the devices below
+//! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`), and with that drops what an administrator
+//! has set. The read-ahead (also lvm2's `--readahead`) and the largest request are restored after every
+//! change. Others that are dropped (seen on 6.12: `discard_max_bytes`, `write_cache`; also `rotational`)
+//! depend on what the table can do: with another table the old value may be wrong. So these are restored only
+//! with the table for which they were made.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,19 +18,19 @@ use crate::base::DeviceNumber;
 const FILES: [&str; 5] =
     ["read_ahead_kb", "max_sectors_kb", "discard_max_bytes", "write_cache", "rotational"];
 
-/// Of those, the first ones are right with any table.
-const ANY_TABLE: usize = 2;
+/// How many of them, from the first on, are valid with any table.
+const TABLE_INDEPENDENT_COUNT: usize = 2;
 
-/// Settings as they were at one moment.
+/// The settings at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueSettings {
     directory: PathBuf,
-    /// In the order of [`FILES`]; None for one that cannot be read.
+    /// In the order of [`FILES`]; None if it cannot be read.
     values: [Option<String>; FILES.len()],
 }
 
 impl QueueSettings {
-    /// Of the device with this number.
+    /// The settings of the device with this number.
     #[must_use]
     pub fn read(number: DeviceNumber) -> Self {
         Self::read_in(directory_of(number))
@@ -41,30 +42,32 @@ impl QueueSettings {
         Self { directory, values }
     }
 
-    /// As a job's record has them: values by the names of their files.
+    /// The settings as in a job's record: values by the names of their files.
     #[must_use]
     pub fn to_record(&self) -> BTreeMap<String, String> {
         let read = FILES.iter().zip(&self.values);
         read.filter_map(|(file, value)| Some(((*file).to_owned(), value.clone()?))).collect()
     }
 
-    /// Those of the device with this number that a job has recorded. Files that are not known here are passed over.
+    /// The settings of the device with this number, from a job's record. Unknown files are ignored.
     #[must_use]
     pub fn from_record(number: DeviceNumber, record: &BTreeMap<String, String>) -> Self {
         Self { directory: directory_of(number), values: FILES.map(|file| record.get(file).cloned()) }
     }
 
-    /// Writes what is no longer so of that which is right with any table. The kernel may wait for the device's I/O in
-    /// flight: not while the device is suspended. Answers the files that could not be written: their settings are lost.
+    /// Restores the settings that are valid with any table, if they have changed. The kernel may wait for the
+    /// device's I/O in flight: not to be called while the device is suspended. Returns the files that could
+    /// not be written, whose settings are lost.
     #[must_use]
-    pub fn put_back(&self) -> Vec<PathBuf> {
-        self.write(0..ANY_TABLE)
+    pub fn restore_any_table(&self) -> Vec<PathBuf> {
+        self.write(0..TABLE_INDEPENDENT_COUNT)
     }
 
-    /// As [`QueueSettings::put_back`], but the others: the table is the one that they were read with.
+    /// As [`QueueSettings::restore_any_table`], for the other settings: the active table must be the one with
+    /// which they were read.
     #[must_use]
-    pub fn put_back_of_table(&self) -> Vec<PathBuf> {
-        self.write(ANY_TABLE..FILES.len())
+    pub fn restore_same_table(&self) -> Vec<PathBuf> {
+        self.write(TABLE_INDEPENDENT_COUNT..FILES.len())
     }
 
     fn write(&self, which: Range<usize>) -> Vec<PathBuf> {
@@ -93,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_changed_is_put_back_and_nothing_else_is_written() {
+    fn only_changed_settings_are_restored() {
         let dir = tempfile::tempdir().unwrap();
         let path = |file: &str| dir.path().join(file);
         fs::write(path(FILES[0]), "4096\n").unwrap();
@@ -102,30 +105,30 @@ mod tests {
         let settings = QueueSettings::read_in(dir.path().to_owned());
         fs::write(path(FILES[0]), "128\n").unwrap();
         fs::write(path(FILES[3]), "write back\n").unwrap();
-        assert!(settings.put_back().is_empty());
+        assert!(settings.restore_any_table().is_empty());
         assert_eq!(fs::read_to_string(path(FILES[0])).unwrap(), "4096");
-        // What depends on the table waits for it.
+        // A setting that depends on the table is not restored yet.
         assert_eq!(fs::read_to_string(path(FILES[3])).unwrap(), "write back\n");
-        // What was set since stays, where it has been put back once.
+        // A setting that was restored once, and changed since, stays.
         fs::write(path(FILES[0]), "2048\n").unwrap();
-        assert!(settings.put_back_of_table().is_empty());
+        assert!(settings.restore_same_table().is_empty());
         assert_eq!(fs::read_to_string(path(FILES[0])).unwrap(), "2048\n");
         assert_eq!(fs::read_to_string(path(FILES[3])).unwrap(), "write through");
-        // A file that is gone is not made.
+        // A missing file is not created.
         fs::remove_file(path(FILES[1])).unwrap();
         let settings = QueueSettings::read_in(dir.path().to_owned());
-        assert!(settings.put_back().is_empty());
+        assert!(settings.restore_any_table().is_empty());
         assert!(!path(FILES[1]).exists());
     }
 
     #[test]
-    fn a_record_has_what_was_read_and_is_taken_as_far_as_it_is_known() {
+    fn a_record_round_trips_and_unknown_files_are_ignored() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("read_ahead_kb"), "4096\n").unwrap();
         let settings = QueueSettings::read_in(dir.path().to_owned());
         let mut record = settings.to_record();
         assert_eq!(record, BTreeMap::from([("read_ahead_kb".to_owned(), "4096".to_owned())]));
-        // What stands in a record never leads out of the queue's directory.
+        // A name in a record never leads out of the queue's directory.
         record.insert("../uevent".to_owned(), "add".to_owned());
         let number = DeviceNumber { major: 253, minor: 3 };
         let taken = QueueSettings::from_record(number, &record);
@@ -133,11 +136,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_put_back_is_told() {
+    fn settings_that_cannot_be_restored_are_returned() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILES[0]), "4096\n").unwrap();
         let settings = QueueSettings::read_in(dir.path().to_owned());
         drop(dir);
-        assert_eq!(settings.put_back(), [settings.directory.join(FILES[0])]);
+        assert_eq!(settings.restore_any_table(), [settings.directory.join(FILES[0])]);
     }
 }

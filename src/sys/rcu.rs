@@ -1,40 +1,41 @@
-//! Shorter grace periods for as long as somebody waits for one.
+//! Expedites RCU grace periods while writers wait for one.
 //!
-//! Freezing a filesystem waits three times until every processor has passed a quiescent state
-//! (`percpu_down_write` for each level, Linux `fs/super.c`), suspending a device waits at least once. At some 15 ms each
-//! that is most of the time for which applications are held. `/sys/kernel/rcu_expedited` makes the kernel ask the
-//! processors instead of waiting for them to come by (Linux `Documentation/admin-guide/kernel-parameters.txt`,
-//! rcupdate.rcu_expedited): a millisecond, for an interrupt on each. Where an administrator has set
-//! `rcu_normal`, as real-time systems do, that wins in the kernel itself.
+//! Freezing a filesystem waits three times for a grace period (`percpu_down_write` for each level, Linux
+//! `fs/super.c`), suspending a device at least once. At some 15 ms each, that is most of the time for which
+//! applications are held. With `/sys/kernel/rcu_expedited` the kernel interrupts the processors instead of
+//! waiting for each to pass a quiescent state (Linux `Documentation/admin-guide/kernel-parameters.txt`,
+//! rcupdate.rcu_expedited): a millisecond, for an interrupt on each. If an administrator has set
+//! `rcu_normal`, as real-time systems do, the kernel gives that precedence.
 //!
-//! The switch is a number, and any but 0 is on (`rcu_expedited_store`, Linux `kernel/ksysfs.c`). We write one that nobody
-//! else does, and turn off only what still is that number: what an administrator sets meanwhile stays.
+//! The switch is a number; any value except 0 is on (`rcu_expedited_store`, Linux `kernel/ksysfs.c`). We
+//! write a value that no other tool uses, and turn the switch off only if it still has that value: a value
+//! that an administrator sets meanwhile stays.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-/// The switch.
+/// The path of the switch.
 pub const PATH: &str = "/sys/kernel/rcu_expedited";
 
-/// On, by us: the bytes of "TM".
-const OURS: &[u8] = b"21581";
+/// The value that we write: the bytes of "TM".
+const OUR_VALUE: &[u8] = b"21581";
 
 /// Longest content that is read.
 const CONTENT_BYTES_MAX: usize = 32;
 
-/// The switch, open.
+/// The open switch.
 #[derive(Debug)]
 pub struct Expedite {
     file: File,
 }
 
 impl Expedite {
-    /// Opens it.
+    /// Opens the switch.
     ///
     /// # Errors
-    /// The kernel's, where it has no such switch, or it is not ours to turn.
+    /// The kernel's, if it has no such switch, or we may not write to it.
     pub fn open() -> io::Result<Self> {
         Self::open_at(Path::new(PATH))
     }
@@ -43,18 +44,19 @@ impl Expedite {
         OpenOptions::new().read(true).write(true).open(path).map(|file| Self { file })
     }
 
-    /// None where there is none for us, and where it is on already: then it is not ours to turn off.
+    /// Opens the switch if it exists, we may write to it, and it is off. If it is on already, it is not ours
+    /// to turn off.
     #[must_use]
-    pub fn find_off() -> Option<Self> {
+    pub fn open_if_off() -> Option<Self> {
         Self::open().ok().filter(|switch| switch.state().is_ok_and(|state| state == b"0"))
     }
 
-    /// Is it on, by our doing?
+    /// True if it is on because we turned it on.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn is_on_by_us(&self) -> io::Result<bool> {
-        Ok(self.state()? == OURS)
+    pub fn is_ours(&self) -> io::Result<bool> {
+        Ok(self.state()? == OUR_VALUE)
     }
 
     fn state(&self) -> io::Result<Vec<u8>> {
@@ -63,20 +65,20 @@ impl Expedite {
         Ok(content[..length].trim_ascii().to_vec())
     }
 
-    /// Turns it on.
+    /// Turns it on, with our value.
     ///
     /// # Errors
     /// The kernel's.
     pub fn turn_on(&self) -> io::Result<()> {
-        self.file.write_all_at(OURS, 0)
+        self.file.write_all_at(OUR_VALUE, 0)
     }
 
-    /// Turns it off where it is on by our doing.
+    /// Turns it off if we turned it on.
     ///
     /// # Errors
     /// The kernel's.
     pub fn turn_off(&self) -> io::Result<()> {
-        if self.is_on_by_us()? { self.file.write_all_at(b"0", 0) } else { Ok(()) }
+        if self.is_ours()? { self.file.write_all_at(b"0", 0) } else { Ok(()) }
     }
 }
 
@@ -85,13 +87,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_somebody_else_has_set_meanwhile_stays() {
+    fn a_value_set_by_another_process_stays() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "0\n").unwrap();
         let switch = Expedite::open_at(file.path()).unwrap();
         switch.turn_on().unwrap();
-        assert!(switch.is_on_by_us().unwrap());
-        // A file keeps what a shorter text does not cover; the kernel's does not.
+        assert!(switch.is_ours().unwrap());
+        // Unlike the kernel, a file keeps the rest of a longer text.
         std::fs::write(file.path(), "1\n").unwrap();
         switch.turn_off().unwrap();
         assert_eq!(std::fs::read(file.path()).unwrap(), b"1\n");

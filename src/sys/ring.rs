@@ -1,15 +1,16 @@
-//! A safe io_uring: which memory may the kernel touch, and until when?
+//! A safe io_uring: which memory may the kernel access, and until when?
 //!
 //! Invariants:
-//! - a buffer that an operation names is *held* by the ring ([`Ring::hold`]) from before its
-//!   submission until after its completion was taken; [`Ring::release`] gives it back only then;
-//! - files are owned by the ring for its whole life;
-//! - never more operations under way than [`Ring::capacity`], so neither queue overflows;
-//! - dropping cancels what may never end (streams), waits for the rest up to [`DRAIN_MAX`], and then
-//!   leaks buffers, files and ring rather than freeing what the kernel may still write to;
-//! - the ring stays on the thread that made it: the kernel may have been promised a single issuer.
+//! - a buffer that an operation names is *held* by the ring ([`Ring::hold`]) from before its submission until
+//!   its completion has been taken; only then can [`Ring::release`] return it;
+//! - the ring owns its files for its whole life;
+//! - there are never more operations in flight than [`Ring::capacity`], so neither queue overflows;
+//! - dropping the ring cancels operations that may never complete (streams), and waits for the rest up to
+//!   [`DRAIN_MAX`]. If some are left, buffers, files and ring are leaked, as the kernel may still write to
+//!   them;
+//! - the ring stays on the thread that created it: the kernel may have been promised a single issuer.
 //!
-//! Must not decide what an answer means: results are the kernel's numbers.
+//! Must not interpret results: they are the kernel's numbers.
 
 use std::fmt;
 use std::io;
@@ -26,32 +27,32 @@ use io_uring::{IoUring, Probe, opcode, squeue};
 use super::aligned::{AlignedBuffer, Registration};
 use crate::base::Bytes;
 
-/// Operations under way at most: deep enough for any disk, small enough for any memlock limit.
+/// Most operations in flight: enough for any disk, and within any memlock limit.
 pub const ENTRIES: u16 = 256;
 
-/// Files of one ring at most.
+/// Most files of one ring.
 pub const FILES_MAX: usize = 64;
 
-/// Longest that dropping a ring waits for the kernel.
+/// Longest wait for the kernel when a ring is dropped.
 pub const DRAIN_MAX: Duration = Duration::from_secs(60);
 
-/// Failing calls in a row before dropping a ring stops waiting.
+/// Consecutive failed calls after which dropping a ring stops waiting.
 const DRAIN_FAILURES_MAX: u32 = 100;
 
-/// The stream position: the kernel's offset for "where the file stands".
+/// The offset by which the kernel uses the stream's own position.
 const OFFSET_CURRENT: u64 = u64::MAX;
 
 /// A file of the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSlot(u16);
 
-/// A held buffer.
+/// A buffer held by the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HoldIx(usize);
 
-/// One operation. Offsets are bytes; None is the stream's own position.
+/// One operation. Offsets are bytes; None means the stream's own position.
 #[derive(Clone, Debug)]
-#[allow(missing_docs)] // the variants say what their fields are
+#[allow(missing_docs)] // the variants describe their fields
 pub enum Operation {
     /// Fill `range` of a held buffer.
     Read { hold: HoldIx, range: Range<usize>, offset: Option<Bytes> },
@@ -67,23 +68,23 @@ pub enum Operation {
     PollOut,
 }
 
-/// The kernel's answer to one operation.
+/// The kernel's result of one operation.
 #[derive(Debug)]
-pub struct Answer {
+pub struct CompletedOperation {
     /// The caller's number.
     pub user: u64,
-    /// Bytes transferred (0 for operations without), or the errno.
+    /// Bytes transferred (0 for operations without data), or the errno.
     pub result: io::Result<usize>,
 }
 
-/// What the kernel granted.
+/// The features that the kernel granted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Features {
-    /// The set-up flags that it took: 2 single issuer with deferred work, 1 cooperative, 0 none.
+    /// The set-up flags that it accepted: 2 single issuer with deferred work, 1 cooperative, 0 none.
     level: u8,
-    /// Buffers are registered.
+    /// True if buffers are registered.
     pub fixed_buffers: bool,
-    /// Files are registered.
+    /// True if files are registered.
     pub fixed_files: bool,
 }
 
@@ -96,13 +97,13 @@ impl fmt::Display for Features {
     }
 }
 
-/// What to ask the kernel for, at most. The default is everything; less is for trying what an older
+/// The most that is requested from the kernel. The default is everything; less is for testing what an older
 /// or stricter kernel grants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingOptions {
-    /// See [`Features`]: 2, 1 or 0.
+    /// Highest set of set-up flags to try: 2, 1 or 0, see [`Features`].
     pub level_max: u8,
-    /// Register buffers and files.
+    /// Whether to register buffers and files.
     pub register: bool,
 }
 
@@ -112,37 +113,37 @@ impl Default for RingOptions {
     }
 }
 
-/// The set-up with the most flags.
+/// The set-up level with the most flags.
 const LEVEL_MAX: u8 = 2;
 
 #[derive(Debug)]
-struct Held {
+struct HeldBuffer {
     memory: AlignedBuffer,
-    under_way: u32,
+    in_flight: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct UnderWay {
+struct InFlight {
     user: u64,
     hold: Option<HoldIx>,
-    /// May wait for ever: to be cancelled before the ring is dropped.
+    /// May wait forever: must be cancelled before the ring is dropped.
     stream: bool,
 }
 
-/// See the module's head.
+/// An io_uring that owns all memory and files of its operations until they complete.
 pub struct Ring {
-    /// Dropped by hand, after the drain, or leaked.
+    /// Dropped explicitly after the drain, or leaked.
     ring: ManuallyDrop<IoUring>,
     id: u64,
     features: Features,
-    /// Dropped by hand, after the drain, or leaked.
+    /// Dropped explicitly after the drain, or leaked.
     files: ManuallyDrop<Vec<OwnedFd>>,
-    /// Dropped by hand, after the drain, or leaked.
-    held: ManuallyDrop<Vec<Option<Held>>>,
-    operations: Vec<Option<UnderWay>>,
+    /// Dropped explicitly after the drain, or leaked.
+    held: ManuallyDrop<Vec<Option<HeldBuffer>>>,
+    operations: Vec<Option<InFlight>>,
     free_operations: Vec<usize>,
-    under_way: usize,
-    /// Not Send: see the last invariant.
+    in_flight: usize,
+    /// Makes the ring !Send, as it must stay on its thread.
     thread: PhantomData<*const ()>,
 }
 
@@ -151,20 +152,20 @@ impl fmt::Debug for Ring {
         f.debug_struct("Ring")
             .field("features", &self.features)
             .field("files", &self.files.len())
-            .field("under_way", &self.under_way)
+            .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
     }
 }
 
-/// Numbers the rings of the process, so that a registration names one of them.
+/// Numbers the rings of the process, so that a registration identifies one of them.
 static NEXT_RING: AtomicU64 = AtomicU64::new(0);
 
 impl Ring {
-    /// A ring with as much as this kernel grants, and all of `memory` registered where it can be.
+    /// Creates a ring with all features that this kernel grants, and registers `memory` if possible.
     ///
     /// # Errors
-    /// The errno of io_uring_setup(2): ENOSYS, EPERM (io_uring_disabled, seccomp), ENOMEM (memlock
-    /// on old kernels); EOPNOTSUPP where an operation that we need is missing.
+    /// The errno of io_uring_setup(2): ENOSYS, EPERM (io_uring_disabled, seccomp), ENOMEM (memlock on old
+    /// kernels); EOPNOTSUPP if the kernel lacks an operation that is needed.
     pub fn new(memory: &mut [AlignedBuffer], options: RingOptions) -> io::Result<Self> {
         let (ring, level) = set_up(options.level_max)?;
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
@@ -180,7 +181,7 @@ impl Ring {
             held: ManuallyDrop::new(Vec::new()),
             operations: vec![None; capacity],
             free_operations: (0..capacity).rev().collect(),
-            under_way: 0,
+            in_flight: 0,
             thread: PhantomData,
         };
         if options.register {
@@ -206,9 +207,9 @@ impl Ring {
             .iter_mut()
             .map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() })
             .collect();
-        // SAFETY: each vector is a live allocation, exclusively borrowed now. The kernel pins the
-        // pages, so it never follows these addresses after they are freed; it writes to the pages
-        // only for an operation that names them, and `push` names only memory that the ring holds.
+        // SAFETY: each vector is a live allocation, exclusively borrowed now. The kernel pins the pages, so
+        // it never follows these addresses after they are freed; it writes to the pages only for an operation
+        // that names them, and `push` names only memory that the ring holds.
         match unsafe { self.ring.submitter().register_buffers(&vectors) } {
             Ok(()) => {
                 for (index, buffer) in (0u16..).zip(memory) {
@@ -222,31 +223,31 @@ impl Ring {
         }
     }
 
-    /// What the kernel granted.
+    /// The features that the kernel granted.
     #[must_use]
     pub fn features(&self) -> Features {
         self.features
     }
 
-    /// Operations that may be under way at once.
+    /// Most operations that may be in flight at once.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.operations.len()
     }
 
-    /// True where [`Ring::push`] takes another operation.
+    /// True if [`Ring::push`] can take another operation.
     #[must_use]
     pub fn has_room(&self) -> bool {
         !self.free_operations.is_empty()
     }
 
-    /// Operations pushed whose answers have not been taken.
+    /// Operations that were pushed and whose completions have not been taken.
     #[must_use]
-    pub fn under_way(&self) -> usize {
-        self.under_way
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
-    /// Takes a file over.
+    /// Takes ownership of a file.
     ///
     /// # Errors
     /// EMFILE past [`FILES_MAX`]; the errno of io_uring_register(2).
@@ -268,9 +269,9 @@ impl Ring {
         self.files[usize::from(slot.0)].as_fd()
     }
 
-    /// Takes a buffer over for operations to come.
+    /// Takes ownership of a buffer for later operations.
     pub fn hold(&mut self, memory: AlignedBuffer) -> HoldIx {
-        let held = Some(Held { memory, under_way: 0 });
+        let held = Some(HeldBuffer { memory, in_flight: 0 });
         match self.held.iter().position(Option::is_none) {
             Some(index) => {
                 self.held[index] = held;
@@ -283,22 +284,21 @@ impl Ring {
         }
     }
 
-    /// Gives a buffer back. Panics while an operation on it is under way: the caller's broken
-    /// invariant.
+    /// Returns a buffer. Panics while an operation on it is in flight: the caller's broken invariant.
     #[must_use]
     pub fn release(&mut self, hold: HoldIx) -> AlignedBuffer {
         let held = self.held[hold.0].take().expect("a held buffer is released once");
-        assert!(held.under_way == 0, "released with {} operations under way", held.under_way);
+        assert!(held.in_flight == 0, "released with {} operations in flight", held.in_flight);
         held.memory
     }
 
-    /// Queues an operation; the kernel sees it with the next [`Ring::submit`] or [`Ring::wait`].
-    /// `user` comes back in its [`Answer`]. With `may_wait` a worker thread of the kernel makes the call, and waits
-    /// where need be; without, the kernel first tries not to. Panics without room and for a range outside the buffer:
-    /// the caller's broken invariants.
+    /// Queues an operation; the kernel gets it with the next [`Ring::submit`] or [`Ring::wait`]. `user` is
+    /// returned in its [`CompletedOperation`]. With `may_wait` a worker thread of the kernel makes the call,
+    /// and may block; without, the kernel first tries not to block. Panics if there is no room, or for a
+    /// range outside the buffer: the caller's broken invariants.
     ///
     /// # Errors
-    /// The errno of io_uring_enter(2), where the submission queue had to be emptied first.
+    /// The errno of io_uring_enter(2), if the submission queue had to be emptied first.
     pub fn push(
         &mut self,
         slot: FileSlot,
@@ -306,7 +306,7 @@ impl Ring {
         user: u64,
         may_wait: bool,
     ) -> io::Result<()> {
-        assert!(usize::from(slot.0) < self.files.len(), "a slot is one that add_file gave");
+        assert!(usize::from(slot.0) < self.files.len(), "a slot must come from add_file");
         assert!(self.has_room(), "push needs room");
         if self.ring.submission().is_full() {
             self.submit()?;
@@ -323,20 +323,19 @@ impl Ring {
         };
         let entry = self.entry(slot, operation);
         let index = self.free_operations.pop().expect("has_room was asserted above");
-        self.operations[index] = Some(UnderWay { user, hold, stream });
-        self.under_way += 1;
+        self.operations[index] = Some(InFlight { user, hold, stream });
+        self.in_flight += 1;
         if let Some(hold) = hold {
-            self.held[hold.0].as_mut().expect("entry() has seen it held").under_way += 1;
+            self.held[hold.0].as_mut().expect("entry() has seen it held").in_flight += 1;
         }
         let flags = if may_wait { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = entry.user_data(user_data(index)).flags(flags);
-        // SAFETY: the memory that the entry names lies inside a held buffer (`memory_of` checks the
-        // range), stays at its address while held, and is held until the answer was taken
-        // (`under_way` counts; `release` refuses; Drop drains or leaks). A read's memory is borrowed
-        // by nobody else meanwhile, because the ring owns it and lends it to nobody. The file is open
-        // for the ring's life.
+        // SAFETY: the memory that the entry names lies inside a held buffer (`memory_of` checks the range),
+        // stays at its address while held, and is held until the completion has been taken (`in_flight`
+        // counts; `release` refuses; Drop drains or leaks). Nothing else borrows a read's memory meanwhile,
+        // as the ring owns it and does not lend it. The file is open for the ring's life.
         let pushed = unsafe { self.ring.submission().push(&entry) };
-        pushed.expect("the queue was not full above, and nobody else fills it");
+        pushed.expect("the queue was not full above, and nothing else fills it");
         Ok(())
     }
 
@@ -399,71 +398,71 @@ impl Ring {
         }
     }
 
-    /// Hands what is queued to the kernel, without waiting.
+    /// Submits what is queued, without waiting.
     ///
     /// # Errors
-    /// The errno of io_uring_enter(2); EINTR and the like (EAGAIN, EBUSY: take answers first) are no
-    /// error, what was not taken stays queued.
+    /// The errno of io_uring_enter(2). EINTR and the like (EAGAIN, EBUSY: take completions first) are no
+    /// error; what was not accepted stays queued.
     pub fn submit(&mut self) -> io::Result<()> {
-        tolerate(self.ring.submit())
+        ignore_transient(self.ring.submit())
     }
 
-    /// Hands what is queued to the kernel and waits for an answer, at most `timeout`.
+    /// Submits what is queued and waits for a completion, at most `timeout`.
     ///
     /// # Errors
-    /// As [`Ring::submit`]; running out of time is no error.
+    /// As [`Ring::submit`]; a timeout is no error.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let answer = match timeout {
+        let result = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(timeout) => {
                 let timespec = Timespec::from(timeout);
                 self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
             }
         };
-        tolerate(answer)
+        ignore_transient(result)
     }
 
-    /// The next answer, if there is one.
-    pub fn take_answer(&mut self) -> Option<Answer> {
+    /// The next completion, if there is one.
+    pub fn take_completion(&mut self) -> Option<CompletedOperation> {
         loop {
             let entry = self.ring.completion().next()?;
             let index = usize::try_from(entry.user_data()).ok();
             let slot = index.and_then(|index| self.operations.get_mut(index));
             let Some(operation) = slot.and_then(Option::take) else {
-                tracing::warn!(user_data = entry.user_data(), "io_uring: an answer to nothing asked");
+                tracing::warn!(user_data = entry.user_data(), "io_uring: a completion without an operation");
                 continue;
             };
             self.free_operations.extend(index);
-            self.under_way -= 1;
+            self.in_flight -= 1;
             if let Some(hold) = operation.hold {
-                self.held[hold.0].as_mut().expect("held while under way").under_way -= 1;
+                self.held[hold.0].as_mut().expect("held while in flight").in_flight -= 1;
             }
             let result = entry.result();
             let result = usize::try_from(result)
                 .map_err(|_| io::Error::from_raw_os_error(result.checked_neg().unwrap_or(libc::EIO)));
-            return Some(Answer { user: operation.user, result });
+            return Some(CompletedOperation { user: operation.user, result });
         }
     }
 
-    /// Asks the kernel to give up what may wait for ever.
+    /// Asks the kernel to cancel operations that may wait forever.
     fn cancel_streams(&self) {
         let streams = self.operations.iter().enumerate();
         for (index, _) in streams.filter(|(_, it)| it.is_some_and(|it| it.stream)) {
             let which = CancelBuilder::user_data(user_data(index));
-            // ENOENT: it has just ended. An old kernel has no such call: the drain then times out.
+            // ENOENT: it has just completed. An old kernel has no such call: the drain then times out.
             let _ = self.ring.submitter().register_sync_cancel(Some(Timespec::new()), which);
         }
     }
 
-    /// Waits until nothing is under way; false where the kernel still has something.
+    /// Waits until nothing is in flight; false if the kernel still has something.
     fn drain(&mut self) -> bool {
         let end = Instant::now() + DRAIN_MAX;
         let mut failures = 0;
         let _ = self.submit();
         self.cancel_streams();
         loop {
-            while self.take_answer().is_some() {}
-            if self.under_way == 0 {
+            while self.take_completion().is_some() {}
+            if self.in_flight == 0 {
                 return true;
             }
             if self.wait(Some(Duration::from_millis(100))).is_err() {
@@ -480,20 +479,20 @@ impl Drop for Ring {
     fn drop(&mut self) {
         if !self.drain() {
             tracing::warn!(
-                under_way = self.under_way,
-                "io_uring: the kernel does not finish; its memory is leaked rather than freed"
+                in_flight = self.in_flight,
+                "io_uring: operations do not complete; their memory is leaked rather than freed"
             );
             return;
         }
-        // Closing a ring gives its files back some time later; asked for, they go at once, and the
-        // caller may then open the device exclusively or remove it.
+        // Closing a ring releases its files some time later. Unregistered files are released at once, so that
+        // the caller may then open the device exclusively or remove it.
         if self.features.fixed_files
             && let Err(error) = self.ring.submitter().unregister_files()
         {
-            tracing::debug!(%error, "io_uring: files are given back late");
+            tracing::debug!(%error, "io_uring: files are released late");
         }
-        // SAFETY: each is dropped once, here, and not used after; the drain has seen the last answer,
-        // so the kernel uses neither memory nor files any more.
+        // SAFETY: each is dropped once, here, and not used after; the drain has seen the last completion, so
+        // the kernel uses neither memory nor files any more.
         unsafe {
             ManuallyDrop::drop(&mut self.ring);
             ManuallyDrop::drop(&mut self.files);
@@ -502,7 +501,7 @@ impl Drop for Ring {
     }
 }
 
-/// poll(2)'s flags as the kernel's mask; they are small and positive.
+/// The flags of poll(2) as the kernel's mask; they are small and positive.
 fn poll_mask(flags: libc::c_short) -> u32 {
     u32::from(flags.unsigned_abs())
 }
@@ -512,8 +511,8 @@ fn user_data(index: usize) -> u64 {
     u64::try_from(index).expect("Linux has at most 64 bits")
 }
 
-fn tolerate(answer: io::Result<usize>) -> io::Result<()> {
-    match answer {
+fn ignore_transient(result: io::Result<usize>) -> io::Result<()> {
+    match result {
         Ok(_) => Ok(()),
         Err(error) => match error.raw_os_error() {
             Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME) => Ok(()),
@@ -522,7 +521,7 @@ fn tolerate(answer: io::Result<usize>) -> io::Result<()> {
     }
 }
 
-/// The best set-up that the kernel takes, and its level (see [`Features`]).
+/// The best set-up that the kernel accepts, and its level (see [`Features`]).
 fn set_up(level_max: u8) -> io::Result<(IoUring, u8)> {
     let mut last = None;
     for level in (0..=level_max.min(LEVEL_MAX)).rev() {
@@ -544,7 +543,7 @@ fn set_up(level_max: u8) -> io::Result<(IoUring, u8)> {
     Err(last.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
 }
 
-/// Asks whether the kernel has every operation that we use.
+/// Checks that the kernel has every operation that is used.
 fn check_operations(ring: &IoUring) -> io::Result<()> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;

@@ -1,24 +1,23 @@
-//! System V semaphores of udev cookies, waited for with a time limit.
+//! System V semaphores of udev cookies, with a time limit on the wait.
 //!
-//! The protocol is libdevmapper's: the semaphore's key is the cookie; it counts uevents that udev
-//! has not finished with; udev's rules decrement it (`dmsetup udevcomplete`), and who made it waits
-//! for zero and destroys it. The kernel keeps a semaphore until it is destroyed, so it is destroyed
-//! on drop, whatever happened.
+//! The protocol is that of libdevmapper. The semaphore's key is the cookie, and its value counts the uevents
+//! that udev has not finished. udev's rules decrement it (`dmsetup udevcomplete`); its creator waits for zero
+//! and destroys it. The kernel keeps a semaphore until it is destroyed, so it is always destroyed on drop.
 
 use std::io;
 use std::time::Duration;
 
-/// One semaphore with a key of its own, destroyed on drop.
+/// One semaphore with its own key, destroyed on drop.
 #[derive(Debug)]
 pub struct CookieSemaphore {
     id: libc::c_int,
 }
 
 impl CookieSemaphore {
-    /// Makes the semaphore with `key`, its value `count`.
+    /// Creates the semaphore with `key` and the value `count`.
     ///
     /// # Errors
-    /// EEXIST where the key is taken; ENOSPC, ENOMEM; ENOSYS without System V IPC.
+    /// EEXIST if the key is taken; ENOSPC, ENOMEM; ENOSYS without System V IPC.
     pub fn create(key: u32, count: u16) -> io::Result<Self> {
         let key = libc::key_t::from_ne_bytes(key.to_ne_bytes());
         // SAFETY: semget takes no pointers.
@@ -36,10 +35,10 @@ impl CookieSemaphore {
         Ok(semaphore)
     }
 
-    /// Waits until the value is zero; false where `limit` runs out first.
+    /// Waits until the value is zero; false if `limit` passes first.
     ///
     /// # Errors
-    /// EINTR on a signal, EIDRM where somebody else destroyed it.
+    /// EINTR on a signal, EIDRM if another process destroyed it.
     pub fn wait_zero(&self, limit: Duration) -> io::Result<bool> {
         let mut operation = libc::sembuf { sem_num: 0, sem_op: 0, sem_flg: 0 };
         let limit = libc::timespec {
@@ -67,7 +66,7 @@ impl CookieSemaphore {
 
 impl Drop for CookieSemaphore {
     fn drop(&mut self) {
-        // SAFETY: IPC_RMID takes no further argument. Failure means it is gone already.
+        // SAFETY: IPC_RMID takes no further argument. Failure means that it is gone already.
         let _ = unsafe { libc::semctl(self.id, 0, libc::IPC_RMID) };
     }
 }

@@ -1,7 +1,7 @@
-//! Was standard output open when the process began? Rust's runtime opens /dev/null in the place of a closed
-//! one before main(), so that no file of ours is taken for it; afterwards nobody can tell the two apart, and
-//! a copy to a closed standard output would seem to succeed. So the question is asked before, by a function
-//! in `.init_array`, which the loader runs ahead of the runtime.
+//! Was standard output open when the process started? Rust's runtime replaces a closed one by /dev/null
+//! before main(), so that no file of ours gets its number. After that the two cannot be distinguished, and a
+//! copy to a closed standard output would seem to succeed. So it is checked earlier, by a function in
+//! `.init_array`, which the loader runs before the runtime.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,16 +11,16 @@ static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
 // extern "C" function may ignore; this static is one such function's address and nothing else.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static LOOK: extern "C" fn() = look;
+static CHECK_STDOUT: extern "C" fn() = check_stdout;
 
 /// Runs before main() and before Rust's runtime: only system calls and atomics.
-extern "C" fn look() {
-    // SAFETY: F_GETFD takes no argument and touches no memory; a closed descriptor is answered with EBADF.
+extern "C" fn check_stdout() {
+    // SAFETY: F_GETFD takes no argument and touches no memory; a closed descriptor returns EBADF.
     let flags = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) };
     STDOUT_WAS_CLOSED.store(flags == -1, Ordering::Relaxed);
 }
 
-/// True where the process was started with standard output closed (`>&-`): what is written to it is lost.
+/// True if the process was started with standard output closed (`>&-`): whatever is written to it is lost.
 #[must_use]
 pub fn stdout_was_closed() -> bool {
     STDOUT_WAS_CLOSED.load(Ordering::Relaxed)
@@ -32,7 +32,7 @@ mod tests {
 
     #[test]
     fn the_tests_standard_output_is_open() {
-        // The closed one is seen by the command's own tests, which start it so.
+        // The command's own tests start it with a closed one.
         assert!(!stdout_was_closed());
     }
 }

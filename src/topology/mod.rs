@@ -64,7 +64,7 @@ pub fn device_number(path: &Path) -> Result<Option<DeviceNumber>> {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
 pub fn check_answers(path: &Path) -> Result<()> {
-    match Found::asked_anew(path) {
+    match Found::refreshed(path) {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => {
             Err(Error::refused(format!("{} does not answer", path.display()))
                 .state("nothing was changed")

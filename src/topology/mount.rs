@@ -99,7 +99,7 @@ impl View {
         let is_local =
             on_the_way.peek().is_some() && on_the_way.all(|mount| BackingKind::answers_locally(&mount.kind));
         let path = self.path(path);
-        if is_local { Found::at(&path) } else { Found::in_time(&path) }
+        if is_local { Found::at(&path) } else { Found::with_timeout(&path) }
     }
 }
 

@@ -27,7 +27,7 @@ use super::graph::Node;
 use super::loops::LoopBacking;
 use super::mount::{Mount, MountTable, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
-use crate::sys::found::{Figures, Found};
+use crate::sys::found::{FilesystemSizes, Found};
 
 /// The state of the machine at one moment: to be queried, then dropped.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Observer {
     /// # Errors
     /// I/O errors of the lookup; [`std::io::ErrorKind::TimedOut`].
     pub fn at(&self, path: &Path) -> Result<Node> {
-        let found = Found::in_time(path).io_context(|| format!("examining {}", path.display()))?;
+        let found = Found::with_timeout(path).io_context(|| format!("examining {}", path.display()))?;
         Ok(self.node_of(&found, path))
     }
 
@@ -253,9 +253,9 @@ impl Observer {
             let top = options(&mount.options, &["upperdir"]);
             let lower = options(&mount.options, &["lowerdir", "lowerdir+", "datadir+"]);
             let is_of_view = top.first().or(lower.first()).is_some_and(|first| {
-                let figures = |path: &Path| Figures::in_time(&view.path(path)).ok();
-                let reported = figures(&mount.point);
-                reported.is_some() && reported == figures(first)
+                let sizes = |path: &Path| FilesystemSizes::with_timeout(&view.path(path)).ok();
+                let reported = sizes(&mount.point);
+                reported.is_some() && reported == sizes(first)
             });
             for layer in top.iter().chain(&lower).chain(&options(&mount.options, &["workdir"])) {
                 let nodes = found.entry(layer.clone()).or_default();

@@ -200,7 +200,7 @@ impl Topology {
         // Descriptors on file systems that may have to ask a server, by mount.
         let mut doubtful: BTreeMap<u64, Vec<Descriptor>> = BTreeMap::new();
         let own = std::process::id();
-        let no_births = inquiry::no_births();
+        let block_forks = inquiry::block_forks();
         for process in processes.into_iter().filter(|id| *id != own) {
             for descriptor in self.writable(process) {
                 match search.verdict(&descriptor) {
@@ -216,7 +216,7 @@ impl Topology {
                 }
             }
         }
-        drop(no_births);
+        drop(block_forks);
         for descriptors in doubtful.values() {
             if let Some(process) = search.query(path, descriptors)? {
                 return Ok(Some(self.as_user(process)));
@@ -344,7 +344,7 @@ impl<'a> Search<'a> {
         for descriptors in [first, rest] {
             let paths: Vec<&Path> = descriptors.iter().map(|it| it.path.as_path()).collect();
             let mut is_silent = false;
-            for (descriptor, answer) in descriptors.iter().zip(Found::all_in_time(&paths)) {
+            for (descriptor, answer) in descriptors.iter().zip(Found::all_with_timeout(&paths)) {
                 match answer {
                     Ok(found) if self.names.contains(&Identity::of(&found)) => {
                         return Ok(Some(descriptor.process));
@@ -406,7 +406,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Like a child that has not closed its inherited descriptors yet.
-                let _birth = inquiry::no_births();
+                let _no_forks = inquiry::block_forks();
                 let stdin = Stdio::from(fs::OpenOptions::new().write(true).open(file.path()).unwrap());
                 let mut child = Command::new("sleep").arg("0.5").stdin(stdin).spawn().unwrap();
                 born.send(()).unwrap();

@@ -116,7 +116,7 @@ impl Shared {
     }
 
     fn watch(&self) {
-        signal::refuse_in_this_thread();
+        signal::block_in_this_thread();
         let mut signalled: Option<Instant> = None;
         loop {
             let state = self.wake.wait_timeout_while(self.lock(), POLL, |state| !state.over);
@@ -127,7 +127,7 @@ impl Shared {
             if over || restored {
                 return;
             }
-            let is_asked = signal::stop_requested() || signal::is_untaken();
+            let is_asked = signal::stop_requested() || signal::is_stop_pending();
             if !is_asked {
                 signalled = None;
             }
