@@ -1,6 +1,6 @@
-//! The kernel's device-mapper, one method per call, with errors that name the device.
+//! The kernel's device-mapper: one method per call, with errors that name the device.
 //!
-//! A device is addressed by name or by number ([`Key`]). Nothing here decides an order: that is
+//! A device is addressed by name or by number ([`Key`]). The order of calls is decided elsewhere, in
 //! [`change`](crate::stack::change).
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt, Sectors};
 use crate::sys::dm_ioctl::{self, Call, CallArguments, Key, Reply, SuspendFlags};
 use crate::sys::nudge;
 
-use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, beside, is_ours};
+use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, is_ours, stack_device_name};
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
@@ -24,15 +24,15 @@ use super::target::TargetVersion;
 use super::udev::{Udev, with_cookie};
 use super::wire;
 
-/// The control device.
+/// The path of the control device.
 pub const CONTROL_PATH: &str = "/dev/mapper/control";
 
-/// Attempts to suspend when signals interrupt.
+/// Attempts to suspend while signals interrupt.
 const SUSPEND_ATTEMPTS: u32 = 64;
 
-/// Attempts to remove a device that somebody has open for a moment (blkid, a udev rule).
+/// Attempts to remove a device that another process has open for a moment (blkid, a udev rule).
 const REMOVE_ATTEMPTS: u32 = 50;
-/// Pause between them.
+/// Pause between two attempts.
 const REMOVE_PAUSE: Duration = Duration::from_millis(40);
 
 /// An open device-mapper.
@@ -40,7 +40,7 @@ pub struct Dm {
     control: File,
 }
 
-/// What the kernel says of a device.
+/// The kernel's information about a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DeviceInfo {
     /// Its name.
@@ -49,33 +49,32 @@ pub struct DeviceInfo {
     pub uuid: String,
     /// Its number.
     pub number: DeviceNumber,
-    /// How many have it open, other devices' tables included.
+    /// How often it is open, including by tables of other devices.
     pub open_count: u32,
-    /// I/O is held.
+    /// True if it is suspended.
     pub suspended: bool,
-    /// A table is in use.
+    /// True if it has an active table.
     pub has_active: bool,
-    /// A table is loaded and not in use.
+    /// True if it has an inactive table.
     pub has_inactive: bool,
-    /// Writes are refused.
+    /// True if writes are refused.
     pub read_only: bool,
 }
 
-/// Which of a device's two tables.
+/// One of a device's two tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Slot {
-    /// In use.
+    /// The table in use.
     Active,
-    /// Loaded, to be used on the next resume.
+    /// The loaded table, which the next resume activates.
     Inactive,
 }
 
 impl Dm {
-    /// Opens the control device (the kernel loads its module by this).
+    /// Opens the control device (which makes the kernel load its module).
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] without the right to, [`ErrorKind::Kernel`] where device-mapper is
-    /// missing.
+    /// [`ErrorKind::Refused`] without permission, [`ErrorKind::Kernel`] if device-mapper is missing.
     pub fn open() -> Result<Self> {
         let control = OpenOptions::new()
             .read(true)
@@ -92,9 +91,9 @@ impl Dm {
         Ok(Self { control })
     }
 
-    /// True where the kernel offers device-mapper to us, whether we may use it or not.
+    /// True if the control device exists, whether we may use it or not.
     #[must_use]
-    pub fn is_there() -> bool {
+    pub fn is_available() -> bool {
         std::path::Path::new(CONTROL_PATH).exists()
     }
 
@@ -112,7 +111,7 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn version(&self) -> Result<(u32, u32, u32)> {
-        let what = || "asking for device-mapper's version".to_owned();
+        let what = || "reading the version of device-mapper".to_owned();
         let [major, minor, patch] = self.call(Call::Version, &CallArguments::default(), what)?.version;
         Ok((major, minor, patch))
     }
@@ -122,16 +121,16 @@ impl Dm {
     /// # Errors
     /// The kernel's.
     pub fn targets(&self) -> Result<Vec<TargetVersion>> {
-        let what = || "listing device-mapper's targets".to_owned();
+        let what = || "listing the targets of device-mapper".to_owned();
         let reply = self.call(Call::ListVersions, &CallArguments::default(), what)?;
         wire::decode_versions(&reply.payload)
     }
 
-    /// True where the kernel has the target `kind`, whose module it loads if need be; false where it is too old to say
-    /// (before 5.4).
+    /// True if the kernel has the target `kind`; loads its module if necessary. False if the kernel is too
+    /// old to report it (before 5.4).
     #[must_use]
     pub fn has_target(&self, kind: &str) -> bool {
-        // The kernel takes it in the field of a device's name.
+        // The kernel takes the name in the field for a device name.
         let arguments = CallArguments { device: Some(kind.into()), ..CallArguments::default() };
         dm_ioctl::call(&self.control, Call::GetTargetVersion, &arguments).is_ok()
     }
@@ -145,7 +144,7 @@ impl Dm {
         wire::decode_names(&self.call(Call::ListDevices, &CallArguments::default(), what)?.payload)
     }
 
-    /// Every device of ours; one that goes away meanwhile is left out.
+    /// Every device that Tidemark created. A device that is removed meanwhile is left out.
     ///
     /// # Errors
     /// The kernel's.
@@ -161,17 +160,17 @@ impl Dm {
         Ok(found)
     }
 
-    /// What the kernel says of a device; None where there is none.
+    /// Information about a device; None if it does not exist.
     ///
     /// # Errors
-    /// The kernel's, and names that cannot be one.
+    /// The kernel's; an error for an impossible name.
     pub fn info<'a>(&self, device: impl Into<Key<'a>>) -> Result<Option<DeviceInfo>> {
         let device = device.into();
         let arguments = CallArguments { device: Some(device), ..CallArguments::default() };
         let reply = match dm_ioctl::call(&self.control, Call::DevStatus, &arguments) {
             Ok(reply) => reply,
             Err(source) if source.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
-            Err(source) => return Err(Error::kernel(format!("asking for device {device}"), source)),
+            Err(source) => return Err(Error::kernel(format!("querying device {device}"), source)),
         };
         let has = |flag| reply.flags & flag != 0;
         Ok(Some(DeviceInfo {
@@ -189,12 +188,12 @@ impl Dm {
     /// As [`Dm::info`], for a device that must exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Kernel`] where it does not.
+    /// [`ErrorKind::Kernel`] if it does not exist.
     pub fn info_of<'a>(&self, device: impl Into<Key<'a>>) -> Result<DeviceInfo> {
         let device = device.into();
         self.info(device)?.ok_or_else(|| {
             Error::kernel(
-                format!("asking for device {device}, which was removed or renamed"),
+                format!("querying device {device}, which was removed or renamed"),
                 io::Error::from_raw_os_error(libc::ENXIO),
             )
         })
@@ -208,10 +207,10 @@ impl Dm {
         Ok(self.list()?.into_iter().find(|(_, other)| *other == number).map(|(name, _)| name))
     }
 
-    /// A device's table; None where the slot is empty.
+    /// A device's table; None if the slot is empty.
     ///
     /// # Errors
-    /// The kernel's; [`ErrorKind::BadData`] for a table that breaks [`Table`]'s invariants.
+    /// The kernel's; [`ErrorKind::BadData`] for a table that violates an invariant of [`Table`].
     pub fn table<'a>(&self, device: impl Into<Key<'a>>, slot: Slot) -> Result<Option<Table>> {
         let device = device.into();
         let mut flags = dm_ioctl::FLAG_STATUS_TABLE | dm_ioctl::FLAG_NOFLUSH;
@@ -244,10 +243,10 @@ impl Dm {
         wire::decode_rows(&reply.payload, reply.target_count)
     }
 
-    /// The status of a device that is one `snapshot` target.
+    /// The status of a device that consists of one `snapshot` target.
     ///
     /// # Errors
-    /// The kernel's; [`ErrorKind::Kernel`] where the device is anything else.
+    /// The kernel's; [`ErrorKind::Kernel`] for any other device.
     pub fn snapshot_status(&self, name: &str) -> Result<SnapshotStatus> {
         match self.status(name)?.as_slice() {
             [(_, _, kind, text)] if kind == "snapshot" => Ok(SnapshotStatus::parse(text)),
@@ -261,26 +260,26 @@ impl Dm {
     /// The kernel's.
     pub fn dependencies(&self, name: &str) -> Result<Vec<DeviceNumber>> {
         let arguments = CallArguments { device: Some(name.into()), ..CallArguments::default() };
-        let reply = self.call(Call::TableDeps, &arguments, || format!("asking what {name} maps to"))?;
+        let reply = self.call(Call::TableDeps, &arguments, || format!("reading what {name} maps to"))?;
         wire::decode_dependencies(&reply.payload)
     }
 
-    /// A device of the stack that a copy has under device `name`; None where none has. Known by what `name` maps to, for
-    /// it may have been renamed since; and by its name, for all of it may be released.
+    /// A device of a copy's stack under device `name`; None if there is no stack. Found by what `name` maps
+    /// to, as `name` may have been renamed since; and by its own name, as everything may be released.
     ///
     /// # Errors
     /// The kernel's.
     pub fn stack_under(&self, name: &str) -> Result<Option<DeviceInfo>> {
         let table = self.table(name, Slot::Active)?;
-        let is_its = |info: &DeviceInfo| {
+        let is_part = |info: &DeviceInfo| {
             DeviceIdentity::parse(&info.uuid).is_some_and(|it| {
                 let is_named = it == DeviceIdentity::new(name, ROLE_REAL, &it.id)
-                    && info.name == beside(name, ROLE_REAL, &it.id);
-                let is_beneath = it.role == ROLE_REAL || it.role == ROLE_PRESERVE;
-                is_named || is_beneath && table.as_ref().is_some_and(|table| table.maps_to(info.number))
+                    && info.name == stack_device_name(name, ROLE_REAL, &it.id);
+                let is_below = it.role == ROLE_REAL || it.role == ROLE_PRESERVE;
+                is_named || is_below && table.as_ref().is_some_and(|table| table.maps_to(info.number))
             })
         };
-        Ok(self.list_ours()?.into_iter().find(is_its))
+        Ok(self.list_ours()?.into_iter().find(is_part))
     }
 
     /// Sends a message to the target at `sector` of a device.
@@ -291,28 +290,29 @@ impl Dm {
         let payload = wire::encode_message(sector.get(), text);
         let arguments =
             CallArguments { device: Some(name.into()), payload: &payload, ..CallArguments::default() };
-        let reply = self.call(Call::TargetMessage, &arguments, || format!("message '{text}' to {name}"))?;
+        let reply =
+            self.call(Call::TargetMessage, &arguments, || format!("sending the message '{text}' to {name}"))?;
         if reply.flags & dm_ioctl::FLAG_DATA_OUT == 0 {
             return Ok(None);
         }
         wire::text(&reply.payload, 0).map(Some)
     }
 
-    /// Makes a device without a table.
+    /// Creates a device without a table.
     ///
     /// # Errors
-    /// The kernel's: EBUSY where name or UUID is taken.
+    /// The kernel's: EBUSY if name or UUID is in use.
     pub fn create(&self, name: &str, uuid: &str) -> Result<DeviceNumber> {
         let arguments =
             CallArguments { device: Some(name.into()), uuid: Some(uuid), ..CallArguments::default() };
-        let reply = self.call(Call::DevCreate, &arguments, || format!("making device {name}"))?;
+        let reply = self.call(Call::DevCreate, &arguments, || format!("creating device {name}"))?;
         Ok(DeviceNumber::from_dev(reply.dev))
     }
 
     /// Loads a table into a device's inactive slot.
     ///
     /// # Errors
-    /// The kernel's; the details are in its log (`dmesg`).
+    /// The kernel's; its log (`dmesg`) has the details.
     pub fn load<'a>(&self, device: impl Into<Key<'a>>, table: &Table) -> Result<()> {
         let device = device.into();
         let payload = wire::encode_table(table);
@@ -327,7 +327,7 @@ impl Dm {
             .map_err(|error| error.next("the kernel's log has the reason: dmesg | grep device-mapper"))
     }
 
-    /// Drops a device's inactive table, if it has one.
+    /// Drops a device's inactive table, if there is one.
     ///
     /// # Errors
     /// The kernel's.
@@ -337,7 +337,7 @@ impl Dm {
             .map_err(|source| Error::kernel(format!("dropping the inactive table of {device}"), source))
     }
 
-    /// Holds a device's I/O.
+    /// Suspends a device.
     ///
     /// # Errors
     /// The kernel's.
@@ -347,9 +347,9 @@ impl Dm {
         loop {
             match dm_ioctl::suspend(&self.control, device, how) {
                 Ok(()) => return Ok(()),
-                // A signal ended the wait for I/O in flight. Without a flush we are putting
-                // something back, which a signal must not prevent, but for the one that says that writers
-                // are held for too long.
+                // A signal ended the wait for I/O in flight. A suspension without a flush is part of an undo,
+                // which a signal must not prevent, except the nudge that reports that writers are held for
+                // too long.
                 Err(source)
                     if source.raw_os_error() == Some(libc::EINTR)
                         && !how.flush
@@ -367,7 +367,7 @@ impl Dm {
         }
     }
 
-    /// Activates a device's inactive table, if it has one, and lets I/O go on.
+    /// Activates a device's inactive table, if there is one, and resumes the device.
     ///
     /// # Errors
     /// The kernel's.
@@ -377,27 +377,27 @@ impl Dm {
             .map_err(|source| Error::kernel(format!("resuming {device}"), source))
     }
 
-    /// As [`Dm::resume`] without a word to udev, where all that matters is that I/O goes on. Whoever lets a device go at
-    /// the same moment as somebody else (the watchdog) is refused by the kernel if he comes second (EINVAL of
-    /// `dm_resume`, Linux `drivers/md/dm.c`): what was wanted has then been done. Of a table that was to be activated
-    /// that is not known.
+    /// Resumes a device without a udev cookie. If another process (the watchdog) resumes it at the same
+    /// moment, the kernel refuses the second call (EINVAL of `dm_resume`, Linux `drivers/md/dm.c`). The
+    /// device is resumed then, so that counts as success. Not for activating a table: it would not be known
+    /// whether that happened.
     ///
     /// # Errors
     /// The kernel's.
     pub fn resume_if_suspended<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
         let device = device.into();
         let Err(error) = self.resume(device, Udev::None) else { return Ok(()) };
-        let goes_on = |info: &DeviceInfo| info.has_active && !info.suspended && !info.has_inactive;
+        let is_resumed = |info: &DeviceInfo| info.has_active && !info.suspended && !info.has_inactive;
         match self.info(device) {
-            Ok(Some(info)) if error.errno() == Some(libc::EINVAL) && goes_on(&info) => Ok(()),
+            Ok(Some(info)) if error.errno() == Some(libc::EINVAL) && is_resumed(&info) => Ok(()),
             _ => Err(error),
         }
     }
 
-    /// Removes a device; somebody who has it open only for a moment is waited for, at most 2 s.
+    /// Removes a device. Waits at most 2 s for a process that has it open for a moment.
     ///
     /// # Errors
-    /// The kernel's: EBUSY while it is in use, ENXIO where there is none.
+    /// The kernel's: EBUSY while it is in use, ENXIO if it does not exist.
     pub fn remove(&self, name: &str, udev: Udev) -> Result<()> {
         let number = self.info(name)?.map(|info| info.number);
         let mut attempt = 1;
@@ -411,11 +411,11 @@ impl Dm {
                 Err(source) => return Err(Error::kernel(format!("removing device {name}"), source)),
             }
         }
-        node::withdraw(name, number);
+        node::remove_mapper_link(name, number);
         Ok(())
     }
 
-    /// Makes a device and puts its table to use; removed again where a step fails.
+    /// Creates a device and activates its table; removes it again if a step fails.
     ///
     /// # Errors
     /// The first failure, with a failed removal.
@@ -425,20 +425,21 @@ impl Dm {
         if let Err(error) = result {
             return Err(error.after_undo(self.remove(name, udev)));
         }
-        node::announce(name, number);
+        node::create_mapper_link(name, number);
         Ok(number)
     }
 
-    /// Puts the table that is loaded into a device in use to use, I/O in flight completing first, in *one* call: the
-    /// resume of a device that is not suspended suspends it (nothing flushed, no filesystem frozen), swaps
-    /// the tables and resumes it in itself (`do_resume` in Linux `drivers/md/dm-ioctl.c`). So there is no
-    /// moment at which our death would leave the device suspended. A device that is suspended goes on with the table.
+    /// Activates the loaded table of a device in use, after I/O in flight has completed, in *one* call: the
+    /// resume of a device that is not suspended suspends it (without flushing or freezing a filesystem),
+    /// swaps the tables and resumes it (`do_resume` in Linux `drivers/md/dm-ioctl.c`). So if this process
+    /// dies, it never leaves the device suspended. A device that is suspended is resumed with the table.
     ///
-    /// Answers how long the swap took: the longest that I/O can have been held.
+    /// Returns how long the swap took: the longest time for which I/O can have been held.
     ///
     /// # Errors
-    /// [`ErrorKind::Interrupted`] where a [`nudge`] ended the wait for I/O in flight: the device was not suspended, and the
-    /// table may be loaded. The kernel's; the device may then be suspended, with the table still loaded.
+    /// [`ErrorKind::Interrupted`] if a [`nudge`] ended the wait for I/O in flight: the device was not
+    /// suspended, and the table may still be loaded. The kernel's; the device may then be suspended, with the
+    /// table still loaded.
     pub fn swap_loaded<'a>(&self, device: impl Into<Key<'a>>) -> Result<Duration> {
         let device = device.into();
         let mut attempt = 1;
@@ -446,8 +447,9 @@ impl Dm {
             let watch = Stopwatch::start();
             match self.resume(device, Udev::None) {
                 Ok(()) => return Ok(watch.elapsed()),
-                // The wait for I/O in flight was ended. Linux 6.1 goes on as if it had suspended the device, drops the
-                // loaded table and answers EINVAL (`do_resume` ignores what `dm_suspend` returns).
+                // The wait for I/O in flight was interrupted. Linux 6.1 continues as if it had suspended the
+                // device, drops the loaded table and returns EINVAL (`do_resume` ignores the result of
+                // `dm_suspend`).
                 Err(error)
                     if nudge::is_overdue() && matches!(error.errno(), Some(libc::EINTR | libc::EINVAL)) =>
                 {
@@ -462,18 +464,18 @@ impl Dm {
         }
     }
 
-    /// Makes /dev/mapper/NAME where udevd does not run (see [`node`]).
-    pub fn announce(&self, name: &str) {
+    /// Creates /dev/mapper/NAME if udevd does not run (see [`node`]).
+    pub fn create_mapper_link(&self, name: &str) {
         if let Ok(Some(info)) = self.info(name) {
-            node::announce(name, info.number);
+            node::create_mapper_link(name, info.number);
         }
     }
 
-    /// Opens the device with this number exclusively: the kernel lets nobody else do so until it is closed, whatever
-    /// namespace they are in.
+    /// Opens the device with this number exclusively: until it is closed, no other process can do so, in any
+    /// namespace.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where somebody else has; I/O errors with the path.
+    /// [`ErrorKind::Refused`] if another process has; I/O errors with the path.
     pub fn claim(&self, number: DeviceNumber) -> Result<File> {
         self.open_device(number, false, libc::O_EXCL).map_err(|error| match error.errno() {
             Some(libc::EBUSY) => error.with_kind(ErrorKind::Refused),
@@ -481,7 +483,7 @@ impl Dm {
         })
     }
 
-    /// True where somebody holds the device open exclusively.
+    /// True if a process holds the device open exclusively.
     ///
     /// # Errors
     /// I/O errors with the path.

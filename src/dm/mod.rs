@@ -1,8 +1,7 @@
 //! Device-mapper: targets as types, tables, devices.
 //!
-//! The kernel is the truth: nothing here remembers what a device looks like. Knows nothing of
-//! volumes, filesystems or stores; may use [`base`](crate::base), [`sys`](crate::sys) and
-//! [`extent`](crate::extent).
+//! The kernel holds the state: nothing here caches what a device looks like. Knows nothing of volumes,
+//! filesystems or stores; may use [`base`](crate::base), [`sys`](crate::sys) and [`extent`](crate::extent).
 
 pub mod context;
 pub mod naming;

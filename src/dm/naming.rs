@@ -1,31 +1,32 @@
-//! What the devices we make are called: names for people, UUIDs for ourselves.
+//! How are our devices named? Names are for users, UUIDs identify the devices.
 //!
-//! The attached volume, which people and their tools use, has the UUID `TIDEMARK-<volume>-volume-<id>`. The devices of a
-//! stack show the same partitions, file systems and physical volumes as the origin. Nobody but us may use them, so they
-//! have a UUID that other tools leave alone, with udev or without: `LVM-`, 64 characters, `-` and more, which is that of
-//! a private device of lvm2's. lvm2 (`_is_usable_uuid` in `lib/activate/dev_manager.c`) and libblkid
-//! (`sysfs_devno_is_dm_private` in util-linux `lib/sysfs.c`), and with it mount and btrfs, pass over it. lvm2 looks for its
-//! own devices by the group's and the volume's id, which the 64 characters never are: they are `TIDEMARK-<volume>`, filled
-//! up with `=`, and behind them stand role and id.
+//! The attached volume, which users and their tools access, has the UUID `TIDEMARK-<volume>-volume-<id>`. The
+//! devices of a stack show the same partitions, file systems and physical volumes as the origin, and no other
+//! tool may use them. So they have a UUID that other tools leave alone, with or without udev: `LVM-`, 64
+//! characters, `-` and a suffix, the form of a private device of lvm2. lvm2 (`_is_usable_uuid` in
+//! `lib/activate/dev_manager.c`) and libblkid (`sysfs_devno_is_dm_private` in util-linux `lib/sysfs.c`), and
+//! through it mount and btrfs, skip such a device. lvm2 finds its own devices by the ids of group and volume.
+//! The 64 characters are never such ids: they are `TIDEMARK-<volume>`, padded with `=`, and followed by role
+//! and id.
 //!
-//! The id is that of the job that made the device (or of the attached volume), so that `recover` can tell the devices of
-//! a dead job from those of a living one with nothing but the kernel's list. Invariant: [`DeviceIdentity::parse`] gives
-//! back what [`DeviceIdentity::uuid`] wrote.
+//! The id is that of the job that created the device (or of the attached volume), so that `recover` can
+//! distinguish the devices of a dead job from those of a running one by the kernel's list alone. Invariant:
+//! [`DeviceIdentity::parse`] returns what [`DeviceIdentity::uuid`] encoded.
 //!
-//! The name of a device of a stack is `<origin>#<role>`. lvm2 makes no name with a `#` ("-real" and "-cow" are its own);
-//! udev and libdevmapper leave that character as it is.
+//! The name of a stack's device is `<origin>#<role>`. lvm2 uses no `#` in names ("-real" and "-cow" are its
+//! own suffixes); udev and libdevmapper do not escape that character.
 
 use std::fmt;
 
 use crate::sys::dm_ioctl::NAME_BYTES_MAX;
 
-/// How the UUID of an attached volume begins.
+/// Prefix of the UUID of an attached volume.
 const VOLUME_PREFIX: &str = "TIDEMARK-";
-/// How lvm2's begin.
+/// Prefix of lvm2's UUIDs.
 const LVM_PREFIX: &str = "LVM-";
-/// Bytes of what stands between that and the suffix of a private device: two ids of 32.
+/// Bytes between that prefix and the suffix of a private device: two ids of 32.
 const LVM_ID_BYTES: usize = 64;
-/// Fills them up; in no volume's name here.
+/// Pads these bytes; never part of a volume's name here.
 const FILL: char = '=';
 
 /// The attached volume itself: stays when a job ends.
@@ -38,21 +39,21 @@ pub const ROLE_PRESERVE: &str = "preserve";
 pub const ROLE_SNAP: &str = "snap";
 /// The COW store's device.
 pub const ROLE_COW: &str = "cow";
-/// A COW store that the user wanted kept: recover leaves it alone.
+/// A COW store to be kept: recover leaves it alone.
 pub const ROLE_KEPT: &str = "kept";
 
-/// Longest part of a volume's name that goes into a UUID.
+/// Longest part of a volume's name in a UUID.
 const VOLUME_BYTES_MAX: usize = LVM_ID_BYTES - VOLUME_PREFIX.len();
-/// Longest role: the kernel's limit is 128 bytes for all.
+/// Longest role: the kernel limits the whole UUID to 128 bytes.
 const ROLE_BYTES_MAX: usize = 24;
 
 /// Bytes of an id: 32 hexadecimal digits.
 const ID_BYTES: usize = 32;
 
-/// Who a device of ours is.
+/// The identity of one of our devices, as encoded in its UUID.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceIdentity {
-    /// The volume's name, as far as it fits a UUID.
+    /// The volume's name, truncated to fit.
     pub volume: String,
     /// One of the `ROLE_` names, or another lower-case word.
     pub role: String,
@@ -61,10 +62,10 @@ pub struct DeviceIdentity {
 }
 
 impl DeviceIdentity {
-    /// For volume `volume`; what a UUID cannot hold of its name is left out.
+    /// For volume `volume`; characters that a UUID cannot hold are replaced, and a long name is cut.
     ///
     /// # Panics
-    /// Where `role` is not a lower-case word or `id` not from [`new_id`]: a broken invariant.
+    /// If `role` is not a lower-case word, or `id` is not from [`new_id`]: a broken invariant.
     #[must_use]
     pub fn new(volume: &str, role: &str, id: &str) -> Self {
         assert!(is_role(role), "role '{role}'");
@@ -77,13 +78,13 @@ impl DeviceIdentity {
         Self { volume, role: role.to_owned(), id: id.to_owned() }
     }
 
-    /// As the kernel has it.
+    /// The UUID for the kernel.
     #[must_use]
     pub fn uuid(&self) -> String {
         self.to_string()
     }
 
-    /// From the kernel; None for a device that is not ours.
+    /// Parses a UUID from the kernel; None for a device that is not ours.
     #[must_use]
     pub fn parse(uuid: &str) -> Option<Self> {
         let (rest, id) = uuid.rsplit_once('-')?;
@@ -116,7 +117,7 @@ fn is_role(text: &str) -> bool {
     (1..=ROLE_BYTES_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase())
 }
 
-/// True for the UUID of a device of ours.
+/// True for the UUID of one of our devices.
 #[must_use]
 pub fn is_ours(uuid: &str) -> bool {
     DeviceIdentity::parse(uuid).is_some()
@@ -128,16 +129,16 @@ pub fn new_id() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }
 
-/// True for what [`new_id`] makes.
+/// True for an id of the form that [`new_id`] returns.
 #[must_use]
 pub fn is_id(text: &str) -> bool {
     text.len() == ID_BYTES && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// The name of a device with `role` of the stack of device `name`: "data#real". Where that would be too
-/// long for the kernel, a name by id.
+/// The name of the device with `role` in the stack of device `name`: "data#real". A name by id if that would
+/// be too long for the kernel.
 #[must_use]
-pub fn beside(name: &str, role: &str, id: &str) -> String {
+pub fn stack_device_name(name: &str, role: &str, id: &str) -> String {
     let full = format!("{name}#{role}");
     if full.len() <= NAME_BYTES_MAX { full } else { format!("tidemark#{id}#{role}") }
 }
@@ -165,11 +166,11 @@ mod tests {
     }
 
     #[test]
-    fn other_tools_take_the_devices_of_a_stack_for_private_ones_of_lvm2() {
+    fn stack_devices_look_like_private_devices_of_lvm2() {
         let id = new_id();
         for volume in ["data", "vg-lv", &"x".repeat(127), ""] {
             let uuid = DeviceIdentity::new(volume, ROLE_PRESERVE, &id).uuid();
-            // lvm2: longer than "LVM-" and two ids; libblkid: something behind the last hyphen.
+            // lvm2: longer than "LVM-" and two ids; libblkid: text after the last hyphen.
             assert!(uuid.starts_with("LVM-") && uuid.len() > 4 + 64 + 1, "{uuid}");
             assert_eq!(uuid.as_bytes()[4 + 64], b'-', "{uuid}");
             assert!(!uuid.ends_with('-'));
@@ -182,7 +183,7 @@ mod tests {
     #[test]
     fn names_fit_the_kernel() {
         let id = new_id();
-        assert_eq!(beside("vg-lv", ROLE_REAL, &id), "vg-lv#real");
-        assert!(beside(&"x".repeat(127), ROLE_REAL, &id).len() <= NAME_BYTES_MAX);
+        assert_eq!(stack_device_name("vg-lv", ROLE_REAL, &id), "vg-lv#real");
+        assert!(stack_device_name(&"x".repeat(127), ROLE_REAL, &id).len() <= NAME_BYTES_MAX);
     }
 }

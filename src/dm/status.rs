@@ -1,4 +1,4 @@
-//! What a snapshot says about itself: the text of its status line, as a type.
+//! The status of a snapshot: the text of its status line, as a type.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,24 +8,24 @@ use crate::base::Sectors;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]
 pub enum SnapshotStatus {
-    /// In order: sectors of the COW store in use (metadata included), in all, and of metadata.
+    /// Sectors of the COW store: in use (including metadata), in total, and of metadata.
     Active {
         /// In use.
         used: Sectors,
-        /// In all.
+        /// Total size.
         total: Sectors,
-        /// Of `used`, those of the header and the metadata areas.
+        /// The part of `used` that is header and metadata areas.
         metadata: Sectors,
     },
-    /// The store failed, or was full where the table has no "O": the snapshot is lost.
+    /// The store failed, or was full and the table has no "O": the snapshot is lost.
     Invalid,
     /// The store was full: the snapshot is lost.
     Overflow,
-    /// A merge failed (we start none).
+    /// A merge failed (we never start one).
     MergeFailed,
     /// "Unknown": the store does not report its use.
     Unknown,
-    /// A text we do not know.
+    /// An unknown text.
     Other {
         /// The text.
         text: String,
@@ -33,7 +33,7 @@ pub enum SnapshotStatus {
 }
 
 impl SnapshotStatus {
-    /// Reads the kernel's text.
+    /// Parses the kernel's text.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         match text.trim() {
@@ -46,7 +46,7 @@ impl SnapshotStatus {
         parse_active(text.trim()).unwrap_or_else(|| Self::Other { text: text.to_owned() })
     }
 
-    /// True for a snapshot whose originals can be trusted.
+    /// True if the originals of the snapshot can be trusted.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         matches!(self, Self::Active { .. })

@@ -1,7 +1,7 @@
-//! Tables: what a whole device maps to.
+//! Tables: the mapping of a whole device.
 //!
-//! Invariants: at least one line, the first at sector 0, each at the end of the one before it, none
-//! empty, the sum within 64 bits. A table read from the kernel and printed is the same text.
+//! Invariants: at least one line, the first at sector 0, each starting at the end of the one before it, none
+//! empty, the sum within 64 bits. A table read from the kernel prints as the same text.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,25 +12,25 @@ use crate::base::{DeviceNumber, Error, Result, Sectors};
 
 use super::target::{KIND_BYTES_MAX, Target};
 
-/// Most lines in a table: 4,000 have been measured to load in 0.15 s; this bounds memory and the
-/// ioctl's buffer, not anybody's volume.
+/// Most lines in a table: 4,000 have been measured to load in 0.15 s. This bounds memory and the ioctl's
+/// buffer; no real volume reaches it.
 pub const LINES_MAX: usize = 65_536;
 
 /// Longest parameter text of a line, in bytes.
 pub const PARAMS_BYTES_MAX: usize = 65_536;
 
-/// A range of the device and what it maps to.
+/// A range of the device and its mapping.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
     /// First sector.
     pub start: Sectors,
     /// Sectors covered, never 0.
     pub length: Sectors,
-    /// What it maps to.
+    /// Its mapping.
     pub target: Target,
 }
 
-/// See the module's head.
+/// The lines of a device from sector 0 to its end, without gaps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Table {
@@ -38,13 +38,13 @@ pub struct Table {
 }
 
 impl Table {
-    /// Checks and makes a table.
+    /// Checks the lines and makes a table.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) naming the broken invariant.
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData), naming the violated invariant.
     pub fn new(lines: Vec<Line>) -> Result<Self> {
         if lines.is_empty() {
-            return Err(Error::bad_data("a device-mapper table without a line"));
+            return Err(Error::bad_data("a device-mapper table without lines"));
         }
         if lines.len() > LINES_MAX {
             return Err(Error::bad_data(format!(
@@ -67,7 +67,7 @@ impl Table {
             let params = line.target.params();
             if params.len() > PARAMS_BYTES_MAX || params.contains(['\0', '\n']) {
                 return Err(Error::bad_data(format!(
-                    "the parameters of a {kind} target cannot be passed on"
+                    "the parameters of a {kind} target cannot be passed to the kernel"
                 )));
             }
             at =
@@ -86,7 +86,7 @@ impl Table {
         Self::new(vec![Line { start: Sectors::ZERO, length, target }])
     }
 
-    /// Targets one behind the other.
+    /// Targets one after the other.
     ///
     /// # Errors
     /// As [`Table::new`].
@@ -102,7 +102,7 @@ impl Table {
         Self::new(lines)
     }
 
-    /// From the kernel's answer: start, length, kind, parameters.
+    /// From the kernel's reply: start, length, kind, parameters.
     ///
     /// # Errors
     /// As [`Table::new`].
@@ -118,7 +118,7 @@ impl Table {
         )
     }
 
-    /// As the kernel takes it.
+    /// In the form that the kernel takes.
     #[must_use]
     pub fn to_kernel(&self) -> Vec<(u64, u64, String, String)> {
         self.lines
@@ -142,7 +142,7 @@ impl Table {
         self.lines.iter().map(|line| line.length).sum()
     }
 
-    /// Every device it maps to, each once, in order of first mention.
+    /// Every device that it maps to, once, in order of first use.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceNumber> {
         let mut seen = Vec::new();
@@ -154,7 +154,7 @@ impl Table {
         seen
     }
 
-    /// True where a line maps to `device`.
+    /// True if a line maps to `device`.
     #[must_use]
     pub fn maps_to(&self, device: DeviceNumber) -> bool {
         self.lines.iter().any(|line| line.target.devices().contains(&device))
@@ -162,7 +162,7 @@ impl Table {
 }
 
 impl fmt::Display for Table {
-    /// As `dmsetup table` prints it: one line each, no newline behind the last.
+    /// As printed by `dmsetup table`: one line each, no newline after the last.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, line) in self.lines.iter().enumerate() {
             if index > 0 {
@@ -180,7 +180,7 @@ impl fmt::Display for Table {
 
 impl FromStr for Table {
     type Err = Error;
-    /// Reads what [`fmt::Display`] prints.
+    /// Parses what [`fmt::Display`] prints.
     fn from_str(text: &str) -> Result<Self> {
         let mut lines = Vec::new();
         for row in text.split('\n') {
@@ -213,23 +213,23 @@ impl From<Table> for String {
     }
 }
 
-/// A table that is known before the devices it maps to exist: its text, in which `{NAME}` stands for
-/// the number of the device of that name when the table is loaded.
+/// A table whose devices may not exist yet: its text, in which `{NAME}` is replaced by the number of the
+/// device of that name when the table is loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Template(String);
 
 impl Template {
-    /// From text with placeholders, as [`Table`]'s own text otherwise.
+    /// From text with placeholders, otherwise like [`Table`]'s text.
     #[must_use]
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The table, with `number_of` telling the number of a named device.
+    /// The table; `number_of` returns the number of a named device.
     ///
     /// # Errors
-    /// `number_of`'s, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a text that is
+    /// Those of `number_of`, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a text that is
     /// no table.
     pub fn resolve(&self, number_of: &mut dyn FnMut(&str) -> Result<DeviceNumber>) -> Result<Table> {
         let mut text = String::with_capacity(self.0.len());
@@ -237,7 +237,7 @@ impl Template {
         while let Some((before, after)) = rest.split_once('{') {
             let (name, after) = after
                 .split_once('}')
-                .ok_or_else(|| Error::bad_data(format!("'{}' has a brace that is not closed", self.0)))?;
+                .ok_or_else(|| Error::bad_data(format!("'{}' has an unclosed brace", self.0)))?;
             text.push_str(before);
             text.push_str(&number_of(name)?.to_string());
             rest = after;
@@ -309,7 +309,7 @@ mod tests {
         #[test]
         fn any_text_is_parsed_or_refused(text in "[ -~\n]{0,200}") {
             if let Ok(table) = text.parse::<Table>() {
-                // No text is lost: what was accepted prints as it was read.
+                // No text is lost: an accepted text prints as it was read.
                 prop_assert_eq!(table.to_string().parse::<Table>().unwrap(), table);
             }
         }

@@ -1,8 +1,8 @@
-//! Targets as types: what one line of a table says, to and from the kernel's own text.
+//! Targets as types: one line of a table, from and to the kernel's text.
 //!
-//! Invariant: `Target::parse(kind, params)` followed by `params()` gives the text back, as the
-//! kernel prints it, for every kind; a kind we do not know is carried as text. Devices are numbers
-//! ("253:4"), never paths: the kernel prints numbers, and a path could name another device later.
+//! Invariant: `Target::parse(kind, params)` followed by `params()` returns the same text as the kernel
+//! prints, for every kind; an unknown kind is kept as text. Devices are numbers ("253:4"), never paths: the
+//! kernel prints numbers, and a path could name another device later.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +14,7 @@ pub const KIND_BYTES_MAX: usize = 15;
 /// Most stripes read from a table; the kernel's own bound is the length of the line.
 const STRIPES_MAX: usize = 4096;
 
-/// A kind of target that the kernel has loaded.
+/// A target that the kernel has loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TargetVersion {
     /// Its name in tables.
@@ -29,40 +29,40 @@ pub struct TargetVersion {
 pub enum Target {
     /// `linear DEVICE OFFSET`
     Linear {
-        /// Where to.
+        /// Destination device.
         device: DeviceNumber,
         /// First sector there.
         offset: Sectors,
     },
     /// `striped COUNT CHUNK (DEVICE OFFSET)...`
     Striped {
-        /// Length of a stripe's piece.
+        /// Length of one stripe chunk.
         chunk: Sectors,
         /// The devices, each with its first sector.
         stripes: Vec<(DeviceNumber, Sectors)>,
     },
-    /// `switch 1 REGION 0 DEVICE OFFSET`: as `linear`, but it takes no flush (see
+    /// `switch 1 REGION 0 DEVICE OFFSET`: maps as `linear`, but takes no flush (see
     /// [`origin_table`](crate::stack::origin_table)).
     Switch {
-        /// Longest piece of an I/O that is passed on whole.
+        /// Longest part of an I/O that is passed on unsplit.
         region: Sectors,
-        /// Where to.
+        /// Destination device.
         device: DeviceNumber,
         /// First sector there.
         offset: Sectors,
     },
-    /// `snapshot-origin DEVICE`: writes preserve originals in the snapshots of DEVICE first.
+    /// `snapshot-origin DEVICE`: a write first preserves the original in the snapshots of DEVICE.
     SnapshotOrigin {
-        /// The device that holds the data; sectors pass through unshifted.
+        /// The device with the data; sectors are not shifted.
         device: DeviceNumber,
     },
     /// `snapshot ORIGIN COW PERSISTENCE CHUNK`
     Snapshot {
-        /// The device whose instant is shown.
+        /// The device whose instant the snapshot shows.
         origin: DeviceNumber,
         /// The COW store.
         cow: DeviceNumber,
-        /// Persistent ("P") with the overflow state told apart ("O"): always ours.
+        /// Ours are always persistent ("P") with a separate overflow state ("O").
         persistence: Persistence,
         /// Unit of copy-on-write.
         chunk: Sectors,
@@ -71,7 +71,7 @@ pub enum Target {
     Zero,
     /// `error`: every read and write fails.
     Error,
-    /// Any other, as the kernel's text.
+    /// Any other target, as the kernel's text.
     Other {
         /// The target's type name.
         kind: String,
@@ -80,20 +80,20 @@ pub enum Target {
     },
 }
 
-/// How a snapshot keeps its exceptions.
+/// Where a snapshot stores its exceptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Persistence {
     /// "P": on the COW store.
     Persistent,
-    /// "PO": on the COW store, and the status tells Overflow from Invalid.
+    /// "PO": on the COW store, with a status that distinguishes Overflow from Invalid.
     PersistentOverflow,
     /// "N": in memory.
     Transient,
 }
 
 impl Persistence {
-    /// As the table has it.
+    /// The text in a table.
     #[must_use]
     pub fn text(self) -> &'static str {
         match self {
@@ -105,8 +105,8 @@ impl Persistence {
 }
 
 impl Target {
-    /// Reads a target as the kernel prints it. Anything that is not exactly a known form becomes
-    /// [`Target::Other`], so that no text is ever lost.
+    /// Parses a target as printed by the kernel. Any text that does not have exactly a known form becomes
+    /// [`Target::Other`], so that no text is lost.
     #[must_use]
     pub fn parse(kind: &str, params: &str) -> Self {
         Self::parse_known(kind, params)
@@ -131,7 +131,7 @@ impl Target {
             }
             "switch" => {
                 let (paths, region, options) = (words.next()?, sectors(words.next())?, words.next()?);
-                // Of several paths the kernel does not say which takes what.
+                // With several paths the kernel does not report which path takes which region.
                 if paths != "1" || options != "0" {
                     return None;
                 }
@@ -195,7 +195,7 @@ impl Target {
         }
     }
 
-    /// The devices it maps to. For [`Target::Other`] every word that reads as a device number.
+    /// The devices that it maps to. For [`Target::Other`] every word that parses as a device number.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceNumber> {
         match self {

@@ -1,10 +1,10 @@
-//! What udev is told about a device of ours, and how long it is waited for.
+//! What is udev told about one of our devices, and how long do we wait for it?
 //!
-//! The kernel passes the low 32 bits of a call's `event_nr` on to udev as `DM_COOKIE`: the high half
-//! are flags that device-mapper's own rules obey, the low half with a fixed magic above it is the
-//! key of a System V semaphore that the rules decrement when they are done (libdevmapper's
-//! protocol, `libdm/libdevmapper.h`). Invariants: a wait has a limit, a semaphore is destroyed
-//! whatever happened, and without a running udevd nothing is made and nothing is waited for.
+//! The kernel passes the low 32 bits of a call's `event_nr` on to udev as `DM_COOKIE`. The high half holds
+//! flags that device-mapper's own rules obey. The low half, below a fixed magic, is the key of a System V
+//! semaphore that the rules decrement when they have finished (libdevmapper's protocol,
+//! `libdm/libdevmapper.h`). Invariants: a wait has a time limit, a semaphore is always destroyed, and without
+//! a running udevd no semaphore is created and nothing waits.
 
 use std::fmt;
 use std::io;
@@ -25,8 +25,8 @@ const DISABLE_DISK_RULES: u32 = 0x0004;
 const DISABLE_OTHER_RULES: u32 = 0x0008;
 const PRIMARY_SOURCE: u32 = 0x0040;
 
-/// Longest wait for udev's rules: a busy udevd takes a second or two at boot; a hung one must not
-/// hang us.
+/// Longest wait for udev's rules: a busy udevd takes a second or two at boot, and a hung one must not hang
+/// us.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Attempts to find a free semaphore key.
@@ -35,17 +35,17 @@ const KEY_ATTEMPTS: usize = 8;
 /// udevd's control socket: it exists while udevd runs.
 const CONTROL_SOCKET: &str = "/run/udev/control";
 
-/// How a call that makes a uevent deals with udev.
+/// How a call that causes a uevent deals with udev.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Udev {
-    /// No cookie and no wait: whenever anything is suspended, and for devices that are not ours
-    /// (udev then keeps what it knew of them).
+    /// No cookie and no wait: used whenever anything is suspended, and for devices that are not ours (udev
+    /// then keeps its information about them).
     None,
-    /// A device of ours that nobody else should look at: it shows the same filesystem as the
-    /// origin. Not scanned by blkid, LVM or any rule but device-mapper's own.
+    /// One of our devices that other tools should ignore, as it shows the same filesystem as the origin. Not
+    /// scanned by blkid, LVM or any rules except device-mapper's own.
     Internal,
-    /// A device of ours for everybody: an attached volume.
+    /// One of our devices for general use: an attached volume.
     Public,
 }
 
@@ -67,8 +67,8 @@ pub fn is_running() -> bool {
     Path::new(CONTROL_SOCKET).exists()
 }
 
-/// Makes `call` with the right `event_nr`, then waits, with a limit, until udev is done with the
-/// uevent. A wait that runs out is logged: the device itself is as asked for.
+/// Makes `call` with the right `event_nr`, then waits, with a time limit, until udev has processed the
+/// uevent. A timeout is only logged, as the device itself is ready.
 pub(super) fn with_cookie(
     udev: Udev,
     device: impl fmt::Display,
@@ -81,7 +81,7 @@ pub(super) fn with_cookie(
     let UeventSent(sent) = call((flags << FLAGS_SHIFT) | u32::from(base))?;
     if sent && !wait(&semaphore) {
         tracing::warn!(
-            "udev has not finished with {device} after {} s; going on without it",
+            "udev has not finished with {device} after {} s; continuing without it",
             WAIT_MAX.as_secs()
         );
     }
@@ -94,7 +94,7 @@ fn wait(semaphore: &CookieSemaphore) -> bool {
         let left = end.saturating_duration_since(Instant::now());
         match semaphore.wait_zero(left) {
             Ok(done) => return done,
-            // A signal: the caller looks at it at the next step.
+            // A signal: the caller checks for it at the next step.
             Err(error) if error.raw_os_error() == Some(libc::EINTR) && !left.is_zero() => {}
             Err(error) => {
                 tracing::warn!("waiting for udev: {error}");

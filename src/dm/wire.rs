@@ -1,7 +1,7 @@
-//! What follows the header of a device-mapper call: bytes <-> values, pure.
+//! The data after the header of a device-mapper call: bytes <-> values, pure.
 //!
-//! Layouts: Linux `include/uapi/linux/dm-ioctl.h`; integers in the machine's own byte order.
-//! Invariant: decoding never panics; a payload that ends too early or points outside is an error.
+//! Layouts: Linux `include/uapi/linux/dm-ioctl.h`; integers in native byte order. Invariant: decoding never
+//! panics; a payload that ends too early or points outside is an error.
 
 use crate::base::{DeviceNumber, Error, Result};
 
@@ -14,10 +14,10 @@ const KIND_FIELD_BYTES: usize = 16;
 /// Most entries in a list of devices, targets or dependencies.
 const ENTRIES_MAX: usize = 1 << 20;
 
-/// A line of a status answer: start, length, kind, text.
+/// A line of a status reply: start, length, kind, text.
 pub(super) type Row = (u64, u64, String, String);
 
-/// The payload of a table to be loaded.
+/// The payload that loads a table.
 pub(super) fn encode_table(table: &Table) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (start, length, kind, params) in table.to_kernel() {
@@ -37,7 +37,7 @@ pub(super) fn encode_table(table: &Table) -> Vec<u8> {
     bytes
 }
 
-/// The lines of a table or status answer. `next` counts from the first line's start.
+/// The lines of a table or status reply. `next` is relative to the start of the first line.
 pub(super) fn decode_rows(payload: &[u8], count: u32) -> Result<Vec<Row>> {
     let count = usize::try_from(count).unwrap_or(usize::MAX);
     if count > LINES_MAX {
@@ -54,7 +54,7 @@ pub(super) fn decode_rows(payload: &[u8], count: u32) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The devices of a list: name and number. `next` counts from the entry itself; 0 ends.
+/// The devices of a list: name and number. `next` is relative to the entry itself; 0 ends the list.
 pub(super) fn decode_names(payload: &[u8]) -> Result<Vec<(String, DeviceNumber)>> {
     let mut names = Vec::new();
     let mut at = 0usize;
@@ -85,7 +85,7 @@ pub(super) fn decode_dependencies(payload: &[u8]) -> Result<Vec<DeviceNumber>> {
     (0..count).map(|index| Ok(DeviceNumber::from_dev(number64(payload, 8 + index * 8)?))).collect()
 }
 
-/// The targets that the kernel knows, with their versions. `next` counts from the entry itself.
+/// The targets of the kernel, with their versions. `next` is relative to the entry itself.
 pub(super) fn decode_versions(payload: &[u8]) -> Result<Vec<TargetVersion>> {
     let mut versions = Vec::new();
     let mut at = 0usize;
@@ -112,7 +112,7 @@ pub(super) fn encode_message(sector: u64, text: &str) -> Vec<u8> {
 /// Text up to its final zero.
 pub(super) fn text(bytes: &[u8], at: usize) -> Result<String> {
     let rest = bytes.get(at..).ok_or_else(|| bad("it ends too early"))?;
-    let end = rest.iter().position(|byte| *byte == 0).ok_or_else(|| bad("a text has no end"))?;
+    let end = rest.iter().position(|byte| *byte == 0).ok_or_else(|| bad("a text has no final zero"))?;
     std::str::from_utf8(&rest[..end]).map(ToOwned::to_owned).map_err(|_| bad("a text is not UTF-8"))
 }
 
@@ -135,7 +135,10 @@ fn offset(bytes: &[u8], at: usize) -> Result<usize> {
 }
 
 fn bad(what: &str) -> Error {
-    Error::new(crate::base::ErrorKind::Kernel, format!("device-mapper's answer cannot be read: {what}"))
+    Error::new(
+        crate::base::ErrorKind::Kernel,
+        format!("the reply of device-mapper cannot be decoded: {what}"),
+    )
 }
 
 #[cfg(test)]
@@ -147,7 +150,7 @@ mod tests {
     fn a_loaded_table_reads_back() {
         let table: Table = "0 8 linear 8:16 2048\n8 8 zero\n16 24 striped 2 16 8:1 0 8:2 0".parse().unwrap();
         let bytes = encode_table(&table);
-        // In a load, `next` counts from the line itself; in an answer from the first line.
+        // In a load `next` is relative to the line itself, in a reply to the first line.
         let mut answer = bytes.clone();
         let mut at = 0;
         for _ in 0..3 {
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_end_where_they_say() {
+    fn a_list_ends_at_its_last_entry() {
         assert!(decode_names(&[]).unwrap().is_empty());
         assert!(decode_names(&[0; 16]).unwrap().is_empty());
         let mut entry = DeviceNumber { major: 253, minor: 300 }.to_dev().to_ne_bytes().to_vec();

@@ -364,7 +364,7 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
         }
     };
     let is_all = give_up(jobs, &mut report, &mut failures);
-    if is_all && failures.len() == 1 && !Dm::is_there() {
+    if is_all && failures.len() == 1 && !Dm::is_available() {
         // Where there is no device-mapper, there is no device of ours.
         failures.clear();
     }

@@ -315,7 +315,7 @@ impl Dm {
             Action::Resume { device, udev } => {
                 self.resume(device, *udev)?;
                 if *udev != Udev::None {
-                    self.announce(device);
+                    self.create_mapper_link(device);
                 }
                 Ok(())
             }

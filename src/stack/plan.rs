@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, beside};
+use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, stack_device_name};
 use crate::dm::{DeviceIdentity, Table, Template, Udev};
 use crate::stack::{Action, Change, Step};
 
@@ -57,9 +57,9 @@ impl StackNames {
     #[must_use]
     pub fn new(origin: &str, id: &str) -> Self {
         Self {
-            real: beside(origin, ROLE_REAL, id),
-            snap: beside(origin, ROLE_SNAP, id),
-            preserve: beside(origin, ROLE_PRESERVE, id),
+            real: stack_device_name(origin, ROLE_REAL, id),
+            snap: stack_device_name(origin, ROLE_SNAP, id),
+            preserve: stack_device_name(origin, ROLE_PRESERVE, id),
         }
     }
 

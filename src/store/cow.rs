@@ -94,7 +94,7 @@ impl CowStore {
     pub fn create(config: &StoreConfig) -> Result<Self> {
         let plan = config.plan()?;
         let uuid = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id).uuid();
-        let name = naming::beside(&config.origin_name, ROLE_COW, &config.id);
+        let name = naming::stack_device_name(&config.origin_name, ROLE_COW, &config.id);
         let dm = Dm::open()?;
         let mut warnings = Vec::new();
         let about = About {

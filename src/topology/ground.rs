@@ -38,7 +38,7 @@ impl Topology {
         let Some(mount) = best else { return FilesystemBacking::Unknown("unknown".to_owned()) };
         match mount.source_device() {
             Some(device) => {
-                let mut devices = self.btrfs_beside(device);
+                let mut devices = self.btrfs_devices(device);
                 devices.push(device);
                 FilesystemBacking::Devices(devices)
             }
@@ -52,7 +52,7 @@ impl Topology {
     /// The devices of the mounted btrfs that `device` belongs to, including `device`; empty if it belongs to
     /// none.
     #[must_use]
-    pub fn btrfs_beside(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
+    pub fn btrfs_devices(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let Ok(filesystems) = fs::read_dir(self.root.join("sys/fs/btrfs")) else { return Vec::new() };
         filesystems
             .flatten()

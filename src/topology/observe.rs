@@ -223,14 +223,14 @@ impl Observer {
         for source in mount.source.to_string_lossy().split(':') {
             match self.mounts.stat(Path::new(source)).ok().and_then(|found| found.block_device) {
                 Some(device) => {
-                    let beside = self.topology.btrfs_beside(device);
-                    if mount.kind == "btrfs" && beside.is_empty() {
+                    let siblings = self.topology.btrfs_devices(device);
+                    if mount.kind == "btrfs" && siblings.is_empty() {
                         found.insert(Node::Unknown(format!(
                             "the devices of the btrfs {} on {source}",
                             mount.device
                         )));
                     }
-                    found.extend(beside.into_iter().chain([device]).map(Node::Device));
+                    found.extend(siblings.into_iter().chain([device]).map(Node::Device));
                 }
                 None => {
                     found.insert(Node::Unknown(format!(

@@ -153,7 +153,7 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
         mounts.iter().find(|mount| mount.is_of(device) && NEVER_FROZEN.contains(&mount.kind.as_str()));
     let kind = match mounted {
         Some(mount) => mount.kind.as_str(),
-        None if !topology.btrfs_beside(device).is_empty() => "btrfs",
+        None if !topology.btrfs_devices(device).is_empty() => "btrfs",
         None => return Ok(()),
     };
     Err(Error::refused(format!(
