@@ -1,6 +1,6 @@
-//! What can be typed: the one definition that help, man pages and completions are made from.
+//! The command line: the one definition from which help, man pages and completions are generated.
 //!
-//! Nothing here decides; [`resolve`](super::resolve) turns what was typed into requests, once.
+//! Makes no decisions; [`resolve`](super::resolve) turns the arguments into requests, once.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,7 +20,7 @@ const ROOT_EXAMPLES: &str = "Examples:
   tidemark completions bash > /usr/share/bash-completion/completions/tidemark
   tidemark man /usr/local/share/man/man1";
 
-/// What the exit codes mean, for help and man pages (`ErrorKind::exit_code` decides them).
+/// The meaning of the exit codes, for help and man pages (`ErrorKind::exit_code` defines them).
 pub const EXIT_CODES: &str = "  0    done
   1    failed: I/O, no space, the kernel, the store, a hook, a time limit
   2    usage: the command line cannot be carried out as written
@@ -58,28 +58,28 @@ pub struct Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a device a volume, which can be copied while it is mounted
+    /// Make a device a volume, which can then be copied while it is mounted
     Attach(AttachArgs),
     /// Make a volume an ordinary device again
     Detach(DetachArgs),
-    /// Copy a live (or resting) device as it is at one instant
+    /// Copy a device, live or at rest, as it is at one instant
     Copy(Box<CopyArgs>),
-    /// Go on with a copy whose process was killed
+    /// Finish a copy whose process was killed
     Resume(ResumeArgs),
     /// Restore an archive to a device or file
     Restore(RestoreArgs),
     /// Check every block of an archive, and compare it with a device or file
     Verify(VerifyArgs),
-    /// Show what an archive holds
+    /// Show the contents of an archive
     Inspect(InspectArgs),
-    /// Show volumes, copies and restores in progress, and what was left behind
+    /// Show volumes, copies and restores in progress, and leftovers
     Status(StatusArgs),
-    /// Put back what a killed run left
+    /// Undo what a killed run left in place
     #[command(after_help = "Examples:
   tidemark recover
   tidemark recover --json")]
     Recover,
-    /// Say what this machine lacks for copying live volumes, and how to get it
+    /// Report what this machine lacks for copying live volumes, and how to get it
     #[command(after_help = "Examples:
   tidemark doctor
   tidemark doctor --json")]
@@ -121,27 +121,27 @@ pub struct CopyArgs {
     /// Form of the secondary [default: archive where the name ends in .tdm or is -, else raw]
     #[arg(long, value_enum)]
     pub format: Option<FormatArg>,
-    /// Lay originals over the data, or append them to the archive for restore to apply
-    /// [default: overlay; append for -]
+    /// Apply originals to the data, or append them to the archive for restore to apply [default: overlay;
+    /// append for -]
     #[arg(long, value_enum)]
     pub originals: Option<OriginalsArg>,
     /// Directory, new file or block device of this machine for the COW store's tail, not on the origin [default: /var/lib/tidemark]
     #[arg(long, value_name = "PATH|DEVICE", value_hint = ValueHint::AnyPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
-    /// Most that the COW store may grow to [default: what the origin can need]
+    /// Largest size of the COW store [default: what the origin can need]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_size: Option<Bytes>,
-    /// Size of the COW store's RAM head, 0 for none [default: from free memory]
+    /// Size of the COW store's RAM head, 0 for none [default: from available memory]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_ram: Option<Bytes>,
     /// Keep the COW store after the copy (without a RAM head)
     #[arg(long, help_heading = "COW store")]
     pub keep_store: bool,
-    /// Where the store is about to fill and cannot grow: give up the copy, or hold the origin's writers, up to
+    /// If the store is about to fill and cannot grow: abort the copy, or hold the origin's writers, up to
     /// five seconds at a time, until the copier has caught up
     #[arg(long, value_enum, default_value = "abort", help_heading = "COW store")]
     pub on_full: OnFullArg,
-    /// Longest time that writers are held in all by --on-full hold
+    /// Longest time for which --on-full hold may hold writers in total
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "30s", help_heading = "COW store")]
     pub hold_budget: Duration,
     /// Unit of copy-on-write, a power of two [default: 4KiB]
@@ -150,30 +150,31 @@ pub struct CopyArgs {
     /// Unit of copying and framing, a power of two [default: 1MiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub segment: Option<Bytes>,
-    /// Copy free space of mounted filesystems as well, and preserve it
+    /// Also copy and preserve the free space of mounted filesystems
     #[arg(long)]
     pub all: bool,
-    /// Copy regions as they lie on the origin, or first those that are being written most; filesystems' logs come first
-    /// [default: hot; physical for an origin at rest]
+    /// Copy regions in the order of the origin, or those with the most writes first; filesystems' logs
+    /// come first [default: hot; physical for an origin at rest]
     #[arg(long, value_enum)]
     pub order: Option<OrderArg>,
-    /// Unit in which the origin is released from copy-on-write as it is copied [default: a 128th of it]
+    /// Unit in which the origin is released from copy-on-write once it is copied [default: a 128th of the
+    /// origin]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub region: Option<Bytes>,
     /// Copy at most this many bytes per second
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub rate: Option<Bytes>,
-    /// How much the applications on the origin may feel: how far the copier gives way to them
+    /// How much the copy may slow down applications on the origin: how far the copier is throttled for them
     #[arg(long, value_enum, default_value_t = ImpactArg::from(Impact::DEFAULT))]
     pub impact: ImpactArg,
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
-    /// Longest time that filesystems may be frozen and the origin suspended for the instant, and for putting its
-    /// table back
+    /// Longest time for which filesystems may be frozen and the origin suspended, for the instant and for
+    /// restoring the origin's table
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
     pub freeze_budget: Duration,
-    /// For how long LVM's commands that change the volume group wait, where the origin is an LVM volume
+    /// How long LVM commands that change the volume group have to wait, if the origin is an LVM volume
     #[arg(long, value_enum, default_value = "change")]
     pub lvm_lock: LvmLockArg,
     /// Command to run before anything is frozen; if it fails, nothing is copied
@@ -182,7 +183,7 @@ pub struct CopyArgs {
     /// Command to run at the instant; TIDEMARK_ORIGIN_BELOW names the device to read
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_frozen: Option<String>,
-    /// Command to run after the thaw; if it fails, that is reported and the copy goes on
+    /// Command to run after the thaw; if it fails, that is reported and the copy continues
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_after: Option<String>,
     /// Confirmation.
@@ -198,14 +199,14 @@ pub struct CopyArgs {
   tidemark resume 3f2a
 
 The instant stays the same, and nothing that is on the secondary is copied
-again. It works as long as the kernel's snapshot stands: not after a reboot,
-not after 'tidemark recover' (which gives the copy up), and not for a copy to
+again. It works as long as the kernel's snapshot exists: not after a reboot,
+not after 'tidemark recover' (which undoes the copy), and not for a copy to
 a pipe.")]
 pub struct ResumeArgs {
-    /// The job's id, or its beginning [default: the only copy that can go on]
+    /// The job's id, or its beginning [default: the only copy that can be resumed]
     #[arg(value_name = "JOB")]
     pub job: Option<String>,
-    /// Make all checks, those of the secondary's identity too, show what would be done, and change nothing
+    /// Make all checks, including the secondary's identity, show what would be done, and change nothing
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -224,7 +225,7 @@ pub struct Consent {
 /// `--format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
-    /// Byte for byte, as the origin
+    /// Byte for byte, like the origin
     Raw,
     /// Checksummed segments, sparse, restored by `tidemark restore`
     Archive,
@@ -233,16 +234,16 @@ pub enum FormatArg {
 /// `--order`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OrderArg {
-    /// As they lie on the origin
+    /// In the order of the origin
     Physical,
-    /// First those that are being written most
+    /// Those with the most writes first
     Hot,
 }
 
 /// `--on-full`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnFullArg {
-    /// Give up the copy; the origin goes on
+    /// Abort the copy; the origin stays in use
     Abort,
     /// Hold the origin's writers, up to five seconds at a time
     Hold,
@@ -253,7 +254,7 @@ pub enum OnFullArg {
 pub enum LvmLockArg {
     /// While the volume's table is changed; a command that changes the volume in between makes the copy void
     Change,
-    /// Until the copy is over; then lvs and its like wait as well, as soon as such a command waits
+    /// Until the copy ends; meanwhile lvs and the like wait too, as soon as such a command waits
     Copy,
 }
 
@@ -262,14 +263,14 @@ pub enum LvmLockArg {
 pub enum OriginalsArg {
     /// Write originals over the data
     Overlay,
-    /// Put originals behind the data (archives only)
+    /// Write originals after the data (archives only)
     Append,
 }
 
 /// `--impact`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ImpactArg {
-    /// Their I/O takes at most a quarter longer than without the copier, as far as its rate matters
+    /// I/O of applications takes at most a quarter longer than without the copier, as far as its rate matters
     Low,
     /// It takes at most twice as long, as far as its rate matters
     Medium,
@@ -304,13 +305,13 @@ impl From<ImpactArg> for Impact {
   tidemark status --watch
   tidemark status --watch --interval 10s --count 6 --json")]
 pub struct StatusArgs {
-    /// Look again and again, until interrupted
+    /// Repeat until interrupted
     #[arg(long)]
     pub watch: bool,
-    /// Time between two looks [default: 2s]
+    /// Time between two reports [default: 2s]
     #[arg(long, value_name = "TIME", value_parser = parse_time, requires = "watch")]
     pub interval: Option<Duration>,
-    /// End after so many looks
+    /// Stop after this many reports
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "watch")]
     pub count: Option<u64>,
 }
@@ -387,7 +388,7 @@ pub struct InspectArgs {
 /// Parses "2s", "500ms", "1.5s", "1m"; a unit is required, and zero is refused.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else, or for over a day.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else, and for more than a day.
 pub fn parse_time(text: &str) -> Result<Duration> {
     const TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
     let bad = || Error::usage(format!("'{text}' is not a time: write it as 500ms, 2s or 1m"));

@@ -1,17 +1,17 @@
-//! Before something is destroyed: is that what the user wants?
+//! Asks for consent before something is destroyed.
 
 use std::io::{self, BufRead, IsTerminal};
 
-use super::output::talk;
+use super::output::write_stderr;
 use crate::base::{Error, ErrorKind, Result, ResultExt, escape};
 
-/// True where a question can be put and answered: both ends are a terminal.
+/// True if the user can be asked: standard input and standard error are terminals.
 #[must_use]
 pub fn can_ask() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-/// The refusal where nobody can be asked.
+/// The refusal if the user cannot be asked.
 #[must_use]
 pub fn needs_yes(destroys: &str) -> Error {
     Error::refused(format!("{destroys}, and there is no terminal to ask for consent"))
@@ -19,12 +19,12 @@ pub fn needs_yes(destroys: &str) -> Error {
         .next("pass --yes if that is what you want; --dry-run shows the plan")
 }
 
-/// Shows `plan` and asks; returns only where the answer is yes.
+/// Shows `plan` and asks. Returns Ok only if the answer is yes.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] for any other answer, or the failed read.
 pub fn ask(plan: &str, destroys: &str) -> Result<()> {
-    talk(&escape::text(&format!("{}\n\n{destroys}. Go on? [y/N] ", plan.trim_end())));
+    write_stderr(&escape::text(&format!("{}\n\n{destroys}. Continue? [y/N]  ", plan.trim_end())));
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer).io_context(|| "reading the answer".to_owned())?;
     if matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {

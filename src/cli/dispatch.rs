@@ -1,7 +1,7 @@
-//! Each command: what was typed becomes a request, the request a plan, the plan a report.
+//! The commands: arguments become a request, the request a plan, the plan a report.
 //!
-//! The order is the same everywhere: usage errors, refusals, consent, signals, work. Nothing is
-//! changed before consent is given.
+//! Every command has the same order: usage errors, refusals, consent, signals, work. Nothing is changed
+//! before consent is given.
 
 use std::io::{self, IsTerminal};
 
@@ -17,16 +17,16 @@ use crate::base::{Error, Result};
 use crate::op;
 use crate::progress::Silent;
 
-/// True where standard output carries an archive.
+/// True if standard output carries an archive.
 #[must_use]
 pub fn stdout_is_data(command: &Command) -> bool {
     matches!(command, Command::Copy(args) if resolve::is_pipe(args))
 }
 
-/// Carries the command out.
+/// Executes the command.
 ///
 /// # Errors
-/// Whatever ends it; the kind decides the exit code.
+/// The error that ends it; its kind decides the exit code.
 pub fn run(command: &Command, output: Output) -> Result<()> {
     match command {
         Command::Attach(args) => {
@@ -46,13 +46,13 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
         Command::Status(args) => match resolve::status(args)? {
-            None => output.answer("status", &op::status::status()?),
-            Some(looks) => watch::watch(looks, output),
+            None => output.print_result("status", &op::status::status()?),
+            Some(settings) => watch::watch(settings, output),
         },
         Command::Recover => recover(output),
         Command::Doctor => {
             let report = op::doctor::run();
-            output.answer("doctor", &report)?;
+            output.print_result("doctor", &report)?;
             report.verdict()
         }
         Command::Completions { shell } => output.result_text(&pages::completions(*shell)),
@@ -65,9 +65,9 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
     }
 }
 
-/// Shows the plan where it was asked for (and returns false: nothing more is to be done), and asks
-/// for consent where something is destroyed and `--yes` was not given.
-fn agreed<P: Human + Serialize>(
+/// With `--dry-run`, shows the plan and returns false. Otherwise asks for consent if something would be
+/// destroyed and `--yes` was not given.
+fn confirmed<P: Human + Serialize>(
     output: Output,
     command: &str,
     consent: Consent,
@@ -97,14 +97,14 @@ fn copy(args: &CopyArgs, output: Output) -> Result<()> {
             Error::usage("an archive is not written to a terminal").next("pipe it somewhere, or name a file")
         );
     }
-    // Planned as if consent were given, so that whatever else is in the way is said first.
+    // Planned as if consent were given, so that any other obstacle is reported first.
     request.replace = true;
     let mut plan = op::copy::plan(&request)?;
     let destroys = plan.destroys();
-    if !agreed(output, "copy", args.consent, destroys.as_deref(), &plan)? {
+    if !confirmed(output, "copy", args.consent, destroys.as_deref(), &plan)? {
         return Ok(());
     }
-    // Consent was given for what was seen: what appears from here on is not replaced.
+    // Consent covers only what was shown: a file that appears later is not replaced.
     plan.request.replace = args.consent.yes || destroys.is_some();
     stop_on_signals(output)?;
     let observer = observer(output);
@@ -130,10 +130,10 @@ fn resume(args: &ResumeArgs, output: Output) -> Result<()> {
 fn restore(args: &RestoreArgs, output: Output) -> Result<()> {
     let mut plan = op::restore_plan::plan(&resolve::restore(args)?, &interrupt)?;
     let destroys = plan.target.overwrites.clone();
-    if !agreed(output, "restore", args.consent, destroys.as_deref(), &plan)? {
+    if !confirmed(output, "restore", args.consent, destroys.as_deref(), &plan)? {
         return Ok(());
     }
-    // Consent was given for what was seen: what appears from here on is not replaced.
+    // Consent covers only what was shown: a file that appears later is not replaced.
     plan.request.replace = args.consent.yes || destroys.is_some();
     stop_on_signals(output)?;
     let observer = observer(output);
@@ -155,10 +155,10 @@ fn inspect(args: &InspectArgs, output: Output) -> Result<()> {
     let request = resolve::inspect(args)?;
     stop_on_signals(output)?;
     let report = op::inspect::run(&request, &Silent, &interrupt)?;
-    output.answer("inspect", &report)
+    output.print_result("inspect", &report)
 }
 
-/// Not to be interrupted halfway: a signal is noted, and the recovery goes on to its end.
+/// Cannot be interrupted: a signal is only noted, and the recovery runs to its end.
 fn recover(output: Output) -> Result<()> {
     stop_on_signals(output)?;
     output.report("recover", &op::recover::recover()?)

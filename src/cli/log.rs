@@ -12,16 +12,16 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter}
 use tracing_subscriber::registry::LookupSpan;
 
 use super::args::Global;
-use super::output::{json_line, stderr_has_colour, talk};
+use super::output::{json_line, stderr_has_colour, write_stderr};
 use crate::base::{Error, Result};
 
 /// Overrides `-v` and `--quiet`: "debug", or "tidemark::dm=trace,info".
 pub const ENV: &str = "TIDEMARK_LOG";
 
-/// Starts logging as the options and the environment say; a second call changes nothing.
+/// Starts logging according to the options and the environment; a second call has no effect.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a `TIDEMARK_LOG` that cannot be read.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an invalid `TIDEMARK_LOG`.
 pub fn init(global: Global) -> Result<()> {
     let level = match (global.quiet, global.verbose) {
         (true, _) => "error",
@@ -36,8 +36,8 @@ pub fn init(global: Global) -> Result<()> {
             .with_source(source)
             .next("set it to error, warn, info, debug or trace")
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Talk);
-    // Already set: by a test in the same process, whose subscriber serves as well.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(StderrWriter);
+    // Fails if a test in the same process has set it already, whose subscriber serves as well.
     let _ = if global.json {
         builder.event_format(Json).try_init()
     } else {
@@ -46,12 +46,12 @@ pub fn init(global: Global) -> Result<()> {
     Ok(())
 }
 
-/// Standard error, above the progress bar.
-struct Talk;
+/// Writes to standard error, above the progress bar.
+struct StderrWriter;
 
-impl io::Write for Talk {
+impl io::Write for StderrWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        talk(&String::from_utf8_lossy(bytes));
+        write_stderr(&String::from_utf8_lossy(bytes));
         Ok(bytes.len())
     }
 
@@ -60,15 +60,15 @@ impl io::Write for Talk {
     }
 }
 
-impl<'a> MakeWriter<'a> for Talk {
-    type Writer = Talk;
+impl<'a> MakeWriter<'a> for StderrWriter {
+    type Writer = StderrWriter;
 
     fn make_writer(&'a self) -> Self::Writer {
-        Talk
+        StderrWriter
     }
 }
 
-/// One JSON line for each event.
+/// Formats each event as one JSON line.
 struct Json;
 
 #[derive(Default)]

@@ -1,6 +1,6 @@
-//! How far, how fast, how long still: the arithmetic between a copy's events and what is shown.
+//! Progress, rate and remaining time: the arithmetic between a copy's events and their display.
 //!
-//! Pure: the moment of each event is given by the caller.
+//! Pure: the caller supplies the time of each event.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use crate::base::Bytes;
 use crate::format::state::ProgressView;
 use crate::progress::{Event, Phase, SegmentCount, StoreFill};
 
-/// The rate is measured over this much of the recent past: shorter jumps, longer lags.
+/// The rate covers this much of the recent past: less would fluctuate, more would lag.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
 
-/// Samples kept for the rate; more frequent events replace the newest one.
+/// Most samples for the rate; more frequent events replace the newest one.
 const SAMPLE_COUNT_MAX: usize = 64;
 
 /// What has been released so far.
@@ -20,24 +20,24 @@ const SAMPLE_COUNT_MAX: usize = 64;
 pub struct Released {
     /// Regions released.
     pub regions: u64,
-    /// Regions in all.
+    /// Regions in total.
     pub total: u64,
-    /// The longest that a release has held the origin.
+    /// The longest time for which a release has held the origin.
     pub longest_stall: Duration,
 }
 
-/// How the applications fare on the origin.
+/// The latency of applications on the origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Latency {
-    /// Mean of their reads and writes now, where there are any.
+    /// Present mean of their reads and writes, if there are any.
     pub origin: Option<Duration>,
-    /// Without the copier, where known.
+    /// The same without the copier, if known.
     pub baseline: Option<Duration>,
-    /// What the copier is allowed therefore, bytes per second; None: no limit.
+    /// The resulting limit of the copier, bytes per second; None: no limit.
     pub allowed: Option<Bytes>,
 }
 
-/// What is known about a running copy.
+/// The state of a running copy.
 #[derive(Debug, Default)]
 pub struct Meter {
     phase: Option<Phase>,
@@ -51,8 +51,8 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Takes an event in, at the moment it arrived.
-    pub fn take(&mut self, event: &Event, now: Instant) {
+    /// Updates the state by an event that arrived at `now`.
+    pub fn update(&mut self, event: &Event, now: Instant) {
         match event {
             Event::Phase { phase, total } => {
                 self.phase = Some(*phase);
@@ -64,7 +64,7 @@ impl Meter {
             }
             Event::Progress { phase, done, total, segments } => {
                 if self.phase != Some(*phase) {
-                    self.take(&Event::Phase { phase: *phase, total: *total }, now);
+                    self.update(&Event::Phase { phase: *phase, total: *total }, now);
                 }
                 self.done = *done;
                 self.total = total.or(self.total);
@@ -102,19 +102,19 @@ impl Meter {
         self.phase
     }
 
-    /// Bytes of the phase done.
+    /// Bytes done in this phase.
     #[must_use]
     pub fn done(&self) -> Bytes {
         self.done
     }
 
-    /// Bytes of the phase in all, where known.
+    /// Bytes of this phase in total, if known.
     #[must_use]
     pub fn total(&self) -> Option<Bytes> {
         self.total
     }
 
-    /// The store, once heard of.
+    /// The store, once it has been reported.
     #[must_use]
     pub fn store(&self) -> Option<&StoreFill> {
         self.store.as_ref()
@@ -126,7 +126,7 @@ impl Meter {
         self.segments
     }
 
-    /// The regions, once one was released.
+    /// The regions, once one has been released.
     #[must_use]
     pub fn released(&self) -> Option<&Released> {
         self.released.as_ref()
@@ -138,7 +138,7 @@ impl Meter {
         self.latency.as_ref()
     }
 
-    /// Bytes per second over the recent past; None before two moments are known.
+    /// Bytes per second over the recent past; None before there are two samples.
     #[must_use]
     pub fn rate(&self) -> Option<Bytes> {
         let (first, last) = (self.samples.front()?, self.samples.back()?);
@@ -147,7 +147,7 @@ impl Meter {
         (bytes * 1000).checked_div(millis).and_then(|rate| u64::try_from(rate).ok()).map(Bytes)
     }
 
-    /// All of it but what is beneath.
+    /// The present position in the phase.
     #[must_use]
     pub fn position(&self) -> Position {
         Position {
@@ -159,27 +159,27 @@ impl Meter {
         }
     }
 
-    /// See [`Position::left`].
+    /// Time left in the phase at the present rate.
     #[must_use]
     pub fn left(&self) -> Option<Duration> {
         self.position().left()
     }
 
-    /// See [`Position::percent`].
+    /// Whole percent of the phase, 100 only when all is done.
     #[must_use]
     pub fn percent(&self) -> Option<u64> {
         self.position().percent()
     }
 }
 
-/// Where a phase stands.
+/// The position in a phase.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Position {
     /// The phase, once one has begun.
     pub phase: Option<Phase>,
     /// Bytes done.
     pub done: Bytes,
-    /// Bytes in all, where known.
+    /// Bytes in total, if known.
     pub total: Option<Bytes>,
     /// Bytes per second.
     pub rate: Option<Bytes>,
@@ -225,7 +225,7 @@ pub fn position_text(position: &Position) -> String {
     line
 }
 
-/// The lines that a copy in progress is shown in, from what it keeps beside its record.
+/// The lines that show a copy in progress, from its progress file.
 #[must_use]
 pub fn view_texts(view: &ProgressView) -> Vec<String> {
     let phase = serde_json::from_value(serde_json::Value::String(view.phase.clone())).ok();
@@ -265,7 +265,7 @@ pub fn view_texts(view: &ProgressView) -> Vec<String> {
     lines
 }
 
-/// A phase in words.
+/// A phase as text.
 #[must_use]
 pub fn phase_text(phase: Phase) -> &'static str {
     match phase {
@@ -303,8 +303,8 @@ pub fn released_text(released: &Released) -> String {
     )
 }
 
-/// "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s"; what is not known is left
-/// out, and an origin without applications is "idle".
+/// "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s". Unknown parts are omitted, and an
+/// origin without I/O of applications is "idle".
 #[must_use]
 pub fn origin_text(latency: &Latency) -> String {
     let mut text = match latency.origin {
@@ -320,7 +320,7 @@ pub fn origin_text(latency: &Latency) -> String {
     text
 }
 
-/// "820 us", "1.2 ms", "340 ms", "2.5 s": three digits at most, for what takes less than minutes.
+/// "820 us", "1.2 ms", "340 ms", "2.5 s": at most three digits, for times below a minute.
 #[must_use]
 pub fn latency_text(time: Duration) -> String {
     let micros = time.as_micros();
@@ -356,23 +356,23 @@ mod tests {
         let start = Instant::now();
         let mut meter = Meter::default();
         assert_eq!((meter.rate(), meter.left(), meter.percent()), (None, None, None));
-        meter.take(&Event::Phase { phase: Phase::Data, total: Some(Bytes(1000)) }, start);
+        meter.update(&Event::Phase { phase: Phase::Data, total: Some(Bytes(1000)) }, start);
         assert_eq!(meter.rate(), None);
-        meter.take(&progress(100), start + Duration::from_secs(1));
+        meter.update(&progress(100), start + Duration::from_secs(1));
         assert_eq!(meter.rate(), Some(Bytes(100)));
         assert_eq!(meter.left(), Some(Duration::from_secs(9)));
         assert_eq!(meter.percent(), Some(10));
     }
 
     #[test]
-    fn the_rate_forgets_and_memory_is_bounded() {
+    fn the_rate_covers_a_window_and_memory_is_bounded() {
         let start = Instant::now();
         let mut meter = Meter::default();
         // 100 bytes in the first second, then one byte a second, in events of a millisecond each.
-        meter.take(&progress(0), start);
-        meter.take(&progress(100), start + Duration::from_secs(1));
+        meter.update(&progress(0), start);
+        meter.update(&progress(100), start + Duration::from_secs(1));
         for ms in 0..30_000u64 {
-            meter.take(&progress(100 + ms / 1000), start + Duration::from_millis(1000 + ms));
+            meter.update(&progress(100 + ms / 1000), start + Duration::from_millis(1000 + ms));
             assert!(meter.samples.len() <= SAMPLE_COUNT_MAX * 2 + 4, "{}", meter.samples.len());
         }
         assert!(meter.rate().unwrap() <= Bytes(2), "{:?}", meter.rate());
@@ -381,19 +381,19 @@ mod tests {
     #[test]
     fn empty_totals_do_not_divide() {
         let mut meter = Meter::default();
-        meter.take(&Event::Phase { phase: Phase::Originals, total: Some(Bytes(0)) }, Instant::now());
+        meter.update(&Event::Phase { phase: Phase::Originals, total: Some(Bytes(0)) }, Instant::now());
         assert_eq!((meter.percent(), meter.left()), (None, None));
     }
 
     #[test]
-    fn what_is_told_is_kept_and_worded() {
+    fn events_are_kept_and_shown_as_text() {
         let now = Instant::now();
         let mut meter = Meter::default();
         assert!(meter.segments().is_none() && meter.released().is_none() && meter.latency().is_none());
         let segments = Some(SegmentCount { done: 3, total: 8 });
-        meter.take(&Event::Progress { phase: Phase::Data, done: Bytes(1), total: None, segments }, now);
+        meter.update(&Event::Progress { phase: Phase::Data, done: Bytes(1), total: None, segments }, now);
         assert_eq!(meter.segments(), segments);
-        meter.take(
+        meter.update(
             &Event::Regions {
                 released: 5,
                 total: 16,
@@ -418,7 +418,7 @@ mod tests {
             (origin, None, None, "origin 1.2 ms per I/O"),
             (None, baseline, None, "origin idle"),
         ] {
-            meter.take(&Event::Latency { origin, baseline, rate }, now);
+            meter.update(&Event::Latency { origin, baseline, rate }, now);
             assert_eq!(origin_text(meter.latency().unwrap()), text);
         }
         let fill = StoreFill {
@@ -431,9 +431,9 @@ mod tests {
             ..StoreFill::default()
         };
         assert_eq!(store_text(&fill), "store 12 MiB of 1 GiB (RAM 4 MiB, disk 8 MiB), 3012 exceptions, 40/s");
-        meter.take(&Event::Phase { phase: Phase::Originals, total: None }, now);
-        assert_eq!(meter.segments(), None, "segments are the data phase's");
-        assert!(meter.released().is_some(), "releases go on");
+        meter.update(&Event::Phase { phase: Phase::Originals, total: None }, now);
+        assert_eq!(meter.segments(), None, "only the data phase has segments");
+        assert!(meter.released().is_some(), "releases are kept");
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Arguments, output, exit codes: the only layer that prints, asks or decides how the process ends.
+//! Arguments, output, exit codes: the only layer that prints, asks, or decides how the process ends.
 //!
-//! [`main`] parses, catches signals, dispatches to `op`, and turns what comes back into words and an
-//! exit code. It holds no knowledge of devices: that is `op`'s.
+//! [`main`] parses the arguments, dispatches to `op`, and turns the result into text and an exit code. It
+//! knows nothing about devices: `op` does.
 
 pub mod args;
 pub mod confirm;
@@ -23,11 +23,11 @@ use clap::Parser;
 use clap::error::ErrorKind as ClapErrorKind;
 
 use args::Cli;
-use output::{Output, talk};
+use output::{Output, write_stderr};
 
 use crate::base::{Error, ErrorKind};
 
-/// The whole run; the exit code is the one of the README's table.
+/// Runs the whole command. The exit code is one of the README's table.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -44,9 +44,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Help and version (exit 0, standard output), or what is wrong with the command line (exit 2).
+/// Prints help or version (exit 0, standard output), or the fault in the command line (exit 2).
 fn usage_exit(error: &clap::Error) -> ExitCode {
-    // Not parsed, so looked for: `--json` must hold for the very error that stops the parsing.
+    // Searched for, as nothing was parsed: `--json` must apply to the error that stopped the parsing.
     let json = std::env::args_os().take_while(|word| word != "--").any(|word| word == "--json");
     let is_help = matches!(error.kind(), ClapErrorKind::DisplayHelp | ClapErrorKind::DisplayVersion);
     if json && !is_help {
@@ -54,9 +54,9 @@ fn usage_exit(error: &clap::Error) -> ExitCode {
         let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
         let what = lines.next().unwrap_or("bad command line").trim_start_matches("error: ").to_owned();
         let next = lines.find(|line| line.starts_with("tip:")).unwrap_or("see --help").to_owned();
-        talk(&output::json_error(&Error::usage(what).next(next)));
+        write_stderr(&output::json_error(&Error::usage(what).next(next)));
     } else if error.print().is_err() {
-        // Nobody reads it.
+        // Standard output or standard error has no reader.
         return ExitCode::from(if is_help { 1 } else { ErrorKind::Usage.exit_code() });
     }
     ExitCode::from(if is_help { 0 } else { ErrorKind::Usage.exit_code() })

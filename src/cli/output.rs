@@ -1,12 +1,12 @@
-//! Where words go: results to standard output, talk to standard error, as text or as JSON lines.
+//! Where does output go? Results to standard output, everything else to standard error, as text or as JSON
+//! lines.
 //!
-//! Every JSON line is an object that begins with `"tidemark": 1` (the version of these lines) and a
-//! `"type"`: `plan`, `progress`, `result`, `error`, `log`. Errors and logs go to standard error,
-//! the rest to standard output. Where standard output carries an archive, everything goes to
-//! standard error.
+//! Every JSON line is an object that begins with `"tidemark": 1` (the version of these lines) and a `"type"`:
+//! `plan`, `progress`, `result`, `error`, `log`. Errors and logs go to standard error, the rest to standard
+//! output. If standard output carries an archive, everything goes to standard error.
 //!
-//! A failed write of progress is ignored (nobody reads it, the copy goes on); of a result it is an
-//! error.
+//! A failed write of progress is ignored (there is no reader, and the copy continues); a failed write of a
+//! result is an error.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
@@ -18,20 +18,19 @@ use super::args::Global;
 use super::reports::Human;
 use crate::base::{Error, Result, ResultExt, escape};
 
-/// Version of the JSON lines: goes up when a reader of the old ones would go wrong.
+/// Version of the JSON lines: increased when a reader of the old ones would misread the new ones.
 pub const JSON_VERSION: u32 = 1;
 
-/// The progress bar on the terminal, if there is one: text that goes to the same terminal is put
-/// above it instead of into it.
+/// The progress bar on the terminal, if there is one: other text on that terminal is written above it.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
-/// Draws (or, with None, no longer draws) this bar on standard error.
+/// Draws this bar on standard error; None stops drawing.
 pub fn set_bar(bar: Option<ProgressBar>) {
     *BAR.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = bar;
 }
 
-/// Writes whole lines to standard error, above the progress bar; a failure has nowhere to be told.
-pub fn talk(text: &str) {
+/// Writes whole lines to standard error, above the progress bar. A failed write cannot be reported anywhere.
+pub fn write_stderr(text: &str) {
     let bar = BAR.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
     let write = || {
         let mut stderr = io::stderr().lock();
@@ -62,7 +61,7 @@ pub fn json_line(kind: &str, body: impl Serialize) -> String {
     text
 }
 
-/// How this run talks.
+/// The output settings of this run.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     /// JSON lines instead of text.
@@ -74,19 +73,19 @@ pub struct Output {
 }
 
 impl Output {
-    /// As the options say.
+    /// From the options.
     #[must_use]
     pub fn new(global: Global, stdout_is_data: bool) -> Self {
         Self { json: global.json, quiet: global.quiet, stdout_is_data }
     }
 
-    /// Writes to where results go.
+    /// Writes text to the destination of results.
     ///
     /// # Errors
     /// The failed write.
     pub fn result_text(&self, text: &str) -> Result<()> {
         if self.stdout_is_data {
-            talk(text);
+            write_stderr(text);
             return Ok(());
         }
         let mut stdout = io::stdout().lock();
@@ -96,19 +95,19 @@ impl Output {
             .io_context(|| "writing the result to standard output".to_owned())
     }
 
-    /// What a command did: text unless `--quiet`, or a JSON line `result`.
+    /// Prints what a command did: as text unless `--quiet`, or as a JSON line `result`.
     ///
     /// # Errors
     /// The failed write.
     pub fn report<T: Human + Serialize>(&self, command: &str, report: &T) -> Result<()> {
-        if self.json || !self.quiet { self.answer(command, report) } else { Ok(()) }
+        if self.json || !self.quiet { self.print_result(command, report) } else { Ok(()) }
     }
 
-    /// What was asked for (`inspect`, `status`): printed even with `--quiet`.
+    /// Prints what the user asked for (`inspect`, `status`), even with `--quiet`.
     ///
     /// # Errors
     /// The failed write.
-    pub fn answer<T: Human + Serialize>(&self, command: &str, report: &T) -> Result<()> {
+    pub fn print_result<T: Human + Serialize>(&self, command: &str, report: &T) -> Result<()> {
         #[derive(Serialize)]
         struct Body<'a, T> {
             command: &'a str,
@@ -121,7 +120,7 @@ impl Output {
         }
     }
 
-    /// The plan that `--dry-run` asked for.
+    /// Prints the plan for `--dry-run`.
     ///
     /// # Errors
     /// The failed write.
@@ -138,28 +137,28 @@ impl Output {
         }
     }
 
-    /// Something a person should read now, on standard error, even with `--quiet`.
+    /// Prints a message for the user on standard error, even with `--quiet`.
     pub fn note(&self, text: &str) {
         #[derive(Serialize)]
         struct Body<'a> {
             level: &'a str,
             message: &'a str,
         }
-        talk(&if self.json {
+        write_stderr(&if self.json {
             json_line("log", Body { level: "INFO", message: text })
         } else {
             with_newline(text.to_owned())
         });
     }
 
-    /// The error that ends the run, on standard error.
+    /// Prints the error that ends the run, on standard error.
     pub fn error(&self, error: &Error) {
         set_bar(None);
-        talk(&if self.json { json_error(error) } else { text_error(error, stderr_has_colour()) });
+        write_stderr(&if self.json { json_error(error) } else { text_error(error, stderr_has_colour()) });
     }
 }
 
-/// Text of ours, in which other people's names may be.
+/// Escapes our text, which may contain names of other origin, and ends it with a newline.
 fn with_newline(text: String) -> String {
     let mut text = escape::text(&text).into_owned();
     if !text.ends_with('\n') {
@@ -168,8 +167,8 @@ fn with_newline(text: String) -> String {
     text
 }
 
-/// True where text on standard error may be coloured: a terminal, and NO_COLOR (any non-empty
-/// value, as no-color.org has it) is not set.
+/// True if text on standard error may be coloured: it is a terminal, and NO_COLOR (any non-empty value, see
+/// no-color.org) is not set.
 #[must_use]
 pub fn stderr_has_colour() -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
@@ -177,7 +176,7 @@ pub fn stderr_has_colour() -> bool {
     io::stderr().is_terminal() && !refused && !dumb
 }
 
-/// `tidemark: what: cause`, then state, next step and what could not be undone.
+/// `tidemark: what: cause`, then the state, what could not be undone, and the next step.
 #[must_use]
 pub fn text_error(error: &Error, colour: bool) -> String {
     let (red, bold, plain) = if colour { ("\x1b[31;1m", "\x1b[1m", "\x1b[0m") } else { ("", "", "") };

@@ -1,4 +1,4 @@
-//! Completion scripts and man pages, made from the one definition in [`args`](super::args).
+//! Completion scripts and man pages, generated from the one definition in [`args`](super::args).
 
 use std::fs;
 use std::path::Path;
@@ -15,10 +15,10 @@ use crate::base::{Result, ResultExt};
 pub fn completions(shell: Shell) -> String {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "tidemark", &mut script);
-    String::from_utf8(script).expect("made from UTF-8 names and help")
+    String::from_utf8(script).expect("generated from UTF-8 names and help")
 }
 
-/// The pages: file name and roff text, `tidemark.1` first, then one for each visible command.
+/// The pages as file name and roff text: `tidemark.1` first, then one for each visible command.
 ///
 /// # Errors
 /// None in practice: the pages are written to memory.
@@ -35,8 +35,8 @@ pub fn man_pages() -> Result<Vec<(String, String)>> {
 fn page(command: &Command, name: String) -> Result<(String, String)> {
     let mut roff = Vec::new();
     let examples = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-    // The manual's title is the page's own name, "tidemark-copy", while its synopsis keeps "tidemark
-    // copy", which clap worked out when the tree was built.
+    // The title is the name of the page, "tidemark-copy", while the synopsis keeps "tidemark copy", which
+    // clap derived when the tree was built.
     let bare = command.clone().display_name(name.clone()).after_help(None::<&str>);
     Man::new(bare).render(&mut roff).io_context(|| format!("rendering the man page {name}"))?;
     let mut text = String::from_utf8_lossy(&roff).into_owned();
@@ -51,11 +51,11 @@ fn page(command: &Command, name: String) -> Result<(String, String)> {
     Ok((format!("{name}.1"), text))
 }
 
-/// Text as it stands, line by line.
+/// Verbatim text, line by line.
 fn literal_section(title: &str, text: &str) -> String {
     let mut roff = format!(".SH {title}\n.nf\n");
     for line in text.lines() {
-        // A line that begins with a dot or a quote would be taken for a request.
+        // A line that begins with a dot or a quote would be a roff request.
         roff.push_str("\\&");
         roff.push_str(&line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq"));
         roff.push('\n');
@@ -64,12 +64,12 @@ fn literal_section(title: &str, text: &str) -> String {
     roff
 }
 
-/// Writes every page into `directory`, which is made if need be; returns how many.
+/// Writes every page into `directory`, which is created if necessary. Returns how many.
 ///
 /// # Errors
 /// The failed write.
 pub fn write_man_pages(directory: &Path) -> Result<usize> {
-    fs::create_dir_all(directory).io_context(|| format!("making the directory {}", directory.display()))?;
+    fs::create_dir_all(directory).io_context(|| format!("creating the directory {}", directory.display()))?;
     let pages = man_pages()?;
     for (name, text) in &pages {
         let path = directory.join(name);

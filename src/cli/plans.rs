@@ -1,4 +1,4 @@
-//! Plans of copies, for people: what `--dry-run` shows.
+//! Plans of copies as text: what `--dry-run` shows.
 
 use super::reports::Human;
 use crate::copy::Order;
@@ -57,7 +57,7 @@ fn secondary_text(plan: &CopyPlan) -> String {
     };
     let format = match (plan.request.format, plan.request.originals) {
         (SecondaryFormat::Raw, _) => "raw",
-        (SecondaryFormat::Archive, Originals::Overlay) => "archive, originals laid over the data",
+        (SecondaryFormat::Archive, Originals::Overlay) => "archive, originals applied to the data",
         (SecondaryFormat::Archive, Originals::Append) => "archive, originals after the data",
     };
     format!("{target} ({format})")
@@ -86,14 +86,14 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     if live.memory_waits {
         lines.add("memory", "may wait for the origin (swap space): the copy is locked in memory");
     }
-    let free = if plan.request.all { "copied and preserved as well" } else { "left alone where it is known" };
+    let free = if plan.request.all { "copied and preserved as well" } else { "skipped where it is known" };
     lines.add("free space", free);
     let region = plan.region;
     lines.add(
         "regions",
         match plan.order {
             Order::Physical => format!("of {region}, released as they are copied"),
-            Order::Hot => format!("of {region}, what is written most first, released as copied"),
+            Order::Hot => format!("of {region}, most written first, released as they are copied"),
         },
     );
     if plan.request.on_full == OnFull::Hold {
@@ -115,5 +115,5 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
         lines.add("step", &step.name);
     }
     lines
-        .add("afterwards", format!("the origin's own table is put back: {}", live.table.replace('\n', "; ")));
+        .add("afterwards", format!("the origin's own table is restored: {}", live.table.replace('\n', "; ")));
 }

@@ -1,6 +1,6 @@
 //! Shows a running copy: a bar on a terminal, plain lines elsewhere, or JSON lines.
 //!
-//! All of it is talk: a failed write never disturbs the copy.
+//! A failed write of progress never disturbs the copy.
 
 use std::fmt;
 use std::io::{self, IsTerminal};
@@ -11,33 +11,33 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 use super::meter::{Meter, duration_text, origin_text, phase_text, position_text, released_text, store_text};
-use super::output::{Output, json_line, set_bar, stderr_has_colour, talk};
+use super::output::{Output, json_line, set_bar, stderr_has_colour, write_stderr};
 use crate::base::{Bytes, clock, escape};
 use crate::progress::{Event, Observer, Phase, StoreFill};
 
-/// Between two plain lines of progress.
+/// Time between two plain lines of progress.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Between two JSON lines of progress.
+/// Time between two JSON lines of progress.
 const JSON_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Redraws of the bar per second.
 const BAR_HZ: u8 = 5;
 
-/// The operation in progress, for who asks by a signal.
-static ASKED: Mutex<Option<Meter>> = Mutex::new(None);
+/// The operation in progress, for a progress request by a signal.
+static CURRENT: Mutex<Option<Meter>> = Mutex::new(None);
 
-/// The observer that suits this run's output; what it sees, [`answer`] tells.
+/// The observer for this run's output. What it sees is also kept for [`show_progress`].
 #[must_use]
 pub fn observer(output: Output) -> Box<dyn Observer> {
-    *lock(&ASKED) = Some(Meter::default());
-    Box::new(Answering(shown(output)))
+    *lock(&CURRENT) = Some(Meter::default());
+    Box::new(RecordingObserver(display_for(output)))
 }
 
-/// Says how far the operation in progress is: to somebody who has asked, `--quiet` or not.
-pub fn answer(output: Output) {
-    // Nobody waits for this lock while it is written: that may be to a file on a filesystem that is frozen.
-    let text = lock(&ASKED).as_ref().and_then(|meter| match output.json {
+/// Shows the progress of the current operation on request, even with `--quiet`.
+pub fn show_progress(output: Output) {
+    // The lock is not held during the write, which may be to a file on a frozen filesystem.
+    let text = lock(&CURRENT).as_ref().and_then(|meter| match output.json {
         true => json_position(meter),
         false => Some(plain_line(meter)),
     });
@@ -45,7 +45,7 @@ pub fn answer(output: Output) {
     if output.json {
         let _ = output.result_text(&text);
     } else {
-        talk(&text);
+        write_stderr(&text);
     }
 }
 
@@ -56,19 +56,19 @@ fn json_position(meter: &Meter) -> Option<String> {
     Some(json_line("progress", JsonEvent::with_figures(&event, meter)))
 }
 
-/// Remembers for [`answer`] what another observer shows.
-struct Answering(Box<dyn Observer>);
+/// Keeps the state for [`show_progress`], and passes events on to another observer.
+struct RecordingObserver(Box<dyn Observer>);
 
-impl Observer for Answering {
+impl Observer for RecordingObserver {
     fn event(&self, event: &Event) {
-        if let Some(meter) = lock(&ASKED).as_mut() {
-            meter.take(event, Instant::now());
+        if let Some(meter) = lock(&CURRENT).as_mut() {
+            meter.update(event, Instant::now());
         }
         self.0.event(event);
     }
 }
 
-fn shown(output: Output) -> Box<dyn Observer> {
+fn display_for(output: Output) -> Box<dyn Observer> {
     if output.json {
         Box::new(JsonLines::new(output))
     } else if output.quiet {
@@ -80,7 +80,7 @@ fn shown(output: Output) -> Box<dyn Observer> {
     }
 }
 
-/// A poisoned lock means that a thread panicked while drawing: what it holds is good enough to draw.
+/// A poisoned lock means that a thread panicked while drawing: the state is good enough to draw.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -94,13 +94,13 @@ fn instant_text(frozen: Duration, suspended: Duration, utc_ns: u64) -> String {
     )
 }
 
-/// `--quiet`.
+/// The observer for `--quiet`.
 struct WarningsOnly;
 
 impl Observer for WarningsOnly {
     fn event(&self, event: &Event) {
         if let Event::Warning { text } = event {
-            talk(&escape::text(&format!("warning: {text}\n")));
+            write_stderr(&escape::text(&format!("warning: {text}\n")));
         }
     }
 }
@@ -113,11 +113,11 @@ impl Observer for PlainLines {
     fn event(&self, event: &Event) {
         let now = Instant::now();
         let mut state = lock(&self.0);
-        state.0.take(event, now);
+        state.0.update(event, now);
         match event {
             Event::Phase { phase, total } => {
                 state.1 = Some(now);
-                talk(&match total {
+                write_stderr(&match total {
                     Some(total) => format!("{}: {total}\n", phase_text(*phase)),
                     None => format!("{}\n", phase_text(*phase)),
                 });
@@ -125,13 +125,15 @@ impl Observer for PlainLines {
             Event::Progress { .. } => {
                 if state.1.is_none_or(|last| now - last >= PLAIN_INTERVAL) {
                     state.1 = Some(now);
-                    talk(&plain_line(&state.0));
+                    write_stderr(&plain_line(&state.0));
                 }
             }
             Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {}
-            Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
-            Event::Note { text } => talk(&escape::text(&format!("{text}\n"))),
-            Event::Warning { text } => talk(&escape::text(&format!("warning: {text}\n"))),
+            Event::Instant { utc_ns, frozen, suspended } => {
+                write_stderr(&instant_text(*frozen, *suspended, *utc_ns))
+            }
+            Event::Note { text } => write_stderr(&escape::text(&format!("{text}\n"))),
+            Event::Warning { text } => write_stderr(&escape::text(&format!("warning: {text}\n"))),
         }
     }
 }
@@ -139,36 +141,36 @@ impl Observer for PlainLines {
 /// "copying: 1.2 GiB of 10 GiB (12%), 400 MiB/s, 22 s left, store ...".
 fn plain_line(meter: &Meter) -> String {
     let mut line = position_text(&meter.position());
-    for text in beneath(meter).into_iter().flatten() {
+    for text in detail_lines(meter).into_iter().flatten() {
         line.push_str(&format!(", {text}"));
     }
     line.push('\n');
     line
 }
 
-/// The lines beneath the bar: the store, what was released, and how the applications fare; each once
-/// there is something to say. Each fits a terminal of 80 columns.
-type Beneath = [Option<String>; 3];
+/// The lines below the bar: the store, the releases, and the latency of applications, each once it is known.
+/// Each fits a terminal of 80 columns.
+type DetailLines = [Option<String>; 3];
 
-/// What the bar's template calls them.
-const BENEATH_KEYS: [&str; 3] = ["store_fill", "releases", "origin"];
+/// Their keys in the bar's template.
+const DETAIL_KEYS: [&str; 3] = ["store_fill", "releases", "origin"];
 
-fn beneath(meter: &Meter) -> Beneath {
+fn detail_lines(meter: &Meter) -> DetailLines {
     [meter.store().map(store_text), meter.released().map(released_text), meter.latency().map(origin_text)]
 }
 
-/// A bar on the terminal, and lines beneath it.
+/// A bar on the terminal, with lines below it.
 struct Bar {
     meter: Mutex<Meter>,
     bar: ProgressBar,
-    beneath: Arc<Mutex<Beneath>>,
+    detail_lines: Arc<Mutex<DetailLines>>,
 }
 
 impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(BAR_HZ));
         set_bar(Some(bar.clone()));
-        Self { meter: Mutex::default(), bar, beneath: Arc::default() }
+        Self { meter: Mutex::default(), bar, detail_lines: Arc::default() }
     }
 
     fn style(&self, meter: &Meter) -> ProgressStyle {
@@ -180,7 +182,7 @@ impl Bar {
             (false, false) => "{prefix:>10} {spinner} {wide_msg}",
         };
         let mut template = first.to_owned();
-        for (key, text) in BENEATH_KEYS.iter().zip(&*lock(&self.beneath)) {
+        for (key, text) in DETAIL_KEYS.iter().zip(&*lock(&self.detail_lines)) {
             if text.is_some() {
                 template.push_str(&format!("\n{:>10} {{{key}}}", ""));
             }
@@ -188,21 +190,21 @@ impl Bar {
         let mut style = ProgressStyle::with_template(&template)
             .expect("the templates are constants")
             .progress_chars("=> ");
-        for (at, key) in BENEATH_KEYS.into_iter().enumerate() {
-            let beneath = Arc::clone(&self.beneath);
+        for (at, key) in DETAIL_KEYS.into_iter().enumerate() {
+            let detail_lines = Arc::clone(&self.detail_lines);
             style = style.with_key(key, move |_: &ProgressState, out: &mut dyn fmt::Write| {
-                let lines = lock(&beneath);
-                // A String cannot refuse.
+                let lines = lock(&detail_lines);
+                // Writing to a String does not fail.
                 let _ = out.write_str(lines.get(at).and_then(Option::as_deref).unwrap_or_default());
             });
         }
         style
     }
 
-    /// Takes over what stands beneath the bar; a line that was not there before needs another template.
-    fn draw_beneath(&self, meter: &Meter) {
-        let new = beneath(meter);
-        let old = std::mem::replace(&mut *lock(&self.beneath), new.clone());
+    /// Updates the lines below the bar; a new line needs another template.
+    fn draw_details(&self, meter: &Meter) {
+        let new = detail_lines(meter);
+        let old = std::mem::replace(&mut *lock(&self.detail_lines), new.clone());
         if old.iter().map(Option::is_some).ne(new.iter().map(Option::is_some)) {
             self.bar.set_style(self.style(meter));
         }
@@ -219,7 +221,7 @@ impl Bar {
     }
 }
 
-/// What stands to the right of the bar: 45 columns at most, so that it fits a terminal of 80.
+/// The text to the right of the bar: at most 45 columns, so that it fits a terminal of 80.
 fn bar_message(meter: &Meter) -> String {
     let mut parts = Vec::new();
     match meter.total() {
@@ -239,7 +241,7 @@ fn bar_message(meter: &Meter) -> String {
 impl Observer for Bar {
     fn event(&self, event: &Event) {
         let mut meter = lock(&self.meter);
-        meter.take(event, Instant::now());
+        meter.update(event, Instant::now());
         match event {
             Event::Phase { phase, .. } => {
                 self.bar.set_style(self.style(&meter));
@@ -248,10 +250,12 @@ impl Observer for Bar {
                 self.draw(&meter);
             }
             Event::Progress { .. } => self.draw(&meter),
-            Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => self.draw_beneath(&meter),
-            Event::Instant { utc_ns, frozen, suspended } => talk(&instant_text(*frozen, *suspended, *utc_ns)),
-            Event::Note { text } => talk(&escape::text(&format!("{text}\n"))),
-            Event::Warning { text } => talk(&escape::text(&format!("warning: {text}\n"))),
+            Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => self.draw_details(&meter),
+            Event::Instant { utc_ns, frozen, suspended } => {
+                write_stderr(&instant_text(*frozen, *suspended, *utc_ns))
+            }
+            Event::Note { text } => write_stderr(&escape::text(&format!("{text}\n"))),
+            Event::Warning { text } => write_stderr(&escape::text(&format!("warning: {text}\n"))),
         }
     }
 }
@@ -265,8 +269,8 @@ impl Drop for Bar {
 
 /// One JSON object per line.
 ///
-/// The line that says "preparing" waits for the next one: where preparing fails, nothing has begun,
-/// and standard output stays empty.
+/// The line "preparing" is deferred until the next one: if the preparation fails, nothing has begun, and
+/// standard output stays empty.
 struct JsonLines {
     output: Output,
     state: Mutex<JsonState>,
@@ -276,10 +280,10 @@ struct JsonLines {
 struct JsonState {
     meter: Meter,
     last: Option<Instant>,
-    held: String,
+    deferred: String,
 }
 
-/// What a JSON line adds to the event: the arithmetic that every reader would do again.
+/// What a JSON line adds to the event: figures that every reader would compute again.
 #[derive(Serialize)]
 struct JsonEvent<'a> {
     #[serde(flatten)]
@@ -313,7 +317,7 @@ impl Observer for JsonLines {
     fn event(&self, event: &Event) {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        state.meter.take(event, now);
+        state.meter.update(event, now);
         if let Event::Progress { done, total, .. } = event
             && Some(*done) != *total
         {
@@ -328,11 +332,11 @@ impl Observer for JsonLines {
         };
         let line = json_line("progress", body);
         if matches!(event, Event::Phase { phase: Phase::Prepare, .. }) {
-            state.held = line;
+            state.deferred = line;
             return;
         }
-        // Progress is talk: with nobody left to read it the copy goes on.
-        let _ = self.output.result_text(&(std::mem::take(&mut state.held) + &line));
+        // A failed write is ignored: without a reader the copy continues.
+        let _ = self.output.result_text(&(std::mem::take(&mut state.deferred) + &line));
     }
 }
 
@@ -346,7 +350,7 @@ mod tests {
         let start = Instant::now();
         let mut meter = Meter::default();
         let total = Some(Bytes::mib(100));
-        meter.take(&Event::Phase { phase: Phase::Data, total }, start);
+        meter.update(&Event::Phase { phase: Phase::Data, total }, start);
         let fill = StoreFill {
             used_bytes: Bytes::mib(1),
             total_bytes: Bytes::gib(1),
@@ -356,14 +360,14 @@ mod tests {
         };
         let segments = Some(SegmentCount { done: 20, total: 100 });
         let progress = Event::Progress { phase: Phase::Data, done: Bytes::mib(20), total, segments };
-        meter.take(&progress, start + Duration::from_secs(2));
+        meter.update(&progress, start + Duration::from_secs(2));
         let copying = "copying: 20 MiB of 100 MiB (20%), 10 MiB/s, 8 s left, 20 of 100 segments";
         assert_eq!(plain_line(&meter), format!("{copying}\n"));
-        meter.take(&Event::Store(fill), start);
+        meter.update(&Event::Store(fill), start);
         let store = "store 1 MiB of 1 GiB (RAM 1 MiB, disk 0 B), 7 exceptions, 0/s";
         assert_eq!(plain_line(&meter), format!("{copying}, {store}\n"));
         let (origin, rate) = (Some(Duration::from_millis(2)), Some(Bytes::mib(10)));
-        meter.take(&Event::Latency { origin, baseline: None, rate }, start);
+        meter.update(&Event::Latency { origin, baseline: None, rate }, start);
         assert_eq!(
             plain_line(&meter),
             format!("{copying}, {store}, origin 2.0 ms per I/O, copier at most 10 MiB/s\n")

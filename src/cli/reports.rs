@@ -1,4 +1,4 @@
-//! Reports as people read them: a few aligned lines, sizes in units, no JSON words.
+//! Reports as text: a few aligned lines, sizes with units.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
 use crate::restore::writer::RestoreReport;
 
-/// Something that can be shown to a person.
+/// A value that can be shown as text.
 pub trait Human {
     /// The text, lines ended by newlines.
     fn human(&self) -> String;
@@ -59,7 +59,7 @@ fn seconds_text(seconds: f64) -> String {
     }
 }
 
-/// ", 400 MiB/s", or nothing where it took no time worth a rate.
+/// ", 400 MiB/s", or nothing if the time is too short for a rate.
 fn rate_text(size: Bytes, seconds: f64) -> String {
     let millis = Duration::try_from_secs_f64(seconds).map_or(0, |time| time.as_millis());
     match (u128::from(size.get()) * 1000).checked_div(millis).map(u64::try_from) {
@@ -75,8 +75,8 @@ fn instant_text(superblock: &Superblock) -> String {
 fn originals_text(mode: OriginalsMode, totals: &Totals) -> String {
     match mode {
         OriginalsMode::None => "none: the origin was quiet".to_owned(),
-        OriginalsMode::Overlay => "laid over the data".to_owned(),
-        OriginalsMode::Append => format!("{} behind the data, applied by restore", totals.originals_bytes),
+        OriginalsMode::Overlay => "applied to the data".to_owned(),
+        OriginalsMode::Append => format!("{} after the data, applied by restore", totals.originals_bytes),
     }
 }
 
@@ -85,12 +85,12 @@ fn origin_text(superblock: &Superblock) -> String {
     if name.is_empty() || name == path { path.into_owned() } else { format!("{name} ({path})") }
 }
 
-/// Whether the snapshot's device is of use to anybody.
+/// Whether the snapshot's device still shows the instant.
 fn preserved_text(preserved: Option<Bytes>, size: Option<Bytes>) -> String {
     match (preserved, size) {
         (Some(preserved), Some(size)) if preserved == size => "shows the instant".to_owned(),
         (Some(preserved), Some(size)) => {
-            format!("{preserved} of {size} still preserved: its device is of no use, the copy is")
+            format!("{preserved} of {size} still preserved: only the copy shows the instant")
         }
         _ => "nothing writes through it".to_owned(),
     }
@@ -144,7 +144,7 @@ impl Human for CopyOutcome {
                 let held = seconds_text(release.held.as_secs_f64());
                 lines.add(
                     "held",
-                    format!("{held} in {} stretches, because the store was about to fill", release.holds),
+                    format!("{held} in {} holds, because the store was about to fill", release.holds),
                 );
             }
         }
@@ -362,20 +362,20 @@ fn job_row(job: &JobStatus) -> Vec<String> {
     ]
 }
 
-/// A paragraph for a job that has said how far it is.
+/// A paragraph for a job that has reported progress.
 fn job_progress(job: &JobStatus) -> String {
     let Some(view) = &job.progress else { return String::new() };
     let died = if job.alive { "" } else { " (when it died)" };
     let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
     let lvm = if job.keeps_lvm_away {
-        "  LVM's commands that change the volume group wait for its end\n"
+        "  LVM commands that change the volume group wait for its end\n"
     } else {
         ""
     };
     format!("job {}{died}\n{lines}{lvm}\n", job.id)
 }
 
-/// A table and an empty line, or nothing where there is only the head.
+/// A table and an empty line, or nothing if there is only the header.
 fn section(rows: &[Vec<String>]) -> String {
     if rows.len() > 1 { table(rows) + "\n" } else { String::new() }
 }
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jobs_progress_is_beneath_the_table() {
+    fn a_jobs_progress_is_below_the_table() {
         let golden = include_bytes!("../format/state/golden/progress-v1.json");
         let job = |id: &str, alive, progress| JobStatus {
             id: id.to_owned(),

@@ -1,6 +1,6 @@
-//! From what was typed to what is asked: defaults filled in, contradictions refused, once.
+//! Turns arguments into requests: fills in defaults and rejects contradictions, once.
 //!
-//! Looks at nothing but the arguments: whether the system can do it is for `op` to find out.
+//! Uses only the arguments: whether the system can execute the request is checked by `op`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,20 +20,20 @@ use crate::op::request::{
 use crate::restore::ArchiveSource;
 use crate::volume::lvm_lock::LvmScope;
 
-/// The name's ending that makes a secondary an archive by default.
+/// The extension that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
 
-/// Between two looks of `status --watch`, as of watch(1).
+/// Default interval of `status --watch`, as for watch(1).
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// And at least: looking costs system calls.
+/// Shortest interval: each status costs system calls.
 const WATCH_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-/// Whether `-` was typed for the secondary: standard output then carries the archive.
+/// True if the secondary is `-`: standard output then carries the archive.
 #[must_use]
 pub fn is_pipe(args: &CopyArgs) -> bool {
     is_dash(&args.secondary)
@@ -42,21 +42,20 @@ pub fn is_pipe(args: &CopyArgs) -> bool {
 /// `tidemark copy`.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for options that
-/// contradict each other.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options.
 pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
-    not_dash(&args.origin, "the origin")?;
+    reject_dash(&args.origin, "the origin")?;
     let format = format_of(args);
     let originals = originals_of(args, format)?;
     if is_pipe(args) && args.verify {
         return Err(Error::usage("--verify cannot read back what was written to standard output")
-            .next("leave --verify out, and run 'tidemark verify' where the archive ends up"));
+            .next("omit --verify, and run 'tidemark verify' where the archive is stored"));
     }
     let chunk = args.chunk.map(ChunkSize::new).transpose()?.unwrap_or_default();
     let segment = args.segment.map(SegmentSize::new).transpose()?;
     check_units(segment.unwrap_or_default(), chunk)?;
-    nonzero(args.rate, "--rate")?;
-    nonzero(args.region, "--region")?;
+    reject_zero(args.rate, "--rate")?;
+    reject_zero(args.region, "--region")?;
     Ok(CopyRequest {
         origin: args.origin.clone(),
         secondary: target_of(&args.secondary),
@@ -95,13 +94,13 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
     .and_then(reject_hook_under_lock)
 }
 
-/// The hook's commands of LVM would wait for the copy, and the copy waits for the hook.
+/// The hook's LVM commands would wait for the copy, while the copy waits for the hook.
 fn reject_hook_under_lock(request: CopyRequest) -> Result<CopyRequest> {
     if request.lvm_lock == LvmScope::Copy && request.hooks.after.is_some() {
         return Err(Error::usage(
             "--lvm-lock copy cannot be used with --hook-after, whose commands would wait for its end",
         )
-        .next("use --lvm-lock change, or run the command when the copy is over"));
+        .next("use --lvm-lock change, or run the command after the copy"));
     }
     Ok(request)
 }
@@ -146,15 +145,15 @@ fn originals_of(args: &CopyArgs, format: SecondaryFormat) -> Result<Originals> {
 
 fn store_of(args: &CopyArgs) -> Result<StoreRequest> {
     if let Some(store) = &args.store {
-        not_dash(store, "the store")?;
+        reject_dash(store, "the store")?;
     }
-    nonzero(args.store_size, "--store-size")?;
+    reject_zero(args.store_size, "--store-size")?;
     let ram = match args.store_ram {
         Some(ram) if args.keep_store && ram > Bytes::ZERO => {
             return Err(Error::usage(
                 "--keep-store and --store-ram contradict each other: memory cannot be kept",
             )
-            .next("leave --store-ram out, or set it to 0"));
+            .next("omit --store-ram, or set it to 0"));
         }
         None if args.keep_store => Some(Bytes::ZERO),
         ram => ram,
@@ -168,14 +167,14 @@ fn store_of(args: &CopyArgs) -> Result<StoreRequest> {
     Ok(StoreRequest { tail: args.store.clone(), size_max: args.store_size, ram, keep: args.keep_store })
 }
 
-fn nonzero(size: Option<Bytes>, option: &str) -> Result<()> {
+fn reject_zero(size: Option<Bytes>, option: &str) -> Result<()> {
     if size == Some(Bytes::ZERO) {
-        return Err(Error::usage(format!("{option} 0 leaves nothing to work with")));
+        return Err(Error::usage(format!("{option} must not be 0")));
     }
     Ok(())
 }
 
-fn not_dash(path: &Path, what: &str) -> Result<()> {
+fn reject_dash(path: &Path, what: &str) -> Result<()> {
     if path.as_os_str().is_empty() {
         return Err(Error::usage(format!("{what} is an empty name")));
     }
@@ -193,28 +192,28 @@ fn source_of(path: &Path) -> ArchiveSource {
     if is_dash(path) { ArchiveSource::Pipe } else { ArchiveSource::Path(path.to_owned()) }
 }
 
-/// How often `status` looks.
+/// How often `status --watch` prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Looks {
-    /// Between two looks.
+pub struct WatchSettings {
+    /// Time between two reports.
     pub interval: Duration,
-    /// How many; None: until interrupted.
+    /// How many reports; None: until interrupted.
     pub count: Option<u64>,
 }
 
-/// `tidemark status --watch`, or None for a single look.
+/// `tidemark status --watch`, or None for a single report.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for an interval below [`WATCH_INTERVAL_MIN`].
-pub fn status(args: &StatusArgs) -> Result<Option<Looks>> {
+pub fn status(args: &StatusArgs) -> Result<Option<WatchSettings>> {
     let interval = args.interval.unwrap_or(WATCH_INTERVAL);
     if interval < WATCH_INTERVAL_MIN {
         return Err(Error::usage(format!(
-            "--interval of {interval:?} is too short: what is shown changes twice a second"
+            "--interval of {interval:?} is too short: the status changes only twice a second"
         ))
         .next(format!("use {WATCH_INTERVAL_MIN:?} or more")));
     }
-    Ok(args.watch.then_some(Looks { interval, count: args.count }))
+    Ok(args.watch.then_some(WatchSettings { interval, count: args.count }))
 }
 
 /// `tidemark attach`.
@@ -222,7 +221,7 @@ pub fn status(args: &StatusArgs) -> Result<Option<Looks>> {
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
 pub fn attach(args: &AttachArgs) -> Result<AttachRequest> {
-    not_dash(&args.device, "the device")?;
+    reject_dash(&args.device, "the device")?;
     check_name(&args.name)?;
     Ok(AttachRequest {
         device: args.device.clone(),
@@ -246,7 +245,7 @@ pub fn detach(args: &DetachArgs) -> Result<DetachRequest> {
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-` as the target.
 pub fn restore(args: &RestoreArgs) -> Result<RestoreRequest> {
-    not_dash(&args.target, "the target")?;
+    reject_dash(&args.target, "the target")?;
     Ok(RestoreRequest {
         archive: source_of(&args.archive),
         target: args.target.clone(),
@@ -257,10 +256,10 @@ pub fn restore(args: &RestoreArgs) -> Result<RestoreRequest> {
 /// `tidemark verify`.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-` as what to compare with.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-` as the file to compare with.
 pub fn verify(args: &VerifyArgs) -> Result<VerifyRequest> {
     if let Some(against) = &args.against {
-        not_dash(against, "--against")?;
+        reject_dash(against, "--against")?;
     }
     Ok(VerifyRequest { archive: source_of(&args.archive), against: args.against.clone() })
 }
@@ -268,9 +267,9 @@ pub fn verify(args: &VerifyArgs) -> Result<VerifyRequest> {
 /// `tidemark inspect`.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-`: the end of an archive says most.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-`, as the index is at the end of an archive.
 pub fn inspect(args: &InspectArgs) -> Result<InspectRequest> {
-    not_dash(&args.archive, "the archive")?;
+    reject_dash(&args.archive, "the archive")?;
     Ok(InspectRequest { archive: PathBuf::from(&args.archive) })
 }
 
@@ -329,11 +328,11 @@ mod tests {
     }
 
     #[test]
-    fn status_looks_once_unless_told_to_watch() {
+    fn status_runs_once_without_watch() {
         assert_eq!(status(&parse("")).unwrap(), None);
         let looks = |line: &str| status(&parse(line)).map(Option::unwrap);
-        assert_eq!(looks("--watch").unwrap(), Looks { interval: WATCH_INTERVAL, count: None });
-        let expected = Looks { interval: Duration::from_millis(500), count: Some(3) };
+        assert_eq!(looks("--watch").unwrap(), WatchSettings { interval: WATCH_INTERVAL, count: None });
+        let expected = WatchSettings { interval: Duration::from_millis(500), count: Some(3) };
         assert_eq!(looks("--watch --interval 500ms --count 3").unwrap(), expected);
         assert_eq!(looks("--watch --interval 99ms").unwrap_err().kind(), ErrorKind::Usage);
     }

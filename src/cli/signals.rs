@@ -1,4 +1,4 @@
-//! Signals as requests: to stop, and to show progress.
+//! Signals as requests: to stop, or to show progress.
 
 use std::thread;
 
@@ -7,11 +7,11 @@ use super::progress;
 use crate::base::{Error, ErrorKind, Result};
 use crate::sys::signal::{self, SignalCounts};
 
-/// From here on a signal is a request to stop, which the operation's `interrupt` notices. A message on
-/// standard error answers each signal. SIGUSR1 shows progress.
+/// From here on a signal is a request to stop, which the operation's `interrupt` detects. Each signal is
+/// acknowledged on standard error. SIGUSR1 shows progress.
 ///
 /// # Errors
-/// The kernel's refusal to catch signals or to start a thread.
+/// The kernel's, if it refuses to catch signals or to start a thread.
 pub fn stop_on_signals(output: Output) -> Result<()> {
     signal::catch_termination()?;
     let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
@@ -21,13 +21,13 @@ pub fn stop_on_signals(output: Output) -> Result<()> {
         let mut seen = SignalCounts::default();
         while let Some(arrived) = signal::wait(seen) {
             if arrived.progress_requests != seen.progress_requests {
-                progress::answer(output);
+                progress::show_progress(output);
             }
             if arrived.stops != seen.stops {
                 output.note(if seen.stops == 0 {
-                    "stopping: putting things back"
+                    "stopping: undoing changes"
                 } else {
-                    "still putting things back, please wait"
+                    "still undoing changes, please wait"
                 });
             }
             seen = arrived;
@@ -36,10 +36,10 @@ pub fn stop_on_signals(output: Output) -> Result<()> {
     spawned.map(|_| ()).map_err(|source| Error::io("starting the thread that waits for signals", source))
 }
 
-/// What operations ask between their steps.
+/// Checked by operations between their steps.
 ///
 /// # Errors
-/// [`ErrorKind::Interrupted`] once a signal asked us to stop.
+/// [`ErrorKind::Interrupted`] once a signal has requested a stop.
 pub fn interrupt() -> Result<()> {
     if signal::stop_requested() {
         return Err(Error::new(ErrorKind::Interrupted, "interrupted by a signal"));

@@ -1,7 +1,7 @@
-//! `tidemark status --watch`: looks again and again.
+//! `tidemark status --watch`: prints the status again and again.
 //!
-//! On a terminal each look replaces the last one, as watch(1) does; elsewhere one follows the other, with
-//! an empty line between, or as JSON lines. A signal is how a watch ends, so it is no error.
+//! On a terminal each status replaces the last one, as with watch(1). Elsewhere they follow each other,
+//! separated by an empty line, or as JSON lines. A signal is the normal end of a watch, so it is no error.
 
 use std::io::{self, IsTerminal as _};
 use std::thread;
@@ -9,31 +9,32 @@ use std::time::{Duration, Instant};
 
 use super::output::Output;
 use super::reports::Human as _;
-use super::resolve::Looks;
+use super::resolve::WatchSettings;
 use crate::base::{Result, clock};
 use crate::op::status::status;
 use crate::sys::signal;
 
-/// Longest time between two looks for a signal.
+/// Longest time between two checks for a signal.
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
 
-/// To the upper left corner. The old text is overwritten and not wiped first, which would flicker.
+/// Moves to the upper left corner. The old text is overwritten instead of being erased first, which would
+/// flicker.
 const HOME: &str = "\x1b[H";
 
-/// Wipes the rest of the line.
+/// Erases the rest of the line.
 const WIPE_LINE: &str = "\x1b[K";
 
-/// Wipes everything below.
+/// Erases everything below.
 const WIPE_BELOW: &str = "\x1b[J";
 
-/// Wipes everything.
+/// Erases everything.
 const WIPE_ALL: &str = "\x1b[2J";
 
-/// Looks until a signal or the last look.
+/// Prints the status until a signal arrives or the count is reached.
 ///
 /// # Errors
-/// A look's that fails; the failed write.
-pub fn watch(looks: Looks, output: Output) -> Result<()> {
+/// The error of a status; the failed write.
+pub fn watch(settings: WatchSettings, output: Output) -> Result<()> {
     signal::catch_termination()?;
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
     let is_redrawn = !output.json && io::stdout().is_terminal() && !dumb;
@@ -43,16 +44,16 @@ pub fn watch(looks: Looks, output: Output) -> Result<()> {
         let status = status()?;
         if is_redrawn {
             let now = clock::utc_text(clock::utc_now_ns()).unwrap_or_default();
-            let text = format!("every {:?}  {now}\n\n{}", looks.interval, status.human());
+            let text = format!("every {:?}  {now}\n\n{}", settings.interval, status.human());
             output.result_text(&screen(&text, seen == 0))?;
         } else {
             if seen > 0 && !output.json {
                 output.result_text("\n")?;
             }
-            output.answer("status", &status)?;
+            output.print_result("status", &status)?;
         }
         seen += 1;
-        if looks.count.is_some_and(|count| seen >= count) || !pause(begin, looks.interval) {
+        if settings.count.is_some_and(|count| seen >= count) || !pause(begin, settings.interval) {
             return Ok(());
         }
     }
@@ -72,7 +73,7 @@ fn pause(begin: Instant, interval: Duration) -> bool {
     }
 }
 
-/// `text` in the place of whatever the terminal shows.
+/// `text`, replacing whatever the terminal shows.
 fn screen(text: &str, is_first: bool) -> String {
     let begin = if is_first { WIPE_ALL } else { "" };
     format!("{begin}{HOME}{}{WIPE_BELOW}", text.replace('\n', &format!("{WIPE_LINE}\n")))
@@ -83,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_the_last_look_stays_on_the_screen() {
+    fn the_previous_output_is_erased_from_the_screen() {
         assert_eq!(screen("a\nb\n", true), "\x1b[2J\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
         assert_eq!(screen("a\n", false), "\x1b[Ha\x1b[K\n\x1b[J");
     }
