@@ -77,7 +77,10 @@ pub enum Command {
     /// Undo what a killed run left in place
     #[command(after_help = "Examples:
   tidemark recover
-  tidemark recover --json")]
+  tidemark recover --json
+
+A partial file whose disk or server does not answer for 20 s is left: see to
+that, and run it again.")]
     Recover,
     /// Report what this machine lacks for copying live volumes, and how to get it
     #[command(after_help = "Examples:
@@ -201,7 +204,8 @@ pub struct CopyArgs {
 The instant stays the same, and nothing that is on the secondary is copied
 again. It works as long as the kernel's snapshot exists: not after a reboot,
 not after 'tidemark recover' (which undoes the copy), and not for a copy to
-a pipe.")]
+a pipe. If the secondary does not answer for 20 s, resume is refused, and the
+copy stays as it was.")]
 pub struct ResumeArgs {
     /// The job's id, or its beginning [default: the only copy that can be resumed]
     #[arg(value_name = "JOB")]

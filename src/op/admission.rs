@@ -129,13 +129,17 @@ impl Question {
         self.check_memory(&Node::Memory, "a store in memory").err()
     }
 
-    /// As [`Question::check_place`], of the devices that the store has.
+    /// As [`Question::check_place`], of the devices that the store has, and of its place where it may get more.
     ///
     /// # Errors
     /// As [`Question::check_place`].
     fn check_store(&self, store: &CowStore) -> Result<()> {
         let what = format!("the store at {}", store.plan().place.path().display());
-        store.devices().into_iter().try_for_each(|device| self.check_store_on(&Node::Device(device), &what))
+        store
+            .devices()
+            .into_iter()
+            .try_for_each(|device| self.check_store_on(&Node::Device(device), &what))?;
+        if store.is_at_its_largest() { Ok(()) } else { self.check_place(&store.plan().place) }
     }
 
     /// Asks all that is asked of a copy whose store is made: may the store, the records, or the secondary wait for the origin?

@@ -3,13 +3,19 @@
 //! To open, look at or read what is on a dead file server or a suspended disk may take for ever, and no signal ends that
 //! wait. Such a call is made by a thread of its own. At a signal the command leaves the thread where it is, gives back what
 //! it holds (locks, claims) and ends. The kernel keeps the process, holding nothing, until the call returns.
+//!
+//! Of a process that is killed instead, the kernel keeps the locks as well. So a child process first asks whether there is an
+//! answer ([`does_answer`]), and where there is none, the call is not made.
 
+use std::cell::Cell;
+use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
 use crate::base::{Error, ErrorKind, Result, ResultExt as _};
-use crate::sys::signal;
+use crate::sys::answering::Reads;
+use crate::sys::{inquiry, signal};
 
 /// Between two looks for a signal.
 const POLL: Duration = Duration::from_millis(50);
@@ -44,10 +50,31 @@ pub fn unless_interrupted<T: Send + 'static>(
     }
 }
 
+/// Waits until the disk or server beneath `path` answers a few reads at `offsets`, at most
+/// [`inquiry::TIMEOUT_FOR_NAMED`]. Answers whether it did.
+///
+/// # Errors
+/// `interrupt`'s, at once.
+pub fn does_answer(path: &Path, offsets: Vec<u64>, interrupt: &dyn Fn() -> Result<()>) -> Result<bool> {
+    let reads = Reads::new(path, offsets).io_context(|| format!("reading {}", path.display()))?;
+    let stopped = Cell::new(None);
+    let is_answered = reads.are_answered(&|| match interrupt() {
+        Ok(()) => true,
+        Err(error) => {
+            stopped.set(Some(error));
+            false
+        }
+    });
+    stopped.take().map_or(Ok(is_answered), Err)
+}
+
+/// What is said of one that does not.
+pub fn no_answer(path: &Path) -> String {
+    format!("{} has not answered for {} s", path.display(), inquiry::TIMEOUT_FOR_NAMED.as_secs())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use super::*;
 
     #[test]

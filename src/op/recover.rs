@@ -33,6 +33,7 @@ use crate::sys::queue::QueueSettings;
 use crate::sys::rcu::{self, Expedite};
 use crate::volume::lvm_lock::LvmLock;
 
+use super::leave;
 use crate::job::{FoundJob, find_jobs, find_one, is_expedited, list_jobs, partials, record_of};
 use crate::stack::{Runner, explain_missing_disk, restoration};
 use crate::sys::privilege;
@@ -455,10 +456,18 @@ fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<E
 }
 
 /// A job that is given up leaves no part of its result, and then no record. Where the one cannot be removed, the other
-/// stays.
+/// stays; so do both where the file's disk does not answer.
 fn remove_files(job: FoundJob) -> Result<Vec<String>> {
     let mut removed = Vec::new();
+    let has_origin = job.record.as_ref().is_ok_and(|record| record.origin.is_some());
     for partial in job.record.iter().flat_map(partials) {
+        // To remove it from a file system that does not answer would be to wait for that, with the locks of all jobs.
+        if !leave::does_answer(partial, vec![0], &|| Ok(()))? {
+            let put_back = if has_origin { "the origin has its own table again; " } else { "" };
+            return Err(Error::new(ErrorKind::Timeout, leave::no_answer(partial))
+                .state(format!("{put_back}this file and the record of job {} are still there", job.id))
+                .next("see to its disk or server, then run 'tidemark recover' again, which removes both"));
+        }
         if partial::remove_leftover(partial)? {
             removed.push(format!("remove {}", partial.display()));
         }

@@ -10,6 +10,7 @@
 //! puts everything back however it ends.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -20,23 +21,32 @@ use super::copy::plan::order_for;
 use super::copy::run::{self, block_list_of};
 use super::copy::session::{Session, Transfer, engine_for};
 use super::copy::{CopyOutcome, CopyPlan, Live};
-use super::request::CopyRequest;
+use super::request::{CopyRequest, SecondaryTarget};
 use super::targets::TargetFacts;
 use super::{leave, memory};
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, SegmentSize};
 use crate::copy::{self, ConfirmJob, OriginalsProvider, ResumePoint};
 use crate::dm::{Dm, SnapshotStatus};
 use crate::extent::{Extent, Original};
+use crate::format::archive::frame_offset;
 use crate::format::state::CopyRecord;
 use crate::job::segment_log::{self, SegmentLog, SegmentLogContent};
 use crate::job::{FoundJob, Job, find_jobs};
 use crate::progress::{Event, Observer};
-use crate::secondary::{self, Resumed, Secondary};
+use crate::secondary::{self, PlacedSegment, Resumed, Secondary};
 use crate::stack::{Adopted, FoundStack, HoldTimes, Skipped, Stack};
 use crate::store::{CowStore, ExceptionReader, StoreDevice};
 use crate::sys::privilege;
 use crate::sys::process::LockedMemory;
 use crate::volume::{FreezeSet, Origin, OriginKind};
+
+/// What is left where a secondary does not answer.
+const AS_IT_WAS: &str = "the copy stands as it was: the origin goes on, what it was at the instant is preserved, and nothing \
+                         of the copy is lost";
+
+/// What to do then.
+const SEE_TO_IT: &str = "see to the secondary's disk or server and resume again, or run 'tidemark recover', which puts the \
+                         origin back and gives the copy up";
 
 /// What would be gone on with. Serialized for `--dry-run --json`.
 #[derive(Debug, Serialize)]
@@ -55,6 +65,16 @@ pub struct ResumePlan {
     pub originals_begun: bool,
     #[serde(skip)]
     found: FoundJob,
+    /// What the secondary is asked before it is opened.
+    #[serde(skip)]
+    asked: Vec<Asked>,
+}
+
+/// A path, and where it is read: whether there is an answer.
+#[derive(Debug)]
+struct Asked {
+    path: PathBuf,
+    offsets: Vec<u64>,
 }
 
 /// Finds the copy to go on with: the one named by `id` (or by its beginning), or the only one.
@@ -91,6 +111,7 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     let content = segment_log::read(&found.segments_path())?;
     let origin = record.origin.as_ref().ok_or_else(|| give_up("its record names no origin".to_owned()))?;
     let plan = copy_plan(copy, &origin.device, origin.number, content.header.origin_size)?;
+    let asked = asked(copy, &plan, &content);
     let (placed, originals_begun) = (content.placed.len(), content.originals_begun);
     let (segments, started_utc_ns) = (content.header.segment_count(), record.started_utc_ns);
     found.record = Ok(record);
@@ -102,6 +123,7 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
         segments,
         originals_begun,
         found,
+        asked,
     })
 }
 
@@ -164,13 +186,41 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
     })
 }
 
+/// The file or device itself is read at its beginning, and where the first and the last segments of those that were noted
+/// are: what was not written yet may be a hole, which no disk is asked for. Of a file the final name is looked at, too.
+fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec<Asked> {
+    let SecondaryTarget::Path(target) = &plan.request.secondary else { return Vec::new() };
+    let offset = |segment: &PlacedSegment| match (&copy.archive, segment.frame) {
+        (Some(_), frame) => frame_offset(frame?, plan.segment),
+        (None, _) => plan.segment.offset_of(segment.ix).filter(|_| !segment.zero),
+    };
+    let mut noted = content.placed.iter().filter_map(offset);
+    let offsets = [Some(Bytes::ZERO), noted.next(), noted.next_back()];
+    let offsets = offsets.into_iter().flatten().map(Bytes::get).collect();
+    let Some(partial) = &copy.partial else { return vec![Asked { path: target.clone(), offsets }] };
+    vec![Asked { path: target.clone(), offsets: Vec::new() }, Asked { path: partial.into(), offsets }]
+}
+
+/// Refuses a secondary that does not answer, before anything waits for it with the job's lock.
+fn check_answers(asked: &[Asked], interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
+    for Asked { path, offsets } in asked {
+        let is_answered = leave::does_answer(path, offsets.clone(), interrupt)
+            .map_err(|error| error.state(AS_IT_WAS).next(SEE_TO_IT))?;
+        if !is_answered {
+            return Err(Error::refused(leave::no_answer(path)).state(AS_IT_WAS).next(SEE_TO_IT));
+        }
+    }
+    Ok(())
+}
+
 /// Makes all checks of [`run()`], and changes nothing.
 ///
 /// # Errors
 /// As [`run()`]'s before the copier runs.
 pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
-    let ResumePlan { copy: plan, found, .. } = plan;
+    let ResumePlan { copy: plan, found, asked, .. } = plan;
     let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
+    check_answers(asked, interrupt)?;
     let record = found.record.as_ref().expect("the plan was made from it");
     let copy = record.copy.as_ref().expect("the plan was made from it");
     let content = segment_log::read(&found.segments_path())?;
@@ -230,13 +280,14 @@ pub fn run(
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<CopyOutcome> {
-    let ResumePlan { copy: plan, found, .. } = plan;
+    let ResumePlan { copy: plan, found, asked, .. } = plan;
     let engine = engine_for(&plan).map_err(|error| error.state("nothing was changed"))?;
+    check_answers(&asked, interrupt)?;
     let job = Job::take_over(found)?;
     let copy = job.record().copy.clone().expect("the plan was made from it");
     let (log, content) = SegmentLog::open(&job.segments_path())?;
     let dm = Dm::open()?;
-    let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan))?;
+    let stack = Stack::adopt(&dm, &job, adopted(&copy, &plan), interrupt)?;
     let store = Arc::new(CowStore::adopt(job.id())?);
     let memory = {
         let note = || observer.event(&Event::Note { text: WAITING_FOR_OTHERS.to_owned() });
@@ -293,9 +344,7 @@ fn reopen(
     let open = move || secondary::reopen(&request, &resumed);
     let leave = |mut late: Box<dyn Secondary>| late.leave();
     leave::unless_interrupted(interrupt, open, leave).map_err(|error| match error.kind() {
-        ErrorKind::Interrupted => error.state("the copy stands as it was, and its secondary has not answered").next(
-            "see to the secondary and resume again, or run 'tidemark recover', which puts the origin back",
-        ),
+        ErrorKind::Interrupted => error.state(AS_IT_WAS).next(SEE_TO_IT),
         _ => error,
     })
 }

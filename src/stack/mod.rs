@@ -202,10 +202,11 @@ impl Stack {
     /// process loaded into the origin but did not activate; changes nothing else.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] if the kernel no longer has such a stack.
-    pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted) -> Result<Self> {
+    /// [`ErrorKind::Refused`] if the kernel no longer has such a stack; `interrupt`'s while it waits for lvm2.
+    pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let FoundStack { record, origin, names, lower, current, claim } = FoundStack::find(dm, job.record())?;
-        let lvm = LvmLock::hold(dm, origin.number, &|| Ok(()))?;
+        let lvm = LvmLock::hold(dm, origin.number, interrupt)
+            .map_err(|error| error.state("the copy stands as it was"))?;
         let queue = QueueSettings::from_record(record.number, &record.queue);
         let owner = take_over(dm, &origin, current, &lower, queue).map_err(|error| match error.kind() {
             ErrorKind::StoreInvalid => cannot_resume(job.id(), error.to_string()),

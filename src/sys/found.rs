@@ -3,7 +3,7 @@
 //! Linux `include/uapi/linux/stat.h`, statx(2). Calls that may have to wait for a server are made by a child
 //! process, see [`inquiry`].
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -89,7 +89,7 @@ fn terminated(path: &Path) -> io::Result<CString> {
 
 /// Where an answer comes from.
 #[derive(Clone, Copy)]
-enum Source {
+pub(super) enum Source {
     /// The kernel's cache.
     Cached,
     /// The server, if there is one.
@@ -99,18 +99,23 @@ enum Source {
 use Source::{Cached, Server};
 
 /// The question for [`Found`].
-struct StatQuestion {
+#[derive(Debug)]
+pub(super) struct StatQuestion {
     path: CString,
     sync: libc::c_int,
 }
 
 impl StatQuestion {
-    fn new(path: &Path, source: Source) -> io::Result<Self> {
+    pub(super) fn new(path: &Path, source: Source) -> io::Result<Self> {
         let sync = match source {
             Cached => libc::AT_STATX_DONT_SYNC,
             Server => libc::AT_STATX_FORCE_SYNC,
         };
         Ok(Self { path: terminated(path)?, sync })
+    }
+
+    pub(super) fn path(&self) -> &CStr {
+        &self.path
     }
 }
 

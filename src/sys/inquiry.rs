@@ -28,6 +28,9 @@ pub const TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for an answer about a path from the user. A disk that has to spin up, or is busy, needs time.
 pub const TIMEOUT_FOR_NAMED: Duration = Duration::from_secs(20);
 
+/// Time between two checks whether an answer is still wanted.
+const WANTED_INTERVAL: Duration = Duration::from_millis(50);
+
 /// The raw form of an answer.
 pub type Words = [u64; WORDS];
 
@@ -70,7 +73,7 @@ pub unsafe trait Question {
 /// stands for a question without an answer.
 #[must_use]
 pub fn ask<Q: Question>(questions: &[Q]) -> Vec<io::Result<Q::Answer>> {
-    ask_within(questions, TIMEOUT)
+    ask_within(questions, TIMEOUT, &|| true)
 }
 
 /// Asks one question, as [`ask`], with its own `timeout`.
@@ -78,10 +81,26 @@ pub fn ask<Q: Question>(questions: &[Q]) -> Vec<io::Result<Q::Answer>> {
 /// # Errors
 /// The kernel's errno; [`io::ErrorKind::TimedOut`].
 pub fn ask_one<Q: Question>(question: Q, timeout: Duration) -> io::Result<Q::Answer> {
-    ask_within(&[question], timeout).pop().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
+    ask_one_while(question, timeout, &|| true)
 }
 
-fn ask_within<Q: Question>(questions: &[Q], timeout: Duration) -> Vec<io::Result<Q::Answer>> {
+/// As [`ask_one`], but the wait ends as soon as `is_wanted` returns false. It is called every [`WANTED_INTERVAL`].
+///
+/// # Errors
+/// As [`ask_one`].
+pub fn ask_one_while<Q: Question>(
+    question: Q,
+    timeout: Duration,
+    is_wanted: &dyn Fn() -> bool,
+) -> io::Result<Q::Answer> {
+    ask_within(&[question], timeout, is_wanted).pop().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
+}
+
+fn ask_within<Q: Question>(
+    questions: &[Q],
+    timeout: Duration,
+    is_wanted: &dyn Fn() -> bool,
+) -> Vec<io::Result<Q::Answer>> {
     let mut answers = Vec::with_capacity(questions.len());
     while let Some(rest) = questions.get(answers.len()..).filter(|rest| !rest.is_empty()) {
         let mut child_process = match QueryChild::start(rest) {
@@ -95,7 +114,7 @@ fn ask_within<Q: Question>(questions: &[Q], timeout: Duration) -> Vec<io::Result
         };
         // After a timeout another child asks the remaining questions.
         while answers.len() < questions.len() {
-            let answer = child_process.next(timeout);
+            let answer = child_process.next(timeout, is_wanted);
             let is_lost = answer.is_none();
             let answer = answer.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
             answers.push(answer.map(Q::answer));
@@ -130,17 +149,17 @@ impl QueryChild {
         }
     }
 
-    /// None if there is no answer in time, or the child has exited without one.
-    fn next(&mut self, timeout: Duration) -> Option<io::Result<Words>> {
+    /// None if there is no answer in time, `is_wanted` returns false, or the child has exited without an answer.
+    fn next(&mut self, timeout: Duration, is_wanted: &dyn Fn() -> bool) -> Option<io::Result<Words>> {
         let end = Instant::now() + timeout;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            let time = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let time = PollTimeout::try_from(left.min(WANTED_INTERVAL)).unwrap_or(PollTimeout::MAX);
             let mut wanted = [PollFd::new(self.replies.as_fd(), PollFlags::POLLIN)];
             match poll(&mut wanted, time) {
-                Ok(0) => return None,
+                Ok(0) | Err(Errno::EINTR) if left.is_zero() || !is_wanted() => return None,
+                Ok(0) | Err(Errno::EINTR) => {}
                 Ok(_) => break,
-                Err(Errno::EINTR) => {}
                 Err(errno) => return Some(Err(errno.into())),
             }
         }
@@ -239,12 +258,21 @@ mod tests {
         let questions =
             [question(2, 0), question(4, 60_000), question(3, 0), question(6, 0), question(8, 60_000)];
         let begin = Instant::now();
-        let answers = ask_within(&questions, Duration::from_millis(300));
+        let answers = ask_within(&questions, Duration::from_millis(300), &|| true);
         assert!(begin.elapsed() < Duration::from_secs(30));
         let of = |answer: &io::Result<u64>| answer.as_ref().map_err(io::Error::kind).copied();
         let timed_out = Err(io::ErrorKind::TimedOut);
         let expected = [Ok(2), timed_out, Err(io::ErrorKind::NotFound), Ok(6), timed_out];
         assert_eq!(answers.iter().map(of).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn the_wait_ends_when_the_answer_is_no_longer_wanted() {
+        let begin = Instant::now();
+        let is_wanted = || begin.elapsed() < Duration::from_millis(200);
+        let answer = ask_one_while(After { number: 2, pause_ms: 60_000 }, TIMEOUT_FOR_NAMED, &is_wanted);
+        assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(begin.elapsed() < Duration::from_secs(15));
     }
 
     /// Answers with the number of open descriptors.

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "this module is where it belongs")]
 
 pub mod aligned;
+pub mod answering;
 pub mod block;
 pub mod dm_ioctl;
 pub mod found;

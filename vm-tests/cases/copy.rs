@@ -72,7 +72,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Copies that are killed and gone on with, or whose secondary leaves them.
-fn resumes() -> [Case; 7] {
+fn resumes() -> [Case; 9] {
     [
         main_job("copy_vanish", "copy_vanish.sh")
             .disk_mib(300)
@@ -117,6 +117,14 @@ fn resumes() -> [Case; 7] {
             .disk_mib(700)
             .limit_seconds(600)
             .tolerate("blocked for more than"),
+        main_job("copy_resume_hangs", "resume_hangs.sh")
+            .commands(&["lvcreate", "wipefs", "flock"])
+            .disk_mib(64)
+            .disk_mib(80)
+            .disk_mib(300)
+            .limit_seconds(900)
+            .tolerate("blocked for more than"),
+        main_job("copy_resume_circles", "resume_circles.sh").disk_mib(96).disk_mib(300).limit_seconds(300),
         main_job("copy_resume_lost", "resume_lost.sh")
             .disk_mib(64)
             .disk_mib(400)

@@ -63,6 +63,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_resume_target", A, F, F, ""),
     ("copy_resume_identity", A, N, N, "a disk that is unplugged is the user-mode kernel's null_blk"),
     ("copy_resume_checks", A, F, F, ""),
+    ("copy_resume_hangs", A, F, F, ""),
+    ("copy_resume_circles", A, F, F, ""),
     ("copy_resume_lost", A, N, N, "a disk that loses its cache, by the user-mode kernel's null_blk"),
     ("copy_secondary_hangs", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
     ("copy_vanish", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
