@@ -5,7 +5,7 @@
 //! the state format). `/run/tidemark/<id>.segments` is the [`journal`](crate::job::segment_log) of a copy's
 //! segments, and `/run/tidemark/<id>.progress` its progress; both are removed with the job.
 //! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. How a record is
-//! replaced is described in [`file`].
+//! replaced is described in [`file`](mod@file).
 
 pub mod file;
 mod origin_lock;
