@@ -207,6 +207,16 @@ impl Dm {
         Ok(self.list()?.into_iter().find(|(_, other)| *other == number).map(|(name, _)| name))
     }
 
+    /// The table that device `name` uses.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] if it has none; as [`Dm::table`].
+    pub fn active_table(&self, name: &str) -> Result<Table> {
+        self.table(name, Slot::Active)?.ok_or_else(|| {
+            Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
+        })
+    }
+
     /// A device's table; None if the slot is empty.
     ///
     /// # Errors

@@ -392,7 +392,7 @@ fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
 fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
     let runner = Runner::new(dm, BUDGET, &interrupt);
-    let mut machine = Kernel { dm, runner, only, jobs: Vec::new(), elsewhere: BTreeSet::new() };
+    let mut machine = KernelMachine { dm, runner, only, jobs: Vec::new(), elsewhere: BTreeSet::new() };
     // No command of lvm2 runs on these groups from here on: an origin that is suspended now was suspended by a dead job.
     let scene = machine.scene()?;
     let mut numbers: BTreeSet<DeviceNumber> =
@@ -485,7 +485,7 @@ fn find(only: Option<&str>) -> Result<Vec<FoundJob>> {
     only.map_or_else(find_jobs, |id| Ok(find_one(id)?.into_iter().collect()))
 }
 
-struct Kernel<'a> {
+struct KernelMachine<'a> {
     dm: &'a Dm,
     /// The other jobs pass for alive.
     only: Option<&'a str>,
@@ -517,7 +517,7 @@ pub(super) fn living_elsewhere<'a>(
     Ok(living)
 }
 
-impl Machine for Kernel<'_> {
+impl Machine for KernelMachine<'_> {
     fn scene(&mut self) -> Result<Scene> {
         // Devices first, jobs second: a job's lock exists before its first device, so a device that
         // was seen has its lock by now, unless the job is over. Then its devices are gone as well,

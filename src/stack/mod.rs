@@ -671,9 +671,7 @@ fn form(dm: &Dm, origin: DeviceNumber) -> Form {
 /// The origin's table, if it can carry a stack.
 fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
     let info = dm.info_of(origin)?;
-    let table = dm.table(origin, Slot::Active)?.ok_or_else(|| {
-        Error::refused(format!("{origin} has no table")).next("activate the device, then copy it")
-    })?;
+    let table = dm.active_table(origin)?;
     if info.suspended || info.has_inactive {
         return Err(Error::refused(format!(
             "another tool is changing {origin}: it is suspended or has an inactive table"

@@ -8,12 +8,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::format::exception_store::entries_per_area;
-use crate::store::simulator::{Kernel, Random, TornView};
+use crate::store::simulator::{Random, SnapshotSimulator, TornView};
 
 /// Reads everything while the kernel works. Err describes what is wrong with the result.
 fn read_while_written(seed: u64, really_settle: bool) -> Result<(), String> {
     let chunk = ChunkSize::default();
-    let kernel = RefCell::new(Kernel::new(seed, chunk, 3000, 3));
+    let kernel = RefCell::new(SnapshotSimulator::new(seed, chunk, 3000, 3));
     let rounds = kernel.borrow_mut().random.below(40);
     for _ in 0..rounds {
         kernel.borrow_mut().step();
@@ -69,7 +69,7 @@ fn without_settling_the_simulated_kernel_would_be_misread() {
 
 /// A complete store of `count` exceptions: the i-th one is for chunk i of the origin.
 fn store(count: u64, chunk: ChunkSize) -> Vec<u8> {
-    let mut kernel = Kernel::new(7, chunk, 1 << 40, count / entries_per_area(chunk) + 1);
+    let mut kernel = SnapshotSimulator::new(7, chunk, 1 << 40, count / entries_per_area(chunk) + 1);
     while (kernel.all.len() as u64) < count {
         let missing = count - kernel.all.len() as u64;
         kernel.begin(missing);

@@ -96,7 +96,7 @@ mod tests {
     use super::*;
     use crate::base::{ChunkIx, Sectors};
     use crate::format::exception_store::{Entry, encode_area, entries_per_area};
-    use crate::store::simulator::{Kernel, TornView};
+    use crate::store::simulator::{SnapshotSimulator, TornView};
 
     const CHUNK: Bytes = Bytes::kib(4);
 
@@ -110,7 +110,7 @@ mod tests {
     }
 
     /// Shows completed writes only, none half done.
-    struct FinishedView<'a>(&'a RefCell<Kernel>);
+    struct FinishedView<'a>(&'a RefCell<SnapshotSimulator>);
 
     impl BlockRead for FinishedView<'_> {
         fn size(&self) -> Bytes {
@@ -124,7 +124,7 @@ mod tests {
     const ORIGIN_CHUNKS: u64 = 3000;
 
     /// Polls while the kernel works, and some more rounds after it has stopped.
-    fn follow<R: BlockRead>(kernel: &RefCell<Kernel>, device: R, max: usize) -> Vec<u64> {
+    fn follow<R: BlockRead>(kernel: &RefCell<SnapshotSimulator>, device: R, max: usize) -> Vec<u64> {
         let mut follower = Follower::new(device, chunk(), CHUNK * ORIGIN_CHUNKS);
         let mut found = Vec::new();
         for round in 0..500 {
@@ -144,7 +144,7 @@ mod tests {
         /// The oracle is the simulated kernel's own list, in order.
         #[test]
         fn each_exception_is_found_once_and_in_order(seed: u64, max in 10usize..300) {
-            let kernel = RefCell::new(Kernel::new(seed, chunk(), ORIGIN_CHUNKS, 4));
+            let kernel = RefCell::new(SnapshotSimulator::new(seed, chunk(), ORIGIN_CHUNKS, 4));
             let found = follow(&kernel, FinishedView(&kernel), max);
             prop_assert_eq!(&found, &kernel.borrow().committed);
         }
@@ -152,7 +152,7 @@ mod tests {
         /// Each byte of a write in flight may be visible or not.
         #[test]
         fn a_half_written_entry_is_no_error(seed: u64, max in 10usize..300) {
-            let kernel = RefCell::new(Kernel::new(seed, chunk(), ORIGIN_CHUNKS, 40));
+            let kernel = RefCell::new(SnapshotSimulator::new(seed, chunk(), ORIGIN_CHUNKS, 40));
             let found = follow(&kernel, TornView(&kernel), max);
             prop_assert!(found.len() <= kernel.borrow().all.len());
             prop_assert!(found.iter().all(|chunk| *chunk < ORIGIN_CHUNKS));

@@ -28,7 +28,7 @@ pub fn release_leftovers() -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let dm = Dm::open()?;
-    release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut Kernel)
+    release_leftovers_in(dir, &|uuid| Ok(dm.info(Key::Uuid(uuid))?.is_some()), &mut KernelDisks)
 }
 
 /// The RAM disks, or a fake in tests.
@@ -39,9 +39,9 @@ trait Disks {
     fn release_brd(&mut self) -> Result<()>;
 }
 
-struct Kernel;
+struct KernelDisks;
 
-impl Disks for Kernel {
+impl Disks for KernelDisks {
     fn zram_indices(&self) -> Vec<u32> {
         head::zram_indices()
     }

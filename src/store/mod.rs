@@ -44,6 +44,6 @@ pub use cow::{CowStore, Grown, KeptStore};
 pub use exceptions::{ExceptionReader, StoreDevice, StoreWriter};
 pub use follow::Follower;
 pub use leftovers::release_leftovers;
-pub use monitor::{Fill, Monitor, StoreEvent};
+pub use monitor::{Monitor, StoreEvent};
 pub use place::TailPlace;
 pub use plan::{StoreConfig, StorePlan};

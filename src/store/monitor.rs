@@ -14,10 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, ResultExt};
 use crate::dm::SnapshotStatus;
+use crate::progress::StoreFill;
 
 use super::cow::{CowStore, Grown};
 use super::size::{self, FillRate};
@@ -40,32 +39,11 @@ const COUNT_TIME: Duration = Duration::from_secs(1);
 /// Failed samples in a row after which the snapshot counts as lost: within a second.
 const STATUS_FAILURES_MAX: u32 = 5;
 
-/// The store at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Fill {
-    /// Bytes in use, including metadata.
-    pub used_bytes: Bytes,
-    /// Size of the store, head and tail.
-    pub total_bytes: Bytes,
-    /// Size of the RAM head.
-    pub ram_bytes: Bytes,
-    /// Bytes in use in the RAM head, which fills first.
-    pub used_ram_bytes: Bytes,
-    /// Bytes in use on disk.
-    pub used_disk_bytes: Bytes,
-    /// Exceptions.
-    pub exceptions: u64,
-    /// New exceptions per second, over about the last second.
-    pub exceptions_per_second: u64,
-    /// Fill rate, bytes per second.
-    pub fill_bytes_per_second: u64,
-}
-
 /// What a monitor reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreEvent {
     /// The fill has changed.
-    Fill(Fill),
+    Fill(StoreFill),
     /// The store has grown.
     Grown(Grown),
     /// A warning for the user, given once.
@@ -143,7 +121,7 @@ struct Shared {
 struct State {
     stop: bool,
     lost: Option<Lost>,
-    fill: Fill,
+    fill: StoreFill,
     short: bool,
 }
 
@@ -196,7 +174,7 @@ impl Monitor {
 
     /// The fill at the last sample.
     #[must_use]
-    pub fn fill(&self) -> Fill {
+    pub fn fill(&self) -> StoreFill {
         self.shared.lock().fill
     }
 
@@ -212,7 +190,7 @@ impl Monitor {
 
     /// Stops the thread and returns the last fill. A lost snapshot must be read with [`Monitor::check`]
     /// before this.
-    pub fn stop(mut self) -> Fill {
+    pub fn stop(mut self) -> StoreFill {
         self.join();
         self.fill()
     }
@@ -275,7 +253,7 @@ struct Sampler {
     status: Box<dyn Fn() -> Result<SnapshotStatus> + Send>,
     events: Box<dyn Fn(StoreEvent) + Send>,
     rate: FillRate,
-    fill: Fill,
+    fill: StoreFill,
     /// Time of the last successful sample.
     filled_at: Duration,
     /// Time and number of exceptions at the start of the present average.
@@ -296,7 +274,7 @@ impl Sampler {
             status,
             events,
             rate: FillRate::default(),
-            fill: Fill::default(),
+            fill: StoreFill::default(),
             filled_at: Duration::ZERO,
             last_count: None,
             status_failures: 0,
@@ -338,7 +316,7 @@ impl Sampler {
     }
 
     /// Takes one sample, `now` after the first.
-    fn sample(&mut self, now: Duration) -> Result<Fill, Lost> {
+    fn sample(&mut self, now: Duration) -> Result<StoreFill, Lost> {
         let status = match (self.status)() {
             Ok(status) => status,
             Err(error) => {
@@ -366,12 +344,12 @@ impl Sampler {
         self.grow(now, used);
         let exceptions = used.saturating_sub(metadata).get() / self.store.chunk().bytes().get();
         let ram_bytes = self.store.ram_bytes();
-        let fill = Fill {
+        let fill = StoreFill {
             used_bytes: used,
             total_bytes: self.store.total_bytes(),
             ram_bytes,
-            used_ram_bytes: used.min(ram_bytes),
-            used_disk_bytes: used.saturating_sub(ram_bytes),
+            ram_used_bytes: used.min(ram_bytes),
+            disk_used_bytes: used.saturating_sub(ram_bytes),
             exceptions,
             exceptions_per_second: self.count(now, exceptions),
             fill_bytes_per_second: self.rate.per_second(),
@@ -580,8 +558,8 @@ mod tests {
         (Sampler::new(store, Box::new(status), Box::new(say)), received)
     }
 
-    fn samples(sampler: &mut Sampler, count: u64) -> Result<Fill, Lost> {
-        let mut last = Ok(Fill::default());
+    fn samples(sampler: &mut Sampler, count: u64) -> Result<StoreFill, Lost> {
+        let mut last = Ok(StoreFill::default());
         for sample in 0..count {
             last = sampler.sample(Duration::from_millis(100 * sample));
         }
@@ -620,8 +598,8 @@ mod tests {
         let fill = samples(&mut sampler, 21).unwrap();
         // Ten exceptions per tenth of a second.
         assert_eq!((fill.exceptions, fill.exceptions_per_second), (200, 100));
-        assert_eq!((fill.used_ram_bytes, fill.used_disk_bytes), (Bytes::kib(512), Bytes::kib(808 - 512)));
-        assert_eq!(fill.used_bytes, fill.used_ram_bytes + fill.used_disk_bytes);
+        assert_eq!((fill.ram_used_bytes, fill.disk_used_bytes), (Bytes::kib(512), Bytes::kib(808 - 512)));
+        assert_eq!(fill.used_bytes, fill.ram_used_bytes + fill.disk_used_bytes);
     }
 
     #[test]

@@ -26,7 +26,7 @@ impl Random {
 }
 
 /// Follows dm-snap-persistent.c as described at the head of `exceptions`, one write at a time.
-pub struct Kernel {
+pub struct SnapshotSimulator {
     pub random: Random,
     chunk: ChunkSize,
     pub image: Vec<u8>,
@@ -45,7 +45,7 @@ pub struct Kernel {
     origin_chunks: u64,
 }
 
-impl Kernel {
+impl SnapshotSimulator {
     pub fn new(seed: u64, chunk: ChunkSize, origin_chunks: u64, areas: u64) -> Self {
         let mut random = Random(seed);
         let bytes = chunk.bytes().as_len();
@@ -142,7 +142,7 @@ impl Kernel {
 }
 
 /// The store as a reader sees it, with a write in flight partly visible.
-pub struct TornView<'a>(pub &'a RefCell<Kernel>);
+pub struct TornView<'a>(pub &'a RefCell<SnapshotSimulator>);
 
 impl BlockRead for TornView<'_> {
     fn size(&self) -> Bytes {

@@ -77,7 +77,7 @@ struct Source {
 /// The devices on the origin, as found before the freeze.
 pub struct DeviceLayout {
     origin: DeviceNumber,
-    kernel: Kernel,
+    kernel: KernelView,
     layers: Layers,
 }
 
@@ -99,7 +99,7 @@ impl FreeMapper {
     /// If device-mapper cannot be opened. A filesystem whose map cannot be read only causes a note.
     pub fn prepare(origin: DeviceNumber, filesystems: &[PathBuf]) -> Result<Self> {
         let topology = Topology::default();
-        let kernel = Kernel { dm: Dm::open()?, loops: topology.loops(), topology };
+        let kernel = KernelView { dm: Dm::open()?, loops: topology.loops(), topology };
         let layers = Layers::observe(origin, &kernel);
         let mut notes = layers.objections();
         let mut sources: Vec<Source> = Vec::new();
@@ -238,14 +238,14 @@ fn read_map(
     read.map(|read| read.complete).map_err(|reason| reason.to_string())
 }
 
-struct Kernel {
+struct KernelView {
     dm: Dm,
     topology: Topology,
     /// The loop devices at the start of a check: each check queries them once.
     loops: Loops,
 }
 
-impl View for Kernel {
+impl View for KernelView {
     fn device_mapper(&self, device: DeviceNumber) -> Option<MappedDevice> {
         let name = self.dm.name_of(device).ok()??;
         let info = self.dm.info(&name).ok()?.filter(|info| info.number == device)?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{CopyOptions, Order, region_size_for, segment_size_for};
-use crate::dm::{Dm, Slot, Table, naming};
+use crate::dm::{Dm, naming};
 use crate::job;
 use crate::op::admission::Question;
 use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
@@ -189,7 +189,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     }
     let dm = Dm::open()?;
     let number = dm.info_of(name)?.number;
-    let table = own_table(&dm, name)?;
+    let table = dm.active_table(name)?;
     let place = TailPlace::resolve(request.store.tail.as_deref())?;
     let question = Question::of(&dm, number)?;
     question.check_place(&place)?;
@@ -226,12 +226,6 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     };
     let steps = stack::insertion(&stack, &table, &config.id);
     Ok(LivePlan { store, steps, table: table.to_string(), memory_waits, config, stack })
-}
-
-fn own_table(dm: &Dm, name: &str) -> Result<Table> {
-    dm.table(name, Slot::Active)?.ok_or_else(|| {
-        Error::refused(format!("{name} has no table")).next("activate the device, then copy it")
-    })
 }
 
 impl CopyPlan {

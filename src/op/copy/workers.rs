@@ -12,7 +12,7 @@ use crate::dm::Dm;
 use crate::op::request::OnFull;
 use crate::progress::{Event, Observer, StoreFill};
 use crate::stack::gate::{Gate, GateEvent, GateReport, HoldPolicy};
-use crate::store::{CowStore, Fill, Monitor, StoreEvent};
+use crate::store::{CowStore, Monitor, StoreEvent};
 
 /// The threads that work while the copier does, and what they tell.
 pub(super) struct Workers {
@@ -75,7 +75,7 @@ impl Workers {
         for event in self.store_events.try_iter() {
             tell(observer, event);
         }
-        (progress_of(fill), release)
+        (fill, release)
     }
 }
 
@@ -103,22 +103,9 @@ fn tell_gate(plan: &CopyPlan, observer: &dyn Observer, event: GateEvent) {
 
 fn tell(observer: &dyn Observer, event: StoreEvent) {
     match event {
-        StoreEvent::Fill(fill) => observer.event(&Event::Store(progress_of(fill))),
+        StoreEvent::Fill(fill) => observer.event(&Event::Store(fill)),
         StoreEvent::Grown(grown) => observer
             .event(&Event::Note { text: format!("the store has grown from {} to {}", grown.from, grown.to) }),
         StoreEvent::Warning(text) => observer.event(&Event::Warning { text }),
-    }
-}
-
-fn progress_of(fill: Fill) -> StoreFill {
-    StoreFill {
-        used_bytes: fill.used_bytes,
-        total_bytes: fill.total_bytes,
-        ram_bytes: fill.ram_bytes,
-        ram_used_bytes: fill.used_ram_bytes,
-        disk_used_bytes: fill.used_disk_bytes,
-        exceptions: fill.exceptions,
-        fill_bytes_per_second: fill.fill_bytes_per_second,
-        exceptions_per_second: fill.exceptions_per_second,
     }
 }
