@@ -52,8 +52,8 @@ impl Syncer {
         self.landed.push(segment);
     }
 
-    /// Begins a sync if there are segments to make durable and it is due, or at once if `at_once` is set
-    /// because nothing else will complete.
+    /// Begins a sync if there are segments to make durable, none is running, and the pause is over. `at_once`
+    /// skips the pause.
     pub(super) fn advance(&mut self, driver: &mut Driver<'_>, at_once: bool) -> Result<()> {
         let begun = driver.now();
         if self.landed.is_empty() || self.sync.is_some() || (begun < self.next && !at_once) {

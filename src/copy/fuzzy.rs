@@ -44,7 +44,7 @@ pub(super) struct Plan<'a, 'p> {
     pub(super) schedule: &'a Schedule,
     pub(super) region: Bytes,
     pub(super) order: Order,
-    /// Copied first, in any order of regions.
+    /// Copied before everything else, whatever the order.
     pub(super) first: &'a [Extent],
     /// The segments that an earlier process has placed.
     pub(super) placed: &'a PlacedSet,

@@ -38,7 +38,7 @@
 //! the rate by its part ([`GAIN_PARTS`]) is undone, and not tried again until the baseline has been sampled
 //! again.
 //!
-//! Throttling does not reduce every delay: the sampled baseline may be too low, and the cost of table changes
+//! Throttling cannot reduce every delay: the sampled baseline may be too low, and the cost of table changes
 //! depends little on the rate. If more than half of the excess remains at a quarter of the rate, the backoff
 //! is undone ([`Controller::backoff_has_little_effect`]) until the baseline has been sampled again: a longer
 //! copy would only cost more.
@@ -582,7 +582,7 @@ impl Controller {
         scale(self.floor().get(), ONE, one.get()).clamp(1, ONE - 1)
     }
 
-    /// Keeps the window if it was not used up; undoes an enlargement that did not raise the disk's rate.
+    /// Enlarges the window, unless it was not used up. Undoes the last enlargement if it did not raise the rate.
     fn grow(&mut self, round: &Round, thousandths: u64, rate: Bytes) {
         if !round.waited_for_slot && !round.waited_for_rate {
             return;

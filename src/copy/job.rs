@@ -350,9 +350,10 @@ fn run_phases(
 ///
 /// Why a region may be released before its originals are on the secondary. After the release, writes to the
 /// region are not preserved. But the last read of the region has completed before, so no read contains what
-/// those writes change. The originals preserved until then are exactly those that the reads of the region can
-/// need. They stay in the store, which drops nothing, until they are applied. So the applications are spared
-/// from that moment on, and not only after the originals of the region have been applied.
+/// those writes change. The chunks preserved until then are exactly those that the reads of the region can
+/// have got wrong. Their originals stay in the store, which drops nothing, until they are applied. So the
+/// applications are spared from that moment on, and not only after the originals of the region have been
+/// applied.
 fn copy_and_apply_originals(
     driver: &mut Driver<'_>,
     plan: &mut Plan<'_>,

@@ -9,11 +9,11 @@
 //! | physical | the next one on the origin |
 //! | hot | the one with the most new exceptions recently, else the next one on the origin |
 //!
-//! In any order, the regions passed to [`Regions::put_first`] come first: for example a filesystem's log, of
+//! In both orders, the extents passed to [`Regions::put_first`] come first: for example a filesystem's log, of
 //! which every block is written again and again.
 //!
 //! Writers often advance through a device, as through a filesystem's journal. So half of the heat of a region
-//! that is being copied goes to the units after it, which are then copied before the writers get there.
+//! that is being copied goes to the next unit after it, which is then copied before the writers get there.
 //!
 //! Invariants, for any order and any number of enlargements:
 //! - every segment that holds a part of the block list is handed out exactly once, those of one region in
@@ -171,8 +171,8 @@ impl<'a> Regions<'a> {
         self.first.extend(units);
     }
 
-    /// Doubles the units of the regions not yet handed out, up to one [`REGION_SHARE`]th of the origin: a region
-    /// that is released late is preserved long.
+    /// Doubles the number of units in each region that is not begun yet, up to one [`REGION_SHARE`]th of the
+    /// origin: a region that is released late is preserved long.
     pub fn enlarge(&mut self) {
         self.region_units = (self.region_units * 2).min((self.units.len() / REGION_SHARE).max(1));
     }

@@ -60,7 +60,7 @@ impl DerefMut for Buffer {
     }
 }
 
-/// Where in a file a piece lies.
+/// Where a piece is in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// At a byte offset.

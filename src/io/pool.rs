@@ -53,7 +53,7 @@ pub(super) fn check_pieces(buffer: &Buffer, pieces: &[Piece]) {
     for piece in pieces {
         assert!(
             piece.range.start <= piece.range.end && piece.range.end <= buffer.len(),
-            "piece {:?} lies outside its buffer of {} bytes",
+            "piece {:?} is outside its buffer of {} bytes",
             piece.range,
             buffer.len()
         );

@@ -525,11 +525,11 @@ fn refuse_others(target: &Path, directory: &Path, name: &OsStr, own: Option<&Pat
         if !matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
             continue;
         }
-        let who = Topology::default().user_of(&path)?.map_or_else(
+        let writer = Topology::default().user_of(&path)?.map_or_else(
             || format!("another process has {} open", path.display()),
             |user| format!("its partial file is {user}"),
         );
-        return Err(Error::refused(format!("{} is already being written: {who}", target.display()))
+        return Err(Error::refused(format!("{} is already being written: {writer}", target.display()))
             .state("it was not touched")
             .next("wait for it ('tidemark status' shows jobs), or name another target"));
     }
