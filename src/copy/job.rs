@@ -90,7 +90,7 @@ pub struct CopyJob<'a> {
     /// abandoned.
     pub on_failure: &'a dyn Fn(),
     /// Called instead of `on_failure` when a resumed copy fails before it has written anything, except by an
-    /// interrupt: the secondary is left unchanged, and the caller must leave everything else unchanged, too.
+    /// interrupt or because its snapshot is lost: the secondary is left unchanged, and the caller must leave everything else unchanged, too.
     pub on_unwritten_failure: &'a dyn Fn(),
 }
 
@@ -213,7 +213,9 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         run_phases(&mut driver, plan, origin, secondary.as_mut(), (&confirmed, before_publish))
     });
     outcome.map_err(|error| {
-        if !confirmed.get() && error.kind() != ErrorKind::Interrupted {
+        // A copy whose snapshot is lost can never be resumed.
+        let is_final = matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::StoreInvalid);
+        if !confirmed.get() && !is_final {
             on_unwritten_failure();
             // Only reads were issued: whether they have completed or not, the secondary is unchanged.
             drain(&mut driver, false);

@@ -585,6 +585,44 @@ fn an_interrupt_ends_the_copy() {
     assert!(setup.names().is_empty());
 }
 
+/// Originals that cannot be opened.
+struct Unopened(ErrorKind);
+
+impl super::OriginalsProvider for Unopened {
+    fn open(&mut self) -> Result<(std::os::fd::OwnedFd, String)> {
+        Err(Error::new(self.0, "the originals cannot be opened"))
+    }
+    fn next_batch(&mut self, _max: usize) -> Result<Vec<crate::extent::Original>> {
+        Ok(Vec::new())
+    }
+    fn check_valid(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_resume_that_fails_before_it_writes_leaves_the_copy_unless_its_snapshot_is_lost() {
+    for (kind, is_left) in
+        [(ErrorKind::Io, true), (ErrorKind::StoreInvalid, false), (ErrorKind::Interrupted, false)]
+    {
+        let mut setup = Setup::new(&busy_case(false));
+        let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+        let origin = setup.world.borrow().origin.try_clone().unwrap();
+        let (left, undone) = (Cell::new(false), Cell::new(false));
+        let error = run(CopyJob {
+            originals: Some(&mut Unopened(kind)),
+            resumed: Some(ResumePoint { originals_begun: true, ..ResumePoint::default() }),
+            on_failure: &|| undone.set(true),
+            on_unwritten_failure: &|| left.set(true),
+            ..job(&mut setup.engine, origin, &setup.case, secondary)
+        })
+        .unwrap_err();
+        assert_eq!(error.kind(), kind);
+        assert_eq!((left.get(), undone.get()), (is_left, !is_left), "{kind:?}");
+        assert_eq!(setup.names().is_empty(), !is_left, "the partial file after {kind:?}");
+    }
+}
+
 #[test]
 fn a_copy_that_fails_its_last_check_gets_no_name() {
     let case = busy_case(false);
