@@ -397,7 +397,11 @@ impl Human for Status {
                 stack.job.clone(),
                 below,
                 snapshot_text(&stack.status),
-                preserved_text(stack.preserved, stack.size),
+                if stack.status.is_usable() {
+                    preserved_text(stack.preserved, stack.size)
+                } else {
+                    "are not preserved any more".to_owned()
+                },
             ]
         }));
         text.push_str(&section(&rows));

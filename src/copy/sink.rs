@@ -189,6 +189,9 @@ impl Sink {
                 .context("the secondary is full")
                 .with_kind(ErrorKind::NoSpace)
                 .next("make room on the secondary or choose another one, and copy again"),
+            Some(libc::ENODEV) => error
+                .context("the secondary is gone")
+                .next("connect it again or choose another one, and copy again"),
             _ => error.context("writing the secondary failed"),
         }
     }

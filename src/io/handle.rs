@@ -38,27 +38,43 @@ pub(super) struct FileState {
     pub(super) kind: FileKind,
     pub(super) direct: bool,
     zero_method: ZeroMethod,
+    /// Major and minor number of a block device.
+    device: Option<(u64, u64)>,
     /// errno of the first failed sync. What was lost then is unknown, so no later sync succeeds.
     sync_failed: Option<i32>,
 }
 
 impl FileState {
     pub(super) fn new(file: impl AsFd, description: &str) -> Result<Self> {
-        let kind = block::kind(&file).io_context(|| format!("stat of {description}"))?;
+        let stat = || format!("stat of {description}");
+        let kind = block::kind(&file).io_context(stat)?;
         let direct =
             block::is_direct(&file).io_context(|| format!("query of the open flags of {description}"))?;
+        let device = match kind {
+            FileKind::Block => Some(block::device_number(&file).io_context(stat)?),
+            _ => None,
+        };
         Ok(Self {
             description: description.to_owned(),
             kind,
             direct,
             zero_method: if kind == FileKind::Block { ZeroMethod::Unmap } else { ZeroMethod::Fallocate },
+            device,
             sync_failed: None,
         })
     }
 
     /// The error of a failed transfer.
     pub(super) fn failure(&self, transfer: &Transfer, cause: io::Error) -> Error {
-        transfer.failure(&self.description, cause)
+        transfer.failure(&self.description, self.real_cause(cause))
+    }
+
+    /// A removed disk has no size: the kernel reports that a write finds no space, and that a read finds the end.
+    fn real_cause(&self, cause: io::Error) -> io::Error {
+        match self.device {
+            Some(device) if block::is_gone(device) => io::Error::from_raw_os_error(libc::ENODEV),
+            _ => cause,
+        }
     }
 
     /// Fails after a failed sync.
@@ -86,7 +102,8 @@ impl FileState {
     }
 
     fn sync_error(&self, errno: i32) -> Error {
-        Error::io(format!("sync of {}", self.description), io::Error::from_raw_os_error(errno))
+        let cause = self.real_cause(io::Error::from_raw_os_error(errno));
+        Error::io(format!("sync of {}", self.description), cause)
             .state("data written to it before the failure may be lost")
     }
 
@@ -164,7 +181,11 @@ impl FileState {
     }
 
     fn write_zeros(&self, file: BorrowedFd<'_>, extent: Extent) -> io::Result<()> {
-        let end = extent.end().min(block::size(file)?);
+        let size = block::size(file)?;
+        if size == Bytes::ZERO && self.kind == FileKind::Block {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        let end = extent.end().min(size);
         let zeros = AlignedBuffer::zeroed(ZERO_WRITE_BYTES.as_len());
         let mut at = extent.start();
         let mut retries = 0u32;
@@ -197,7 +218,7 @@ impl FileState {
                 extent.start().get(),
                 self.description
             ),
-            cause,
+            self.real_cause(cause),
         )
     }
 
@@ -235,5 +256,24 @@ mod tests {
         assert_eq!(facts.zero_mode(), None);
         assert!(facts.fallocate_failed(punch, libc::EOPNOTSUPP), "a late completion");
         assert_eq!(facts.zero_mode(), None, "an earlier method does not come back");
+    }
+
+    #[test]
+    fn a_removed_device_is_not_full() {
+        let file = tempfile::tempfile().unwrap();
+        let mut facts = FileState::new(&file, "/dev/vdc").unwrap();
+        let piece = super::super::engine::Piece {
+            range: 0..4096,
+            place: super::super::engine::Place::At(Bytes::ZERO),
+        };
+        let transfer = Transfer::new(Direction::Write, piece, true);
+        let errno = |facts: &FileState| {
+            let cause = io::Error::from_raw_os_error(libc::ENOSPC);
+            facts.failure(&transfer, cause).errno()
+        };
+        assert_eq!(errno(&facts), Some(libc::ENOSPC));
+        // No device has this number.
+        facts.device = Some((0, 1));
+        assert_eq!(errno(&facts), Some(libc::ENODEV));
     }
 }

@@ -1,5 +1,6 @@
 //! `tidemark status`: volumes, jobs and stacks, as the kernel and the records have them. Looks only.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -16,6 +17,7 @@ use super::attach::recorded_volumes;
 use super::recover::living_elsewhere;
 use super::request::CopyRequest;
 use crate::job::list_jobs;
+use crate::stack::{missing_disk, missing_disk_remedy};
 use crate::sys::privilege;
 
 /// Everything there is.
@@ -99,10 +101,11 @@ pub struct StackStatus {
 pub fn status() -> Result<Status> {
     privilege::require_root("looking at device-mapper")?;
     let mut status = Status::default();
+    let mut lost = BTreeSet::new();
     let ours = match Dm::open() {
         Ok(dm) => {
             let ours = dm.list_ours()?;
-            stacks(&dm, &ours, &mut status)?;
+            lost = stacks(&dm, &ours, &mut status)?;
             ours
         }
         // Without device-mapper there can be neither.
@@ -112,12 +115,14 @@ pub fn status() -> Result<Status> {
         }
     };
     volumes(&ours, &mut status)?;
-    let known = jobs(&mut status)?;
+    let known = jobs(&lost, &mut status)?;
     strays(&ours, &known, &mut status)?;
     Ok(status)
 }
 
-fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
+/// The jobs whose copies are void.
+fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<BTreeSet<String>> {
+    let mut lost = BTreeSet::new();
     for info in ours {
         let Some(identity) = DeviceIdentity::parse(&info.uuid) else { continue };
         if info.suspended && info.has_active {
@@ -136,17 +141,31 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         let origin = below.map_or(Ok(None), |real| origin_over(dm, real, preserve))?;
         let preserved =
             |over: &Over| over.lower.preserved(&over.table).iter().map(|extent| extent.length()).sum();
+        if let Some(over) = &origin
+            && let Some(disk) = missing_disk(&over.lower.own)
+        {
+            lost.insert(identity.id.clone());
+            status.warnings.push(format!(
+                "the disk {disk} under {} was removed: {}",
+                over.name,
+                missing_disk_remedy(&over.name)
+            ));
+        }
+        let snapshot = dm.snapshot_status(&info.name)?;
+        if !snapshot.is_usable() {
+            lost.insert(identity.id.clone());
+        }
         status.stacks.push(StackStatus {
             job: identity.id.clone(),
             origin: origin.as_ref().map(|over| over.name.clone()),
             snapshot: info.name.clone(),
             below: below.map(|other| other.name.clone()),
-            status: dm.snapshot_status(&info.name)?,
+            status: snapshot,
             preserved: origin.as_ref().map(preserved),
             size: origin.and_then(|over| over.table.length().checked_bytes()),
         });
     }
-    Ok(())
+    Ok(lost)
 }
 
 /// An origin that writes through a stack.
@@ -215,14 +234,14 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
 }
 
 /// The ids of the jobs on record.
-fn jobs(status: &mut Status) -> Result<Vec<String>> {
+fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
     let mut known = Vec::new();
     for job in list_jobs()? {
         known.push(job.id.clone());
         if !job.alive {
             let has_journal = job.segments_path().exists();
-            let resumable = has_journal && job.record.as_ref().is_ok_and(|record| record.copy.is_some());
-            let how = if resumable {
+            let is_copy = job.record.as_ref().is_ok_and(|record| record.copy.is_some());
+            let how = if has_journal && is_copy && !lost.contains(&job.id) {
                 "'tidemark resume' resumes it, 'tidemark recover' gives it up"
             } else {
                 "run 'tidemark recover'"

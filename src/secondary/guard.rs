@@ -18,7 +18,8 @@ use crate::topology::{FilesystemBacking, Topology, User};
 
 impl Topology {
     /// Refuses a device that is mounted, swapped to, held by another device, written by a process, the
-    /// backing device of a loop device, read-only, or part of the stack of one of the `forbidden` devices.
+    /// backing device of a loop device, read-only, or part of the stack of one of the `forbidden` devices; by itself
+    /// or by another path to its disk.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] with the reason and what to do.
@@ -28,6 +29,10 @@ impl Topology {
         let mut parts = self.partitions(device);
         parts.push(device);
         self.check_not_beneath(&parts, path, forbidden)?;
+        let others: Vec<DeviceNumber> = parts.iter().flat_map(|part| self.other_paths(*part)).collect();
+        self.check_not_beneath(&others, path, forbidden)
+            .and_then(|()| self.check_not_held(&others, path))
+            .map_err(|error| error.context(format!("{shown} is another path to a disk that is in use")))?;
         self.check_not_above(&self.stack(device), &format!("{shown}"), forbidden)?;
         if self.is_read_only(device) {
             return Err(Error::refused(format!("{shown} is read-only"))
@@ -35,20 +40,27 @@ impl Topology {
                 .next("make it writable (blockdev --setrw) or name another device"));
         }
         parts.extend(self.same_bytes(device));
-        self.check_not_mounted(&parts, path)?;
-        self.check_not_swap(&parts, path)?;
-        for &part in &parts {
-            if let Some(holder) = self.holders(part).first() {
+        self.check_not_held(&parts, path)?;
+        self.check_unused(path)
+    }
+
+    /// None of `devices`, through which `path` is reached, is mounted, swapped to or held by another device.
+    fn check_not_held(&self, devices: &[DeviceNumber], path: &Path) -> Result<()> {
+        self.check_not_mounted(devices, path)?;
+        self.check_not_swap(devices, path)?;
+        for &device in devices {
+            if let Some(holder) = self.holders(device).first() {
                 return Err(Error::refused(format!(
-                    "{shown} is in use: {} holds {}",
+                    "{} is in use: {} holds {}",
+                    path.display(),
                     self.name(*holder),
-                    self.name(part)
+                    self.name(device)
                 ))
                 .state("it was not touched")
                 .next("release it first (lsblk shows the user), or name another device"));
             }
         }
-        self.check_unused(path)
+        Ok(())
     }
 
     /// Refuses a device or file that a process writes, a loop device is backed by, or the kernel swaps to.
@@ -235,5 +247,23 @@ mod tests {
         topology.check_device(dev(253, 0), Path::new("/dev/dm-0"), &[dev(8, 16)]).unwrap();
         fs::write(topology.node(dev(8, 16)).join("ro"), "1\n").unwrap();
         assert!(refused(dev(8, 16), &[]).contains("read-only"));
+    }
+    #[test]
+    fn a_disk_in_use_is_refused_by_its_other_path() {
+        let (_keep, topology) = machine();
+        for device in [dev(8, 0), dev(8, 16)] {
+            let path = topology.node(device).join("wwid");
+            fs::write(path, "naa.600a0b80\n").unwrap();
+        }
+        let refused = |forbidden: &[DeviceNumber]| {
+            let error = topology.check_device(dev(8, 16), Path::new("/dev/sdb"), forbidden).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("/dev/sdb is another path"), "{error}");
+            error.to_string()
+        };
+        assert!(refused(&[dev(253, 0)]).contains("/dev/sda lies beneath /dev/dm-0"));
+        // Its partitions are told from the disk alone where the kernel has not read them by this path.
+        let error = topology.check_device(dev(8, 16), Path::new("/dev/sdb"), &[]).unwrap_err();
+        assert!(error.to_string().contains("mounted (at /mnt/my disk)"), "{error}");
     }
 }

@@ -485,7 +485,10 @@ impl Stack {
                     thread::sleep(OTHER_TOOL_PAUSE);
                     continue;
                 }
-                Err(error) if attempt >= RESTORE_ATTEMPTS => return Err(error),
+                // No attempt brings a disk back.
+                Err(error) if attempt >= RESTORE_ATTEMPTS || missing_disk(&self.lower.own).is_some() => {
+                    return Err(error);
+                }
                 Err(error) => tracing::warn!("{error}; trying again"),
             }
             attempt += 1;
@@ -498,17 +501,25 @@ impl Stack {
 /// gone. The kernel then loads no table that uses that disk, and the stack stays as long as the origin
 /// exists.
 pub fn explain_missing_disk(error: Error, origin: &str, own: &Table) -> Error {
-    match own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists()) {
+    match missing_disk(own) {
         None => error,
         Some(disk) => error
             .context(format!("the disk {disk} under {origin} was removed"))
             .state(format!(
                 "{origin} still maps to the copy's devices, and its I/O fails because of that disk"
             ))
-            .next(format!(
-                "unmount {origin}, remove it ('dmsetup remove {origin}'), and run 'tidemark recover'"
-            )),
+            .next(missing_disk_remedy(origin)),
     }
+}
+
+/// A disk of table `own` that was removed.
+pub fn missing_disk(own: &Table) -> Option<DeviceNumber> {
+    own.devices().into_iter().find(|disk| !Topology::default().node(*disk).exists())
+}
+
+/// What to do with `origin` after one of its disks was removed.
+pub fn missing_disk_remedy(origin: &str) -> String {
+    format!("unmount {origin}, remove it ('dmsetup remove {origin}'), and run 'tidemark recover'")
 }
 
 fn released(lower: &LowerDevices, current: &Table, skipped: &[Extent]) -> Vec<Extent> {

@@ -25,6 +25,9 @@ use crate::volume::{FreezeSet, open_in_other_namespace};
 use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
 use super::trial;
 
+/// Attempts to suspend when neither a signal to this process nor the budget ended the wait.
+const SUSPEND_ATTEMPTS: u32 = 64;
+
 /// Performs the actions of a change: those of device-mapper by [`Dm`], freeze, watchdog and instant itself.
 pub struct Runner<'a> {
     dm: &'a Dm,
@@ -407,25 +410,25 @@ impl<'a> Runner<'a> {
         self.suspended_since = Some(Instant::now());
         let dm = self.dm;
         let end = self.armed_since.map(|since| since + self.budget);
-        let nudge = self.nudge.take();
-        let mut work = || match self.owner_of(device) {
-            Some(owner) => owner.suspend(dm, how),
-            None => dm.execute(action),
-        };
-        let result = match (&nudge, end) {
-            (Some(nudge), Some(end)) => nudge.within(end, work),
-            _ => work(),
-        };
-        self.nudge = nudge;
-        let result = match result {
-            // I/O in flight took longer than the budget allows, so the suspension was given up.
-            Err(error)
-                if error.kind() == ErrorKind::Interrupted && end.is_some_and(|end| Instant::now() >= end) =>
-            {
-                self.dismiss();
-                Err(budget_ran_out())
+        let is_over = || end.is_some_and(|end| Instant::now() >= end);
+        let mut attempts_left = SUSPEND_ATTEMPTS;
+        let result = loop {
+            match self.suspend_once(action, device, how, end) {
+                // I/O in flight took longer than the budget allows, so the suspension was given up.
+                Err(error) if error.kind() == ErrorKind::Interrupted && is_over() => {
+                    self.dismiss();
+                    break Err(budget_ran_out());
+                }
+                // A signal, or none: before the machine sleeps, the kernel interrupts every wait in order to freeze the
+                // processes.
+                Err(error) if error.kind() == ErrorKind::Interrupted && attempts_left > 0 => {
+                    if let Err(stop) = self.check(true) {
+                        break Err(stop);
+                    }
+                    attempts_left -= 1;
+                }
+                result => break result,
             }
-            result => result,
         };
         self.prefer_watchdog_error(result)?;
         self.times.instant_utc_ns = clock::utc_now_ns();
@@ -438,6 +441,28 @@ impl<'a> Runner<'a> {
             return Err(error.after_undo(undo));
         }
         Ok(())
+    }
+
+    /// Waits for I/O in flight until `end`.
+    fn suspend_once(
+        &mut self,
+        action: &Action,
+        device: &str,
+        how: SuspendFlags,
+        end: Option<Instant>,
+    ) -> Result<()> {
+        let dm = self.dm;
+        let nudge = self.nudge.take();
+        let mut work = || match self.owner_of(device) {
+            Some(owner) => owner.suspend(dm, how),
+            None => dm.execute(action),
+        };
+        let result = match (&nudge, end) {
+            (Some(nudge), Some(end)) => nudge.within(end, work),
+            _ => work(),
+        };
+        self.nudge = nudge;
+        result
     }
 
     fn instant(&mut self) -> Result<()> {

@@ -123,6 +123,16 @@ fn metadata(file: impl AsFd) -> io::Result<std::fs::Metadata> {
     File::from(file.as_fd().try_clone_to_owned()?).metadata()
 }
 
+/// True if the block device with this major and minor number was removed: sysfs reports no size. A process that still has
+/// it open cannot query anything else.
+#[must_use]
+pub fn is_gone((major, minor): (u64, u64)) -> bool {
+    match std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")) {
+        Ok(size) => size.trim() == "0",
+        Err(error) => error.kind() == io::ErrorKind::NotFound && Path::new("/sys/dev/block").exists(),
+    }
+}
+
 /// Size in bytes: BLKGETSIZE64 for a block device, else st_size.
 ///
 /// # Errors

@@ -18,15 +18,30 @@ use crate::format::state::DeviceRecord;
 /// Longest attribute that is read.
 const ATTRIBUTE_BYTES_MAX: u64 = 4096;
 
+/// Where sysfs has a disk's world-wide name: of NVMe, of SCSI.
+const WORLD_WIDE_NAMES: [&str; 2] = ["wwid", "device/wwid"];
+
 /// How many parent directories of a disk are searched for its serial number: a USB disk has it at the USB
 /// device.
 const ANCESTORS_MAX: usize = 12;
 
 impl Topology {
-    /// The facts of `device` and of every device below it, ordered by number.
+    /// The facts of `device` and of every device below it, ordered by number. The devices below a multipath device change
+    /// with its paths, so that it is identified by its own UUID alone.
     #[must_use]
     pub fn identities(&self, device: DeviceNumber) -> Vec<DeviceRecord> {
-        self.stack(device).into_iter().map(|device| self.identity(device)).collect()
+        let devices = self.stack_to(device, &|at| self.is_named_multipath(at));
+        devices.into_iter().map(|device| self.identity(device)).collect()
+    }
+
+    /// What the maker of a disk has named it by, for all the world.
+    pub(super) fn world_wide_name(&self, disk: DeviceNumber) -> Option<String> {
+        first_attribute(&self.node(disk), &WORLD_WIDE_NAMES)
+    }
+
+    /// None for a device without one.
+    pub(super) fn device_mapper_uuid(&self, device: DeviceNumber) -> Option<String> {
+        attribute(&self.node(device).join("dm/uuid"))
     }
 
     /// The facts of `device` alone.
@@ -109,10 +124,7 @@ fn first_attribute(disk: &Path, names: &[&str]) -> Option<String> {
 /// The world-wide name and the serial number that the maker gave to a disk.
 fn maker_ids(disk: &Path) -> (Option<String>, Option<String>) {
     let serial = first_attribute(disk, &["serial", "device/serial", "device/vpd_pg80"]);
-    (
-        first_attribute(disk, &["wwid", "device/wwid"]),
-        serial.or_else(|| attribute(&usb(disk)?.join("serial"))),
-    )
+    (first_attribute(disk, &WORLD_WIDE_NAMES), serial.or_else(|| attribute(&usb(disk)?.join("serial"))))
 }
 
 /// The USB device that a disk is connected through.
@@ -171,6 +183,18 @@ mod tests {
         };
         let volume = DeviceRecord { number: dev(253, 0), uuid: Some("LVM-abc".to_owned()), ..nothing };
         assert_eq!(topology.identities(dev(253, 0)), [disk, partition, volume]);
+    }
+
+    #[test]
+    fn a_multipath_device_is_identified_whatever_paths_it_has() {
+        let (_keep, topology) = machine();
+        let numbers = |device| -> Vec<DeviceNumber> {
+            topology.identities(device).into_iter().map(|record| record.number).collect()
+        };
+        put(&topology, dev(253, 0), "dm/uuid", b"LVM-abc\n");
+        assert_eq!(numbers(dev(253, 0)), [dev(8, 0), dev(8, 1), dev(253, 0)]);
+        put(&topology, dev(253, 0), "dm/uuid", b"mpath-3600a0b80\n");
+        assert_eq!(numbers(dev(253, 0)), [dev(253, 0)]);
     }
 
     #[test]

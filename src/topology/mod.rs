@@ -5,8 +5,8 @@
 //!
 //! Facts come from sysfs (`/sys/dev/block/M:m`: slaves, holders, partition), the loop devices ([`loops`]),
 //! mounts and swap areas ([`mount`]). [`stats`] reads how busy a device is, from its counters; [`identity`]
-//! reads what identifies a device; [`users`] finds the processes that have it open, in `/proc/*/fd`. Must not
-//! open a device or file that it examines, and never write to one.
+//! reads what identifies a device; [`paths`] finds the other paths to its disk; [`users`] finds the processes that
+//! have it open, in `/proc/*/fd`. Must not open a device or file that it examines, and never write to one.
 //!
 //! Nothing here waits for a file system whose server is gone: see [`crate::sys::inquiry`].
 
@@ -18,6 +18,7 @@ pub mod identity;
 mod loops;
 mod mount;
 mod observe;
+mod paths;
 mod stacking;
 pub mod stats;
 mod users;

@@ -14,10 +14,19 @@ impl Topology {
     /// a loop device.
     #[must_use]
     pub fn stack(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        self.stack_to(device, &|_| false)
+    }
+
+    /// As [`Topology::stack`], without what is beneath a device for which `ends` is true.
+    pub(super) fn stack_to(
+        &self,
+        device: DeviceNumber,
+        ends: &dyn Fn(DeviceNumber) -> bool,
+    ) -> BTreeSet<DeviceNumber> {
         let mut seen = BTreeSet::new();
         let mut open = vec![device];
         while let Some(at) = open.pop() {
-            if seen.insert(at) {
+            if seen.insert(at) && !ends(at) {
                 open.extend(self.directly_beneath(at));
             }
         }

@@ -4,7 +4,8 @@
 //! device (as a virtual machine does), nor a loop device. `/proc/*/fd` shows processes; the kernel's identity
 //! of each backing file ([`loops`](super::loops)) shows loop devices, whatever path led to the file;
 //! `/proc/swaps` shows swap files. The bytes of a device have more names than its own: its partitions, the
-//! disk that it is a partition of, the file or device below it if it is a loop device.
+//! disk that it is a partition of, the file or device below it if it is a loop device, and those of the other
+//! [`paths`](super::paths) to its disk.
 //!
 //! A host may have descriptors and loop devices on file systems whose server is gone, and a query to one of
 //! those never returns. So `/proc/PID/fdinfo` is read first, which involves no file system: does the
@@ -151,7 +152,7 @@ impl Topology {
     }
 
     /// Other devices that lead to the bytes of `device`, or a part of them: the disk that it is a partition
-    /// of, its partitions, and the device below it if it is a loop device.
+    /// of, its partitions, the device below it if it is a loop device, and the same by the other paths to its disk.
     #[must_use]
     pub fn same_bytes(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let (names, _) = self.names_of(Identity::Device(device), &self.loops());
@@ -174,11 +175,13 @@ impl Topology {
             }
             let Identity::Device(device) = name else { continue };
             open.extend(self.disk_of(device).map(Identity::Device));
+            open.extend(self.other_paths(device).into_iter().map(Identity::Device));
             open.extend(loops.0.iter().filter(|it| it.number == device).filter_map(backing));
         }
         // Only the partitions of `wanted` itself: other partitions of its disk have other bytes.
         if let Identity::Device(device) = wanted {
-            names.extend(self.partitions(device).into_iter().map(Identity::Device));
+            let disks = self.other_paths(device).into_iter().chain([device]);
+            names.extend(disks.flat_map(|disk| self.partitions(disk)).map(Identity::Device));
         }
         let is_over_name = |it: &&AttachedLoop| backing(it).is_some_and(|name| names.contains(&name));
         let is_name = |it: &AttachedLoop| names.contains(&Identity::Device(it.number));

@@ -308,6 +308,11 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
         }
         "crypt" => "its key cannot be read back: attach or copy the encrypted device beneath it",
         "raid" | "mirror" => "copy it unmounted, or convert it to a linear volume",
+        "multipath" => {
+            "multipathd replaces its table whenever paths come or go: copy the LVM volume or the partition on it; where \
+             a file system lies on it directly, make it a volume, which takes a remount once (umount, 'tidemark attach', \
+             mount /dev/mapper/NAME)"
+        }
         "integrity" | "verity" => "copy the device beneath it, unmounted",
         _ => "only devices of linear and striped targets can be copied while they are in use",
     };
@@ -322,6 +327,11 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
 fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Result<Origin> {
     topology.check_loops_answer(number, &path)?;
     refuse_use(&path, number, topology)?;
+    for other in topology.other_paths(number) {
+        refuse_use(Path::new(&topology.name(other)), other, topology).map_err(|error| {
+            error.context(format!("{} is another path to a disk that is in use", path.display()))
+        })?;
+    }
     if let Some(user) = topology.user_of(&path)?.filter(User::writes) {
         return Err(Error::refused(format!("{} is {user}", path.display()))
             .state("nothing was changed")
@@ -446,6 +456,7 @@ mod tests {
             "integrity",
             "snapshot",
             "snapshot-origin",
+            "multipath",
             "zero",
             "flakey",
         ] {

@@ -11,6 +11,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
     cases.extend(resumes());
     cases.extend([crypt_races("beneath"), crypt_races("above")]);
+    cases.extend(hardware());
     cases.extend([lvm_races(), lvm_merge(), lvm_names(), lvm_above(), table_races(), targets(), queue()]);
     cases.extend([
         main_job("demo", "demo.sh")
@@ -134,6 +135,35 @@ fn resumes() -> [Case; 9] {
             .tolerate("I/O error while writing superblock")
             .tolerate("device dm-")
             .tolerate("(dm-"),
+    ]
+}
+
+/// What happens to the machine while it copies.
+fn hardware() -> [Case; 3] {
+    [
+        main_job("copy_hot_remove", "hot_remove.sh")
+            .disk_mib(64)
+            .disk_mib(64)
+            .disk_mib(72)
+            .disk_mib(300)
+            .limit_seconds(600)
+            .tolerate("Buffer I/O error")
+            .tolerate("I/O error, dev vd")
+            .tolerate("I/O error, dev dm-")
+            .tolerate("device dm-")
+            .tolerate("(dm-"),
+        main_job("copy_suspend", "suspend.sh")
+            .modules(&["dm-delay"])
+            .disk_mib(40)
+            .disk_mib(128)
+            .disk_mib(300)
+            .limit_seconds(600),
+        main_job("copy_multipath", "multipath.sh")
+            .modules(&["dm-multipath", "dm-round-robin", "sd_mod", "scsi_debug"])
+            .commands(&["lvcreate"])
+            .disk_mib(400)
+            .disk_mib(48)
+            .limit_seconds(600),
     ]
 }
 

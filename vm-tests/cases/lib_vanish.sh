@@ -1,0 +1,36 @@
+# A disk that goes away in mid-copy: the copy, and what must be right then. Sourced after lib.sh; `unplug DISK`, which takes
+# the disk away, is the case's.
+# shellcheck shell=bash
+. "$REPO/vm-tests/cases/lib_load.sh"
+
+is_gone() { ! kill -0 "$process" 2>/dev/null; }
+
+# copied_without DISK TARGET STORE OPTION...: copies /dev/mapper/data, and the disk is unplugged meanwhile. The copy's error is
+# in /run/copy.err.
+copied_without() {
+    local disk=$1 target=$2 store=$3 status=0 start
+    tidemark copy /dev/mapper/data "$target" --all --yes --store "$store" --store-ram 0 --rate 8MiB "${@:4}" \
+        >/run/copy.out 2>/run/copy.err &
+    process=$!
+    wait_until 30 is_preserved data
+    sleep 1
+    kill -0 "$process" || fail "the copy has ended by itself: $(cat /run/copy.err)"
+    start=${EPOCHREALTIME/./}
+    unplug "$disk"
+    wait_until 60 is_gone
+    wait "$process" || status=$?
+    note "$disk unplugged: exit status $status after $(((${EPOCHREALTIME/./} - start) / 1000)) ms: $(
+        grep -v '^copying\|^instant\|^prepar' /run/copy.err | head -n 3 | xargs -d '\n'
+    )"
+    assert_same "the exit status" "$status" 1
+    assert_same "suspended devices" "$(suspended_devices)" ""
+}
+
+# fails_to_recover: and says, as often as it is asked, how the volume whose disk is gone is taken away.
+fails_to_recover() {
+    for _ in 1 2; do
+        assert_status 1 tidemark recover 2>/run/recover.err
+        grep -q "remove it ('dmsetup remove data')" /run/recover.err || fail "nothing says what to do: $(cat /run/recover.err)"
+    done
+    assert_same "suspended devices" "$(suspended_devices)" ""
+}
