@@ -24,7 +24,7 @@ pub fn needs_yes(destroys: &str) -> Error {
 /// # Errors
 /// [`ErrorKind::Refused`] for any other answer, or the failed read.
 pub fn ask(plan: &str, destroys: &str) -> Result<()> {
-    write_stderr(&escape::text(&format!("{}\n\n{destroys}. Continue? [y/N]  ", plan.trim_end())));
+    write_stderr(&escape::text(&format!("{}\n\n{destroys}. Continue? [y/N] ", plan.trim_end())));
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer).io_context(|| "reading the answer".to_owned())?;
     if matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {

@@ -158,7 +158,7 @@ impl Output {
     }
 }
 
-/// Escapes our text, which may contain names of other origin, and ends it with a newline.
+/// Escapes our text, which may contain untrusted names, and ends it with a newline.
 fn with_newline(text: String) -> String {
     let mut text = escape::text(&text).into_owned();
     if !text.ends_with('\n') {

@@ -69,7 +69,8 @@ impl OomLog {
     }
 }
 
-/// The text that names `process` in both messages of the OOM killer: "Out of memory" and "Memory cgroup out of memory".
+/// The text that names `process` in both messages of the OOM killer: "Out of memory" and "Memory cgroup out of
+/// memory".
 fn oom_text(process: libc::pid_t) -> String {
     format!("of memory: Killed process {process} (")
 }

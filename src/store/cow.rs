@@ -305,7 +305,7 @@ impl CowStore {
     pub fn release(self, keep: bool) -> Result<Option<KeptStore>> {
         let mut parts = self.parts.into_inner().unwrap_or_else(PoisonError::into_inner);
         parts.dm.remove(&self.name, Udev::Internal).map_err(|error| {
-            error.state("the COW store is left").next("run 'tidemark recover', which removes it")
+            error.state("the COW store remains").next("run 'tidemark recover', which removes it")
         })?;
         crash_point("store.release.device");
         let keep = keep && self.plan.keep;
@@ -330,7 +330,7 @@ impl CowStore {
         Error::first_of(errors).map(|()| path.map(|path| KeptStore { path, chunk: self.plan.chunk })).map_err(
             |error| {
                 error
-                    .state("a part of the COW store is left")
+                    .state("a part of the COW store remains")
                     .next("run 'tidemark recover', which removes it")
             },
         )

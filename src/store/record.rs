@@ -217,7 +217,7 @@ impl Record {
         let text = read_locked(&file, &path)?.ok_or_else(gone)?;
         let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
         let facts = facts.ok_or_else(|| {
-            Error::bad_data(format!("the store's record {} is empty", path.display()))
+            Error::bad_data(format!("the store's record {} has no complete line", path.display()))
                 .next("run 'tidemark recover'")
         })?;
         Ok((Self { path, facts, file }, text))
@@ -294,7 +294,7 @@ fn record_path(dir: &Path, id: &str) -> PathBuf {
     dir.join(format!("{id}.json"))
 }
 
-/// None if another process exists that has created or locked it.
+/// None if the file exists already, or another process locks it first.
 fn create_locked(path: &Path) -> Result<Option<Flock<File>>> {
     let made = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
     let file = match made {

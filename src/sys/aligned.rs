@@ -4,8 +4,8 @@
 //! at an old address is never taken for the one that was registered there.
 //!
 //! The buffers of a pool are adjacent in one mapping that requests huge pages. Contiguous memory goes to the
-//! disk in requests as large as the disk accepts, while scattered 4 KiB pages reach its limit of segments
-//! (virtio: 254) just below 1 MiB.
+//! disk in requests as large as the disk accepts. A transfer of 1 MiB in scattered 4 KiB pages exceeds its
+//! limit of segments (virtio: 254), and is split into two requests.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;

@@ -148,8 +148,8 @@ unsafe impl Question for StatQuestion {
     }
 
     fn answer([dev, inode, rdev, mode, mount, _]: Words) -> Found {
-        let low = |source: u64| u32::try_from(source & u64::from(u32::MAX)).unwrap_or(0);
-        let number = |source: u64| DeviceNumber { major: low(source >> 32), minor: low(source) };
+        let low = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0);
+        let number = |word: u64| DeviceNumber { major: low(word >> 32), minor: low(word) };
         let kind = low(mode) & libc::S_IFMT;
         Found {
             dev: number(dev),

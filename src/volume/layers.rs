@@ -92,11 +92,11 @@ impl Layers {
     /// The users that claim everything, as text.
     pub(super) fn objections(&self) -> Vec<String> {
         let claims = self.devices.values().flat_map(|layer| &layer.claims);
-        let owner = claims.filter_map(|claim| match claim {
+        let owners = claims.filter_map(|claim| match claim {
             Claim::All { owner, .. } => Some(format!("{owner}: all of that is copied")),
             Claim::Through { .. } => None,
         });
-        owner.collect()
+        owners.collect()
     }
 
     /// The free bytes of the origin. `reported` holds what the filesystem on each device reports as free.

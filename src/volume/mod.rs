@@ -242,8 +242,8 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     })?;
     let refusal = table.lines().iter().find_map(|line| refuse_target(&path, &line.target).err());
     if let Some(refusal) = refusal {
-        // At rest it needs no stack. The origin of a snapshot does not count as at rest, as the snapshot may be in
-        // use.
+        // At rest it needs no stack. The origin of a snapshot does not count as at rest, as the snapshot may
+        // be in use.
         let has_snapshot = table.lines().iter().any(|line| line.target.kind() == "snapshot-origin");
         return if info.open_count == 0 && !has_snapshot {
             plain_device(path, number, topology)
@@ -303,8 +303,8 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
         "thin" => "a thin volume has snapshots of its own: take one (lvcreate -s) and copy that, unmounted",
         "thin-pool" => "copy its thin volumes, not the pool",
         "cache" | "writecache" | "era" | "clone" => {
-            "its table does not hold all of its state: flush and split it (lvconvert --splitcache), or copy the device above a \
-             linear volume"
+            "its table does not hold all of its state: flush and split it (lvconvert --splitcache), or copy the \
+             device above a linear volume"
         }
         "crypt" => "its key cannot be read back: attach or copy the encrypted device beneath it",
         "raid" | "mirror" => "copy it unmounted, or convert it to a linear volume",
