@@ -261,7 +261,7 @@ mod tests {
             assert!(error.to_string().contains("/dev/sdb is another path"), "{error}");
             error.to_string()
         };
-        assert!(refused(&[dev(253, 0)]).contains("/dev/sda lies beneath /dev/dm-0"));
+        assert!(refused(&[dev(253, 0)]).contains("/dev/sda is below /dev/dm-0"));
         // Its partitions are told from the disk alone where the kernel has not read them by this path.
         let error = topology.check_device(dev(8, 16), Path::new("/dev/sdb"), &[]).unwrap_err();
         assert!(error.to_string().contains("mounted (at /mnt/my disk)"), "{error}");

@@ -55,7 +55,7 @@ everything() {
 for order in physical hot; do
     note "order $order"
     prepare ext4
-    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 1MiB --region 1MiB \
+    tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 512KiB --region 1MiB \
         --order "$order" --json >/run/copy.json 2>&1 &
     process=$!
     # Somewhere in the middle, with some regions released and some not, the copier is stopped until all is done.
