@@ -13,17 +13,20 @@ head -c 8m /dev/urandom >/mnt/home/file
 head -c 8m /dev/urandom >/mnt/root/file
 sync
 
+# A copy of root that is in progress releases parts of it meanwhile.
+kernel_state() { dmsetup table | grep -v '^root: ' | sort; losetup -n -O NAME,BACK-INO | sort; }
+
 # refused PATTERN OPTION...: a copy of home is, and leaves nothing.
 refused() {
     local pattern=$1 got=0 before
     shift
-    before=$(dmsetup table | sort; losetup -n -O NAME,BACK-INO | sort)
+    before=$(kernel_state)
     timeout -s KILL 30 tidemark copy home /mnt/scratch/refused.raw --yes --store-ram 0 "$@" >/run/refused 2>&1 || got=$?
     [ "$got" = 3 ] || { cat /run/refused; fail "exit code $got, expected 3: $*"; }
     grep -q "$pattern" /run/refused || { cat /run/refused; fail "the refusal does not match '$pattern': $*"; }
     grep -q 'next:' /run/refused || fail "the refusal does not say what to do instead: $*"
     note "$(grep -m 1 '^tidemark:' /run/refused)"
-    assert_same "the kernel's state" "$(dmsetup table | sort; losetup -n -O NAME,BACK-INO | sort)" "$before"
+    assert_same "the kernel's state" "$(kernel_state)" "$before"
     assert_same "files left" "$(find /mnt/scratch -name '*refused*')" ""
 }
 
