@@ -4,8 +4,8 @@
 //! wait. Such a call is made by a thread of its own. At a signal the command leaves the thread where it is, gives back what
 //! it holds (locks, claims) and ends. The kernel keeps the process, holding nothing, until the call returns.
 //!
-//! Of a process that is killed instead, the kernel keeps the locks as well. So a child process first asks whether there is an
-//! answer ([`does_answer`]), and where there is none, the call is not made.
+//! If the process is killed instead, the kernel keeps its locks as well until the call returns. So a child process first
+//! checks whether the path answers ([`does_answer`]); if it does not, the call is not made.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -50,11 +50,11 @@ pub fn unless_interrupted<T: Send + 'static>(
     }
 }
 
-/// Waits until the disk or server beneath `path` answers a few reads at `offsets`, at most
-/// [`inquiry::TIMEOUT_FOR_NAMED`]. Answers whether it did.
+/// True if reads at `offsets` of the file or device at `path` return within [`inquiry::TIMEOUT_FOR_NAMED`]; see
+/// [`Reads::new`].
 ///
 /// # Errors
-/// `interrupt`'s, at once.
+/// `interrupt`'s, which ends the wait at once.
 pub fn does_answer(path: &Path, offsets: Vec<u64>, interrupt: &dyn Fn() -> Result<()>) -> Result<bool> {
     let reads = Reads::new(path, offsets).io_context(|| format!("reading {}", path.display()))?;
     let stopped = Cell::new(None);
@@ -68,7 +68,7 @@ pub fn does_answer(path: &Path, offsets: Vec<u64>, interrupt: &dyn Fn() -> Resul
     stopped.take().map_or(Ok(is_answered), Err)
 }
 
-/// What is said of one that does not.
+/// The message for a path that does not answer.
 pub fn no_answer(path: &Path) -> String {
     format!("{} has not answered for {} s", path.display(), inquiry::TIMEOUT_FOR_NAMED.as_secs())
 }

@@ -456,12 +456,12 @@ fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<E
 }
 
 /// A job that is given up leaves no part of its result, and then no record. Where the one cannot be removed, the other
-/// stays; so do both where the file's disk does not answer.
+/// stays; both stay if the file's disk or server does not answer.
 fn remove_files(job: FoundJob) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     let has_origin = job.record.as_ref().is_ok_and(|record| record.origin.is_some());
     for partial in job.record.iter().flat_map(partials) {
-        // To remove it from a file system that does not answer would be to wait for that, with the locks of all jobs.
+        // A removal from a file system that does not answer would wait in the kernel, with the locks of all dead jobs.
         if !leave::does_answer(partial, vec![0], &|| Ok(()))? {
             let put_back = if has_origin { "the origin has its own table again; " } else { "" };
             return Err(Error::new(ErrorKind::Timeout, leave::no_answer(partial))

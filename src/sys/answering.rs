@@ -1,9 +1,9 @@
-//! Does the disk, or the server, beneath a path answer?
+//! Does the disk or server of a path answer?
 //!
-//! What the kernel has in memory needs neither, so reading that tells nothing. Here a few blocks are read past the page cache. A disk
-//! that is suspended keeps a reader in the kernel, and no signal ends that wait: a child process reads, see [`inquiry`].
+//! A read from the page cache does not show this, so a few blocks are read past the cache. A read from a suspended disk
+//! waits in the kernel, and no signal ends that wait: a child process does the reads, see [`inquiry`].
 //!
-//! Every error is an answer. Must not change what it reads.
+//! Every error counts as an answer. Must not change what it reads.
 
 use std::io;
 use std::path::Path;
@@ -17,68 +17,69 @@ use nix::unistd::{Whence, fsync, lseek};
 use super::found::{Source, StatQuestion};
 use super::inquiry::{self, Question, WORDS, Words};
 
-/// Bytes of one read, and the alignment of its place.
+/// Bytes of one read, and the alignment of its offset.
 const BLOCK_BYTES: u16 = 4096;
 
-/// Memory that a direct read takes.
+/// Memory aligned for a direct read.
 #[repr(C, align(4096))]
 struct Block([u8; BLOCK_BYTES as usize]);
 
-/// A path, and at which offsets of the file or device there it is to be read.
+/// Reads from the file or device at a path.
 #[derive(Debug)]
 pub struct Reads {
-    at: StatQuestion,
+    stat: StatQuestion,
     offsets: Vec<u64>,
 }
 
 impl Reads {
-    /// Of a file the first data at or after each offset is read. Without `offsets`, and where `path` leads to neither a
-    /// file nor a block device, it is looked at alone.
+    /// One read at each of `offsets`; in a file, of the first data at or after the offset. If there are no offsets, or
+    /// `path` is neither a file nor a block device, there is only a statx(2).
     ///
     /// # Errors
     /// A path with a zero byte.
     pub fn new(path: &Path, offsets: Vec<u64>) -> io::Result<Self> {
-        Ok(Self { at: StatQuestion::new(path, Source::Server)?, offsets })
+        Ok(Self { stat: StatQuestion::new(path, Source::Server)?, offsets })
     }
 
-    /// False where there is no answer within [`inquiry::TIMEOUT_FOR_NAMED`], or before `is_wanted` returns false.
+    /// False if there is no answer within [`inquiry::TIMEOUT_FOR_NAMED`], or before `is_wanted` returns false.
     pub fn are_answered(self, is_wanted: &dyn Fn() -> bool) -> bool {
         let answer = inquiry::ask_one_while(self, inquiry::TIMEOUT_FOR_NAMED, is_wanted);
         !answer.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
     }
 }
 
-// SAFETY: nix's functions make one system call each; they take a C string as it is. `block` is on the stack. Nothing
+// SAFETY: each function of nix makes one system call, and passes a C string unchanged. `block` is on the stack. Nothing
 // allocates, locks or panics.
 unsafe impl Question for Reads {
     type Answer = ();
 
     fn ask(&self) -> Result<Words, i32> {
-        let found = StatQuestion::answer(self.at.ask()?);
+        let found = StatQuestion::answer(self.stat.ask()?);
         if self.offsets.is_empty() || !(found.is_file || found.block_device.is_some()) {
             return Ok([0; WORDS]);
         }
         let file =
-            open(self.at.path(), OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
+            open(self.stat.path(), OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
                 .map_err(|errno| errno as i32)?;
         let mut block = Block([0; BLOCK_BYTES as usize]);
         for offset in &self.offsets {
             let wanted = i64::try_from(*offset).map_err(|_| libc::EFBIG)?;
             let at = match lseek(&file, wanted, Whence::SeekData) {
                 Ok(data) => data,
-                // No data: what the file system knows of the file can be written back, which asks its disk as well.
+                Err(Errno::ENXIO) if found.is_file && *offset > 0 => continue,
+                // The file has no data to read. A sync of its metadata needs the disk as well, and has no data to write.
                 Err(Errno::ENXIO) if found.is_file => {
                     fsync(&file).map_err(|errno| errno as i32)?;
                     continue;
                 }
-                // A device has data everywhere.
+                // Devices do not support SEEK_DATA.
                 Err(_) => wanted,
             };
             let at = at - at % i64::from(BLOCK_BYTES);
             let read =
                 fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT)).and_then(|_| pread(&file, &mut block.0, at));
             if read == Err(Errno::EINVAL) {
-                // Not directly: then what the page cache has of it goes first.
+                // No direct I/O here: drop the block from the page cache, then read.
                 let _ = fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()));
                 let _ =
                     posix_fadvise(&file, at, i64::from(BLOCK_BYTES), PosixFadviseAdvice::POSIX_FADV_DONTNEED);
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_what_is_none_are_answered_and_stay_as_they_are() {
+    fn every_kind_of_file_answers_and_is_not_changed() {
         let dir = tempfile::tempdir().unwrap();
         let of = |name: &str| dir.path().join(name);
         std::fs::write(of("file"), vec![7; 10_000]).unwrap();
