@@ -29,8 +29,8 @@ changed() {
     assert_no_tidemark_left data
 }
 
-changed 'mounted' 'umount /mnt/parent/origin'
-changed 'mounted' "mount $origin /mnt/parent/origin"
+changed 'the mounts of' 'umount /mnt/parent/origin'
+changed 'the mounts of' "mount $origin /mnt/parent/origin"
 
 note "mounted elsewhere by then: frozen there, and nothing at the place where it was"
 copied "umount /mnt/parent/origin; mount $origin /mnt/elsewhere"
