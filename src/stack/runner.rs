@@ -419,8 +419,8 @@ impl<'a> Runner<'a> {
                     self.dismiss();
                     break Err(budget_ran_out());
                 }
-                // A signal, or none: before the machine sleeps, the kernel interrupts every wait in order to freeze the
-                // processes.
+                // If no signal asked us to stop, try again: the kernel interrupts every process to put the machine
+                // to sleep, and only later kernels restart this call by themselves (`dm_wait_for_completion`).
                 Err(error) if error.kind() == ErrorKind::Interrupted && attempts_left > 0 => {
                     if let Err(stop) = self.check(true) {
                         break Err(stop);

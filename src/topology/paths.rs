@@ -1,23 +1,24 @@
-//! Which devices lead to the same disk? A disk of a storage network has a device for each path to it, and what is written
-//! through one of them is on all.
+//! Which devices lead to the same disk? A disk of a storage network has one device for each path to it, and a
+//! write through one of them changes all.
 //!
-//! Multipath (device-mapper's) holds the paths that it uses, and native NVMe multipath hides them. Where neither runs, the
-//! disk's world-wide name alone tells. Only names that are given once are taken: NAA, EUI-64 and UUIDs, and the one that
-//! the kernel makes of an NVMe controller's serial number. Others are made of texts of the maker's (`t10.`), which two disks
-//! can share, as those behind USB bridges do: they would keep a free disk from being written to.
+//! Device-mapper's multipath target holds the paths that it uses, and native NVMe multipath hides them. If
+//! neither is set up, only the disk's world-wide name shows that two devices are one disk. Only names that are
+//! unique count: NAA, EUI-64, UUID, and the name that the kernel derives from an NVMe controller's serial
+//! number. The others (`t10.`) are made of the maker's texts, which two disks may share, as those connected
+//! through USB bridges do: they would make a free disk unusable as a target.
 
 use super::Topology;
 use crate::base::DeviceNumber;
 
-/// How names begin that are given once.
+/// The prefixes of world-wide names that are unique.
 const UNIQUE: [&str; 4] = ["naa.", "eui.", "uuid.", "nvme."];
 
-/// How the UUID of a multipath device begins, which is made of its disk's world-wide name (multipath-tools,
-/// `libmultipath/devmapper.c`).
+/// The prefix of the UUID that multipathd gives to a multipath device; the disk's world-wide name follows
+/// (multipath-tools, `libmultipath/devmapper.c`).
 const MULTIPATH_UUID: &str = "mpath-";
 
 impl Topology {
-    /// The other devices that lead to the bytes of `device`, a disk or a partition.
+    /// The other devices that lead to the bytes of `device`, which is a disk or a partition.
     #[must_use]
     pub fn other_paths(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
         let whole = self.disk_of(device);
@@ -45,7 +46,8 @@ impl Topology {
         UNIQUE.iter().any(|kind| name.starts_with(kind)).then_some(name)
     }
 
-    /// A multipath device that is named by its disk's world-wide name: whichever paths it has, the disk is the same.
+    /// True for a multipath device whose UUID is its disk's world-wide name: the disk is the same whatever
+    /// paths the device has.
     pub(super) fn is_named_multipath(&self, device: DeviceNumber) -> bool {
         self.device_mapper_uuid(device).is_some_and(|uuid| uuid.starts_with(MULTIPATH_UUID))
     }
@@ -75,8 +77,8 @@ mod tests {
         name(&topology, other, "naa.600a0b80\n");
         assert_eq!(topology.other_paths(one), [other]);
         assert_eq!(topology.other_paths(other), [one]);
-        assert_eq!(topology.other_paths(dev(253, 0)), [], "what has no name");
-        // A text of the maker's may be that of many disks.
+        assert_eq!(topology.other_paths(dev(253, 0)), [], "a device without a name");
+        // The maker's texts need not be unique.
         for device in [one, other] {
             name(&topology, device, "t10.DOCK    0001\n");
         }
@@ -84,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_is_the_same_place_by_the_other_path() {
+    fn a_partition_has_the_same_place_on_every_path() {
         let (keep, topology) = machine();
         for device in [dev(8, 0), dev(8, 16)] {
             name(&topology, device, "eui.0025385b71b0\n");

@@ -138,7 +138,7 @@ fn resumes() -> [Case; 9] {
     ]
 }
 
-/// What happens to the machine while it copies.
+/// Disks that are removed, machines that sleep, disks with several paths.
 fn hardware() -> [Case; 3] {
     [
         main_job("copy_hot_remove", "hot_remove.sh")
@@ -146,7 +146,7 @@ fn hardware() -> [Case; 3] {
             .disk_mib(64)
             .disk_mib(72)
             .disk_mib(300)
-            .limit_seconds(600)
+            .limit_seconds(900)
             .tolerate("Buffer I/O error")
             .tolerate("I/O error, dev vd")
             .tolerate("I/O error, dev dm-")
@@ -157,13 +157,13 @@ fn hardware() -> [Case; 3] {
             .disk_mib(40)
             .disk_mib(128)
             .disk_mib(300)
-            .limit_seconds(600),
+            .limit_seconds(900),
         main_job("copy_multipath", "multipath.sh")
             .modules(&["dm-multipath", "dm-round-robin", "sd_mod", "scsi_debug"])
             .commands(&["lvcreate"])
             .disk_mib(400)
             .disk_mib(48)
-            .limit_seconds(600),
+            .limit_seconds(900),
     ]
 }
 

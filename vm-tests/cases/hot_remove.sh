@@ -1,6 +1,7 @@
-# A virtio disk is taken out of the machine in mid-copy, under a mounted and busy filesystem: its PCI function is removed, or
-# its driver unbound. Without the store's or the secondary's disk, the copy fails in bounded time and says why, the origin has
-# its own table and goes on, whole. Without the origin's own, nothing hangs, and what is left can be taken away as is said.
+# A virtio disk is removed during a copy, under a mounted and busy filesystem: its PCI function is removed, or its driver
+# unbound. Without the disk of the store or of the secondary, the copy fails in bounded time and says why; the origin has
+# its own table and no writer sees an error. Without the origin's own disk, nothing hangs, and what is left can be removed
+# as the messages say.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_vanish.sh"
 
@@ -8,7 +9,7 @@ place_of() { readlink -f "/sys/class/block/${1#/dev/}/device"; }
 remove() { echo 1 >"$(dirname "$(place_of "$1")")/remove"; }
 unplug() { remove "$1"; }
 unbind() { basename "$(place_of "$1")" >/sys/bus/virtio/drivers/virtio_blk/unbind; }
-# plug_in NUMBER: the disk comes again, and may have another name.
+# plug_in NUMBER: the disk is found again, perhaps under another name.
 plug_in() {
     local function
     echo 1 >/sys/bus/pci/rescan
@@ -23,7 +24,7 @@ has_disk() { grep -qx "disk$1" /sys/block/vd*/serial; }
 rounds() { cat /run/load.churn-rounds 2>/dev/null || echo 0; }
 has_more_rounds_than() { [ "$(rounds)" -gt "$1" ]; }
 
-# The origin has come through it: its own table, no error for any writer, and they go on.
+# is_whole: the origin has its own table, and its writers go on and have seen no error.
 is_whole() {
     load_is_alive
     wait_until 60 has_more_rounds_than "$(rounds)"
@@ -41,7 +42,7 @@ start_load /mnt/origin "$SEED"
 
 note "the store, a device"
 copied_without "$(disk 1)" /mnt/scratch/copy.raw "$(disk 1)"
-says 'the COW store failed'
+says 'the COW store'
 is_whole
 assert_no_tidemark_left data
 no_file_is_left
@@ -50,7 +51,7 @@ plug_in 1
 note "the store, a file"
 make_filesystem ext4 "$(disk 1)" /mnt/store
 copied_without "$(disk 1)" /mnt/scratch/copy.raw /mnt/store
-says 'the COW store failed'
+says 'the COW store'
 is_whole
 assert_no_tidemark_left data
 no_file_is_left
@@ -82,7 +83,7 @@ says 'of /mnt/secondary/copy.tdm'
 says 'not undone: remove the partial file'
 says 'tidemark recover'
 is_whole
-# Nothing can be removed from a filesystem without a disk; without it there is nothing to be removed.
+# The partial file cannot be removed while its filesystem is mounted without a disk.
 assert_status 1 tidemark recover
 umount /mnt/secondary
 tidemark recover

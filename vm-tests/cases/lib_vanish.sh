@@ -1,5 +1,5 @@
-# A disk that goes away in mid-copy: the copy, and what must be right then. Sourced after lib.sh; `unplug DISK`, which takes
-# the disk away, is the case's.
+# A copy that loses a disk, and the checks after that. Sourced after lib.sh. The case defines `unplug DISK`, which removes the
+# disk.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -26,7 +26,7 @@ copied_without() {
     assert_same "suspended devices" "$(suspended_devices)" ""
 }
 
-# fails_to_recover: and says, as often as it is asked, how the volume whose disk is gone is taken away.
+# fails_to_recover: each time it says how to remove the volume whose disk is gone.
 fails_to_recover() {
     for _ in 1 2; do
         assert_status 1 tidemark recover 2>/run/recover.err

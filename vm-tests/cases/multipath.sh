@@ -1,13 +1,13 @@
-# A disk with two paths, one SCSI device for each. Without multipath nothing but its world-wide name tells that they are one:
-# what is in use by one path is not written by the other. Under device-mapper's multipath the disk is copied at rest and
-# refused in use, a volume on it is copied exactly while paths fail, go and come, and a secondary on it is known again.
+# A disk with two paths: one SCSI device for each. Without multipath only its world-wide name shows that they are one disk,
+# and what is in use on one path is refused on the other. A multipath device is copied cold and refused while it is in use;
+# a volume on it is copied exactly while paths fail, go and come; and a secondary on it is recognized by resume.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
 modprobe -r scsi_debug
 modprobe scsi_debug add_host=2 max_luns=1 num_tgts=1 dev_size_mb=64 vpd_use_hostno=0 delay=0
 
-# path NUMBER: the disk by its Nth path, sdX.
+# path NUMBER: the name of the disk on its Nth path, sdX.
 path() { basename "/sys/bus/pseudo/drivers/scsi_debug/adapter$1/"host*/target*/*/block/*; }
 has_path() { [ -b "/dev/$(path "$1")" ]; }
 number() { cat "/sys/block/$1/dev"; }
@@ -28,7 +28,7 @@ refused() { # PATTERN COMMAND...
     assert_same "the tables" "$(dmsetup table)" "$before"
 }
 
-# multipath NAME...: the table over these paths, as multipathd loads it.
+# multipath NAME...: the table of a multipath device with these paths, as multipathd loads it.
 multipath() {
     local path paths=
     for path in "$@"; do paths+=" $(number "$path") 1"; done
@@ -100,7 +100,7 @@ for device in "/dev/$one" /dev/mapper/mpatha; do
 done
 
 note "its paths fail and come back"
-begin /mnt/scratch/copy.raw --rate 3MiB --region 4MiB
+begin /mnt/scratch/copy.raw --rate 1536KiB --region 4MiB
 wait_until 60 is_preserved "$origin"
 breaks "$other"
 heals "$other"
@@ -117,7 +117,7 @@ for scan in /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/scsi_host/host*/sc
 wait_until 20 has_path 0
 one=$(path 0)
 reload "$one" "$other"
-kill -0 "$process" || fail "the copy was over before its paths were"
+! is_gone || fail "the copy was over before its paths were: $(cat /run/copy.out)"
 status=0
 wait "$process" || status=$?
 assert_same "the exit status: $(cat /run/copy.out)" "$status" 0
@@ -133,7 +133,7 @@ lvremove -q -y tidetest/data
 vgremove -q -y tidetest
 pvremove -q -y /dev/mapper/mpatha
 
-note "a secondary that has lost a path is known again"
+note "a secondary that has lost a path is recognized"
 tidemark attach "$(disk 1)" --name data
 size=$(blockdev --getsize64 /dev/mapper/data)
 fill /dev/mapper/data "$size" data

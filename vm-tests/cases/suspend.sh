@@ -1,6 +1,7 @@
-# The machine is suspended to RAM while a volume is copied, as far as its processes are concerned (pm_test): that succeeds, or
-# fails by the kernel's own rules; nothing hangs; and the copy is exact, or void with the origin as before. The kernel cannot
-# freeze a writer that waits for a suspended device: it gives up after pm_freeze_timeout, and everybody goes on.
+# The machine is put to sleep (suspend to RAM) while a volume is copied. pm_test ends that after all processes are frozen.
+# It succeeds, or fails by the kernel's own rules; nothing hangs; and the copy is exact, or lost with the origin as before.
+# The kernel cannot freeze a process that waits for a frozen filesystem or a suspended device: it gives up after
+# pm_freeze_timeout, and all processes go on.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_stack.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -9,10 +10,10 @@ echo freezer >/sys/power/pm_test
 echo 1 >/sys/module/suspend/parameters/pm_test_delay
 freeze_timeout=/sys/power/pm_freeze_timeout
 echo 8000 >$freeze_timeout
-# A sync before the processes are frozen would wait for whatever holds writers, and the worst would not be seen.
+# Without a sync before the processes are frozen: it would wait until writers go on, and so avoid what is tested here.
 echo 0 >/sys/power/sync_on_suspend
 
-# falls_asleep: $SLEEP is ok where all processes were frozen, else why they were not; it took $SLEPT milliseconds.
+# falls_asleep: $SLEEP is ok if all processes were frozen, else the error; $SLEPT is how long it took, in milliseconds.
 falls_asleep() {
     local start=${EPOCHREALTIME/./}
     SLEEP=ok
@@ -30,7 +31,7 @@ begin() { # BUDGET OPTION...
     process=$!
 }
 
-# What a thread of the copy waits in, in the kernel.
+# waits_in FUNCTION: a thread of the copy waits in this function of the kernel.
 waits_in() { cat "/proc/$process/task/"*/stack 2>/dev/null | grep -q "$1"; }
 has_said() { kill -0 "$process" && grep -q "$1" /run/copy.err; }
 is_held() { suspended_devices | grep -qx data; }
@@ -71,7 +72,7 @@ done
 ends 0
 load_goes_on
 
-# Where writers wait the machine stays awake; whatever they wait for ends, or is ended, once the kernel has given up.
+# stays_awake: the machine cannot sleep while writers wait. Once the kernel has given up, what they wait for ends.
 stays_awake() {
     falls_asleep
     assert_same "sleep" "$SLEEP" "Device or resource busy"
@@ -105,11 +106,11 @@ stays_awake
 ends 0
 
 note "while writers are held"
-begin 10s --region 1MiB --chunk 64KiB --store-size 4MiB --on-full hold --hold-budget 60s --rate 4MiB
+begin 30s --region 1MiB --chunk 64KiB --store-size 4MiB --on-full hold --hold-budget 60s --rate 4MiB
 wait_until 60 has_said 'are held'
 sleep 0.3
 falls_asleep
-# The watchdog has let them go on, as soon as it could: what they write fills the store, or does not.
+# The watchdog has ended the hold. What the writers then write may fill the store.
 ends_either 0 1 'COW store is full'
 load_goes_on
 
@@ -126,12 +127,15 @@ load_goes_on
 note "while the suspension for the instant waits for slow I/O"
 stop_load
 umount /mnt/data
-slow 2500 0
+slow 5000 0
 (while [ ! -e /run/no-writes ]; do dd if=/dev/zero of="$ORIGIN" bs=4k count=1 seek=9000 oflag=direct conv=notrunc status=none; done) &
 writer=$!
 begin 60s
 wait_until 60 waits_in dm_suspend
+# Older kernels interrupt the wait in the same way when they put the machine to sleep; newer ones restart it themselves.
+kill -URG "$process"
 falls_asleep
+assert_same "sleep" "$SLEEP" ok
 touch /run/no-writes
 slow 0 0
 wait "$writer"
