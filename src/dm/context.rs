@@ -28,7 +28,7 @@ use super::wire;
 pub const CONTROL_PATH: &str = "/dev/mapper/control";
 
 /// Attempts to suspend while signals interrupt.
-const SUSPEND_ATTEMPTS: u32 = 64;
+pub const SUSPEND_ATTEMPTS: u32 = 64;
 
 /// Attempts to remove a device that another process has open for a moment (blkid, a udev rule).
 const REMOVE_ATTEMPTS: u32 = 50;

@@ -12,7 +12,7 @@ pub mod target;
 pub mod udev;
 mod wire;
 
-pub use context::{CONTROL_PATH, DeviceInfo, Dm, Slot};
+pub use context::{CONTROL_PATH, DeviceInfo, Dm, SUSPEND_ATTEMPTS, Slot};
 pub use naming::DeviceIdentity;
 pub use status::SnapshotStatus;
 pub use table::{Line, Table, Template};

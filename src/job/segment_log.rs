@@ -104,14 +104,6 @@ impl SegmentLog {
         &self.header
     }
 
-    /// Records that a segment's write has completed.
-    ///
-    /// # Errors
-    /// As [`SegmentLog::append`].
-    pub fn placed(&mut self, segment: &PlacedSegment) -> Result<()> {
-        self.append(std::slice::from_ref(segment))
-    }
-
     /// Records that the writes of all these segments have completed.
     ///
     /// # Errors
@@ -354,7 +346,7 @@ mod tests {
         let (_keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
         assert!(SegmentLog::create(&path, &header()).is_err(), "one journal for one job");
-        journal.placed(&segment(3, 1)).unwrap();
+        journal.append(&[segment(3, 1)]).unwrap();
         assert_eq!(read(&path).unwrap().placed, [segment(3, 1)]);
         journal.append(&[segment(4, 1), segment(5, 1)]).unwrap();
         journal.append(&[]).unwrap();
@@ -378,7 +370,7 @@ mod tests {
             let (mut journal, content) = SegmentLog::open(&path).unwrap();
             let kept = (cut - HEADER_BYTES) / RECORD_BYTES;
             assert_eq!(content.placed, [segment(0, 1), segment(1, 1)][..kept], "cut at {cut}");
-            journal.placed(&segment(2, 5)).unwrap();
+            journal.append(&[segment(2, 5)]).unwrap();
             let placed = read(&path).unwrap().placed;
             assert_eq!((placed.len(), placed[kept]), (kept + 1, segment(2, 5)), "cut at {cut}");
         }
@@ -393,7 +385,7 @@ mod tests {
         journal.rewrite(&[segment(0, 1), segment(2, 3)]).unwrap();
         assert_eq!(read(&path).unwrap().placed, [segment(0, 1), segment(2, 3)]);
         // The frame of a lost segment is reused for another.
-        journal.placed(&PlacedSegment { frame: Some(1), ..segment(5, 9) }).unwrap();
+        journal.append(&[PlacedSegment { frame: Some(1), ..segment(5, 9) }]).unwrap();
         journal.originals_begun().unwrap();
         let (_, content) = SegmentLog::open(&path).unwrap();
         assert_eq!(content.placed.len(), 3);
@@ -422,10 +414,10 @@ mod tests {
     fn after_a_failed_append_every_append_fails() {
         let (_keep, path) = place();
         let mut journal = SegmentLog::create(&path, &header()).unwrap();
-        journal.placed(&segment(0, 1)).unwrap();
+        journal.append(&[segment(0, 1)]).unwrap();
         let before = fs::read(&path).unwrap();
         journal.file = File::open(&path).unwrap();
-        assert_eq!(journal.placed(&segment(1, 1)).unwrap_err().errno(), Some(libc::EBADF));
+        assert_eq!(journal.append(&[segment(1, 1)]).unwrap_err().errno(), Some(libc::EBADF));
         journal.file = options().open(&path).unwrap();
         assert_eq!(journal.originals_begun().unwrap_err().errno(), Some(libc::EBADF));
         assert_eq!(fs::read(&path).unwrap(), before);

@@ -29,7 +29,7 @@ impl Topology {
         let mut parts = self.partitions(device);
         parts.push(device);
         self.check_not_beneath(&parts, path, forbidden)?;
-        let others: Vec<DeviceNumber> = parts.iter().flat_map(|part| self.other_paths(*part)).collect();
+        let others = self.other_paths_of(&parts);
         self.check_not_beneath(&others, path, forbidden)
             .and_then(|()| self.check_not_held(&others, path))
             .map_err(|error| error.context(format!("{shown} is another path to a disk that is in use")))?;

@@ -32,6 +32,7 @@ use crate::extent::{Extent, ExtentSet};
 use crate::stack::watchdog::{Order, Verdict, Watchdog};
 use crate::stack::{Hold, Stack};
 use crate::sys::nudge::Nudge;
+use crate::sys::process::join_worker;
 
 /// A release that holds the origin for longer makes later regions larger.
 pub const RELEASE_STALL_MAX: Duration = Duration::from_millis(50);
@@ -235,11 +236,7 @@ impl Gate {
     fn join(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread that releases the origin has panicked");
-        }
+        join_worker(&mut self.thread, "the thread that releases the origin");
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::{Dm, Table, Template, Udev, node};
+use crate::dm::{Dm, SUSPEND_ATTEMPTS, Table, Template, Udev, node};
 use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
 use crate::stack::origin_table::{Form, LowerDevices};
@@ -24,9 +24,6 @@ use crate::volume::{FreezeSet, open_in_other_namespace};
 
 use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
 use super::trial;
-
-/// Attempts to suspend when neither a signal to this process nor the budget ended the wait.
-const SUSPEND_ATTEMPTS: u32 = 64;
 
 /// Performs the actions of a change: those of device-mapper by [`Dm`], freeze, watchdog and instant itself.
 pub struct Runner<'a> {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, ResultExt};
 use crate::dm::SnapshotStatus;
 use crate::progress::StoreFill;
+use crate::sys::process::join_worker;
 
 use super::cow::{CowStore, Grown};
 use super::size::{self, FillRate};
@@ -198,11 +199,7 @@ impl Monitor {
     fn join(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the store's monitor has panicked");
-        }
+        join_worker(&mut self.thread, "the store's monitor");
     }
 }
 

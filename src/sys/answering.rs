@@ -12,10 +12,12 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, open, posix_fadvise};
 use nix::sys::stat::Mode;
 use nix::sys::uio::pread;
-use nix::unistd::{Whence, fsync, lseek};
+use nix::unistd::fsync;
 
+use super::block;
 use super::found::{Source, StatQuestion};
 use super::inquiry::{self, Question, WORDS, Words};
+use crate::base::Bytes;
 
 /// Bytes of one read, and the alignment of its offset.
 const BLOCK_BYTES: u16 = 4096;
@@ -48,8 +50,8 @@ impl Reads {
     }
 }
 
-// SAFETY: each function of nix makes one system call, and passes a C string unchanged. `block` is on the stack. Nothing
-// allocates, locks or panics.
+// SAFETY: each function of nix, and `block::seek_data`, makes one system call, and passes a C string unchanged. `memory` is on
+// the stack. Nothing allocates, locks or panics: an `io::Error` of an errno has no memory of its own.
 unsafe impl Question for Reads {
     type Answer = ();
 
@@ -61,29 +63,29 @@ unsafe impl Question for Reads {
         let file =
             open(self.stat.path(), OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
                 .map_err(|errno| errno as i32)?;
-        let mut block = Block([0; BLOCK_BYTES as usize]);
+        let mut memory = Block([0; BLOCK_BYTES as usize]);
         for offset in &self.offsets {
-            let wanted = i64::try_from(*offset).map_err(|_| libc::EFBIG)?;
-            let at = match lseek(&file, wanted, Whence::SeekData) {
-                Ok(data) => data,
-                Err(Errno::ENXIO) if found.is_file && *offset > 0 => continue,
+            let at = match block::seek_data(&file, Bytes(*offset)) {
+                Ok(Some(data)) => data,
+                Ok(None) if found.is_file && *offset > 0 => continue,
                 // The file has no data to read. A sync of its metadata needs the disk as well, and has no data to write.
-                Err(Errno::ENXIO) if found.is_file => {
+                Ok(None) if found.is_file => {
                     fsync(&file).map_err(|errno| errno as i32)?;
                     continue;
                 }
                 // Devices do not support SEEK_DATA.
-                Err(_) => wanted,
+                _ => Bytes(*offset),
             };
+            let at = i64::try_from(at.get()).map_err(|_| libc::EFBIG)?;
             let at = at - at % i64::from(BLOCK_BYTES);
-            let read =
-                fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT)).and_then(|_| pread(&file, &mut block.0, at));
+            let read = fcntl(&file, FcntlArg::F_SETFL(OFlag::O_DIRECT))
+                .and_then(|_| pread(&file, &mut memory.0, at));
             if read == Err(Errno::EINVAL) {
                 // No direct I/O here: drop the block from the page cache, then read.
                 let _ = fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()));
                 let _ =
                     posix_fadvise(&file, at, i64::from(BLOCK_BYTES), PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-                pread(&file, &mut block.0, at).map_err(|errno| errno as i32)?;
+                pread(&file, &mut memory.0, at).map_err(|errno| errno as i32)?;
             }
         }
         Ok([0; WORDS])

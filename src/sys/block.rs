@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::unistd::{Whence, lseek};
 
-use crate::base::{Bytes, Sectors};
+use crate::base::Bytes;
 
 /// The kinds of file that differ in their I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,12 +45,6 @@ pub struct OpenHow {
 }
 
 impl OpenHow {
-    /// For reading, direct.
-    #[must_use]
-    pub fn direct_read() -> Self {
-        Self { read: true, direct: true, ..Self::default() }
-    }
-
     /// For reading and writing, direct.
     #[must_use]
     pub fn direct_write() -> Self {
@@ -159,7 +153,6 @@ mod raw {
     nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
     nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), libc::c_uint);
     nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), libc::c_int);
-    nix::ioctl_none_bad!(blkflsbuf, nix::request_code_none!(0x12, 97));
     nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
     nix::ioctl_read_bad!(
@@ -198,14 +191,6 @@ pub fn device_size(device: impl AsFd) -> io::Result<Bytes> {
     // open for the borrow of `device`.
     uninterrupted(|| unsafe { raw::blkgetsize64(fd, &raw mut size) })?;
     Ok(Bytes(size))
-}
-
-/// Size of a block device in sectors.
-///
-/// # Errors
-/// As [`device_size`].
-pub fn device_sectors(device: impl AsFd) -> io::Result<Sectors> {
-    device_size(device).map(|size| Sectors(size.get() / crate::base::units::SECTOR_BYTES))
 }
 
 /// Logical block: the unit of direct I/O.
@@ -295,16 +280,6 @@ pub fn is_open_for_writing(file: impl AsFd) -> bool {
         Ok(_) => unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) != 0 },
         Err(errno) => errno == nix::errno::Errno::EAGAIN,
     }
-}
-
-/// Writes back and drops the page cache of the device.
-///
-/// # Errors
-/// The errno of ioctl(2); EACCES without CAP_SYS_ADMIN.
-pub fn flush_buffers(device: impl AsFd) -> io::Result<()> {
-    let fd = device.as_fd().as_raw_fd();
-    // SAFETY: BLKFLSBUF takes no argument; `fd` is open for the borrow of `device`.
-    uninterrupted(|| unsafe { raw::blkflsbuf(fd) }).map(drop)
 }
 
 /// Tells the device that `length` bytes at `start` are not needed; their content is undefined afterwards.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
@@ -88,6 +89,15 @@ impl Drop for LockedMemory {
     fn drop(&mut self) {
         // Pages that stay locked do no harm.
         let _ = unlock_memory();
+    }
+}
+
+/// Joins a worker thread, if it was not joined yet. A panic is logged: `what` names the thread.
+pub fn join_worker(thread: &mut Option<JoinHandle<()>>, what: &str) {
+    if let Some(thread) = thread.take()
+        && thread.join().is_err()
+    {
+        tracing::error!("{what} has panicked");
     }
 }
 

@@ -21,24 +21,34 @@ impl Topology {
     /// The other devices that lead to the bytes of `device`, which is a disk or a partition.
     #[must_use]
     pub fn other_paths(&self, device: DeviceNumber) -> Vec<DeviceNumber> {
-        let whole = self.disk_of(device);
-        let disk = whole.unwrap_or(device);
+        self.other_paths_of(&[device])
+    }
+
+    /// As [`Topology::other_paths`], of several devices: partitions of one disk, or the disk itself. Reads the names of
+    /// all disks once.
+    #[must_use]
+    pub fn other_paths_of(&self, devices: &[DeviceNumber]) -> Vec<DeviceNumber> {
+        let Some(first) = devices.first() else { return Vec::new() };
+        let disk = self.disk_of(*first).unwrap_or(*first);
         let Some(name) = self.unique_name(disk) else { return Vec::new() };
         let is_path = |other: &DeviceNumber| {
             *other != disk
                 && self.disk_of(*other).is_none()
                 && self.unique_name(*other).as_ref() == Some(&name)
         };
-        let disks = self.all_devices().into_iter().filter(is_path);
-        if whole.is_none() {
-            return disks.collect();
-        }
+        let disks: Vec<DeviceNumber> = self.all_devices().into_iter().filter(is_path).collect();
         let place = |part: DeviceNumber| {
             let identity = self.identity(part);
             (identity.partition_start_bytes, identity.size_bytes)
         };
-        let own = place(device);
-        disks.flat_map(|disk| self.partitions(disk)).filter(|part| place(*part) == own).collect()
+        let others = |device: &DeviceNumber| -> Vec<DeviceNumber> {
+            if *device == disk {
+                return disks.clone();
+            }
+            let own = place(*device);
+            disks.iter().flat_map(|disk| self.partitions(*disk)).filter(|part| place(*part) == own).collect()
+        };
+        devices.iter().flat_map(others).collect()
     }
 
     fn unique_name(&self, disk: DeviceNumber) -> Option<String> {

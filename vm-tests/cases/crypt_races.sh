@@ -175,7 +175,7 @@ for _ in 1 2 3 4 5 6 7 8; do
 done
 stop_hot_load
 note "$copied copies, $void void; $(sort /run/deeds | uniq -c | xargs)"
-[ "$copied" -ge 3 ] || fail "of the copies that nobody ended too few succeeded"
+[ "$copied" -ge 3 ] || fail "too few of the uninterrupted copies succeeded"
 for deed in resizes refreshes suspends closes; do
     grep -q "^$deed" /run/deeds || fail "nothing $deed: this proves nothing"
 done

@@ -44,7 +44,8 @@ start_load() {
             load_waits
             fio --name=load --directory="$1" --filename=fio.dat --size=24m --rw=randwrite --bs=4k --direct=1 \
                 --ioengine=libaio --iodepth=4 --verify=crc32c --verify_backlog=64 --randseed=$(($2 + round)) \
-                --io_size=4m --minimal >/run/fio-load.log 2>&1 || { echo fio >/run/load.failed; break; }
+                --io_size=4m --minimal >/run/fio-load.log 2>&1 ||
+                { { echo fio; tail -n 3 /run/fio-load.log; } >/run/load.failed; break; }
             echo "$round" >/run/load.fio-rounds
         done
     ) &

@@ -107,6 +107,8 @@ refused() { # WORDS ARGUMENTS...
 refused 'no copy to go on with'
 slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 2MiB)
 
+# A file of its own: the load verifies what it wrote into fio.dat, so that nothing else may write there.
+dd if=/dev/urandom of=/mnt/origin/after.dat bs=1M count=4 conv=fsync status=none
 tidemark copy "$origin" /mnt/scratch/copy.raw "${slow[@]}" 2>/dev/null &
 process=$!
 wait_until 120 is_resumable
@@ -118,7 +120,7 @@ wait "$process" || true
 cow=$(dmsetup ls | awk '/#cow/ { print $1 }')
 dmsetup load "$cow" --table "0 $(blockdev --getsz "/dev/mapper/$cow" 2>/dev/null || dmsetup table "$cow" | awk '{ n += $2 } END { print n }') error"
 dmsetup resume "$cow"
-fio --name=after --directory=/mnt/origin --filename=fio.dat --size=24m --rw=randwrite --bs=4k --direct=1 --io_size=2m \
+fio --name=after --directory=/mnt/origin --filename=after.dat --size=4m --rw=randwrite --bs=4k --direct=1 --io_size=2m \
     --minimal >/dev/null || fail "the application saw the store's loss"
 refused 'lost' "$job"
 [ -n "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a resume that was refused took something away"

@@ -114,7 +114,7 @@ for point in copy.store.before insert.instant.after insert.switch.after copy.dat
             ;;
         1)
             case "$point" in
-                # A command that is stopped holds nobody: the writers fill the store meanwhile.
+                # A stopped command holds no writers: they fill the store meanwhile.
                 hold.*) grep -Eq 'freeze budget|the COW store is full' /run/copy.err || fail "$point: $(cat /run/copy.err)" ;;
                 *) grep -q 'freeze budget' /run/copy.err || fail "$point: $(cat /run/copy.err)" ;;
             esac

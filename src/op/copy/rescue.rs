@@ -23,6 +23,7 @@ use crate::dm::Dm;
 use crate::job::Job;
 use crate::stack::Stack;
 use crate::stack::gate::Gate;
+use crate::sys::process::join_worker;
 use crate::sys::signal;
 
 /// How long after a signal the copier may take to notice it.
@@ -85,11 +86,7 @@ impl Drop for Rescue {
     fn drop(&mut self) {
         self.shared.lock().over = true;
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread that looks after the origin has panicked");
-        }
+        join_worker(&mut self.thread, "the thread that looks after the origin");
     }
 }
 

@@ -78,7 +78,7 @@ fn finished<'a>(
 fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     let Session { plan, observer, live, transfer, .. } = session;
     let live = live.as_ref().expect("the origin is held");
-    let secondary = transfer.as_mut().expect("the copier does not have it yet").secondary.as_mut();
+    let secondary = transfer.get_mut().as_mut().expect("the copier does not have it yet").secondary.as_mut();
     secondary.set_instant(live.stack().times().instant_utc_ns);
     tell_skipped(plan, &SkippedReport::of(live.stack().skipped()), *observer);
     note_copy(plan, live, secondary)
@@ -86,21 +86,17 @@ fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
 
 /// The copy proper, with the workers beside it; all have ended when this returns.
 fn copy_live(
-    session: &mut Session<'_>,
+    session: &Session<'_>,
     mut log: Option<SegmentLog>,
     from: Option<ResumePoint>,
 ) -> Result<CopyResult> {
-    let mut transfer = session.transfer.take();
-    let copied = copy_beside_workers(session, &mut transfer, log.as_mut(), from);
+    let copied = copy_beside_workers(session, log.as_mut(), from);
     crash_point("copy.data.after");
-    // Where the copier did not come to it.
-    session.transfer = transfer;
     copied
 }
 
 fn copy_beside_workers(
     session: &Session<'_>,
-    transfer: &mut Option<Transfer>,
     log: Option<&mut SegmentLog>,
     from: Option<ResumePoint>,
 ) -> Result<CopyResult> {
@@ -129,7 +125,8 @@ fn copy_beside_workers(
     let before_publish = || StoreOriginals::new(live, monitor, gate).check_valid();
     let on_failure = || workers.rescue.restore();
     let on_doubt = || session.is_doubted.set(true);
-    let Transfer { mut engine, mut secondary } = transfer.take().expect("the copier does not have it yet");
+    let Transfer { mut engine, mut secondary } =
+        session.transfer.take().expect("the copier does not have it yet");
     let block_list = block_list_of(plan, &live.stack().skipped().extents);
     secondary.restrict(&block_list);
     let is_stream = secondary.is_stream();
@@ -209,7 +206,7 @@ fn open_below(live: &Live) -> Result<OwnedFd> {
 }
 
 /// Reads an origin at rest; the instant is the beginning of the reading.
-fn copy_cold(session: &mut Session<'_>) -> Result<CopyResult> {
+fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
     let plan = session.plan;
     let device = match plan.origin.kind {
         OriginKind::ColdFile => None,

@@ -44,7 +44,7 @@ pub struct Session<'a> {
     /// The origin, if it is live and was begun to be held.
     pub(super) live: Option<Live>,
     /// None before it is opened, and from when the copier has it.
-    pub(super) transfer: Option<Transfer>,
+    pub(super) transfer: Cell<Option<Transfer>>,
     /// --hook-before has run, and --hook-after has not.
     is_hook_due: Cell<bool>,
     /// What a killed copy has left cannot be trusted now: it stays as it is.
@@ -84,7 +84,7 @@ impl<'a> Session<'a> {
     ) -> Self {
         let mut session = Self::new(plan, observer, interrupt);
         session.live = Some(live);
-        session.transfer = Some(transfer);
+        session.transfer.set(Some(transfer));
         session.is_hook_due.set(is_hook_due);
         session
     }
@@ -97,7 +97,7 @@ impl<'a> Session<'a> {
             clock: Stopwatch::start(),
             job: None,
             live: None,
-            transfer: None,
+            transfer: Cell::new(None),
             is_hook_due: Cell::new(false),
             is_doubted: Cell::new(false),
         }
@@ -119,7 +119,7 @@ impl<'a> Session<'a> {
             (job, partial) if !secondary.is_stream() => *job = Job::begin_for_target("copy", partial),
             _ => {}
         }
-        self.transfer = Some(Transfer { engine, secondary });
+        self.transfer.set(Some(Transfer { engine, secondary }));
         Ok(())
     }
 
