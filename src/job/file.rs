@@ -129,6 +129,7 @@ mod tests {
             process: 1,
             started_utc_ns: 1,
             origin: None,
+            further_origins: Vec::new(),
             change: None,
             resources: Vec::new(),
             copy: None,

@@ -29,8 +29,8 @@ pub struct Job {
     record: JobRecord,
     directory: PathBuf,
     file: RecordFile,
-    /// The lock of the origin, for a live copy.
-    origin_lock: Option<OriginLock>,
+    /// The locks of the live origins, if any.
+    origin_locks: Vec<OriginLock>,
     /// Held until the process ends or the job is dropped.
     _lock: Flock<File>,
 }
@@ -44,23 +44,23 @@ impl Job {
         Self::begin_in(Path::new(RUN_DIR), command)
     }
 
-    /// Starts the job that copies the live origin `number`. No other job can have that origin meanwhile.
+    /// Starts the job that holds the live `origins`. No other job can have any of them meanwhile.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if another job has it; I/O errors.
-    pub fn begin_for_origin(command: &str, number: DeviceNumber) -> Result<Self> {
-        Self::begin_for_origin_in(Path::new(RUN_DIR), command, number)
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if another job has one; I/O errors.
+    pub fn begin_for_origins(command: &str, origins: &[DeviceNumber]) -> Result<Self> {
+        Self::begin_for_origins_in(Path::new(RUN_DIR), command, origins)
     }
 
-    fn begin_for_origin_in(directory: &Path, command: &str, number: DeviceNumber) -> Result<Self> {
+    fn begin_for_origins_in(directory: &Path, command: &str, origins: &[DeviceNumber]) -> Result<Self> {
         let mut job = Self::begin_in(directory, command)?;
-        match OriginLock::take(directory, number, job.id()) {
-            Ok(lock) => {
-                job.origin_lock = Some(lock);
-                Ok(job)
+        for number in origins {
+            match OriginLock::take(directory, *number, job.id()) {
+                Ok(lock) => job.origin_locks.push(lock),
+                Err(error) => return Err(error.after_undo(job.finish())),
             }
-            Err(error) => Err(error.after_undo(job.finish())),
         }
+        Ok(job)
     }
 
     /// Starts a job whose only resource is `partial`, a file that will become the command's result (None if
@@ -134,12 +134,14 @@ impl Job {
             process: std::process::id(),
             started_utc_ns: clock::utc_now_ns(),
             origin: None,
+            further_origins: Vec::new(),
             change: None,
             resources: Vec::new(),
             copy: None,
         };
         let file = RecordFile::new(record_path(directory, &record.job));
-        let mut job = Self { record, directory: directory.to_owned(), file, origin_lock: None, _lock: lock };
+        let mut job =
+            Self { record, directory: directory.to_owned(), file, origin_locks: Vec::new(), _lock: lock };
         match job.save() {
             Ok(()) => Ok(job),
             // The files that exist already would pass for those of a dead job.
@@ -166,12 +168,14 @@ impl Job {
         progress_path(&self.directory, &self.record.job)
     }
 
-    /// Records what is being copied.
+    /// Records the origins, in the order in which they were given.
     ///
     /// # Errors
     /// I/O errors.
-    pub fn set_origin(&mut self, origin: OriginRecord) -> Result<()> {
-        self.record.origin = Some(origin);
+    pub fn set_origins(&mut self, origins: Vec<OriginRecord>) -> Result<()> {
+        let mut origins = origins.into_iter();
+        self.record.origin = origins.next();
+        self.record.further_origins = origins.collect();
         self.save()
     }
 
@@ -190,11 +194,10 @@ impl Job {
         };
         let mut record = found.record?;
         record.process = std::process::id();
-        let number = record.origin.as_ref().map(|origin| origin.number);
-        let origin_lock =
-            number.map(|number| OriginLock::take(directory, number, &record.job)).transpose()?;
+        let take = |origin: &OriginRecord| OriginLock::take(directory, origin.number, &record.job);
+        let origin_locks = record.origins().map(take).collect::<Result<_>>()?;
         let file = RecordFile::new(record_path(directory, &record.job));
-        let mut job = Self { record, directory: directory.to_owned(), file, origin_lock, _lock: lock };
+        let mut job = Self { record, directory: directory.to_owned(), file, origin_locks, _lock: lock };
         job.save()?;
         Ok(job)
     }
@@ -267,9 +270,7 @@ impl Job {
     /// # Errors
     /// I/O errors.
     pub fn finish(mut self) -> Result<()> {
-        if let Some(lock) = self.origin_lock.take() {
-            lock.release();
-        }
+        self.origin_locks.drain(..).for_each(OriginLock::release);
         remove_job(&self.directory, &self.record.job)
     }
 
@@ -373,7 +374,7 @@ mod tests {
     fn an_origin_has_one_job() {
         let dir = tempfile::tempdir().unwrap();
         let number = DeviceNumber { major: 253, minor: 4 };
-        let begin = || Job::begin_for_origin_in(dir.path(), "copy", number);
+        let begin = || Job::begin_for_origins_in(dir.path(), "copy", &[number]);
         let first = begin().unwrap();
         for error in [begin().unwrap_err(), refuse_held_origin_in(dir.path(), number).unwrap_err()] {
             assert_eq!(error.kind(), crate::base::ErrorKind::Refused);
@@ -382,7 +383,11 @@ mod tests {
         }
         assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1, "the refused job left nothing");
         let other = DeviceNumber { minor: 5, ..number };
-        Job::begin_for_origin_in(dir.path(), "copy", other).unwrap().finish().unwrap();
+        Job::begin_for_origins_in(dir.path(), "copy", &[other]).unwrap().finish().unwrap();
+        // A group has all of its origins, or none.
+        let error = Job::begin_for_origins_in(dir.path(), "copy", &[other, number]).unwrap_err();
+        assert_eq!(error.kind(), crate::base::ErrorKind::Refused);
+        Job::begin_for_origins_in(dir.path(), "copy", &[other]).unwrap().finish().unwrap();
         // A killed job leaves the file, which locks nothing; a finished job leaves nothing.
         drop(first);
         refuse_held_origin_in(dir.path(), number).unwrap();

@@ -24,7 +24,7 @@ use serde::Serialize;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_ours};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Udev};
-use crate::format::state::JobRecord;
+use crate::format::state::{JobRecord, OriginRecord};
 use crate::secondary::partial;
 use crate::stack::origin_table::LowerDevices;
 use crate::stack::{Action, Change, Executor, IntentLog, NoIntents, Owner, Step};
@@ -103,7 +103,9 @@ impl Scene {
             identities.filter(move |(_, identity)| identity.role == role)
         };
         let stack = |(real, identity): (&SeenDevice, DeviceIdentity)| {
-            let preserve = with_role(ROLE_PRESERVE).find(|(_, other)| other.id == identity.id);
+            let is_same_stack =
+                |other: &DeviceIdentity| other.id == identity.id && other.volume == identity.volume;
+            let preserve = with_role(ROLE_PRESERVE).find(|(_, other)| is_same_stack(other));
             let preserve = preserve.map(|(device, _)| device.number);
             // One without a table is beneath nothing yet.
             let own = real.active.clone()?;
@@ -134,9 +136,9 @@ impl Scene {
             return false;
         }
         let record = self.dead.iter().find(|record| record.job == job);
-        match record.and_then(|record| record.origin.as_ref()) {
-            // By number: it stays while the device does, and somebody may have renamed it.
-            Some(origin) => origin.number == device.number,
+        match record.filter(|record| record.origin.is_some()) {
+            // By number: it stays while the device does, and the device may have been renamed.
+            Some(record) => record.origins().any(|origin| origin.number == device.number),
             // Nobody but a copy maps to `preserve`. A table over `real` alone, all of it
             // released, could be anybody's: then the name says it, as far as it is in the UUID.
             None => {
@@ -149,11 +151,16 @@ impl Scene {
     /// there: a name, or a number, may be another device's by now. A table that somebody else has loaded would come to
     /// life with the resume: such a device is left to him.
     fn held_origins(&self) -> Vec<&SeenDevice> {
-        let records =
-            self.dead.iter().filter_map(|record| Some((record.origin.as_ref()?, record.change.as_ref()?)));
-        // A change suspends its origin alone.
-        let held = records.filter(|(_, change)| !change.suspended.is_empty());
-        held.filter_map(|(origin, _)| {
+        let held = self.dead.iter().flat_map(|record| {
+            let suspended = record.change.iter().flat_map(|change| &change.suspended).collect::<Vec<_>>();
+            // By the name that it had. An only origin is the one that was suspended, whatever its name is now.
+            let is_held = move |origin: &&OriginRecord| match suspended.as_slice() {
+                [] => false,
+                names => record.further_origins.is_empty() || names.contains(&&origin.device),
+            };
+            record.origins().filter(is_held)
+        });
+        held.filter_map(|origin| {
             let own: Table = origin.table.parse().ok()?;
             let device = self.devices.iter().find(|device| device.number == origin.number)?;
             let may_load = |table: &Table| self.stacks().iter().any(|(_, lower)| lower.is_copy_table(table));
@@ -336,8 +343,14 @@ pub(super) fn recover_job(id: &str) -> Result<()> {
 pub(super) fn drop_loaded(id: &str, process: u32) -> Result<bool> {
     let record = record_of(id)?;
     // Another process may go on with the job by now.
-    let Some(origin) = record.origin.filter(|_| record.process == process) else { return Ok(false) };
+    if record.process != process || record.origin.is_none() {
+        return Ok(false);
+    }
     let dm = Dm::open()?;
+    record.origins().try_fold(false, |any, origin| Ok(any | drop_loaded_into(&dm, id, origin)?))
+}
+
+fn drop_loaded_into(dm: &Dm, id: &str, origin: &OriginRecord) -> Result<bool> {
     let Some(loaded) = dm.table(origin.number, Slot::Inactive)? else { return Ok(false) };
     let of_job = |uuid: &str| DeviceIdentity::parse(uuid).is_some_and(|identity| identity.id == id);
     let is_ours = origin.table.parse().is_ok_and(|own: Table| own == loaded)
@@ -397,7 +410,7 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     let scene = machine.scene()?;
     let mut numbers: BTreeSet<DeviceNumber> =
         scene.origins().iter().map(|(origin, _)| origin.number).collect();
-    numbers.extend(scene.dead.iter().filter_map(|record| Some(record.origin.as_ref()?.number)));
+    numbers.extend(scene.dead.iter().flat_map(JobRecord::origins).map(|origin| origin.number));
     let lock = |number| LvmLock::hold(dm, number, &interrupt);
     let _lvm = numbers.into_iter().map(lock).collect::<Result<Vec<_>>>()?;
     report.running.extend(machine.elsewhere.iter().cloned());
@@ -414,7 +427,7 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
 /// Settings of the queues of dead jobs' origins, which went with the table that they had. Where an origin has another
 /// table than the job found, its settings are left alone.
 fn put_back_settings(dm: &Dm, dead: &[JobRecord]) -> Result<()> {
-    for origin in dead.iter().filter_map(|record| record.origin.as_ref()) {
+    for origin in dead.iter().flat_map(JobRecord::origins) {
         let Some(device) = look_at(dm, origin.number)? else { continue };
         let Some(own) = origin.table.parse().ok().filter(|own| device.active.as_ref() == Some(own)) else {
             continue;

@@ -11,14 +11,29 @@ use crate::dm::naming::{ROLE_COW, ROLE_PRESERVE, new_id};
 use crate::format::state::{ChangeRecord, OriginRecord};
 use crate::stack::BestEffort;
 use crate::stack::change_record;
-use crate::stack::{StackNames, StackRequest, dismantling, insertion};
+use crate::stack::{InsertRequest, StackNames, StackRequest, dismantling, insertion};
 use crate::volume::lvm_lock::LvmScope;
 
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
 
-/// All of it is released.
-const RELEASED: &str = "0 8192 linear {data#real} 0";
+/// What a copy may hold at one instant.
+const GROUPS: [&[&str]; 2] = [&["data"], &["data", "wal", "log"]];
+
+/// The own table of an origin: no two have the same disks.
+fn own_of(origin: &str) -> Table {
+    let text = match origin {
+        "wal" => "0 4096 linear 8:64 2048\n4096 4096 linear 8:80 0",
+        "log" => "0 4096 linear 8:112 2048\n4096 4096 linear 8:128 0",
+        _ => OWN,
+    };
+    text.parse().unwrap()
+}
+
+/// All of the origin is released.
+fn released(origin: &str) -> Template {
+    Template::new(format!("0 8192 linear {{{origin}#real}} 0"))
+}
 
 /// A table over a stack, as [`Action::LoadOver`] loads it.
 fn over(real: &str, preserve: &str) -> String {
@@ -39,6 +54,7 @@ struct FakeDevice {
 
 #[derive(Clone, Debug)]
 struct FakeKernel {
+    origins: &'static [&'static str],
     devices: BTreeMap<String, FakeDevice>,
     frozen: BTreeSet<PathBuf>,
     record: Option<JobRecord>,
@@ -50,7 +66,13 @@ struct FakeKernel {
 }
 
 fn kernel(id: &str) -> FakeKernel {
+    kernel_of(GROUPS[0], id)
+}
+
+/// The origins, each with a store.
+fn kernel_of(origins: &'static [&'static str], id: &str) -> FakeKernel {
     let mut kernel = FakeKernel {
+        origins,
         devices: BTreeMap::new(),
         frozen: BTreeSet::new(),
         record: None,
@@ -58,47 +80,66 @@ fn kernel(id: &str) -> FakeKernel {
         crash_in: None,
         fail_in: None,
     };
-    let cow_uuid = DeviceIdentity::new("data", ROLE_COW, id).uuid();
-    for (name, uuid, table) in [("data", "LVM-x", OWN), ("data#cow", cow_uuid.as_str(), "0 999 linear 7:0 0")]
-    {
-        kernel.create(name, uuid).unwrap();
-        kernel.devices.get_mut(name).unwrap().active = Some(table.parse().unwrap());
+    for origin in origins {
+        let cow = format!("{origin}#cow");
+        kernel.create(origin, &format!("LVM-{origin}")).unwrap();
+        kernel.device(origin).unwrap().active = Some(own_of(origin));
+        kernel.create(&cow, &DeviceIdentity::new(origin, ROLE_COW, id).uuid()).unwrap();
+        kernel.device(&cow).unwrap().active = Some("0 999 linear 7:0 0".parse().unwrap());
     }
     kernel
 }
 
 impl FakeKernel {
-    /// A copy of "data", at no step.
+    /// A copy of the origins, at no step.
     fn record_of(&self, id: &str) -> JobRecord {
+        let mut origins = self.origins.iter().map(|origin| OriginRecord {
+            device: (*origin).to_owned(),
+            number: self.devices[*origin].number,
+            table: own_of(origin).to_string(),
+            queue: BTreeMap::new(),
+        });
         JobRecord {
             job: id.to_owned(),
             command: "copy".into(),
             process: 1,
             started_utc_ns: 0,
-            origin: Some(OriginRecord {
-                device: "data".into(),
-                number: self.devices["data"].number,
-                table: OWN.into(),
-                queue: BTreeMap::new(),
-            }),
+            origin: origins.next(),
+            further_origins: origins.collect(),
             change: None,
             resources: Vec::new(),
             copy: None,
         }
     }
 
-    fn request(&self) -> StackRequest {
-        StackRequest {
-            origin: "data".into(),
-            cow: self.devices["data#cow"].number,
+    fn request(&self) -> InsertRequest {
+        let stack = |origin: &&str| StackRequest {
+            origin: (*origin).to_owned(),
+            cow: self.devices[&format!("{origin}#cow")].number,
             chunk: ChunkSize::default(),
-            filesystems: vec![MOUNT.into()],
             lock_filesystem: false,
-            budget: Duration::from_secs(2),
             all: false,
-            planned: None,
+            planned_table: None,
             lvm_lock: LvmScope::Change,
+        };
+        InsertRequest {
+            stacks: self.origins.iter().map(stack).collect(),
+            filesystems: vec![MOUNT.into()],
+            planned: None,
+            budget: Duration::from_secs(2),
         }
+    }
+
+    fn insertion(&self, id: &str) -> Change {
+        let own_tables: Vec<Table> = self.origins.iter().map(|origin| own_of(origin)).collect();
+        insertion(&self.request(), &own_tables, id)
+    }
+
+    /// The stores, which a copy that is over leaves to its caller.
+    fn stores(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.origins.iter().map(|origin| format!("{origin}#cow")).collect();
+        names.sort();
+        names
     }
 
     fn half_action(&mut self) {
@@ -202,7 +243,7 @@ impl FakeKernel {
                 Ok(())
             }
             Action::Claim { .. }
-            | Action::Unclaim
+            | Action::Unclaim { .. }
             | Action::Guard { .. }
             | Action::Unguard
             | Action::Dismiss
@@ -212,19 +253,25 @@ impl FakeKernel {
 
     /// What the watchdog does when the command dies.
     fn watchdog(&mut self) {
-        let data = self.device("data").unwrap();
-        data.inactive = None;
-        data.suspended = false;
+        for origin in self.origins {
+            let origin = self.device(origin).unwrap();
+            origin.inactive = None;
+            origin.suspended = false;
+        }
         self.frozen.clear();
     }
 
-    /// The origin as it was, nothing held, nothing of ours left but the names in `rest`.
-    fn assert_clean(&self, rest: &[&str], what: &str) {
-        let data = &self.devices["data"];
-        assert_eq!(data.active.as_ref().unwrap().to_string(), OWN, "{what}");
-        assert!(!data.suspended && data.inactive.is_none() && self.frozen.is_empty(), "{what}: {self:?}");
+    /// The origins as they were, nothing held, nothing of ours left but the names in `rest`.
+    fn assert_clean<N: AsRef<str>>(&self, rest: &[N], what: &str) {
+        for name in self.origins {
+            let origin = &self.devices[*name];
+            assert_eq!(origin.active, Some(own_of(name)), "{what}");
+            assert!(!origin.suspended && origin.inactive.is_none(), "{what}: {self:?}");
+        }
+        assert!(self.frozen.is_empty(), "{what}: {self:?}");
         let mut names: Vec<&str> = self.devices.keys().map(String::as_str).collect();
-        names.retain(|name| *name != "data");
+        names.retain(|name| !self.origins.contains(name));
+        let rest: Vec<&str> = rest.iter().map(AsRef::as_ref).collect();
         assert_eq!(names, rest, "{what}");
     }
 }
@@ -270,19 +317,32 @@ impl Machine for FakeKernel {
     }
 }
 
-/// Ranges of the origin go back to linear while it is being copied.
-fn release(table: &str) -> Change {
-    let device = || "data".to_owned();
+/// Ranges of an origin go back to linear while it is being copied.
+fn release(origin: &str, table: Template) -> Change {
+    let device = || origin.to_owned();
     let clear = Action::Clear { device: device() };
     let resume = Action::Resume { device: device(), udev: Udev::None };
     let suspend = Action::Suspend { device: device(), flush: false, lock_filesystem: false };
     Change::new("release")
-        .then(
-            Step::new("load", Action::Load { device: device(), table: Template::new(table) })
-                .undo(clear.clone()),
-        )
+        .then(Step::new("load", Action::Load { device: device(), table }).undo(clear.clone()))
         .then(Step::new("suspend", suspend).undo(clear).undo(resume.clone()))
         .then(Step::new("switch", resume))
+}
+
+/// The changes after the instant: releases, and the end.
+fn after_the_instant(origin: &str, id: &str) -> Vec<Change> {
+    let own = own_of(origin);
+    let disks: Vec<DeviceNumber> = own.devices().into_iter().collect();
+    let partly = format!(
+        "0 2048 linear {{{origin}#preserve}} 0\n2048 2048 linear {} 4096\n4096 4096 switch 1 4096 0 {} 0",
+        disks[0], disks[1]
+    );
+    vec![
+        release(origin, Template::new(partly)),
+        release(origin, released(origin)),
+        restoration(origin, released(origin), &own),
+        dismantling(&StackNames::new(origin, id)),
+    ]
 }
 
 /// Runs the changes of a whole copy, with the journal in the fake itself.
@@ -302,18 +362,9 @@ fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
             Ok(())
         }
     }
-    let own: Table = OWN.parse().unwrap();
-    let request = kernel.request();
     let mut record = kernel.record_of(id);
-    let changes = [
-        insertion(&request, &own, id),
-        release(
-            "0 2048 linear {data#preserve} 0\n2048 2048 linear 8:16 4096\n4096 4096 switch 1 4096 0 8:32 0",
-        ),
-        release(RELEASED),
-        restoration("data", Template::new(RELEASED.to_owned()), &own),
-        dismantling(&StackNames::new("data", id)),
-    ];
+    let after = kernel.origins.iter().flat_map(|origin| after_the_instant(origin, id));
+    let changes: Vec<Change> = std::iter::once(kernel.insertion(id)).chain(after).collect();
     let result = catch_unwind(AssertUnwindSafe(|| {
         changes.iter().try_for_each(|change| change.run(kernel, &mut Pair(&mut record)))
     }));
@@ -370,14 +421,13 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
     for writes in 0..40 {
         let id = new_id();
         let mut kernel = kernel(&id);
-        let own: Table = OWN.parse().unwrap();
-        let request = kernel.request();
         let mut journal = Full(writes);
-        match insertion(&request, &own, &id).run(&mut kernel, &mut journal) {
+        match kernel.insertion(&id).run(&mut kernel, &mut journal) {
             Err(_) => taken_back += 1,
             Ok(()) => {
                 removed += 1;
                 let over = Template::new(over("data#real", "data#preserve"));
+                let own = own_of("data");
                 for change in [restoration("data", over, &own), dismantling(&StackNames::new("data", &id))] {
                     change.run(&mut kernel, &mut BestEffort::new(&mut journal)).unwrap();
                 }
@@ -389,31 +439,32 @@ fn the_origin_is_as_before_also_where_nothing_can_be_recorded_any_more() {
 }
 
 #[test]
-fn after_a_crash_anywhere_recover_restores_the_origin_and_leaves_nothing() {
-    let mut points = 0;
-    for crash_in in 0..1000 {
-        for with_watchdog in [false, true] {
-            let id = new_id();
-            let mut kernel = kernel(&id);
-            kernel.crash_in = Some(crash_in);
-            if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
-                assert!(points > 80, "only {points} crashes");
-                return;
-            }
-            points += 1;
-            if with_watchdog {
-                kernel.watchdog();
-            }
-            let what = format!("crash {crash_in}, watchdog {with_watchdog}");
-            recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
-            kernel.assert_clean(&[], &what);
-            assert!(
-                recover_devices(&mut kernel).unwrap().iter().all(|done| done.starts_with("thaw")),
-                "{what}"
-            );
-        }
+fn after_a_crash_anywhere_recover_restores_the_origins_and_leaves_nothing() {
+    for group in GROUPS {
+        let points = (0..1000).take_while(|crash_in| recovers_after(group, *crash_in)).count();
+        assert!((60 * group.len()..1000).contains(&points), "{points} crashes");
     }
-    panic!("the copy never ends");
+}
+
+/// False if the copy ended before that crash.
+fn recovers_after(group: &'static [&'static str], crash_in: u32) -> bool {
+    for with_watchdog in [false, true] {
+        let id = new_id();
+        let mut kernel = kernel_of(group, &id);
+        kernel.crash_in = Some(crash_in);
+        if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
+            return false;
+        }
+        if with_watchdog {
+            kernel.watchdog();
+        }
+        let what = format!("{group:?}, crash {crash_in}, watchdog {with_watchdog}");
+        recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
+        kernel.assert_clean::<&str>(&[], &what);
+        let again = recover_devices(&mut kernel).unwrap();
+        assert!(again.iter().all(|done| done.starts_with("thaw")), "{what}");
+    }
+    true
 }
 
 #[test]
@@ -434,7 +485,7 @@ fn a_recover_that_is_killed_anywhere_can_be_run_again() {
             kernel.crash_in = None;
             let what = format!("crash {crash_in}, then {again}");
             recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
-            kernel.assert_clean(&[], &what);
+            kernel.assert_clean::<&str>(&[], &what);
             if !crashed {
                 break;
             }
@@ -445,25 +496,58 @@ fn a_recover_that_is_killed_anywhere_can_be_run_again() {
 
 #[test]
 fn a_failure_anywhere_puts_everything_back_or_says_so() {
-    for fail_in in 0..1000 {
-        let id = new_id();
-        let mut kernel = kernel(&id);
-        kernel.fail_in = Some(fail_in);
-        let Err(error) = run_copy(&mut kernel, &id) else {
-            assert!(fail_in > 20, "only {fail_in} failures");
-            return;
-        };
-        assert!(error.state_left().is_some());
-        assert!(!kernel.devices["data"].suspended && kernel.frozen.is_empty(), "failure {fail_in}");
-        if error.what().starts_with("insert") {
-            // One failure was injected, so no undo has a reason to fail.
-            assert!(error.failed_undos().is_empty(), "failure {fail_in}: {:?}", error.failed_undos());
-            kernel.assert_clean(&["data#cow"], &format!("failure {fail_in}"));
-        }
-        recover_devices(&mut kernel).unwrap();
-        kernel.assert_clean(&[], &format!("failure {fail_in}, recovered"));
+    for group in GROUPS {
+        let failures = (0..1000).take_while(|fail_in| puts_back_after(group, *fail_in)).count();
+        assert!((20 * group.len()..1000).contains(&failures), "{failures} failures");
     }
-    panic!("the copy never ends");
+}
+
+/// False if the copy ended before that failure.
+fn puts_back_after(group: &'static [&'static str], fail_in: u32) -> bool {
+    let id = new_id();
+    let mut kernel = kernel_of(group, &id);
+    kernel.fail_in = Some(fail_in);
+    let Err(error) = run_copy(&mut kernel, &id) else { return false };
+    let what = format!("{group:?}, failure {fail_in}");
+    assert!(error.state_left().is_some());
+    let is_held = group.iter().any(|origin| kernel.devices[*origin].suspended);
+    assert!(!is_held && kernel.frozen.is_empty(), "{what}");
+    if error.what().starts_with("insert") {
+        // One failure was injected, so no undo has a reason to fail.
+        assert!(error.failed_undos().is_empty(), "{what}: {:?}", error.failed_undos());
+        kernel.assert_clean(&kernel.stores(), &what);
+    }
+    recover_devices(&mut kernel).unwrap();
+    kernel.assert_clean::<&str>(&[], &format!("{what}, recovered"));
+    true
+}
+
+#[test]
+fn a_crash_while_steps_are_undone_is_recovered_too() {
+    let pair: &[&str] = &["data", "wal"];
+    for group in [GROUPS[0], pair] {
+        let mut crashed = 0;
+        for fail_in in 0..1000 {
+            if !puts_back_after(group, fail_in) {
+                break;
+            }
+            // A crash before the failure needs no undo.
+            for crash_in in 2 * fail_in..1000 {
+                let id = new_id();
+                let mut kernel = kernel_of(group, &id);
+                (kernel.fail_in, kernel.crash_in) = (Some(fail_in), Some(crash_in));
+                if !crashes(|| drop(run_copy(&mut kernel, &id))) {
+                    break;
+                }
+                crashed += 1;
+                (kernel.fail_in, kernel.crash_in) = (None, None);
+                let what = format!("{group:?}, failure {fail_in}, crash {crash_in}");
+                recover_devices(&mut kernel).unwrap_or_else(|error| panic!("{what}: {error}"));
+                kernel.assert_clean::<&str>(&[], &what);
+            }
+        }
+        assert!(crashed > 200, "{crashed} crashes");
+    }
 }
 
 #[test]
@@ -550,19 +634,22 @@ fn attached_volumes_and_kept_stores_stay() {
 
 #[test]
 fn the_kernels_tables_are_enough_where_the_record_is_lost() {
-    for crash_in in 0..1000 {
-        let id = new_id();
-        let mut kernel = kernel(&id);
-        kernel.crash_in = Some(crash_in);
-        if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
-            return;
-        }
-        kernel.watchdog();
-        kernel.record = None;
-        recover_devices(&mut kernel).unwrap_or_else(|error| panic!("crash {crash_in}: {error}"));
-        kernel.assert_clean(&[], &format!("crash {crash_in}"));
+    for group in GROUPS {
+        let recovers = |crash_in: &u32| {
+            let id = new_id();
+            let mut kernel = kernel_of(group, &id);
+            kernel.crash_in = Some(*crash_in);
+            if !crashes(|| run_copy(&mut kernel, &id).unwrap()) {
+                return false;
+            }
+            kernel.watchdog();
+            kernel.record = None;
+            recover_devices(&mut kernel).unwrap_or_else(|error| panic!("crash {crash_in}: {error}"));
+            kernel.assert_clean::<&str>(&[], &format!("{group:?}, crash {crash_in}"));
+            true
+        };
+        assert!((0..1000).take_while(recovers).count() < 1000, "the copy never ends");
     }
-    panic!("the copy never ends");
 }
 
 /// A copy killed with `table` in its origin.
@@ -612,7 +699,7 @@ fn a_strangers_device_over_ours_is_not_touched() {
             kernel.assert_clean(&["data#real", "look"], &what);
             kernel.remove("look").unwrap();
             recover_devices(&mut kernel).unwrap();
-            kernel.assert_clean(&[], &what);
+            kernel.assert_clean::<&str>(&[], &what);
         }
     }
 }
@@ -629,7 +716,7 @@ fn an_origin_that_was_renamed_is_known_by_its_number() {
         recover_devices(&mut kernel).unwrap();
         let data = kernel.devices.remove("renamed").unwrap();
         kernel.devices.insert("data".into(), data);
-        kernel.assert_clean(&[], table);
+        kernel.assert_clean::<&str>(&[], table);
     }
 }
 
@@ -639,7 +726,7 @@ fn an_origin_that_is_all_released_goes_back_also_without_what_preserved_it() {
     let mut kernel = killed_with("0 8192 linear {data#real} 0", &id);
     kernel.remove("data#preserve").unwrap();
     recover_devices(&mut kernel).unwrap();
-    kernel.assert_clean(&[], "all released");
+    kernel.assert_clean::<&str>(&[], "all released");
 }
 
 #[test]

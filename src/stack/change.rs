@@ -24,7 +24,7 @@ use crate::sys::process::crash_point;
 use crate::dm::{Dm, Slot, Table, Template, Udev};
 
 /// Most steps in a change.
-pub const STEPS_MAX: usize = 64;
+pub const STEPS_MAX: usize = 1024;
 
 /// One request to the kernel, or something that the executor does around it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +52,7 @@ pub enum Action {
     /// Hold the device open exclusively: shows every namespace that the command is running.
     Claim { device: String },
     /// Close what [`Action::Claim`] holds open.
-    Unclaim,
+    Unclaim { device: String },
     /// Fail unless the device's active table is this one.
     Expect { device: String, table: Template },
     /// Fail unless the device's active table is the one that [`Action::LoadOver`] made.
@@ -62,7 +62,7 @@ pub enum Action {
     /// Thaw what [`Action::Freeze`] froze.
     Thaw { filesystems: Vec<PathBuf> },
     /// Start the watchdog. It resumes and thaws if the command dies or exceeds its budget.
-    Guard { device: String, filesystems: Vec<PathBuf> },
+    Guard { devices: Vec<String>, filesystems: Vec<PathBuf> },
     /// Stop the watchdog; fail if it has acted.
     Unguard,
     /// Stop the watchdog, if there is one, whether or not it has acted: for undo.
@@ -334,7 +334,7 @@ impl Dm {
             Action::Own { .. }
             | Action::LoadOver { .. }
             | Action::Claim { .. }
-            | Action::Unclaim
+            | Action::Unclaim { .. }
             | Action::ExpectOver { .. }
             | Action::Freeze { .. }
             | Action::Thaw { .. }
@@ -378,13 +378,13 @@ impl fmt::Display for Action {
             Self::Resume { device, .. } => write!(f, "resume {device}"),
             Self::Remove { device, .. } => write!(f, "remove device {device}"),
             Self::Claim { device } => write!(f, "hold {device} open, which marks the copy as running"),
-            Self::Unclaim => f.write_str("close it"),
+            Self::Unclaim { device } => write!(f, "close {device}"),
             Self::Expect { device, .. } | Self::ExpectOver { device } => {
                 write!(f, "check the table of {device}")
             }
             Self::Freeze { filesystems } => write!(f, "freeze {}", paths(filesystems)),
             Self::Thaw { filesystems } => write!(f, "thaw {}", paths(filesystems)),
-            Self::Guard { device, .. } => write!(f, "start the watchdog over {device}"),
+            Self::Guard { devices, .. } => write!(f, "start the watchdog over {}", devices.join(", ")),
             Self::Unguard | Self::Dismiss => f.write_str("stop the watchdog"),
             Self::Instant => f.write_str("the instant"),
         }

@@ -1,6 +1,7 @@
-//! The snapshot stack over a live origin: inserted at one instant, and removed again.
+//! The snapshot stacks over live origins: inserted at one instant, and removed again.
 //!
-//! Insertion, in order (each step has an undo; see [`insertion`]):
+//! Insertion, in order (each step has an undo; see [`insertion`]; each is done for every origin of a group
+//! before the next begins):
 //! 1. Create three devices: `real` with a copy of the origin's own table, `snap` as a snapshot of `real` on
 //!    the COW store, `preserve` as the `snapshot-origin` over `real`. All are resumed *before* anything is
 //!    held, as writes do not reach them yet.
@@ -11,7 +12,8 @@
 //! 5. Resume the origin, which activates the loaded table. Thaw the filesystems.
 //!
 //! Invariants:
-//! - The origin is the only device that is ever suspended.
+//! - The origins are the only devices that are ever suspended. All of them are at the instant: one instant for
+//!   the whole group, or none.
 //! - Between the freeze and the thaw nothing waits for udev, and nothing is logged.
 //! - A failure at any step restores the origin's own table, with the same text.
 //! - `real` holds a copy of that table as long as the stack exists, so the kernel's state alone is enough to
@@ -26,7 +28,6 @@ use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::{DeviceInfo, Dm, Slot, SnapshotStatus, Table, Target, node};
-use crate::extent::free::FreeLimits;
 use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{JobRecord, OriginRecord};
 use crate::stack::origin_table::{Form, LowerDevices};
@@ -35,10 +36,10 @@ use crate::sys::nudge::Nudge;
 use crate::sys::process::crash_point;
 use crate::sys::queue::QueueSettings;
 use crate::topology::Topology;
-use crate::volume::free::FreeMapper;
 use crate::volume::lvm_lock::{LvmLock, LvmScope};
 
 use crate::job::Job;
+use member::Member;
 use watchdog::Standby;
 
 mod apart;
@@ -46,6 +47,8 @@ pub mod change;
 pub mod gate;
 pub mod hooks;
 mod intent;
+mod layers;
+mod member;
 mod model;
 pub mod origin_table;
 mod owner;
@@ -58,9 +61,10 @@ pub mod write_back;
 
 pub use change::{Action, BestEffort, Change, Executor, IntentLog, NoIntents, Step};
 pub use intent::change_record;
-pub use model::{AtInstant, HoldTimes, InstantContext, Planned, Skipped, StackRequest};
+pub use layers::StackNames;
+pub use model::{AtInstant, HoldTimes, InsertRequest, InstantContext, Skipped, StackRequest};
 pub use owner::Owner;
-pub use plan::{StackNames, crash_points, dismantling, insertion, restoration};
+pub use plan::{dismantling, insertion, restoration};
 pub use runner::Runner;
 
 /// Attempts to restore the origin's own table. On a slow disk, I/O in flight may take longer than the budget:
@@ -120,82 +124,82 @@ pub struct Hold {
 }
 
 impl Stack {
-    /// Inserts the stack. `at_instant` runs while the origin is quiet. `interrupt` is called before each step
-    /// of the critical section up to the switch.
+    /// Inserts a stack under each origin of `request`, all at one instant. `at_instant` runs while the origins
+    /// are quiet. `interrupt` is called before each step of the critical section up to the switch. Returns the
+    /// stacks in the order of the request.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] for an origin that cannot carry a stack, [`ErrorKind::Timeout`] if the budget
     /// runs out, those of `at_instant` and `interrupt`, the kernel's. After an error everything has been put
-    /// back.
+    /// back, for all origins.
     pub fn insert(
         dm: &Dm,
         job: &mut Job,
-        request: &StackRequest,
+        request: &InsertRequest,
         standby: &Standby,
         at_instant: AtInstant<'_>,
         interrupt: &dyn Fn() -> Result<()>,
-    ) -> Result<Self> {
-        let origin = request.origin.as_str();
-        let number = dm.info_of(origin)?.number;
-        // Held from before the table is read until it leads through the stack.
-        let lvm = LvmLock::hold(dm, number, interrupt)?;
-        let own_table = own_table(dm, origin)?;
-        let request = &request.recheck(number, &own_table)?;
+    ) -> Result<Vec<Self>> {
+        let number = |stack: &StackRequest| Ok(dm.info_of(stack.origin.as_str())?.number);
+        let numbers = request.stacks.iter().map(number).collect::<Result<Vec<_>>>()?;
+        // Held from before the tables are read until they lead through the stacks.
+        let lock = |number: &DeviceNumber| LvmLock::hold(dm, *number, interrupt);
+        let locks = numbers.iter().map(lock).collect::<Result<Vec<_>>>()?;
+        let own_tables = request.stacks.iter().map(|stack| own_table(dm, &stack.origin));
+        let own_tables = own_tables.collect::<Result<Vec<_>>>()?;
+        let found: Vec<(DeviceNumber, Table)> =
+            numbers.iter().copied().zip(own_tables.iter().cloned()).collect();
+        let request = &request.recheck(&found)?;
         refuse_own_record(job, &request.filesystems)?;
-        let names = StackNames::new(origin, job.id());
-        for name in names.removable() {
-            if dm.info(name)?.is_some() {
-                return Err(Error::refused(format!("{origin} has a device {name} already"))
-                    .state("nothing was changed")
-                    .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
-            }
-        }
-        job.set_origin(OriginRecord {
-            device: origin.to_owned(),
-            number,
-            table: own_table.to_string(),
-            queue: QueueSettings::read(number).to_record(),
-        })?;
+        refuse_second_stack(dm, request, job.id())?;
+        let record = |(stack, (number, table)): (&StackRequest, &(DeviceNumber, Table))| OriginRecord {
+            device: stack.origin.clone(),
+            number: *number,
+            table: table.to_string(),
+            queue: QueueSettings::read(*number).to_record(),
+        };
+        job.set_origins(request.stacks.iter().zip(&found).map(record).collect())?;
         job.note_expedited();
-        let change = insertion(request, &own_table, job.id());
+        let change = insertion(request, &own_tables, job.id());
         let mut runner = Runner::new(dm, request.budget, interrupt);
         runner.standby = standby.clone();
         runner.at_instant = Some(at_instant);
-        runner.number = Some(number);
-        runner.lock_filesystem = request.lock_filesystem;
-        runner.frozen = request.planned.as_ref().map(|planned| planned.frozen.clone());
-        runner.below = Some(names.real.clone());
-        runner.own_table = Some(own_table);
-        runner.form = form(dm, number);
-        let mapper = FreeMapper::prepare(number, &request.filesystems)?;
-        if request.all {
-            runner.logs = mapper.into_logs();
-        } else {
-            runner.mapper = Some(mapper);
-            runner.limits = Some(FreeLimits::for_chunk(request.chunk));
+        runner.frozen.clone_from(&request.planned);
+        for (stack, found) in request.stacks.iter().zip(found) {
+            let filesystems = filesystems_of(request, found.0);
+            let form = form(dm, found.0);
+            runner.members.push(Member::new(stack, found, &filesystems, form)?);
         }
         change.run(&mut runner, job)?;
-        let times = runner.times;
-        runner.report(origin);
-        // Nothing after the change may fail: the stack is in use now.
-        let below = runner.below_found.take().expect("the instant has run, and resolved it");
-        let lower = runner.lower.take().expect("the change loaded a table, or it would have failed");
-        let owner = runner.owner.take().expect("the change's first step creates it");
-        Ok(Self {
-            origin: origin.to_owned(),
+        runner.report();
+        // Nothing after the change may fail: the stacks are in use now.
+        let stacks = request.stacks.iter().zip(locks);
+        Ok(stacks.map(|(stack, lock)| Self::inserted(stack, lock, &mut runner, job.id())).collect())
+    }
+
+    /// The stack that `runner` has inserted for `request`.
+    fn inserted(request: &StackRequest, lock: LvmLock, runner: &mut Runner<'_>, job: &str) -> Self {
+        let names = StackNames::new(&request.origin, job);
+        let member = runner.members.remove(0);
+        let at = runner.owners.iter().position(|owner| owner.name() == request.origin);
+        let owner = runner.owners.remove(at.expect("the change's first steps create the owners"));
+        let claim = runner.claims.iter().position(|(device, _)| *device == names.snap);
+        let claim = claim.map(|at| runner.claims.remove(at).1);
+        Self {
+            origin: request.origin.clone(),
             names,
-            lower,
-            form: runner.form,
-            below,
+            lower: member.lower.expect("the change loaded a table, or it would have failed"),
+            form: member.form,
+            below: runner.below.remove(0),
             owner: Arc::new(Mutex::new(owner)),
-            claim: Arc::new(Mutex::new(runner.claim.take())),
-            skipped: std::mem::take(&mut runner.skipped),
-            logs: std::mem::take(&mut runner.logs),
-            budget: request.budget,
-            times,
-            standby: standby.clone(),
-            lvm: Arc::new(Mutex::new(Some(lvm).filter(|_| request.lvm_lock == LvmScope::Copy))),
-        })
+            claim: Arc::new(Mutex::new(claim)),
+            skipped: member.skipped,
+            logs: member.logs,
+            budget: runner.budget(),
+            times: runner.times,
+            standby: runner.standby.clone(),
+            lvm: Arc::new(Mutex::new(Some(lock).filter(|_| request.lvm_lock == LvmScope::Copy))),
+        }
     }
 
     /// The stack of a job whose process died, as found in the kernel. Drops a table of the copy that the dead
@@ -419,7 +423,7 @@ impl Stack {
         let mut runner = Runner::new(dm, self.budget, &|| Ok(()));
         let mut change = dismantling(&self.names);
         let names = self.names.removable().into_iter();
-        let left = names.map(|name| Ok((name, dm.info(name)?.is_some()))).collect::<Result<Vec<_>>>()?;
+        let left = names.map(|(_, name)| Ok((name, dm.info(name)?.is_some()))).collect::<Result<Vec<_>>>()?;
         let is_removed = |device: &str| left.iter().any(|(name, there)| *name == device && !there);
         change
             .steps
@@ -558,7 +562,7 @@ impl<'a> FoundStack<'a> {
         let names = StackNames::new(&record.device, &job.job);
         // By number: the origin may have been renamed.
         let origin = check_adoptable(dm.info(record.number)?, &record.device, &cannot_resume)?;
-        for name in names.removable() {
+        for (_, name) in names.removable() {
             check_adoptable(dm.info(name)?, name, &cannot_resume)?;
         }
         let table = |name: &str| dm.table(name, Slot::Active);
@@ -703,6 +707,33 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
         }
     }
     Ok(table)
+}
+
+/// The filesystems of `request` that are on the origin `number`.
+fn filesystems_of(request: &InsertRequest, number: DeviceNumber) -> Vec<PathBuf> {
+    if request.stacks.len() == 1 {
+        return request.filesystems.clone();
+    }
+    let above = Topology::default().above(number);
+    // A path that cannot be examined is not lost: the freeze, which opens it, reports that.
+    let is_above = |path: &&PathBuf| {
+        std::fs::metadata(path).is_ok_and(|meta| above.contains(&DeviceNumber::from_dev(meta.dev())))
+    };
+    request.filesystems.iter().filter(is_above).cloned().collect()
+}
+
+/// An origin carries one stack at a time.
+fn refuse_second_stack(dm: &Dm, request: &InsertRequest, job: &str) -> Result<()> {
+    for stack in &request.stacks {
+        for (_, name) in StackNames::new(&stack.origin, job).removable() {
+            if dm.info(name)?.is_some() {
+                return Err(Error::refused(format!("{} has a device {name} already", stack.origin))
+                    .state("nothing was changed")
+                    .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The job record must not be on a filesystem that is about to be frozen.

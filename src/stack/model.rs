@@ -1,6 +1,6 @@
-//! The request for a stack, and what is known of a stack: plain values.
+//! The request for stacks, and what is known of a stack: plain values.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::base::{ChunkSize, DeviceNumber, Error, Result};
@@ -8,6 +8,20 @@ use crate::dm::Table;
 use crate::extent::Extent;
 use crate::volume::FreezeSet;
 use crate::volume::lvm_lock::LvmScope;
+
+/// Which stacks to insert at one instant.
+#[derive(Clone, Debug)]
+pub struct InsertRequest {
+    /// One for each origin. Where an origin lies on another one, the upper one comes first.
+    pub stacks: Vec<StackRequest>,
+    /// Mount points of every filesystem on the origins, one each, in the order of freezing.
+    pub filesystems: Vec<PathBuf>,
+    /// The filesystems on the origins as found by the plan, checked again before anything is done; None if
+    /// there was no plan.
+    pub planned: Option<FreezeSet>,
+    /// Longest time that anything may be frozen or suspended.
+    pub budget: Duration,
+}
 
 /// Which stack to insert, over which origin.
 #[derive(Clone, Debug)]
@@ -18,51 +32,53 @@ pub struct StackRequest {
     pub cow: DeviceNumber,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// Mount points of every filesystem on the origin, one each, in the order of freezing.
-    pub filesystems: Vec<PathBuf>,
     /// Let the suspension freeze what is mounted on the device itself: for mounts that are out of reach.
     pub lock_filesystem: bool,
-    /// Longest time that anything may be frozen or suspended.
-    pub budget: Duration,
     /// Preserve everything, including what filesystems do not use.
     pub all: bool,
-    /// What the plan was based on, checked again before anything is done; None if there was no plan.
-    pub planned: Option<Planned>,
+    /// The origin's own table as found by the plan, checked again before anything is done; None if there was
+    /// no plan.
+    pub planned_table: Option<Table>,
     /// How long lvm2 is locked out.
     pub lvm_lock: LvmScope,
 }
 
-/// What must not have changed since a copy was planned.
-#[derive(Clone, Debug)]
-pub struct Planned {
-    /// The filesystems on the origin.
-    pub frozen: FreezeSet,
-    /// The origin's own table.
-    pub table: Table,
-}
+impl InsertRequest {
+    /// The request with the devices of the COW stores, in the order of the origins.
+    #[must_use]
+    pub fn with_stores(&self, cows: impl IntoIterator<Item = DeviceNumber>) -> Self {
+        let stacks = self.stacks.iter().zip(cows).map(|(stack, cow)| StackRequest { cow, ..stack.clone() });
+        Self { stacks: stacks.collect(), ..self.clone() }
+    }
 
-impl StackRequest {
-    /// The request, updated to the present: a filesystem may be mounted at another place now.
+    /// The request, updated to the present: a filesystem may be mounted at another place now. `found` has the
+    /// number and the own table of each origin.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the origin is no longer as planned.
-    pub(super) fn recheck(&self, number: DeviceNumber, own_table: &Table) -> Result<Self> {
-        let Some(planned) = &self.planned else { return Ok(self.clone()) };
-        if *own_table != planned.table {
-            return Err(Error::refused(format!(
-                "the table of {} was changed since the copy was planned",
-                self.origin
-            ))
-            .state("nothing was frozen or inserted")
-            .next("copy again, and do not resize or move the volume meanwhile"));
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if an origin is no longer as planned.
+    pub(super) fn recheck(&self, found: &[(DeviceNumber, Table)]) -> Result<Self> {
+        for (stack, (_, table)) in self.stacks.iter().zip(found) {
+            if stack.planned_table.as_ref().is_some_and(|planned| planned != table) {
+                return Err(Error::refused(format!(
+                    "the table of {} was changed since the copy was planned",
+                    stack.origin
+                ))
+                .state("nothing was frozen or inserted")
+                .next("copy again, and do not resize or move the volume meanwhile"));
+            }
         }
-        let frozen = planned.frozen.recheck(number, "since the copy was planned")?;
-        let planned = Planned { frozen: frozen.clone(), table: own_table.clone() };
+        let Some(planned) = &self.planned else { return Ok(self.clone()) };
+        let numbers: Vec<DeviceNumber> = found.iter().map(|(number, _)| *number).collect();
+        let frozen = planned.recheck(&numbers, "since the copy was planned")?;
+        let stacks = self.stacks.iter().zip(&numbers).map(|(stack, number)| StackRequest {
+            lock_filesystem: frozen.frozen_by_suspension.contains(number),
+            ..stack.clone()
+        });
         Ok(Self {
-            filesystems: frozen.points,
-            lock_filesystem: frozen.lock_filesystem,
-            planned: Some(planned),
-            ..self.clone()
+            stacks: stacks.collect(),
+            filesystems: frozen.points.clone(),
+            planned: Some(frozen),
+            budget: self.budget,
         })
     }
 }
@@ -70,28 +86,28 @@ impl StackRequest {
 /// What the caller may use at the instant.
 #[derive(Clone, Copy, Debug)]
 pub struct InstantContext<'a> {
-    /// The device `real`: readable, and unchanged until the origin is resumed.
-    pub below: &'a Path,
+    /// The devices `real`, in the order of the origins: readable, and unchanged until the origins are resumed.
+    pub below: &'a [PathBuf],
     /// The instant, UTC, in nanoseconds since 1970.
     pub utc_ns: u64,
     /// When the budget ends.
     pub deadline: Instant,
 }
 
-/// How long the origin was held.
+/// How long the origins were held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HoldTimes {
     /// Syncing the filesystems, before anything is held.
     pub synced: Duration,
     /// From the first freeze to the last thaw.
     pub frozen: Duration,
-    /// From the start of the suspension to the end of the resume.
+    /// From the start of the first suspension to the end of the last resume.
     pub suspended: Duration,
-    /// The instant, UTC, in nanoseconds since 1970.
+    /// The instant, UTC, in nanoseconds since 1970: all origins were suspended.
     pub instant_utc_ns: u64,
 }
 
-/// What of the origin need not be preserved, as it was not in use at the instant.
+/// What of an origin need not be preserved, as it was not in use at the instant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Skipped {
     /// The ranges; sorted, disjoint.

@@ -6,130 +6,131 @@
 
 use std::path::PathBuf;
 
-use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, stack_device_name};
-use crate::dm::{DeviceIdentity, Table, Template, Udev};
+use crate::dm::{Table, Template, Udev};
 use crate::stack::{Action, Change, Step};
 
-use super::model::StackRequest;
+use super::layers::{Layer, StackNames, layers};
+use super::model::{InsertRequest, StackRequest};
 
-/// The steps of an insertion, in order. Each has the crash points `insert.STEP.before` and
-/// `insert.STEP.after`.
-pub const INSERT_STEPS: [&str; 20] = [
-    "own",
-    "create-real",
-    "load-real",
-    "resume-real",
-    "create-snap",
-    "load-snap",
-    "resume-snap",
-    "claim",
-    "create-preserve",
-    "load-preserve",
-    "resume-preserve",
-    "guard",
-    "freeze",
-    "load-origin",
-    "suspend",
-    "instant",
-    "switch",
-    "thaw",
-    "unguard",
-    "expect",
-];
-/// The steps of restoring the origin's table (`restore.`).
-pub const RESTORE_STEPS: [&str; 7] = ["own", "load-own", "guard", "suspend", "switch", "unguard", "expect"];
-/// The steps of removing the devices below (`dismantle.`).
-pub const DISMANTLE_STEPS: [&str; 3] = ["remove-preserve", "remove-snap", "remove-real"];
-
-/// The devices of a stack, by name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StackNames {
-    /// Carries the origin's own table.
-    pub real: String,
-    /// The snapshot: the origin as it was at the instant.
-    pub snap: String,
-    /// Preserves originals before the first write.
-    pub preserve: String,
+/// The plan of an insertion: the value that [`Stack::insert`](super::Stack::insert) runs. `own_tables` has the
+/// own table of each origin, in the order of the request.
+///
+/// Every origin is suspended before the instant, and none is resumed before it: one instant for all. The name
+/// of a step that is done for each origin has a number from the second origin on: `suspend`, `suspend-2`.
+#[must_use]
+pub fn insertion(request: &InsertRequest, own_tables: &[Table], id: &str) -> Change {
+    let members: Vec<Member<'_>> = request
+        .stacks
+        .iter()
+        .zip(own_tables)
+        .enumerate()
+        .map(|(index, (stack, own_table))| Member::new(index, stack, own_table, id))
+        .collect();
+    let origins: Vec<String> = members.iter().map(|member| member.origin().to_owned()).collect();
+    let filesystems = || request.filesystems.clone();
+    let change = members.iter().fold(Change::new("insert"), |change, member| {
+        change.then(member.step("own", own(member.origin(), member.own_table)))
+    });
+    let change = members.iter().fold(change, |change, member| member.make_layers(change));
+    let guard = Action::Guard { devices: origins.clone(), filesystems: filesystems() };
+    let change = change.then(Step::new("guard", guard).undo(Action::Dismiss)).then(
+        Step::new("freeze", Action::Freeze { filesystems: filesystems() })
+            .undo(Action::Thaw { filesystems: filesystems() }),
+    );
+    let change = members.iter().fold(change, |change, member| change.then(member.load()));
+    let change = members.iter().fold(change, |change, member| change.then(member.suspend()));
+    let change = change.then(Step::new("instant", Action::Instant));
+    // An origin that lies on another one comes before that one, and is resumed after it.
+    let change = members.iter().enumerate().rev().fold(change, |change, (index, member)| {
+        change.then(member.switch(&origins[..index], &request.filesystems))
+    });
+    let change = change
+        .then(Step::new("thaw", Action::Thaw { filesystems: filesystems() }))
+        .then(Step::new("unguard", Action::Unguard));
+    members.iter().fold(change, |change, member| {
+        change.then(member.step("expect", Action::ExpectOver { device: member.origin().to_owned() }))
+    })
 }
 
-impl StackNames {
-    /// For job `id` over the device `origin`.
-    #[must_use]
-    pub fn new(origin: &str, id: &str) -> Self {
-        Self {
-            real: stack_device_name(origin, ROLE_REAL, id),
-            snap: stack_device_name(origin, ROLE_SNAP, id),
-            preserve: stack_device_name(origin, ROLE_PRESERVE, id),
+/// One origin of an insertion.
+struct Member<'a> {
+    index: usize,
+    request: &'a StackRequest,
+    own_table: &'a Table,
+    layers: Vec<Layer>,
+    names: StackNames,
+}
+
+impl<'a> Member<'a> {
+    fn new(index: usize, request: &'a StackRequest, own_table: &'a Table, id: &str) -> Self {
+        let layers = layers(request, own_table, id);
+        Self { index, request, own_table, layers, names: StackNames::new(&request.origin, id) }
+    }
+
+    fn origin(&self) -> &str {
+        &self.request.origin
+    }
+
+    fn step(&self, name: &str, action: Action) -> Step {
+        match self.index {
+            0 => Step::new(name, action),
+            index => Step::new(&format!("{name}-{}", index + 1), action),
         }
     }
 
-    /// The names in an order in which the devices can be removed.
-    pub(super) fn removable(&self) -> [&str; 3] {
-        [&self.preserve, &self.snap, &self.real]
+    /// Creates each device, loads its table and resumes it.
+    fn make_layers(&self, change: Change) -> Change {
+        self.layers.iter().fold(change, |change, layer| {
+            let name = |what: &str| format!("{what}-{}", layer.role);
+            let device = || layer.device.clone();
+            let create = Action::Create { device: device(), uuid: layer.uuid.clone() };
+            let load = Action::Load { device: device(), table: layer.table.clone() };
+            let resume = Action::Resume { device: device(), udev: Udev::Internal };
+            let remove = Action::Remove { device: device(), udev: Udev::Internal };
+            let change = change
+                .then(self.step(&name("create"), create).undo(remove))
+                .then(self.step(&name("load"), load))
+                .then(self.step(&name("resume"), resume));
+            if layer.is_claimed {
+                change.then(
+                    self.step("claim", Action::Claim { device: device() })
+                        .undo(Action::Unclaim { device: device() }),
+                )
+            } else {
+                change
+            }
+        })
     }
-}
 
-/// The plan of an insertion: the value that [`Stack::insert`](super::Stack::insert) runs.
-#[must_use]
-pub fn insertion(request: &StackRequest, own_table: &Table, id: &str) -> Change {
-    let origin = request.origin.as_str();
-    let StackNames { real, snap, preserve } = StackNames::new(origin, id);
-    let length = own_table.length().get();
-    let snap_table =
-        format!("0 {length} snapshot {{{real}}} {} PO {}", request.cow, request.chunk.sectors().get());
-    let preserve_table = format!("0 {length} snapshot-origin {{{real}}}");
-    let step = |name: &str, action| Step::new(name, action);
-    let filesystems = request.filesystems.clone();
-    // Creates a device, loads its table and resumes it.
-    let made = |change: Change, device: &str, role: &str, table: Template| {
-        let name = |what: &str| format!("{what}-{role}");
-        let uuid = DeviceIdentity::new(origin, role, id).uuid();
-        let device = || device.to_owned();
-        change
-            .then(
-                Step::new(&name("create"), Action::Create { device: device(), uuid })
-                    .undo(Action::Remove { device: device(), udev: Udev::Internal }),
-            )
-            .then(Step::new(&name("load"), Action::Load { device: device(), table }))
-            .then(Step::new(&name("resume"), Action::Resume { device: device(), udev: Udev::Internal }))
-    };
-    let change = Change::new("insert").then(step("own", own(origin, own_table)));
-    let change = made(change, &real, ROLE_REAL, own_table.into());
-    let change = made(change, &snap, ROLE_SNAP, Template::new(snap_table));
-    let change = change.then(step("claim", Action::Claim { device: snap }).undo(Action::Unclaim));
-    made(change, &preserve, ROLE_PRESERVE, Template::new(preserve_table))
-        .then(step("guard", guard(origin, &filesystems)).undo(Action::Dismiss))
-        .then(
-            step("freeze", Action::Freeze { filesystems: filesystems.clone() })
-                .undo(Action::Thaw { filesystems: filesystems.clone() }),
-        )
-        .then(
-            step("load-origin", Action::LoadOver { device: origin.to_owned(), real, preserve })
-                .undo(Action::Clear { device: origin.to_owned() }),
-        )
-        .then(
-            step("suspend", suspend(origin, true, request.lock_filesystem))
-                .undo(Action::Clear { device: origin.to_owned() })
-                .undo(resume(origin)),
-        )
-        .then(step("instant", Action::Instant))
-        .then(undo_switch(step("switch", resume(origin)), origin, own_table, &filesystems))
-        .then(step("thaw", Action::Thaw { filesystems }))
-        .then(step("unguard", Action::Unguard))
-        .then(step("expect", Action::ExpectOver { device: origin.to_owned() }))
-}
+    fn load(&self) -> Step {
+        let StackNames { real, preserve, .. } = self.names.clone();
+        let device = || self.origin().to_owned();
+        self.step("load-origin", Action::LoadOver { device: device(), real, preserve })
+            .undo(Action::Clear { device: device() })
+    }
 
-/// Once the origin uses the new table, the undo is a reload, guarded by another watchdog (the first may have
-/// fired, which may be why there is an undo). It thaws the filesystems first, while the watchdog that guards
-/// them still exists.
-fn undo_switch(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
-    step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
-        .undo(Action::Dismiss)
-        .undo(guard(origin, &[]))
-        .undo(Action::Load { device: origin.to_owned(), table: own_table.into() })
-        .undo(suspend(origin, false, false))
-        .undo(resume(origin))
-        .undo(Action::Dismiss)
+    fn suspend(&self) -> Step {
+        let action = suspend(self.origin(), true, self.request.lock_filesystem);
+        resume_with_own_table(self.origin()).into_iter().fold(self.step("suspend", action), Step::undo)
+    }
+
+    /// Once the origin uses the new table, the undo is a reload, guarded by another watchdog (the first may
+    /// have fired, which may be why there is an undo). It thaws the filesystems first, while the watchdog that
+    /// guards them still exists. A thaw writes, so the origins that are still held, `held`, are resumed before.
+    fn switch(&self, held: &[String], filesystems: &[PathBuf]) -> Step {
+        let origin = self.origin();
+        let step = self.step("switch", resume(origin));
+        held.iter()
+            .flat_map(|held| resume_with_own_table(held))
+            .fold(step, Step::undo)
+            .undo(Action::Thaw { filesystems: filesystems.to_vec() })
+            .undo(Action::Dismiss)
+            .undo(guard(origin))
+            .undo(Action::Load { device: origin.to_owned(), table: self.own_table.into() })
+            .undo(suspend(origin, false, false))
+            .undo(resume(origin))
+            .undo(Action::Dismiss)
+    }
 }
 
 /// The plan of restoring the origin's own table where its active table is `current`.
@@ -142,7 +143,7 @@ pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table
             Step::new("load-own", Action::Load { device: origin.to_owned(), table: own_table.into() })
                 .undo(clear.clone()),
         )
-        .then(Step::new("guard", guard(origin, &[])).undo(Action::Dismiss))
+        .then(Step::new("guard", guard(origin)).undo(Action::Dismiss))
         .then(Step::new("suspend", suspend(origin, false, false)).undo(clear).undo(resume(origin)))
         .then(Step::new("switch", resume(origin)))
         .then(Step::new("unguard", Action::Dismiss))
@@ -154,17 +155,22 @@ pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table
 #[must_use]
 pub fn dismantling(names: &StackNames) -> Change {
     let remove = |device: &str| Action::Remove { device: device.to_owned(), udev: Udev::Internal };
-    let steps = DISMANTLE_STEPS.iter().zip(names.removable());
-    steps
-        .fold(Change::new("dismantle"), |change, (step, device)| change.then(Step::new(step, remove(device))))
+    names.removable().into_iter().fold(Change::new("dismantle"), |change, (role, device)| {
+        change.then(Step::new(&format!("remove-{role}"), remove(device)))
+    })
 }
 
 fn own(origin: &str, table: impl Into<Template>) -> Action {
     Action::Own { device: origin.to_owned(), table: table.into() }
 }
 
-fn guard(origin: &str, filesystems: &[PathBuf]) -> Action {
-    Action::Guard { device: origin.to_owned(), filesystems: filesystems.to_vec() }
+fn guard(origin: &str) -> Action {
+    Action::Guard { devices: vec![origin.to_owned()], filesystems: Vec::new() }
+}
+
+/// Ends a suspension without activating the loaded table.
+fn resume_with_own_table(origin: &str) -> [Action; 2] {
+    [Action::Clear { device: origin.to_owned() }, resume(origin)]
 }
 
 fn suspend(origin: &str, flush: bool, lock_filesystem: bool) -> Action {
@@ -177,59 +183,45 @@ fn resume(origin: &str) -> Action {
     Action::Resume { device: origin.to_owned(), udev: Udev::None }
 }
 
-/// Every crash point of the stack changes of a copy, in order.
-#[must_use]
-pub fn crash_points() -> Vec<String> {
-    [("insert", &INSERT_STEPS[..]), ("restore", &RESTORE_STEPS), ("dismantle", &DISMANTLE_STEPS)]
-        .iter()
-        .flat_map(|(change, steps)| steps.iter().map(move |step| (change, step)))
-        .flat_map(|(change, step)| [format!("{change}.{step}.before"), format!("{change}.{step}.after")])
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
     use crate::base::{ChunkSize, DeviceNumber};
-    use crate::dm::Table;
+    use crate::dm::naming::new_id;
     use crate::volume::lvm_lock::LvmScope;
 
-    fn request() -> StackRequest {
-        StackRequest {
-            origin: "vg-data".into(),
+    fn plan(origins: &[&str]) -> Change {
+        let stack = |origin: &&str| StackRequest {
+            origin: (*origin).to_owned(),
             cow: DeviceNumber { major: 253, minor: 9 },
             chunk: ChunkSize::default(),
-            filesystems: vec!["/srv".into()],
             lock_filesystem: false,
-            budget: Duration::from_secs(2),
             all: false,
-            planned: None,
+            planned_table: None,
             lvm_lock: LvmScope::Change,
-        }
+        };
+        let request = InsertRequest {
+            stacks: origins.iter().map(stack).collect(),
+            filesystems: vec!["/srv".into()],
+            planned: None,
+            budget: Duration::from_secs(2),
+        };
+        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
+        insertion(&request, &vec![own; origins.len()], &new_id())
     }
 
     #[test]
-    fn crash_points_are_those_of_the_plans() {
-        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
-        let id = crate::dm::naming::new_id();
-        let mut points = insertion(&request(), &own, &id).crash_points();
-        points.extend(restoration("vg-data", &own, &own).crash_points());
-        points.extend(dismantling(&StackNames::new("vg-data", &id)).crash_points());
-        assert_eq!(points, crash_points());
-    }
-
-    #[test]
-    fn the_plan_holds_only_the_origin_and_never_waits_for_udev_meanwhile() {
-        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
-        let plan = insertion(&request(), &own, &crate::dm::naming::new_id());
+    fn the_plan_holds_only_the_origins_and_never_waits_for_udev_meanwhile() {
+        let origins = ["vg-data", "vg-wal", "vg-log"];
+        let plan = plan(&origins);
         let mut held = false;
         for step in &plan.steps {
             match &step.action {
                 Action::Freeze { .. } => held = true,
                 Action::Unguard => held = false,
-                Action::Suspend { device, .. } => assert_eq!(device, "vg-data"),
+                Action::Suspend { device, .. } => assert!(origins.contains(&device.as_str())),
                 Action::Resume { udev, .. } if held => assert_eq!(*udev, Udev::None),
                 Action::Create { .. } | Action::Load { .. } | Action::Remove { .. } => assert!(!held),
                 _ => {}
@@ -244,5 +236,46 @@ mod tests {
             plan.steps[0].action.to_string(),
             "check that no other tool is changing the table of vg-data"
         );
+    }
+
+    #[test]
+    fn all_origins_are_suspended_at_the_instant_and_every_step_has_its_own_name() {
+        let origins = ["vg-data", "vg-wal", "vg-log"];
+        let plan = plan(&origins);
+        let mut suspended = Vec::new();
+        for step in &plan.steps {
+            match &step.action {
+                Action::Suspend { device, .. } => suspended.push(device.as_str()),
+                Action::Resume { device, .. } => suspended.retain(|held| held != device),
+                Action::Instant => assert_eq!(suspended, origins),
+                Action::Thaw { .. } | Action::Freeze { .. } => assert!(suspended.is_empty()),
+                _ => {}
+            }
+        }
+        assert!(suspended.is_empty());
+        let names: std::collections::BTreeSet<&str> =
+            plan.steps.iter().map(|step| step.name.as_str()).collect();
+        assert_eq!(names.len(), plan.steps.len());
+        assert!(names.contains("suspend") && names.contains("suspend-3"));
+    }
+
+    #[test]
+    fn an_undo_never_thaws_while_an_origin_is_suspended() {
+        for origins in [&["a"][..], &["a", "b"], &["a", "b", "c"]] {
+            let steps = plan(origins).steps;
+            for failed in 0..=steps.len() {
+                let mut suspended: Vec<&str> = Vec::new();
+                let mut act = |action: &'_ Action| match action {
+                    Action::Suspend { device, .. } => {
+                        suspended.push(origins.iter().find(|origin| *origin == device).unwrap());
+                    }
+                    Action::Resume { device, .. } => suspended.retain(|held| held != device),
+                    Action::Thaw { .. } => assert!(suspended.is_empty(), "step {failed}: {suspended:?}"),
+                    _ => {}
+                };
+                steps[..failed].iter().for_each(|step| act(&step.action));
+                steps[..failed].iter().rev().flat_map(|step| &step.undo).for_each(act);
+            }
+        }
     }
 }

@@ -8,9 +8,6 @@ use std::time::{Duration, Instant};
 use crate::base::clock::{self, Stopwatch};
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::{Dm, SUSPEND_ATTEMPTS, Table, Template, Udev, node};
-use crate::extent::Extent;
-use crate::extent::free::{FreeLimits, skippable};
-use crate::stack::origin_table::{Form, LowerDevices};
 use crate::stack::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
 use crate::stack::write_back::write_back;
 use crate::stack::{Action, Executor, Owner};
@@ -19,10 +16,10 @@ use crate::sys::nudge::Nudge;
 use crate::sys::process::LockedMemory;
 use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
-use crate::volume::free::{DeviceLayout, FreeMapper};
 use crate::volume::{FreezeSet, open_in_other_namespace};
 
-use super::model::{AtInstant, HoldTimes, InstantContext, Skipped};
+use super::member::Member;
+use super::model::{AtInstant, HoldTimes, InstantContext};
 use super::trial;
 
 /// Performs the actions of a change: those of device-mapper by [`Dm`], freeze, watchdog and instant itself.
@@ -31,42 +28,26 @@ pub struct Runner<'a> {
     budget: Duration,
     interrupt: &'a dyn Fn() -> Result<()>,
     pub(super) at_instant: Option<AtInstant<'a>>,
-    pub(super) below: Option<String>,
-    pub(super) below_found: Option<PathBuf>,
-    /// The origin's own table; None unless a stack is inserted.
-    pub(super) own_table: Option<Table>,
-    /// The only code that changes the origin's table, set by [`Action::Own`].
-    pub(super) owner: Option<Owner>,
-    pub(super) form: Form,
-    /// Reads what is in use while everything is frozen; None: all of it counts as in use.
-    pub(super) mapper: Option<FreeMapper>,
-    pub(super) limits: Option<FreeLimits>,
-    /// Where the skipped ranges lay when the map was read.
-    layout: Option<DeviceLayout>,
-    pub(super) skipped: Skipped,
-    /// Where the filesystems' logs are.
-    pub(super) logs: Vec<Extent>,
-    /// The origin's number; None if nothing is to be frozen.
-    pub(super) number: Option<DeviceNumber>,
-    /// The suspension freezes the filesystem on the origin itself. So this filesystem is written back
-    /// beforehand, or the suspension would do it while writers wait.
-    pub(super) lock_filesystem: bool,
+    /// The origins under which stacks are inserted; empty for another change.
+    pub(super) members: Vec<Member>,
+    /// The only code that changes the tables of the devices of [`Action::Own`].
+    pub(super) owners: Vec<Owner>,
+    /// The devices `real`, by a path that can be opened: known from the instant on, in the order of the members.
+    pub(super) below: Vec<PathBuf>,
     /// The filesystems to freeze, as found by the plan; None if there was no plan.
     pub(super) frozen: Option<FreezeSet>,
     /// Steps are being undone: interrupts are ignored.
     is_undoing: bool,
-    /// The loaded table depends on a free-space map that is valid only while the filesystems are frozen.
-    map_in_force: bool,
-    /// The snapshot's device, held open by [`Action::Claim`].
-    pub(super) claim: Option<File>,
-    /// The devices that the table loaded by [`Action::LoadOver`] leads to.
-    pub(super) lower: Option<LowerDevices>,
+    /// The devices held open by [`Action::Claim`], by name.
+    pub(super) claims: Vec<(String, File)>,
     /// Supplies the watchdog, and takes it back when it has nothing to guard.
     pub(super) standby: Standby,
     watchdog: Option<Watchdog>,
     /// Expedites RCU while writers wait.
     expedite: Option<Expedite>,
     files: Vec<(PathBuf, File)>,
+    /// All of `files` were thawed since the last freeze.
+    is_thawed: bool,
     /// Memory, locked while something is guarded. Other code of this process may keep it locked for longer.
     locked: Option<LockedMemory>,
     /// Interrupts a suspension that takes longer than the budget.
@@ -95,27 +76,17 @@ impl<'a> Runner<'a> {
             budget,
             interrupt,
             at_instant: None,
-            below: None,
-            below_found: None,
-            own_table: None,
-            owner: None,
-            form: Form::new(false),
-            mapper: None,
-            limits: None,
-            layout: None,
-            skipped: Skipped::default(),
-            logs: Vec::new(),
-            number: None,
-            lock_filesystem: false,
+            members: Vec::new(),
+            owners: Vec::new(),
+            below: Vec::new(),
             frozen: None,
             is_undoing: false,
-            map_in_force: false,
-            claim: None,
-            lower: None,
+            claims: Vec::new(),
             standby: Standby::default(),
             watchdog: None,
             expedite: None,
             files: Vec::new(),
+            is_thawed: false,
             locked: None,
             nudge: None,
             armed_since: None,
@@ -126,10 +97,17 @@ impl<'a> Runner<'a> {
         }
     }
 
-    pub(super) fn report(&mut self, origin: &str) {
+    /// Longest time that anything may be held.
+    pub(super) fn budget(&self) -> Duration {
+        self.budget
+    }
+
+    pub(super) fn report(&mut self) {
         self.log_notes();
+        let origins: Vec<&str> = self.members.iter().map(|member| member.name.as_str()).collect();
         tracing::info!(
-            "{origin}: synced in {} ms, frozen for {} ms, suspended for {} ms",
+            "{}: synced in {} ms, frozen for {} ms, suspended for {} ms",
+            origins.join(", "),
             self.times.synced.as_millis(),
             self.times.frozen.as_millis(),
             self.times.suspended.as_millis()
@@ -144,21 +122,22 @@ impl<'a> Runner<'a> {
 
     /// Does everything that takes time before anything is held. Dirty data is written back last, so that the
     /// freeze, which writes back what has become dirty since, is short.
-    fn guard(&mut self, device: &str, filesystems: &[PathBuf]) -> Result<()> {
+    fn guard(&mut self, devices: &[String], filesystems: &[PathBuf]) -> Result<()> {
         self.files.clear();
         for path in filesystems {
             let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
             if let Some(frozen) = &self.frozen {
                 frozen.check_file(path, &file)?;
             }
-            if let Some(mapper) = &self.mapper {
+            for mapper in self.members.iter().filter_map(Member::mapper) {
                 mapper.check_same(path, &file)?;
             }
             self.files.push((path.clone(), file));
         }
         self.expedite = Expedite::open_if_off();
+        let numbers = devices.iter().map(|device| Ok(self.dm.info_of(device.as_str())?.number));
         let order = Order {
-            devices: vec![self.dm.info_of(device)?.number],
+            devices: numbers.collect::<Result<_>>()?,
             // Names these open files, whatever is mounted at their paths by the time that the watchdog opens
             // them.
             filesystems: self.files.iter().map(|(_, file)| process::path_of(file)).collect(),
@@ -186,27 +165,40 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Writes back the filesystems and the device, and repeats that while it becomes shorter. Fails if the
+    /// Writes back the filesystems and the devices, and repeats that while it becomes shorter. Fails if the
     /// freeze would take longer than the budget.
     fn write_back(&self) -> Result<()> {
-        let Some(number) = self.number.filter(|_| !self.is_undoing) else { return Ok(()) };
+        if self.is_undoing || self.members.is_empty() {
+            return Ok(());
+        }
         let mut targets: Vec<(String, &File)> =
             self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
         // A filesystem mounted in another namespace, and writes to the device itself, also count.
-        let hidden = if self.lock_filesystem { open_in_other_namespace(number)? } else { None };
-        let device = File::open(node::device_path(number)?).io_context(|| "opening the origin".to_owned())?;
+        let locked = self.members.iter().filter(|member| member.lock_filesystem);
+        let hidden = locked.map(|member| open_in_other_namespace(member.number));
+        let hidden: Vec<File> = hidden.filter_map(Result::transpose).collect::<Result<_>>()?;
         targets
             .extend(hidden.iter().map(|file| ("the filesystem in another mount namespace".to_owned(), file)));
-        targets.push(("the device".to_owned(), &device));
-        let frozen_count = targets.len() - 1;
+        let frozen_count = targets.len();
+        let open = |member: &Member| {
+            File::open(node::device_path(member.number)?)
+                .io_context(|| format!("opening the origin {}", member.name))
+        };
+        let devices = self.members.iter().map(open).collect::<Result<Vec<_>>>()?;
+        targets.extend(devices.iter().map(|device| ("the device".to_owned(), device)));
         let interrupt = || self.check_interrupt();
-        let expected = trial::expected_freeze(number, frozen_count, || {
+        let numbers = self.numbers();
+        let expected = trial::expected_freeze(&numbers, frozen_count, || {
             targets.iter().try_for_each(|(what, file)| write_back(file, what, &interrupt))
         })?;
         if frozen_count == 0 || expected.total() <= self.budget {
             return Ok(());
         }
         Err(expected.refusal(self.budget))
+    }
+
+    fn numbers(&self) -> Vec<DeviceNumber> {
+        self.members.iter().map(|member| member.number).collect()
     }
 
     fn dismiss(&mut self) -> Verdict {
@@ -218,9 +210,7 @@ impl<'a> Runner<'a> {
         let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
         self.locked = None;
         // Nothing is held any more.
-        if let Some(owner) = self.owner.as_mut().filter(|owner| !owner.is_held()) {
-            owner.put_back_settings();
-        }
+        self.owners.iter_mut().filter(|owner| !owner.is_held()).for_each(Owner::put_back_settings);
         verdict
     }
 
@@ -246,6 +236,7 @@ impl<'a> Runner<'a> {
         self.check(true)?;
         let start = Instant::now();
         self.frozen_since = Some(start);
+        self.is_thawed = false;
         let mut result = Ok(());
         let mut count = 0;
         for (path, file) in &self.files {
@@ -276,46 +267,36 @@ impl<'a> Runner<'a> {
 
     /// A filesystem mounted meanwhile would accept writes, so the filesystems must still be the same.
     fn check_frozen(&self) -> Result<()> {
-        let (Some(frozen), Some(number)) = (&self.frozen, self.number) else { return Ok(()) };
-        frozen.recheck(number, "while it was being frozen").map(drop)
+        let Some(frozen) = &self.frozen else { return Ok(()) };
+        frozen.recheck(&self.numbers(), "while it was being frozen").map(drop)
     }
 
-    /// Maps what the frozen filesystems do not use past the snapshot. A filesystem that does not answer is
-    /// preserved whole.
     fn load_over(&mut self, device: &str, real: &str, preserve: &str) -> Result<()> {
         self.check(true)?;
-        let number = |name: &str| self.dm.info_of(name).map(|info| info.number);
-        let own = self.own_table.take().expect("an insertion has the origin's own table");
-        let lower = LowerDevices { own, real: number(real)?, preserve: Some(number(preserve)?) };
-        if let (Some(mapper), Some(limits)) = (self.mapper.take(), &self.limits) {
-            let (found, layout) = mapper.read();
-            self.skipped = Skipped {
-                extents: skippable(&found.extents, lower.own.length().bytes(), limits),
-                notes: found.notes,
-            };
-            self.logs = found.logs;
-            self.layout = (!self.skipped.extents.is_empty()).then_some(layout);
-        }
-        let table = lower.table(&self.skipped.extents, &[], self.form)?;
         let dm = self.dm;
-        self.owner_of(device).expect("an insertion owns its origin").load(dm, &table)?;
-        self.lower = Some(lower);
-        self.map_in_force = !self.skipped.extents.is_empty();
+        let table = self.member(device).table_over(dm, real, preserve)?;
+        self.owner_of(device).expect("an insertion owns its origins").load(dm, &table)?;
+        let member = self.member(device);
+        member.map_in_force = !member.skipped.extents.is_empty();
         Ok(())
     }
 
     fn expect_over(&mut self, device: &str) -> Result<()> {
         let dm = self.dm;
-        self.owner_of(device).expect("an insertion owns its origin").check(dm)?;
-        if self.layout.take().is_none_or(DeviceLayout::is_unchanged) {
-            return Ok(());
-        }
-        let what = format!("the devices on {device} were changed while its filesystems were frozen");
-        Err(Error::new(ErrorKind::Kernel, what)
-            .next("copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all"))
+        self.owner_of(device).expect("an insertion owns its origins").check(dm)?;
+        self.member(device).check_layout()
+    }
+
+    fn member(&mut self, device: &str) -> &mut Member {
+        let found = self.members.iter_mut().find(|member| member.name == device);
+        found.expect("only an insertion leads an origin over a stack, and it knows its origins")
     }
 
     fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
+        // The undo of each origin's switch begins with a thaw.
+        if self.is_thawed {
+            return Ok(());
+        }
         if self.files.is_empty() {
             // Frozen by a job that died, not by this process. Opening a directory writes nothing.
             for path in filesystems {
@@ -329,7 +310,8 @@ impl<'a> Runner<'a> {
         }
         let mut result = Ok(());
         // During undo nothing depends on the map: dropping the loaded table has cleared this flag.
-        let map_in_force = std::mem::take(&mut self.map_in_force);
+        let maps = self.members.iter_mut().map(|member| std::mem::take(&mut member.map_in_force));
+        let map_in_force = maps.fold(false, |any, in_force| any | in_force);
         let mut early = None;
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
@@ -348,6 +330,7 @@ impl<'a> Runner<'a> {
                 }
             }
         }
+        self.is_thawed = result.is_ok();
         if let Some(since) = self.frozen_since.take() {
             self.times.frozen = since.elapsed();
         }
@@ -361,9 +344,9 @@ impl<'a> Runner<'a> {
         result
     }
 
-    /// The owner of `device`; None for a device that is not the origin.
+    /// The owner of `device`; None for a device that is not an origin.
     fn owner_of(&mut self, device: &str) -> Option<&mut Owner> {
-        self.owner.as_mut().filter(|owner| owner.name() == device)
+        self.owners.iter_mut().find(|owner| owner.name() == device)
     }
 
     /// The owner cannot tell the watchdog from another tool. If the watchdog has fired, its error is reported
@@ -381,7 +364,8 @@ impl<'a> Runner<'a> {
     fn own(&mut self, device: &str, table: Table) -> Result<()> {
         let owner = Owner::new(self.dm, device, table)?;
         owner.check(self.dm)?;
-        self.owner = Some(owner);
+        self.owners.retain(|known| known.name() != device);
+        self.owners.push(owner);
         Ok(())
     }
 
@@ -394,7 +378,9 @@ impl<'a> Runner<'a> {
     }
 
     fn clear(&mut self, action: &Action, device: &str) -> Result<()> {
-        self.map_in_force = false;
+        if let Some(member) = self.members.iter_mut().find(|member| member.name == device) {
+            member.map_in_force = false;
+        }
         let dm = self.dm;
         match self.owner_of(device) {
             Some(owner) => owner.drop_loaded(dm),
@@ -404,7 +390,7 @@ impl<'a> Runner<'a> {
 
     fn suspend(&mut self, action: &Action, device: &str, how: SuspendFlags) -> Result<()> {
         self.check(true)?;
-        self.suspended_since = Some(Instant::now());
+        self.suspended_since.get_or_insert_with(Instant::now);
         let dm = self.dm;
         let end = self.armed_since.map(|since| since + self.budget);
         let is_over = || end.is_some_and(|end| Instant::now() >= end);
@@ -465,14 +451,11 @@ impl<'a> Runner<'a> {
     fn instant(&mut self) -> Result<()> {
         self.check(true)?;
         let held_since = self.frozen_since.or(self.suspended_since).unwrap_or_else(Instant::now);
-        let (Some(below), Some(at_instant)) = (self.below.as_deref(), self.at_instant.as_mut()) else {
-            return Ok(());
-        };
-        let number = self.dm.info_of(below)?.number;
-        let path = node::device_path(number)?;
-        self.below_found = Some(path.clone());
+        let Some(at_instant) = self.at_instant.as_mut() else { return Ok(()) };
+        let lower = self.members.iter().filter_map(|member| member.lower.as_ref());
+        self.below = lower.map(|lower| node::device_path(lower.real)).collect::<Result<_>>()?;
         at_instant(&InstantContext {
-            below: &path,
+            below: &self.below,
             utc_ns: self.times.instant_utc_ns,
             deadline: self.armed_since.unwrap_or(held_since) + self.budget,
         })?;
@@ -492,7 +475,9 @@ impl<'a> Runner<'a> {
             None if is_undoing => dm.resume_if_suspended(device)?,
             None => dm.execute(action)?,
         }
-        if let Some(since) = self.suspended_since.take() {
+        if !self.owners.iter().any(Owner::is_held)
+            && let Some(since) = self.suspended_since.take()
+        {
             self.times.suspended = since.elapsed();
         }
         Ok(())
@@ -506,9 +491,9 @@ impl Executor for Runner<'_> {
 
     fn execute(&mut self, action: &Action) -> Result<()> {
         match action {
-            Action::Guard { device, filesystems } => {
+            Action::Guard { devices, filesystems } => {
                 self.check_interrupt()?;
-                let result = self.guard(device, filesystems);
+                let result = self.guard(devices, filesystems);
                 if result.is_err() {
                     self.dismiss();
                 }
@@ -517,11 +502,12 @@ impl Executor for Runner<'_> {
             Action::LoadOver { device, real, preserve } => self.load_over(device, real, preserve),
             Action::ExpectOver { device } => self.expect_over(device),
             Action::Claim { device } => {
-                self.claim = Some(self.dm.claim(self.dm.info_of(device)?.number)?);
+                let file = self.dm.claim(self.dm.info_of(device.as_str())?.number)?;
+                self.claims.push((device.clone(), file));
                 Ok(())
             }
-            Action::Unclaim => {
-                self.claim = None;
+            Action::Unclaim { device } => {
+                self.claims.retain(|(claimed, _)| claimed != device);
                 Ok(())
             }
             Action::Freeze { .. } => self.freeze(),

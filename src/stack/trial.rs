@@ -62,12 +62,12 @@ impl Expected {
 }
 
 /// Runs `sync` until it is no longer getting clearly shorter. Returns the expected duration of a freeze of
-/// `count` filesystems on `origin` after that.
+/// `count` filesystems on `origins` after that. The origin with the slowest writes counts.
 ///
 /// # Errors
 /// Those of `sync`.
 pub(super) fn expected_freeze(
-    origin: DeviceNumber,
+    origins: &[DeviceNumber],
     count: usize,
     sync: impl Fn() -> Result<()>,
 ) -> Result<Expected> {
@@ -75,12 +75,14 @@ pub(super) fn expected_freeze(
     let mut last = Duration::MAX;
     let mut write: Option<Duration> = None;
     for _ in 0..SYNCS_MAX {
-        let (start, before) = (Instant::now(), topology.disk_stat(origin));
+        let stats = || origins.iter().map(|origin| topology.disk_stat(*origin));
+        let (start, before) = (Instant::now(), stats().collect::<Vec<_>>());
         sync()?;
         let took = start.elapsed();
         // The writes of a large sync wait in a queue; those of a freeze are issued one by one. So the fastest
         // counts.
-        let mean = topology.disk_stat(origin).zip(before).and_then(|(now, then)| now.mean_write_since(&then));
+        let means = stats().zip(before).filter_map(|(now, then)| now?.mean_write_since(&then?));
+        let mean = means.max();
         write = write.into_iter().chain(mean).min();
         let is_enough = took <= SYNC_SHORT || took > last / 4 * 3;
         last = last.min(took);
@@ -122,7 +124,7 @@ mod tests {
         {
             let left = RefCell::new(times_ms.into_iter());
             let count = RefCell::new(0);
-            expected_freeze(nowhere, 1, || {
+            expected_freeze(&[nowhere], 1, || {
                 *count.borrow_mut() += 1;
                 std::thread::sleep(Duration::from_millis(left.borrow_mut().next().unwrap()));
                 Ok(())
@@ -130,7 +132,8 @@ mod tests {
             .unwrap();
             assert_eq!(*count.borrow(), ran);
         }
-        let failed = expected_freeze(nowhere, 1, || Err(Error::new(ErrorKind::Interrupted, "asked to stop")));
+        let failed =
+            expected_freeze(&[nowhere], 1, || Err(Error::new(ErrorKind::Interrupted, "asked to stop")));
         assert_eq!(failed.unwrap_err().kind(), ErrorKind::Interrupted);
     }
 }

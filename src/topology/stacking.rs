@@ -49,13 +49,13 @@ impl Topology {
         beneath
     }
 
-    /// Every device above `device`, and itself: its partitions, its holders, loop devices on it or on files
-    /// of its filesystem, and so on. Each with its height above `device`, by the longest path.
+    /// Every device above one of `devices`, and these: partitions, holders, loop devices on them or on files of
+    /// their filesystems, and so on. Each with its height, by the longest path from any of `devices`.
     #[must_use]
-    pub fn heights_above(&self, device: DeviceNumber) -> BTreeMap<DeviceNumber, usize> {
+    pub fn heights_above(&self, devices: &[DeviceNumber]) -> BTreeMap<DeviceNumber, usize> {
         let loops = self.loops();
         let mut heights = BTreeMap::new();
-        let mut open = vec![(device, 0)];
+        let mut open: Vec<(DeviceNumber, usize)> = devices.iter().map(|device| (*device, 0)).collect();
         while let Some((at, height)) = open.pop() {
             let is_known =
                 heights.get(&at).is_some_and(|known| *known >= height || height > STACK_HEIGHT_MAX);
@@ -74,6 +74,6 @@ impl Topology {
     /// Every device above `device`, and itself: the keys of [`Topology::heights_above`].
     #[must_use]
     pub fn above(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
-        self.heights_above(device).into_keys().collect()
+        self.heights_above(&[device]).into_keys().collect()
     }
 }

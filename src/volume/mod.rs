@@ -254,7 +254,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     if info.read_only {
         return plain_device(path, number, topology);
     }
-    let held = filesystems_on(number, topology)?;
+    let held = filesystems_on(&[number], topology)?;
     if topology.is_dax(number) && held.points.is_empty() {
         // At rest it needs no stack. If it is mounted out of reach, it is in use, and opening it fails.
         return plain_device(path, number, topology);
@@ -274,7 +274,7 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         number: Some(number),
         size: table.length().bytes(),
         filesystems: held.points.clone(),
-        lock_filesystem: held.lock_filesystem,
+        lock_filesystem: held.frozen_by_suspension.contains(&number),
         not_frozen: held.not_frozen.clone(),
         notes,
         frozen: held,

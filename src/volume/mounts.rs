@@ -1,4 +1,4 @@
-//! Which filesystems must be frozen to make an origin quiet, and where are they mounted?
+//! Which filesystems must be frozen to make one or more origins quiet, and where are they mounted?
 //!
 //! A filesystem may have many mounts; one mount point is enough, as a freeze affects the superblock.
 //! Filesystems on devices above the origin count too, however they are stacked: partitions, LVM, md, loop
@@ -25,18 +25,18 @@ const NEVER_FROZEN: [&str; 3] = ["btrfs", "bcachefs", "zfs"];
 /// Filesystem types that other machines may write too, bypassing the tables of this one.
 const SHARED: [&str; 3] = ["gfs2", "ocfs2", "gpfs"];
 
-/// The filesystems on an origin.
+/// The filesystems on one or more origins that are frozen for the same instant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FreezeSet {
     /// One mount point of each, in the order of freezing.
     pub points: Vec<PathBuf>,
     /// The `st_dev` of each, in the same order.
     pub devices: Vec<DeviceNumber>,
-    /// True if the origin's own filesystem, if any, has no mount that we can reach (it is in another
-    /// namespace, or under another mount): the suspension must freeze it through the device. Never true if
-    /// the same filesystem has a mount point in the list, as Linux 6.1 refuses to freeze it twice.
-    pub lock_filesystem: bool,
-    /// Filesystems above the origin that are mounted out of reach: these are not frozen.
+    /// Origins whose own filesystem, if any, has no mount that we can reach (it is in another namespace, or
+    /// under another mount): the suspension must freeze it through the device. Never an origin whose
+    /// filesystem has a mount point in the list, as Linux 6.1 refuses to freeze it twice.
+    pub frozen_by_suspension: BTreeSet<DeviceNumber>,
+    /// Filesystems above the origins that are mounted out of reach: these are not frozen.
     pub not_frozen: Vec<String>,
     /// Notes for the user.
     pub notes: Vec<String>,
@@ -47,19 +47,20 @@ impl FreezeSet {
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); as [`filesystems_on`].
-    pub fn recheck(&self, origin: DeviceNumber, when: &str) -> Result<Self> {
+    pub fn recheck(&self, origins: &[DeviceNumber], when: &str) -> Result<Self> {
         let topology = Topology::default();
-        let now = filesystems_on(origin, &topology)?;
+        let now = filesystems_on(origins, &topology)?;
         let key = |frozen: &Self| {
             let devices: BTreeSet<DeviceNumber> = frozen.devices.iter().copied().collect();
-            (devices, frozen.lock_filesystem, frozen.not_frozen.clone())
+            (devices, frozen.frozen_by_suspension.clone(), frozen.not_frozen.clone())
         };
         if key(self) == key(&now) {
             return Ok(now);
         }
+        let names: Vec<String> = origins.iter().map(|origin| topology.name(*origin)).collect();
         Err(Error::refused(format!(
             "the mounts of {} changed {when}: they were {}, and are {}",
-            topology.name(origin),
+            names.join(", "),
             self.list(),
             now.list()
         ))
@@ -90,11 +91,12 @@ impl FreezeSet {
     }
 }
 
-/// Finds the filesystems on `origin` and on the devices above it.
+/// Finds the filesystems on `origins` and on the devices above them. Where an origin lies on another one, what
+/// is on the upper one comes first.
 ///
 /// # Errors
 /// I/O errors of reading mountinfo and swaps.
-pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<FreezeSet> {
+pub fn filesystems_on(origins: &[DeviceNumber], topology: &Topology) -> Result<FreezeSet> {
     let own = topology.own_view()?;
     let mounts = &own.mounts;
     let mut other_namespaces = OtherNamespaces { topology, table: None };
@@ -102,7 +104,7 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Freez
     let swaps: Vec<(PathBuf, DeviceNumber)> = swap_devices(&own, topology.swaps()?);
     // The topmost first; at the same height the latest mount first.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
-    for (device, height) in topology.heights_above(origin) {
+    for (device, height) in topology.heights_above(origins) {
         refuse_unfrozen(device, topology, mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
@@ -112,8 +114,8 @@ pub fn filesystems_on(origin: DeviceNumber, topology: &Topology) -> Result<Freez
         if let Some(mount) = reachable {
             let order = mounts.iter().position(|other| other.point == mount.point).unwrap_or_default();
             points.push((height, order, mount.point.clone(), mount.device));
-        } else if device == origin {
-            found.lock_filesystem = true;
+        } else if origins.contains(&device) {
+            found.frozen_by_suspension.insert(device);
         } else if !of_device.is_empty() || other_namespaces.open(device)?.is_some() {
             found.not_frozen.push(format!(
                 "the filesystem on {} is mounted out of reach (in another mount namespace, or under another mount) \

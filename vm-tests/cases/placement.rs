@@ -90,6 +90,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_write_back", A, F, F, "on a disk that becomes slow"),
     ("stack_insert", A, F, A, "the oldest kernel's tables"),
     ("stack_crash", A, A, F, "a crash at every step, two processors"),
+    ("stack_group", A, F, F, ""),
     ("stack_watchdog", A, A, F, "command and watchdog at the same moment, two processors"),
     ("stack_stopped", A, F, F, "on a slow disk"),
     ("stack_flush", A, A, F, "flushes on virtio disks"),

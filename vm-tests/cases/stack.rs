@@ -8,6 +8,11 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("stack_insert", "stack_insert.sh").limit_seconds(480),
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
+        case("stack_group", "stack_group.sh")
+            .commands(&["python3", "fsfreeze"])
+            .disk_mib(40)
+            .disk_mib(128)
+            .limit_seconds(600),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
         // Writes that take long: what waits for a stopped command waits in the middle of something.
         Case::new("stack_stopped", "stack_stopped.sh")

@@ -5,7 +5,7 @@
 
 make_origin
 start_load
-"$TIDEMARK" __stack /run/points points </dev/null
+"$TIDEMARK" __stack /run/points points 1 </dev/null
 [ "$(wc -l </run/points)" -ge 40 ] || fail "only $(wc -l </run/points) crash points"
 
 some_under_emulation points 5 </run/points >/run/some

@@ -57,7 +57,7 @@ stopped() {
     [ "$WORST" -lt "$write_max" ] || fail "$point: a write took $WORST ms"
 }
 
-"$TIDEMARK" __stack /run/points points </dev/null
+"$TIDEMARK" __stack /run/points points 1 </dev/null
 [ "$(wc -l </run/points)" -ge 40 ] || fail "only $(wc -l </run/points) points"
 # Where nothing is held a stopped command is as good as a dead one: of these a routine run takes some.
 while read -r point; do

@@ -36,8 +36,11 @@ pub struct JobRecord {
     pub process: u32,
     /// Start, UTC, in nanoseconds since 1970.
     pub started_utc_ns: u64,
-    /// The origin, once known.
+    /// The origin, once known; of a group the first one.
     pub origin: Option<OriginRecord>,
+    /// The other origins of a group.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_origins: Vec<OriginRecord>,
     /// The change in progress, if any.
     pub change: Option<ChangeRecord>,
     /// Other things that the job has made and that must be removed, in the order in which they were made.
@@ -45,6 +48,13 @@ pub struct JobRecord {
     /// The copy, once its instant is taken, if another process can resume it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyRecord>,
+}
+
+impl JobRecord {
+    /// All origins, in the order in which they were given.
+    pub fn origins(&self) -> impl Iterator<Item = &OriginRecord> {
+        self.origin.iter().chain(&self.further_origins)
+    }
 }
 
 /// A copy between its instant and its end: what a process needs to resume it.
@@ -296,6 +306,7 @@ mod tests {
                 table: "0 8192 linear 8:16 2048\n8192 8192 linear 8:32 2048".to_owned(),
                 queue: BTreeMap::new(),
             }),
+            further_origins: Vec::new(),
             change: Some(ChangeRecord {
                 name: "insert".to_owned(),
                 step: 9,
@@ -313,6 +324,16 @@ mod tests {
         let queue = [("read_ahead_kb", "4096"), ("write_cache", "write through")];
         let queue = queue.map(|(file, value)| (file.to_owned(), value.to_owned())).into();
         JobRecord { origin: job().origin.map(|origin| OriginRecord { queue, ..origin }), ..job() }
+    }
+
+    fn of_a_group() -> JobRecord {
+        let wal = OriginRecord {
+            device: "vg-wal".to_owned(),
+            number: DeviceNumber { major: 253, minor: 4 },
+            table: "0 2048 linear 8:48 2048".to_owned(),
+            queue: BTreeMap::new(),
+        };
+        JobRecord { further_origins: vec![wal], ..job() }
     }
 
     fn copying() -> JobRecord {
@@ -394,6 +415,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/job-queue-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), with_settings());
         assert_eq!(encode(&with_settings()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/job-group-v1.json");
+        assert_eq!(decode::<JobRecord>(golden).unwrap(), of_a_group());
+        assert_eq!(encode(&of_a_group()).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/job-copy-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), copying());
         assert_eq!(encode(&copying()).unwrap(), golden);

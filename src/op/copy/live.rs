@@ -22,7 +22,7 @@ use crate::op::memory;
 use crate::progress::{Event, Observer, Phase};
 use crate::stack::hooks::Hook;
 use crate::stack::watchdog::Standby;
-use crate::stack::{InstantContext, Stack, StackRequest};
+use crate::stack::{InstantContext, Stack};
 use crate::store::{CowStore, KeptStore, StoreConfig};
 use crate::sys::process::{LockedMemory, crash_point};
 
@@ -101,21 +101,21 @@ impl Live {
         interrupt()?;
         self.latency_before = self.probe.as_mut().and_then(OriginProbe::mean);
         observer.event(&Event::Phase { phase: Phase::Instant, total: None });
-        let request = StackRequest { cow: store.number(), ..live.stack.clone() };
+        let request = live.insert.with_stores([store.number()]);
         let mut at_instant = |instant: &InstantContext<'_>| match &plan.request.hooks.frozen {
             None => Ok(()),
             Some(command) => Hook {
                 option: "--hook-frozen",
                 command,
                 origin: &plan.origin.path,
-                below: Some(instant.below),
+                below: instant.below.first().map(PathBuf::as_path),
                 deadline: Some(instant.deadline),
             }
             .run(interrupt),
         };
         let inserted =
             Stack::insert(&self.dm, &mut self.job(), &request, &standby, &mut at_instant, interrupt);
-        let stack = inserted?;
+        let stack = inserted?.remove(0);
         let times = stack.times();
         self.stack = Some(stack);
         drop(admission);
@@ -147,7 +147,7 @@ impl Live {
     }
 
     fn question(&self, live: &LivePlan) -> Result<Question> {
-        Question::of(&self.dm, self.dm.info_of(&live.stack.origin)?.number)
+        Question::of(&self.dm, self.dm.info_of(live.config.origin_name.as_str())?.number)
     }
 
     /// What was made is asked about by its own devices: paths may have led elsewhere.

@@ -15,7 +15,7 @@ use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, Second
 use crate::op::targets::{self, TargetFacts};
 use crate::secondary::{self, Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
 use crate::stack::Change;
-use crate::stack::{self, Planned, StackRequest};
+use crate::stack::{self, InsertRequest, StackRequest};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
 use crate::sys::privilege::require_root;
 use crate::topology::{Topology, device_number};
@@ -57,7 +57,7 @@ pub struct LivePlan {
     #[serde(skip)]
     pub(super) config: StoreConfig,
     #[serde(skip)]
-    pub(super) stack: StackRequest,
+    pub(super) insert: InsertRequest,
 }
 
 /// Observes and plans.
@@ -217,15 +217,20 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         // The store's device does not exist yet: the run fills in its number.
         cow: number,
         chunk: request.chunk,
-        filesystems: origin.filesystems.clone(),
         lock_filesystem: origin.lock_filesystem,
-        budget: request.freeze_budget,
         all: request.all,
-        planned: Some(Planned { frozen: origin.frozen.clone(), table: table.clone() }),
+        planned_table: Some(table.clone()),
         lvm_lock: request.lvm_lock,
     };
-    let steps = stack::insertion(&stack, &table, &config.id);
-    Ok(LivePlan { store, steps, table: table.to_string(), memory_waits, config, stack })
+    let insert = InsertRequest {
+        stacks: vec![stack],
+        filesystems: origin.filesystems.clone(),
+        planned: Some(origin.frozen.clone()),
+        budget: request.freeze_budget,
+    };
+    let text = table.to_string();
+    let steps = stack::insertion(&insert, &[table], &config.id);
+    Ok(LivePlan { store, steps, table: text, memory_waits, config, insert })
 }
 
 impl CopyPlan {

@@ -67,7 +67,7 @@ impl<'a> Session<'a> {
             observer.event(&Event::Warning { text: text.clone() });
         }
         let number = plan.origin.number.filter(|_| plan.live.is_some());
-        let job = number.map(|number| Job::begin_for_origin("copy", number)).transpose();
+        let job = number.map(|number| Job::begin_for_origins("copy", &[number])).transpose();
         let job = job.map_err(|error| error.state("nothing was frozen or inserted"))?;
         let mut session = Self::new(plan, observer, interrupt);
         session.job = job;

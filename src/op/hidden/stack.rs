@@ -1,22 +1,24 @@
-//! A stack inserted and removed without a copy, for the VM cases.
+//! Stacks inserted and removed without a copy, for the VM cases.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::report::tell;
-use crate::base::{ChunkSize, Error, ErrorKind, Result};
-use crate::dm::Dm;
+use crate::base::{ChunkSize, DeviceNumber, Error, ErrorKind, Result};
+use crate::dm::{Dm, Table};
 use crate::job::Job;
 use crate::stack::hooks::Hook;
 use crate::stack::watchdog::Standby;
-use crate::stack::{InstantContext, Stack, StackRequest, crash_points};
+use crate::stack::{
+    InsertRequest, InstantContext, Stack, StackNames, StackRequest, dismantling, insertion, restoration,
+};
 use crate::sys::signal;
 use crate::volume::lvm_lock::LvmScope;
 
-/// `__stack REPORT ORIGIN COW BUDGET-MS HOOK [MOUNT-POINT...]`: inserts, writes "in place ..." or
-/// the error to REPORT, waits for the end of standard input, removes. `__stack REPORT points`
-/// writes the names of all crash points.
+/// `__stack REPORT ORIGIN[,ORIGIN...] COW[,COW...] BUDGET-MS HOOK [MOUNT-POINT...]`: inserts a stack under each
+/// origin at one instant, writes "in place ..." or the error to REPORT, waits for the end of standard input,
+/// removes the stacks. `__stack REPORT points ORIGIN-COUNT` writes the names of all crash points.
 pub const ARGUMENT: &str = "__stack";
 
 /// Does it.
@@ -24,27 +26,22 @@ pub const ARGUMENT: &str = "__stack";
 /// # Errors
 /// Those of what it does.
 pub fn run(report: &Path, words: &[String]) -> Result<()> {
-    if words == ["points"] {
-        return tell(report, &crash_points().join("\n"));
+    if let [first, count] = words
+        && first == "points"
+    {
+        let count = count.parse().map_err(|_| Error::usage("a number of origins"))?;
+        return tell(report, &crash_points(count)?.join("\n"));
     }
-    let [origin, cow, budget, hook, mounts @ ..] = words else {
-        return Err(Error::usage("__stack REPORT ORIGIN COW BUDGET-MS HOOK [MOUNT-POINT...]"));
+    let [origins, cows, budget, hook, mounts @ ..] = words else {
+        return Err(Error::usage("__stack REPORT ORIGIN[,...] COW[,...] BUDGET-MS HOOK [MOUNT-POINT...]"));
     };
     signal::catch_termination()?;
-    let request = StackRequest {
-        origin: origin.clone(),
-        cow: cow.parse()?,
-        chunk: ChunkSize::default(),
-        filesystems: mounts.iter().map(PathBuf::from).collect(),
-        lock_filesystem: false,
-        budget: Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?),
-        all: false,
-        planned: None,
-        lvm_lock: LvmScope::Change,
-    };
+    let cows = cows.split(',').map(str::parse).collect::<Result<Vec<DeviceNumber>>>()?;
+    let budget = Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?);
+    let request = request(&origins.split(',').collect::<Vec<_>>(), &cows, budget, mounts);
     let dm = Dm::open()?;
     let mut job = Job::begin("trial")?;
-    let path = PathBuf::from(origin);
+    let path = PathBuf::from(origins);
     let interrupt = || {
         if signal::stop_requested() {
             return Err(Error::new(ErrorKind::Interrupted, "asked to stop"));
@@ -56,14 +53,14 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
             option: "--hook-frozen",
             command: hook,
             origin: &path,
-            below: Some(context.below),
+            below: context.below.first().map(PathBuf::as_path),
             deadline: Some(context.deadline),
         }
         .run(&interrupt)
     };
     let standby = Standby::start(job.id());
-    let stack = match Stack::insert(&dm, &mut job, &request, &standby, &mut at_instant, &interrupt) {
-        Ok(stack) => stack,
+    let stacks = match Stack::insert(&dm, &mut job, &request, &standby, &mut at_instant, &interrupt) {
+        Ok(stacks) => stacks,
         Err(error) => {
             if error.failed_undos().is_empty() {
                 job.finish()?;
@@ -71,17 +68,54 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
             return Err(error);
         }
     };
-    let times = stack.times();
-    let (frozen, suspended) = (times.frozen.as_millis(), times.suspended.as_millis());
-    tell(report, &format!("in place frozen_ms={frozen} suspended_ms={suspended}"))?;
+    for stack in &stacks {
+        let times = stack.times();
+        let (frozen, suspended) = (times.frozen.as_millis(), times.suspended.as_millis());
+        tell(report, &format!("in place frozen_ms={frozen} suspended_ms={suspended}"))?;
+    }
     let mut rest = Vec::new();
     // A signal ends the wait as well as the end of the input does.
     let _ = std::io::stdin().read_to_end(&mut rest);
-    let checked = stack.check_in_place(&dm).and_then(|()| {
+    let checked = stacks.iter().try_for_each(|stack| {
+        stack.check_in_place(&dm)?;
         let status = stack.snapshot_status(&dm)?;
         tell(report, &format!("status {status:?}"))
     });
-    stack.remove(&dm, &mut job)?;
+    stacks.iter().try_for_each(|stack| stack.remove(&dm, &mut job))?;
     job.finish()?;
     checked
+}
+
+fn request(origins: &[&str], cows: &[DeviceNumber], budget: Duration, mounts: &[String]) -> InsertRequest {
+    let stack = |(origin, cow): (&&str, &DeviceNumber)| StackRequest {
+        origin: (*origin).to_owned(),
+        cow: *cow,
+        chunk: ChunkSize::default(),
+        lock_filesystem: false,
+        all: false,
+        planned_table: None,
+        lvm_lock: LvmScope::Change,
+    };
+    InsertRequest {
+        stacks: origins.iter().zip(cows).map(stack).collect(),
+        filesystems: mounts.iter().map(PathBuf::from).collect(),
+        planned: None,
+        budget,
+    }
+}
+
+/// Every crash point of the changes of so many stacks, in order.
+fn crash_points(origins: usize) -> Result<Vec<String>> {
+    let id = crate::dm::naming::new_id();
+    let table: Table = "0 8 linear 8:0 0".parse()?;
+    let names: Vec<String> = (0..origins).map(|index| format!("origin{index}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let cows = vec![DeviceNumber { major: 8, minor: 0 }; origins];
+    let request = request(&names, &cows, Duration::ZERO, &[]);
+    let changes = [
+        insertion(&request, &vec![table.clone(); origins], &id),
+        restoration("origin0", &table, &table),
+        dismantling(&StackNames::new("origin0", &id)),
+    ];
+    Ok(changes.iter().flat_map(crate::stack::Change::crash_points).collect())
 }
