@@ -23,8 +23,8 @@ impl Human for CopyPlan {
         lines.add("segments", segments_text(self));
         match (&self.live, &origin.kind) {
             (Some(live), _) => add_live(&mut lines, self, live),
-            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place: the copy resumes on it"),
-            (None, _) => lines.0.push_str("origin is at rest: read as it is, nothing is inserted\n"),
+            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place: the resumed copy uses it"),
+            (None, _) => lines.0.push_str("origin is not in use: read directly, no snapshot is inserted\n"),
         }
         lines.0
     }
@@ -105,8 +105,11 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     }
     lines.add("impact", plan.request.impact.to_string());
     let points: Vec<String> = plan.origin.filesystems.iter().map(|path| path.display().to_string()).collect();
-    let frozen =
-        if points.is_empty() { "no filesystem is mounted from here".to_owned() } else { points.join(", ") };
+    let frozen = if points.is_empty() {
+        "no filesystem of the origin is mounted".to_owned()
+    } else {
+        points.join(", ")
+    };
     lines.add("frozen", format!("{frozen} (for at most {:?})", plan.request.freeze_budget));
     for text in &plan.origin.not_frozen {
         lines.add("not frozen", text);

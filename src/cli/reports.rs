@@ -74,7 +74,7 @@ fn instant_text(superblock: &Superblock) -> String {
 
 fn originals_text(mode: OriginalsMode, totals: &Totals) -> String {
     match mode {
-        OriginalsMode::None => "none: the origin was quiet".to_owned(),
+        OriginalsMode::None => "none: the origin was not in use".to_owned(),
         OriginalsMode::Overlay => "applied to the data".to_owned(),
         OriginalsMode::Append => format!("{} after the data, applied by restore", totals.originals_bytes),
     }
@@ -92,7 +92,7 @@ fn preserved_text(preserved: Option<Bytes>, size: Option<Bytes>) -> String {
         (Some(preserved), Some(size)) => {
             format!("{preserved} of {size} still preserved: only the copy shows the instant")
         }
-        _ => "nothing writes through it".to_owned(),
+        _ => "no writes of the origin go through it".to_owned(),
     }
 }
 
@@ -368,7 +368,7 @@ fn job_progress(job: &JobStatus) -> String {
     let died = if job.alive { "" } else { " (when it died)" };
     let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
     let lvm = if job.keeps_lvm_away {
-        "  LVM commands that change the volume group wait for its end\n"
+        "  LVM commands that change the volume group wait until it ends\n"
     } else {
         ""
     };
@@ -389,7 +389,7 @@ impl Human for Status {
         rows.extend(self.jobs.iter().map(job_row));
         text.push_str(&section(&rows));
         text.extend(self.jobs.iter().map(job_progress));
-        let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE", "THE ORIGIN'S WRITES"])];
+        let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE", "CONTENT"])];
         rows.extend(self.stacks.iter().map(|stack| {
             let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());
             vec![
@@ -400,7 +400,7 @@ impl Human for Status {
                 if stack.status.is_usable() {
                     preserved_text(stack.preserved, stack.size)
                 } else {
-                    "are not preserved any more".to_owned()
+                    "lost".to_owned()
                 },
             ]
         }));

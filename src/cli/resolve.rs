@@ -98,7 +98,8 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
 fn reject_hook_under_lock(request: CopyRequest) -> Result<CopyRequest> {
     if request.lvm_lock == LvmScope::Copy && request.hooks.after.is_some() {
         return Err(Error::usage(
-            "--lvm-lock copy cannot be used with --hook-after, whose commands would wait for its end",
+            "--lvm-lock copy cannot be used with --hook-after: LVM commands of the hook would wait for the \
+             end of the copy",
         )
         .next("use --lvm-lock change, or run the command after the copy"));
     }

@@ -16,7 +16,7 @@ pub fn stop_on_signals(output: Output) -> Result<()> {
     signal::catch_termination()?;
     let spawned = thread::Builder::new().name("signals".to_owned()).spawn(move || {
         if let Err(error) = signal::unblock_progress_signal() {
-            tracing::debug!("SIGUSR1 is not answered: {error}");
+            tracing::debug!("SIGUSR1 will not print the progress: {error}");
         }
         let mut seen = SignalCounts::default();
         while let Some(arrived) = signal::wait(seen) {

@@ -218,7 +218,7 @@ fn check_can_be_copied_again(
     let why = if gone > 0 {
         format!("{gone} of them were released, so the origin no longer holds their content at the instant")
     } else if resumed.originals_begun {
-        "originals were being applied to them, so their right content is unknown".to_owned()
+        "originals were being applied to them, so their correct content is unknown".to_owned()
     } else {
         return Ok(());
     };

@@ -236,7 +236,8 @@ fn give_up(secondary: &mut dyn Secondary, error: Error, is_drained: bool) -> Err
         // A further request to it may hang, as those in flight do.
         secondary.leave();
         Ok(format!(
-            "{} does not answer: writes in flight to it may still arrive, and this process ends when they have",
+            "{} does not answer: writes in flight to it may still complete, and this process exits when they \
+             have",
             secondary.description()
         ))
     };
@@ -296,7 +297,7 @@ fn run_phases(
 ) -> Result<CopyReport> {
     if plan.verify && secondary.is_stream() {
         return Err(Error::usage("an archive sent to standard output cannot be read back")
-            .next("leave out --verify, and run 'tidemark verify' where the archive is stored"));
+            .next("omit --verify, and run 'tidemark verify' where the archive is stored"));
     }
     let (size, piece_max) = (plan.schedule.size(), plan.throttle.read_max());
     let origin = Origin::open(driver.engine, origin, &plan.origin_description, size, piece_max)?;

@@ -275,8 +275,8 @@ pub(super) fn check_crc(
         return Ok(());
     }
     Err(Error::bad_data(format!(
-        "{secondary} holds other data than were written: the segment at {} of the origin has CRC-32C \
-         {found:08x}, {expected:08x} was written",
+        "{secondary} does not hold what was written to it: the segment at {} of the origin has CRC-32C \
+         {found:08x} instead of {expected:08x}",
         work.extent
     ))
     .next("do not use this copy: check the secondary's medium and its cabling, and copy again"))

@@ -78,7 +78,7 @@ pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<By
             "regions of {size} are too small for an origin of {origin} with segments of {segment}: there are \
              at most {UNITS_MAX}"
         ))
-        .next(format!("use --region {}KiB or leave out --region", smallest.get() / 1024))),
+        .next(format!("use --region {}KiB or omit --region", smallest.get() / 1024))),
         Some(size) => Ok(size.align_up(segment.bytes())),
         None => Ok(Bytes(origin.get() / UNITS_DEFAULT)
             .max(REGION_BYTES_MIN)
@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(size(Bytes::gib(2048), None).unwrap(), Bytes::gib(2));
         assert_eq!(size(Bytes::mib(48), Some(Bytes(1))).unwrap(), segment().bytes());
         let error = size(Bytes::gib(1), Some(Bytes::kib(64))).unwrap_err();
-        assert_eq!(error.next_step(), Some("use --region 1024KiB or leave out --region"));
+        assert_eq!(error.next_step(), Some("use --region 1024KiB or omit --region"));
     }
 
     #[test]

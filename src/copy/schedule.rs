@@ -160,7 +160,7 @@ pub fn segment_size_for(origin_size: Bytes, requested: Option<SegmentSize>) -> R
             "segments of {size} are too small for an origin of {origin_size}: a copy has at most \
              {SEGMENT_COUNT_MAX} segments"
         ))
-        .next(format!("use --segment {}KiB or leave out --segment", needed.bytes().get() / 1024))),
+        .next(format!("use --segment {}KiB or omit --segment", needed.bytes().get() / 1024))),
         _ => Ok(needed),
     }
 }
@@ -187,7 +187,7 @@ mod tests {
         let small = SegmentSize::new(Bytes::kib(64)).unwrap();
         assert_eq!(segment_size_for(Bytes::gib(256), Some(small)).unwrap(), small);
         let error = segment_size_for(Bytes::gib(257), Some(small)).unwrap_err();
-        assert_eq!(error.next_step(), Some("use --segment 128KiB or leave out --segment"));
+        assert_eq!(error.next_step(), Some("use --segment 128KiB or omit --segment"));
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl<'a> ProgressFile<'a> {
             state.view.encode().map_err(io::Error::other).and_then(|bytes| replace(&self.path, &bytes));
         if let Err(error) = written {
             state.failed = true;
-            tracing::info!("{} is no longer written: {error}", self.path.display());
+            tracing::info!("{} is no longer updated: {error}", self.path.display());
         }
     }
 }

@@ -235,7 +235,7 @@ impl Job {
     /// dies, `recover` removes the file. If that cannot be recorded, the command continues with a warning.
     pub fn note_partial(&mut self, path: &Path) {
         let noted = match path.to_str() {
-            None => Err(Error::usage("its path is not in UTF-8")),
+            None => Err(Error::usage("its path is not UTF-8")),
             Some(path) => {
                 let resource = ResourceRecord { kind: PARTIAL.to_owned(), path: path.to_owned() };
                 self.record.resources.push(resource);
@@ -308,7 +308,7 @@ pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
     };
     if let Err(error) = job.finish() {
         tracing::warn!(
-            "the command succeeded, but its record is left; 'tidemark recover' removes it: {error}"
+            "the command succeeded, but its record remains; 'tidemark recover' removes it: {error}"
         );
     }
     Ok(value)

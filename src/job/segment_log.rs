@@ -63,7 +63,7 @@ impl SegmentLog {
             .create_new(true)
             .mode(0o600)
             .open(path)
-            .io_context(|| format!("creating the journal of segments {}", path.display()))?;
+            .io_context(|| format!("creating the segment log {}", path.display()))?;
         // Killed in between: a journal without a header is refused, and nothing was placed yet.
         file.write_all(&block).io_context(|| format!("writing {}", path.display()))?;
         Ok(Self {
@@ -84,7 +84,7 @@ impl SegmentLog {
         let file = open(path)?;
         let content = read_from(&file, path)?;
         file.set_len(content.length.get())
-            .io_context(|| format!("cutting the torn end off {}", path.display()))?;
+            .io_context(|| format!("truncating the torn end of {}", path.display()))?;
         let records = (content.length.as_len() - HEADER_BYTES) / RECORD_BYTES;
         let next = Bytes::from_len(records).get();
         let (path, header) = (path.to_owned(), content.header.clone());
@@ -149,7 +149,7 @@ impl SegmentLog {
         for record in records {
             if next >= RECORD_COUNT_MAX {
                 let what = format!(
-                    "{} has {RECORD_COUNT_MAX} records, the most that a journal can hold",
+                    "{} has {RECORD_COUNT_MAX} records, the most that a segment log can hold",
                     self.path.display()
                 );
                 return Err(Error::refused(what).next("copy again from the beginning"));
@@ -163,7 +163,11 @@ impl SegmentLog {
             // A part of the records may be in the file: a reader takes that for a torn end only if it is the
             // end.
             if let Err(error) = self.file.set_len(end.get()) {
-                tracing::warn!(path = %self.path.display(), %error, "the torn end of the journal could not be cut off");
+                tracing::warn!(
+                    path = %self.path.display(),
+                    %error,
+                    "the torn end of the segment log could not be truncated"
+                );
             }
             return Err(self.failure(error));
         }
@@ -172,7 +176,7 @@ impl SegmentLog {
     }
 
     fn failure(&self, error: io::Error) -> Error {
-        Error::io(format!("appending to the journal of segments {}", self.path.display()), error)
+        Error::io(format!("appending to the segment log {}", self.path.display()), error)
     }
 
     /// Calls `note`. If that fails, drops the journal, so that no resume uses a journal with gaps.
@@ -228,9 +232,9 @@ fn options() -> OpenOptions {
 fn open(path: &Path) -> Result<File> {
     options().open(path).map_err(|error| {
         let missing = error.kind() == io::ErrorKind::NotFound;
-        let error = Error::io(format!("opening the journal of segments {}", path.display()), error);
+        let error = Error::io(format!("opening the segment log {}", path.display()), error);
         if missing {
-            error.with_kind(ErrorKind::Refused).next("run tidemark recover, and copy again")
+            error.with_kind(ErrorKind::Refused).next("run 'tidemark recover', and copy again")
         } else {
             error
         }
@@ -244,7 +248,7 @@ fn read_from(file: &File, path: &Path) -> Result<SegmentLogContent> {
     let named = |error: Error| {
         error
             .context(path.display().to_string())
-            .next("the copy cannot be resumed: run tidemark recover, and copy again")
+            .next("the copy cannot be resumed: run 'tidemark recover', and copy again")
     };
     let header = Header::decode(&memory[..found]).map_err(named)?;
     let mut follower = Follower::new(&header);

@@ -39,13 +39,13 @@ pub const WAITING_FOR_OTHERS: &str = "waiting: another copy is about to take its
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What to do where a store's place is wrong.
-const NAME_ANOTHER: &str = "name a directory on a file system of another device of this machine, or a block device, \
-                            with --store; of disks on SCSI, SATA, USB, NVMe, virtio, Xen and MMC, and of LVM and md on \
-                            them, it can be told";
+const NAME_ANOTHER: &str = "with --store, name a block device or a directory on another disk of this \
+                            machine; its dependencies are known if it is on SCSI, SATA, USB, NVMe, virtio, \
+                            Xen or MMC disks, also through LVM and md";
 
 /// What to do where memory may wait for the origin.
-const WITHOUT_MEMORY: &str = "take the swap space out of use for the copy (swapoff), or name a block device that is \
-                              no loop device with --store, and leave --store-ram away";
+const WITHOUT_MEMORY: &str = "disable the swap space for the copy (swapoff), or name a block device other \
+                              than a loop device with --store, and omit --store-ram";
 
 /// No other copy of this host places its store as long as this lives.
 #[derive(Debug)]
@@ -80,11 +80,11 @@ impl Admission {
             interrupt()?;
             if watch.elapsed() >= PATIENCE {
                 return Err(Error::refused(format!(
-                    "another copy has been about to take its instant for {} minutes",
+                    "another copy has been waiting to take its instant for {} minutes",
                     PATIENCE.as_secs() / 60
                 ))
                 .state("nothing was changed")
-                .next("see which with 'tidemark status'"));
+                .next("'tidemark status' shows it"));
             }
             thread::sleep(PAUSE);
         }
@@ -184,10 +184,12 @@ impl Question {
             _ if on_full == OnFull::Abort && matches!(answer, Answer::Unknown(_)) => Ok(()),
             None => Ok(()),
             Some(error) if matches!(answer, Answer::Unknown(_)) => Err(error.next(
-                "leave --on-full hold away, or choose a secondary of which it can be told, or - to send the copy elsewhere",
+                "omit --on-full hold, or choose a secondary whose dependencies are known, or - for standard \
+                 output",
             )),
-            Some(error) => Err(error
-                .next("choose a secondary on another disk or file system, or - to send the copy elsewhere")),
+            Some(error) => {
+                Err(error.next("choose a secondary on another disk or filesystem, or - for standard output"))
+            }
         }
     }
 

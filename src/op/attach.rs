@@ -59,10 +59,10 @@ pub struct Attached {
 pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached> {
     privilege::require_root("attaching a device")?;
     check_name(name)?;
-    let meta = fs::metadata(device).io_context(|| format!("looking at {}", device.display()))?;
+    let meta = fs::metadata(device).io_context(|| format!("examining {}", device.display()))?;
     if !meta.file_type().is_block_device() {
         return Err(Error::usage(format!("{} is not a block device", device.display()))
-            .next("a regular file needs no attaching: copy it as it is"));
+            .next("a regular file does not have to be attached: copy it directly"));
     }
     let number = DeviceNumber::from_dev(meta.rdev());
     let dm = Dm::open()?;
@@ -74,7 +74,7 @@ pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached>
         if is_it {
             return finish(name, &stable, Bytes(size_of(&info.number)?), install_unit);
         }
-        return Err(Error::refused(format!("there is a device-mapper device {name} already"))
+        return Err(Error::refused(format!("a device-mapper device {name} exists already"))
             .state("nothing was changed")
             .next("choose another --name"));
     }
@@ -135,7 +135,7 @@ fn finish(name: &str, stable: &Path, size: Bytes, install_unit: bool) -> Result<
     };
     let fstab =
         format!("{} MOUNT-POINT auto defaults,x-systemd.requires={} 0 2", path.display(), unit_name(name));
-    next.push(format!("put into /etc/fstab in place of the device's own line: {fstab}"));
+    next.push(format!("in /etc/fstab, replace the device's line by: {fstab}"));
     Ok(Attached { name: name.to_owned(), path, device: stable.to_owned(), size, fstab, unit, next })
 }
 
@@ -149,7 +149,7 @@ pub fn check_name(name: &str) -> Result<()> {
             .next("use letters, digits, '_', '.' and '-', such as --name data"))
     };
     if name.is_empty() || name.len() > NAME_BYTES_MAX {
-        return bad(&format!("it has to have 1 to {NAME_BYTES_MAX} characters"));
+        return bad(&format!("it must have 1 to {NAME_BYTES_MAX} characters"));
     }
     if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) {
         return bad("it has other characters than letters, digits, '_', '.' and '-'");
@@ -165,17 +165,17 @@ fn refuse(device: &Path, number: DeviceNumber) -> Result<()> {
     let topology = Topology::default();
     if topology.is_read_only(number) {
         return Err(Error::refused(format!("{} is read-only", device.display()))
-            .next("a device that cannot change is copied as it is; or: blockdev --setrw"));
+            .next("copy it without attaching it, or make it writable (blockdev --setrw)"));
     }
     match volume::resolve(device) {
         Ok(origin) => match origin.kind {
             OriginKind::ColdDevice => Ok(()),
             OriginKind::Live { .. } => Err(Error::refused(format!(
-                "{} is a device-mapper device and needs no attaching",
+                "{} is a device-mapper device and does not have to be attached",
                 device.display()
             ))
             .state("nothing was changed")
-            .next(format!("copy it as it is: tidemark copy {} SECONDARY", device.display()))),
+            .next(format!("copy it directly: tidemark copy {} SECONDARY", device.display()))),
             OriginKind::ColdFile => Err(Error::usage(format!("{} is not a block device", device.display()))),
         },
         Err(error) if error.kind() == ErrorKind::Refused => {
@@ -193,7 +193,7 @@ fn size_of(number: &DeviceNumber) -> Result<u64> {
         .ok()
         .and_then(|sectors| Sectors(sectors).checked_bytes())
         .map(Bytes::get)
-        .ok_or_else(|| Error::bad_data(format!("{path} holds '{}'", text.trim())))
+        .ok_or_else(|| Error::bad_data(format!("{path} contains '{}'", text.trim())))
 }
 
 /// The first of udev's links that leads to the device and does not depend on the order in which

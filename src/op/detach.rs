@@ -81,8 +81,8 @@ fn refuse(dm: &Dm, name: &str, open_count: u32) -> Result<()> {
             .next(format!("take {} out of use first", topology.name(*holder))));
     }
     if open_count > 0 {
-        return Err(refused(format!("{name} is open in {open_count} place(s)"))
-            .next(format!("see by whom: fuser -v /dev/mapper/{name}")));
+        return Err(refused(format!("{name} is open ({open_count} times)"))
+            .next(format!("find its users: fuser -v /dev/mapper/{name}")));
     }
     Ok(())
 }

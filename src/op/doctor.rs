@@ -129,7 +129,7 @@ impl Host {
             self.io_uring(),
             self.memlock(),
             self.memory(),
-            directory("run-writable", "/run/tidemark", "the record of what is in progress"),
+            directory("run-writable", "/run/tidemark", "the records of commands in progress"),
             directory("state-writable", "/var/lib/tidemark", "attached volumes, and the store by default"),
             store_space(),
             self.modprobe(),
@@ -162,7 +162,7 @@ impl Host {
     }
 
     fn kernel(&self) -> Check {
-        let needed_for = "loop devices made in one step, io_uring";
+        let needed_for = "LOOP_CONFIGURE, io_uring";
         let found = format!("Linux {}", self.release);
         match parse_release(&self.release) {
             Some(version) if version >= KERNEL_TESTED => ok("kernel", needed_for, &found),
@@ -170,15 +170,17 @@ impl Host {
                 "kernel",
                 needed_for,
                 &found,
-                "the tests run on 6.1 and 6.12: install a newer kernel of your distribution",
+                "the tests run on 6.1 and 6.12: install a newer kernel from your distribution",
             ),
-            _ => missing("kernel", needed_for, &found, "install a kernel of 5.8 or newer, better 6.1"),
+            _ => {
+                missing("kernel", needed_for, &found, "install kernel 5.8 or newer, preferably 6.1 or newer")
+            }
         }
     }
 
     fn modules(&self) -> Vec<Check> {
         [
-            ("dm-mod", "dm_mod", "every device that Tidemark makes"),
+            ("dm-mod", "dm_mod", "every device that Tidemark creates"),
             ("dm-snapshot", "dm_snapshot", "copy-on-write: the instant of a live volume"),
             ("loop", "loop", "a COW store in a file"),
         ]
@@ -227,34 +229,36 @@ impl Host {
     fn flushes(&self) -> Check {
         let (name, needed_for) = ("dm-switch", "cheap flushes and cheap new files during a copy");
         if self.is_usable("dm_switch") {
-            return ok(name, needed_for, "dm-switch is there");
+            return ok(name, needed_for, "available");
         }
         warn(
             name,
             needed_for,
-            "not there: less of the free space is told apart, and each flush of an application costs more",
+            "not available: writes to fewer free ranges bypass the snapshot, and each flush of an \
+             application costs more",
             &generic_kernel_remedy(&self.read("/etc/os-release").unwrap_or_default()),
         )
     }
 
     fn memory_head(&self) -> Check {
-        let (name, needed_for) = ("zram", "the COW store's part in memory: cheap first writes");
+        let (name, needed_for) = ("zram", "the COW store's RAM head: cheap first writes");
         if self.is_usable("zram") {
-            return ok(name, needed_for, "zram is there");
+            return ok(name, needed_for, "available");
         }
         if self.module("brd") == Module::Available {
-            return ok(name, needed_for, "zram is not, brd is used instead");
+            return ok(name, needed_for, "not available; brd is used instead");
         }
         warn(
             name,
             needed_for,
-            "neither zram nor a free brd",
+            "neither zram nor an unused brd is available",
             &generic_kernel_remedy(&self.read("/etc/os-release").unwrap_or_default()),
         )
     }
 
     fn io_uring(&self) -> Check {
-        let (name, needed_for) = ("io_uring", "copying at full speed (plain calls are used without)");
+        let (name, needed_for) =
+            ("io_uring", "copying at full speed (without it, plain read and write calls are used)");
         let config = EngineConfig { buffer_count: 1, buffer_bytes: Bytes::kib(4) };
         let why = match open_engine(config, EnginePreference::Uring) {
             Ok(_) => return ok(name, needed_for, "works"),
@@ -292,10 +296,10 @@ impl Host {
         match memory::left(&Topology::at(&self.root), &self.root) {
             None => ok(name, needed_for, "no control group limits it"),
             Some(left) if left >= usual => {
-                ok(name, needed_for, &format!("the control group may have {left} more"))
+                ok(name, needed_for, &format!("the control group may use {left} more"))
             }
             Some(left) => {
-                let found = format!("the control group may have only {left} more");
+                let found = format!("the control group may use only {left} more");
                 let remedy = format!("allow it {usual} (memory.max, systemd's MemoryMax=)");
                 if left >= least {
                     warn(name, needed_for, &found, &remedy)
@@ -312,26 +316,26 @@ impl Host {
             .iter()
             .any(|at| self.path(at).exists())
         {
-            return ok(name, needed_for, "is there");
+            return ok(name, needed_for, "found");
         }
         let all = ["dm_mod", "dm_snapshot", "loop", "zram"];
         if all.iter().all(|module| matches!(self.module(module), Module::Loaded | Module::BuiltIn)) {
-            return ok(name, needed_for, "not there, and every module is loaded");
+            return ok(name, needed_for, "not found, but every module is loaded");
         }
         warn(
             name,
             needed_for,
-            "not there",
+            "not found",
             "install the package kmod, or load dm-snapshot, loop and zram first",
         )
     }
 }
 
 fn device_mapper() -> Check {
-    let (name, needed_for) = ("device-mapper", "every device that Tidemark makes");
+    let (name, needed_for) = ("device-mapper", "every device that Tidemark creates");
     match Dm::open().and_then(|dm| dm.version()) {
         Ok((major, minor, patch)) => {
-            ok(name, needed_for, &format!("interface {major}.{minor}.{patch} answers"))
+            ok(name, needed_for, &format!("interface version {major}.{minor}.{patch}"))
         }
         Err(error) => missing(
             name,
@@ -354,7 +358,7 @@ fn directory(name: &'static str, path: &str, needed_for: &'static str) -> Check 
             needed_for,
             &format!("{} cannot be written: {}", at.display(), errno.desc()),
             match errno {
-                nix::errno::Errno::EROFS => "mount it for writing, or a tmpfs over it",
+                nix::errno::Errno::EROFS => "remount it read-write, or mount a tmpfs over it",
                 _ => "run as root",
             },
         ),
@@ -366,15 +370,15 @@ fn store_space() -> Check {
     let space = TailPlace::resolve(None).and_then(|place| place.available());
     match space {
         Ok(free) if free >= TAIL_FIRST_MIN => {
-            ok(name, needed_for, &format!("{free} beyond a reserve of at most {RESERVE_MAX}"))
+            ok(name, needed_for, &format!("{free} free besides a reserve of at most {RESERVE_MAX}"))
         }
         Ok(free) => warn(
             name,
             needed_for,
-            &format!("only {free} beyond the reserve"),
-            "make space in /var/lib/tidemark, or give copies another place with --store",
+            &format!("only {free} free besides the reserve"),
+            "free space on the filesystem of /var/lib/tidemark, or name another place with --store",
         ),
-        Err(error) => warn(name, needed_for, &error.to_string(), "give copies another place with --store"),
+        Err(error) => warn(name, needed_for, &error.to_string(), "name another place with --store"),
     }
 }
 

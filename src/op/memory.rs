@@ -42,11 +42,11 @@ fn share(left: Bytes, segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
         return Ok((left - BESIDE_BUFFERS).min(bytes_max));
     }
     Err(Error::refused(format!(
-        "the control group may have {left} of memory more, and a copy with segments of {segment} needs {}",
+        "the control group may use {left} more memory, and a copy with segments of {segment} needs {}",
         least(segment)
     ))
     .state("nothing was changed")
-    .next("raise its limit (memory.max, systemd's MemoryMax=), or take smaller segments: --segment 64KiB"))
+    .next("raise its limit (memory.max, systemd's MemoryMax=), or use smaller segments: --segment 64KiB"))
 }
 
 /// Locks the command in memory, for memory may wait for the origin.
@@ -57,7 +57,7 @@ pub fn lock() -> Result<LockedMemory> {
     LockedMemory::lock().map_err(|source| {
         Error::refused("memory may wait for the origin (swap space), and the copy cannot be locked in memory")
             .with_source(source)
-            .next("take the swap space out of use for the copy (swapoff), or raise the memlock limit (ulimit -l)")
+            .next("disable the swap space for the copy (swapoff), or raise the memlock limit (ulimit -l)")
     })
 }
 

@@ -302,7 +302,9 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
         run(machine, change);
     }
     Error::first_of(errors).map(|()| done).map_err(|error| {
-        error.next("see who uses the devices (dmsetup ls --tree, fuser), then run 'tidemark recover' again")
+        error.next(
+            "find the users of the devices (dmsetup ls --tree, fuser), then run 'tidemark recover' again",
+        )
     })
 }
 
@@ -324,7 +326,7 @@ pub(super) fn recover_job(id: &str) -> Result<()> {
     // Only looked at: the lock of a dead one is let go again.
     while find_one(id)?.is_some_and(|job| job.alive) {
         if Instant::now() >= end {
-            return Err(Error::new(ErrorKind::Timeout, format!("the process of job {id} has not ended")));
+            return Err(Error::new(ErrorKind::Timeout, format!("the process of job {id} has not exited")));
         }
         thread::sleep(DYING_PAUSE);
     }
@@ -479,7 +481,7 @@ fn remove_files(job: FoundJob) -> Result<Vec<String>> {
             let put_back = if has_origin { "the origin has its own table again; " } else { "" };
             return Err(Error::new(ErrorKind::Timeout, leave::no_answer(partial))
                 .state(format!("{put_back}this file and the record of job {} are still there", job.id))
-                .next("see to its disk or server, then run 'tidemark recover' again, which removes both"));
+                .next("check its disk or server, then run 'tidemark recover' again, which removes both"));
         }
         if partial::remove_leftover(partial)? {
             removed.push(format!("remove {}", partial.display()));
@@ -552,7 +554,7 @@ impl Machine for KernelMachine<'_> {
             match &job.record {
                 Ok(record) => scene.dead.push(record.clone()),
                 Err(error) if error.kind() == ErrorKind::BadData => {
-                    tracing::warn!("{error}; going by the kernel's tables alone");
+                    tracing::warn!("{error}; using the kernel's tables alone");
                 }
                 Err(_) => {}
             }

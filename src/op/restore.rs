@@ -57,7 +57,7 @@ pub(super) fn restore(
 /// The archive must survive its own restore: what it lies on is no target, and neither is the archive.
 pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
     let ArchiveSource::Path(path) = archive else { return Ok(Vec::new()) };
-    let found = std::fs::metadata(path).io_context(|| format!("look at {}", path.display()))?;
+    let found = std::fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;
     if let Ok(other) = std::fs::metadata(target)
         && (other.dev(), other.ino()) == (found.dev(), found.ino())
     {
@@ -77,11 +77,11 @@ fn refuse_loop_over(archive: &std::fs::Metadata, target: &Path) -> Result<()> {
     let topology = Topology::default();
     for beneath in topology.stack(device).into_iter().filter(|device| device.major == LOOP_MAJOR) {
         let node = topology.name(beneath);
-        let what = || format!("find out which file {node} shows");
+        let what = || format!("examining the backing file of {node}");
         let Some(status) = loop_device::status(Path::new(&node)).io_context(what)? else { continue };
         if (status.backing_dev, status.backing_inode) == (archive.dev(), archive.ino()) {
             return Err(Error::refused(format!(
-                "{} lies on {node}, whose file is the archive itself",
+                "{} is on {node}, whose backing file is the archive itself",
                 target.display()
             ))
             .state("it was not touched")

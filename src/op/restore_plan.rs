@@ -64,7 +64,7 @@ pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Res
             let shown = request.target.display();
             return Err(Error::refused(format!("{shown} is neither a block device nor a regular file"))
                 .state("nothing was changed")
-                .next("name a device, or a file to be made"));
+                .next("name a device, or a file to be created"));
         }
         // A missing file is made; whatever else is wrong with the name is said when it is opened.
         Err(_) => TargetKind::NewFile,

@@ -41,12 +41,12 @@ use crate::sys::process::LockedMemory;
 use crate::volume::{FreezeSet, Origin, OriginKind};
 
 /// What is left where a secondary does not answer.
-const AS_IT_WAS: &str = "the copy stands as it was: the origin goes on, what it was at the instant is preserved, and nothing \
-                         of the copy is lost";
+const AS_IT_WAS: &str = "the copy stays as it was: the origin stays in use, its content at the instant is \
+                         still preserved, and nothing of the copy is lost";
 
 /// What to do then.
-const SEE_TO_IT: &str = "see to the secondary's disk or server and resume again, or run 'tidemark recover', which puts the \
-                         origin back and gives the copy up";
+const SEE_TO_IT: &str = "check the secondary's disk or server and resume again, or run 'tidemark recover', \
+                         which gives up the copy and restores the origin's table";
 
 /// What would be gone on with. Serialized for `--dry-run --json`.
 #[derive(Debug, Serialize)]
@@ -83,13 +83,13 @@ struct Asked {
 /// [`ErrorKind::Refused`] with the reason where there is none, or
 /// several, or where it cannot go on; I/O errors.
 pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
-    privilege::require_root("going on with a copy")?;
+    privilege::require_root("resuming a copy")?;
     let mut found = choose(find_jobs()?, id)?;
     let record = std::mem::replace(&mut found.record, Err(Error::usage("the record was taken")))?;
     let give_up = |what: String| {
-        Error::refused(format!("job {} cannot go on: {what}", found.id))
+        Error::refused(format!("job {} cannot be resumed: {what}", found.id))
             .state("nothing was changed")
-            .next("run 'tidemark recover', which puts back what is left, and copy again")
+            .next("run 'tidemark recover', which undoes what is left, and copy again")
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
         give_up(if record.command == "copy" {
@@ -97,12 +97,12 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
              reader is gone"
                 .to_owned()
         } else {
-            format!("it is no copy but '{}'", record.command)
+            format!("it is not a copy but '{}'", record.command)
         })
     })?;
     if found.is_newer {
         return Err(Error::refused(format!(
-            "job {} cannot go on: a newer version of tidemark has made it",
+            "job {} cannot be resumed: a newer version of tidemark created it",
             found.id
         ))
         .state("nothing was changed")
@@ -143,9 +143,9 @@ fn choose(jobs: Vec<FoundJob>, id: Option<&str>) -> Result<FoundJob> {
             .next("name one: tidemark resume ID"));
     }
     let job = fitting.pop().ok_or_else(|| {
-        Error::refused(format!("there is no copy to go on with{named}")).state("nothing was changed").next(
-            "look at 'tidemark status'; a copy does not outlive a reboot, nor 'tidemark recover': copy again",
-        )
+        Error::refused(format!("there is no copy to resume{named}"))
+            .state("nothing was changed")
+            .next("see 'tidemark status'; a copy does not survive a reboot or 'tidemark recover': copy again")
     })?;
     if job.alive {
         return Err(Error::refused(format!("job {} is running", job.id))
@@ -158,7 +158,7 @@ fn choose(jobs: Vec<FoundJob>, id: Option<&str>) -> Result<FoundJob> {
 /// The plan of the copy as its own process had it, from its record.
 fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes) -> Result<CopyPlan> {
     let request: CopyRequest = serde_json::from_str(&copy.request).map_err(|source| {
-        Error::bad_data("what was asked for cannot be read: another version of tidemark wrote it")
+        Error::bad_data("the recorded request cannot be read: another version of tidemark wrote it")
             .with_source(source)
             .state("nothing was changed")
             .next("resume with that version, or run 'tidemark recover' and copy again")
@@ -313,9 +313,9 @@ fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<Lo
     let Some(origin) = plan.origin.number else { return Ok(None) };
     let question = Question::of(dm, origin)?;
     question.check_copy(store, &plan.request).map_err(|error| {
-        error.state("the copy stands as it was").next(
-            "take out of the way what was mounted, attached or swapped to since the copy began, and try again; or run \
-             'tidemark recover', which puts the origin back, and copy again",
+        error.state("the copy stays as it was").next(
+            "unmount, detach or swapoff what was mounted, attached or used as swap since the copy began, and \
+             try again; or run 'tidemark recover', which restores the origin's table, and copy again",
         )
     })?;
     question.objection_to_memory().map(|_| memory::lock()).transpose()

@@ -99,7 +99,7 @@ pub struct StackStatus {
 /// # Errors
 /// I/O errors and the kernel's.
 pub fn status() -> Result<Status> {
-    privilege::require_root("looking at device-mapper")?;
+    privilege::require_root("examining device-mapper")?;
     let mut status = Status::default();
     let mut lost = BTreeSet::new();
     let ours = match Dm::open() {
@@ -259,7 +259,7 @@ fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
             progress: job.progress,
             step: change.and_then(|change| {
                 let step = change.steps.get(change.step)?;
-                Some(format!("{}{}: {step}", change.name, if change.undo { ", taken back" } else { "" }))
+                Some(format!("{}{}: {step}", change.name, if change.undo { ", being undone" } else { "" }))
             }),
             command: record.as_ref().map(|record| record.command.clone()),
             process: record.as_ref().map(|record| record.process),

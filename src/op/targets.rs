@@ -81,7 +81,7 @@ fn space_warning(target: &Path, size: Bytes) -> Option<String> {
     let room = Bytes(room.blocks_available().saturating_mul(room.fragment_size()));
     (room < size).then(|| {
         format!(
-            "{} has room for {room}; up to {size} are needed, less where they are zeros",
+            "{} has {room} of free space; up to {size} are needed, less if the origin holds zeros",
             directory.display()
         )
     })
@@ -107,7 +107,7 @@ pub fn naming_job(error: Error, target: &Path) -> Error {
     match holder {
         None => error,
         Some((job, process)) => error
-            .context(format!("job {job} (process {process}) is at it"))
+            .context(format!("job {job} (process {process}) is writing it"))
             .next("wait for the job ('tidemark status --watch'), or name another target"),
     }
 }
@@ -126,7 +126,7 @@ mod tests {
         assert!(overwritten(&file).unwrap().contains("replaced"));
         assert_eq!(TargetFacts::of(&file, Some(Bytes(1))).warnings, [""; 0]);
         let warnings = TargetFacts::of(&file, Some(Bytes(u64::MAX))).warnings;
-        assert!(warnings[0].contains("has room for"), "{warnings:?}");
+        assert!(warnings[0].contains("of free space"), "{warnings:?}");
     }
 
     #[test]

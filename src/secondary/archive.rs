@@ -194,7 +194,7 @@ impl Archive {
         match self.frames.gap_count() {
             0 => Ok(()),
             gaps => Err(Error::bad_data(format!(
-                "{} lacks {gaps} data frames: the journal of segments belongs to another copy",
+                "{} lacks {gaps} data frames: the segment log belongs to another copy",
                 self.description
             ))
             .next("run 'tidemark recover', and copy again")),
@@ -237,7 +237,7 @@ impl Archive {
 
     /// An encoder's refusal: the format cannot express these values.
     fn unfit(&self, error: ArchiveError) -> Error {
-        Error::usage(format!("the format of {} cannot express this copy", self.description))
+        Error::usage(format!("the format of {} cannot represent this copy", self.description))
             .with_source(error)
             .next("choose a smaller --segment, or --format raw")
     }
@@ -345,7 +345,7 @@ fn is_mixture(error: &ArchiveError) -> bool {
 fn open_pipe(request: &SecondaryRequest) -> Result<File> {
     if request.verify {
         return Err(Error::usage("an archive sent to standard output cannot be read back")
-            .next("leave out --verify, and run 'tidemark verify' where the archive is stored"));
+            .next("omit --verify, and run 'tidemark verify' where the archive is stored"));
     }
     if request.originals == OriginalsMode::Overlay {
         return Err(Error::usage(

@@ -43,7 +43,7 @@ impl Frames {
     /// frame out of range, or one frame for two segments.
     pub(super) fn rebuilt(count: u64, placed: &[PlacedSegment]) -> Result<Self> {
         let bad = |what: String| {
-            Error::bad_data(format!("the journal of segments does not fit an archive: {what}"))
+            Error::bad_data(format!("the segment log does not fit an archive: {what}"))
                 .state("nothing was written")
                 .next("run 'tidemark recover', and copy again")
         };

@@ -88,7 +88,7 @@ impl Topology {
             Ok(open) if is_open_for_writing(&open) => {
                 Err(Error::refused(format!("{} is open for writing", file.display()))
                     .state("it was not touched")
-                    .next("stop the process that writes it (fuser shows it), or name another target"))
+                    .next("stop the process that writes to it (fuser shows it), or name another target"))
             }
             _ => Ok(()),
         }

@@ -115,7 +115,7 @@ pub fn recognize(recorded: Option<&TargetRecord>, now: &TargetRecord, path: &Pat
     let is_same_boot = !recorded.boot.is_empty() && recorded.boot == now.boot;
     let devices = compare_devices(&recorded.devices, &now.devices, is_same_boot);
     match (&recorded.file, &now.file) {
-        (None, None) if now.devices.is_empty() => Err(refused(format!("{shown} is not a device any more"))),
+        (None, None) if now.devices.is_empty() => Err(refused(format!("{shown} is no longer a device"))),
         (None, None) => devices.map_err(|why| refused(format!("{shown} is not the copy's target: {why}"))),
         (Some(recorded), Some(now)) => {
             let is_same_mount = is_same_boot

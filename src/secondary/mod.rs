@@ -52,7 +52,7 @@ pub fn parts_max(form: Form) -> usize {
 pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
         (Target::Pipe, Form::Raw) => Err(Error::usage("standard output takes an archive only")
-            .next("leave out --format, or restore the archive to a raw device or file later")),
+            .next("omit --format, or restore the archive to a raw device or file later")),
         (Target::Path(path), Form::Raw) => {
             if request.originals == OriginalsMode::Append {
                 return Err(Error::usage("a raw copy cannot hold originals after the data")

@@ -259,7 +259,7 @@ impl RawTarget {
 fn check_device(path: &Path, request: &RawRequest) -> Result<DeviceNumber> {
     let shown = path.display();
     let device = topology::device_number(path)?
-        .ok_or_else(|| Error::refused(format!("{shown} is not a block device any more")))?;
+        .ok_or_else(|| Error::refused(format!("{shown} is no longer a block device")))?;
     Topology::default().check_device(device, path, &request.forbidden)?;
     if !request.replace {
         return Err(Error::refused(format!("the copy would overwrite everything on {shown}"))

@@ -362,7 +362,7 @@ impl fmt::Display for Action {
                 write!(f, "load into {device}: {}", table.to_string().replace('\n', "; "))
             }
             Self::LoadOver { device, preserve, .. } => {
-                write!(f, "load into {device}: linear to {preserve}, past it where nothing is in use")
+                write!(f, "load into {device}: linear to {preserve}, except where space is free")
             }
             Self::Clear { device } => write!(f, "drop the inactive table of {device}"),
             Self::Suspend { device, flush, lock_filesystem } => {
@@ -384,7 +384,7 @@ impl fmt::Display for Action {
             }
             Self::Freeze { filesystems } => write!(f, "freeze {}", paths(filesystems)),
             Self::Thaw { filesystems } => write!(f, "thaw {}", paths(filesystems)),
-            Self::Guard { devices, .. } => write!(f, "start the watchdog over {}", devices.join(", ")),
+            Self::Guard { devices, .. } => write!(f, "start the watchdog for {}", devices.join(", ")),
             Self::Unguard | Self::Dismiss => f.write_str("stop the watchdog"),
             Self::Instant => f.write_str("the instant"),
         }

@@ -102,7 +102,10 @@ impl Hook<'_> {
                 _ => thread::sleep(POLL),
             }
         }
-        tracing::warn!("{} (process {id}) has not died yet; it dies once the origin is resumed", self.option);
+        tracing::warn!(
+            "{} (process {id}) has not exited yet; it exits once the origin is resumed",
+            self.option
+        );
     }
 }
 

@@ -210,7 +210,7 @@ impl Stack {
     pub fn adopt(dm: &Dm, job: &Job, adopted: Adopted, interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let FoundStack { record, origin, names, lower, current, claim } = FoundStack::find(dm, job.record())?;
         let lvm = LvmLock::hold(dm, origin.number, interrupt)
-            .map_err(|error| error.state("the copy stands as it was"))?;
+            .map_err(|error| error.state("the copy stays as it was"))?;
         let queue = QueueSettings::from_record(record.number, &record.queue);
         let owner = take_over(dm, &origin, current, &lower, queue).map_err(|error| match error.kind() {
             ErrorKind::StoreInvalid => cannot_resume(job.id(), error.to_string()),
@@ -373,7 +373,7 @@ impl Stack {
             return Ok(None);
         }
         let busy =
-            || Error::refused(format!("a command of LVM is changing the volume group of {}", self.origin));
+            || Error::refused(format!("an LVM command is changing the volume group of {}", self.origin));
         LvmLock::try_hold(dm, owner.number())?.ok_or_else(busy).map(Some)
     }
 
@@ -635,13 +635,13 @@ fn check_adoptable(
 ) -> Result<DeviceInfo> {
     let info = found.ok_or_else(|| {
         cannot_resume(format!("there is no device {name} any more")).next(
-            "run 'tidemark recover', which puts back what is left, and copy again. Where the process died \
-             while it put the origin back, the copy had ended, well or not: a file with the final name is \
-             complete, but may be one that was there before; look at its time",
+            "run 'tidemark recover', which undoes what is left, and copy again. If the process died while it \
+             restored the origin's table, the copy had already finished or failed: a file with the final \
+             name is complete, but may be an older one; check its modification time",
         )
     })?;
     if !info.has_active {
-        return Err(cannot_resume(format!("{name} is not the device that it was")));
+        return Err(cannot_resume(format!("{name} was replaced by another device")));
     }
     if info.suspended {
         return Err(cannot_resume(format!("{name} is suspended")));
@@ -727,7 +727,7 @@ fn refuse_second_stack(dm: &Dm, request: &InsertRequest, job: &str) -> Result<()
     for stack in &request.stacks {
         for (_, name) in StackNames::new(&stack.origin, job).removable() {
             if dm.info(name)?.is_some() {
-                return Err(Error::refused(format!("{} has a device {name} already", stack.origin))
+                return Err(Error::refused(format!("a device {name} exists already for {}", stack.origin))
                     .state("nothing was changed")
                     .next("wait for the copy in progress ('tidemark status'), or run 'tidemark recover'"));
             }
@@ -740,10 +740,10 @@ fn refuse_second_stack(dm: &Dm, request: &InsertRequest, job: &str) -> Result<()
 fn refuse_own_record(job: &Job, filesystems: &[PathBuf]) -> Result<()> {
     let record = job.filesystem()?;
     for path in filesystems {
-        let meta = std::fs::metadata(path).io_context(|| format!("looking at {}", path.display()))?;
+        let meta = std::fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;
         if DeviceNumber::from_dev(meta.dev()) == record {
             return Err(Error::refused(format!(
-                "{} lies on the filesystem {} that is to be frozen",
+                "{} is on the filesystem {} that is to be frozen",
                 super::job::RUN_DIR,
                 path.display()
             ))

@@ -47,7 +47,7 @@ pub struct Owner {
 }
 
 fn warn_setting_lost(path: &Path) {
-    tracing::warn!("{} has lost its setting, and writing it back failed", path.display());
+    tracing::warn!("the setting {} was lost, and restoring it failed", path.display());
 }
 
 /// A change to the device that the owner did not make.
@@ -269,7 +269,7 @@ impl Owner {
                 // The kernel suspends first, and leaves the device suspended if the tables cannot be swapped.
                 self.is_held |= error.kind() != ErrorKind::Interrupted;
                 Err(match self.resume_if_suspended(dm) {
-                    Ok(()) => error.state(format!("{} keeps the table it had", self.name)),
+                    Ok(()) => error.state(format!("{} keeps its previous table", self.name)),
                     Err(undo) => error.with_failed_undo(undo),
                 })
             }
@@ -327,12 +327,12 @@ impl Owner {
                 .next("copy again, and do not resize or move the volume meanwhile")
         };
         let busy = |what: String| {
-            Error::refused(what).state(format!("{name} was left to the tool that is changing it")).next(
-                "wait until that tool is done; if none is running any more: 'dmsetup info', 'dmsetup resume'",
-            )
+            Error::refused(what)
+                .state(format!("{name} was left as it is, because another tool is changing it"))
+                .next("wait until that tool is done; if none is running: 'dmsetup info', 'dmsetup resume'")
         };
         match foreign {
-            Foreign::Device => replaced(format!("{name} is not the device that it was")),
+            Foreign::Device => replaced(format!("{name} was replaced by another device")),
             Foreign::Active => replaced(format!("another tool replaced the table of {name} during the copy")),
             Foreign::Loaded => {
                 busy(format!("another tool is changing {name}: its inactive table is not the expected one"))

@@ -149,8 +149,10 @@ impl<'a> Runner<'a> {
             Ok(locked) => self.locked = Some(locked),
             Err(error) => self.notes.push(format!("memory cannot be locked during the freeze: {error}")),
         }
-        self.nudge =
-            Some(Nudge::new().io_context(|| "preparing for a suspension that takes too long".to_owned())?);
+        self.nudge = Some(
+            Nudge::new()
+                .io_context(|| "preparing to interrupt a suspension that takes too long".to_owned())?,
+        );
         let watch = Stopwatch::start();
         self.write_back()?;
         self.times.synced = watch.elapsed();
@@ -160,7 +162,7 @@ impl<'a> Runner<'a> {
         if let Some(expedite) = &self.expedite
             && let Err(error) = expedite.turn_on()
         {
-            self.notes.push(format!("grace periods of RCU cannot be expedited: {error}"));
+            self.notes.push(format!("RCU grace periods cannot be expedited: {error}"));
         }
         Ok(())
     }
@@ -337,9 +339,11 @@ impl<'a> Runner<'a> {
         if let (Some((path, source)), Ok(())) = (early, &result) {
             // If it was the watchdog, its own error is reported.
             self.check(false)?;
-            result =
-                Err(Error::io(format!("{} was thawed before the instant was over", path.display()), source)
-                    .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
+            result = Err(Error::io(
+                format!("{} was thawed before the instant had been taken", path.display()),
+                source,
+            )
+            .next("copy again, and leave the filesystem alone while it is frozen, or use --all"));
         }
         result
     }

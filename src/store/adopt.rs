@@ -176,7 +176,7 @@ fn layout(facts: &Facts, table: &Table) -> Result<Layout> {
     let has_head = match facts.head {
         HeadRecord::Zram { .. } | HeadRecord::Brd => true,
         HeadRecord::Nothing => false,
-        HeadRecord::ZramIntended { .. } => return Err(Error::refused("its RAM head was never made")),
+        HeadRecord::ZramIntended { .. } => return Err(Error::refused("its RAM head was never created")),
     };
     let tails = if has_head { parts.split_off(1) } else { std::mem::take(&mut parts) };
     let head = parts.pop();

@@ -403,7 +403,7 @@ fn make_head(plan: &StorePlan, record: &mut Record, warnings: &mut Vec<String>) 
     match Head::make(plan.head_bytes, record)? {
         Ok(head) => Ok(Some(head)),
         Err(why) => {
-            warnings.push(format!("the store has no RAM head: {why}; originals go to disk at once"));
+            warnings.push(format!("the store has no RAM head: {why}; all originals go to disk"));
             Ok(None)
         }
     }

@@ -150,8 +150,8 @@ fn release_intended(before: &[u32], disks: &mut dyn Disks) -> Result<Option<Stri
         [] => Ok(None),
         _ => {
             tracing::warn!(
-                "zram devices {new:?} appeared since the creation of a store was cut off; none was removed, \
-                 as none of them is known to be ours (an unused one takes no memory)"
+                "zram devices {new:?} have appeared since the creation of a store was interrupted; none was \
+                 removed, because none is known to be Tidemark's (an unused one takes no memory)"
             );
             Ok(None)
         }

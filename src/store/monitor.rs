@@ -450,12 +450,12 @@ impl Sampler {
                 (format!("it could not grow: {text}"), "copy again with --store where there is more space")
             }
             None if self.store.is_at_its_largest() => (
-                "it could not grow: it was as large as it may be".to_owned(),
+                "it could not grow: it had its largest size already".to_owned(),
                 "copy again with a larger --store-size, or a larger device for --store",
             ),
             None => (
                 format!("it filled faster ({}/s) than it could grow", Bytes(self.rate.per_second())),
-                "copy again when there is less writing, or with a block device for --store",
+                "copy again when there are fewer writes, or with a block device for --store",
             ),
         };
         Lost {

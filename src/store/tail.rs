@@ -109,7 +109,7 @@ impl Tail {
         let what = || format!("enlarging the store in {description} by {wanted}");
         let file = create_nameless(directory, record)?;
         if record.facts().filesystem != Some(filesystem_of(&file, &description)?) {
-            return Err(Error::refused(format!("{}: another filesystem is there now", what()))
+            return Err(Error::refused(format!("{}: another filesystem is mounted there now", what()))
                 .next("mount the one that was there when the copy began"));
         }
         let space = fstatvfs(&file).io_context(what)?;
@@ -218,7 +218,7 @@ impl Tail {
             .io_context(|| format!("examining the store {}", path.display()))
             .map(|metadata| DeviceNumber::from_dev(metadata.rdev()))?;
         if found != number {
-            return Err(Error::refused(format!("{} has become another device", path.display())));
+            return Err(Error::refused(format!("{} was replaced by another device", path.display())));
         }
         Ok(Self { number, bytes, backing: Backing::Device, description: path.display().to_string() })
     }
@@ -296,7 +296,7 @@ fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
     let target = fs::read_link(&link).io_context(|| format!("reading {link}"))?;
     match target.file_name().and_then(|name| name.to_str()).filter(|name| name.starts_with("loop")) {
         Some(name) => Ok(Path::new("/dev").join(name)),
-        None => Err(Error::refused(format!("the device {number} is no loop device"))),
+        None => Err(Error::refused(format!("the device {number} is not a loop device"))),
     }
 }
 
@@ -306,7 +306,7 @@ fn make_default_directory(path: &Path) -> Result<()> {
         .mode(0o700)
         .create(path)
         .io_context(|| format!("making the directory {}", path.display()))
-        .map_err(|error| error.next("name another place for the store with --store"))
+        .map_err(|error| error.next("choose another place with --store"))
 }
 
 /// A new, empty file. The record has its name before and its inode after it is created.
@@ -498,7 +498,7 @@ mod tests {
         let refused = |result: Result<Tail>| result.unwrap_err().kind() == ErrorKind::Refused;
         assert!(refused(adopt(Bytes::mib(5), true, None)), "larger than the device");
         let no_loop = DeviceNumber { major: 1, minor: 3 };
-        assert!(Tail::adopt(&place, no_loop, Bytes::mib(1), true, None).is_err(), "no loop device");
+        assert!(Tail::adopt(&place, no_loop, Bytes::mib(1), true, None).is_err(), "not a loop device");
         fs::rename(&path, dir.path().join("moved")).unwrap();
         fs::write(&path, "another").unwrap();
         assert!(refused(adopt(Bytes::mib(2), true, named.as_ref())), "another file of that name");

@@ -180,7 +180,11 @@ fn of_nvme(topology: &Topology, device: DeviceNumber) -> DriverBacking {
                 found.insert(Node::Network(format!("NVMe {transport} {host}")));
             }
             transport => {
-                return unknown(topology, device, &format!("an NVMe device by way of '{transport}'"));
+                return unknown(
+                    topology,
+                    device,
+                    &format!("an NVMe device with the transport '{transport}'"),
+                );
             }
         }
     }

@@ -124,7 +124,7 @@ impl Topology {
         let silent = beneath.into_iter().filter_map(|device| self.attached_loop(device));
         silent.filter(|it| it.backing == LoopBacking::Silent).try_for_each(|it| {
             Err(Error::refused(format!(
-                "{} does not answer: the file of {} is on a file system whose server is gone",
+                "{} does not answer: the file of {} is on a filesystem whose server is gone",
                 path.display(),
                 it.node.display()
             ))

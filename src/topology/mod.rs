@@ -69,7 +69,7 @@ pub fn check_answers(path: &Path) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => {
             Err(Error::refused(format!("{} does not answer", path.display()))
                 .state("nothing was changed")
-                .next("check the server of its file system, or choose another path"))
+                .next("check the server of its filesystem, or choose another path"))
         }
         _ => Ok(()),
     }

@@ -88,7 +88,7 @@ impl Observer {
             Node::Device(device) => self.topology.name(*device),
             Node::FileSystem(number) => match self.mounts.of(*number).next() {
                 Some((_, mount)) => format!("the {} at {}", mount.kind, mount.point.display()),
-                None => format!("the file system {number}"),
+                None => format!("the filesystem {number}"),
             },
             Node::Memory => "memory".to_owned(),
             Node::Network(what) => format!("another machine ({what})"),
@@ -100,7 +100,7 @@ impl Observer {
         if self.mounts.of(number).next().is_some() || self.topology.node(number).exists() {
             Node::FileSystem(number)
         } else {
-            Node::Unknown(format!("the file system {number}, which no mount shows ({of})"))
+            Node::Unknown(format!("the filesystem {number}, which no mount shows ({of})"))
         }
     }
 
@@ -143,7 +143,7 @@ impl Observer {
         let status = match &shown.backing {
             LoopBacking::Known(status) => status,
             LoopBacking::Silent => {
-                return Node::Unknown(format!("the file of {name}, whose file system does not answer"));
+                return Node::Unknown(format!("the file of {name}, whose filesystem does not answer"));
             }
             LoopBacking::Hidden(why) => return Node::Unknown(format!("the file of {name} ({why})")),
         };
@@ -181,7 +181,7 @@ impl Observer {
             BackingKind::OneDevice if on_device.is_some() => {}
             BackingKind::OneDevice | BackingKind::Hidden => {
                 let at = mount.point.display();
-                let why = format!("the {kind} at {at} ({number}), which does not show what it lies on");
+                let why = format!("the {kind} at {at} ({number}), which does not report its devices");
                 found.insert(Node::Unknown(why));
                 return found;
             }
@@ -271,7 +271,7 @@ impl Observer {
         }
         let here = self.describe(&Node::FileSystem(number));
         if found.is_empty() {
-            return BTreeSet::from([Node::Unknown(format!("{here} ({number}), whose layers are not named"))]);
+            return BTreeSet::from([Node::Unknown(format!("{here} ({number}), whose layers are hidden"))]);
         }
         let or_unknown = |(layer, nodes): (PathBuf, BTreeSet<Node>)| {
             let unknown = || Node::Unknown(format!("a layer of {here} ({number}, {})", layer.display()));

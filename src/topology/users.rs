@@ -62,7 +62,7 @@ impl User {
     pub fn remedy(&self) -> String {
         match self {
             Self::Process { id, .. } => format!("end process {id} first"),
-            Self::Loop { node, .. } => format!("take {0} out of use first (losetup -d {0})", node.display()),
+            Self::Loop { node, .. } => format!("detach {0} first (losetup -d {0})", node.display()),
             Self::Swap { path } => format!("swapoff {} first", path.display()),
         }
     }
@@ -135,7 +135,7 @@ impl Topology {
             && matches!(wanted, Identity::File { .. })
             && is_with_server(found.mount)
         {
-            return Err(cannot_tell(path, &format!("shown by {}", silent.node.display())));
+            return Err(cannot_tell(path, &format!("the file of the loop device {}", silent.node.display())));
         }
         for swap in self.swaps()? {
             match mounts.stat(&swap) {
@@ -369,9 +369,9 @@ impl<'a> Search<'a> {
 
 fn cannot_tell(path: &Path, what: &str) -> Error {
     let shown = path.display();
-    Error::refused(format!("{shown} may be {what}, whose file system does not answer"))
+    Error::refused(format!("{shown} may be {what}, whose filesystem does not answer"))
         .state("it was not touched")
-        .next("check the server of that file system, or unmount it (umount -l), then try again")
+        .next("check the server of that filesystem, or unmount it (umount -l), then try again")
 }
 
 #[cfg(test)]

@@ -232,7 +232,7 @@ fn read_map(
     let flags =
         fstatvfs(&source.file).map_err(|errno| format!("checking whether it is read-only: {errno}"))?.flags();
     if flags.contains(FsFlags::ST_RDONLY) {
-        return Err("it is read-only, so that its journal may not be empty".to_owned());
+        return Err("it is read-only, so its journal may not be empty".to_owned());
     }
     let read = reader.read(&source.file, deadline, &mut |extent| largest.push(extent));
     read.map(|read| read.complete).map_err(|reason| reason.to_string())

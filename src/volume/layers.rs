@@ -93,7 +93,7 @@ impl Layers {
     pub(super) fn objections(&self) -> Vec<String> {
         let claims = self.devices.values().flat_map(|layer| &layer.claims);
         let owners = claims.filter_map(|claim| match claim {
-            Claim::All { owner, .. } => Some(format!("{owner}: all of that is copied")),
+            Claim::All { owner, .. } => Some(format!("{owner}: that range is copied whole")),
             Claim::Through { .. } => None,
         });
         owners.collect()
@@ -190,7 +190,7 @@ fn through(device: DeviceNumber, holder: DeviceNumber, seen: &MappedDevice) -> R
         claims.push(Claim::Through { device: holder, on, at: line.start.bytes() });
     }
     // Its table does not show why it holds the device: a metadata device, or a table that is not active yet.
-    if claims.is_empty() { Err("something that its table does not show".to_owned()) } else { Ok(claims) }
+    if claims.is_empty() { Err("something that is not in its table".to_owned()) } else { Ok(claims) }
 }
 
 #[cfg(test)]
@@ -393,7 +393,7 @@ mod tests {
         machine.loops[0].1.length = None;
         assert_eq!(machine.free(&reported), [(0, 20)], "or over the rest");
         let layers = Layers::observe(ORIGIN, &machine);
-        assert_eq!(layers.objections(), ["dm-9 is on dm-0: all of that is copied"]);
+        assert_eq!(layers.objections(), ["dm-9 is on dm-0: that range is copied whole"]);
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl LvmLock {
             interrupt()?;
             if watch.elapsed() >= WAIT_MAX {
                 return Err(Error::refused(format!(
-                    "a command of LVM has been changing the volume group of device {device} for {} s",
+                    "an LVM command has been changing the volume group of device {device} for {} s",
                     WAIT_MAX.as_secs()
                 ))
                 .next("wait until it is done ('fuser /run/lock/lvm/V_*' shows its process)"));

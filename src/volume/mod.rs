@@ -180,7 +180,8 @@ fn cold_file(path: PathBuf, meta: &fs::Metadata) -> Result<Origin> {
         return Err(Error::refused(format!("{} is open for writing", path.display()))
             .state("nothing was changed")
             .next(
-                "stop what writes it (fuser shows it); a disk image in use is copied through its own device",
+                "stop its writers (fuser shows them); copy a disk image in use through the device that uses \
+                 it",
             ));
     }
     Ok(Origin {
@@ -309,9 +310,9 @@ fn refuse_target(path: &Path, target: &Target) -> Result<()> {
         "crypt" => "its key cannot be read back: attach or copy the encrypted device beneath it",
         "raid" | "mirror" => "copy it unmounted, or convert it to a linear volume",
         "multipath" => {
-            "multipathd replaces its table whenever paths come or go: copy the LVM volume or the partition on it; where \
-             a file system lies on it directly, make it a volume, which takes a remount once (umount, 'tidemark attach', \
-             mount /dev/mapper/NAME)"
+            "multipathd replaces its table whenever paths come or go: copy the LVM volume or the partition \
+             on it; if a filesystem is directly on it, make it a volume, which needs one remount (umount, \
+             'tidemark attach', mount /dev/mapper/NAME)"
         }
         "integrity" | "verity" => "copy the device beneath it, unmounted",
         _ => "only devices of linear and striped targets can be copied while they are in use",
@@ -336,7 +337,7 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
         return Err(Error::refused(format!("{} is {user}", path.display()))
             .state("nothing was changed")
             .next(format!(
-                "{}; to copy the device while it is used, attach it as a volume first",
+                "{}; to copy the device while it is in use, attach it as a volume first",
                 user.remedy()
             )));
     }
@@ -346,7 +347,7 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
                 Some(libc::EBUSY) => Error::refused(format!("{} is in use", path.display()))
                     .with_source(error)
                     .state("nothing was changed")
-                    .next("find its users with lsblk and fuser; end them, then attach it as a volume"),
+                    .next("find its users with lsblk and fuser; stop them, then attach it as a volume"),
                 Some(libc::EACCES | libc::EPERM) => {
                     Error::refused(format!("{} cannot be opened", path.display()))
                         .with_source(error)
@@ -377,7 +378,7 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
     let on = |device| mounts.iter().find(|mount| mount.is_of(device));
     if let Some(mount) = on(number) {
         let point = mount.point.display();
-        return Err(Error::refused(format!("{shown} is mounted (at {point}) and is no volume"))
+        return Err(Error::refused(format!("{shown} is mounted (at {point}) and is not a volume"))
             .state("nothing was changed")
             .next(format!(
                 "make it one, which needs one remount: umount {point}; tidemark attach {shown} --name NAME; \
@@ -387,7 +388,7 @@ fn refuse_use(path: &Path, number: DeviceNumber, topology: &Topology) -> Result<
     for part in topology.partitions(number) {
         if let Some(mount) = on(part) {
             return Err(Error::refused(format!(
-                "{shown} has the partition {}, mounted at {}: the whole disk has no single instant",
+                "{shown} has the partition {}, mounted at {}: a disk with mounted partitions cannot be copied whole",
                 topology.name(part),
                 mount.point.display()
             ))

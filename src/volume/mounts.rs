@@ -59,7 +59,7 @@ impl FreezeSet {
         }
         let names: Vec<String> = origins.iter().map(|origin| topology.name(*origin)).collect();
         Err(Error::refused(format!(
-            "the mounts of {} changed {when}: they were {}, and are {}",
+            "the mounts of {} changed {when}: they were {}, and are now {}",
             names.join(", "),
             self.list(),
             now.list()
@@ -143,8 +143,8 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
     let mut of_device = mounts.iter().filter(|mount| mount.is_of(device));
     if let Some(mount) = of_device.find(|mount| SHARED.contains(&mount.kind.as_str())) {
         return Err(Error::refused(format!(
-            "{} holds a mounted {}, a file system that other machines may write: what they write there bypasses \
-             this one, and no copy would be exact",
+            "{} holds a mounted {}, a filesystem that other machines may write: their writes do not pass \
+             through this one, and no copy would be exact",
             topology.name(device),
             mount.kind
         ))

@@ -29,8 +29,8 @@ pub(super) fn refuse_shared(dm: &Dm, device: &DeviceInfo) -> Result<()> {
         return Ok(());
     };
     Err(Error::refused(format!(
-        "the volume group {group} of {} is shared with other machines (lvmlockd, {by}): what they write to the volume \
-         does not pass this one, and no copy would be exact",
+        "the volume group {group} of {} is shared with other machines (lvmlockd, {by}): their writes do not \
+         pass through this one, and no copy would be exact",
         device.name
     ))
     .state("nothing was changed")

@@ -146,7 +146,7 @@ pub fn refusal(waits: &WaitGraph, what: &str, answer: &Answer, other_machines: b
             (format!("whether {what} would wait for the origin itself cannot be determined"), path)
         }
         Answer::Network(path) => {
-            (format!("{what} would be on another machine, and the origin would wait for that"), path)
+            (format!("{what} would be on another machine, and writes to the origin would wait for it"), path)
         }
     };
     Some(Error::refused(format!("{message}: {}", waits.describe(path))).state("nothing was changed"))

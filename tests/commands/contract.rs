@@ -119,7 +119,7 @@ fn resume_says_that_there_is_nothing_to_go_on_with() {
     for arguments in [&["resume", "tidemark-test-no-such-job"][..], &["resume", "zz", "--dry-run"]] {
         let ran = run(arguments);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""), "{}", ran.stderr);
-        assert!(ran.stderr.contains("no copy to go on with"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("no copy to resume"), "{}", ran.stderr);
         assert!(ran.stderr.contains("tidemark status"), "{}", ran.stderr);
     }
 }

@@ -42,7 +42,7 @@ wait_until 20 is_preserved "$origin"
 echo 1M >/run/cgroup2/job/memory.max
 status=0
 wait "$process" || status=$?
-wait_until 20 sh -c 'dmesg | grep -q "for want of memory; what its copy left was put back"'
+wait_until 20 sh -c 'dmesg | grep -q "because it ran out of memory; what its copy left was put back"'
 ended "killed" "$status" 137
 assert_same "records" "$(find /run/tidemark -type f ! -path "*/origins/*")" ""
 assert_same "files" "$(find /mnt/scratch -type f)" ""

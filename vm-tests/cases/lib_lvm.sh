@@ -32,7 +32,7 @@ agree() { # WHEN
 
 # What a copy may say that is not a success: it was LVM's turn.
 accounted_for() { # STATUS
-    [ "$1" = 0 ] || grep -q 'another tool replaced the table\|another tool is changing\|a command of LVM\|changed since the copy was planned' /run/copy.err ||
+    [ "$1" = 0 ] || grep -q 'another tool replaced the table\|another tool is changing\|an LVM command\|changed since the copy was planned' /run/copy.err ||
         fail "the copy ended with $1: $(cat /run/copy.err)"
 }
 

@@ -104,7 +104,7 @@ refused() { # WORDS ARGUMENTS...
     assert_status 3 tidemark resume "$@" 2>/run/err
     grep -q "$words" /run/err || { cat /run/err; fail "resume does not say '$words'"; }
 }
-refused 'no copy to go on with'
+refused 'no copy to resume'
 slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 2MiB)
 
 # A file of its own: the load verifies what it wrote into fio.dat, so that nothing else may write there.
@@ -126,7 +126,7 @@ refused 'lost' "$job"
 [ -n "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a resume that was refused took something away"
 tidemark recover
 [ -z "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "recover left the partial file"
-refused 'no copy to go on with'
+refused 'no copy to resume'
 assert_no_tidemark_left data
 
 # A pipe's reader is gone.

@@ -36,7 +36,7 @@ refused_with() {
         assert_status 3 tidemark resume $how 2>/run/err
         cat /run/err
         grep -q "the store at $store would wait for the origin itself: $1" /run/err || fail "not refused for that"
-        grep -q 'the copy stands as it was' /run/err || fail "the refusal does not say what is left"
+        grep -q 'the copy stays as it was' /run/err || fail "the refusal does not say what is left"
         grep -q 'tidemark recover' /run/err || fail "the refusal does not say what to do"
         state >/run/now
         diff /run/before /run/now || fail "it changed something"

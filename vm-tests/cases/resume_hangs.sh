@@ -57,7 +57,7 @@ interrupted() {
     wait_until 3 is_gone
     wait "$process" || status=$?
     assert_same "the exit status ($(cat /run/ends.out))" "$status" 130
-    says 'the copy stands as it was'
+    says 'the copy stays as it was'
 }
 
 is_at_file() { [[ "$1" = /mnt/* ]]; }
@@ -78,7 +78,7 @@ for case in "/dev/mapper/secondary warm" "/mnt/target/copy.raw cold" "/mnt/targe
         ends 40 3 tidemark resume $how
         says 'has not answered for 20 s'
         says "$(if is_at_file "$target"; then echo /mnt/target/; else echo "$target"; fi)"
-        says 'the copy stands as it was'
+        says 'the copy stays as it was'
         says 'tidemark recover'
         state >/run/now
         diff /run/before /run/now || fail "it changed something"

@@ -177,7 +177,7 @@ grep -q "everything on the device $target will be overwritten" /run/plan || fail
 mkdir -p /mnt/full
 mount -t tmpfs -o size=4m none /mnt/full
 tidemark restore d.tdm /mnt/full/x.img --dry-run >/run/plan
-grep -q 'warning.*has room for' /run/plan || fail "$(cat /run/plan)"
+grep -q 'warning.*of free space' /run/plan || fail "$(cat /run/plan)"
 mount -o remount,ro /mnt/full
 refused 'Read-only' restore d.tdm /mnt/full/x.img
 umount /mnt/full

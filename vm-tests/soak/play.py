@@ -397,7 +397,7 @@ class Copy:
         """Only a resume may be refused, and for a reason; then the copy is given up."""
         message = str(error.get("message"))
         reasons = {
-            "there is no copy to go on with": True,
+            "there is no copy to resume": True,
             "died before the instant": True,
             "copied to a pipe": self.spec["secondary"]["kind"] == "pipe",
             "lost": True,

@@ -52,7 +52,10 @@ impl ColdOrigin {
             Some(libc::EBUSY) => Error::refused(format!("{shown} is in use"))
                 .with_source(error)
                 .state("nothing was changed")
-                .next("see by what with lsblk and fuser; a mounted device is copied once it is attached"),
+                .next(
+                    "find its users with lsblk and fuser; to copy a device while it is mounted, attach it \
+                     first",
+                ),
             _ => Error::io(format!("opening {shown}"), error),
         })?;
         let before = Witness::of(&file, device)?;
@@ -79,17 +82,18 @@ impl ColdOrigin {
         if Witness::of(&self.file, device)? == self.before {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::External, format!("{} was written while it was being copied", self.shown))
-            .next(
-                "stop what writes to it and copy again; a device in use is copied live once it is attached",
-            ))
+        Err(Error::new(
+            ErrorKind::External,
+            format!("{} was written to while it was being copied", self.shown),
+        )
+        .next("stop its writers and copy again; to copy a device while it is in use, attach it first"))
     }
 }
 
 impl Witness {
     fn of(file: &File, device: Option<DeviceNumber>) -> Result<Self> {
         let Some(device) = device else {
-            let meta = file.metadata().io_context(|| "looking at the origin".to_owned())?;
+            let meta = file.metadata().io_context(|| "examining the origin".to_owned())?;
             return Ok(Self::File {
                 size: meta.size(),
                 modified: (meta.mtime(), meta.mtime_nsec()),

@@ -49,7 +49,7 @@ impl OriginalsProvider for StoreOriginals<'_> {
         let status = self.live.stack().snapshot_status(self.live.dm())?;
         if !status.is_usable() {
             return Err(Error::new(ErrorKind::StoreInvalid, format!("the snapshot was lost ({status:?})"))
-                .state("the origin is untouched and goes on; this copy is void")
+                .state("the origin is untouched and stays in use; this copy is void")
                 .next("copy again with a larger store (--store-size, --store)"));
         }
         self.live.stack().check_in_place(self.live.dm())
@@ -70,7 +70,7 @@ impl<'a> StoreReleases<'a> {
         let follow = || match live.store().follower() {
             Ok(follower) => Some(follower),
             Err(error) => {
-                tracing::warn!("what is written most cannot be told: {error}");
+                tracing::warn!("which regions are written most is unknown: {error}");
                 None
             }
         };

@@ -31,7 +31,7 @@ pub(super) fn note_copy(
     let times = live.stack().times();
     let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     let request = serde_json::to_string(&plan.request)
-        .map_err(|source| Error::bad_data("the request cannot be written down").with_source(source))?;
+        .map_err(|source| Error::bad_data("the request cannot be recorded").with_source(source))?;
     let range = |extent: &Extent| (extent.start().get(), extent.end().get());
     let mut job = live.job();
     let header = Header {

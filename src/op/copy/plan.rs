@@ -75,7 +75,7 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let origin = volume::resolve(&request.origin)?;
     if origin.size == Bytes::ZERO {
         return Err(Error::refused(format!("{} is empty", origin.path.display()))
-            .next("name a device or file that holds something"));
+            .next("name a device or file that is not empty"));
     }
     let segment = segment_size_for(origin.size, request.segment)?;
     let region = region_size_for(origin.size, segment, request.region)?;
@@ -150,12 +150,12 @@ fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::usage(format!(
-        "{option} has no meaning for {}, a {}: nothing is frozen and no store is made",
+        "{option} does not apply to {}, a {}: nothing is frozen and no store is created",
         origin.path.display(),
         origin.kind
     ))
     .state("nothing was changed")
-    .next(format!("leave {option} away, or attach the device and copy the volume")))
+    .next(format!("omit {option}, or attach the device and copy the volume")))
 }
 
 /// The job's record is text: what it could not hold is refused while nothing is frozen yet.
@@ -168,9 +168,9 @@ fn refuse_other_text(request: &CopyRequest, origin: &Origin) -> Result<()> {
     let mut paths = named.into_iter().flatten().chain(&origin.filesystems);
     match paths.find(|path| path.to_str().is_none()) {
         None => Ok(()),
-        Some(path) => Err(Error::refused(format!("the path {} is not in UTF-8", path.display()))
+        Some(path) => Err(Error::refused(format!("the path {} is not UTF-8", path.display()))
             .state("nothing was changed")
-            .next("name another file; a file system can be mounted at a second point (mount --bind)")),
+            .next("name another file; a filesystem can be mounted at a second point (mount --bind)")),
     }
 }
 
@@ -180,7 +180,8 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
         // The store's blocks are 4 KiB, and the kernel wants the snapshot to end on one.
         return Err(Error::refused(format!(
-            "{} has {} bytes, which is no multiple of {DIRECT_IO_ALIGN}: the kernel puts no snapshot under it",
+            "{} has {} bytes, which is not a multiple of {DIRECT_IO_ALIGN}: the kernel cannot make a \
+             snapshot of it",
             origin.path.display(),
             origin.size.get()
         ))

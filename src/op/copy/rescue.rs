@@ -133,8 +133,9 @@ impl Shared {
             }
             if self.restore() {
                 tracing::warn!(
-                    "{} has its own table again. The secondary does not answer, and this process ends when it does; \
-                     if it never does, kill it, and run 'tidemark recover' once it is gone",
+                    "{} has its own table again. The secondary does not answer, and this process exits when \
+                     it does; if it never does, kill this process, and run 'tidemark recover' after it has \
+                     exited",
                     self.stack.origin()
                 );
             }

@@ -178,8 +178,8 @@ fn impact_watch(plan: &CopyPlan, live: &Live) -> Option<ImpactWatch> {
 
 fn blind_text(plan: &CopyPlan) -> String {
     format!(
-        "the kernel keeps no statistics of {} (queue/iostats is 0): --impact cannot see how its applications \
-         fare, and the copier does not throttle itself",
+        "the kernel keeps no statistics of {} (queue/iostats is 0): --impact cannot measure the latency of \
+         applications, and the copier is not throttled for them",
         plan.origin.path.display()
     )
 }

@@ -199,7 +199,7 @@ impl<'a> Session<'a> {
             (Some(live), Err(error)) => Err(live.put_back_after(error, give_up)),
             (Some(live), Ok(mut result)) => {
                 result.kept = live.end(self.plan.request.store.keep).map_err(|error| {
-                    error.context("the copy is complete, but putting the origin's stack back failed")
+                    error.context("the copy is complete, but restoring the origin failed")
                 })?;
                 Ok(result)
             }

@@ -94,8 +94,8 @@ fn tell_gate(plan: &CopyPlan, observer: &dyn Observer, event: GateEvent) {
                 .to_owned(),
         }),
         GateEvent::HoldSpent => observer.event(&Event::Warning {
-            text: "writers have been held for as long as --hold-budget allows: they go on, and the snapshot \
-                   is lost when the store is full"
+            text: "writers have been held for as long as --hold-budget allows: they continue, and the \
+                   snapshot is lost when the store is full"
                 .to_owned(),
         }),
     }

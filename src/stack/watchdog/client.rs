@@ -109,7 +109,7 @@ impl Watchdog {
     /// Sends an order and waits until the watchdog is ready for it.
     fn guard(&mut self, order: &Order) -> Result<()> {
         let text = serde_json::to_string(order)
-            .map_err(|source| failed("'s order cannot be written").with_source(source))?;
+            .map_err(|source| failed("order cannot be encoded").with_source(source))?;
         self.send(&text)?;
         match self.answer()?.as_str() {
             "ready" => Ok(()),
@@ -220,6 +220,6 @@ impl Drop for Watchdog {
 /// The error when the freeze budget runs out.
 #[must_use]
 pub fn budget_ran_out() -> Error {
-    Error::new(ErrorKind::Timeout, "the freeze budget ran out before the instant was over")
+    Error::new(ErrorKind::Timeout, "the freeze budget ran out before the instant had been taken")
         .next("raise --freeze-budget, make --hook-frozen shorter, or try when there is less load")
 }

@@ -68,7 +68,10 @@ fn log_put_back(put_back: Result<()>) {
         Err(error) => format!("what its copy left could not be put back: {error}"),
     };
     let log = OpenOptions::new().write(true).open("/dev/kmsg").ok();
-    write_kernel_log(log.as_ref(), &format!("the kernel killed the command for want of memory; {what}"));
+    write_kernel_log(
+        log.as_ref(),
+        &format!("the kernel killed the command because it ran out of memory; {what}"),
+    );
 }
 
 fn log_dropped(dropped: Result<bool>) {
