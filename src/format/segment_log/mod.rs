@@ -94,7 +94,7 @@ pub struct PlacedSegment {
 }
 
 fn bad(what: impl std::fmt::Display) -> Error {
-    Error::bad_data(format!("not a journal of segments: {what}"))
+    Error::bad_data(format!("not a segment log: {what}"))
 }
 
 impl Header {
