@@ -62,7 +62,7 @@ pub enum Command {
     Attach(AttachArgs),
     /// Make a volume an ordinary device again
     Detach(DetachArgs),
-    /// Copy a device, live or at rest, as it is at one instant
+    /// Copy a device, in use or not, as it is at one instant
     Copy(Box<CopyArgs>),
     /// Finish a copy whose process was killed
     Resume(ResumeArgs),
@@ -79,8 +79,8 @@ pub enum Command {
   tidemark recover
   tidemark recover --json
 
-A partial file whose disk or server does not answer for 20 s is left: see to
-that, and run it again.")]
+A partial file whose disk or server does not answer for 20 s is left in
+place: repair the disk or server, and run 'tidemark recover' again.")]
     Recover,
     /// Report what this machine lacks for copying live volumes, and how to get it
     #[command(after_help = "Examples:
@@ -131,10 +131,10 @@ pub struct CopyArgs {
     /// Directory, new file or block device of this machine for the COW store's tail, not on the origin [default: /var/lib/tidemark]
     #[arg(long, value_name = "PATH|DEVICE", value_hint = ValueHint::AnyPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
-    /// Largest size of the COW store [default: what the origin can need]
+    /// Largest size of the COW store [default: what the origin needs in the worst case]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_size: Option<Bytes>,
-    /// Size of the COW store's RAM head, 0 for none [default: from available memory]
+    /// Size of the COW store's RAM head, 0 for none [default: a sixteenth of the available memory, at most 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_ram: Option<Bytes>,
     /// Keep the COW store after the copy (without a RAM head)
@@ -156,8 +156,8 @@ pub struct CopyArgs {
     /// Also copy and preserve the free space of mounted filesystems
     #[arg(long)]
     pub all: bool,
-    /// Copy regions in the order of the origin, or those with the most writes first; filesystems' logs
-    /// come first [default: hot; physical for an origin at rest]
+    /// Copy regions in the order of the origin, or those with the most writes first; regions of the
+    /// filesystems' logs always come first [default: hot; physical for an origin that is not in use]
     #[arg(long, value_enum)]
     pub order: Option<OrderArg>,
     /// Unit in which the origin is released from copy-on-write once it is copied [default: a 128th of the
@@ -167,7 +167,7 @@ pub struct CopyArgs {
     /// Copy at most this many bytes per second
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub rate: Option<Bytes>,
-    /// How much the copy may slow down applications on the origin: how far the copier is throttled for them
+    /// How far the copier is throttled to limit the latency of applications on the origin
     #[arg(long, value_enum, default_value_t = ImpactArg::from(Impact::DEFAULT))]
     pub impact: ImpactArg,
     /// Read the secondary again and compare checksums
@@ -202,9 +202,9 @@ pub struct CopyArgs {
   tidemark resume 3f2a
 
 The instant stays the same, and nothing that is on the secondary is copied
-again. It works as long as the kernel's snapshot exists: not after a reboot,
-not after 'tidemark recover' (which undoes the copy), and not for a copy to
-a pipe. If the secondary does not answer for 20 s, resume is refused, and the
+again. A copy can be resumed as long as the kernel's snapshot exists: not
+after a reboot, not after 'tidemark recover' (which gives up the copy), and
+not for a copy to a pipe. If the secondary does not answer for 20 s, resume is refused, and the
 copy stays as it was.")]
 pub struct ResumeArgs {
     /// The job's id, or its beginning [default: the only copy that can be resumed]
@@ -256,27 +256,27 @@ pub enum OnFullArg {
 /// `--lvm-lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LvmLockArg {
-    /// While the volume's table is changed; a command that changes the volume in between makes the copy void
+    /// While the volume's table is changed; a command that changes the volume in between makes the copy fail
     Change,
-    /// Until the copy ends; meanwhile lvs and the like wait too, as soon as such a command waits
+    /// Until the copy ends; while such a command waits, lvs and similar commands wait too
     Copy,
 }
 
 /// `--originals`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OriginalsArg {
-    /// Write originals over the data
+    /// Apply originals to the data
     Overlay,
-    /// Write originals after the data (archives only)
+    /// Append originals to the archive (archives only)
     Append,
 }
 
 /// `--impact`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ImpactArg {
-    /// I/O of applications takes at most a quarter longer than without the copier, as far as its rate matters
+    /// I/O of applications takes at most a quarter longer than without the copier, as far as throttling helps
     Low,
-    /// It takes at most twice as long, as far as its rate matters
+    /// It takes at most twice as long, as far as throttling helps
     Medium,
     /// The copier reads as fast as it can
     None,

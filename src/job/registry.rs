@@ -38,7 +38,7 @@ pub struct FoundJob {
 }
 
 impl FoundJob {
-    /// The path of the journal of its segments, if it has one.
+    /// The path of its segment log, if it has one.
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
         segments_path(Path::new(RUN_DIR), &self.id)

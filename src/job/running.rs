@@ -155,7 +155,7 @@ impl Job {
         &self.record.job
     }
 
-    /// The path of the journal of its segments, if it has one.
+    /// The path of its segment log, if it has one.
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
         segments_path(&self.directory, &self.record.job)

@@ -1,16 +1,16 @@
-//! Which segments of a copy are safely on the secondary? The journal of segments, in a file beside the job's
+//! Which segments of a copy are safely on the secondary? The segment log, in a file beside the job's
 //! record (see [`format::segment_log`](crate::format::segment_log)).
 //!
 //! Invariants:
 //! - A record is appended only after the segment's write and a later sync of the secondary have completed,
 //!   with one write(2) per call. Nothing is buffered, so what a call has confirmed survives SIGKILL.
-//! - The journal is never synced: it outlives the process, and a copy never outlives the host.
+//! - The segment log is never synced: it survives the process, and a copy never survives a reboot.
 //! - After a failed append every later one fails, and the file ends with its last whole record.
-//! - A copy outlives its journal. If the journal cannot be written any more (a full `/run`), it is removed
+//! - A copy continues without its segment log. If the segment log can no longer be written (a full `/run`), it is removed
 //!   before a region is released that it does not name: a resume from it would take newer data for that of
 //!   the instant. The copy then continues and cannot be resumed; one warning reports that.
 //!
-//! Must not decide how a resumed copy uses the journal.
+//! Must not decide how a resumed copy uses the segment log.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -25,7 +25,7 @@ use crate::format::segment_log::{
 /// Records read at a time.
 const READ_RECORDS: usize = 4096;
 
-/// The content of a journal.
+/// The content of a segment log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentLogContent {
     /// The copy that it belongs to.
@@ -38,7 +38,7 @@ pub struct SegmentLogContent {
     pub length: Bytes,
 }
 
-/// A journal open for appending, or dropped after a failed append.
+/// A segment log open for appending, or dropped after a failed append.
 #[derive(Debug)]
 pub struct SegmentLog {
     file: File,
@@ -53,7 +53,7 @@ pub struct SegmentLog {
 }
 
 impl SegmentLog {
-    /// Creates a journal at `path`, which must not exist.
+    /// Creates a segment log at `path`, which must not exist.
     ///
     /// # Errors
     /// I/O errors; [`ErrorKind::BadData`] for a header with impossible facts.
@@ -64,7 +64,7 @@ impl SegmentLog {
             .mode(0o600)
             .open(path)
             .io_context(|| format!("creating the segment log {}", path.display()))?;
-        // Killed in between: a journal without a header is refused, and nothing was placed yet.
+        // Killed in between: a segment log without a header is refused, and nothing was placed yet.
         file.write_all(&block).io_context(|| format!("writing {}", path.display()))?;
         Ok(Self {
             file,
@@ -76,7 +76,7 @@ impl SegmentLog {
         })
     }
 
-    /// Opens the journal of a copy that died, to continue it: a torn end is cut off.
+    /// Opens the segment log of a copy that died, to continue it: a torn end is truncated.
     ///
     /// # Errors
     /// As [`read`].
@@ -107,18 +107,18 @@ impl SegmentLog {
     /// Records that the writes of all these segments have completed.
     ///
     /// # Errors
-    /// I/O errors: the copy can no longer be resumed from this journal, and as long as the file exists, no
+    /// I/O errors: the copy can no longer be resumed from this segment log, and as long as the file exists, no
     /// region may be released that it does not name. [`ErrorKind::BadData`] for impossible segments.
     pub fn append(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let mut records = segments.iter().map(|segment| Record::Placed(*segment));
         self.write(&mut records)
     }
 
-    /// Replaces the whole journal: these segments are placed, and nothing else is recorded. Killed in
-    /// between: the old journal, or the new one.
+    /// Replaces the whole segment log: these segments are placed, and nothing else is recorded. Killed in
+    /// between: the old segment log, or the new one.
     ///
     /// # Errors
-    /// As [`SegmentLog::append`]; the old journal is unchanged.
+    /// As [`SegmentLog::append`]; the old segment log is unchanged.
     pub fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let new = self.path.with_extension("segments-new");
         match fs::remove_file(&new) {
@@ -179,10 +179,10 @@ impl SegmentLog {
         Error::io(format!("appending to the segment log {}", self.path.display()), error)
     }
 
-    /// Calls `note`. If that fails, drops the journal, so that no resume uses a journal with gaps.
+    /// Calls `note`. If that fails, drops the segment log, so that no resume uses one with gaps.
     ///
     /// # Errors
-    /// If the records themselves are invalid, or the journal cannot be removed.
+    /// If the records themselves are invalid, or the segment log cannot be removed.
     pub fn note_or_drop(&mut self, note: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.dropped {
             return Ok(());
@@ -215,10 +215,10 @@ impl SegmentLog {
     }
 }
 
-/// Reads the journal at `path`. Changes nothing.
+/// Reads the segment log at `path`. Changes nothing.
 ///
 /// # Errors
-/// I/O errors; [`ErrorKind::BadData`] for a journal with damage other than a torn end.
+/// I/O errors; [`ErrorKind::BadData`] for a segment log with damage other than a torn end.
 pub fn read(path: &Path) -> Result<SegmentLogContent> {
     read_from(&open(path)?, path)
 }

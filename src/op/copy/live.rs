@@ -1,7 +1,7 @@
 //! A live origin, held for the length of a copy: job, store, stack, and putting all of it back.
 //!
 //! Order of making, and the reverse of it for putting back:
-//! 1. the job (lock and journal of intents), which is there before;
+//! 1. the job (lock and intent record), which exists before;
 //! 2. the COW store;
 //! 3. the stack; the instant is within.
 //!
