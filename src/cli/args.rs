@@ -134,7 +134,8 @@ pub struct CopyArgs {
     /// Largest size of the COW store [default: what the origin needs in the worst case]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_size: Option<Bytes>,
-    /// Size of the COW store's RAM head, 0 for none [default: a sixteenth of the available memory, at most 256MiB]
+    /// Size of the COW store's RAM head, 0 for none [default: a sixteenth of the available memory, at most
+    /// 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_ram: Option<Bytes>,
     /// Keep the COW store after the copy (without a RAM head)

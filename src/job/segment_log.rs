@@ -6,9 +6,9 @@
 //!   with one write(2) per call. Nothing is buffered, so what a call has confirmed survives SIGKILL.
 //! - The segment log is never synced: it survives the process, and a copy never survives a reboot.
 //! - After a failed append every later one fails, and the file ends with its last whole record.
-//! - A copy continues without its segment log. If the segment log can no longer be written (a full `/run`), it is removed
-//!   before a region is released that it does not name: a resume from it would take newer data for that of
-//!   the instant. The copy then continues and cannot be resumed; one warning reports that.
+//! - A copy continues without its segment log. If the log can no longer be written (a full `/run`), it is
+//!   removed before a region is released that it does not name: a resume from it would take newer data for
+//!   that of the instant. The copy then continues and cannot be resumed; one warning reports that.
 //!
 //! Must not decide how a resumed copy uses the segment log.
 
@@ -107,7 +107,7 @@ impl SegmentLog {
     /// Records that the writes of all these segments have completed.
     ///
     /// # Errors
-    /// I/O errors: the copy can no longer be resumed from this segment log, and as long as the file exists, no
+    /// I/O errors: the copy can no longer be resumed from this log, and as long as the file exists, no
     /// region may be released that it does not name. [`ErrorKind::BadData`] for impossible segments.
     pub fn append(&mut self, segments: &[PlacedSegment]) -> Result<()> {
         let mut records = segments.iter().map(|segment| Record::Placed(*segment));

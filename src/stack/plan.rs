@@ -230,7 +230,7 @@ mod tests {
         let load = plan.steps.iter().find(|step| step.name == "load-origin").unwrap();
         assert_eq!(
             load.action.to_string(),
-            "load into vg-data: linear to vg-data#preserve, past it where nothing is in use"
+            "load into vg-data: linear to vg-data#preserve, except where space is free"
         );
         assert_eq!(
             plan.steps[0].action.to_string(),
