@@ -1,35 +1,35 @@
-# Sets the stage for the measurement and hands over to vm-tests/bench/rounds.py, which says what is measured.
+# Prepares disks, volume and load files, then runs vm-tests/bench/rounds.py, which describes the measurement.
 #
-# One logical volume is the origin for everybody. It held other data before its filesystem was made: free space that
-# reads as zeros would be a gift to whoever skips zeros. The filesystem is a third full, the loads' files included.
-# LVM's copy-on-write volume and Tidemark's store are on the same disk; where flushes are slow, each is a loop device
-# on a file of that disk. What the disks are, vm-tests/cases/bench.rs says.
+# One logical volume is the origin of every method. It held other data before its filesystem was made, because free
+# space that reads as zeros would favour a method that skips zeros. The filesystem is a third full, load files included.
+# LVM's snapshot volume and Tidemark's store are on the same disk. Where flushes are slow, each is a loop device on a
+# file of that disk. vm-tests/cases/bench.rs describes the disks.
 # shellcheck shell=bash
 
 mib=$TIDEMARK_BENCH_VOLUME_MIB
-# What a store needs for every chunk of the volume and the metadata of each, and a little.
+# The store holds every chunk of the volume, the metadata of each chunk, and some slack.
 store_mib=$((mib + mib / 64 + 16))
 
 mkdir -p /etc/lvm /mnt/origin /mnt/store
-# There is no udevd here: LVM makes its nodes itself. No daemon watches snapshots, and backups of LVM's metadata are no
-# part of the measurement.
+# No udevd runs here, so LVM makes its device nodes itself. Monitoring of snapshots and backups of metadata are off:
+# they would disturb the measurement.
 cat >/etc/lvm/lvmlocal.conf <<'END'
 activation { monitoring = 0 udev_sync = 0 udev_rules = 0 }
 backup { archive = 0 backup = 0 }
 END
 
-# A disk of null_blk, as TIDEMARK_BENCH_MODEL describes it. LVM does not take one as it is: a linear device is over it.
+# A null_blk disk with the attributes of TIDEMARK_BENCH_MODEL. LVM rejects null_blk, so a linear device is put on top.
 model_disk() { # NAME MIB
     local folder=/sys/kernel/config/nullb/$1 word
     mkdir "$folder"
     for word in $TIDEMARK_BENCH_MODEL "size=$2" power=1; do
-        # Whether it has heads to move, only its queue can be told.
+        # null_blk has no "rotational" attribute; it is set in the queue below.
         [ "${word%%=*}" = rotational ] || echo "${word#*=}" >"$folder/${word%%=*}"
     done
     local queue=/sys/block/$1/queue
     [[ " $TIDEMARK_BENCH_MODEL " != *" rotational=1 "* ]] || echo 1 >"$queue/rotational"
     echo "$TIDEMARK_BENCH_SCHEDULER" >"$queue/scheduler"
-    # A disk of few requests at once still has a queue to sort.
+    # A disk with a short hardware queue still has a scheduler queue of usual length.
     [ "$TIDEMARK_BENCH_SCHEDULER" = none ] || echo 128 >"$queue/nr_requests"
     dmsetup create --noudevsync "disk-$1" --table "0 $(blockdev --getsz "/dev/$1") linear /dev/$1 0"
 }
@@ -61,7 +61,7 @@ else
     settle
     mkfs.ext4 -q -b 4096 -m 0 -O ^resize_inode -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 /dev/mapper/slowdisk
     mount /dev/mapper/slowdisk /mnt/store
-    # Written, not only allocated: its first writes are not to pay for the conversion of extents.
+    # Written, not only allocated: otherwise the first writes would pay for the conversion of unwritten extents.
     dd if=/dev/zero of=/mnt/store/lvm.img bs=1M count=$((store_mib + 8)) oflag=direct conv=fsync status=none
     store_pv=$(losetup --find --show --direct-io=on /mnt/store/lvm.img)
 fi
@@ -77,7 +77,7 @@ fi
 settle
 origin=/dev/mapper/bench-data
 
-note "old data in all of the volume"
+note "writing old data to the whole volume"
 fill_mib=16
 truncate -s "${fill_mib}M" /tmp/old
 fill /tmp/old $((fill_mib << 20)) old
@@ -87,7 +87,7 @@ done
 mkfs.ext4 -q -F -b 4096 -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$origin"
 mount "$origin" /mnt/origin
 
-note "the files of the loads"
+note "writing the files of the loads"
 file_mib=$((mib / 10))
 for ((at = 0; at < file_mib; at += fill_mib)); do
     dd if=/tmp/old of=/mnt/origin/file bs=1M seek="$at" conv=notrunc status=none
@@ -95,8 +95,8 @@ done
 truncate -s "${file_mib}M" /mnt/origin/file
 if [[ ,$TIDEMARK_BENCH_LOADS, == *,pgbench,* ]]; then
     pg_init /mnt/origin/pg
-    # Whole pages follow every checkpoint into the log: with them a load's first seconds differ from its later
-    # ones, and a short copy could not be compared with a long one.
+    # With full_page_writes, the first change of a page after each checkpoint logs the whole page. The first seconds of
+    # a load would then differ from the later ones, and short copies could not be compared with long ones.
     printf '%s\n' "full_page_writes = off" "checkpoint_timeout = 1h" "min_wal_size = 32MB" "max_wal_size = 64MB" \
         "autovacuum = off" >>/mnt/origin/pg/postgresql.conf
     pg_start /mnt/origin/pg
@@ -111,7 +111,7 @@ missing_kib=$(($2 / 3 - $1))
 rm /tmp/old
 sync
 
-# The programs are read from the host when they first run.
+# Warm up: the first run of a program reads it from the host.
 tidemark --version >/dev/null
 lvs >/dev/null
 note "measuring"

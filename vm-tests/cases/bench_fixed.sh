@@ -1,5 +1,5 @@
-# What does a live copy cost beyond its reading? Copies of a small volume, one after the other: the whole command, the
-# reading alone (a cold copy of as much), and the time of each phase by the copy's own events.
+# The fixed cost of a live copy: how long does it take beyond reading the origin? Copies a small volume repeatedly and
+# measures the whole command, a cold copy of the same size (reading alone), and each phase by the copy's own events.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -7,7 +7,7 @@ tidemark attach "$(disk 0)" --name data
 make_filesystem ext4 /dev/mapper/data /mnt/origin
 make_filesystem ext4 "$(disk 1)" /mnt/scratch
 dd if=/dev/urandom of=/mnt/origin/file bs=1M count=4 conv=fsync status=none
-# The programs are read from the host when they first run.
+# Warm up: the first run of a program reads it from the host.
 tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --json >/dev/null
 python3 - "$ARTIFACTS/fixed.json" <<'PY'
 import json, statistics, subprocess, sys, time

@@ -1,6 +1,6 @@
-# Safety promises 2, 3, 4 and 6: SIGKILL around and in the middle of a whole copy. The load goes on, recover
-# puts everything back, nothing stands under the final name, no part of the copy under another, and a new copy works.
-# So it is where a copy was killed before it touched the origin, one of an origin at rest, and a restore.
+# Safety promises 2, 3, 4 and 6: SIGKILL before, during and at the end of a copy. The load continues, recover puts
+# everything back, no file has the final name, no partial file is left, and a new copy succeeds. The same holds for a
+# copy killed before it touches the origin, for a copy of an origin at rest, and for a restore.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -13,19 +13,19 @@ start_load /mnt/origin "$SEED"
 
 options=(--yes --store /mnt/scratch --store-ram 4MiB --freeze-budget 2s)
 
-# No file under construction.
+# Lists partial files.
 hidden() { find /mnt/scratch -name '.*tidemark-partial*'; }
 is_at_work() { [ -n "$(hidden)" ]; }
-assert_nothing_hidden() { [ -z "$(hidden)" ] || fail "$1: left behind: $(hidden)"; }
+assert_nothing_hidden() { [ -z "$(hidden)" ] || fail "$1: partial files are left: $(hidden)"; }
 
-# As it was before: asked after every kill.
+# put_back WHAT: recovers, and checks that everything is as before the copy.
 put_back() {
     timeout 30 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=1 conv=fsync status=none ||
         fail "$1: the origin does not answer"
     load_is_alive
     tidemark recover || fail "$1: recover failed"
-    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "$1: the table is another: $(dmsetup table "$origin")"
-    [ ! -e /mnt/scratch/copy.raw ] || fail "$1: a partial copy stands under the final name"
+    [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "$1: the table has changed: $(dmsetup table "$origin")"
+    [ ! -e /mnt/scratch/copy.raw ] || fail "$1: a partial copy has the final name"
     assert_nothing_hidden "$1"
     assert_no_tidemark_left data
     load_is_alive
@@ -36,7 +36,7 @@ for point in copy.store.before copy.store.after copy.data.before copy.data.after
     TIDEMARK_CRASH_AT=$point tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" 2>/run/err || status=$?
     assert_same "exit status at $point" "$status" 137
     case "$point" in
-        # By then the copy is complete.
+        # At these points the copy is already complete.
         copy.data.after | copy.release.*) mv /mnt/scratch/copy.raw /run/complete.raw && rm /run/complete.raw ;;
     esac
     put_back "$point"
@@ -54,15 +54,15 @@ for round in 1 2 3 4 5; do
     put_back "round $round"
 done
 
-# Kills what runs in the background as soon as its file is there, and asks after what is left.
+# Kills a background process as soon as its partial file exists, then checks what is left.
 kill_at_work() { # NAME PROCESS COMMAND
     wait_until 60 is_at_work
     sleep "0.$(rand "$1" 1 5)"
     tidemark status --json >/run/status
     kill -KILL "$2"
     wait "$2" || true
-    is_at_work || fail "$1: it had ended before it was killed"
-    grep -q "\"command\":\"$3\"" /run/status || fail "$1: status does not show it: $(cat /run/status)"
+    is_at_work || fail "$1: it ended before it could be killed"
+    grep -q "\"command\":\"$3\"" /run/status || fail "$1: status does not show the job: $(cat /run/status)"
     put_back "$1"
 }
 
@@ -75,14 +75,14 @@ kill_at_work "an origin at rest" $! copy
 tidemark copy /mnt/scratch/rest /mnt/scratch/rest.tdm
 assert_no_tidemark_left data
 mkfifo /run/slow
-# The first third, and then nothing.
+# The feeder sends the first third and then stalls.
 (head -c 8M /mnt/scratch/rest.tdm && exec sleep 60) >/run/slow &
 feeder=$!
 tidemark restore - /mnt/scratch/copy.raw </run/slow 2>/run/err &
 kill_at_work "a restore" $! restore
 kill "$feeder" || true
 
-# What fails by itself leaves as little.
+# A copy that fails by itself leaves nothing either.
 assert_status 1 tidemark copy /mnt/scratch/rest /mnt/scratch/copy.raw --hook-before false
 assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-before false
 assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-frozen false

@@ -1,5 +1,5 @@
-# Small limits: little memory in the control group, little memory that may be locked and no right to more. The copy goes
-# on with less, or is refused beforehand; it is never killed with everything in place.
+# Low limits: little memory in the control group, or a low memlock limit without the right to raise it. The copy runs
+# with less memory or is refused in advance. It is never killed while its stack is in place.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -20,7 +20,7 @@ ended() { # WHAT STATUS WANTED...
     rm -f /mnt/scratch/copy.*
 }
 
-note "memory of the control group"
+note "control group with a memory limit"
 mkdir -p /run/cgroup2
 mount -t cgroup2 none /run/cgroup2
 echo +memory >/run/cgroup2/cgroup.subtree_control
@@ -33,7 +33,7 @@ for limit in 48 24 8; do
     if [ "$limit" = 48 ]; then ended "$limit MiB" "$status" 0; else ended "$limit MiB" "$status" 0 3; fi
 done
 
-note "killed by the kernel for want of memory: the watchdog puts back what is left"
+note "killed by the OOM killer: the watchdog puts everything back"
 echo 200M >/run/cgroup2/job/memory.max
 sh -c 'echo $$ >"$0" && exec "$@"' /run/cgroup2/job/cgroup.procs "$TIDEMARK" copy "$origin" /mnt/scratch/copy.raw \
     --yes --store /mnt/scratch --rate 2MiB >/run/copy.out 2>/run/copy.err &
@@ -49,7 +49,7 @@ assert_same "files" "$(find /mnt/scratch -type f)" ""
 rmdir /run/cgroup2/job
 umount /run/cgroup2
 
-note "little that may be locked, and no right to more"
+note "low memlock limit, and no right to raise it"
 for limit in 8192 64; do
     status=0
     (ulimit -l "$limit"; exec setpriv --bounding-set -ipc_lock,-sys_resource --inh-caps -ipc_lock,-sys_resource \
@@ -58,6 +58,6 @@ for limit in 8192 64; do
 done
 (ulimit -l 64; exec setpriv --bounding-set -ipc_lock,-sys_resource --inh-caps -ipc_lock,-sys_resource "$TIDEMARK" doctor) >/run/doctor 2>&1 || true
 grep -A 3 memlock /run/doctor
-grep -E 'warn.*memlock|memlock.*(warn|64)' /run/doctor || fail "doctor says nothing of the limit: $(cat /run/doctor)"
+grep -E 'warn.*memlock|memlock.*(warn|64)' /run/doctor || fail "doctor does not report the limit: $(cat /run/doctor)"
 umount /mnt/origin
 tidemark detach data

@@ -1,5 +1,5 @@
-# What the queue of a volume can do may become less while it is copied, and is as before afterwards: requests that must not
-# wait, limits and settings that an administrator has made. A volume that is open raw sees it most.
+# During a copy, the queue of a volume may offer less than before: no RWF_NOWAIT, other limits, other settings than the
+# administrator chose. Afterwards all are as before. Raw users of the volume notice such changes most.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -10,7 +10,8 @@ origin=$(dm_node data)
 queue=/sys/block/${origin#/dev/}/queue
 table_before=$(dmsetup table data)
 
-# Opened before the copy, and kept: a read that must not wait, at every line of its input; what came of it.
+# Keeps one descriptor open from before the copy. For every input line it tries one RWF_NOWAIT read and prints the
+# result.
 cat >/run/nowait.py <<'PYTHON'
 import errno, mmap, os, sys
 file = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
@@ -42,7 +43,7 @@ echo 64 >"$queue/max_sectors_kb"
 echo "write through" >"$queue/write_cache"
 echo 1048576 >"$queue/discard_max_bytes" || true
 limits_before=$(limits)
-note "as somebody wants it: $limits_before"
+note "as an administrator sets it: $limits_before"
 
 assert_same "a read that must not wait, before" "$(nowait)" well
 fio --name=ring --filename="$origin" --rw=randrw --bs=4k --direct=1 --ioengine=io_uring --iodepth=8 --time_based --runtime=600 \
@@ -54,7 +55,7 @@ copy=$!
 wait_until 20 is_preserved "$origin"
 during=$(nowait)
 note "in the middle of the copy: $during; $(limits) atomic=$(atomic)"
-# If this answers well one day, the README says too much.
+# The README states this limitation. If this assertion fails one day, update the README.
 assert_same "a read that must not wait, during the copy" "$during" ENOTSUP
 assert_same "the read-ahead and the largest request, during the copy" "$(limits | cut -d' ' -f1,2)" "$(cut -d' ' -f1,2 <<<"$limits_before")"
 wait "$copy" || fail "the copy: $(cat /run/copy.err)"
@@ -66,13 +67,12 @@ grep -q 'err= 0' /run/fio.log || fail "io_uring saw an error: $(cat /run/fio.log
 assert_same "the settings" "$(limits)" "$limits_before"
 assert_same "the table" "$(dmsetup table data)" "$table_before"
 
-# as_before WHAT
 as_before() {
     assert_same "$1: the settings" "$(limits)" "$limits_before"
     assert_same "$1: the table" "$(dmsetup table data)" "$table_before"
     assert_no_tidemark_left
 }
-# killed_at POINT: a copy that dies there.
+# killed_at POINT: a copy that is killed at this crash point.
 killed_at() {
     local status=0
     rm -f /mnt/scratch/copy.raw
@@ -82,8 +82,8 @@ killed_at() {
     note "killed at $1: $(limits)"
 }
 
-# After a copy that was killed, recover and resume put the settings back with the table. At the last of these points the origin has its
-# own table again, and only the settings are lost.
+# After a kill, recover and resume put the settings back together with the table. At the last of these points the origin
+# already has its own table again, and only the settings are missing.
 for point in insert.switch.before insert.switch.after copy.data.before release.swap.after:2 restore.suspend.after restore.switch.after; do
     killed_at "$point"
     tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
@@ -93,7 +93,7 @@ killed_at copy.data.before
 tidemark resume >/run/resume.out 2>&1 || fail "resume: $(cat /run/resume.out)"
 as_before "killed, and resumed"
 
-# A setting made during the copy stays.
+# A setting that the administrator changes during the copy is kept.
 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 8MiB --rate 24MiB >/run/copy.out 2>/run/copy.err &
 copy=$!
 wait_until 20 is_preserved "$origin"

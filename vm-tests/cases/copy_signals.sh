@@ -1,4 +1,4 @@
-# Every signal that can be caught puts everything back; USR1 asks how far the copy is; a limit of a file's size is an error.
+# Every catchable signal makes the copy put everything back. USR1 prints the progress. A file size limit is an error.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -22,7 +22,7 @@ ended() { # STATUS
     [ "$got" = "$1" ] || fail "exit status $got, not $1: $(cat /run/copy.err)"
     assert_same "the table" "$(dmsetup table data)" "$table_before"
     assert_no_tidemark_left data
-    [ -z "$(find /mnt/scratch -name '*partial*')" ] || fail "a part of the copy is left"
+    [ -z "$(find /mnt/scratch -name '*partial*')" ] || fail "a partial file is left"
 }
 
 for signal in INT TERM HUP QUIT ALRM USR2 XCPU PROF VTALRM PWR IO RTMIN RTMAX; do
@@ -33,21 +33,21 @@ for signal in INT TERM HUP QUIT ALRM USR2 XCPU PROF VTALRM PWR IO RTMIN RTMAX; d
 done
 
 
-note "USR1: how far it is, and it goes on"
+note "USR1 prints the progress, and the copy continues"
 begin
 for _ in 1 2 3; do sleep 0.3; kill -USR1 "$process"; done
 ended 0
 count=$(grep -c '^copying: .*%' /run/copy.err || true)
-[ "$count" -ge 3 ] || fail "USR1 shows nothing: $(cat /run/copy.err)"
+[ "$count" -ge 3 ] || fail "USR1 does not print the progress: $(cat /run/copy.err)"
 begin --json
 sleep 0.3
 kill -USR1 "$process"
 ended 0
-note "USR1 while the origin is suspended: nothing is cut short"
+note "USR1 while the origin is suspended: no system call fails with EINTR"
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 20s \
     --hook-frozen 'for i in 1 2 3 4 5; do kill -USR1 $PPID; sleep 0.1; done' >/run/copy.out 2>/run/copy.err || fail "USR1 at the instant: $(cat /run/copy.err)"
 
-note "no file may be larger than 4 MiB: an error, and all is put back"
+note "file size limit of 4 MiB: an error, and everything is put back"
 for limit in 4096 16384; do
     got=0
     rm -f /mnt/scratch/copy.raw

@@ -1,6 +1,6 @@
-# The disk under the origin, or the store's, is unplugged in mid-copy: the copy fails and says so, nothing hangs, nothing
-# stays suspended, and nothing is left. The origin fares as without a copy: on its own disk it goes on, and on one that is
-# gone it fails.
+# The origin's disk or the store's disk is unplugged in mid-copy. The copy fails and says so, nothing hangs, nothing
+# stays suspended, and nothing is left. The origin behaves as without a copy: it works if its own disk is there, and
+# otherwise fails.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_vanish.sh"
 
@@ -10,7 +10,7 @@ plug() { # NAME MEBIBYTES
     for word in memory_backed=1 "size=$2" power=1; do echo "${word#*=}" >"$disk/${word%%=*}"; done
     wait_until 10 test -b "/dev/$1"
 }
-# The copy sees the first error when the disk has gone for good, and not while it goes.
+# Stopped meanwhile, the copy sees its first error only when the disk has gone completely.
 unplug() {
     kill -STOP "$process"
     power_off "$1"
@@ -19,8 +19,8 @@ unplug() {
 power_off() { echo 0 >"/sys/kernel/config/nullb/$1/power"; }
 pack_up() { rmdir "/sys/kernel/config/nullb/$1"; }
 
-# One region: once part of the origin leads past the snapshot, its table holds its disk open, and its own can be loaded.
-# loses NAME: a copy loses disk NAME under raw writes.
+# loses NAME: a copy loses disk NAME while the origin is written. The copy uses one region: as soon as part of the
+# origin bypasses the snapshot, its table keeps the disk open, and the origin's own table can still be loaded.
 loses() {
     (while [ ! -e /run/no-writes ]; do dd if=/dev/urandom of=/dev/mapper/data bs=64k count=1 seek=$((RANDOM % 900)) oflag=direct conv=notrunc status=none 2>/dev/null; done) &
     local writer=$!
@@ -42,7 +42,7 @@ loses usbstore
 grep -qi 'store' /run/copy.err || fail "the error does not name the store"
 tidemark recover
 assert_same "the table" "$(dmsetup table data)" "$table_before"
-timeout 20 dd if=/dev/zero of=/dev/mapper/data bs=4k count=1 oflag=direct conv=notrunc status=none || fail "the origin does not go on"
+timeout 20 dd if=/dev/zero of=/dev/mapper/data bs=4k count=1 oflag=direct conv=notrunc status=none || fail "the origin cannot be written"
 assert_no_tidemark_left data
 pack_up usbstore
 
@@ -51,7 +51,7 @@ plug usbstore 64
 loses usborigin
 fails_to_recover
 if timeout 20 dd if=/dev/zero of=/dev/mapper/data bs=4k count=1 oflag=direct conv=notrunc status=none; then
-    fail "a disk that is gone was written"
+    fail "a write to an unplugged disk succeeded"
 fi
 dmsetup remove --noudevsync data
 tidemark recover

@@ -1,5 +1,5 @@
-# A volume that is not mounted is copied: only what lies on it is written back, not what other people's hung storage holds;
-# and waiting for a slow disk ends at a signal.
+# A copy of a volume that is not mounted writes back only the page cache of that volume, so hung storage elsewhere does
+# not delay it. The wait for a slow disk ends at a signal.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -19,8 +19,8 @@ start=$SECONDS
 timeout 60 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch || fail "the copy"
 took=$((SECONDS - start))
 note "it took $took s"
-[ "$took" -lt 15 ] || fail "it waited for another's disk"
-cmp -n 30000 -i 100000:0 /mnt/scratch/copy.raw /run/bytes || fail "what was not written back is not in the copy"
+[ "$took" -lt 15 ] || fail "the copy waited for an unrelated disk"
+cmp -n 30000 -i 100000:0 /mnt/scratch/copy.raw /run/bytes || fail "dirty pages of the origin are missing from the copy"
 slow 0 0
 umount /mnt/other
 tidemark detach data
@@ -42,7 +42,7 @@ for mounted in no yes; do
     took=$((SECONDS - start))
     note "mounted: $mounted, exit status $status $took s after the signal"
     assert_same "the exit status: $(cat /run/copy.err)" "$status" 130
-    [ "$took" -lt 6 ] || fail "the signal was heard after $took s"
+    [ "$took" -lt 6 ] || fail "the copy reacted to the signal only after $took s"
     assert_no_tidemark_left data
     slow 0 0
     sync

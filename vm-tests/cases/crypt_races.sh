@@ -1,7 +1,8 @@
-# cryptsetup is at work while volumes are copied, on a slow disk: it resizes, suspends with the key wiped and resumes,
-# refreshes, tries to close; beneath the origin (an attached volume on LUKS) or above it (LUKS on a volume). Copies release,
-# hold, are interrupted, killed, given up and gone on with. What cryptsetup reports done is done, what is in use is not
-# closed, a suspension ends with cryptsetup's own resume; a copy that succeeds is that of its instant.
+# cryptsetup works on a slow disk while volumes are copied: resize, suspend with the key wiped, resume, refresh, and
+# attempts to close. LUKS is beneath the origin (an attached volume on LUKS) or above it (LUKS on a volume). Copies
+# release regions, are held, interrupted, killed, recovered and resumed. What cryptsetup reports as done is done; a
+# device in use is not closed; only cryptsetup's own resume ends its suspension; a copy that succeeds matches its
+# instant.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -9,10 +10,10 @@ settle
 make_filesystem ext4 "$(disk 1)" /mnt/scratch
 crypt=tidetest-crypt
 head -c 32 /dev/urandom >/run/key
-# The file system above has the fewest; the header leaves no more than the most.
+# Size in sectors: at least that of the filesystem above, at most what the header leaves.
 FEWEST=$((24 * 2048)) MOST=$((44 * 2048))
 sectors=$FEWEST
-# Keys are derived in no time, and the header is small.
+# Fast key derivation and a small header.
 format() {
     cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --luks2-metadata-size 16k \
         --luks2-keyslots-size 256k --key-file /run/key "$1"
@@ -25,7 +26,8 @@ if [ "$WHERE" = beneath ]; then
     settle
     make_filesystem ext4 /dev/mapper/$crypt /mnt/origin
     before=$(dmsetup table $crypt)
-    # In use it has no road past cryptsetup: an attached volume has.
+    # A mounted crypt device has no volume that could take a snapshot's table, so the copy is refused. An attached
+    # volume has one.
     assert_status 3 tidemark copy /dev/mapper/$crypt /mnt/scratch/copy.raw --yes --store /mnt/scratch
     assert_same "the table of a device that is refused" "$(dmsetup table $crypt)" "$before"
     umount /mnt/origin
@@ -50,14 +52,14 @@ sum=$(sha256sum </mnt/origin/kept)
 sync
 start_hot_load
 
-# In the background a failure is noted for the round that it belongs to.
+# Background jobs cannot fail the case; they note the failure for their round.
 wrong() {
     echo "$*" >>/run/wrong
     exit 1
 }
 asked() { "$@" >/run/crypt.out 2>&1 || wrong "'$*' failed: $(cat /run/crypt.out)"; }
 
-# -- what cryptsetup does
+# What cryptsetup does.
 
 resizes() {
     sectors=$((FEWEST + RANDOM % ((MOST - FEWEST) / 8) * 8))
@@ -72,7 +74,7 @@ refreshes() {
     case "$flag,$(dmsetup table $crypt)" in
         ,*allow_discards* | --allow-discards,*aes-xts-plain64\ *0\ *[0-9]) wrong "refreshed, and its flags are others: $(dmsetup table $crypt)" ;;
     esac
-    # It takes all of the device again.
+    # The refresh made the mapping cover the whole device again.
     sectors=$(blockdev --getsz /dev/mapper/$crypt)
 }
 suspends() {
@@ -99,7 +101,7 @@ at_work() {
     echo $sectors >/run/sectors
 }
 
-# -- beside copies
+# Copies while cryptsetup works.
 
 as_before() { # WHEN
     assert_same "$1: the table of the origin" "$(dmsetup table data)" "$table"
@@ -111,7 +113,7 @@ as_before() { # WHEN
 }
 
 copied=0 void=0
-# round END OPTION...: a copy, with cryptsetup at work until it is over, and until it is put back or gone on with.
+# round END OPTION...: a copy with cryptsetup at work until the copy is over and recovered or resumed.
 round() {
     local status=0 end=$1
     shift
@@ -120,14 +122,14 @@ round() {
     tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 256KiB --segment 64KiB --rate 16MiB \
         --freeze-budget 60s --hook-frozen "$(capture_hook /mnt/scratch/instant)" "$@" >/run/copy.out 2>/run/copy.err &
     local copy=$!
-    # What is suspended cannot be frozen: a copy would seldom come to its instant.
+    # A suspended device cannot be frozen: without this wait, few copies would reach their instant.
     (
         [ $((RANDOM % 3)) = 0 ] || until_preserved "$copy"
         at_work
     ) &
     local worker=$!
     if [ "$end" != none ]; then
-        # Anywhere, before the instant too.
+        # At any time, also before the instant.
         [ $((RANDOM % 4)) = 0 ] || until_preserved "$copy"
         sleep "$((RANDOM % 2)).$((RANDOM % 9))"
         kill "-${end%,*}" "$copy" 2>/dev/null || true
@@ -137,14 +139,14 @@ round() {
     if [ "$status" = 137 ]; then
         if [ "$end" = KILL,resume ] && tidemark resume >/run/copy.out 2>/run/copy.err; then
             status=0
-            note "gone on with"
+            note "resumed"
         else
-            [ "$end" = KILL,recover ] || note "not gone on with: $(cat /run/copy.err)"
+            [ "$end" = KILL,recover ] || note "not resumed: $(cat /run/copy.err)"
             tidemark recover >/run/recover.out 2>&1 || fail "recover: $(cat /run/recover.out)"
         fi
     fi
     rm -f /run/at-work
-    wait "$worker" || fail "beside the copy: $(cat /run/wrong)"
+    wait "$worker" || fail "cryptsetup, during the copy: $(cat /run/wrong)"
     sectors=$(cat /run/sectors)
     case "$status" in
         0)
@@ -152,13 +154,13 @@ round() {
             assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
             mv /mnt/scratch/copy.raw /mnt/scratch/last.raw
             ;;
-        137 | 130 | 143) [ "$end" != none ] || fail "nobody has ended it: $(cat /run/copy.err)" ;;
+        137 | 130 | 143) [ "$end" != none ] || fail "the copy ended by a signal that was not sent: $(cat /run/copy.err)" ;;
         *)
             void=$((void + 1))
             grep -q 'it is already frozen' /run/copy.err || fail "the copy ended with $status: $(cat /run/copy.err)"
             ;;
     esac
-    [ "$status" = 0 ] || [ ! -e /mnt/scratch/copy.raw ] || fail "what is no copy has its final name"
+    [ "$status" = 0 ] || [ ! -e /mnt/scratch/copy.raw ] || fail "a failed copy has the final name"
     as_before "$end $*"
 }
 
@@ -168,7 +170,7 @@ for end in none KILL,recover TERM KILL,resume; do
     round "$end" "${holding[@]}"
 done
 round KILL,resume
-# A copy that meets a suspension at its instant is void. How many do is chance.
+# A copy that meets a suspension at its instant is void. Chance decides how many do.
 for _ in 1 2 3 4 5 6 7 8; do
     [ "$copied" -lt 3 ] || break
     round none "${holding[@]}"
@@ -180,7 +182,7 @@ for deed in resizes refreshes suspends closes; do
     grep -q "^$deed" /run/deeds || fail "nothing $deed: this proves nothing"
 done
 
-# What was written is what is there.
+# The data written before is still there.
 assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
 umount /mnt/origin
 if [ "$WHERE" = beneath ]; then

@@ -1,6 +1,6 @@
-# A host on which the server of a file system is gone (NFS, FUSE) has descriptors, loop devices, mounts and layers of
-# overlays that answer no more. Nothing of that concerns a copy which has nothing to do with it: nothing waits for it. What
-# does lie there is refused in time.
+# The server of a filesystem (NFS, FUSE) is gone. Descriptors, loop devices, mounts and overlay layers on it do not
+# answer any more. A copy that does not use that filesystem does not wait for it. A copy to or from it is refused in
+# time.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -19,17 +19,18 @@ for _ in $(seq 100); do mountpoint -q /mnt/dead && break; sleep 0.1; done
 mountpoint -q /mnt/dead || fail "the server has not mounted its file system"
 
 note "writers"
-# Writers, here and in another mount namespace. No command inherits them: its end would close them, and wait for the server.
+# Writers, here and in another mount namespace. No later command may inherit these descriptors: it would close them at
+# exit and wait for the server.
 sleep 1000 7<>/mnt/dead/image 8<>/mnt/scratch/open &
 writer=$!
 unshare -m sleep 1000 9<>/mnt/dead/image 10<>/mnt/scratch/another &
 sleeper=$!
 loop=$(losetup -f --show /mnt/dead/image)
 note "mounts"
-# The origin, mounted beneath the dead server first: the mount that is found first does not answer.
+# Mounts the origin beneath the dead server first, so that the mount found first is one that does not answer.
 mount --bind /mnt/vol /mnt/dead/folder
 mount -t overlay -o "lowerdir=/mnt/dead/lower:/mnt/vol,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work" over /mnt/over ||
-    fail "no overlay over it"
+    fail "the overlay cannot be mounted"
 note "the server stops"
 kill -STOP "$server"
 alive=1
@@ -62,9 +63,9 @@ in_time 60 0 tidemark doctor
 in_time 30 0 tidemark recover
 in_time 60 0 tidemark copy /mnt/scratch/cold /mnt/scratch/cold.tdm --yes
 in_time 60 0 tidemark restore /mnt/scratch/cold.tdm /mnt/scratch/back --yes
-cmp /mnt/scratch/cold /mnt/scratch/back || fail "restored file"
+cmp /mnt/scratch/cold /mnt/scratch/back || fail "the restored file differs"
 in_time 60 0 tidemark restore /mnt/scratch/cold.tdm "$(disk 2)" --yes
-cmp -n $((5 << 20)) /mnt/scratch/cold "$(disk 2)" || fail "restored device"
+cmp -n $((5 << 20)) /mnt/scratch/cold "$(disk 2)" || fail "the restored device differs"
 in_time 60 0 tidemark copy vol "$(disk 2)" --yes --store /mnt/scratch/store
 
 note "what is in use is still found"
@@ -77,7 +78,7 @@ in_time 30 3 tidemark restore /mnt/scratch/cold.tdm /mnt/scratch/cold --yes
 grep -q "$used" /run/out || { cat /run/out; fail "a loop device is not named"; }
 losetup -d "$used"
 
-note "what lies on it is refused in time"
+note "paths on the dead filesystem are refused in time"
 refused_in_time() {
     local got=0
     timeout -s KILL 40 "$@" >/run/out 2>&1 </dev/null || got=$?

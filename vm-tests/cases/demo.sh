@@ -1,4 +1,4 @@
-# What scripts/demo shows, as a case: the same script, with the disks of a guest.
+# Runs scripts/demo on the disks of a guest.
 # shellcheck shell=bash
 mkfs.ext4 -q -F "$(disk 2)"
 mkdir -p /mnt/demo

@@ -1,8 +1,8 @@
 # Safety promise 1: the copy equals, byte for byte, what --hook-frozen captured at the instant.
-# Environment: FS (ext4, xfs), ORIGIN (volume, lvm), MECHANISMS (on, off). Five secondaries, random chunk,
-# segment and store sizes from the printed seed. With mechanisms off everything is copied (--all) in one
-# region; with them on free space is neither copied nor preserved, regions are released in any order, and the
-# comparison covers every byte that was in use.
+# Environment: FS (ext4, xfs), ORIGIN (volume, lvm), MECHANISMS (on, off). Five secondaries; chunk, segment and store
+# sizes are random, from the printed seed. With mechanisms off, everything is copied (--all) in one region. With
+# mechanisms on, free space is neither copied nor preserved, regions are released in any order, and the comparison
+# covers every byte that was in use.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -29,8 +29,8 @@ size=$(blockdev --getsize64 "$origin")
 make_filesystem "$FS" "$origin" /mnt/origin
 make_filesystem ext4 "$scratch_disk" /mnt/scratch
 
-# The load must have been felt: copies in which no original was preserved prove little. One alone may be ahead of its
-# writers, above all where what is written most is copied first.
+# Copies without any preserved original prove little, so the load must overwrite data before it is copied. A single copy
+# may be faster than its writers, especially when the most written regions are copied first.
 preserved=0
 count_preserved() {
     local count
@@ -46,8 +46,8 @@ one_copy() {
     ram=$(pick "$kind-ram" 0 1MiB 8MiB)
     local -a options=(--chunk "$chunk" --segment "$segment" --store /mnt/scratch --store-ram "$ram" --yes
         --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)")
-    # A copy of a small volume is over in a moment: the rate keeps the load beside it for some seconds, fewer where the
-    # load runs at native speed.
+    # A small volume is copied in a moment. The rate limit keeps the load running beside the copy for some seconds;
+    # fewer where the load runs at native speed.
     if [ "$MECHANISMS" = on ]; then
         options+=(--rate "$(($(pick "$kind-rate" 8 16 32) * pace))MiB")
         options+=(--order "$(pick "$kind-order" physical hot)" --region "$(pick "$kind-region" 1MiB 4MiB 16MiB)"
@@ -96,7 +96,7 @@ one_copy() {
 
 compare() {
     if [ "$MECHANISMS" = on ]; then
-        python3 "$REPO/vm-tests/guest/same_in_use.py" "$FS" /mnt/scratch/instant "$1" || fail "$1 is another"
+        python3 "$REPO/vm-tests/guest/same_in_use.py" "$FS" /mnt/scratch/instant "$1" || fail "$1 differs"
     else
         same_bytes /mnt/scratch/instant "$1" "$size"
     fi
@@ -106,12 +106,12 @@ start_load /mnt/origin "$SEED"
 for kind in $(printf '%s\n' raw-device raw-file overlay append pipe | some_under_emulation kinds 1); do
     one_copy "$kind"
 done
-# Random options may let every copy be ahead of its writers: the next ones have others.
+# With random options, every copy may outrun its writers. The next round has other options.
 for round in 1 2 3; do
     [ "$preserved" = 0 ] || break
     SEED=$((SEED + round)) one_copy append
 done
-[ "$preserved" -gt 0 ] || fail "nothing was preserved, in any copy"
+[ "$preserved" -gt 0 ] || fail "no copy preserved any original"
 stop_load
 umount /mnt/origin
 filesystem_check "$FS" "$origin"

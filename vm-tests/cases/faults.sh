@@ -1,5 +1,5 @@
-# Safety promises 2 and 5 under faults: a clear error, the right exit code, the origin unharmed, no
-# partial result under the final name.
+# Safety promises 2 and 5 under faults: a clear error, the right exit code, an unharmed origin, and no partial result
+# under the final name.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -26,7 +26,7 @@ expect_failure() {
     [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the origin's table changed after: $*"
     assert_no_tidemark_left data
     [ -z "$(find /mnt/scratch /mnt/small -name '*.raw' -o -name '*.tdm' -o -name '*partial*' 2>/dev/null)" ] ||
-        fail "something was left after: $* ($(ls -la /mnt/scratch))"
+        fail "partial files are left after: $* ($(ls -la /mnt/scratch))"
 }
 
 note "secondary full: a small filesystem"
@@ -44,12 +44,12 @@ dmsetup mknodes
 expect_failure 1 'faulty.*(error|EIO)|(error|EIO).*faulty' tidemark copy "$origin" /dev/mapper/faulty --yes --store /mnt/scratch
 dmsetup remove --noudevsync faulty
 
-note "a device that comes over the origin while it is frozen: who knows what it needs of what was free"
+note "a new device on the origin while it is frozen: it may use space that the filesystem calls free"
 expect_failure 1 'devices on .* were changed while' tidemark copy "$origin" /mnt/scratch/over.raw --yes --store /mnt/scratch \
     --hook-frozen "losetup --read-only /dev/loop7 $origin"
 losetup -d /dev/loop7
 
-note "a /run that is full from the middle on: the copy is none the worse, but nobody can resume it"
+note "/run fills up in mid-copy: the copy succeeds, but could not be resumed"
 mkdir -p /mnt/run /run/tidemark
 full_run() { # WHAT
     wait_until 60 has_spilled
@@ -60,9 +60,9 @@ full_run() { # WHAT
     fi
     touch /run/is-full
 }
-# What is preserved has come to the tail's disk: its file is noted behind the instant.
+# Preserved data has reached the tail's disk, so its file was noted in the record after the instant.
 has_spilled() { is_preserved "$origin" && losetup -a | grep -q /mnt/scratch; }
-# begin_full WHAT FILE OPTION...: in $copy.
+# begin_full WHAT FILE OPTION...: starts a copy to FILE and fills /run; the process is in $copy.
 begin_full() {
     rm -f /run/is-full
     mount -t tmpfs -o size=2m,nr_inodes=200 none /mnt/run
@@ -72,7 +72,7 @@ begin_full() {
         "${@:3}" >/run/fault.out 2>/run/fault.err &
     copy=$!
     full_run "$1"
-    kill -0 "$copy" || fail "it was over before /run was full: $(cat /run/fault.err)"
+    kill -0 "$copy" || fail "the copy ended before /run was full: $(cat /run/fault.err)"
 }
 is_as_before() {
     load_is_alive
@@ -85,20 +85,20 @@ for what in space inodes; do
     begin_full "$what" /mnt/scratch/full.raw --all --freeze-budget 120s --hook-frozen "$(capture_hook /mnt/scratch/instant)"
     wait "$copy" || fail "a full /run ($what) ends a copy: $(cat /run/fault.err)"
     cat /run/fault.err
-    [ "$what" = inodes ] || grep -q 'cannot resume it' /run/fault.err || fail "nothing says that it cannot be resumed"
-    ! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
+    [ "$what" = inodes ] || grep -q 'cannot resume it' /run/fault.err || fail "no message says that the copy cannot be resumed"
+    ! grep -q 'not undone\|could not be' /run/fault.err || fail "a message says that something could not be undone"
     assert_identical /mnt/scratch/full.raw /mnt/scratch/instant
     rm /mnt/scratch/full.raw /mnt/scratch/instant
     is_as_before "$what"
 done
-note "the same, interrupted; and killed: refused to be resumed, and cleared away"
+note "the same, interrupted and killed: resume refuses, recover puts everything back"
 begin_full space /mnt/scratch/full.raw
 kill -TERM "$copy"
 status=0
 wait "$copy" || status=$?
 cat /run/fault.err
 assert_same "the exit status" "$status" 130
-! grep -q 'not undone\|could not be' /run/fault.err || fail "it says that something could not be undone"
+! grep -q 'not undone\|could not be' /run/fault.err || fail "a message says that something could not be undone"
 is_as_before interrupted
 begin_full space /mnt/scratch/full.raw
 wait_until 20 grep -q 'cannot resume it' /run/fault.err
@@ -106,7 +106,7 @@ kill -KILL "$copy"
 wait "$copy" 2>/dev/null || true
 assert_status 3 tidemark resume
 tidemark status | grep -q 'tidemark recover' || fail "status does not say what to do: $(tidemark status)"
-! tidemark status | grep -q 'tidemark resume' || fail "status advises to resume: $(tidemark status)"
+! tidemark status | grep -q 'tidemark resume' || fail "status suggests resume: $(tidemark status)"
 tidemark recover
 is_as_before killed
 
@@ -128,7 +128,7 @@ dmsetup remove --noudevsync badbelow
 note "interrupted: SIGINT and SIGTERM put everything back"
 for signal in INT TERM; do
     interrupted() {
-        # A background job of a script ignores SIGINT, and a command keeps that: not this one.
+        # Bash makes background jobs ignore SIGINT, and children inherit that; --default-signal undoes it.
         env --default-signal=INT tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 4MiB &
         local pid=$! status=0
         sleep 4
@@ -139,7 +139,7 @@ for signal in INT TERM; do
     expect_failure 130 'interrupt' interrupted
 done
 
-note "a copy works after all that"
+note "a copy succeeds after all faults"
 tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --freeze-budget 120s \
     --hook-frozen "$(capture_hook /mnt/scratch/instant)"
 assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant

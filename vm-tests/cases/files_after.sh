@@ -1,6 +1,6 @@
-# What happens to files after the instant changes nothing in the copy: deleted, rewritten, extended, created
-# anew, truncated, renamed, in every combination and order of two, with the space that they free used again at
-# once. Free space is neither copied nor preserved, and regions are released while all of this goes on.
+# Changes of files after the instant do not change the copy: delete, rewrite, extend, create, truncate, rename, in every
+# combination and order of two, with the freed space reused at once. Meanwhile free space is neither copied nor
+# preserved, and regions are released.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -20,7 +20,7 @@ prepare() { # FS
             head -c $((20000 + $(rand "$file" 0 200000))) /dev/urandom >"$file"
         done
     done
-    # Some that are gone at the instant: their space is free, and is used again.
+    # Deleted before the instant: their space is free at the instant, and reused later.
     for file in 1 2 3 4; do head -c 3000000 /dev/urandom >"/mnt/origin/gone$file"; done
     sync -f /mnt/origin
     rm /mnt/origin/gone*
@@ -58,22 +58,22 @@ for order in physical hot; do
     tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 512KiB --region 1MiB \
         --order "$order" --json >/run/copy.json 2>&1 &
     process=$!
-    # Somewhere in the middle, with some regions released and some not, the copier is stopped until all is done.
+    # Stops the copier in mid-copy, with some regions released and some not, until all operations are done.
     wait_until 60 grep -q '"event":"regions"' /run/copy.json
     kill -STOP "$process"
-    is_preserved "$origin" || fail "all is released already: this proves nothing"
+    is_preserved "$origin" || fail "everything is already released: this proves nothing"
     everything
     kill -CONT "$process"
     wait "$process" || { tail -n 3 /run/copy.json; fail "the copy"; }
     skipped=$(grep -o '"skipped":{"bytes":[0-9]*' /run/copy.json | grep -o '[0-9]*$')
-    [ "$skipped" -gt $((32 << 20)) ] || fail "only $skipped bytes of free space were left out"
+    [ "$skipped" -gt $((32 << 20)) ] || fail "only $skipped bytes of free space were skipped"
     umount /mnt/origin
     loop=$(losetup --find --show /mnt/scratch/copy.raw)
     filesystem_check ext4 "$loop"
     mkdir -p /mnt/copy
     mount -o ro "$loop" /mnt/copy
     (cd /mnt/copy/d && sha256sum --quiet -c /mnt/scratch/sums) || fail "a file is not what it was at the instant"
-    [ "$(find /mnt/copy/d -type f | wc -l)" = "$(wc -l </mnt/scratch/sums)" ] || fail "the copy has other files"
+    [ "$(find /mnt/copy/d -type f | wc -l)" = "$(wc -l </mnt/scratch/sums)" ] || fail "the copy has another number of files"
     umount /mnt/copy
     losetup -d "$loop"
     rm /mnt/scratch/copy.raw

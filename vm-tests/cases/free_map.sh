@@ -1,6 +1,6 @@
-# The map of free space of a frozen origin, for every kind of FS that matters, on the origin itself and on
-# partitions of it: what it calls free is free by the filesystem's own tools, and it is nearly all of that.
-# Whoever else lies there, or a filesystem that is read-only, takes its bytes out of the map.
+# The map of free space of a frozen origin, for every supported FS, on the origin itself and on partitions of it. What
+# the map calls free is also free according to the filesystem's own tools, and it is nearly all of it. Bytes that
+# another user of the device may use, and those of a read-only filesystem, are not in the map.
 judge=(python3 "$REPO/vm-tests/cases/free_map_judge.py")
 REPORT=/run/free-map
 
@@ -14,8 +14,8 @@ ORIGIN=$(dm_node data)
 NUMBER=$(dmsetup info -c --noheadings --separator ' ' -o major,minor data | awk '{ print $1 ":" $2 }')
 mkdir -p /mnt/a /mnt/b
 
-# make KIND DEVICE MOUNTPOINT [MKFS-OPTION...]: a filesystem with holes all over, files of every sort, and one
-# file that is unlinked while it is open.
+# make KIND DEVICE MOUNTPOINT [MKFS-OPTION...]: a filesystem with many holes, files of every sort, and one file that is
+# unlinked while open.
 make() {
     local kind=$1 device=$2 at=$3 i
     shift 3
@@ -43,7 +43,7 @@ make() {
     head -c 500000 /dev/zero >"$at/files/unlinked"
     sync -f "$at"
     for i in $(seq 2 3 30); do rm "$at/files/f$i"; done
-    # Shared blocks, where there is such a thing: more than one file has them, and then one less.
+    # Shared blocks, where supported: several files have them, then one of the files is removed.
     if cp --reflink=always "$at/files/f60" "$at/files/clone" 2>/dev/null; then
         head -c 100000 /dev/zero >>"$at/files/clone"
         cp --reflink=always "$at/files/clone" "$at/files/clone2"
@@ -68,8 +68,8 @@ thaw() {
     wait "$MAPPER" || fail "mapping: exit status $?, $(cat "$REPORT")"
 }
 
-# list_files MOUNTPOINT: the blocks of what is there into /run/used, those of the file "gone", which HOOK deletes,
-# into /run/gone. "unlinked" is open from here on, so that its blocks stay in use when HOOK deletes it.
+# list_files MOUNTPOINT: writes the blocks of all files to /run/used, and those of file "gone", which HOOK deletes, to
+# /run/gone. Opens file "unlinked", so that its blocks stay in use when HOOK deletes it.
 list_files() {
     sync -f "$1"
     exec 7<"$1/files/unlinked"
@@ -80,14 +80,14 @@ list_files() {
     "${judge[@]}" files "$1/files" | grep -vxFf /run/gone >/run/used
 }
 
-# Just before the freeze: deleted, and written without a sync.
+# Deletes and writes just before the freeze, without a sync.
 HOOK='rm "$AT/files/unlinked" "$AT/files/gone"; head -c 2000000 /dev/zero >"$AT/files/late"'
 is_free() { "${judge[@]}" within "$1" "$2" "$REPORT"; }
 size_of() { blockdev --getsize64 "$1"; }
 assert_nothing_free() { assert_same "free bytes in $1..$2" "$(is_free "$1" "$2")" 0; }
 assert_something_free() { [ "$(is_free "$1" "$2")" -gt 1000000 ] || fail "too little is free in $1..$2"; }
 
-# close_to_statfs MOUNTPOINT BYTES: what statfs calls free, within what the filesystem sets aside.
+# close_to_statfs MOUNTPOINT BYTES: BYTES matches what statfs calls free, up to what the filesystem reserves.
 close_to_statfs() {
     local free
     free=$(($(stat -f -c '%f * %S' "$1")))
@@ -128,7 +128,7 @@ case "$FS" in
         ;;
 esac
 
-# Partitions: one of FS, one of ext4, a gap before, between and behind them; a third that nobody has mounted.
+# Partitions: one of FS, one of ext4, with gaps before, between and after them; a third that is not mounted.
 note "partitions"
 mib=2048
 a_start=$mib a_length=$(($([ "$FS" = xfs ] && echo 310 || echo 80) * mib))
@@ -155,8 +155,8 @@ thaw
 exec 7<&-
 
 a_bytes=$(bytes "$a_start") a_end=$(bytes $((a_start + a_length)))
-# The second half of the largest free extent of the first partition: free as long as nobody else is there. (The
-# middle of a filesystem is not: a journal may lie there.)
+# The second half of the largest free extent of the first partition: free unless another device uses it. (The middle of
+# the filesystem would not do: a journal may be there.)
 map true /mnt/a /mnt/b
 span=$(awk -v from="$a_bytes" -v to="$a_end" '
     $1 == "free" && $2 >= from && $3 <= to && $3 - $2 > most { most = $3 - $2; end = $3 }
@@ -164,10 +164,10 @@ span=$(awk -v from="$a_bytes" -v to="$a_end" '
 middle=${span% *} middle_length=${span#* }
 assert_same "free bytes where nobody else is" "$(is_free "$(bytes "$middle")" "$(bytes $((middle + middle_length)))")" \
     "$(bytes "$middle_length")"
-[ "$middle_length" -gt "$mib" ] || fail "only $middle_length sectors are free together"
+[ "$middle_length" -gt "$mib" ] || fail "the largest free extent has only $middle_length sectors"
 thaw
 
-# others WHAT START END COMMAND...: once the command has put somebody there, nothing of that range is free.
+# others WHAT START END COMMAND...: after COMMAND has put another user there, nothing of that range is free.
 others() {
     local what=$1 begin=$2 end=$3
     shift 3
@@ -194,7 +194,7 @@ others "a loop device over a part" "$(bytes $middle)" "$(bytes $((middle + middl
 assert_something_free "$a_bytes" "$(bytes $middle)"
 losetup -d "$LOOP"
 
-note "a device that comes between the two looks"
+note "a device that appears between the two scans"
 map "dmsetup create over --table '0 8 linear $ORIGIN 0'" /mnt/a /mnt/b
 assert_nothing_free 0 "$(size_of "$ORIGIN")"
 grep -q '^changed$' "$REPORT" || fail "no note of the change"
@@ -209,7 +209,7 @@ grep -q 'note /mnt/a: it is read-only' "$REPORT" || fail "no note of the read-on
 thaw
 umount /mnt/a
 
-note "a filesystem that is no plain mapping, one that is elsewhere, one that cannot say"
+note "a filesystem on a mapping that is not linear"
 dmsetup create crypted --table "0 $a_length crypt aes-xts-plain64 $(printf '%064d' 7) 0 $(dm_node part-a) 0"
 settle
 mkfs.ext4 -q -F "$(dm_node crypted)"
@@ -217,6 +217,6 @@ mount -t ext4 "$(dm_node crypted)" /mnt/a
 map true /mnt/a /mnt/b
 assert_nothing_free "$a_bytes" "$a_end"
 assert_something_free "$(bytes "$b_start")" "$(bytes $((b_start + b_length)))"
-grep -q 'note /mnt/a: it is on .*not mapped' "$REPORT" || fail "no note of the crypted filesystem"
+grep -q 'note /mnt/a: it is on .*not mapped' "$REPORT" || fail "no note of the encrypted filesystem"
 thaw
 umount /mnt/a /mnt/b

@@ -1,5 +1,6 @@
-# A filesystem stands on the origin by way of loop devices, partitions and mappings, on the device or in a file of its
-# filesystem: all are frozen, topmost first; one that cannot be is named, in words and in the report.
+# Filesystems are stacked on the origin through loop devices, partitions and mappings, on the device itself or in a file
+# of its filesystem. All are frozen, topmost first. One that cannot be frozen is named, in the warning and in the
+# report.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -20,7 +21,7 @@ truncate -s 16m /mnt/first/image
 losetup /dev/loop7 /mnt/first/image
 make_filesystem ext4 /dev/loop7 /mnt/third
 
-# Frozen is what lets nobody write.
+# Each probe tries to write: it must hang, because the filesystem is frozen.
 probes() { for at in /mnt/first /mnt/second /mnt/third; do echo "timeout -s KILL 1 touch $at/probe && echo $at >>/run/wrote"; done; echo true; }
 for at in /mnt/first /mnt/second /mnt/third; do head -c 30000 /dev/urandom >"$at/file"; done
 rm -f /run/wrote
@@ -29,7 +30,7 @@ tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch 
 [ ! -e /run/wrote ] || fail "not frozen: $(xargs </run/wrote)"
 grep -q '"not_frozen":\[\]' /run/copy.out || fail "the report names something that was not frozen: $(tail -n 1 /run/copy.out)"
 
-note "what had not been synced is in the copy, in each of them, and their journals are empty"
+note "unsynced data is in the copy of each filesystem, and the journals are empty"
 losetup -r -P /dev/loop5 /mnt/scratch/copy.raw
 wait_until 10 test -b /dev/loop5p2
 mkdir -p /mnt/c1 /mnt/c2 /mnt/c3
@@ -44,7 +45,7 @@ umount /mnt/c1 /mnt/c2
 losetup -d /dev/loop5
 rm /mnt/scratch/copy.raw
 
-note "one that only another mount namespace has, over a loop device: named"
+note "a filesystem on a loop device, mounted only in another mount namespace: named"
 umount /mnt/second
 mkfifo /run/hold
 unshare -m sh -c 'mount /dev/mapper/tidetest-over /mnt/second; touch /run/there; read -r _ </run/hold' &
@@ -52,7 +53,7 @@ holder=$!
 wait_until 10 test -e /run/there
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch >/run/copy.out 2>/run/copy.err || fail "the copy: $(cat /run/copy.err)"
 grep -q '"not_frozen":\["[^]]*dm-' /run/copy.out || fail "the report does not name what was not frozen: $(tail -n 1 /run/copy.out)"
-grep '"warning"' /run/copy.out | grep -q 'power cut' || fail "nobody was told: $(cat /run/copy.out)"
+grep '"warning"' /run/copy.out | grep -q 'power cut' || fail "no warning: $(cat /run/copy.out)"
 echo >/run/hold
 wait "$holder"
 

@@ -1,6 +1,6 @@
-# Safety promise 4 on a slow disk. What the kernel cannot be stopped in (a freeze) is refused beforehand where it does not
-# fit the budget, with the figure; what it can be stopped in (a suspension) ends at the budget; and nobody claims that
-# the origin goes on before it does.
+# Safety promise 4 on a slow disk. A freeze cannot be stopped in the kernel: one that does not fit the budget is refused
+# in advance, with the figure. A suspension can be stopped: it ends at the budget. No message says that the origin is
+# usable before it is.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -42,11 +42,11 @@ expected=$(grep -oE 'would hold writers for up to [0-9.]+ s' /run/copy.err | sed
 copied 0 --freeze-budget 120s
 took=$(frozen_ms)
 note "expected: at most $expected s; frozen for $took ms"
-[ "$took" -le "$(echo "$expected" | awk '{ print int($1 * 1000) }')" ] || fail "the freeze takes longer than what it was said to"
+[ "$took" -le "$(echo "$expected" | awk '{ print int($1 * 1000) }')" ] || fail "the freeze took longer than expected"
 rm /run/appends
 wait "$APPENDS"
 
-note "the disk becomes slow behind the last look: the freeze cannot be stopped, and nobody says that it was"
+note "the disk becomes slow after the last check: the freeze cannot be stopped, and no message says that it was"
 slow 0 0
 sync
 rm -f /mnt/scratch/copy.raw
@@ -64,15 +64,15 @@ took=$(((${EPOCHREALTIME/./} - start) / 1000))
 note "exit status $status after $took ms: $(cat /run/copy.err)"
 dmesg | grep 'tidemark watchdog' | tail -n 2
 assert_same "the exit status" "$status" 1
-grep -q 'freeze budget' /run/copy.err || fail "nothing says that the budget ran out"
-grep -q 'could not be stopped' /run/copy.err || fail "nothing says that the kernel could not be stopped"
-! dmesg | grep -q 'the origin goes on$' || fail "the watchdog claims that the origin goes on"
+grep -q 'freeze budget' /run/copy.err || fail "no message says that the budget ran out"
+grep -q 'could not be stopped' /run/copy.err || fail "no message says that the kernel could not be stopped"
+! dmesg | grep -q 'the origin goes on$' || fail "the watchdog wrongly claims that the origin is usable"
 assert_same "the table" "$(dmsetup table data)" "$table_before"
 timeout 30 touch /mnt/origin/probe || fail "the filesystem stays frozen"
 slow 0 0
 assert_no_tidemark_left data
 
-note "a suspension that waits for slow writes ends at the budget: reads, which are fast, are held no longer"
+note "a suspension that waits for slow writes ends at the budget, so fast reads are held no longer than that"
 umount /mnt/origin
 slow 2500 2500
 writes() { dd if=/dev/zero of="$origin" bs=4k count=1 seek=20000 oflag=direct conv=notrunc status=none; }
@@ -84,9 +84,9 @@ copied 1 --freeze-budget 500ms
 measured
 note "the slowest read: $WORST ms"
 [ "$WORST" -lt 1800 ] || fail "a read took $WORST ms at a budget of 500 ms"
-grep -q 'freeze budget' /run/copy.err || fail "nothing says that the budget ran out"
+grep -q 'freeze budget' /run/copy.err || fail "no message says that the budget ran out"
 
-note "slow only once the copy runs: the table is put back all the same, after one attempt that took too long or more"
+note "slow only once the copy runs: the table is put back, after one or more attempts that took too long"
 slow 0 0
 rm -f /mnt/scratch/copy.raw
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --json --store /mnt/scratch --rate 24MiB --region 96MiB \

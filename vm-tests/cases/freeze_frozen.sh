@@ -1,5 +1,5 @@
-# The command is stopped while it holds writers: by the freezer of its control group (both kinds), by SIGSTOP, by the end
-# of its session. The watchdog does not share its fate.
+# The command is stopped while it holds writers: by the cgroup freezer (versions 1 and 2), by SIGSTOP, by the end of its
+# session. The watchdog is not stopped with it, and lets the writers continue.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -8,10 +8,10 @@ tidemark attach "$(disk 0)" --name data
 origin=/dev/mapper/data
 make_filesystem ext4 "$origin" /mnt/origin
 table_before=$(dmsetup table data)
-# A limit on what a write may take, at a budget of 1 s.
+# Upper bound for one write, at a budget of 1 s.
 if [ "$MACHINE" = um ]; then write_max=3000; else write_max=8000; fi
 
-# held FREEZE GO_ON BEGIN...: the command, begun by BEGIN, has its writers held and is stopped by FREEZE.
+# held FREEZE GO_ON BEGIN...: BEGIN starts the command; while it holds writers, FREEZE stops it; GO_ON continues it.
 held() {
     local freeze=$1 go_on=$2 start took status=0
     shift 2
@@ -33,7 +33,7 @@ held() {
     assert_no_tidemark_left data
 }
 
-note "the freezer of a control group, version 2"
+note "cgroup freezer, version 2"
 mkdir -p /run/cgroup2
 mount -t cgroup2 none /run/cgroup2
 mkdir -p /run/cgroup2/slice/job
@@ -42,7 +42,7 @@ held 'echo 1 >/run/cgroup2/slice/job/cgroup.freeze' 'echo 0 >/run/cgroup2/slice/
 held 'echo 1 >/run/cgroup2/slice/cgroup.freeze' 'echo 0 >/run/cgroup2/slice/cgroup.freeze' in_group /run/cgroup2/slice/job/cgroup.procs
 
 if grep -q freezer /proc/cgroups; then
-    note "and version 1"
+    note "cgroup freezer, version 1"
     mkdir -p /run/freezer
     if mount -t cgroup -o freezer none /run/freezer 2>/dev/null; then
         mkdir /run/freezer/job
@@ -52,10 +52,10 @@ if grep -q freezer /proc/cgroups; then
     fi
 fi
 
-note "stopped"
+note "SIGSTOP"
 held 'kill -STOP $process; pkill -HUP -f "__watchdo[g]"; pkill -QUIT -f "__watchdo[g]"; pkill -USR1 -f "__watchdo[g]"; pkill -RTMIN -f "__watchdo[g]"' \
     'kill -CONT $process' env
-note "its whole group killed: the watchdog has left it"
+note "the whole control group is killed: the watchdog has left it"
 rm -f /run/held
 in_group /run/cgroup2/slice/job/cgroup.procs "$TIDEMARK" copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch \
     --freeze-budget 60s --hook-frozen 'touch /run/held; sleep 30' >/run/copy.out 2>/run/copy.err &

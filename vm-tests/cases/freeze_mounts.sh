@@ -1,6 +1,5 @@
-# What is mounted from the origin, its table and its size change between the plan and the freeze. What differs from the
-# plan ends the copy before anything is frozen: no filesystem of another device stops, none of the origin's goes on.
-# shellcheck shell=bash
+# Mounts, table and size of the origin change between the plan and the freeze. Any difference from the plan ends the
+# copy before anything is frozen: no unrelated filesystem is frozen, and none of the origin's is missed.
 . "$REPO/vm-tests/cases/lib_load.sh"
 
 make_filesystem ext4 "$(disk 1)" /mnt/parent
@@ -19,7 +18,7 @@ copied() { # HOOK: the exit status is in $got, what was frozen at the instant in
     note "$1: exit status $got: $(grep '^tidemark: ' /run/copy.err || true), frozen: $(tr '\n' ' ' </run/waited)"
 }
 
-# changed PATTERN HOOK: the copy is refused, whatever --hook-before does, and nobody waited.
+# changed PATTERN HOOK: runs HOOK as --hook-before; the copy is refused and no writer had to wait.
 changed() {
     copied "$2"
     [ "$got" = 3 ] || fail "exit status $got, not 3, after: $2"
@@ -32,7 +31,7 @@ changed() {
 changed 'the mounts of' 'umount /mnt/parent/origin'
 changed 'the mounts of' "mount $origin /mnt/parent/origin"
 
-note "mounted elsewhere by then: frozen there, and nothing at the place where it was"
+note "moved to another mount point: frozen there, and nothing at the old one"
 copied "umount /mnt/parent/origin; mount $origin /mnt/elsewhere"
 assert_same "the exit status" "$got" 0
 assert_same "what is frozen" "$(cat /run/waited)" /mnt/elsewhere
@@ -40,13 +39,13 @@ rm /mnt/scratch/copy.raw
 umount /mnt/elsewhere
 mount "$origin" /mnt/parent/origin
 
-note "a mount more of the same: still the same filesystem"
+note "one more mount of the same filesystem: no difference"
 tidemark copy "$origin" /mnt/scratch/moved.raw --yes --store /mnt/scratch \
-    --hook-before "mount --bind /mnt/parent/origin /mnt/elsewhere" || fail "a bind mount more"
+    --hook-before "mount --bind /mnt/parent/origin /mnt/elsewhere" || fail "the copy with one more bind mount"
 rm /mnt/scratch/moved.raw
 umount /mnt/elsewhere
 
-note "another table, another size"
+note "table and size change"
 sectors=$(blockdev --getsz "$origin")
 dmsetup create --noudevsync more --table "0 2048 zero"
 umount /mnt/parent/origin

@@ -1,3 +1,3 @@
-# Must be killed at the time limit.
+# The harness must kill this case at its time limit.
 note "hanging"
 sleep 1000

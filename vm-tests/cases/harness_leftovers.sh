@@ -1,4 +1,4 @@
-# assert_no_tidemark_left must see each kind of leftover.
+# assert_no_tidemark_left must detect each kind of leftover.
 must_complain() {
     if (assert_no_tidemark_left) >/tmp/complaint 2>&1; then fail "$1 was not seen"; fi
     grep -q "$1" /tmp/complaint || fail "the complaint does not name $1"

@@ -1,6 +1,6 @@
-# The second boot sees the first one's disks, and the journal is replayed.
+# The second boot sees the disks of the first one, and mounting replays the journal.
 [ "$PHASE" = 1 ] || fail "phase $PHASE"
-[ -e /case/marker.written ] || fail "the first boot never came to its marker"
+[ -e /case/marker.written ] || fail "the first boot did not reach its marker"
 [ ! -e /case/status.0 ] || fail "the first boot ended by itself"
 mkdir -p /mnt/a
 dumpe2fs -h "$(disk 0)" 2>/dev/null | grep -q 'Filesystem features:.*needs_recovery' || fail "the file system was unmounted cleanly"

@@ -1,4 +1,4 @@
-# What is synced before the cut is there after it; the writer never gets to say goodbye.
+# Data synced before the power cut must survive it. The writer is not shut down cleanly.
 mkfs.ext4 -q "$(disk 0)"
 mkdir -p /mnt/a
 mount "$(disk 0)" /mnt/a

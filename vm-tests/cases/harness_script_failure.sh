@@ -1,4 +1,4 @@
-# Must be reported as a failure: a command in the middle fails, what follows must not run.
+# The harness must report a failure: a command in the middle fails, and the rest must not run.
 note "before"
 false
-note "after: the script went on"
+note "after: the script continued"

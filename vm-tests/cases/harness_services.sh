@@ -1,15 +1,15 @@
-# What the larger cases stand on works in the guest: udevd with its rules, LVM, PostgreSQL, fio, SQLite.
+# The services that larger cases need work in the guest: udevd with its rules, LVM, PostgreSQL, fio, SQLite.
 start_udevd
-[ "$MACHINE" = um ] || [ -e "/dev/disk/by-id/virtio-disk0" ] || fail "udevd made no link for a disk"
+[ "$MACHINE" = um ] || [ -e "/dev/disk/by-id/virtio-disk0" ] || fail "udevd created no link for a disk"
 
 vgcreate -y tidemark-test "$(disk 0)"
 lvcreate -y -n data -L 200M tidemark-test
 settle
-[ -b /dev/tidemark-test/data ] || fail "udevd made no link for a logical volume"
+[ -b /dev/tidemark-test/data ] || fail "udevd created no link for a logical volume"
 assert_same "lvs" "$(lvs --noheadings -o lv_name tidemark-test | tr -d ' ')" data
 mkfs.ext4 -q /dev/tidemark-test/data
 udevadm settle --timeout=60
-blkid -p /dev/tidemark-test/data | grep -q ext4 || fail "blkid does not see the file system"
+blkid -p /dev/tidemark-test/data | grep -q ext4 || fail "blkid does not find the filesystem"
 mkdir -p /mnt/data
 mount /dev/tidemark-test/data /mnt/data
 

@@ -1,4 +1,4 @@
-# A disk that a case's description delays is slow in each of its three ways, and the other disk is not.
+# A disk with delays in the case's description is slow in each of the three ways; the other disk is not.
 took_ms() {
     local start=${EPOCHREALTIME/./}
     "$@"

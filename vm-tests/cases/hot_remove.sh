@@ -1,7 +1,7 @@
-# A virtio disk is removed during a copy, under a mounted and busy filesystem: its PCI function is removed, or its driver
-# unbound. Without the disk of the store or of the secondary, the copy fails in bounded time and says why; the origin has
-# its own table and no writer sees an error. Without the origin's own disk, nothing hangs, and what is left can be removed
-# as the messages say.
+# A virtio disk is removed during a copy, under a mounted and busy filesystem: its PCI function is removed, or its
+# driver unbound. If the store's or the secondary's disk is removed, the copy fails in bounded time and says why; the
+# origin has its own table again and no writer sees an error. If the origin's own disk is removed, nothing hangs, and
+# the leftovers can be removed as the messages say.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_vanish.sh"
 
@@ -9,7 +9,7 @@ place_of() { readlink -f "/sys/class/block/${1#/dev/}/device"; }
 remove() { echo 1 >"$(dirname "$(place_of "$1")")/remove"; }
 unplug() { remove "$1"; }
 unbind() { basename "$(place_of "$1")" >/sys/bus/virtio/drivers/virtio_blk/unbind; }
-# plug_in NUMBER: the disk is found again, perhaps under another name.
+# plug_in NUMBER: makes the kernel find the disk again, perhaps under another name.
 plug_in() {
     local function
     echo 1 >/sys/bus/pci/rescan
@@ -24,7 +24,7 @@ has_disk() { grep -qx "disk$1" /sys/block/vd*/serial; }
 rounds() { cat /run/load.churn-rounds 2>/dev/null || echo 0; }
 has_more_rounds_than() { [ "$(rounds)" -gt "$1" ]; }
 
-# is_whole: the origin has its own table, and its writers go on and have seen no error.
+# is_whole: the origin has its own table, and its writers continue without an error.
 is_whole() {
     load_is_alive
     wait_until 60 has_more_rounds_than "$(rounds)"
@@ -106,7 +106,7 @@ no_file_is_left
 tidemark status >/run/status.out
 cat /run/status.out
 grep -q "under data was removed: unmount data, remove it ('dmsetup remove data')" /run/status.out || fail "status does not say what to do"
-! grep -q 'tidemark resume' /run/status.out || fail "status says that the copy can go on"
+! grep -q 'tidemark resume' /run/status.out || fail "status suggests resume"
 fails_to_recover
 timeout 60 umount /mnt/origin || fail "the filesystem cannot be unmounted"
 dmsetup remove --noudevsync data

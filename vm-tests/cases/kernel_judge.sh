@@ -1,5 +1,5 @@
-# The kernel as judge: the fuzzy copy as origin and the kept store under the kernel's own snapshot
-# target read the same bytes as our overlay.
+# Compares with the kernel: its snapshot target, given the fuzzy copy as origin and the kept store as exception store,
+# reads the same bytes as our overlay.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -16,7 +16,7 @@ for chunk in $(printf '%s\n' 4KiB 16KiB | some_under_emulation chunks 1); do
     tidemark copy "$origin" /mnt/scratch/copy.tdm --originals append --chunk "$chunk" --rate 16MiB \
         --store /mnt/scratch/store --keep-store --yes
     stop_load
-    # The archive keeps the fuzzy data and the originals apart: an independent reader takes only the data.
+    # The archive stores fuzzy data and originals separately. This independent reader extracts the data alone.
     python3 "$REPO/tests/archive_reader.py" extract --data-only /mnt/scratch/copy.tdm /mnt/scratch/fuzzy
     tidemark restore /mnt/scratch/copy.tdm /mnt/scratch/ours --yes
     if cmp -s /mnt/scratch/fuzzy /mnt/scratch/ours; then

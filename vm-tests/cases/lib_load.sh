@@ -5,7 +5,8 @@
 make_filesystem() {
     case "$1" in
         ext4) mkfs.ext4 -q -F "$2" ;;
-        # Below 300 MiB mkfs.xfs works for those only who say that they are its own tests (its mkfs/xfs_mkfs.c).
+        # mkfs.xfs refuses sizes below 300 MiB unless these variables of its own test suite are set (its
+        # mkfs/xfs_mkfs.c).
         xfs) TEST_DIR=1 TEST_DEV=1 QA_CHECK_FS=1 mkfs.xfs -q -f "$2" ;;
         *) fail "no such filesystem: $1" ;;
     esac
@@ -13,8 +14,8 @@ make_filesystem() {
     mount -t "$1" "$2" "$3"
 }
 
-# filesystem_check TYPE DEVICE: the journal of a frozen filesystem is clean enough for a read-only
-# check after a normal mount and unmount; the check itself changes nothing.
+# filesystem_check TYPE DEVICE: a read-only check after a mount, which replays the journal of the frozen filesystem, and
+# an unmount. The check itself changes nothing.
 filesystem_check() {
     local at=/run/fscheck.$RANDOM
     mkdir -p "$at"
@@ -30,7 +31,7 @@ filesystem_check() {
 LOAD_PIDS=()
 LOAD_DIR=
 
-# start_load DIR SEED: fio random writes with verify headers, a reader of the same, and a churn of files.
+# start_load DIR SEED: fio random writes with verify headers, a reader of the same file, and a churn of small files.
 start_load() {
     LOAD_DIR=$1
     rm -f /run/load.stop /run/load.failed /run/load.pause
@@ -68,13 +69,13 @@ start_load() {
     sleep 1
 }
 
-# What is proved about a copy that has ended needs no load beside it: pause_load lets the rounds that run come to their
-# ends and begins no others until go_on_load.
+# pause_load lets the current rounds finish and starts no others until go_on_load: checks of a finished copy need no
+# load beside them.
 pause_load() { touch /run/load.pause; }
 go_on_load() { rm -f /run/load.pause; }
 load_waits() { while [ -e /run/load.pause ] && [ ! -e /run/load.stop ]; do sleep 0.05; done; }
 
-# load_is_alive: both loads still run and have seen no error.
+# load_is_alive: fails if a load has ended or has seen an error.
 load_is_alive() {
     [ ! -e /run/load.failed ] || fail "the load saw an error: $(cat /run/load.failed)"
     local pid
@@ -90,19 +91,19 @@ stop_load() {
     [ ! -e /run/load.failed ] || fail "the load saw an error: $(cat /run/load.failed)"
 }
 
-# capture_hook FILE: the command for --hook-frozen that keeps what the origin holds at the instant.
+# capture_hook FILE: a command for --hook-frozen that saves the origin's content at the instant.
 capture_hook() {
     # shellcheck disable=SC2016
     echo 'dd if="$TIDEMARK_ORIGIN_BELOW" of='"$1"' bs=1M iflag=direct conv=fsync status=none'
 }
 
-# same_bytes A B [SIZE]: byte for byte equal (over SIZE bytes).
+# same_bytes A B [SIZE]: A and B are equal byte for byte (in the first SIZE bytes).
 same_bytes() {
     if [ $# -gt 2 ]; then cmp -n "$3" "$1" "$2"; else cmp "$1" "$2"; fi || fail "$1 and $2 differ"
 }
 
-# start_hot_load: a small file on /mnt/origin that is written all the time, by the process $LOAD. Every suspension has I/O
-# to wait for.
+# start_hot_load: process $LOAD writes a small file on /mnt/origin all the time, so that every suspension has I/O to
+# wait for.
 start_hot_load() {
     fio --name=hot --filename=/mnt/origin/hot --size=8m --rw=randwrite --bs=4k --direct=1 --sync=dsync --ioengine=libaio \
         --iodepth=8 --time_based --runtime=3600 --randseed="$SEED" >/run/hot.log 2>&1 &
@@ -111,10 +112,10 @@ start_hot_load() {
 }
 stop_hot_load() { kill -INT "$LOAD"; wait "$LOAD" || true; }
 
-# until_preserved PID: until the copy of $origin by this process has its snapshot, or is over.
+# until_preserved PID: waits until the copy of $origin by this process has its snapshot, or has ended.
 until_preserved() {
     while kill -0 "$1" 2>/dev/null && ! is_preserved "$origin"; do sleep 0.1; done
 }
 
-# A random moment, of half a second at most.
+# Sleeps for a random time of at most half a second.
 pause() { sleep "0.$((RANDOM % 5))$((RANDOM % 9))"; }

@@ -1,8 +1,9 @@
-# LVM at work on a volume that is copied on slow disks: the volume, and what must hold after each round. Sourced
-# after lib_load.sh.
+# Shared by the cases in which LVM changes a volume while it is copied on slow disks: the volume, and the checks after
+# each round. Sourced after lib_load.sh.
 # shellcheck shell=bash
 
-# make_group MIB: volume "data" of so many on disk 0 of the group "tidetest" with a mounted ext4 and a file whose sum is $sum.
+# make_group MIB: creates volume "data" of this size on disk 0 in group "tidetest", with a mounted ext4 and a file whose
+# checksum is $sum.
 make_group() {
     make_filesystem ext4 "$(disk 2)" /mnt/scratch
     pvcreate -q -y "$(disk 0)" "$(disk 1)"
@@ -16,7 +17,7 @@ make_group() {
     sync
 }
 
-# What LVM's metadata says is what the kernel maps: size, and the disks that it lies on.
+# LVM's metadata and the kernel agree on the size of the volume and on the disks beneath it.
 agree() { # WHEN
     local says maps
     says=$(lvs --noheadings --nosuffix --units s -o lv_size tidetest/data | tr -d ' ')
@@ -30,14 +31,15 @@ agree() { # WHEN
     assert_no_tidemark_left
 }
 
-# What a copy may say that is not a success: it was LVM's turn.
+# A copy may fail only because of a command of LVM.
 accounted_for() { # STATUS
     [ "$1" = 0 ] || grep -q 'another tool replaced the table\|another tool is changing\|an LVM command\|changed since the copy was planned' /run/copy.err ||
         fail "the copy ended with $1: $(cat /run/copy.err)"
 }
 
 copied=0 void=0
-# round COMMAND...: the command begins somewhere in a copy with many releases. What the script has open as 7 is its alone.
+# round COMMAND...: runs COMMAND at a random moment of a copy with many releases. File descriptor 7 of the script is not
+# passed to the copy.
 round() {
     local status=0 scope=${SCOPE:-change}
     rm -f /mnt/scratch/copy.raw

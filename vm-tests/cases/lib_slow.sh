@@ -1,7 +1,7 @@
-# A disk that can be made slow while it is in use. Sourced after lib.sh.
+# A disk that can be made slow while in use. Sourced after lib.sh.
 # shellcheck shell=bash
 
-# make_slow DEVICE: /dev/mapper/tidetest-slow over it, fast until `slow` says otherwise.
+# make_slow DEVICE: puts /dev/mapper/tidetest-slow on DEVICE, without delay until `slow` is called.
 make_slow() {
     SLOW_ON=$1
     dmsetup create --noudevsync tidetest-slow --table "$(slow_table 0 0)"
@@ -10,14 +10,14 @@ make_slow() {
 
 slow_table() { echo "0 $(blockdev --getsz "$SLOW_ON") delay $SLOW_ON 0 0 $SLOW_ON 0 $1 $SLOW_ON 0 $2"; }
 
-# slow WRITE FLUSH: from now on these take so many milliseconds.
+# slow WRITE FLUSH: delays writes and flushes by these milliseconds from now on.
 slow() {
     dmsetup load tidetest-slow --table "$(slow_table "$1" "$2")"
     dmsetup suspend --nolockfs --noflush tidetest-slow
     dmsetup resume --noudevsync tidetest-slow
 }
 
-# longest COMMAND...: again and again while /run/measure is there; the slowest in milliseconds goes to /run/longest.
+# longest COMMAND...: repeats COMMAND while /run/measure exists; writes its longest time in ms to /run/longest.
 longest() {
     local start took worst=0
     while [ -e /run/measure ]; do
@@ -31,7 +31,7 @@ longest() {
 }
 
 measure() { touch /run/measure; longest "$@" & MEASURE=$!; }
-# The slowest is in $WORST then.
+# Ends the measurement; $WORST is the longest time.
 measured() {
     rm -f /run/measure
     wait "$MEASURE" || fail "$(cat /run/longest)"

@@ -1,13 +1,13 @@
-# Shared by the stack cases: an origin under load, and a stack inserted without a copy.
+# Shared by the stack cases: an origin under load, and a stack that is inserted without a copy.
 # shellcheck shell=bash
 
 REPORT=/run/stack-report
 
-# The origin "data": a linear device of disk 0 with a mounted ext4 on /mnt/data. Disk 1 is the COW store.
+# make_origin: creates "data", a linear device on disk 0 with an ext4 on /mnt/data. Disk 1 is the COW store.
 make_origin() {
     local sectors
     sectors=$(blockdev --getsz "$(disk 0)")
-    # Two segments, so that the table that comes back is worth comparing.
+    # Two lines, so that the comparison of the restored table means something.
     dmsetup create data <<TABLE
 0 $((sectors / 2)) linear $(disk 0) 0
 $((sectors / 2)) $((sectors / 2)) linear $(disk 0) $((sectors / 2))
@@ -24,8 +24,8 @@ TABLE
 
 fresh_store() { dd if=/dev/zero of="$(disk 1)" bs=1M count=1 oflag=direct status=none; }
 
-# Random writes with verification headers, until stop_load: the application. All of its file is there before: what it
-# would allocate behind an instant was free at the instant, and what is free is not preserved.
+# start_load: random writes with verify headers, until stop_load. The file is allocated in advance: blocks allocated
+# after an instant were free at the instant, and free blocks are not preserved.
 start_load() {
     dd if=/dev/zero of=/mnt/data/load.0.0 bs=1M count=12 oflag=direct conv=fsync status=none
     fio --name=load --directory=/mnt/data --size=12m --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
@@ -42,7 +42,7 @@ load_written() { awk '/^write_bytes/ { print $2 }' "/proc/$(pgrep -P "$LOAD" fio
 
 load_has_written_since() { [ "$(load_written)" -gt "$1" ]; }
 
-# On a busy host the guest itself can stand still for seconds; a held origin would stay so for good.
+# On a busy host the guest itself can stall for seconds, but a held origin would never continue.
 load_goes_on() {
     kill -0 "$LOAD" 2>/dev/null || fail "the load has died"
     wait_until 20 load_has_written_since "$(load_written)"
@@ -54,7 +54,7 @@ stop_load() {
     ! grep -q 'error=\|err=[^ ]*[1-9]' "$ARTIFACTS/fio" || fail "the load saw an error: $(grep 'err' "$ARTIFACTS/fio")"
 }
 
-# insert BUDGET_MS HOOK: a stack held until remove_stack; fails where the insertion does.
+# insert BUDGET_MS HOOK: inserts a stack and keeps it until remove_stack; fails if the insertion fails.
 insert() {
     rm -f "$REPORT" /run/hold
     mkfifo /run/hold
@@ -64,12 +64,12 @@ insert() {
     wait_until 30 test -s "$REPORT"
 }
 
-# What is in use leads to the device that preserves it, and what a filesystem says is free does not.
+# Space in use is mapped to the preserving device; space that the filesystem calls free is not.
 assert_stack_is_over() { # ORIGIN
     assert_same "the target of $1#preserve" "$(dmsetup table "$1#preserve" | cut -d' ' -f3)" snapshot-origin
-    # One line takes the flush.
+    # One linear line takes the flush.
     assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort | uniq -c | awk '{ print ($2 == "linear" ? $1 " " : "") $2 }' | xargs)" "1 linear switch"
-    is_preserved "$1" || fail "nothing of $1 is preserved"
+    is_preserved "$1" || fail "no part of $1 is preserved"
     [ "$(dmsetup table "$1" | wc -l)" -gt 2 ] || fail "all of $1 is preserved: $(dmsetup table "$1")"
 }
 

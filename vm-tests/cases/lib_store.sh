@@ -1,4 +1,4 @@
-# Shared by the store's cases: a linear device "data" on disk 0 under raw writes, a filesystem for everything else on
+# Shared by the store cases: a linear device "data" on disk 0 with raw writes, and a filesystem for everything else on
 # disk 1.
 # shellcheck shell=bash
 
@@ -14,8 +14,8 @@ make_volume() {
     TABLE_BEFORE=$(dmsetup table data)
 }
 
-# start_writes FIO-OPTION...: random writes to the volume until stop_writes; one lap after the other, so that
-# every block is written before any is written again.
+# start_writes FIO-OPTION...: random writes to the volume until stop_writes. Each lap writes every block once before the
+# next lap begins.
 start_writes() {
     fio --name=writes --filename="$origin" --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=8 \
         --time_based --runtime=600 --randseed="$SEED" --output="$ARTIFACTS/fio" "$@" &
@@ -28,7 +28,7 @@ writes_go_on() {
     before=$(awk '{ print $7 }' "/sys/class/block/$(basename "$(readlink -f "$(disk 0)")")/stat")
     sleep 1
     after=$(awk '{ print $7 }' "/sys/class/block/$(basename "$(readlink -f "$(disk 0)")")/stat")
-    [ "$after" -gt "$before" ] || fail "the writes stand still"
+    [ "$after" -gt "$before" ] || fail "the writes have stalled"
 }
 
 stop_writes() {
@@ -43,12 +43,12 @@ volume_as_before() {
     store_left_nothing
 }
 
-# Nothing of a store: no device, no loop device, no RAM disk with memory, no record.
+# No part of a store is left: no device, loop device, RAM disk with memory, or record.
 store_left_nothing() {
     local left
     left=$(dmsetup info -c --noheadings -o uuid | grep -E 'TIDEMARK-.*-(cow|snap|real|preserve)-' || true)
     [ -z "$left" ] || fail "devices are left: $left"
-    # The kernel lets go of a loop device a moment after its last user.
+    # The kernel frees a loop device shortly after its last close.
     wait_until 10 no_store_is_attached
     for left in /sys/block/zram*/disksize; do
         [ ! -e "$left" ] || [ "$(cat "$left")" = 0 ] || fail "a RAM head is left: $left"

@@ -1,12 +1,12 @@
-# A copy that loses a disk, and the checks after that. Sourced after lib.sh. The case defines `unplug DISK`, which removes the
-# disk.
+# A copy that loses a disk, and the checks after that. Sourced after lib.sh. The case defines `unplug DISK`, which
+# removes the disk.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
 is_gone() { ! kill -0 "$process" 2>/dev/null; }
 
-# copied_without DISK TARGET STORE OPTION...: copies /dev/mapper/data, and the disk is unplugged meanwhile. The copy's error is
-# in /run/copy.err.
+# copied_without DISK TARGET STORE OPTION...: copies /dev/mapper/data and unplugs DISK during the copy. The copy's error
+# is in /run/copy.err.
 copied_without() {
     local disk=$1 target=$2 store=$3 status=0 start
     tidemark copy /dev/mapper/data "$target" --all --yes --store "$store" --store-ram 0 --rate 8MiB "${@:4}" \
@@ -14,7 +14,7 @@ copied_without() {
     process=$!
     wait_until 30 is_preserved data
     sleep 1
-    kill -0 "$process" || fail "the copy has ended by itself: $(cat /run/copy.err)"
+    kill -0 "$process" || fail "the copy ended before the disk was unplugged: $(cat /run/copy.err)"
     start=${EPOCHREALTIME/./}
     unplug "$disk"
     wait_until 60 is_gone
@@ -26,11 +26,11 @@ copied_without() {
     assert_same "suspended devices" "$(suspended_devices)" ""
 }
 
-# fails_to_recover: each time it says how to remove the volume whose disk is gone.
+# fails_to_recover: each attempt says how to remove the volume whose disk is gone.
 fails_to_recover() {
     for _ in 1 2; do
         assert_status 1 tidemark recover 2>/run/recover.err
-        grep -q "remove it ('dmsetup remove data')" /run/recover.err || fail "nothing says what to do: $(cat /run/recover.err)"
+        grep -q "remove it ('dmsetup remove data')" /run/recover.err || fail "no message says what to do: $(cat /run/recover.err)"
     done
     assert_same "suspended devices" "$(suspended_devices)" ""
 }

@@ -1,14 +1,15 @@
-# What stands on an origin stays on it. A volume group lies inside the volume, a file system is found by its label: while
-# the volume is copied, LVM, blkid and mount find them where they are, though the devices of the copy show the same.
-# What is written meanwhile is there afterwards. There is no udevd here: nothing but the devices themselves tells.
-# shellcheck shell=bash
+# While a volume is copied, whatever uses it keeps using it. With a volume group inside the volume, or a filesystem
+# found by its label, LVM, blkid and mount find it on the volume, although the copy's devices show the same content.
+# Data written meanwhile is there afterwards. No udevd runs here: only the devices themselves tell the tools what to
+# skip. shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
 make_filesystem ext4 "$(disk 2)" /mnt/scratch
 tidemark attach "$(disk 0)" --name data >/dev/null
 tidemark attach "$(disk 1)" --name plain >/dev/null
 dmsetup mknodes
-# As on a host whose disks are known by their volumes alone: LVM takes no part of a pair for the other then.
+# As on a host that shows LVM the volumes alone: LVM then does not take one device of a pair for a component of the
+# other.
 export LVM_SYSTEM_DIR=/run/lvm-above
 mkdir -p "$LVM_SYSTEM_DIR"
 printf 'devices {\n global_filter = [ "r|^%s$|" ]\n}\n' "$(disk 0)" >"$LVM_SYSTEM_DIR/lvm.conf"
@@ -20,7 +21,7 @@ make_filesystem ext4 /dev/mapper/tideinner-files /mnt/inner
 mkfs.ext4 -q -F -L tide-label /dev/mapper/plain
 mkdir -p /mnt/labelled
 
-# A copy begins, and is in its middle when this returns; its devices are all there.
+# begin NAME: returns when the copy is under way and all of its devices exist.
 begin() { # NAME
     rm -f "/mnt/scratch/$1.raw"
     tidemark copy "/dev/mapper/$1" "/mnt/scratch/$1.raw" --all --yes --store /mnt/scratch --rate 4MiB \
@@ -32,7 +33,7 @@ begin() { # NAME
 }
 
 begin data
-# Everything that LVM finds is on the volume, and it finds nothing twice.
+# LVM finds everything on the volume, and finds nothing twice.
 pvs --noheadings -o pv_name >/run/pvs 2>/run/pvs.err || fail "pvs: $(cat /run/pvs.err)"
 assert_same "the physical volume of the inner group" "$(tr -d ' ' </run/pvs)" /dev/mapper/data
 [ ! -s /run/pvs.err ] || fail "LVM complains: $(cat /run/pvs.err)"
@@ -47,7 +48,7 @@ assert_same "what the inner volume lies on, enlarged" "$(lies_on tideinner-files
 mount /dev/mapper/tideinner-files /mnt/inner
 echo "written in mid-copy" >/mnt/inner/file
 sync -f /mnt/inner/file
-kill -0 "$COPY" || fail "the copy was over before that: $(cat /run/copy.err)"
+kill -0 "$COPY" || fail "the copy ended too early: $(cat /run/copy.err)"
 wait "$COPY" || fail "the copy failed: $(cat /run/copy.err)"
 umount /mnt/inner
 vgchange -q -an tideinner
@@ -62,7 +63,7 @@ mount /dev/mapper/plain /mnt/labelled
 begin plain
 umount /mnt/labelled
 found=$(blkid -c /dev/null | sed -n 's/^\(.*\): .*LABEL="tide-label".*/\1/p' | xargs -r -n1 readlink -f | sort -u)
-# The disk beneath is listed as well where it is not taken for a part of the volume; no device of the copy is.
+# blkid may also list the disk beneath, which it does not recognize as part of the volume; but no device of the copy.
 for node in $found; do
     case "$(cat "/sys/class/block/$(basename "$node")/dm/uuid" 2>/dev/null)" in
         LVM-TIDEMARK-*) fail "blkid finds a device of the copy: $node" ;;
@@ -72,7 +73,7 @@ mount LABEL=tide-label /mnt/labelled
 assert_same "what is mounted by its label" "$(readlink -f "$(findmnt -no SOURCE /mnt/labelled)")" "$(dm_node plain)"
 echo "by its label" >/mnt/labelled/file
 sync -f /mnt/labelled/file
-kill -0 "$COPY" || fail "the copy was over before that: $(cat /run/copy.err)"
+kill -0 "$COPY" || fail "the copy ended too early: $(cat /run/copy.err)"
 wait "$COPY" || fail "the copy failed: $(cat /run/copy.err)"
 umount /mnt/labelled
 mount /dev/mapper/plain /mnt/labelled

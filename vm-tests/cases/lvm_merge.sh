@@ -1,13 +1,13 @@
-# LVM takes snapshots of a volume, merges them back and removes them, shrinks and grows another volume of the group, renames
-# volume and group, and is asked to remove what is in use, while the volume is copied on a slow disk: what LVM reports done
-# is done, in its metadata and in the kernel; a copy succeeds or says why it is void.
+# While a volume is copied on a slow disk, LVM takes snapshots of it, merges and removes them, shrinks and grows another
+# volume of the group, renames volume and group, and is asked to remove a volume in use. What LVM reports as done is
+# done, in its metadata and in the kernel. A copy succeeds or says why it is void.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 . "$REPO/vm-tests/cases/lib_lvm.sh"
 
 make_group 24
 lvcreate -q -y -Wn -Zn -L 4m -n other tidetest "$(disk 1)"
-# There is no udevd here: LVM makes the nodes itself.
+# No udevd runs here, so LVM makes its device nodes itself.
 mkdir -p /etc/lvm
 echo 'activation { monitoring=0 udev_sync=0 udev_rules=0 verify_udev_operations=1 }' >>/etc/lvm/lvmlocal.conf
 volumes() { lvs -a --noheadings -o lv_name tidetest | tr -d ' ' | sort | xargs; }
@@ -44,7 +44,7 @@ renames_group() {
     for names in 'tidetest renamed' 'renamed tidetest'; do
         # shellcheck disable=SC2086
         vgrename -q $names
-        # It gives volumes in use their new names when they are refreshed.
+        # LVM renames the devices of volumes in use only when they are refreshed.
         lvchange -q --refresh "${names#* }/data" "${names#* }/other"
         dmsetup info "${names#* }-data" >/dev/null
         sleep "0.$((RANDOM % 9))"
@@ -61,13 +61,13 @@ for _ in $(seq $turns); do
     done
 done
 stop_hot_load
-[ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
-[ "$void" -gt 0 ] || fail "nothing of LVM's came between: this proves nothing"
+[ "$copied" -gt 0 ] || fail "no copy succeeded"
+[ "$void" -gt 0 ] || fail "LVM interfered with no copy: this proves nothing"
 assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
 umount /mnt/origin
 
-# A merge begins when nobody has the volume open, or else with its next activation. What was written since LVM's snapshot
-# is gone then, and nothing else: no release of a copy undoes that.
+# A merge begins at once if the volume is not open, and else at its next activation. It reverts all writes since LVM's
+# snapshot, and nothing else. A release by the copy must not undo the merge.
 at=8192
 merges() { # CLOSED
     lvcreate -q -y -s -L 8m -n theirs tidetest/data
@@ -81,11 +81,11 @@ for how in closed open; do
     before=$(digest "$origin")
     exec 7<>"$origin"
     round_of_merge() { merges "$how"; }
-    # `agree` asks for a volume at rest: what is merged is looked at here.
+    # While a merge runs, the full `agree` would fail: it is for a volume at rest.
     agree() { assert_same "$1: suspended devices" "$(suspended_devices)" "" && assert_no_tidemark_left; }
     round round_of_merge
     exec 7>&-
-    grep -q 'next activation' /run/lvm.out && note "it waits for the next activation"
+    grep -q 'next activation' /run/lvm.out && note "the merge waits for the next activation"
     lvchange -q -an tidetest/data
     lvchange -q -ay tidetest/data
     dmsetup mknodes

@@ -1,5 +1,5 @@
-# A device is its number and its UUID: volume, group and device are renamed while they are copied, LVM takes a snapshot of
-# its own of a volume in mid-copy, and a volume has a name that looks like one of ours.
+# A device is identified by number and UUID. Volume, group and device are renamed during a copy, LVM takes a snapshot of
+# the volume in mid-copy, and a volume has a name that looks like one of ours.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -15,7 +15,7 @@ LOAD=$!
 wait_until 30 test -s /mnt/origin/hot
 COPY=''
 
-# copy_begins DEVICE OPTION...: in the background, with many releases, somewhere in its middle.
+# copy_begins DEVICE OPTION...: starts a copy with many releases in the background, and returns in mid-copy.
 copy_begins() {
     rm -f /mnt/scratch/copy.raw /mnt/scratch/instant
     tidemark copy "$@" /mnt/scratch/copy.raw --yes --store /mnt/scratch --region 256KiB --segment 64KiB --rate 6MiB \
@@ -26,14 +26,15 @@ copy_begins() {
     kill -0 "$COPY" || fail "the copy was over too early: $(cat /run/copy.err)"
 }
 
-# as_before NAME: the device has the table of a plain volume, and nothing of ours is left.
+# as_before NAME: the device has the table of a plain volume, and no Tidemark device is left.
 as_before() {
     assert_same "the targets of $1" "$(dmsetup table "$1" | cut -d' ' -f3 | sort -u)" linear
     assert_same "suspended devices" "$(suspended_devices)" ""
     assert_no_tidemark_left
 }
 
-# copy_ends WHAT NAME MAY_BE_VOID: LVM gives a volume that it renames its own table again. The copy says so then.
+# copy_ends WHAT NAME MAY_BE_VOID: when LVM renames a volume, it may replace its table. The copy then says that it is
+# void.
 copy_ends() {
     local status=0
     wait "$COPY" || status=$?
@@ -50,7 +51,7 @@ copy_ends() {
 
 knows_it_as() { # NAME
     tidemark status --json >/run/status
-    grep -q "\"origin\":\"$1\",\"snapshot\"" /run/status || fail "status does not know its new name: $(cat /run/status)"
+    grep -q "\"origin\":\"$1\",\"snapshot\"" /run/status || fail "status does not show the new name: $(cat /run/status)"
 }
 
 note "renamed by hand while it is copied"
@@ -69,13 +70,13 @@ copy_ends "lvrename" tidetest-other void
 dmsetup mknodes
 copy_begins /dev/mapper/tidetest-other --all
 vgrename -q tidetest tidenew
-# It gives its volumes in use their new names when they are refreshed.
+# LVM renames the devices of volumes in use only when they are refreshed.
 lvchange -q --refresh tidenew/other
 copy_ends "vgrename, lvchange --refresh" tidenew-other void
 dmsetup mknodes
 
 for how in dmsetup lvrename; do
-    note "renamed by $how, then killed, then given up"
+    note "renamed by $how, then killed, then recovered"
     copy_begins /dev/mapper/tidenew-other --all
     if [ "$how" = dmsetup ]; then dmsetup rename tidenew-other tidenew-data; else lvrename -q tidenew other data; fi
     kill -9 "$COPY"
@@ -86,7 +87,7 @@ for how in dmsetup lvrename; do
     dmsetup mknodes
 done
 
-note "killed, then renamed, then gone on with"
+note "killed, then renamed, then resumed"
 copy_begins /dev/mapper/tidenew-other --all
 kill -9 "$COPY"
 wait "$COPY" 2>/dev/null || true
@@ -100,15 +101,15 @@ vgrename -q tidenew tidetest
 lvchange -q --refresh tidetest/data
 dmsetup mknodes
 
-note "LVM takes a snapshot of its own: that works, and the copy alone is void"
+note "LVM takes a snapshot of the volume: that succeeds, and only the copy is void"
 copy_begins /dev/mapper/tidetest-data --all
-# There is no udevd here: LVM makes the nodes itself.
+# No udevd runs here, so LVM makes its device nodes itself.
 lvcreate -q -y -s -L 8m -n theirs --config 'activation { udev_sync=0 udev_rules=0 verify_udev_operations=1 }' \
     tidetest/data >/run/lvm.out 2>&1 || fail "lvcreate -s: $(cat /run/lvm.out)"
 status=0
 wait "$COPY" || status=$?
 assert_same "the copy's exit status" "$status" 1
-grep -q 'another tool replaced the table' /run/copy.err || fail "another reason: $(cat /run/copy.err)"
+grep -q 'another tool replaced the table' /run/copy.err || fail "the copy gives another reason: $(cat /run/copy.err)"
 [ ! -e /mnt/scratch/copy.raw ] || fail "a void copy has its final name"
 assert_no_tidemark_left
 assert_same "LVM's snapshot" "$(lvs --noheadings -o lv_attr tidetest/theirs | tr -d ' ' | cut -c1,5)" sa

@@ -1,5 +1,5 @@
-# LVM and a copy change the same volume's table at the same time, on a slow disk: what LVM reports done is done, in its
-# metadata and in the kernel; a copy succeeds or says why it is void; the files are as they were written.
+# LVM and a copy change the table of the same volume at the same time, on a slow disk. What LVM reports as done is done,
+# in its metadata and in the kernel. A copy succeeds or says why it is void. The files keep their content.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 . "$REPO/vm-tests/cases/lib_lvm.sh"
@@ -14,15 +14,15 @@ done
 round true
 for turn in 1 2 3; do SCOPE=copy round lvextend -q -L +1m tidetest/data; done
 
-# A copy that dies between a load and the resume leaves its table in the inactive slot. LVM takes a table that it finds there
-# for its own, loads none, and would put that to use: it must be gone before LVM looks.
+# A copy that dies between a load and the resume leaves its table in the inactive slot. LVM takes any table in that slot
+# for its own, loads none, and resumes with it. So the table must be gone before LVM looks.
 for point in insert.load-origin.after release.swap.loaded:2 restore.load-own.after; do
     for scope in change copy; do
         rm -f /mnt/scratch/copy.raw
         TIDEMARK_CRASH_AT=$point tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store /mnt/scratch --region 1MiB \
             --freeze-budget 60s --lvm-lock "$scope" >/run/copy.out 2>/run/copy.err &
         copy=$!
-        # In the one case it waits for the copy's end, in the other it comes behind it.
+        # With scope "copy", LVM waits for the end of the copy; with "change", it runs after the kill.
         if [ "$scope" = copy ]; then
             until_preserved "$copy"
         else
@@ -40,10 +40,10 @@ for point in insert.load-origin.after release.swap.loaded:2 restore.load-own.aft
 done
 stop_hot_load
 note "$copied copies, $void void"
-[ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
-[ "$void" -gt 0 ] || fail "nothing of LVM's came between: this proves nothing"
+[ "$copied" -gt 0 ] || fail "no copy succeeded"
+[ "$void" -gt 0 ] || fail "LVM interfered with no copy: this proves nothing"
 
-# What the kernel wrote to is what LVM activates.
+# What LVM activates holds what was written.
 assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
 umount /mnt/origin
 lvchange -q -an tidetest/data

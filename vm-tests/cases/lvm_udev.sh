@@ -1,6 +1,6 @@
-# Safety promise 3 on a real LVM stack with systemd-udevd and the rules of device-mapper and LVM running:
-# a mounted logical volume is copied, LVM's own commands work meanwhile, our internal devices are not
-# scanned, and the table is identical afterwards.
+# Safety promise 3 on a real LVM stack, with systemd-udevd and the udev rules of device-mapper and LVM: a mounted
+# logical volume is copied, LVM's commands work meanwhile, our internal devices are not scanned, and the table is
+# identical afterwards.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -12,7 +12,7 @@ lvcreate -q -y -l 60%FREE -n data tidetest
 lvcreate -q -y -l 100%FREE -n other tidetest
 udevadm settle --timeout=60
 origin=/dev/tidetest/data
-[ -b "$origin" ] || fail "udev made no $origin: its rules are not at work"
+[ -b "$origin" ] || fail "udev created no $origin: its rules are not active"
 make_filesystem ext4 "$origin" /mnt/origin
 make_filesystem ext4 "$(disk 1)" /mnt/scratch
 uuid=$(blkid -s UUID -o value "$origin")
@@ -37,8 +37,8 @@ while kill -0 "$copy" 2>/dev/null && [ "$seen" -lt 4 ]; do
     for command in "lvs -a" "vgs" "pvs" "lvdisplay tidetest"; do
         # shellcheck disable=SC2086
         timeout 60 $command >/run/lvm.out 2>/run/lvm.err || { cat /run/lvm.err; fail "'$command' failed during the copy"; }
-        # LVM notices that the table is not its own and says so, of a line of another type or of another size (what
-        # is released is linear again); that is all it may say.
+        # LVM notices a table that is not its own and warns about lines of another type or size (released lines are
+        # linear again). No other message is allowed.
         ! grep -viE 'segment type does not match|Cannot find matching [a-z-]+ segment' /run/lvm.err ||
             fail "'$command' complained during the copy: $(cat /run/lvm.err)"
     done
@@ -54,14 +54,14 @@ while kill -0 "$copy" 2>/dev/null && [ "$seen" -lt 4 ]; do
     done
     seen=$((seen + 1))
 done
-[ "$seen" -ge 1 ] || fail "the copy was over before LVM could be asked"
+[ "$seen" -ge 1 ] || fail "the copy ended before LVM was queried"
 wait "$copy" || fail "the copy failed"
 load_is_alive
 stop_load
 kill "$monitor"
 udevadm settle --timeout=60 || fail "udev hangs"
 [ "$(dmsetup table "$origin")" = "$table_before" ] || fail "the table changed: $(dmsetup table "$origin")"
-[ "$(lvs --noheadings -o lv_name,lv_size,lv_attr,lv_uuid,devices tidetest)" = "$lv_before" ] || fail "lvs tells another story than before"
+[ "$(lvs --noheadings -o lv_name,lv_size,lv_attr,lv_uuid,devices tidetest)" = "$lv_before" ] || fail "lvs shows something else than before"
 assert_identical /mnt/scratch/copy.raw /mnt/scratch/instant
 [ -z "$(ipcs -s | awk '$1 ~ /^0x0d4d/')" ] || fail "a udev cookie was left: $(ipcs -s)"
 assert_no_tidemark_left

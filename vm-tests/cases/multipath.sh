@@ -1,13 +1,13 @@
-# A disk with two paths: one SCSI device for each. Without multipath only its world-wide name shows that they are one disk,
-# and what is in use on one path is refused on the other. A multipath device is copied cold and refused while it is in use;
-# a volume on it is copied exactly while paths fail, go and come; and a secondary on it is recognized by resume.
+# A disk with two paths: one SCSI device for each. Without multipath, only the WWN shows that both are one disk, and
+# what is in use on one path is refused on the other. A multipath device is copied cold, and refused while in use. A
+# volume on it is copied exactly while paths fail, disappear and return. Resume recognizes a secondary on it.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
 modprobe -r scsi_debug
 modprobe scsi_debug add_host=2 max_luns=1 num_tgts=1 dev_size_mb=64 vpd_use_hostno=0 delay=0
 
-# path NUMBER: the name of the disk on its Nth path, sdX.
+# path NUMBER: prints the name (sdX) of the disk on its Nth path.
 path() { basename "/sys/bus/pseudo/drivers/scsi_debug/adapter$1/"host*/target*/*/block/*; }
 has_path() { [ -b "/dev/$(path "$1")" ]; }
 number() { cat "/sys/block/$1/dev"; }
@@ -24,11 +24,11 @@ refused() { # PATTERN COMMAND...
     assert_status 3 "$@" >/run/refused.out 2>/run/refused.err
     note "$(head -n 1 /run/refused.err)"
     grep -q "$pattern" /run/refused.err || fail "the refusal does not match '$pattern': $(cat /run/refused.err)"
-    grep -q 'next:' /run/refused.err || fail "nothing says what to do instead: $(cat /run/refused.err)"
+    grep -q 'next:' /run/refused.err || fail "the refusal does not say what to do instead: $(cat /run/refused.err)"
     assert_same "the tables" "$(dmsetup table)" "$before"
 }
 
-# multipath NAME...: the table of a multipath device with these paths, as multipathd loads it.
+# multipath NAME...: prints the table of a multipath device with these paths, as multipathd loads it.
 multipath() {
     local path paths=
     for path in "$@"; do paths+=" $(number "$path") 1"; done
@@ -72,7 +72,7 @@ exec 8<>"/dev/$one"
 refused 'open for writing' tidemark restore /mnt/scratch/small.tdm "/dev/$other" --yes
 exec 8>&-
 
-note "multipath: at rest, and in use"
+note "a multipath device at rest and in use"
 dmsetup create --noudevsync mpatha --uuid mpath-333333330000007d0 --table "$(multipath "$one" "$other")"
 dmsetup mknodes
 tidemark copy /dev/mapper/mpatha /mnt/scratch/rest.raw --yes
@@ -85,7 +85,7 @@ tidemark attach /dev/mapper/mpatha --name data
 tidemark copy data /mnt/scratch/x.raw --yes --store /mnt/scratch --dry-run >/dev/null
 tidemark detach data
 
-note "a volume of LVM's on it"
+note "a logical volume on the multipath device"
 pvcreate -q -y /dev/mapper/mpatha
 vgcreate -q -s 1m tidetest /dev/mapper/mpatha
 lvcreate -q -y -Wn -Zn -L 56m -n data tidetest
@@ -106,18 +106,18 @@ breaks "$other"
 heals "$other"
 breaks "$one"
 breaks "$other"
-note "none is left"
+note "no path is left"
 sleep 2
 heals "$one"
 heals "$other"
-note "one is taken away, and comes again as another device"
+note "one path is removed, and comes back as another device"
 echo 1 >"/sys/block/$one/device/delete"
 reload "$other"
 for scan in /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/scsi_host/host*/scan; do echo '- - -' >"$scan"; done
 wait_until 20 has_path 0
 one=$(path 0)
 reload "$one" "$other"
-! is_gone || fail "the copy was over before its paths were: $(cat /run/copy.out)"
+! is_gone || fail "the copy ended before its paths failed: $(cat /run/copy.out)"
 status=0
 wait "$process" || status=$?
 assert_same "the exit status: $(cat /run/copy.out)" "$status" 0

@@ -1,5 +1,5 @@
-# A real application: PostgreSQL under pgbench on the volume. The secondary starts, recovers and
-# passes pg_amcheck; the live server never saw an error.
+# A real application: PostgreSQL with pgbench on the volume. A server on the copy starts, recovers and passes
+# pg_amcheck; the live server sees no error.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -27,7 +27,7 @@ sleep 5
 raw_disk=$(disk 1)
 tidemark copy /dev/mapper/data "$raw_disk" --yes --store /mnt/scratch --rate 16MiB --verify
 kill -0 "$load" || { cat /run/pgbench.log; fail "pgbench ended during the copy"; }
-# A background job of a script ignores SIGINT.
+# Not SIGINT: bash makes background jobs ignore it.
 kill -TERM "$load"
 wait "$load" || true
 if grep -iE 'error|fatal|aborted|[1-9][0-9]* failed' /run/pgbench.log; then fail "pgbench saw an error"; fi
@@ -42,7 +42,7 @@ rm -f /mnt/copy/data/postmaster.pid
 server start /mnt/copy/data /run/pg2 5433
 grep -q 'redo starts' /run/pg2/log || fail "the copy needed no recovery: it was not taken under load"
 as_postgres "$bin/pg_amcheck" -h /run/pg2 -p 5433 --heapallindexed bench
-# pgbench's own invariant: every transaction adds the same delta to all three.
+# pgbench's invariant: every transaction adds the same delta to all three tables.
 sums=$(as_postgres psql -h /run/pg2 -p 5433 -Atc \
     'select (select sum(abalance) from pgbench_accounts) - (select sum(bbalance) from pgbench_branches),
             (select sum(tbalance) from pgbench_tellers) - (select sum(bbalance) from pgbench_branches)' bench)

@@ -1,12 +1,12 @@
-# Power cut, second boot: the origin's filesystem recovers as it would without us, the copy is void,
-# and a new one works.
+# Power cut, second boot: the origin's filesystem recovers as without Tidemark, the interrupted copy is void, and a new
+# copy succeeds.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
 assert_no_tidemark_left
 mkdir -p /mnt/scratch /mnt/origin
 mount "$(disk 1)" /mnt/scratch
-[ ! -e /mnt/scratch/copy.raw ] || fail "a partial copy stands under the final name"
+[ ! -e /mnt/scratch/copy.raw ] || fail "a partial copy has the final name"
 tidemark attach "$(disk 0)" --name data
 mount /dev/mapper/data /mnt/origin
 (cd /mnt/origin/settled && sha256sum --quiet -c /mnt/scratch/settled.sums) || fail "settled files were harmed"

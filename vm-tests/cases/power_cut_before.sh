@@ -1,4 +1,4 @@
-# Power cut, first boot: a copy is under way when the machine dies.
+# Power cut, first boot: the machine dies in mid-copy.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 

@@ -1,5 +1,5 @@
-# Safety promise 8: what cannot be done safely is refused before anything is changed, with exit code 3,
-# the reason and what to do instead.
+# Safety promise 8: what cannot be done safely is refused before anything is changed, with exit code 3, the reason, and
+# what to do instead.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -9,7 +9,6 @@ small=$(disk 2)
 
 state_of_kernel() { dmsetup table --target '' 2>/dev/null; dmsetup table | sort; losetup -n -O NAME,BACK-FILE | sort; }
 
-# refused PATTERN COMMAND...
 refused() {
     local pattern=$1 got=0 before after
     shift
@@ -38,7 +37,7 @@ part=
 for candidate in "${a}1" "${a}p1"; do
     if [ -b "$candidate" ]; then part=$candidate; fi
 done
-[ -n "$part" ] || fail "the kernel shows no partition on $a"
+[ -n "$part" ] || fail "the kernel found no partition on $a"
 make_filesystem ext4 "$part" /mnt/a
 refused 'partition|mounted' tidemark copy "$a" "$b" --yes
 refused 'mounted' tidemark copy "$part" "$b" --yes
@@ -46,7 +45,7 @@ umount /mnt/a
 wipefs -qa "$a"
 blockdev --rereadpt "$a" 2>/dev/null || true
 
-note "the volume for the rest"
+note "the volume for the remaining refusals"
 tidemark attach "$a" --name data
 origin=/dev/mapper/data
 make_filesystem ext4 "$origin" /mnt/origin
@@ -67,7 +66,7 @@ refused 'origin|mounted|in use' tidemark copy "$origin" "$origin" --yes --store 
 note "existing file without --yes"
 echo precious >/mnt/b/precious.raw
 refused 'exists|replace|--yes' tidemark copy "$origin" /mnt/b/precious.raw --store /mnt/b </dev/null
-[ "$(cat /mnt/b/precious.raw)" = precious ] || fail "a refused copy touched the file in its way"
+[ "$(cat /mnt/b/precious.raw)" = precious ] || fail "a refused copy changed an existing file"
 
 note "unsupported stacks, by name"
 dmsetup create --noudevsync snapbase --table "0 65536 linear $small 0"

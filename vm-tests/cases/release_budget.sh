@@ -1,5 +1,5 @@
-# A release suspends the origin, and a suspension waits for writes that wait for the store. Where the store's disk is
-# slow, that wait ends at the freeze budget: reads, which need no store, are held no longer.
+# A release suspends the origin, and the suspension waits for writes that wait for the store. On a slow store disk, that
+# wait ends at the freeze budget: reads, which do not need the store, are held no longer than that.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_store.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -17,7 +17,7 @@ slow 3000 3000
 measure reads
 sleep 12
 measured
-# Fast again before the end: putting the table back is tried again, with four times the budget.
+# Fast again before the end: the table is put back in further attempts, with four times the budget.
 slow 0 0
 wait "$process" || fail "exit status $?: $(cat /run/copy.err) $(tail -n 1 /run/copy.out)"
 stall=$(grep -oE '"longest_stall_seconds":[0-9.]+' /run/copy.out | tail -n 1 | awk -F: '{ print int($2 * 1000) }')

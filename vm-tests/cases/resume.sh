@@ -1,6 +1,5 @@
-# Safety promise 9: a copy that was killed goes on where it stopped, at the same instant, and comes to what an
-# uninterrupted one would have come to. SIGKILL at random moments, up to three times for each copy; what
-# cannot go on is refused and says why.
+# Safety promise 9: a killed copy continues where it stopped, at the same instant, with the result of an uninterrupted
+# copy. SIGKILL at random moments, up to three times per copy. A copy that cannot continue is refused, with the reason.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -17,13 +16,13 @@ pace=$(if [ "$MACHINE" = um ]; then echo 2; else echo 1; fi)
 
 is_resumable() { tidemark status --json | grep -q '"copy"' && [ -n "$(find /run/tidemark -name '*.segments')" ]; }
 
-# One copy of a random form, killed and gone on with until it is done.
+# One copy with random options, killed and resumed until it is done.
 one_copy() { # ROUND
     local round=$1 kind kills=0 moment_max moment target rate whole
     kind=$(pick "kind-$round" raw-device raw-file overlay append)
-    # At native speed the load does as much in half of the time.
+    # At native speed the load writes as much in half of the time.
     rate=$(($(pick "rate-$round" 4 8 16) * pace))
-    # Milliseconds that some 36 MiB in use take at that rate, at least.
+    # Minimum time in ms to copy the 36 MiB in use at that rate.
     whole=$((36000 / rate))
     local -a options=(--yes --store /mnt/scratch --store-ram "$(pick "ram-$round" 0 1MiB 16MiB)" --freeze-budget 120s
         --rate "${rate}MiB" --segment "$(pick "segment-$round" 64KiB 256KiB 1MiB)"
@@ -41,8 +40,8 @@ one_copy() { # ROUND
     local process=$!
     wait_until 120 is_resumable
     while :; do
-        # Mostly early, so that a copy is killed more than once; then at times when it lays originals over. By the
-        # rate and not by the clock alone: a first one that comes behind the end proves nothing.
+        # The first kill comes early, so that a copy is killed more than once; later kills also hit the phase that
+        # applies the originals. The bound follows from the rate: a first kill after the end of the copy proves nothing.
         moment_max=$((whole / 2))
         [ "$kills" = 0 ] || moment_max=$(pick "late-$round-$kills" $((whole / 8)) $((whole / 8)) "$whole")
         moment=$(rand "moment-$round-$kills" 0 "$moment_max")
@@ -56,9 +55,9 @@ one_copy() { # ROUND
         kills=$((kills + 1))
         load_is_alive
         if [ -f "$target" ] || { [ "$kind" = raw-device ] && [ "$(dmsetup table "$origin")" = "$table_before" ]; }; then
-            # It has its name, or the origin its table, so it is complete (the comparison tells): killed while it put
-            # the rest away.
-            note "round $round: killed behind its end"
+            # The file has its final name, or the origin its own table: the copy was complete and was killed during its
+            # cleanup. The comparison below confirms this.
+            note "round $round: killed after its end"
             tidemark recover
             process=
             break
@@ -66,13 +65,13 @@ one_copy() { # ROUND
         tidemark status --json >/run/status.json
         tidemark resume --json >/run/copy.json 2>&1 &
         process=$!
-        # Killed again only once it has taken the job over.
+        # Kill again only when the resumed process has taken the job over.
         wait_until 60 sh -c "grep -q '\"phase\":\"data\"' /run/copy.json || ! kill -0 $process"
     done
     status=0
     [ -z "$process" ] || wait "$process" || status=$?
     [ "$status" = 0 ] || { tail -n 5 /run/copy.json; fail "round $round: exit status $status"; }
-    note "round $round: killed $kills times; $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json || echo 'complete when it was killed')"
+    note "round $round: killed $kills times; $(grep -o '"resumed_segment_count":[0-9]*' /run/copy.json || echo 'complete when killed')"
     echo "$kills" >>/run/kills
     pause_load
     case "$target" in
@@ -93,11 +92,11 @@ one_copy() { # ROUND
 for round in $(seq 10 | some_under_emulation rounds 1); do
     one_copy "$round"
 done
-# Once for each round, on average: a few rounds may have less luck than many.
+# On average once per round, because few rounds scatter more than many.
 rounds=$(wc -l </run/kills)
-[ "$(awk '{ n += $1 } END { print n }' /run/kills)" -ge "$rounds" ] || fail "hardly a copy was killed: this proves nothing"
+[ "$(awk '{ n += $1 } END { print n }' /run/kills)" -ge "$rounds" ] || fail "too few copies were killed: this proves nothing"
 
-# What cannot go on.
+# Copies that cannot be resumed.
 refused() { # WORDS ARGUMENTS...
     local words=$1
     shift
@@ -107,7 +106,7 @@ refused() { # WORDS ARGUMENTS...
 refused 'no copy to resume'
 slow=(--yes --store /mnt/scratch --store-ram 1MiB --rate 2MiB)
 
-# A file of its own: the load verifies what it wrote into fio.dat, so that nothing else may write there.
+# A separate file: the load verifies what it wrote to fio.dat, so nothing else may write there.
 dd if=/dev/urandom of=/mnt/origin/after.dat bs=1M count=4 conv=fsync status=none
 tidemark copy "$origin" /mnt/scratch/copy.raw "${slow[@]}" 2>/dev/null &
 process=$!
@@ -116,20 +115,20 @@ job=$(basename "$(find /run/tidemark -name '*.segments')" .segments)
 refused 'is running' "$job"
 kill -KILL "$process"
 wait "$process" || true
-# The snapshot is lost while nobody looks: the store's device is gone.
+# The snapshot is lost while no copy runs: the store's device fails.
 cow=$(dmsetup ls | awk '/#cow/ { print $1 }')
 dmsetup load "$cow" --table "0 $(blockdev --getsz "/dev/mapper/$cow" 2>/dev/null || dmsetup table "$cow" | awk '{ n += $2 } END { print n }') error"
 dmsetup resume "$cow"
 fio --name=after --directory=/mnt/origin --filename=after.dat --size=4m --rw=randwrite --bs=4k --direct=1 --io_size=2m \
     --minimal >/dev/null || fail "the application saw the store's loss"
 refused 'lost' "$job"
-[ -n "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a resume that was refused took something away"
+[ -n "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "a refused resume removed the partial file"
 tidemark recover
 [ -z "$(find /mnt/scratch -name '*tidemark-partial*')" ] || fail "recover left the partial file"
 refused 'no copy to resume'
 assert_no_tidemark_left data
 
-# A pipe's reader is gone.
+# The reader of the pipe is gone.
 tidemark copy "$origin" - "${slow[@]}" 2>/dev/null >/dev/null &
 process=$!
 wait_until 120 is_preserved "$origin"

@@ -1,5 +1,5 @@
-# What a resume asks before it takes anything on: a dry run asks the same and changes nothing, what has come in the way since
-# the copy began is refused, and a secondary that hangs keeps neither the resume nor the origin.
+# The checks of resume before it changes anything. A dry run makes the same checks and changes nothing. An obstacle that
+# appeared since the copy began is refused. A secondary that hangs blocks neither the resume nor the origin.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
@@ -13,7 +13,7 @@ start_and_kill() { # TARGET
     kill_copy
 }
 
-# state FILE: of all that a dry run must leave alone.
+# state FILE: saves everything that a dry run must not change.
 state() {
     dmsetup table | sort
     dmsetup table --inactive | sort
@@ -41,14 +41,14 @@ assert_status 3 tidemark resume
 rm "$partial"
 mv /mnt/scratch/elsewhere "$partial"
 
-note "the records have come to lie on the origin"
+note "the job records are now on the origin"
 cp -a /run/tidemark /mnt/origin/records
 mount --bind /mnt/origin/records /run/tidemark
 for how in --dry-run ''; do
     # shellcheck disable=SC2086
     assert_status 3 tidemark resume $how 2>/run/err
     cat /run/err
-    grep -q 'would wait for the origin' /run/err || fail "not refused for that"
+    grep -q 'would wait for the origin' /run/err || fail "the refusal gives another reason"
     grep -q 'tidemark recover' /run/err || fail "the refusal does not say what to do"
 done
 umount /run/tidemark
@@ -56,7 +56,7 @@ rm -r /mnt/origin/records
 goes_on /mnt/scratch/copy.raw
 rm /mnt/scratch/copy.raw
 
-# A recover that has put the origin back may wait for the secondary, whose partial file it removes.
+# After recover has put the origin back, it may still wait for the secondary to remove the partial file.
 put_back() {
     is_back && return
     tidemark recover >>/run/recover.out 2>&1 &
@@ -64,7 +64,7 @@ put_back() {
     is_back
 }
 
-# Whatever the secondary does: at a signal, or by itself, a resume lets go of what it holds, and the origin is put back.
+# With a hanging secondary, a resume ends at a signal or by itself, releases what it holds, and the origin is put back.
 dmsetup create --noudevsync secondary --table "0 $(blockdev --getsz "$(disk 1)") linear $(disk 1) 0"
 settle
 mkfs.ext4 -q /dev/mapper/secondary
@@ -83,9 +83,9 @@ for caches in warm cold; do
         process=$!
         sleep 2
         kill -TERM "$process" 2>/dev/null || true
-        # Put back by the resume itself, where it had begun to copy; else by recover.
+        # The resume puts the origin back itself if it had begun to copy; otherwise recover does.
         wait_until 15 put_back
-        timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin does not go on"
+        timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin cannot be written"
         dmsetup resume --noudevsync secondary
         wait_until 30 is_gone
         wait "$process" || true

@@ -1,6 +1,6 @@
-# A copy is killed, and where its store may grow something else is mounted then, which lies on the origin: a store that grew
-# there would wait for the origin. The resume is refused, and goes on when that is gone. A store that does not grow has no
-# such place.
+# After a copy was killed, a filesystem on the origin is mounted over the directory where the store may grow. A store
+# that grew there would wait for the origin. Resume refuses until the mount is gone. A store that cannot grow is not
+# affected.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
@@ -11,7 +11,7 @@ truncate -s 40m /mnt/origin/image
 loop=$(losetup -f --show /mnt/origin/image)
 mkfs.ext4 -q "$loop"
 
-# start_and_kill RAM
+# start_and_kill RAM: starts a copy with this --store-ram and kills it.
 start_and_kill() {
     tidemark copy "$origin" /mnt/scratch/copy.raw --all --yes --store "$store" --store-ram "$1" --freeze-budget 120s \
         --hook-frozen "$(capture_hook /mnt/scratch/instant)" --region 4MiB --segment 256KiB --rate 16MiB \
@@ -28,34 +28,34 @@ state() {
     find /mnt/scratch -xdev -printf '%p %s %T@\n' | sort
 }
 
-# refused_with ROAD
+# refused_with CHAIN: resume is refused and names this chain of devices.
 refused_with() {
     state >/run/before
     for how in --dry-run ''; do
         # shellcheck disable=SC2086
         assert_status 3 tidemark resume $how 2>/run/err
         cat /run/err
-        grep -q "the store at $store would wait for the origin itself: $1" /run/err || fail "not refused for that"
-        grep -q 'the copy stays as it was' /run/err || fail "the refusal does not say what is left"
+        grep -q "the store at $store would wait for the origin itself: $1" /run/err || fail "the refusal gives another reason"
+        grep -q 'the copy stays as it was' /run/err || fail "the refusal does not describe the state"
         grep -q 'tidemark recover' /run/err || fail "the refusal does not say what to do"
         state >/run/now
-        diff /run/before /run/now || fail "it changed something"
+        diff /run/before /run/now || fail "the refused resume changed something"
     done
 }
 
-note "the tail is still to be made, and its place has come to lie on the origin"
+note "the tail does not exist yet, and its directory is now on the origin"
 start_and_kill 64MiB
 mount --bind /mnt/origin/store "$store"
 refused_with 'the ext4 at /mnt/origin'
 umount "$store"
-note "by a loop device"
+note "through a loop device"
 mount "$loop" "$store"
 refused_with "the ext4 at $store -> $loop -> the ext4 at /mnt/origin"
 umount "$store"
 goes_on /mnt/scratch/copy.raw
 rm /mnt/scratch/copy.raw
 
-note "a store that is as large as it may become"
+note "a store at its maximum size"
 start_and_kill 0
 mount --bind /mnt/origin/store "$store"
 goes_on /mnt/scratch/copy.raw

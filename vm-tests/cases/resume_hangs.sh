@@ -1,6 +1,6 @@
-# A copy is killed, and its secondary does not answer any more: `resume`, its dry run and `recover` end all the same, the two
-# former with nothing changed, and nothing holds the job. When the secondary answers, the copy goes on. So it is while LVM
-# is waited for.
+# A copy is killed, and its secondary stops answering. `resume`, its dry run and `recover` still end; resume and its dry
+# run change nothing, and the job stays unlocked. When the secondary answers again, the copy continues. The same holds
+# while resume waits for LVM.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 . "$REPO/vm-tests/cases/lib_lvm.sh"
@@ -17,7 +17,7 @@ start_and_kill() { # TARGET
     kill_copy
 }
 
-# The kernel knows nothing of the file system any more.
+# Unmounts, so that the kernel has nothing of the filesystem in its caches.
 forget() {
     wait_until 20 umount /mnt/target
     mount /dev/mapper/secondary /mnt/target
@@ -27,7 +27,7 @@ forget() {
 hang() { dmsetup suspend --noflush --nolockfs secondary; }
 come_back() { dmsetup resume --noudevsync secondary; }
 
-# ends SECONDS STATUS COMMAND...: and does not stay in the kernel, where SIGKILL would not reach it.
+# ends SECONDS STATUS COMMAND...: COMMAND ends in time, and is not stuck in the kernel, where SIGKILL has no effect.
 ends() {
     local seconds=$1 want=$2 got=0 begin=$SECONDS
     shift 2
@@ -40,9 +40,9 @@ ends() {
     assert_same "the exit status of $*" "$got" "$want"
 }
 
-says() { grep -q "$1" /run/ends.out || fail "nothing says '$1'"; }
+says() { grep -q "$1" /run/ends.out || fail "no message says '$1'"; }
 
-# The kernel's and the job's state. Who waits for the secondary has it open.
+# The kernel's devices and the job's files. A process that waits for the secondary has it open.
 state() {
     dmsetup table | sort
     dmsetup table --inactive | sort
@@ -50,7 +50,7 @@ state() {
     find /run/tidemark -type f -printf '%p %s %T@\n' | sort
 }
 
-# A signal ends $process at once.
+# interrupted: a signal ends $process at once.
 interrupted() {
     local status=0
     kill -TERM "$process"
@@ -81,14 +81,14 @@ for case in "/dev/mapper/secondary warm" "/mnt/target/copy.raw cold" "/mnt/targe
         says 'the copy stays as it was'
         says 'tidemark recover'
         state >/run/now
-        diff /run/before /run/now || fail "it changed something"
+        diff /run/before /run/now || fail "the refused resume changed something"
     done
-    timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin does not go on"
+    timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin cannot be written"
     note "a signal while it waits"
     tidemark resume >/run/ends.out 2>&1 &
     process=$!
     sleep 3
-    ! is_gone || { cat /run/ends.out; fail "it did not wait"; }
+    ! is_gone || { cat /run/ends.out; fail "resume did not wait"; }
     interrupted
     come_back
     goes_on "$target"
@@ -104,9 +104,9 @@ for case in "/dev/mapper/secondary warm" "/mnt/target/copy.raw cold" "/mnt/targe
         says 'has not answered for 20 s'
         says 'the origin has its own table again'
         says "run 'tidemark recover' again"
-        is_back || fail "the origin's table is not its own"
-        # It is still known, and cannot go on any more.
-        tidemark status | grep -q 'recover' || fail "status does not tell of it: $(tidemark status)"
+        is_back || fail "the origin does not have its own table"
+        # The job is still listed, but can no longer be resumed.
+        tidemark status | grep -q 'recover' || fail "status does not show the job: $(tidemark status)"
         come_back
         [ -n "$(find /mnt/target -name '*tidemark-partial*')" ] || fail "no partial file is left"
         assert_status 3 tidemark resume
@@ -130,7 +130,7 @@ wipefs -q -a "$(disk 0)" "$(disk 1)"
 make_group 32
 TABLE_BEFORE=$(dmsetup table "$origin")
 start_and_kill /mnt/scratch/copy.raw
-# The job's record names the process.
+# The job's record names the last process, so it is left out of the comparison.
 state | grep -v /run/tidemark/ >/run/before
 flock /run/lock/lvm/V_tidetest sleep 1000 &
 lvm=$!
@@ -138,10 +138,10 @@ wait_until 10 sh -c '! flock --nonblock /run/lock/lvm/V_tidetest true'
 tidemark resume >/run/ends.out 2>&1 &
 process=$!
 sleep 3
-! is_gone || { cat /run/ends.out; fail "it did not wait for LVM"; }
+! is_gone || { cat /run/ends.out; fail "resume did not wait for LVM"; }
 interrupted
 state | grep -v /run/tidemark/ >/run/now
-diff /run/before /run/now || fail "it changed something"
+diff /run/before /run/now || fail "the interrupted resume changed something"
 pkill -P "$lvm"
 wait "$lvm" || true
 goes_on /mnt/scratch/copy.raw

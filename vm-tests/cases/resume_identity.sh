@@ -1,5 +1,5 @@
-# What a copy was made to is away for a while: a copy goes on where it is provably the same, or what was written is read
-# back from it; what cannot be told is refused before a byte is written, and nothing of the copy is lost by that.
+# The secondary of a killed copy is away for a while. Resume continues if it is provably the same, or else reads back
+# what was written. If neither is possible, it refuses before it writes a byte, and nothing of the copy is lost.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
@@ -18,7 +18,7 @@ plug_in() {
     dmsetup create --noudevsync "$1" --table "0 $(blockdev --getsz "$(disk 1)") linear $(disk 1) 0"
     settle
 }
-# away NAME: the disk comes back with another number, and its filesystem in another mount.
+# away NAME: the disk comes back with another device number, and its filesystem with another mount ID.
 away() {
     wait_until 20 umount /mnt/usb
     dmsetup rename usb away
@@ -30,7 +30,7 @@ away() {
     umount /mnt/between
 }
 
-note "a filesystem whose id is the number of its device"
+note "a filesystem whose ID is its device number"
 plug_in usb
 make_filesystem xfs /dev/mapper/usb /mnt/usb
 start_and_kill /mnt/usb/copy.raw
@@ -39,7 +39,7 @@ goes_on /mnt/usb/copy.raw
 rm /mnt/usb/copy.raw
 
 for name in copy.raw copy.tdm; do
-    note "$name: originals had been laid over what was written"
+    note "$name: originals had already been applied"
     rm -f /run/written
     (while [ ! -e /run/written ]; do dd if=/dev/urandom of=/mnt/origin/content bs=64k count=1 seek=$((RANDOM % 256)) conv=notrunc,fsync status=none; done) &
     writer=$!
@@ -47,13 +47,13 @@ for name in copy.raw copy.tdm; do
     wait "$process" || true
     touch /run/written
     wait "$writer"
-    is_resumable || { cat /run/copy.out; fail "it was not killed where it should have been"; }
+    is_resumable || { cat /run/copy.out; fail "it was not killed at the intended point"; }
     away
     goes_on "/mnt/usb/$name"
     rm "/mnt/usb/$name"
 done
 
-note "what was written is not there any more: nothing is lost by finding out"
+note "written data is missing: resume detects it, and nothing is lost"
 start_and_kill /mnt/usb/copy.raw
 away
 partial=$(find /mnt/usb -name '*tidemark-partial*')
@@ -67,7 +67,7 @@ goes_on /mnt/usb/copy.raw
 umount /mnt/usb
 dmsetup remove --noudevsync usb
 
-note "a dock, whose disks all have its serial number"
+note "a dock whose disks all report its serial number"
 dock=/sys/kernel/config/nullb/usb
 mkdir "$dock"
 for word in memory_backed=1 blocksize=512 size=80; do echo "${word#*=}" >"$dock/${word%%=*}"; done
@@ -96,9 +96,9 @@ other=$(digest /dev/usb)
 assert_status 3 tidemark resume --dry-run
 assert_status 3 tidemark resume 2>/run/err
 cat /run/err
-grep -q 'next: ' /run/err || fail "nothing says what to do"
+grep -q 'next: ' /run/err || fail "no message says what to do"
 assert_same "what is on the other disk" "$(digest /dev/usb)" "$other"
-[ -n "$(find /run/tidemark -name '*.segments')" ] || fail "the copy was given up"
+[ -n "$(find /run/tidemark -name '*.segments')" ] || fail "the copy's segment log was removed"
 tidemark recover
 is_back || fail "the origin's table changed"
 assert_no_tidemark_left data

@@ -1,12 +1,12 @@
-# A copy is killed, and its secondary is a disk with a cache that is unplugged and comes back: what it had not synced is
-# gone. What resume makes of it is right all the same.
+# A copy is killed, and its secondary, a disk with a volatile cache, is unplugged and comes back without the data that
+# was not flushed. A resume still makes a correct copy.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
 make_volume "$(disk 1)" 40
 
-# null_blk's cache is lost when it is switched off, and nothing else: a disk that is unplugged. The filesystem is over a
-# linear device, which does not tell it beforehand.
+# Powering null_blk off loses its cache and nothing else, like unplugging a disk. The linear device between hides the
+# power off from the filesystem.
 usb=/sys/kernel/config/nullb/usb
 mkdir "$usb"
 for word in memory_backed=1 blocksize=512 size=256 cache_size=200; do echo "${word#*=}" >"$usb/${word%%=*}"; done
@@ -30,7 +30,7 @@ unplug() {
 for name in copy.raw copy.tdm; do
     note "$name"
     begin "/mnt/usb/$name" --rate 16MiB --region 4MiB --segment 256KiB
-    # The file itself stays; most of what is in it does not.
+    # The file itself is synced, most of its data is not.
     wait_until 60 has_placed 5
     sync -f /mnt/usb
     wait_until 60 has_placed 60
@@ -38,7 +38,7 @@ for name in copy.raw copy.tdm; do
     placed_before=$(placed)
     unplug
     tidemark resume --json >/run/resume.json 2>&1 || { tail -n 3 /run/resume.json; fail "the resume"; }
-    grep -q '"phase":"verify"' /run/resume.json || fail "nothing was read back from a disk that had been away"
+    grep -q '"phase":"verify"' /run/resume.json || fail "nothing was read back from a disk that had been unplugged"
     resumed=$(grep -o '"resumed_segment_count":[0-9]*' /run/resume.json | cut -d: -f2)
     note "$placed_before were noted, $resumed were still there"
     assert_same "segments that a sync stood behind" "$resumed" "$placed_before"
@@ -46,7 +46,7 @@ for name in copy.raw copy.tdm; do
     rm "/mnt/usb/$name"
 done
 
-note "somebody has written to it: it was there all the time, and a sample tells"
+note "data on it was changed: the disk was never away, and reading a sample detects the change"
 begin /mnt/usb/copy.raw --rate 16MiB --region 32MiB --segment 256KiB --order physical
 wait_until 60 has_placed 30
 kill_copy

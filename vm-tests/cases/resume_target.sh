@@ -1,5 +1,5 @@
-# A copy that was killed goes on with what it wrote to, and with nothing else: whatever has come to the same name
-# meanwhile is refused (3), and not a byte of it is changed.
+# A killed copy continues only with the secondary that it wrote to. Anything else under the same name is refused (3),
+# and not a byte of it is changed.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
@@ -7,7 +7,7 @@ make_volume "$(disk 2)" 16
 size=$(blockdev --getsize64 "$origin")
 is_resumable() { [ -n "$(find /run/tidemark -name '*.segments' -size +200c)" ]; }
 
-# start_and_kill TARGET: a copy that has placed some segments when it is killed.
+# start_and_kill TARGET: kills a copy after it has placed some segments.
 start_and_kill() {
     begin "$1" --rate 40MiB --region 4MiB
     wait_until 60 is_resumable
@@ -23,7 +23,7 @@ refused() { # WORDS
 
 other_is_untouched() { assert_same "what is on the other disk" "$(digest "$1")" "$other"; }
 
-note "a disk that is unplugged, and another one that gets its name and number"
+note "the disk is unplugged, and another one gets its name and number"
 truncate -s 80M /mnt/scratch/first
 fill /mnt/scratch/second $((80 << 20)) second
 other=$(digest /mnt/scratch/second)
@@ -37,11 +37,11 @@ other_is_untouched /mnt/scratch/second
 losetup -d /dev/loop5
 refused '/dev/loop5'
 losetup /dev/loop5 /mnt/scratch/first
-note "and the first one, which comes back"
+note "the first disk comes back"
 goes_on /dev/loop5
 losetup -d /dev/loop5
 
-note "a volume of the same name over another disk"
+note "a volume of the same name on another disk"
 losetup /dev/loop5 /mnt/scratch/first
 losetup /dev/loop6 /mnt/scratch/second
 dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
@@ -51,7 +51,7 @@ wait_until 20 dmsetup remove --noudevsync target
 dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop6) linear /dev/loop6 0"
 settle
 refused "is not the copy's target"
-note "and one whose table leads there"
+note "the same volume, its table now mapping to another disk"
 dmsetup remove --noudevsync target
 tidemark recover
 dmsetup create --noudevsync target --table "0 $(blockdev --getsz /dev/loop5) linear /dev/loop5 0"
@@ -79,19 +79,19 @@ for name in copy.raw copy.tdm; do
     refused "is not the copy's target file"
     other_is_untouched "$partial"
     mv /mnt/scratch/kept "$partial"
-    # A length that cannot hold the recorded segments.
+    # The partial file is too short for the recorded segments.
     length=$(stat -c %s "$partial")
     cp --sparse=always "$partial" /mnt/scratch/kept
     truncate -s 65536 "$partial"
     refused 'shorter'
     dd if=/mnt/scratch/kept of="$partial" bs=1M conv=notrunc,fsync status=none
     rm /mnt/scratch/kept
-    [ "$(stat -c %s "$partial")" = "$length" ] || fail "the length"
+    [ "$(stat -c %s "$partial")" = "$length" ] || fail "the refused resume changed the length"
     goes_on "/mnt/scratch/$name"
     rm "/mnt/scratch/$name"
 done
 
-note "another file system in the place of the file's"
+note "another filesystem at the file's mount point"
 mkfs.ext4 -q "$(disk 1)"
 mkdir /mnt/first /mnt/target
 mount --bind /mnt/scratch /mnt/target
