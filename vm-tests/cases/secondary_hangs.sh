@@ -1,5 +1,5 @@
-# A secondary that hangs (a suspended device, a dead server) or vanishes: at a signal the origin is back within seconds
-# and goes on, whatever becomes of the process; then everything can be put back.
+# A secondary that hangs (a suspended device, a dead server) or vanishes. After a signal, the origin works again within
+# seconds, even if the process cannot end. Later everything can be put back.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_resume.sh"
 
@@ -16,14 +16,14 @@ start() { # TARGET
     wait_until 60 has_placed 10
 }
 
-# hang TARGET: it hangs, is interrupted, and the origin is back.
+# hang TARGET: TARGET hangs, the copy is interrupted, and the origin is put back.
 hang() {
     start "$1"
     dmsetup suspend --noflush --nolockfs secondary
     sleep 1
     kill -TERM "$process"
     wait_until 8 is_back
-    timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin does not go on"
+    timeout 10 dd if=/dev/zero of=/mnt/origin/probe bs=4k count=16 conv=fsync status=none || fail "the origin cannot be written"
     assert_same "suspended devices" "$(suspended_devices)" secondary
 }
 
@@ -39,18 +39,18 @@ ends() { # STATUS: after the secondary has come back
     [ -z "$(find /mnt/target -name '*tidemark-partial*' 2>/dev/null)" ] || fail "a partial file is left"
 }
 
-note "a device that hangs for a while"
+note "a device that hangs temporarily"
 hang /dev/mapper/secondary
 ends 130
-grep -q interrupted /run/copy.err || fail "nothing says that it was interrupted"
+grep -q interrupted /run/copy.err || fail "no message says that the copy was interrupted"
 
-note "a device that hangs for good"
+note "a device that hangs permanently"
 hang /dev/mapper/secondary
 wait_until 40 has_said 'does not answer'
-grep -q 'tidemark recover' /run/copy.err || fail "nothing says what to do"
+grep -q 'tidemark recover' /run/copy.err || fail "no message says what to do"
 ends 1
 
-note "a file, and calls that do not return"
+note "a file, and system calls that do not return"
 mkfs.ext4 -q /dev/mapper/secondary
 mkdir -p /mnt/target
 mount /dev/mapper/secondary /mnt/target
@@ -78,7 +78,7 @@ grep -q '/dev/usb' /run/copy.err || fail "the error does not name the disk"
 is_back || fail "the origin's table changed"
 assert_no_tidemark_left data
 
-note "a disk that vanishes behind a killed copy, and another that comes"
+note "a disk that vanishes after the copy was killed, and another disk in its place"
 echo 1 >"$usb/power"
 wait_until 10 test -b /dev/usb
 start /dev/usb

@@ -1,6 +1,6 @@
-# Random copies from seeds, compared with what was captured at their instants: see vm-tests/soak/soak.py.
-# Without seeds of its own a guest plays the same ones every time, so that a run's result is that of what it tests; a full
-# run, which is before a release, plays new ones, that begin with the run's seed.
+# Random copies from seeds, compared with the capture of their instants: see vm-tests/soak/soak.py. Unless seeds are
+# given, each guest plays the same ones every time, so that a change of the result comes from the code. A full run,
+# before a release, plays new seeds that start at the run's seed.
 # shellcheck shell=bash
 begin=0
 if [ "$DEPTH" = full ]; then begin=$SEED; fi

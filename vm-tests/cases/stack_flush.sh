@@ -1,5 +1,5 @@
-# A flush during a copy reaches every disk of the origin, wherever it was written, and each of them once: a disk that is
-# left out loses what an application believes to be safe.
+# During a copy, a flush reaches every disk of the origin exactly once, wherever the write went. A disk that missed a
+# flush could lose data that an application believes to be safe.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 
 COUNT=40
@@ -18,7 +18,7 @@ mount "$ORIGIN" /mnt/data
 COW=$(stat -L -c '%Hr:%Lr' "$(disk 1)")
 fresh_store
 
-# Flushes that a disk has completed (Documentation/block/stat.rst).
+# Number of flushes that a disk has completed (Documentation/block/stat.rst).
 flushes() { awk '{ print $16 }' "/sys/block/$(basename "$1")/stat"; }
 
 make_file() { # FILE
@@ -26,7 +26,7 @@ make_file() { # FILE
     sync
 }
 
-# Overwrites of what is allocated: each is a write and a flush, and no metadata goes with it.
+# Overwrites of allocated blocks: each is a write and a flush, without metadata.
 overwrites() { # WHAT FILE
     local before_first before_second after_first after_second
     before_first=$(flushes "$first") before_second=$(flushes "$second")
@@ -34,9 +34,9 @@ overwrites() { # WHAT FILE
     after_first=$(($(flushes "$first") - before_first)) after_second=$(($(flushes "$second") - before_second))
     note "$1: $COUNT writes, $after_first flushes of the first disk, $after_second of the second"
     for count in $after_first $after_second; do
-        [ "$count" -ge $COUNT ] || fail "$1: $COUNT writes that must be safe, and a disk was flushed $count times"
-        # Somebody else's now and then: the journal's.
-        [ "$count" -le $((COUNT + COUNT / 4)) ] || fail "$1: $COUNT writes, and a disk was flushed $count times"
+        [ "$count" -ge $COUNT ] || fail "$1: $COUNT synchronous writes, but a disk was flushed only $count times"
+        # Some flushes come from the journal.
+        [ "$count" -le $((COUNT + COUNT / 4)) ] || fail "$1: $COUNT synchronous writes, but a disk was flushed $count times"
     done
 }
 
@@ -46,7 +46,7 @@ insert 20000 true
 grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
 assert_stack_is_over data
 dmsetup table data
-# What was there at the instant is preserved, what is new lies in what was free.
+# Data of the instant is preserved; new data is written to space that was free.
 overwrites "a copy, what is preserved" /mnt/data/old
 make_file /mnt/data/new
 python3 - "$(dmsetup table data)" "$(filefrag -v -b512 /mnt/data/new)" "$(dmsetup info -c --noheadings -o major,minor data#preserve)" <<'END'
@@ -66,7 +66,7 @@ overwrites "a copy, what was free" /mnt/data/new
 remove_stack
 assert_as_before
 
-# Once the origin's beginning is released the line that takes the flushes leads past what preserves.
+# Once the start of the origin is released, the line that takes the flushes bypasses the preserving device.
 "$TIDEMARK" copy /dev/mapper/data /run/copy.raw --yes --quiet --store "$(disk 1)" --rate 2MiB --region 1MiB &
 copy=$!
 begins_past() {
@@ -77,7 +77,7 @@ begins_past() {
 }
 wait_until 60 begins_past
 kill -STOP $copy
-is_preserved data || fail "all is released already: this proves nothing"
+is_preserved data || fail "everything is already released: this proves nothing"
 dmsetup table data
 overwrites "a copy with its beginning released, an old file" /mnt/data/old
 overwrites "a copy with its beginning released, a new file" /mnt/data/new

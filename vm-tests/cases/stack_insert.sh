@@ -1,11 +1,11 @@
-# A stack goes under a mounted, busy ext4 and away again: the snapshot shows the instant, the load never stops,
-# the table is the same text as before.
+# A stack is inserted beneath a mounted, busy ext4 and removed again. The snapshot shows the instant, the load never
+# stops, and the table afterwards is textually the same as before.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 
 make_origin
 start_load
 for round in 1 2; do
-    # What can be read beneath at the instant is the truth that the snapshot is judged by.
+    # The digest of the device beneath, at the instant, is the reference for the snapshot.
     insert 20000 'cat /sys/kernel/rcu_expedited 2>/dev/null >/run/expedited || echo 0 >/run/expedited; dd if=$TIDEMARK_ORIGIN_BELOW bs=1M iflag=direct status=none | sha256sum >/run/digest'
     note "round $round: $(cat "$REPORT")"
     grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
@@ -24,7 +24,7 @@ stop_load
 umount /mnt/data
 e2fsck -fn "$ORIGIN" || fail "the origin's filesystem is damaged"
 
-# Another copy of the same origin is refused while one is in place.
+# While a stack is in place, another copy of the same origin is refused.
 mount "$ORIGIN" /mnt/data
 insert 20000 true
 assert_status 3 "$TIDEMARK" __stack /run/second data "$COW" 2000 true /mnt/data </dev/null

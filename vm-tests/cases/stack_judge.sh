@@ -1,14 +1,14 @@
-# An independent judge, the crate devicemapper, reads every device's table, status and dependencies as dmsetup does:
-# before a stack goes under a mounted ext4, while it is there, and when it is gone again.
+# An independent judge, the crate devicemapper, reads every device's table, status and dependencies, and agrees with
+# dmsetup: before a stack is inserted beneath a mounted ext4, while it is in place, and after its removal.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 judge=/tidemark/bin/dm-judge
 
-# reads WHEN: the judge's reading, kept for a look and a comparison.
+# reads WHEN: keeps the judge's report as an artifact, for comparison.
 reads() {
     "$judge" agree >"$ARTIFACTS/$1" || fail "the judge, $1"
     note "$1: $(wc -l <"$ARTIFACTS/$1") facts"
 }
-# Events are counted for ever, and who has a device open changes: tables and what they stand on are what comes back.
+# Only tables, status and dependencies are compared: event counters and open counts change over time.
 lasting() { grep -v '^info ' "$ARTIFACTS/$1"; }
 
 make_origin
@@ -20,19 +20,19 @@ grep -q '^in place' "$REPORT" || fail "not in place: $(cat "$REPORT")"
 assert_stack_is_over data
 reads inserted
 "$judge" stack data | tee "$ARTIFACTS/stack"
-# Tidemark names its devices after the origin: all of them lie on the way down, the snapshot above it aside.
+# Tidemark names its devices after the origin. All of them are in the chain below the origin, except the snapshot.
 assert_same "the devices of Tidemark" "$(sed -n 's/^of Tidemark: //p' "$ARTIFACTS/stack" | tr ' ' '\n' | sort | xargs)" \
     "$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /TIDEMARK-/ { print $1 }' | sort | xargs)"
-# First writes are preserved: what the snapshot has in use is what both see, whatever it is by then.
+# First writes preserve originals. Judge and dmsetup must agree on how much of the snapshot is in use.
 dd if=/dev/urandom of=/mnt/data/file bs=64k count=20 oflag=direct status=none
 sync
 reads preserving
 grep '^status data#snap: .* snapshot [0-9]*/' "$ARTIFACTS/preserving" || fail "no status of the snapshot"
 ! cmp -s "$ARTIFACTS/inserted" "$ARTIFACTS/preserving" || fail "nothing has changed: this proves nothing"
-# What no longer fits together is seen.
+# The judge detects an inconsistent stack.
 dmsetup suspend data#snap
-! "$judge" stack data >/run/judged 2>&1 || fail "a suspended snapshot is not seen: $(cat /run/judged)"
-grep 'data#snap is suspended' /run/judged || fail "another reason: $(cat /run/judged)"
+! "$judge" stack data >/run/judged 2>&1 || fail "a suspended snapshot is not detected: $(cat /run/judged)"
+grep 'data#snap is suspended' /run/judged || fail "the judge gives another reason: $(cat /run/judged)"
 dmsetup resume data#snap
 "$judge" stack data >/dev/null
 

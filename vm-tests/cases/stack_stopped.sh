@@ -1,6 +1,6 @@
 # SIGSTOP at every step of a stack's insertion, restoration and removal, and in a copy's releases and holds, on a slow
-# disk: nobody who writes waits for longer than the budget and what the disk takes, for the watchdog lets the origin go on;
-# and the command, taken up again, ends: with a copy of its instant, or with none and everything as before.
+# disk. No writer waits longer than the budget plus the disk's own time, because the watchdog resumes the origin. After
+# SIGCONT the command ends with a copy of its instant, or with no copy and everything as before.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_stack.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -10,15 +10,15 @@ start_load
 make_scratch() { mkfs.ext4 -q -F "$(disk 2)" && mkdir -p /mnt/scratch && mount "$(disk 2)" /mnt/scratch; }
 make_scratch
 
-# The budget, and the longest that a write may take: it is several of the disk's, one behind the other, in a queue that
-# the application has filled meanwhile.
+# The budget, and the longest time that a write may take: several times the disk's latency, because the application has
+# filled the queue meanwhile.
 if [ "$MACHINE" = um ]; then budget=2000 write_max=4500; else budget=4000 write_max=12000; fi
 
 is_stopped() { grep -q '^State:.T' "/proc/$1/status" 2>/dev/null; }
 is_over() { ! grep -q '^State:.[^Z]' "/proc/$1/status" 2>/dev/null; }
 probe() { dd if=/dev/zero of=/mnt/data/probe bs=4k count=1 conv=fsync,notrunc status=none; }
 
-# Where a watchdog's clock runs.
+# is_guarded POINT: the watchdog's clock runs at this point.
 is_guarded() {
     case "$1" in
         insert.guard.after | insert.freeze.* | insert.load-origin.* | insert.suspend.* | insert.instant.*) ;;
@@ -28,7 +28,7 @@ is_guarded() {
     esac
 }
 
-# stopped POINT COMMAND...: it stops there, and is taken up again when the budget is over. The exit status is in STATUS.
+# stopped POINT COMMAND...: the command stops at POINT and is continued after the budget. STATUS is its exit status.
 stopped() {
     local point=$1 pid attempt=0
     shift
@@ -39,17 +39,17 @@ stopped() {
         pid=$!
         until is_stopped "$pid" || is_over "$pid"; do sleep 0.02; done
         ! is_stopped "$pid" || break
-        # On a busy machine the disk may be slower than a freeze can be: nothing has been frozen then.
+        # On a busy machine, the estimate for the freeze may exceed the budget. Then the command is refused unfrozen.
         wait "$pid" || true
         cat "$REPORT" /run/copy.err >/run/said 2>/dev/null || true
         grep -q 'the freeze would hold writers' /run/said && [ $((attempt += 1)) -lt 10 ] ||
-            fail "$point: it was never passed: $(cat /run/said)"
+            fail "$point: the command did not reach this point: $(cat /run/said)"
         sleep 1
     done
-    # Whatever is to happen at the budget has happened.
+    # Wait until the budget is over and the watchdog has acted.
     if is_guarded "$point"; then sleep $((budget / 1000 + 1)); else sleep 0.2; fi
-    # Nothing waits for a command that is stopped, however long.
-    timeout 20 dd if=/dev/zero of=/mnt/data/probe bs=4k count=1 conv=fsync,notrunc status=none || fail "$point: writers wait for a command that is stopped"
+    # No writer waits for a stopped command, however long it is stopped.
+    timeout 20 dd if=/dev/zero of=/mnt/data/probe bs=4k count=1 conv=fsync,notrunc status=none || fail "$point: writers wait for a stopped command"
     kill -CONT "$pid"
     STATUS=0
     wait "$pid" || STATUS=$?
@@ -59,7 +59,7 @@ stopped() {
 
 "$TIDEMARK" __stack /run/points points 1 </dev/null
 [ "$(wc -l </run/points)" -ge 40 ] || fail "only $(wc -l </run/points) points"
-# Where nothing is held a stopped command is as good as a dead one: of these a routine run takes some.
+# Where nothing is held, a stop has the same effect as a crash; a routine run takes a sample of these points.
 while read -r point; do
     if is_guarded "$point"; then echo "$point" >>/run/guarded; else echo "$point" >>/run/idle; fi
 done </run/points
@@ -77,7 +77,7 @@ while read -r point <&8; do
         *) fail "$point: exit status $STATUS" ;;
     esac
     case "$point" in
-        # What was held for the instant was let go.
+        # The watchdog ended the hold of the instant, so the insertion fails.
         insert.*) ! is_guarded "$point" || assert_same "exit status at $point" "$STATUS" 1 ;;
         *) assert_same "exit status at $point: $(cat "$REPORT")" "$STATUS" 0 ;;
     esac
@@ -87,11 +87,10 @@ while read -r point <&8; do
     assert_as_before
     fresh_store
 done 8</run/some
-note "$given_up of $(wc -l </run/some) were given up, the slowest write took $worst ms"
+note "$given_up of $(wc -l </run/some) commands failed, the slowest write took $worst ms"
 [ "$given_up" -gt 0 ] || [ "$MACHINE" != um ] || fail "the watchdog never acted: this proves nothing"
 
-# With a copy.
-# In memory: the origin is held until it is there.
+# With a copy. The capture goes to memory, because the origin is held until the capture is complete.
 # shellcheck disable=SC2016
 capture='dd if="$TIDEMARK_ORIGIN_BELOW" of=/run/instant bs=4M iflag=direct status=none'
 copied() { # OPTION...
@@ -114,11 +113,11 @@ for point in copy.store.before insert.instant.after insert.switch.after copy.dat
             ;;
         1)
             case "$point" in
-                # A stopped command holds no writers: they fill the store meanwhile.
+                # A stopped command cannot hold writers, so they may fill the store meanwhile.
                 hold.*) grep -Eq 'freeze budget|the COW store is full' /run/copy.err || fail "$point: $(cat /run/copy.err)" ;;
                 *) grep -q 'freeze budget' /run/copy.err || fail "$point: $(cat /run/copy.err)" ;;
             esac
-            [ ! -e /mnt/scratch/copy.raw ] || fail "$point: what is no copy has its final name"
+            [ ! -e /mnt/scratch/copy.raw ] || fail "$point: a failed copy has the final name"
             ;;
         *) fail "$point: exit status $STATUS: $(cat /run/copy.err)" ;;
     esac

@@ -1,4 +1,4 @@
-# Attach, detach and their refusals; a mounted LVM volume is adopted and has its own table again afterwards.
+# Attach, detach and their refusals. A mounted LVM volume is adopted, and afterwards has its own table again.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 
 raw=$(disk 0)
@@ -11,7 +11,7 @@ refused() { # WHAT COMMAND...
     shift
     "$@" >/run/out 2>&1 || status=$?
     assert_same "exit status of: $*" "$status" 3
-    grep -q "$what" /run/out || fail "'$what' is not said: $(cat /run/out)"
+    grep -q "$what" /run/out || fail "no message says '$what': $(cat /run/out)"
 }
 
 refused 'mounted' "$TIDEMARK" attach "$raw" --name data
@@ -20,19 +20,19 @@ assert_status 2 "$TIDEMARK" attach "$raw" --name 'a/b'
 "$TIDEMARK" attach "$raw" --name data --install-unit
 ls /etc/systemd/system/tidemark-volume-data.service
 settle
-# Attaching again is no error; another device under the same name is.
+# Attaching the same device again is no error; attaching another device under the same name is.
 "$TIDEMARK" attach "$raw" --name data
 refused 'data' "$TIDEMARK" attach "$(disk 1)" --name data
 mount "$(dm_node data)" /mnt/data
 refused 'mounted' "$TIDEMARK" detach data
 "$TIDEMARK" status | tee /run/status
-grep -q data /run/status || fail "status does not know the volume"
+grep -q data /run/status || fail "status does not show the volume"
 
-# A stack under the attached volume; it cannot be detached meanwhile, and recover leaves the living job alone.
+# A stack beneath the attached volume: it cannot be detached meanwhile, and recover leaves the living job alone.
 TABLE_BEFORE=$(dmsetup table data)
 COW=$(stat -L -c '%Hr:%Lr' "$(disk 1)")
 fresh_store
-# What an administrator has set on the volume's queue stays through insertion and removal.
+# Queue settings that an administrator has made survive insertion and removal.
 queue=/sys/dev/block/$(stat -L -c '%Hr:%Lr' "$(dm_node data)")/queue
 settings() { cat "$queue/read_ahead_kb" "$queue/max_sectors_kb" | xargs; }
 echo 4096 >"$queue/read_ahead_kb"
@@ -43,25 +43,25 @@ grep -q '^in place' "$REPORT" || fail "$(cat "$REPORT")"
 refused 'being copied' "$TIDEMARK" detach data
 "$TIDEMARK" recover
 assert_stack_is_over data
-# Nor does one that sees nothing of the job's record and lock, in another mount namespace.
+# Recover leaves it alone also in another mount namespace, where it sees neither record nor lock of the job.
 unshare -m sh -c "mount -t tmpfs none /run && '$TIDEMARK' recover && '$TIDEMARK' status" >"$ARTIFACTS/elsewhere" 2>&1 ||
     fail "recover in another namespace: $(cat "$ARTIFACTS/elsewhere")"
 assert_stack_is_over data
 grep -q 'runs in another mount namespace' "$ARTIFACTS/elsewhere" ||
-    fail "status in another namespace does not know it for alive: $(cat "$ARTIFACTS/elsewhere")"
+    fail "status in another namespace does not show the job as alive: $(cat "$ARTIFACTS/elsewhere")"
 remove_stack
 assert_same "read-ahead and largest request, afterwards" "$(settings)" "4096 64"
 assert_same "the table of data" "$(dmsetup table data)" "$TABLE_BEFORE"
 umount /mnt/data
 "$TIDEMARK" detach data
-[ ! -e /etc/systemd/system/tidemark-volume-data.service ] || fail "the unit is left"
+[ ! -e /etc/systemd/system/tidemark-volume-data.service ] || fail "the systemd unit is left"
 assert_status 3 "$TIDEMARK" detach data
 assert_no_tidemark_left
 mount "$raw" /mnt/data
 umount /mnt/data
 e2fsck -fn "$raw"
 
-# An LVM volume of two segments, mounted.
+# A mounted LVM volume with two segments.
 wipefs -qa "$raw"
 touch /run/lvm-in-use
 pvcreate -qq "$raw"
@@ -94,7 +94,7 @@ remove_stack
 assert_same "the table of the LVM volume" "$(dmsetup table vg-lv)" "$TABLE_BEFORE"
 assert_no_tidemark_left
 
-# Somebody else replaces the table during a copy: the copy says so, and the new table stays.
+# Another tool replaces the table during a copy: the copy says so, and the new table stays.
 fresh_store
 insert_lv
 lvextend -qq -L 24m vg/lv

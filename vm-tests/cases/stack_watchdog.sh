@@ -1,12 +1,12 @@
-# A command that stalls in its critical section: the watchdog lets the origin go on within the budget, and the command,
-# awake again, puts everything back. A hook past the budget and a signal end the same way.
+# A command stalls in its critical section: the watchdog resumes the origin within the budget, and the command, once it
+# runs again, puts everything back. A hook that exceeds the budget, and a signal, end the same way.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 
 make_origin
 start_load
 
-# A stall in seconds, the budget and the longest that a write may take in milliseconds: under emulation all of it takes
-# longer, and only the stall is to be longer than what a write may take.
+# Stall in seconds; budget and longest write in milliseconds. Under emulation everything takes longer. Only the stall
+# must be longer than the longest write.
 if [ "$MACHINE" = um ]; then stall=5 budget=1500 write_max=4000; else stall=10 budget=2500 write_max=8000; fi
 
 for point in $(printf '%s\n' insert.freeze.before insert.freeze.after insert.suspend.after insert.instant.after \
@@ -14,7 +14,7 @@ for point in $(printf '%s\n' insert.freeze.before insert.freeze.after insert.sus
     rm -f "$REPORT"
     TIDEMARK_STALL_AT=$point:$stall "$TIDEMARK" __stack "$REPORT" data "$COW" "$budget" true /mnt/data </dev/null &
     pid=$!
-    # Wherever it stalls, no write may wait for as long as the stall lasts.
+    # No write may wait as long as the stall, at any point.
     worst=0
     while kill -0 $pid 2>/dev/null; do
         start=${EPOCHREALTIME/./}
@@ -39,19 +39,19 @@ for point in $(printf '%s\n' insert.freeze.before insert.freeze.after insert.sus
     fresh_store
 done
 
-# A hook that overstays is killed, and everything is put back by the command itself. Its deadline is the watchdog's too:
-# both let the origin go on at the same moment, and whoever comes second finds that done.
+# A hook that exceeds the budget is killed, and the command puts everything back itself. The watchdog has the same
+# deadline: both resume the origin at the same moment, and the second one finds it done.
 for _ in 1 2 3; do
     rm -f "$REPORT"
     assert_status 1 "$TIDEMARK" __stack "$REPORT" data "$COW" 1000 'sleep 30' /mnt/data </dev/null
-    grep -q '\[\]$' "$REPORT" || fail "not all of it could be taken back: $(cat "$REPORT")"
+    grep -q '\[\]$' "$REPORT" || fail "not everything could be undone: $(cat "$REPORT")"
     load_goes_on
     assert_as_before
     fresh_store
 done
 
-# Command and watchdog killed while everything is held: nobody lets go until recover does, the kernel's hurry included.
-# The watchdog first: it acts as soon as the command is dead.
+# Command and watchdog are killed while everything is held: only recover resumes the origin and resets
+# /sys/kernel/rcu_expedited. The watchdog is killed first, because it acts as soon as the command is dead.
 rm -f "$REPORT"
 "$TIDEMARK" __stack "$REPORT" data "$COW" 60000 'kill -KILL $(pgrep -f "__watchdo[g]") $PPID' /mnt/data </dev/null || true
 assert_same "what is suspended" "$(suspended_devices)" data
@@ -61,7 +61,7 @@ load_goes_on
 assert_as_before
 fresh_store
 
-# A signal at the instant: interrupted, and everything put back.
+# A signal at the instant interrupts the command, and everything is put back.
 rm -f /run/started
 "$TIDEMARK" __stack "$REPORT" data "$COW" 20000 'touch /run/started; sleep 30' /mnt/data </dev/null &
 pid=$!
@@ -73,8 +73,8 @@ assert_same "exit status after SIGTERM" "$status" 130
 load_goes_on
 assert_as_before
 
-# Whoever died in it, the kernel's log says what the watchdog did.
-dmesg | grep -q 'tidemark watchdog' || fail "the watchdog said nothing"
+# The watchdog logs to the kernel's log, so that its actions are known even if the command died.
+dmesg | grep -q 'tidemark watchdog' || fail "the watchdog logged nothing"
 stop_load
 umount /mnt/data
 e2fsck -fn "$ORIGIN" || fail "the origin's filesystem is damaged"

@@ -1,5 +1,6 @@
-# A copy is killed under load; another process takes its store over, enlarges it by a further tail, reads it as the
-# kernel itself does, and gives it back: nothing is left. At whatever step the second one dies, a third goes on.
+# A copy is killed under load. Another process adopts its store, enlarges it by a further tail, reads it and compares
+# with the kernel's snapshot, and releases it: nothing is left. If the second process dies at any step, a third one
+# continues.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_store.sh"
 
@@ -7,11 +8,11 @@ REPORT=/run/store-report
 FILLER=/mnt/scratch/filler
 INSTANT=/tmp/instant
 COPY=/tmp/copy.raw
-# As many as start_writes has.
+# The I/O depth of start_writes.
 WRITES_IN_FLIGHT=8
 
-# begin COPY-OPTION...: a copy that is killed once its store is in use. With ROOM, the store's filesystem has only
-# so many MiB for it, beside the twentieth that is kept free, until the copy is dead.
+# begin COPY-OPTION...: a copy that is killed once its store is in use. With ROOM, the store's filesystem has only that
+# many free MiB for it until the copy is dead, beside the twentieth that is kept free.
 begin() {
     local size free
     if [ -n "${ROOM:-}" ]; then
@@ -19,7 +20,7 @@ begin() {
         free=$(($(stat -f -c '%a * %S' /mnt/scratch)))
         fallocate -l $((free - size / 20 - (ROOM << 20))) "$FILLER"
     fi
-    # Large chunks: few exceptions fill the store, and reading them one by one does not take long.
+    # With large chunks, few exceptions fill the store, and reading them one by one is quick.
     tidemark copy "$origin" "$COPY" --all --yes --chunk 64KiB --store /mnt/scratch --rate 1MiB --freeze-budget 120s \
         --hook-frozen "dd if=\$TIDEMARK_ORIGIN_BELOW of=$INSTANT bs=1M iflag=direct status=none" "$@" \
         >"$ARTIFACTS/copy" 2>&1 &
@@ -46,7 +47,7 @@ wait_for_exceptions() {
     return "$((try > 0))"
 }
 
-# adopt [CRASH-POINT]: takes the store over; "ask" speaks to the one who has it.
+# adopt [CRASH-POINT]: starts a process that adopts the store; `ask` sends it orders.
 adopt() {
     rm -f "$REPORT" /run/orders
     mkfifo /run/orders
@@ -60,7 +61,7 @@ adopt() {
     fi
 }
 
-# ask ORDER: its answer in ANSWER.
+# ask ORDER: sends an order; the reply is in ANSWER.
 ask() {
     local lines
     lines=$(wc -l <"$REPORT")
@@ -73,17 +74,17 @@ ask() {
 
 more_than() { [ "$(wc -l <"$REPORT")" -gt "$1" ]; }
 
-# word NAME: the number behind it in ANSWER.
+# word NAME: prints the number after NAME in ANSWER.
 word() { sed -n "s/.*\<$1 \([0-9]*\).*/\1/p" <<<"$ANSWER"; }
 
-# Every original that the store holds is what the snapshot shows, and what the origin held at the instant.
+# Every original in the store equals the snapshot's content and the origin's content at the instant.
 store_is_right() {
     ask exceptions
     assert_same "originals that differ" "$(word different)" 0
-    # More may have come between the status and the reading. Fewer only by the writes in flight: the status counts a
-    # chunk as soon as it is allocated, before its exception is committed.
+    # Exceptions may be added between status and reading. At most the writes in flight may be missing: the status counts
+    # a chunk when it is allocated, before its exception is committed.
     [ $(($(word exceptions) + WRITES_IN_FLIGHT)) -ge "$(word of)" ] || fail "exceptions are missing"
-    [ "$(word exceptions)" -gt 50 ] || fail "hardly any exceptions: this proves nothing"
+    [ "$(word exceptions)" -gt 50 ] || fail "too few exceptions: this proves nothing"
 }
 
 used_past() {
@@ -91,7 +92,7 @@ used_past() {
     [ "$(dmsetup status "$SNAP" | sed 's,.* \([0-9]*\)/.*,\1,')" -gt $(($1 / 512)) ]
 }
 
-# More writes of the same kind beside the others: there is room now.
+# Further writes of the same kind, now that there is room.
 hurry() {
     fio --name=hurry --filename="$origin" --rw=randwrite --bs=4k --blockalign=64k --direct=1 --rate_iops=100 \
         --time_based --runtime=600 --randseed="$((SEED + 1))" --output="$ARTIFACTS/fio-hurry" &
@@ -104,26 +105,26 @@ no_hurry() {
     ! grep -q 'err= *[1-9]\|error=' "$ARTIFACTS/fio-hurry" || fail "the writes saw an error: $(cat "$ARTIFACTS/fio-hurry")"
 }
 
-# grows_further PIECES: the store becomes larger while it is in use, and originals go to where it did.
+# grows_further PIECES: enlarges the store while it is in use, and checks that originals are written to the new part.
 grows_further() {
     local before
     ask grow
     before=$(word mapped)
     assert_same "grown" "$(word grow)" 1
-    [ "$(word mapped)" -gt "${MAPPED}" ] || fail "not larger than $MAPPED"
+    [ "$(word mapped)" -gt "${MAPPED}" ] || fail "the store is not larger than $MAPPED"
     assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" "$1"
     assert_same "the kernel's size" "$(blockdev --getsize64 "$(dm_node "$STORE")")" "$before"
     hurry
     wait_until 400 used_past $((MAPPED + (4 << 20)))
     no_hurry
     store_is_right
-    [ "$(word farthest)" -gt "$MAPPED" ] || fail "nothing is in the new piece: this proves nothing"
+    [ "$(word farthest)" -gt "$MAPPED" ] || fail "no original is in the new piece: this proves nothing"
     ask follow
     [ "$(word follow)" -gt 50 ] || fail "the follower sees nothing"
     writes_go_on
 }
 
-# The stack is not the store's matter: taken off by hand.
+# The adopter handles the store alone, so the stack is removed by hand.
 stack_off() {
     local real preserve
     preserve=$(dmsetup info -c --noheadings -o name,uuid --separator ' ' | awk '$2 ~ /-preserve-/ { print $1 }')
@@ -139,33 +140,33 @@ stack_off() {
 give_back() {
     stack_off
     ask "$1"
-    wait "$ADOPTER" || fail "the store was not given back: $ANSWER"
+    wait "$ADOPTER" || fail "the store was not released: $ANSWER"
     exec 9>&-
     store_left_nothing
     writes_go_on
-    # The dead copy's own record and its unfinished file.
+    # Removes the dead copy's record and partial file.
     tidemark recover
     volume_as_before
     rm -f /tmp/.*partial* /tmp/*partial* "$COPY" "$INSTANT"
 }
 
 make_volume
-# Slow enough that a store which nobody enlarges yet lasts until somebody does, also on a busy host.
+# Slow enough that the store does not fill before it is enlarged, also on a busy host.
 start_writes --bs=4k --blockalign=64k --rate_iops=15
 
-note "taken over with the head alone: its tail is gone, and a new one joins"
+note "adopted with the head alone: the tail is gone, and a new one is added"
 begin --store-ram 64MiB
 assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 1
 adopt
 MAPPED=$((64 << 20))
 store_is_right
-# Of two that want the store only one gets it, and it is nobody's leftover.
+# Only one of two processes gets the store, and a store in use is not a leftover.
 assert_status 3 "$TIDEMARK" __store /run/second "$ID" "$SNAP" </dev/null
 grep -q 'is in use' /run/second || fail "$(cat /run/second)"
 grows_further 2
 give_back release
 
-note "taken over with head and tail: a further tail behind them"
+note "adopted with head and tail: a further tail is added"
 ROOM=28 begin --store-ram 2MiB
 assert_same "pieces of the store" "$(dmsetup table "$STORE" | wc -l)" 2
 adopt
@@ -173,7 +174,7 @@ MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
 grows_further 3
 give_back release
 
-note "a store to be kept is enlarged itself, and kept"
+note "a store to be kept is enlarged in its file, and kept"
 ROOM=28 begin --keep-store
 adopt
 MAPPED=$(blockdev --getsize64 "$(dm_node "$STORE")")
@@ -184,7 +185,7 @@ assert_same "what was kept" "released $kept" "$ANSWER"
 assert_same "its magic" "$(od -An -tx4 -N4 "$kept" | tr -d ' ')" 70416e53
 rm "$kept"
 
-note "the one who takes over dies at each step, and another goes on"
+note "the adopter dies at each step, and another process continues"
 ROOM=40 begin --store-ram 2MiB
 for at in store.adopt.locked store.adopt.cleared; do
     adopt "$at"
@@ -207,7 +208,7 @@ grows_further 3
 kill -KILL "$ADOPTER"
 wait "$ADOPTER" || true
 exec 9>&-
-note "and recover gives up what is nobody's"
+note "recover removes an abandoned store"
 tidemark recover
 volume_as_before
 writes_go_on

@@ -1,5 +1,6 @@
-# A store that waits for the origin, by whatever road, would stop the origin for good. Each road is refused before
-# anything is changed, with the road and what to do; what looks like one and is none is accepted.
+# A store that waits for the origin, through whatever chain of devices, would block the origin forever. Each such chain
+# is refused before anything is changed, and the message names it and says what to do. Chains that only look similar are
+# accepted.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -13,10 +14,10 @@ head -c 8m /dev/urandom >/mnt/home/file
 head -c 8m /dev/urandom >/mnt/root/file
 sync
 
-# A copy of root that is in progress releases parts of it meanwhile.
+# The table of root is left out: a copy of root is in progress and releases parts of it meanwhile.
 kernel_state() { dmsetup table | grep -v '^root: ' | sort; losetup -n -O NAME,BACK-INO | sort; }
 
-# refused PATTERN OPTION...: a copy of home is, and leaves nothing.
+# refused PATTERN OPTION...: a copy of home with these options is refused and leaves nothing.
 refused() {
     local pattern=$1 got=0 before
     shift
@@ -48,12 +49,12 @@ make_filesystem ext4 "$loop" /mnt/above
 refused "$loop -> the ext4 at /mnt/home" --store /mnt/above
 umount /mnt/above
 
-note "its file is deleted"
+note "the loop device's backing file is deleted"
 rm /mnt/home/image
 refused 'itself' --store "$loop"
 losetup -d "$loop"
 
-note "its file is on an overlay over the origin"
+note "the backing file is on an overlay over the origin"
 mkdir /mnt/home/{lower,upper,work} /mnt/overlay
 mount -t overlay -o lowerdir=/mnt/home/lower,upperdir=/mnt/home/upper,workdir=/mnt/home/work overlay /mnt/overlay
 image /mnt/overlay/image
@@ -64,7 +65,7 @@ rm /mnt/overlay/image
 refused 'itself' --store "$loop"
 losetup -d "$loop"
 
-note "the layers' paths lead elsewhere by now"
+note "the layers' paths now lead elsewhere"
 mkdir /mnt/hidden
 mkdir /mnt/scratch/hides
 for layer in lower upper work; do mount --bind /mnt/scratch/hides "/mnt/home/$layer"; done
@@ -76,7 +77,7 @@ umount /mnt/home/{lower,upper,work}
 umount /mnt/overlay
 rmdir /mnt/scratch/hides
 
-note "another mount namespace has it, and nobody here"
+note "the filesystem is mounted only in another mount namespace"
 umount /mnt/home
 mkfifo /run/go
 # shellcheck disable=SC2016
@@ -92,14 +93,14 @@ wait "$other"
 mount /dev/mapper/home /mnt/home
 rm -f /mnt/home/image /run/loop
 
-note "another machine, by any name"
+note "a network filesystem, under any name"
 refused 'another machine' --store "$ARTIFACTS"
 
-note "what is no circle"
+note "chains without a circle are accepted"
 mkdir /mnt/scratch/{lower,upper,work}
 mount -t overlay -o lowerdir=/mnt/scratch/lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work overlay /mnt/overlay
 
-note "a secondary of which it cannot be told holds nobody up, unless writers are held for it"
+note "a secondary whose devices cannot be determined is accepted, unless writers would be held for it"
 for layer in lower upper work; do mount --bind /run "/mnt/scratch/$layer"; done
 tidemark copy home /mnt/overlay/accepted.raw --yes --store /mnt/scratch --dry-run >/run/hidden 2>&1 || { cat /run/hidden; fail "refused"; }
 got=0
@@ -120,35 +121,35 @@ image /mnt/root/image
 loop=$(shown /mnt/root/image)
 accepted --store "$loop"
 
-note "a copy of root with its store on home: home's must not be on root then, nor on a loop device over it"
+note "a copy of root has its store on home: the store of home must not be on root, nor on a loop device on it"
 tidemark copy root /mnt/scratch/root.raw --yes --store /mnt/home --store-ram 0 --rate 1MiB >/run/root.out 2>&1 &
 first=$!
 wait_until 30 is_preserved root
 refused 'root' --store /mnt/root
 refused 'root' --store "$loop"
 losetup -d "$loop"
-note "and no secondary there"
+note "nor the secondary of home"
 got=0
 timeout -s KILL 30 tidemark copy home /mnt/root/copy.raw --yes --store /mnt/scratch >/run/secondary 2>&1 || got=$?
 [ "$got" = 3 ] || { cat /run/secondary; fail "exit code $got of a copy whose secondary waits for its origin"; }
-# Both go on writing meanwhile.
+# Meanwhile both volumes accept writes.
 for where in home root; do
     timeout -s KILL 20 dd if=/dev/urandom of=/mnt/$where/file bs=64k count=32 conv=notrunc,fsync status=none ||
-        fail "$where is held"
+        fail "writes to $where hang"
 done
 kill -INT "$first"
 wait "$first" || true
 assert_no_tidemark_left home root
 
-note "two at once"
+note "two copies start at once"
 for turn in 1 2 3; do
     rm -f /mnt/scratch/*.raw
     tidemark copy root /mnt/scratch/root.raw --yes --store /mnt/home --store-ram 0 --rate 8MiB >/run/root.out 2>&1 &
     first=$!
     tidemark copy home /mnt/scratch/home.raw --yes --store /mnt/root --store-ram 0 --rate 8MiB >/run/home.out 2>&1 &
     second=$!
-    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/home/file bs=64k count=32 conv=notrunc,fsync status=none || fail "home is held"
-    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/root/file bs=64k count=32 conv=notrunc,fsync status=none || fail "root is held"
+    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/home/file bs=64k count=32 conv=notrunc,fsync status=none || fail "writes to home hang"
+    timeout -s KILL 20 dd if=/dev/urandom of=/mnt/root/file bs=64k count=32 conv=notrunc,fsync status=none || fail "writes to root hang"
     one=0 two=0
     wait "$first" || one=$?
     wait "$second" || two=$?

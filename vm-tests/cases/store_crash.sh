@@ -1,10 +1,11 @@
-# Killed while the store is made, in use, and given back: the writes go on, recover leaves nothing of it.
+# The copy is killed while its store is created, used, or released: the writes continue, and recover leaves no part of
+# it.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_store.sh"
 
 make_volume
 start_writes
-# A RAM disk of somebody else's must survive all of it.
+# A RAM disk of another owner must survive every recover.
 foreign=$(cat /sys/class/zram-control/hot_add)
 echo 1M >"/sys/block/zram$foreign/disksize"
 
@@ -24,7 +25,7 @@ for at in store.create.record store.create.head store.create.tail copy.store.aft
         tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 4MiB
     recovers
 done
-# A store to be kept has a name. Until it is the user's, recover removes it.
+# A store to be kept has a name. Until it belongs to the user, recover removes it.
 kept() { find /mnt/scratch -name '*.store'; }
 for at in store.named.before store.named.after store.named.noted store.create.tail copy.data.after \
     store.release.device store.keep.before; do
@@ -34,7 +35,7 @@ for at in store.named.before store.named.after store.named.noted store.create.ta
     recovers
     assert_same "what is left of the store" "$(kept)" ""
 done
-note "kept, killed behind that"
+note "kept, killed after that"
 assert_status 137 env TIDEMARK_CRASH_AT=store.keep.after \
     tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --keep-store
 recovers
@@ -44,14 +45,14 @@ note "killed in the middle"
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --rate 2MiB >"$ARTIFACTS/killed" 2>&1 &
 copy=$!
 wait_until 60 sh -c "dmsetup status | grep -qE 'snapshot [0-9]{4,}/'"
-# A store in use is nobody's leftover.
+# A store in use is not a leftover.
 tidemark recover || true
-grep -q . /run/tidemark/stores/*.json || fail "recover took the record of a store in use"
+grep -q . /run/tidemark/stores/*.json || fail "recover removed the record of a store in use"
 kill -0 "$copy" || fail "the copy did not survive recover: $(cat "$ARTIFACTS/killed")"
 kill -KILL "$copy"
 wait "$copy" || true
 recovers
-note "a copy works after all that"
+note "a copy succeeds after all crashes"
 rm -f /mnt/scratch/.*partial* /mnt/scratch/*partial* /mnt/scratch/copy.raw
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch
 echo 1 >"/sys/block/zram$foreign/reset"

@@ -1,12 +1,12 @@
-# A store that is full and cannot grow, and one whose disk fails: noticed at once, a clear error, no result
-# under the final name, and the writes to the origin never see any of it.
+# A store that is full and cannot grow, or whose disk fails: the copy notices at once and ends with a clear error and no
+# file under the final name. Writes to the origin never see the failure.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_store.sh"
 
 make_volume
 start_writes
 
-# fails_with PATTERN COPY-OPTION...: the copy ends with 1 and says why, and has noticed soon.
+# fails_with PATTERN COPY-OPTION...: the copy notices soon, and ends with 1 and a matching error.
 fails_with() {
     local pattern=$1 status=0 lost='' noticed='' begin
     shift
@@ -18,27 +18,27 @@ fails_with() {
         sleep 0.05
     done
     wait "$copy" || status=$?
-    # It may end as soon as it has said so.
+    # The copy may end right after it has reported the loss.
     if [ -z "$noticed" ] && grep -q 'the snapshot is lost' "$ARTIFACTS/out"; then noticed=$(uptime_now); fi
-    # The kernel's own word and time.
+    # The time at which the kernel invalidated the snapshot.
     lost=$(dmesg | sed -n 's/^\[ *\([0-9.]*\)\].*Invalidating snapshot.*/\1/p' | tail -n 1)
     note "status $status; lost at ${lost:-?}, noticed at ${noticed:-?}"
     cat "$ARTIFACTS/out"
     assert_same "the exit status" "$status" 1
     grep -qiE "$pattern" "$ARTIFACTS/out" || fail "the error does not match '$pattern'"
     awk "BEGIN { exit !(${lost:-0} > $begin) }" || fail "the snapshot was not lost: this proves nothing"
-    # A second where a processor is free; an emulated guest on a busy machine may be ten times slower.
-    awk "BEGIN { exit !(${noticed:-999999} - $lost < 10) }" || fail "it was not noticed in time"
+    # About a second on an idle processor; an emulated guest on a busy machine may take ten times as long.
+    awk "BEGIN { exit !(${noticed:-999999} - $lost < 10) }" || fail "the loss was not noticed in time"
     [ -z "$(find /mnt/scratch -name 'copy*' -o -name '*partial*')" ] || fail "left: $(ls -la /mnt/scratch)"
     writes_go_on
     volume_as_before
 }
 
-note "full: as large as it may be"
+note "full: the store has its maximum size"
 fails_with 'store is full.*--store-size|store is full' --store /mnt/scratch --store-size 6MiB --store-ram 0
 note "full: with a RAM head"
 fails_with 'store is full' --store /mnt/scratch --store-size 6MiB --store-ram 2MiB
-note "full: its filesystem has no more space"
+note "full: the store's filesystem has no more space"
 mkdir -p /mnt/small
 truncate -s 28M /mnt/scratch/small.img
 mkfs.ext4 -q /mnt/scratch/small.img
@@ -49,7 +49,7 @@ rm /mnt/scratch/small.img
 note "full: a block device"
 fails_with 'store is full' --store "$(disk 2)" --store-size 5MiB --store-ram 0
 
-note "broken: its disk fails"
+note "broken: the store's disk fails"
 sectors=$(blockdev --getsz "$(disk 2)")
 dmsetup create --noudevsync tidemark-test-store --table "0 $sectors linear $(disk 2) 0"
 settle
@@ -64,7 +64,7 @@ fails_with 'store failed' --store "$store" --store-ram 0
 dmsetup remove --noudevsync tidemark-test-store
 
 note "not the store: a bad sector of the origin"
-# The last block of a device that is never mounted; dm-dust fails the reads of it, and lets it be written.
+# The last block of a device that is never mounted. dm-dust fails reads of it and allows writes.
 dmsetup create --noudevsync tidemark-test-dust --table "0 32768 dust $(disk 2) 0 4096"
 settle
 dmsetup create --noudevsync tidemark-test-bad --table "0 32768 linear /dev/mapper/tidemark-test-dust 0"
@@ -89,7 +89,7 @@ dmsetup remove --noudevsync tidemark-test-dust
 note "refused: on the origin itself"
 assert_status 3 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store "$origin"
 
-note "a copy works after all that"
+note "a copy succeeds after all failures"
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch
 volume_as_before
 stop_writes

@@ -1,9 +1,9 @@
-# The store begins in memory, spills to its file, and grows while it is in use; the copy is exact.
+# The store begins in memory, spills to its file, and grows while in use. The copy is exact.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_store.sh"
 
 make_volume
-# With large chunks every small write preserves a megabyte: the store fills as fast as the disk allows.
+# With large chunks, every small write preserves a megabyte, so the store fills as fast as the disk allows.
 start_writes --bs=4k --blockalign=1m --rate_iops=40
 for ram in 96MiB 0; do
     note "a head of $ram"

@@ -1,5 +1,5 @@
-# Swap space on the origin makes memory wait for it: no store in a file, no RAM head, and a copy that goes on under
-# pressure with a store that needs no memory.
+# With swap space on the origin, memory may wait for the origin. A store in a file or a RAM head is refused; a copy with
+# a block device as store continues under memory pressure.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -10,7 +10,6 @@ dd if=/dev/zero of=/mnt/data/swap bs=1M count=48 conv=fsync status=none
 chmod 600 /mnt/data/swap
 mkswap -q /mnt/data/swap
 
-# refused PATTERN OPTION...
 refused() {
     local pattern=$1 got=0
     shift
@@ -22,13 +21,13 @@ refused() {
 }
 
 tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --dry-run | grep -q 'locked in memory' &&
-    fail "memory waits for nothing yet"
+    fail "the plan locks memory although no swap is on the origin"
 swapon /mnt/data/swap
 refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch
 refused 'memory -> the ext4 at /mnt/data' --store /mnt/scratch --store-ram 0
 refused 'memory -> the ext4 at /mnt/data' --store "$(disk 2)" --store-ram 16MiB
 
-note "a copy that was killed before there was swap space on the origin: its store's file would wait for it"
+note "swap space appears on the origin after the copy was killed: the store's file would wait for the origin"
 swapoff /mnt/data/swap
 tidemark copy data /mnt/scratch/copy.raw --yes --store /mnt/scratch --store-ram 0 --rate 4MiB --freeze-budget 30s >/run/copy 2>&1 &
 copy=$!
@@ -42,11 +41,11 @@ for how in --dry-run ''; do
     # shellcheck disable=SC2086
     tidemark resume $how >/run/refused 2>&1 || got=$?
     [ "$got" = 3 ] || { cat /run/refused; fail "exit code $got, expected 3: resume $how"; }
-    grep -q 'memory -> the ext4 at /mnt/data' /run/refused || { cat /run/refused; fail "not refused for that"; }
+    grep -q 'memory -> the ext4 at /mnt/data' /run/refused || { cat /run/refused; fail "the refusal gives another reason"; }
 done
 tidemark recover
 
-note "a block device, no RAM head by default; memory is short, and swapped out to the origin"
+note "a block device as store, no RAM head by default; under pressure, memory is swapped out to the origin"
 pages() { awk '/^pswpout/ { print $2 }' /proc/vmstat; }
 before=$(pages)
 tidemark copy data /mnt/scratch/copy.raw --yes --store "$(disk 2)" --rate 4MiB --freeze-budget 30s >/run/copy 2>&1 &

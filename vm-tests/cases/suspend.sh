@@ -1,7 +1,7 @@
-# The machine is put to sleep (suspend to RAM) while a volume is copied. pm_test ends that after all processes are frozen.
-# It succeeds, or fails by the kernel's own rules; nothing hangs; and the copy is exact, or lost with the origin as before.
+# The machine is suspended to RAM while a volume is copied. pm_test ends the suspend once all processes are frozen. It
+# succeeds, or fails by the kernel's own rules. Nothing hangs. The copy is exact, or lost with the origin as before.
 # The kernel cannot freeze a process that waits for a frozen filesystem or a suspended device: it gives up after
-# pm_freeze_timeout, and all processes go on.
+# pm_freeze_timeout and thaws all processes.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_stack.sh"
 . "$REPO/vm-tests/cases/lib_slow.sh"
@@ -10,10 +10,10 @@ echo freezer >/sys/power/pm_test
 echo 1 >/sys/module/suspend/parameters/pm_test_delay
 freeze_timeout=/sys/power/pm_freeze_timeout
 echo 8000 >$freeze_timeout
-# Without a sync before the processes are frozen: it would wait until writers go on, and so avoid what is tested here.
+# A sync before the processes are frozen would wait until writers continue, and so avoid what is tested here.
 echo 0 >/sys/power/sync_on_suspend
 
-# falls_asleep: $SLEEP is ok if all processes were frozen, else the error; $SLEPT is how long it took, in milliseconds.
+# falls_asleep: suspends; $SLEEP is ok if all processes were frozen, else the error; $SLEPT is the time in ms.
 falls_asleep() {
     local start=${EPOCHREALTIME/./}
     SLEEP=ok
@@ -31,14 +31,14 @@ begin() { # BUDGET OPTION...
     process=$!
 }
 
-# waits_in FUNCTION: a thread of the copy waits in this function of the kernel.
+# waits_in FUNCTION: a thread of the copy waits in this kernel function.
 waits_in() { cat "/proc/$process/task/"*/stack 2>/dev/null | grep -q "$1"; }
 has_said() { kill -0 "$process" && grep -q "$1" /run/copy.err; }
 is_held() { suspended_devices | grep -qx data; }
-# The load waits for the filesystem to be thawed.
+# The load waits for the thaw of the filesystem.
 is_frozen() { grep -q percpu_rwsem "/proc/$(pgrep -P "$LOAD" fio | head -n 1)/stack"; }
 
-# ends STATUS [PATTERN]: the copy, its error matching; the origin is as before.
+# ends STATUS [PATTERN]: the copy ends so, with a matching error, and the origin is as before.
 ends() { ends_either "$1" "$1" "${2-}"; }
 ends_either() { # STATUS STATUS PATTERN
     local status=0
@@ -48,8 +48,8 @@ ends_either() { # STATUS STATUS PATTERN
     if [ "$status" = 0 ]; then
         assert_identical /mnt/scratch/copy.raw /run/instant
     else
-        [ ! -e /mnt/scratch/copy.raw ] || fail "what is no copy has its final name"
-        grep -q "$3" /run/copy.err || fail "the error is another: $(cat /run/copy.err)"
+        [ ! -e /mnt/scratch/copy.raw ] || fail "a failed copy has the final name"
+        grep -q "$3" /run/copy.err || fail "the copy gives another error: $(cat /run/copy.err)"
     fi
     assert_as_before
 }
@@ -72,7 +72,7 @@ done
 ends 0
 load_goes_on
 
-# stays_awake: the machine cannot sleep while writers wait. Once the kernel has given up, what they wait for ends.
+# stays_awake: the kernel cannot freeze waiting writers and gives up the suspend. Then their wait ends.
 stays_awake() {
     falls_asleep
     assert_same "sleep" "$SLEEP" "Device or resource busy"
@@ -110,7 +110,7 @@ begin 30s --region 1MiB --chunk 64KiB --store-size 4MiB --on-full hold --hold-bu
 wait_until 60 has_said 'are held'
 sleep 0.3
 falls_asleep
-# The watchdog has ended the hold. What the writers then write may fill the store.
+# The watchdog has ended the hold. The writers may then fill the store.
 ends_either 0 1 'COW store is full'
 load_goes_on
 
@@ -132,7 +132,7 @@ slow 5000 0
 writer=$!
 begin 60s
 wait_until 60 waits_in dm_suspend
-# Older kernels interrupt the wait in the same way when they put the machine to sleep; newer ones restart it themselves.
+# Older kernels interrupt the wait like this signal does when they suspend; newer ones restart it themselves.
 kill -URG "$process"
 falls_asleep
 assert_same "sleep" "$SLEEP" ok

@@ -1,6 +1,6 @@
-# Somebody with dmsetup changes the table of the volume while it is copied, on a slow disk: he suspends and resumes it,
-# loads a longer table and activates it, loads one and drops it again. What he did stays done, in whatever order it came:
-# his table is not undone, his suspension is not ended by anybody else. A copy succeeds or says why it is void.
+# Another tool changes the volume's table with dmsetup while it is copied, on a slow disk: it suspends and resumes the
+# volume, loads a longer table and activates it, or loads a table and drops it. In any order its changes stay: its table
+# is not replaced, its suspension is not ended. A copy succeeds or says why it is void.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -15,18 +15,19 @@ head -c 4m /dev/urandom >/mnt/origin/kept
 sum=$(sha256sum </mnt/origin/kept)
 start_hot_load
 
-# Held until the copy is done with reading and waits: nobody else may let it go. (The kernel does not count suspensions:
-# one that begins while a copy has the volume suspended is over with the copy's. So it begins between two changes.)
+# Suspended until the copy has finished reading and waits. Only this function may end it. (The kernel does not count
+# suspensions: one that begins while a copy has the volume suspended ends with the copy's. So it begins between two
+# changes.)
 suspends() {
     dmsetup suspend data
     for _ in $(seq 10); do
         sleep 0.3
-        dmsetup info data | grep -q 'State: *SUSPENDED' || fail "somebody ended a suspension that is not his"
+        dmsetup info data | grep -q 'State: *SUSPENDED' || fail "the copy ended another tool's suspension"
     done
     dmsetup resume data
 }
 
-# As lvm2 enlarges a volume: loaded, suspended, activated.
+# The sequence that lvm2 uses to enlarge a volume: load, suspend, resume.
 enlarges() {
     sectors=$((sectors + 2048))
     dmsetup load data --table "$(own $sectors)"
@@ -36,16 +37,16 @@ enlarges() {
     dmsetup resume data
 }
 
-# While his own table is in the inactive slot it stays there.
+# A table of another tool stays in the inactive slot.
 loads_and_drops() {
     dmsetup load data --table "$(own $((sectors + 4096)))"
     pause
-    dmsetup table --inactive data | grep -q "^0 $((sectors + 4096)) linear" || fail "somebody dropped a table that is not his"
+    dmsetup table --inactive data | grep -q "^0 $((sectors + 4096)) linear" || fail "the copy dropped another tool's table"
     dmsetup clear data
 }
 
 copied=0 void=0
-# round WHAT [END]: it begins somewhere in the copy, which may be killed or interrupted in between.
+# round WHAT [END]: WHAT begins at a random moment of a copy, which may be killed or interrupted meanwhile.
 round() {
     local status=0 what=$1 end=${2:-none} how='--region 256KiB --segment 64KiB --rate 16MiB'
     [ "$what" != suspends ] || how='--region 64MiB --rate 40MiB'
@@ -86,8 +87,8 @@ done
 round true
 stop_hot_load
 note "$copied copies, $void void"
-[ "$copied" -gt 0 ] || fail "a copy that nobody disturbs fails"
-[ "$void" -gt 0 ] || fail "nothing came between: this proves nothing"
+[ "$copied" -gt 0 ] || fail "no copy succeeded"
+[ "$void" -gt 0 ] || fail "no copy was disturbed: this proves nothing"
 assert_same "the file, before" "$(sha256sum </mnt/origin/kept)" "$sum"
 umount /mnt/origin
 e2fsck -fn "$origin" || fail "the origin's filesystem is damaged"

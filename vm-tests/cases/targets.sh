@@ -1,5 +1,6 @@
-# Safety promise 8, for targets: what somebody uses is refused, whoever it is and by whatever name; --dry-run says what
-# the run would; a name means the same for a target as for an origin; of two that want the same, one is told who has it.
+# Safety promise 8, for targets: a target in use is refused, whatever uses it and under any name; --dry-run says what
+# the run would say; a name means the same for a target as for an origin; of two jobs with one target, the loser is told
+# which job has it.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -14,7 +15,7 @@ tidemark copy small.img d.tdm --quiet
 stranger=0123456789abcdef
 before=$(digest "$target")
 
-# refused PATTERN ARGUMENTS...: exit code 3 and the reason, by the run and by its --dry-run, and nothing was made.
+# refused PATTERN ARGUMENTS...: the run and its --dry-run exit with 3 and the reason, and create nothing.
 refused() {
     local pattern=$1 got how files
     shift
@@ -30,7 +31,7 @@ refused() {
     done
     assert_same "the files, after $*" "$(find /mnt/s -maxdepth 1 | sort)" "$files"
 }
-# Both commands that overwrite.
+# Both commands that overwrite a target refuse it.
 both_refused() { # PATTERN TARGET
     refused "$1" restore d.tdm "$2"
     refused "$1" copy small.img "$2" --format raw
@@ -43,12 +44,12 @@ both_refused "open for writing by sleep .process $!" "$target"
 kill $!
 assert_same "the device" "$(digest "$target")" "$before"
 
-note "a device that a loop device shows"
+note "a device beneath a loop device"
 losetup /dev/loop5 "$target"
 both_refused 'loop5' "$target"
 losetup -d /dev/loop5
 
-note "the backing file of a mounted loop device, by all of its names; another loop device over it"
+note "the backing file of a mounted loop device, under all of its names; another loop device on it"
 truncate -s 24M vm.img
 mkfs.ext4 -q -F vm.img
 ln vm.img other-name.img
@@ -64,7 +65,7 @@ losetup /dev/loop4 /dev/loop5
 both_refused 'mounted' /dev/loop4
 losetup -d /dev/loop4
 losetup -d /dev/loop6
-# The path in sysfs leads to another file now.
+# Now the path in sysfs leads to another file.
 mv vm.img moved.img
 cp small.img vm.img
 both_refused 'loop5' moved.img
@@ -72,7 +73,7 @@ mv moved.img vm.img
 umount /mnt/vm
 losetup -d /dev/loop5
 
-note "a file that a process has open for writing; that it has mapped; an active swap file"
+note "a file that a process has open for writing or mapped; an active swap file"
 cp small.img open.img
 sleep 1000 8<>open.img &
 both_refused "open for writing by sleep .process $!" open.img
@@ -91,7 +92,7 @@ if swapon swapfile; then
     swapoff swapfile
 fi
 
-note "a file that a loop device only reads is replaced; one that is taken into use during the copy is not"
+note "the file of a read-only loop device is replaced; a file that becomes used during the copy is not"
 losetup --read-only /dev/loop5 vm.img
 mount -o ro /dev/loop5 /mnt/vm
 tidemark copy small.img vm.img --format raw --yes
@@ -100,7 +101,8 @@ umount /mnt/vm
 losetup -d /dev/loop5
 cmp small.img vm.img
 is_begun() { compgen -G "/mnt/s/.$1.tidemark-partial.*" >/dev/null; }
-# kept CONTENT TARGET COMMAND...: a loop device shows the target once the command runs, and the copy is not lost.
+# kept CONTENT TARGET COMMAND...: a loop device is put on TARGET while COMMAND runs; TARGET is refused, the copy is
+# kept.
 kept() {
     local content=$1 target=$2 got=0 complete process
     shift 2
@@ -114,7 +116,7 @@ kept() {
     [ "$got" = 3 ] || fail "exit code $got, expected 3: $*"
     assert_same "$target" "$(digest "$target")" "$before"
     complete=$(compgen -G "/mnt/s/$target.tidemark-complete.*") || fail "the copy is lost"
-    grep -q "next:.*mv .*$complete" /run/kept.err || fail "nothing says how to go on"
+    grep -q "next:.*mv .*$complete" /run/kept.err || fail "no message says what to do with the copy"
     cmp "$content" "$complete"
     rm "$complete"
     losetup -d /dev/loop5
@@ -128,7 +130,7 @@ rm live.img
 assert_no_tidemark_left data
 tidemark detach data
 
-note "the origin's own backing file, and a device of the store's that somebody writes"
+note "the origin's own backing file, and a store's device that is open for writing"
 truncate -s 32M backing.img
 losetup /dev/loop5 backing.img
 dmsetup create spare --table "0 65536 linear /dev/loop5 0"
@@ -138,10 +140,10 @@ sleep 1000 8<>"$small" &
 refused 'sleep' copy /dev/mapper/spare x.raw --store "$small"
 kill $!
 
-note "names: a word is the device that it is as an origin"
+note "names: a plain word names the same device as for an origin"
 refused 'identical|itself|origin' copy spare spare
 tidemark restore d.tdm spare --yes
-[ ! -e spare ] || fail "a file was made instead of writing the volume"
+[ ! -e spare ] || fail "a file was created instead of writing the volume"
 assert_same "the volume" "$(head -c 8388608 /dev/mapper/spare | sha256sum)" "$(sha256sum <small.img)"
 tidemark verify d.tdm --against spare
 tidemark copy small.img spare --format raw --yes
@@ -155,7 +157,7 @@ tidemark attach "$small" --name away
 tidemark detach away
 assert_same "files" "$(find . -name away)" ""
 
-note "--dry-run refuses what the run does, and says what will be lost"
+note "--dry-run refuses the same as the run, and says what will be lost"
 make_filesystem ext4 "$target" /mnt/t
 both_refused 'mounted' "$target"
 umount /mnt/t
@@ -182,14 +184,14 @@ mount -o remount,ro /mnt/full
 refused 'Read-only' restore d.tdm /mnt/full/x.img
 umount /mnt/full
 
-note "two copies to one file, to one device, of one origin"
+note "two copies to one file, to one device, or of one origin"
 loser() { # PATTERN COMMAND...
     local pattern=$1 got=0
     shift
     "$@" >/run/loser.out 2>/run/loser.err || got=$?
     cat /run/loser.err
     [ "$got" = 3 ] || fail "exit code $got, expected 3: $*"
-    grep -qE "$pattern" /run/loser.err || fail "who has it is not said: $*"
+    grep -qE "$pattern" /run/loser.err || fail "the refusal does not name the other job: $*"
 }
 find_partial() { compgen -G '/mnt/s/.one.raw.tidemark-partial.*' >/dev/null; }
 has_job() { grep -qs "\"process\": *$1" /run/tidemark/*.json; }
@@ -227,7 +229,7 @@ for turn in 1 2 3; do
         fi
     done
     note "turn $turn:$ended"
-    grep -q ' 0' <<<"$ended" || fail "turn $turn: nobody won: $ended"
+    grep -q ' 0' <<<"$ended" || fail "turn $turn: no copy won: $ended"
     assert_no_tidemark_left data
 done
 tidemark detach data
