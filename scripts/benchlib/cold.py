@@ -1,4 +1,4 @@
-"""Measures a cold copy of one file against what the disk gives and what other tools need.
+"""Compares a cold copy of one file with the disk's own speed and with other tools.
 
   scripts/bench cold [--rounds N] [--size SIZE] [--dir DIR] [--tidemark PROGRAM] [--check]
 
@@ -12,7 +12,7 @@ Before each run the last result is deleted, the disk is left to settle, and the 
 (as root). CPU seconds and memory are the kernel's own figures for the process (wait4). The files
 made are removed at the end.
 
---check exits with 1 where a goal is missed.
+--check exits with 1 if a goal is missed.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from . import ROOT
 
 PACKAGES = {"fio": "fio", "qemu-img": "qemu-utils", "nbdcopy": "libnbd-bin"}
 MIB = 1 << 20
-# The time that the disk gets after a deletion: file systems discard the space in the background.
+# Pause after a deletion: filesystems discard the space in the background.
 SETTLE_SECONDS = 2.0
-# One run that takes longer is broken.
+# A run that takes longer has failed.
 RUN_SECONDS_MAX = 600
 
 GOAL_OF_FIO = 0.90
@@ -89,7 +89,7 @@ def make_source(path, size):
 
 
 def prepare(target):
-    """The same ground for every run: no result of another, a quiet disk, a cold cache."""
+    """Equal conditions for every run: no earlier result, an idle disk, a cold page cache."""
     for old in target.parent.glob("result.*"):
         old.unlink()
     os.sync()
@@ -99,13 +99,13 @@ def prepare(target):
 
 
 def run(command):
-    """Runs a command; wall and CPU seconds, peak memory in MiB, and its stdout."""
+    """Runs a command; returns wall and CPU seconds, peak memory in MiB, and its stdout."""
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         signal.alarm(RUN_SECONDS_MAX)
         try:
-            # A thread of Python must not stand between the end of the child and the clock: its few
-            # lines fit the pipes, so it can be waited for first.
+            # Waits directly, because a reader thread would delay the clock at the end of the child. The child's few
+            # lines fit into the pipes.
             _, status, usage = os.wait4(child.pid, 0)
         finally:
             signal.alarm(0)
@@ -121,7 +121,7 @@ def run(command):
 def run_fio(depth, *jobs):
     common = ["fio", "--bs=1M", "--ioengine=io_uring", "--direct=1", f"--iodepth={depth}"]
     figures, out = run(common + ["--output-format=json", *jobs])
-    # Notes may stand before the JSON. Its own clock: starting fio is not reading.
+    # fio may print notes before the JSON. Its own clock excludes the start of the program.
     ended = json.loads(out[out.index("{") :])["jobs"]
     figures["wall_s"] = max(job[way]["runtime"] for job in ended for way in ("read", "write")) / 1000
     return figures
@@ -132,7 +132,7 @@ def run_fio_read(source, _target, _program):
 
 
 def run_fio_both(source, target, _program):
-    """What the disk gives to whoever reads one file and writes another at the same time."""
+    """The disk's speed for reading one file and writing another at the same time."""
     write = ["--name=write", f"--filename={target}", "--rw=write", f"--size={source.stat().st_size}"]
     return run_fio(16, "--name=read", f"--filename={source}", "--rw=read", *write)
 
@@ -173,7 +173,7 @@ def measure(rounds, source, folder, program):
     raw = {name: [] for name in CONTENDERS}
     names = list(CONTENDERS)
     for number in range(rounds):
-        # Rotated: whoever follows the one that leaves the disk busy, it is not always the same.
+        # Rotated, so that the run after the one that leaves the disk busy is not always the same.
         order = names[number % len(names) :] + names[: number % len(names)]
         for name in order:
             prepare(target)
@@ -214,7 +214,7 @@ def table(medians, goals, size):
     for it in goals:
         verdict = "met" if it["met"] else "MISSED"
         print(f"{it['goal']:42} {it['value']:8.2f}  (goal {it['limit']:.2f})  {verdict}")
-    # No goal, but the bound: a disk that serves one request at a time gives a copy the sum of both.
+    # Not a goal but the bound: on a disk that serves one request at a time, a copy takes the sum of both.
     bound = medians["fio read + write"]["wall_s"]
     print(f"{'copy / what fio reads and writes at once':42} {bound / medians['tidemark raw']['wall_s']:8.2f}")
 
@@ -235,7 +235,7 @@ def arguments(words):
 
 
 def main(words):
-    """Measures; the results, and whether all is well as --check sees it."""
+    """Measures; returns the results, and whether all goals of --check are met."""
     options = arguments(words)
     install_peers()
     program = options.tidemark or build()

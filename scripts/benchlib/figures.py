@@ -1,37 +1,38 @@
-"""Medians, spreads, shares and goals of the measurements in a guest. Pure: runs in, tables out.
+"""Medians, spreads, shares and goals of the measurements in a guest. Pure: turns runs into tables.
 
-A share is taken within a round, against what the same load did alone in that round. Shares, times and amounts are
-medians of their rounds, and shown between the least and the most of them. A goal compares medians; of the live
-measurement's slowest operations, the slowest of all rounds.
+A share is relative to the same load alone in the same round. Shares, times and amounts are medians over the rounds,
+shown between their minimum and maximum. Goals compare medians; for the slowest operations of the live measurement, the
+slowest of all rounds.
 """
 
 import statistics
 
 MIB = 1 << 20
 
-# The emulated measurement, against its peers. Operations during the copy: Tidemark's share of what dd of the live device, without any snapshot, leaves.
+# The emulated measurement, against its peers. Operations during the copy, as a share of those beside dd of the live
+# device without any snapshot.
 GOAL_OF_BOUND = {"uniform": 0.7, "skewed": 0.9, "append": 0.9, "pgbench": 0.9}
-# Operations during the copy: times LVM's.
+# Operations during the copy, as a multiple of LVM's.
 GOAL_OF_LVM = {"uniform": 2.0}
-# Time to a complete copy, of LVM's.
+# Time to a complete copy, as a share of LVM's.
 GOAL_OF_TIME = {"uniform": 0.6, "skewed": 0.4, "append": 0.4}
-# Bytes preserved, of LVM's.
+# Bytes preserved, as a share of LVM's.
 GOAL_OF_BYTES = {"skewed": 0.5, "append": 0.05}
-# Slowest operation, of LVM's.
+# Slowest operation, as a share of LVM's.
 GOAL_OF_SLOWEST = 1.0
 
-# The live measurement. Operations during the copy, of what the load does alone.
+# The live measurement. Operations during the copy, as a share of those of the load alone.
 GOAL_OF_ALONE = {"uniform": 0.75, "skewed": 0.85, "append": 0.9, "pgbench": 0.9}
 # The slowest operation, in milliseconds, by profile.
 GOAL_OF_SLOWEST_MS = {"ssd": 20}
-# Time to a complete copy, of what reading and writing as much takes alone; and seconds beside, for the rest.
+# Time to a complete copy, as a multiple of reading and writing as much alone, plus a constant in seconds.
 GOAL_OF_LIMIT, GOAL_SECONDS_MORE = 1.05, 0.3
 
 PEERS = ("none", "dd", "stream", "lvm")
 
 
 def ratio(value, base):
-    """None where there is nothing to compare with: a load that stood still has no share."""
+    """None without a value to compare with, for example for a load that was stalled."""
     return value / base if value is not None and base else None
 
 
@@ -41,18 +42,18 @@ def median(values):
 
 
 def spread(values):
-    """The least and the most."""
+    """Minimum and maximum."""
     there = [value for value in values if value is not None]
     return (min(there), max(there)) if there else (None, None)
 
 
 def limit_seconds(limits):
-    """What reading and writing what is in use takes; None where nobody measured it."""
+    """Seconds for reading and writing as much as is in use; None if not measured."""
     return median(line["seconds"] for line in limits)
 
 
 def summary(runs):
-    """{load: {contender: medians}}, in the order in which they first ran."""
+    """{load: {contender: medians}}, in the order of their first runs."""
     alone = {(run["load"], run["round"]): run for run in runs if run["contender"] == "none"}
     found = {}
     for load in dict.fromkeys(run["load"] for run in runs):
@@ -82,7 +83,7 @@ def summary(runs):
 
 
 def judgement(load, contender, text, value, limit, at_least):
-    """A goal and what became of it; none where there is no value, for want of a peer."""
+    """A goal and its result; empty without a value, because a peer is missing."""
     if value is None:
         return []
     met = value >= limit if at_least else value <= limit
@@ -90,7 +91,7 @@ def judgement(load, contender, text, value, limit, at_least):
 
 
 def own(found):
-    """Each variant of Tidemark, with the contenders beside it."""
+    """Yields each variant of Tidemark with the contenders of the same load."""
     for load, contenders in found.items():
         for contender, mine in contenders.items():
             if contender not in PEERS:
@@ -98,7 +99,7 @@ def own(found):
 
 
 def goals(found):
-    """What was to be reached of the peers' figures; where a peer is missing there is no goal."""
+    """The goals relative to peers. Without the peer there is no goal."""
     judged = []
     for load, contender, mine, contenders in own(found):
         bound, lvm = contenders.get("dd", {}), contenders.get("lvm", {})
@@ -117,7 +118,7 @@ def goals(found):
 
 
 def live_goals(profile, found, limit):
-    """What was to be reached of what the load does alone, of the disk's own limit (seconds), and never to be worse."""
+    """The goals relative to the load alone and to the disk's limit (seconds)."""
     judged = []
     for load, contender, mine, contenders in own(found):
         share = mine["operations_share"]
@@ -142,7 +143,7 @@ HEADS = ("load", "contender", "op/s", "share", "slowest ms", "seconds", "preserv
 
 
 def between(it, key, digits):
-    """The median, between the least and the most where there are several rounds."""
+    """The median, between minimum and maximum if there are several rounds."""
     least, most = it["spread"][key]
     middle = number(it[key], digits)
     if it["rounds"] == 1 or it[key] is None:
@@ -175,7 +176,7 @@ GOAL_HEADS = ("load", "contender", "goal", "value", "limit", "")
 
 
 def text_table(heads, lines, left):
-    """Columns, the first `left` of them aligned left."""
+    """Aligned columns, the first `left` of them to the left."""
     lines = [heads, *lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     aligned = lambda line: (
@@ -191,7 +192,7 @@ def markdown_table(heads, lines, left):
 
 
 def conditions(setup):
-    """The machine of a profile, in a line."""
+    """Describes the machine of a profile in one line."""
     volume = f"{setup['volume_mib']} MiB, {setup['used_share']:.0%} in use"
     kernel = f"kernel {setup['kernel']}, {setup['cpus']} CPU"
     if "model" in setup:
@@ -205,7 +206,7 @@ def conditions(setup):
 
 
 def model(it):
-    """A disk of null_blk in words."""
+    """Describes a null_blk disk."""
     words = [f"null_blk disks: {it['completion_nsec'] / 1000:g} us for each request", f"{it['hw_queue_depth']} at once"]
     if it.get("max_sectors"):
         words.append(f"of at most {it['max_sectors'] // 2} KiB")

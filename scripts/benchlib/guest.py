@@ -1,7 +1,7 @@
-"""What the measurements in a guest have in common: options, the guest's run, its lines, the tables.
+"""Shared by the measurements in a guest: options, the guest's run, its result lines, the tables.
 
-A measurement is a `Guest`: which kernel, which profiles (one VM case each), and what it adds to options and
-environment. vm-tests/cases/bench.rs has the machines, vm-tests/bench/rounds.py measures in them.
+A measurement is a `Guest`: its kernel, its profiles (one VM case each), and what it adds to options and environment.
+vm-tests/cases/bench.rs describes the machines, vm-tests/bench/rounds.py measures in them.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from . import ROOT, figures
 LETTERS = {"a": "uniform", "b": "skewed", "c": "append", "d": "pgbench"}
 LOADS = list(LETTERS.values())
 CONTENDERS = ("none", "dd", "lvm", "tidemark")
-# And what is measured only where it is asked for.
+# Measured only on request.
 PROBES = ("stream",)
-# A slow run, a load's start and end included; and the stage: LVM, PostgreSQL, the volume's old data.
+# Upper bounds: a slow run with start and end of its load; and the preparation with LVM, PostgreSQL and old data.
 RUN_SECONDS_MAX = 90
 STAGE_SECONDS_MAX = 600
 ROUNDS_MAX = 100
-# Folders that a guest has of its own: a program there is not to be seen in it.
+# The guest has its own folders here, so programs of the host in them are not visible.
 GUEST_FOLDERS = ("/tmp", "/run", "/dev", "/proc", "/sys")
 
 
@@ -36,7 +36,7 @@ def say(text):
 
 @dataclass(frozen=True)
 class Guest:
-    """A measurement. `seconds` are those of: the load alone, its warm-up, and what is let settle before it."""
+    """A measurement. `seconds` are for the load alone, its warm-up, and the pause before it."""
 
     name: str
     about: str
@@ -65,7 +65,7 @@ def names_of(known, letters=None):
 
 
 def named(text, what):
-    """The name and the value of NAME=VALUE; the name is that of a new contender."""
+    """Parses NAME=VALUE, where NAME is a new contender."""
     name, equals, value = text.partition("=")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in CONTENDERS + PROBES or not equals or "," in value:
         raise argparse.ArgumentTypeError(f"{text}: NAME={what} is wanted, a new name of a-z, 0-9 and -, and no comma")
@@ -139,7 +139,7 @@ def environment(guest, options):
 
 
 def measure(guest, profile, options):
-    """Boots the guest; its lines. None where it did not come to its end."""
+    """Boots the guest and returns its result lines, or None if it did not finish."""
     case = f"bench_{profile}"
     folder = f"target/vm/run/{case}-{guest.kernel}/case"
     say(f"{case}: {folder}/output tells how far it is")
@@ -182,7 +182,7 @@ def stored_parts(guest, path):
 
 
 def main(guest, words):
-    """Measures; the results (None where they are stored ones), and whether all is well as --check sees it."""
+    """Measures; returns the results (None if they were loaded), and whether all goals of --check are met."""
     options = arguments(guest, words)
     whole = True
     if options.stored:

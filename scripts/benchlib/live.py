@@ -1,32 +1,32 @@
-"""Measures what copies of a live volume cost the applications beside them, at native speed.
+"""Measures the cost of copies of a live volume for the applications beside them, at native speed.
 
   scripts/bench live [--rounds N] [--loads LIST] [--profile LIST] [--contenders LIST] [--variant NAME=OPTIONS]...
                      [--build NAME=PATH]... [--volume-mib N] [--scheduler NAME] [--quick] [--markdown] [--check]
                      [--from FILE]
 
-One user-mode guest for each profile, its disks modelled by null_blk; in it, side by side: each load alone (none),
-beside dd of the live device (dd: no copy of any instant), beside an LVM thick snapshot and dd of it (lvm), beside
-tidemark copy with its default options (tidemark), in rounds whose order rotates. Everybody copies the same logical
-volume, whose ext4 is a third full, to the same secondary, and keeps originals on the same other disk: LVM in its
-copy-on-write volume with chunks of 4 KiB, Tidemark in its store, RAM head included. Where --contenders asks for it, a
-further one (stream) reads what is in use and writes it, both at once and with no snapshot: what overlapping costs.
-What is counted, and from when to when, vm-tests/bench/rounds.py says.
+One user-mode guest for each profile, its disks modelled by null_blk. It measures each load alone (none), beside dd of
+the live device (dd: not a copy of an instant), beside an LVM thick snapshot and dd of it (lvm), and beside tidemark
+copy with its default options (tidemark), in rounds whose order rotates. All copy the same logical volume, whose ext4 is
+a third full, to the same secondary, and keep originals on the same third disk: LVM in its copy-on-write volume with
+chunks of 4 KiB, Tidemark in its store, RAM head included. With --contenders, a further one (stream) reads what is in
+use and writes it, both at once and without a snapshot: the cost of overlapping reads and writes.
+vm-tests/bench/rounds.py describes what is counted.
 
 Loads: uniform, skewed, append, pgbench; or a, b, c, d.
 
-Profiles (vm-tests/cases/bench.rs has the models in full, and whom they favour):
+Profiles (vm-tests/cases/bench.rs describes the models in full, and which contenders they favour):
   ssd        80 us for each request, 64 at once, 400 MiB/s
   rotating   4 ms for each request of at most 1 MiB, one at a time: 250 random requests/s, 250 MiB/s of large ones
 
-The guest has one processor, which load, copy and models share: CPU in the table is how much of it was busy. Figures
-are min / median / max of the rounds; a share is that of the same load alone in the same round. The limit that a
-copy's time is judged by is fio reading what is in use and writing as much, both at once, with no load beside it.
+The guest has one processor, shared by load, copy and disk models: CPU in the table is the share of time it was busy.
+Figures are min / median / max of the rounds. A share is relative to the same load alone in the same round. The limit
+for a copy's time is fio reading what is in use and writing as much, both at once, without a load.
 
---variant 'hot=--order hot' is one more tidemark with options, --build old=PATH one more of another program; options
-for all of them are in TIDEMARK_BENCH_OPTIONS. Have nothing else run beside it.
+--variant 'hot=--order hot' adds a tidemark with options, --build old=PATH adds one of another program. Options for all
+of them are in TIDEMARK_BENCH_OPTIONS. Run nothing else on the machine meanwhile.
 
 --from FILE makes the tables again from a stored target/bench/results.json and measures nothing.
---check exits with 1 where a goal is missed.
+--check exits with 1 if a goal is missed.
 """
 
 from . import figures, guest

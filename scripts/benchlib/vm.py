@@ -4,25 +4,24 @@
                    [--build NAME=PATH]... [--volume-mib N] [--disk separate|shared] [--clock tsc|hpet] [--quick]
                    [--markdown] [--check] [--from FILE]
 
-That is: two processors, grace periods of RCU, and a store's disk whose flushes take long. Contenders, order, loads and
-what is counted are those of `scripts/bench live`; by default two loads in two rounds.
+That is: two processors, RCU grace periods, and a store's disk with slow flushes. Contenders, order, loads and counting
+are those of `scripts/bench live`; by default two loads in two rounds.
 
 Loads: uniform, skewed, append, pgbench; or a, b, c, d.
 
 Profiles:
-  normal   flushes are free, as on a disk with protection against power loss; LVM's store is a volume on the disk,
-           Tidemark's too
+  normal   flushes are free, as on a disk with power loss protection; the stores of LVM and Tidemark are volumes on the
+           disk
   slow     a flush of the store's disk takes 50 ms (dm-delay); both stores are loop devices on files there
 
-The guest's processors are emulated where there is no KVM, so figures mean something beside each other only. The
-disks are throttled to an SSD in tenfold slow motion, so that they, and not the emulation, are what everybody waits
-for; vm-tests/cases/bench.rs has the numbers, the reasons, and whom that favours; --disk shared makes reads and
-writes take turns. The guest reads its clock from the TSC; with --clock hpet, as in the tests, from the emulated HPET,
-which costs an exit and QEMU's lock each time, several times for an I/O. TIDEMARK_VM_TIME_SCALE stretches the guest's
-time limit.
+Without KVM the guest's processors are emulated, so figures are comparable only with each other. The disks are throttled
+to a tenth of the speed of an SSD, so that they, and not the emulation, are the bottleneck. vm-tests/cases/bench.rs has
+the numbers, the reasons, and which contender that favours. With --disk shared, reads and writes take turns. The guest
+reads its clock from the TSC; with --clock hpet, as in the tests, from the emulated HPET, which costs an exit and QEMU's
+lock each time, several times per I/O. TIDEMARK_VM_TIME_SCALE multiplies the guest's time limit.
 
 --from FILE makes the tables again from a stored target/bench/results.json and measures nothing.
---check exits with 1 where a goal is missed.
+--check exits with 1 if a goal is missed.
 """
 
 from . import figures, guest

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes new files in appends of 4 KiB, direct and synchronous (O_DIRECT, O_DSYNC), and deletes old ones.
 
-append_load.py FOLDER LOG: until SIGTERM, then writes begin and end of every operation to LOG, in nanoseconds. An
-operation is one append; a file's first includes its creation and the deletion of the oldest file, so that no wait
-stays unseen.
+append_load.py FOLDER LOG: runs until SIGTERM, then writes begin and end of every operation to LOG, in nanoseconds. An
+operation is one append. The first append of a file includes its creation and the deletion of the oldest file, so that
+every wait is measured.
 """
 
 import mmap
@@ -15,7 +15,7 @@ import time
 BLOCK_BYTES = 4096
 FILE_BLOCKS = 16
 FILES_KEPT = 64
-# An operation takes two integers of memory: a load that is never stopped ends before memory does.
+# Each operation takes two integers of memory: a load that is never stopped ends before memory is exhausted.
 OPERATIONS_MAX = 2_000_000
 
 

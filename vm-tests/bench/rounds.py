@@ -1,31 +1,31 @@
 #!/usr/bin/env python3
-"""Measures, in the guest, what copies cost the applications beside them; called by vm-tests/cases/bench.sh.
+"""Measures, in the guest, the cost of copies for the applications beside them. Called by vm-tests/cases/bench.sh.
 
-rounds.py RESULTS: one JSON line for each run, raw; scripts/bench makes tables of them.
+rounds.py RESULTS: writes one JSON line of raw figures for each run; scripts/bench turns them into tables.
 
-Loads, one application each, which waits for every write to be on the disk:
-  uniform   4 KiB direct O_DSYNC overwrites of a file, anywhere (fio)
+Loads: one application each, which waits until every write is durable.
+  uniform   4 KiB direct O_DSYNC overwrites at random positions of a file (fio)
   skewed    the same, 90 % of the writes to 5 % of the file (fio)
   append    new files in appends of 4 KiB, direct O_DSYNC, old ones deleted (append_load.py)
-  pgbench   PostgreSQL under pgbench, two clients
+  pgbench   PostgreSQL with pgbench, two clients
 
 Contenders, in an order that rotates from round to round:
   none      the load alone
-  dd        dd of the live device: not a copy of any instant, but what reading and writing it costs at least
-  stream    fio reads as much of the live device as is in use, in requests of 128 KiB (1 MiB where the disk
-            rotates), one at a time and at 85 % of the limit's rate, and writes as much to the secondary, both at once:
-            what it costs to read and write, with no copy-on-write and at a pace that leaves the disk some air
+  dd        dd of the live device: not a copy of an instant, but the minimum cost of reading and writing it
+  stream    fio reads as much of the live device as is in use, in requests of 128 KiB (1 MiB on a rotating disk), one at
+            a time and at 85 % of the limit's rate, and writes as much to the secondary, both at once: the cost of
+            reading and writing without copy-on-write, at a rate that does not saturate the disk
   lvm       a thick LVM snapshot with chunks of 4 KiB, dd of it, and its removal
   tidemark  tidemark copy, with TIDEMARK_BENCH_OPTIONS; NAME=OPTIONS are further variants of it, and
             TIDEMARK_BENCH_BUILDS (NAME=PATH, ...) holds other programs for some of them
 
 Before the loads, three lines of type `limit`: the time in which fio reads as much as is in use and writes as much, both
-at once, in deep queues and with no load beside it. No copy can be faster.
+at once, in deep queues and without a load. No copy can be faster.
 
-A load runs for a while before the copy begins, and beyond its end. What it did is counted between the two moments
-only: from before the first command of the copy to when the secondary is complete and synced, and for Tidemark, whose
-command does that too, the origin is put back. LVM's window ends before lvremove; its time is a figure of its own. Bytes preserved are what the kernel
-says the store has in use, its metadata included, for both.
+A load runs for a while before the copy begins, and until after its end. Its operations are counted only between two
+moments: before the first command of the copy, and when the secondary is complete and synced. Tidemark's window also
+includes putting the origin back, which is part of its command. LVM's window ends before lvremove, whose time is
+reported separately. The bytes preserved are what the kernel reports as used in the store, metadata included, for both.
 """
 
 import glob
@@ -49,14 +49,14 @@ ENV = os.environ
 WARM_SECONDS = float(ENV["TIDEMARK_BENCH_WARM_SECONDS"])
 SETTLE_SECONDS = float(ENV["TIDEMARK_BENCH_SETTLE_SECONDS"])
 COOL_SECONDS = SETTLE_SECONDS
-# The end of the warm-up is measured too: it tells whether a load had come to its pace.
+# The end of the warm-up is measured too: it shows whether the load had reached a steady rate.
 WARM_SKIPPED_SECONDS = WARM_SECONDS / 5
 LIMIT_RUNS = 3
-# Seconds, as they were measured.
+# Measured times in seconds.
 LIMITS = []
-# Of the limit's rate, how fast the stream is.
+# Rate of the stream as a share of the limit's rate.
 STREAM_SHARE = 0.85
-# A load has begun when the origin has seen so many writes.
+# A load counts as begun after this many writes to the origin.
 WRITES_BEGUN = 50
 STEP_SECONDS_MAX = 600
 SECTOR_BYTES = 512
@@ -70,7 +70,7 @@ def note(text):
 
 
 def run(command):
-    """Runs a command to its end; its stdout. A failure ends the measurement."""
+    """Runs a command and returns its stdout. A failure ends the measurement."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_SECONDS_MAX)
     if done.returncode != 0:
         sys.exit(f"{shlex.join(command)} failed with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -83,13 +83,13 @@ class Load:
     log = "/tmp/load.log"
 
     def prepare(self):
-        """What happens once, before the first round."""
+        """Runs once, before the first round."""
 
     def make_ready(self):
-        """What happens before each start, and is not counted among its writes."""
+        """Runs before each start; its writes are not counted."""
 
     def finish(self):
-        """And after the last."""
+        """Runs once, after the last round."""
 
     def spawn(self, command):
         self.messages = open("/tmp/load.out", "w+")
@@ -124,7 +124,7 @@ class Overwrites(Load):
         )
 
     def stop(self):
-        # fio ends in good order at SIGINT, and calls it an error of its own.
+        # On SIGINT fio writes its results, but reports an error of its own.
         self.end(lambda: self.child.send_signal(signal.SIGINT), status=128)
         (log,) = glob.glob("/tmp/fio_lat.*.log")
         return window.fio_log(Path(log).read_text())
@@ -149,7 +149,7 @@ class Pgbench(Load):
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         log = [f"--log={MOUNT}/pg/server.log"] if action == "start" else ["--mode=fast"]
         command = [ENV["PG_CTL"], f"--pgdata={MOUNT}/pg", "--wait", "--timeout=120", *log, action]
-        # The server keeps what it inherits: a pipe would never end.
+        # No pipes: the server inherits them and would keep them open.
         done = subprocess.run(user + command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if done.returncode != 0:
             sys.exit(f"pg_ctl {action} failed: {Path(MOUNT, 'pg/server.log').read_text()[-2000:]}")
@@ -166,7 +166,7 @@ class Pgbench(Load):
     def make_ready(self):
         for old in glob.glob("/tmp/pgbench.*"):
             os.unlink(old)
-        # Every run begins with the same room in the log.
+        # Every run begins with the same free space in the log.
         self.sql("checkpoint")
 
     def start(self):
@@ -174,8 +174,8 @@ class Pgbench(Load):
         self.spawn(common + ["-l", "--log-prefix=/tmp/pgbench", "bench"])
 
     def stop(self):
-        # A killed pgbench loses what it has not written of its log; one whose server hangs up writes it, and ends
-        # with 2.
+        # A killed pgbench loses buffered parts of its log. When the server closes its connections, it writes the log
+        # and exits with 2.
         hang_up = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'pgbench'"
         self.end(lambda: self.sql(hang_up), status=2)
         (log,) = glob.glob("/tmp/pgbench.*")
@@ -208,18 +208,18 @@ def copy_dd(_options):
 
 
 def used_bytes():
-    """What a copy has to read: all but the free blocks, the filesystem's own included."""
+    """Returns how much a copy has to read: all but the free blocks. The filesystem's metadata is included."""
     found = os.statvfs(MOUNT)
     return (int(ENV["TIDEMARK_BENCH_VOLUME_MIB"]) << 20) - found.f_bfree * found.f_frsize
 
 
 def run_stream(block_kib, depth, more=()):
-    """Reads what is in use and writes as much, both at once; seconds by fio's clock, for starting it is no reading."""
+    """Reads as much as is in use and writes as much, both at once; returns seconds by fio's clock, without its start."""
     both = ["--direct=1", "--ioengine=io_uring", f"--iodepth={depth}", f"--size={used_bytes() >> 12 << 12}"]
     reader = ["--name=read", f"--filename={ORIGIN}", "--rw=read", f"--bs={block_kib}k"]
     writer = ["--name=write", f"--filename={SECONDARY}", "--rw=write", "--bs=1M", "--end_fsync=1"]
     out = run(["fio", "--thread", "--output-format=json", *both, *more, *reader, *writer])
-    # Notes may stand before the JSON.
+    # fio may print notes before the JSON.
     jobs = json.loads(out[out.index("{") :])["jobs"]
     return max(job[way]["runtime"] for job in jobs for way in ("read", "write")) / 1000
 
@@ -242,7 +242,7 @@ def copy_lvm(_options):
     created = time.time()
     run_dd("/dev/mapper/bench-snap")
     end = time.time()
-    # START LENGTH snapshot USED/TOTAL METADATA, in sectors; an invalid one says Invalid.
+    # START LENGTH snapshot USED/TOTAL METADATA, in sectors; or "Invalid" for an invalid snapshot.
     status = run(["dmsetup", "status", "bench-snap"]).split()
     if "/" not in status[3]:
         sys.exit(f"LVM's snapshot is void: {status}")
@@ -262,7 +262,7 @@ def copy_lvm(_options):
 def copy_tidemark(options, program="tidemark"):
     command = [program, "copy", ORIGIN, SECONDARY, "--yes", "--json", "--store", ENV["BENCH_STORE"]]
     if ENV["TIDEMARK_MACHINE"] == "qemu":
-        # The budget is a guard, and the emulation is slow.
+        # A large budget, because the emulation is slow.
         command += ["--freeze-budget", "30s"]
     command += shlex.split(options)
     start = time.time()
@@ -280,7 +280,7 @@ def copy_tidemark(options, program="tidemark"):
 
 BUILDS = dict(word.split("=", 1) for word in ENV["TIDEMARK_BENCH_BUILDS"].split(",") if word)
 COPIES = {"none": copy_none, "dd": copy_dd, "stream": copy_stream, "lvm": copy_lvm}
-# Those that leave no filesystem on the secondary, or none of one instant.
+# Contenders that leave no filesystem on the secondary, or none of one instant.
 UNCHECKED = ("none", "dd", "stream")
 
 
@@ -291,22 +291,22 @@ def copy(name, options):
 
 
 def cpu_seconds():
-    """Of the commands that have ended; the load's come later."""
+    """CPU time of ended child processes. The load is still running and not included."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return children.ru_utime + children.ru_stime
 
 
 def ticks():
-    """Of all processors together: those that had work, and all."""
+    """Busy and total ticks of all processors."""
     found = [int(word) for word in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
-    # user, nice, system, idle, iowait, and what the kernel does beside.
+    # user, nice, system, idle, iowait, irq, softirq, steal.
     return sum(found) - found[3] - found[4], sum(found)
 
 
 def writes_seen():
     number = os.stat(ORIGIN).st_rdev
     stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text()
-    # Reads, reads merged, sectors read, ms; writes.
+    # Fields: reads, reads merged, sectors read, ms; writes.
     return int(stat.split()[4])
 
 
@@ -323,7 +323,7 @@ def begin(load):
 
 
 def check_secondary():
-    """A copy of an instant holds a filesystem that is whole once its log is replayed."""
+    """Checks that the copy of an instant holds a consistent filesystem once its journal is replayed."""
     os.makedirs("/mnt/check", exist_ok=True)
     run(["mount", "-t", "ext4", SECONDARY, "/mnt/check"])
     run(["umount", "/mnt/check"])
@@ -353,7 +353,7 @@ def measure(load, name, options, checked):
 
 
 def contenders(text, base):
-    """`none,dd,NAME=OPTIONS,...`; options that hold a comma cannot be passed this way, and none do."""
+    """`none,dd,NAME=OPTIONS,...`; options must not contain a comma."""
     found = []
     for word in text.split(","):
         name, _, options = word.partition("=")

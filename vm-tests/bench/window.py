@@ -1,17 +1,17 @@
-"""What did the applications feel between two moments? Pure: no clock, no files.
+"""Figures of the applications' operations between two moments. Pure: no clock, no files.
 
-An operation is a pair (begin, end) of seconds since the epoch. Operations are counted where they end. The slowest
-one is looked for among all that overlap the window: one that a copy held up counts although it ended after it.
+An operation is a pair (begin, end) of seconds since the epoch. Operations are counted where they end. The slowest one
+is searched among all that overlap the window, so that an operation delayed by a copy counts even if it ended after it.
 """
 
 from math import ceil
 
-# Operations are counted for every such step too: they tell what each phase of a copy costs.
+# Operations are also counted per step of this length, to show the cost of each phase of a copy.
 STEP_SECONDS = 0.25
 
 
 def fio_log(text):
-    """Operations of a fio latency log: `end in ms, latency in ns, ...` with log_unix_epoch."""
+    """Reads the operations of a fio latency log: `end in ms, latency in ns, ...` with log_unix_epoch."""
     operations = []
     for line in text.splitlines():
         fields = line.split(",")
@@ -21,7 +21,7 @@ def fio_log(text):
 
 
 def pgbench_log(text):
-    """Operations of a pgbench log: client, number, latency in us, script, end in s, and its us."""
+    """Reads the operations of a pgbench log: client, number, latency in us, script, end in s, and its us."""
     operations = []
     for line in text.splitlines():
         fields = line.split()
@@ -31,7 +31,7 @@ def pgbench_log(text):
 
 
 def plain_log(text):
-    """Operations of append_load.py: begin and end in ns."""
+    """Reads the operations of append_load.py: begin and end in ns."""
     return [tuple(int(field) / 1e9 for field in line.split()) for line in text.splitlines()]
 
 
@@ -40,7 +40,7 @@ def percentile(ordered, share):
 
 
 def figures(operations, start, end):
-    """Operations per second and latencies (ms) between two moments."""
+    """Computes operations per second and latencies (ms) between two moments."""
     if end <= start:
         raise ValueError(f"a window from {start} to {end}")
     inside = [it for it in operations if start <= it[1] < end]
@@ -58,9 +58,9 @@ def figures(operations, start, end):
 
 
 def per_step(moments, length):
-    """How many of the moments, seconds below `length`, are in each step."""
+    """Counts the moments (seconds, below `length`) in each step."""
     counts = [0] * ceil(length / STEP_SECONDS)
     for moment in moments:
-        # Rounding may lift one to the end of the last step.
+        # Rounding may move a moment to the end of the last step.
         counts[min(int(moment / STEP_SECONDS), len(counts) - 1)] += 1
     return counts

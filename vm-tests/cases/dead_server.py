@@ -1,9 +1,9 @@
-"""A FUSE file system: two folders and a file, for whoever wants to see its server die.
+"""A FUSE filesystem with two folders and a file, whose server can be stopped to simulate a dead one.
 
 Usage: dead_server.py MOUNT-POINT BYTES
 
-Speaks the kernel's protocol itself (Linux include/uapi/linux/fuse.h), for a stopped process serves as well as a dead
-machine. Nothing that it says may be remembered, so that each look at it asks.
+Speaks the kernel's protocol itself (Linux include/uapi/linux/fuse.h). A stopped process has the same effect as a dead
+machine. All replies forbid caching, so that every access asks the server.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ FORGET, INTERRUPT, BATCH_FORGET = 2, 36, 42
 
 
 class Server:
-    """The answers."""
+    """Replies to the kernel's requests."""
 
     def __init__(self, size):
         self.content = bytearray(size)
@@ -35,7 +35,7 @@ class Server:
         return struct.pack("=6Q10I", node, size, size // 512, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
     def answer(self, opcode, node, body):
-        """The reply's body; a number for an errno."""
+        """Returns the reply's body, or a number for an errno."""
         if opcode == INIT:
             return struct.pack("=4I2H2I2H8I", 7, 31, 65536, 0, 12, 9, 65536, 1, 0, 0, *[0] * 8)
         if opcode == LOOKUP:
@@ -86,7 +86,7 @@ def main():
         try:
             os.write(channel, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
         except OSError as error:
-            # The one who asked has gone.
+            # The process that asked has gone.
             if error.errno != 2:
                 raise
 

@@ -1,10 +1,10 @@
-"""Judges a map of free space (see __free_map) by what the filesystem's own tools say of the disk.
+"""Compares a map of free space (see __free_map) with what the filesystem's own tools say.
 
     free_map_judge.py files DIRECTORY...          prints "START END" in bytes for each extent of each file below
     free_map_judge.py judge KIND DEVICE OFFSET REPORT USED GONE
         the filesystem of KIND (ext4, xfs) on DEVICE, whose byte 0 is byte OFFSET of the origin:
-        nothing in the file USED (extents as above) is free, everything in GONE (- for none) is, and the map is,
-        within DEVICE, what the free-space structures on the disk say. The log is where the tools say that it is.
+        nothing in the file USED (extents as above) is free, everything in GONE (- for none) is free, and within DEVICE
+        the map equals the free-space structures on the disk. The journal is where the tools say that it is.
     free_map_judge.py within START END REPORT     prints how many bytes of that range are free
 """
 
@@ -52,7 +52,7 @@ def merge(extents):
 
 
 def minus(left, right):
-    """The parts of `left` that are not in `right`."""
+    """Returns the parts of `left` that are not in `right`."""
     rest, right = [], merge(right)
     for start, end in merge(left):
         for other_start, other_end in right:
@@ -73,17 +73,17 @@ def total(extents):
 
 
 def ranges(text):
-    """'1-3, 7' as half-open ranges of blocks."""
+    """Parses '1-3, 7' into half-open ranges of blocks."""
     for part in filter(None, (word.strip() for word in text.split(","))):
         first, _, last = part.partition("-")
         yield int(first), int(last or first) + 1
 
 
 def ext4(device):
-    """Free extents by the bitmaps on the disk; the metadata that each group has of its own."""
+    """Returns the free extents of the bitmaps on the disk, and the metadata of each group."""
     text = run("dumpe2fs", device)
     block = int(re.search(r"^Block size:\s+(\d+)", text, re.M)[1])
-    # With clusters, dumpe2fs shows the first block of the first and of the last free one.
+    # With clusters, dumpe2fs prints the first block of the first and of the last free cluster.
     cluster = re.search(r"^Cluster size:\s+(\d+)", text, re.M)
     blocks = int(cluster[1]) // block if cluster else 1
     free, metadata = [], []
@@ -99,7 +99,7 @@ def ext4(device):
 
 
 def xfs(device):
-    """Free extents by the free-space btrees on the disk."""
+    """Returns the free extents of the free-space btrees on the disk."""
     run("blockdev", "--flushbufs", device)
     text = run("xfs_db", "-r", "-c", "sb 0", "-c", "print blocksize agblocks", device)
     block, per_group = (int(re.search(rf"^{name} = (\d+)", text, re.M)[1]) for name in ("blocksize", "agblocks"))
@@ -110,20 +110,20 @@ def xfs(device):
             group, start, length = map(int, words)
             start += group * per_group
             free.append((start * block, (start + length) * block))
-    # What each group begins with: superblock and headers, a sector each.
+    # Each group starts with superblock and headers, one sector each.
     groups = int(re.search(r"^agcount = (\d+)", run("xfs_db", "-r", "-c", "sb 0", "-c", "print agcount", device), re.M)[1])
     heads = [(group * per_group * block, group * per_group * block + 4 * 512) for group in range(groups)]
     return free, heads
 
 
 def ext4_log(device):
-    """The journal inode's extents; none where there is no journal, or it is elsewhere."""
+    """Returns the journal inode's extents; none without a journal or with an external one."""
     if not re.search(r"^Journal inode:", run("dumpe2fs", "-h", device), re.M):
         return []
     block = int(re.search(r"^Block size:\s+(\d+)", run("dumpe2fs", "-h", device), re.M)[1])
     found = []
     for line in run("debugfs", "-R", "ex <8>", device).splitlines():
-        # Level, entry, logical, physical, length; an index has no end.
+        # Level, entry, logical, physical, length. An index entry has no end.
         match = re.match(r"\s*(\d+)/\s*(\d+)\s+\d+/\s*\d+\s+\d+ -\s+\d+\s+(\d+) -\s+(\d+)\s", line)
         if match and match[1] == match[2]:
             found.append((int(match[3]) * block, (int(match[4]) + 1) * block))
@@ -142,7 +142,7 @@ def xfs_log(device):
 
 
 def files(directories):
-    """What FIEMAP says of every file."""
+    """Returns the extents of every file according to FIEMAP."""
     walks = (walk for directory in directories for walk in os.walk(directory))
     paths = [os.path.join(folder, name) for folder, _, names in walks for name in names]
     text = run("filefrag", "-e", *paths)
@@ -173,8 +173,8 @@ def judge(kind, device, offset, report, used_path, gone_path):
         fail(f"a deleted file's blocks are not free: {wrong[:5]}")
     missing = total(free) - total(mapped)
     print(f"{device}: a log of {total(log)} bytes; {total(mapped)} bytes in {len(mapped)} extents, {missing} missing, {len(used)} extents of files")
-    # What the filesystem has set aside in memory (ext4's preallocations) or for itself (xfs' AGFL) is free on the
-    # disk alone.
+    # Space that the filesystem has reserved in memory (ext4 preallocations) or for itself (the AGFL of xfs) is free
+    # only on the disk.
     if missing > max(total(free) // 50, 8 << 20):
         fail(f"{missing} of {total(free)} free bytes are not in the map")
 

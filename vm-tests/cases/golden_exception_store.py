@@ -1,4 +1,4 @@
-"""Prepares an origin and a store, overwrites the origin, and writes the store down as text.
+"""Prepares an origin and a store, overwrites the origin, and dumps the store as text.
 
 Used in the guest by golden_exception_store.sh; tests/golden/exception_store/README.md describes the files.
 """
@@ -11,7 +11,7 @@ import sys
 PAGE = 4096
 BLOCK = 1 << 20
 UNIT = 16
-# Origin chunks are overwritten in the order (i * STEP) mod chunks: no two exceptions follow one another.
+# Origin chunks are overwritten in the order (i * STEP) mod chunks, so that no two exceptions are consecutive.
 STEP = 7
 
 
@@ -23,7 +23,7 @@ def page(word, number):
 
 
 class Device:
-    """A block device, read and written past the page cache."""
+    """A block device, read and written with direct I/O."""
 
     def __init__(self, path):
         self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -49,7 +49,7 @@ class Device:
 def prepare(origin, store):
     origin, store = Device(origin), Device(store)
     origin.fill(b"orig")
-    # A used disk: only what the kernel takes for "no store yet" is clean.
+    # A used disk: only the part that the kernel reads as "no store yet" is clean.
     store.fill(b"junk")
     store.write(0, bytes(PAGE))
 
@@ -72,7 +72,7 @@ def overwrite(data, chunk_sectors, exceptions):
     device = Device(data)
     chunk_bytes = int(chunk_sectors) * 512
     for chunk in touched(device.bytes, chunk_bytes, int(exceptions)):
-        # The last page of the chunk: the original must be the whole chunk nevertheless.
+        # Overwrites only the last page of the chunk; the original must still be the whole chunk.
         offset = (chunk + 1) * chunk_bytes - PAGE
         device.write(offset, page(b"newr", offset // PAGE))
 
@@ -81,7 +81,7 @@ def write_down(store, chunk_sectors, exceptions, status, target):
     device = Device(store)
     chunk_bytes = int(chunk_sectors) * 512
     used_sectors = int(status.split("/")[0])
-    # Two chunks beyond what is used: what the disk held before must not be taken for a part of the store.
+    # Includes two chunks after the used part: the disk's old content there must not be read as part of the store.
     end = used_sectors * 512 + 2 * chunk_bytes
     image = b"".join(device.read(offset, PAGE) for offset in range(0, end, PAGE))
     with open(target + ".cow", "w", encoding="ascii") as text:
@@ -95,7 +95,7 @@ def write_down(store, chunk_sectors, exceptions, status, target):
                 if end % PAGE == 0 and image[end : end + PAGE] == unit * (PAGE // UNIT):
                     count += PAGE // UNIT
                 elif image[end : end + UNIT] == unit:
-                    # Within a page, whole runs at a time where it is uniform to its end.
+                    # Within a page, counts the rest of the page at once if it is uniform.
                     rest = PAGE - end % PAGE
                     count += rest // UNIT if image[end : end + rest] == unit * (rest // UNIT) else 1
                 else:

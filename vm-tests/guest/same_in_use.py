@@ -3,9 +3,9 @@
 
   same_in_use.py ext4|xfs INSTANT COPY
 
-What was free is asked of the filesystem's own tools, on the image (it was frozen, so it is consistent): of
-dumpe2fs for ext4, of xfs_db for xfs. Exits with 1 at the first difference, and where the tools say that
-everything was free.
+The free space is what the filesystem's own tools report for the image, which is consistent because the filesystem was
+frozen: dumpe2fs for ext4, xfs_db for xfs. Exits with 1 at the first difference, and if the tools report that everything
+was free.
 """
 
 import re
@@ -33,7 +33,7 @@ def free_xfs(image):
     block, blocks = int(facts["blocksize"]), int(facts["agblocks"])
     for line in ask("freesp -d").splitlines():
         words = line.split()
-        # "agno agbno length"; the histogram behind it has words that are no numbers, or more of them.
+        # "agno agbno length". The histogram that follows has other columns.
         if len(words) == 3 and all(word.isdigit() for word in words):
             group, start, length = map(int, words)
             first = (group * blocks + start) * block

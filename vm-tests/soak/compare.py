@@ -1,7 +1,7 @@
-"""Is a copy what was captured at the instant?
+"""Compares a copy with the capture of its instant.
 
-Everything that was in use has to be equal, byte for byte; with `--all`, and where there is no file system, that is
-everything. What was free, by the word of the file system's own tools on the captured image, is equal or zero: never
+Everything that was in use must be equal, byte for byte; with `--all` and without a filesystem, that is everything.
+Space that was free according to the filesystem's own tools, run on the captured image, must be equal or zero: never
 what the secondary held before.
 """
 
@@ -18,7 +18,7 @@ DIFFERENCES_SHOWN = 40
 
 
 def differences(kind, instant, copy, everything):
-    """Ranges that are wrong, as (start, end, what) of which the first ones are told; and how much was in use."""
+    """Returns the wrong ranges as (start, end, what), and how much was in use."""
     free = [] if everything or kind == "none" else sorted({"ext4": free_ext4, "xfs": free_xfs}[kind](instant))
     wrong, in_use, at = [], 0, 0
     with open(instant, "rb", buffering=0) as one, open(copy, "rb", buffering=0) as other:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""An application: several kinds of writes at once, on a file system or on a bare device, until it is told to stop.
+"""An application: several kinds of writes at once, to a filesystem or a bare device, until it is told to stop.
 
   load.py PARTS TARGET SIZE SEED STATUS
 
-PARTS is the `load` of a scenario, as JSON. TARGET is a directory, or a device of SIZE bytes. What it does, and the first
-error that it sees, is in STATUS, written ten times a second. Told to stop (SIGTERM), it reads everything that its
-overwriting parts have written and compares: their blocks hold their number and the count of their writes, so that a
-write that was lost, or went elsewhere, shows. Then STATUS says "done".
+PARTS is the `load` of a scenario, as JSON. TARGET is a directory, or a device of SIZE bytes. STATUS is written ten
+times a second, with counts and the first error. On SIGTERM, the program reads back and compares everything that its
+overwriting parts have written: each block holds its number and its write count, so that lost or misdirected writes are
+detected. Then STATUS says "done".
 
-No space, and a discard that the device does not take, are no errors: that is an application's daily life.
+A full filesystem and an unsupported discard are not errors: applications must cope with both.
 """
 
 import ctypes
@@ -30,13 +30,13 @@ FITRIM = 0xC0185879
 BLKDISCARD = 0x1277
 PUNCH_HOLE, ZERO_RANGE, KEEP_SIZE = 2, 16, 1
 LIBC = ctypes.CDLL(None, use_errno=True)
-# The last look at all that was written ends after so many seconds, for a slow disk has much of it.
+# Time limit for the final comparison: a slow disk has too much to read.
 LAST_LOOK_SECONDS = 3
 NOISE = random.Random(7).randbytes(1 << 20)
 
 
 class Part(threading.Thread):
-    """One kind of writes; `self.ops` counts them."""
+    """One kind of writes. `self.ops` counts them."""
 
     def __init__(self, number, spec, target, seed):
         super().__init__(daemon=True)
@@ -57,7 +57,7 @@ class Part(threading.Thread):
                     self.make_room()
                 self.ops += 1
                 if self.spec["pace_us"]:
-                    # On average as the scenario says.
+                    # pace_us on average.
                     STOP.wait(self.spec["pace_us"] * 2e-6 * self.choices.random())
         except Exception as error:
             self.error = f"{self.name}: {type(error).__name__}: {error}"
@@ -80,20 +80,20 @@ class Part(threading.Thread):
 
 
 class Overwrite(Part):
-    """Blocks of one file, or of a range of the device, written again and again; `depth` threads share them."""
+    """Overwrites blocks of one file, or of a range of the device; `depth` threads share them."""
 
     def __init__(self, number, spec, target, seed, begin):
         super().__init__(number, spec, target, seed)
         self.begin = begin if self.is_device else 0
         self.count = self.bytes() // spec["block"]
-        # Of each block, how often it was written; what is in flight counts from its issue on.
+        # Write count of each block; a write counts when it is issued.
         self.written = [0] * self.count
         self.others, self.lock = [], threading.Lock()
 
     def flags(self):
         way = self.spec["way"]
         flags = os.O_RDWR | os.O_CREAT
-        # Direct I/O goes by whole sectors.
+        # Direct I/O needs whole sectors.
         if way.startswith("direct"):
             flags |= os.O_DIRECT
         return flags | (os.O_DSYNC if way.endswith("dsync") else 0)
@@ -116,7 +116,7 @@ class Overwrite(Part):
             self.others.append(thread)
 
     def memory_of_its_own(self):
-        # Page-aligned, as direct I/O wants it.
+        # Page-aligned for direct I/O.
         return mmap.mmap(-1, max(mmap.PAGESIZE, -(-self.spec["block"] // 4096) * 4096))
 
     def work(self, number):
@@ -136,7 +136,7 @@ class Overwrite(Part):
             os.fdatasync(self.descriptor)
 
     def write_one(self, number, choices, memory):
-        """A block of this thread's own, and now and then one read back."""
+        """Writes one of this thread's own blocks, and sometimes reads one back."""
         mine = (self.count - number - 1) // self.spec["depth"] + 1
         if mine <= 0:
             STOP.wait(0.1)
@@ -168,7 +168,7 @@ class Overwrite(Part):
             raise ValueError(f"block {at} holds write {found[1]} of block {found[0]}, not its write {self.written[at]}")
 
     def check_all(self):
-        """As many as there is time for, in any order."""
+        """Compares as many blocks as time permits, in random order."""
         written = [at for at in range(self.count) if self.written[at]]
         self.choices.shuffle(written)
         end = time.monotonic() + LAST_LOOK_SECONDS
@@ -179,7 +179,7 @@ class Overwrite(Part):
 
 
 class Mmap(Part):
-    """Stores through a mapping."""
+    """Writes through a memory mapping."""
 
     def prepare(self):
         super().prepare()
@@ -199,7 +199,7 @@ class Mmap(Part):
 
 
 class Append(Part):
-    """New files that grow by appends; of three the oldest goes."""
+    """Appends to new files; deletes the oldest of three."""
 
     def prepare(self):
         super().prepare()
@@ -230,7 +230,7 @@ class Append(Part):
 
 
 class Churn(Part):
-    """Small files made, renamed, cut, deleted, now and then synced."""
+    """Creates, renames, truncates and deletes small files, with an occasional sync."""
 
     def once(self):
         name, what = self.path(self.choices.randrange(24)), self.choices.random()
@@ -258,7 +258,7 @@ class Churn(Part):
 
 
 class Punch(Part):
-    """A file whose blocks are allocated, written, zeroed and given back."""
+    """Allocates, writes, zeroes and punches blocks of a file."""
 
     def prepare(self):
         super().prepare()
@@ -287,7 +287,7 @@ class Punch(Part):
 
 
 class Trim(Part):
-    """fstrim; on a bare device, discards in a range that no other part has."""
+    """fstrim; on a bare device, discards in a range of its own."""
 
     def __init__(self, number, spec, target, seed, begin):
         super().__init__(number, spec, target, seed)
@@ -318,7 +318,7 @@ def parts_of(specs, target, size, seed):
             parts.append(Trim(number, spec, target, seed, begin))
         else:
             parts.append(kinds[spec["kind"]](number, spec, target, seed))
-        # On a bare device each has a range of its own, spread over it.
+        # On a bare device, each part has a range of its own; the ranges are spread over the device.
         begin += max(spec["mib"] << 20, size // 4 >> 20 << 20)
     return parts
 
@@ -334,11 +334,11 @@ def tell(path, parts, done, lost=None):
 
 def main():
     specs, target, size, seed, status = sys.argv[1:]
-    # The handler runs wherever the main thread is: it must not wait for a lock that this thread holds.
+    # A signal handler runs in the main thread, so it must not take a lock that this thread may hold.
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     parts = parts_of(json.loads(specs), target, int(size), seed)
-    # All have their space before one takes what is left.
+    # All parts allocate their space before any part may fill the filesystem.
     for part in parts:
         part.prepare()
     for part in parts:

@@ -1,7 +1,7 @@
-"""The guest as the soak sees it: commands that cannot hang, device-mapper devices, disks whose faults come and go.
+"""Access to the guest: commands with a time limit, device-mapper devices, disks whose faults come and go.
 
-Every command has a time limit. One that does not end by it is a failure, with a list of who waits for what in the
-kernel's log; it is killed and left behind, for what hangs in the kernel does not die.
+A command that exceeds its time limit is a failure; a list of blocked tasks goes to the kernel's log. The command is
+killed, but not waited for, because a task that hangs in the kernel does not die.
 """
 
 import errno
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 class Failure(Exception):
-    """What a seed fails with."""
+    """Fails the seed."""
 
 
 def now():
@@ -26,7 +26,7 @@ def now():
 
 
 class Log:
-    """What was done, and when: kept with a failure."""
+    """The log of what was done and when, kept for a failed seed."""
 
     def __init__(self):
         self.lines = []
@@ -42,13 +42,13 @@ LOG = Log()
 
 
 def who_waits():
-    """Has the kernel write down every task that waits for a disk."""
+    """Makes the kernel log every blocked task."""
     with open("/proc/sysrq-trigger", "w") as trigger:
         trigger.write("w")
 
 
 def run(*words, check=True, seconds=SECONDS_MAX, stdin=subprocess.DEVNULL, environment=None):
-    """Runs a command; its exit status and what it said."""
+    """Runs a command; returns its exit status and output."""
     words = [str(word) for word in words]
     begin = now()
     process = subprocess.Popen(
@@ -85,10 +85,10 @@ def sectors_of(kernel_name):
     return int(Path(f"/sys/class/block/{kernel_name}/size").read_text())
 
 
-# -- device-mapper
+# Device-mapper.
 
 
-# Of the kernel's linux/dm-ioctl.h. What has to happen at a moment does not wait for a program to start.
+# From the kernel's linux/dm-ioctl.h. Time-critical calls must not wait for the start of dmsetup.
 DM_VERSION, DM_HEADER = 4, struct.Struct("=3I3Ii3IQ128s129s7x")
 DM_CREATE, DM_REMOVE, DM_SUSPEND, DM_LOAD, DM_MESSAGE = (0xC138FD00 + number for number in (3, 4, 6, 9, 14))
 DM_SUSPEND_FLAG, DM_SKIP_LOCKFS_FLAG, DM_NOFLUSH_FLAG = 1 << 1, 1 << 10, 1 << 11
@@ -109,7 +109,7 @@ def dm_create(name, table):
 
 
 def dm_remove(name):
-    """Who still has it open is about to close it."""
+    """Retries for a while, because openers may still be about to close the device."""
 
     def removed():
         try:
@@ -148,7 +148,7 @@ def dm_message(name, words):
 
 
 def dm_devices():
-    """What sysfs says of every device: by name its node, its UUID, whether it is suspended."""
+    """Returns what sysfs shows: by name, each device's node, UUID, and whether it is suspended."""
     found = {}
     for folder in Path("/sys/block").glob("dm-*/dm"):
         try:
@@ -168,7 +168,7 @@ def dm_table(name):
 
 
 def loop_devices():
-    """Loop devices in use, by node, and what is behind them."""
+    """Returns the loop devices in use and their backing files, by node."""
     found = {}
     for folder in Path("/sys/block").glob("loop*/loop"):
         try:
@@ -178,16 +178,16 @@ def loop_devices():
     return found
 
 
-# -- disks
+# Disks.
 
-# Each disk of the case, below the device that its faults are switched on in.
+# Each disk of the case, beneath the device that injects its faults.
 DISKS = {"a": "ubda", "b": "ubdb", "secondary": "ubdc", "store": "ubdd"}
 SCRATCH = "/dev/ubde"
 FAULTS = "/sys/kernel/debug/fail_make_request"
 
 
 class Disk:
-    """A disk of the case under a device-mapper device, whose table says what the disk is like just now."""
+    """A disk of the case beneath a device-mapper device, whose table selects its current behaviour."""
 
     def __init__(self, name, delay):
         LOG.say(f"disk {name}, delayed by {delay}")
@@ -206,13 +206,13 @@ class Disk:
         return f"0 {self.sectors} delay {self.below} 0 {read} {self.below} 0 {write} {self.below} 0 {flush}"
 
     def reload(self, table):
-        """As a disk changes its mind: what is on its way ends first."""
+        """Replaces the table; requests in flight end first."""
         dm_load(self.name, table)
         dm_suspend(self.name)
         dm_resume(self.name)
 
     def fail(self, way, percent, choices):
-        """`percent` of its blocks or requests fail from now on; `choices` decides which blocks."""
+        """Makes `percent` of the blocks or requests fail from now on; `choices` selects the blocks."""
         self.is_faulty = self.was_faulty = True
         whole = f"0 {self.sectors}"
         if way == "error" and percent == 100:
@@ -222,7 +222,7 @@ class Disk:
         elif way == "flakey-writes":
             self.reload(f"{whole} flakey {self.below} 0 0 3600 1 error_writes")
         elif way == "flakey":
-            # In turns of a second.
+            # One second up, one second down.
             self.reload(f"{whole} flakey {self.below} 0 1 1")
         elif way == "forget-writes":
             self.reload(f"{whole} flakey {self.below} 0 0 3600 1 drop_writes")
@@ -232,13 +232,13 @@ class Disk:
                 dm_message(self.name, f"addbadblock {block}")
             dm_message(self.name, "enable")
         elif way == "fail-make-request":
-            # Times 10: most requests are large, and a few percent of them hit nobody.
+            # Times 10: most requests are large and few, so a low percentage would hit none.
             self.inject(min(100, percent * 10))
         else:
             raise ValueError(way)
 
     def holes(self, percent, choices):
-        """Linear, but for some pieces."""
+        """A linear table with some failing pieces."""
         piece = 2048
         lines, begin, bad_before = [], 0, None
         for at in range(0, self.sectors + 1, piece):
@@ -271,7 +271,7 @@ class Disk:
             self.is_suspended = False
 
     def mend(self):
-        """As it was at first."""
+        """Restores the original behaviour."""
         self.resume()
         if self.is_faulty:
             write(f"/sys/block/{self.kernel_name}/make-it-fail", 0)
@@ -290,7 +290,7 @@ def write(path, value):
 
 
 def old_data(device, kib, text):
-    """What a device held before, which nobody is to see again; nothing where `text` is None."""
+    """Fills a device with old content, which must not show up in any copy; discards it if `text` is None."""
     if text is None:
         run("blkdiscard", "-f", device)
         return

@@ -1,8 +1,8 @@
-"""LVM, and a person beside it, at work in the group of the origin while copies run; and do metadata and kernel agree?
+"""LVM, and a user of dmsetup, change the origin's volume group while copies run. Metadata and kernel must agree.
 
-Deeds come one after the other, at moments that nobody has arranged with the copy. Each that LVM reports done is looked at
-right then: it is so in the metadata, and in the kernel. One that LVM refuses for a reason of its own has to leave
-everything as it was. What a copy makes of it is judged in play.py.
+Deeds run one after the other, at times independent of the copy. What LVM reports as done is checked at once, in the
+metadata and in the kernel. A deed that LVM refuses for a reason of its own must change nothing. play.py judges the
+effect on the copy.
 """
 
 import collections
@@ -18,11 +18,11 @@ from machine import LOG, Failure, ask, dm_devices, dm_table, now, run
 
 GROUP, OTHER_KIB = "soak", 8192
 DATA, OTHER = f"{GROUP}/data", f"{GROUP}/other"
-# Beyond this the origin does not grow: there has to be room to move it.
+# The origin does not grow beyond this size, so that there is room to move it.
 DATA_BYTES_MAX = 80 << 20
-# Longer than any lock of a copy is held.
+# Longer than a copy holds any lock.
 SECONDS_MAX = 120
-# What LVM may say that has no room, or nothing to do.
+# Messages of LVM when it has no room or nothing to do.
 NO_ROOM = re.compile(r"[Ii]nsufficient|suitable (for )?allocat|No data to move|not enough|[Nn]o extents|free space")
 
 
@@ -35,7 +35,7 @@ def make_another():
 
 
 def volumes():
-    """By name its bytes, its kind and the disks that it lies on, as the metadata says."""
+    """Returns by name the bytes, segment types and disks of each volume, according to the metadata."""
     text = subprocess.run(
         ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o", "lv_name,lv_size,segtype,devices", GROUP],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=SECONDS_MAX,
@@ -58,7 +58,7 @@ def number_of(path):
 
 
 def kernels(name):
-    """The folder of a volume in sysfs. (Nodes below /dev/mapper may be old.)"""
+    """Returns the sysfs folder of a volume. (Nodes below /dev/mapper may be stale.)"""
     found = dm_devices().get(f"{GROUP}-{name}")
     if not found:
         raise Failure(f"the kernel has no volume {name}: {sorted(dm_devices())}")
@@ -74,7 +74,7 @@ def mapped_disks(name):
 
 
 def agree(when):
-    """What the metadata says is what the kernel maps; a refresh, which loads what LVM would, changes nothing."""
+    """Checks that the kernel maps what the metadata says, and that a refresh, which loads LVM's own table, changes nothing."""
     found = volumes()
     if set(found) != {"data", "other"}:
         raise Failure(f"{when}: volumes are left over or gone: {sorted(found)}")
@@ -92,7 +92,7 @@ def agree(when):
 
 
 class Neighbours(threading.Thread):
-    """Does the deeds of a copy until there is none left or it is told to end."""
+    """Runs the deeds of a copy until none is left or it is told to end."""
 
     def __init__(self, stage, deeds):
         super().__init__(daemon=True)
@@ -114,7 +114,7 @@ class Neighbours(threading.Thread):
             self.failure = f"beside the copy: {error!r}"
 
     def end(self):
-        """What is being done is done first."""
+        """Waits for the end of the current deed."""
         self.ending.set()
         self.join(SECONDS_MAX)
         if self.is_alive():
@@ -131,7 +131,7 @@ class Neighbours(threading.Thread):
         (self.done if is_done else self.refused)[deed] += 1
 
     def asked(self, *words):
-        """True where it is done; False where LVM has no room for it."""
+        """Returns True if it was done, False if LVM has no room for it."""
         status, output = lvm(*words, check=False)
         if status != 0 and not NO_ROOM.search(output):
             raise Failure(f"'{' '.join(words)}' ended with {status}: {output[-1500:]}")
@@ -148,14 +148,14 @@ class Neighbours(threading.Thread):
             raise Failure(f"after {way}: {name} has {said} bytes in the metadata and {mapped} in the kernel, not {expected}")
         return done
 
-    # -- the deeds
+    # The deeds.
 
     def extend(self):
         return self.changes_size("data", "lvextend", 1 << 20)
 
     def extend_with_its_file_system(self):
         before = os.statvfs("/mnt/origin")
-        # Of xfs a megabyte is too small a step for a group of its own; it grows the last one.
+        # One megabyte is too small for an allocation group of its own: xfs enlarges the last one.
         done = self.changes_size("data", "lvextend", 2 << 20, "-r")
         after = os.statvfs("/mnt/origin")
         if done and after.f_blocks * after.f_frsize <= before.f_blocks * before.f_frsize:
@@ -191,7 +191,7 @@ class Neighbours(threading.Thread):
     def rename_the_group(self):
         for old, new in ((GROUP, "renamed"), ("renamed", GROUP)):
             lvm("vgrename", old, new)
-            # It gives volumes in use their new names when they are refreshed.
+            # LVM renames the devices of volumes in use only when they are refreshed.
             lvm("lvchange", "--refresh", f"{new}/data", f"{new}/other")
             time.sleep(0.2)
         return True
@@ -214,7 +214,7 @@ class Neighbours(threading.Thread):
         return True
 
     def suspend_by_hand(self):
-        """The kernel does not count suspensions: whose ends first ends both."""
+        """The kernel does not count suspensions: the first resume ends both."""
         status, _ = run("dmsetup", "suspend", f"{GROUP}-data", check=False)
         time.sleep(0.2)
         run("dmsetup", "resume", f"{GROUP}-data")
@@ -243,7 +243,7 @@ class Neighbours(threading.Thread):
 
 
 def wait_for_recover(command, seconds=30):
-    """What it says that it must wait for is over soon."""
+    """Retries recover: what it waits for is over soon."""
     end = now() + seconds
     while True:
         status, output = run(*command, check=False)

@@ -1,8 +1,8 @@
-"""One copy of a scenario: made, hit by its events, gone on with or given up, and judged.
+"""One copy of a scenario: runs it with its events, resumes it or gives it up, and judges the result.
 
-A copy that says that it succeeded is compared with the capture, whatever befell it. One that does not has to end with
-an exit code that its events account for, under no final name, and with the origin as before. An event that comes too
-late, because the copy is done, is no failure, but counted.
+A copy that reports success is compared with the capture, whatever its events were. A copy that fails must end with an
+exit code that its events explain, with no file under the final name, and with the origin as before. An event that comes
+too late, because the copy has ended, is not a failure, but counted.
 """
 
 import json
@@ -19,18 +19,18 @@ from machine import LOG, Failure, now, old_data, run, who_waits
 from stage import MOUNTS, TIDEMARK, WORK
 
 COPY_SECONDS_MAX = 90
-# What fits into a pipe, and into the hands of who reads it.
+# What the pipe and the reader's buffer hold.
 PIPE_BYTES = 1 << 20
-# In memory: the origin is held until it is there.
+# In memory: the origin is held until the capture is complete.
 INSTANT = f"{WORK}/instant"
-# What no run may say, whatever happened to it.
+# No run may print these, whatever its events were.
 NEVER_SAID = ("panicked", "this should not happen", "bug of Tidemark", "must not happen")
-# The capture counts only if the command that asked for it was there to its end: a killed one's goes on.
+# The capture counts only if its command was alive until the end: the capture of a killed command keeps running.
 CAPTURE = (
     f'dd if="$TIDEMARK_ORIGIN_BELOW" of={INSTANT}.new bs=1M iflag=direct status=none '
     f'&& grep -q "^State:.[RSD]" /proc/$PPID/status && mv {INSTANT}.new {INSTANT}'
 )
-# What a copy says that had to make way for somebody else at its origin.
+# Messages of a copy that ended because another tool changed its origin.
 MADE_WAY = (
     "another tool replaced", "another tool is changing", "is changing the volume group", "has been changing the volume group",
     "another tool resumed", "it is already frozen", "was changed since the copy was planned", "has changed since the copy was planned",
@@ -41,7 +41,7 @@ PHASES = ("prepare", "instant", "data", "originals", "verify", "finish")
 
 
 class Command:
-    """A tidemark command in the background, and what it has said so far."""
+    """A tidemark command in the background, and its output so far."""
 
     def __init__(self, number, words, environment, reader=None):
         self.path = f"{WORK}/out/{number:02}-{words[0]}.json"
@@ -52,7 +52,7 @@ class Command:
         with open(self.path, "wb") as out:
             if reader:
                 self.process = self.start(words, environment, subprocess.PIPE, out)
-                # What stands between a pipe and a file is a process of its own, that can die.
+                # A separate process copies from the pipe to a file, so that it can be killed.
                 with open(reader, "wb") as file:
                     self.reader = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=file, start_new_session=True)
                 self.process.stdout.close()
@@ -67,7 +67,7 @@ class Command:
         )
 
     def look(self):
-        """Reads on; True while it runs."""
+        """Reads new output; returns True while the command runs."""
         with open(self.path, "rb") as file:
             file.seek(self.seen)
             text = file.read()
@@ -90,7 +90,7 @@ class Command:
             self.percent = max(self.percent, 100 * event["done"] // event["total"])
 
     def is_due(self, moment):
-        """Whether the moment has come."""
+        """Whether the moment of the event has come."""
         begun = self.begin if moment["phase"] == "prepare" else None
         for phase in PHASES[PHASES.index(moment["phase"]) :]:
             begun = begun or self.phases.get(phase)
@@ -136,7 +136,7 @@ class Copy:
         self.result = {"outcome": None, "late": 0, "originals": 0, "events": []}
         self.beside = neighbours.Neighbours(stage, spec["neighbours"]) if "neighbours" in spec else None
 
-    # -- what is asked for
+    # Making the request.
 
     def prepare(self):
         shutil.rmtree(f"{WORK}/out", ignore_errors=True)
@@ -193,10 +193,10 @@ class Copy:
         words += ["--store-size", f"{store['size_kib']}KiB"] if store["size_kib"] else []
         return words + (["--keep-store"] if store["keep"] else [])
 
-    # -- what happens
+    # Running the copy.
 
     def play(self):
-        """Makes the copy and judges it; what came of it."""
+        """Makes the copy, judges it, and returns the result."""
         self.stage.pause_load()
         self.prepare()
         words = self.words()
@@ -217,7 +217,7 @@ class Copy:
             self.follow(command)
             status = command.status()
             if status in EARLY_DEATHS and not command.phases:
-                # The signal came before the command was there to catch it: as if it had never begun, or gone on.
+                # Killed before the command could catch signals: as if it had never begun or resumed.
                 self.give_up()
                 break
             if status != -signal.SIGKILL:
@@ -245,11 +245,11 @@ class Copy:
         return Command(self.commands, words, environment, reader)
 
     def follow(self, command):
-        """Lets what is to happen happen, until the command has ended."""
+        """Triggers the events until the command has ended."""
         end = now() + COPY_SECONDS_MAX
         while command.look():
             self.mend_in_time()
-            # What is being killed may take a moment to die, and nothing more happens to it.
+            # A killed command may take a moment to die. It gets no further events.
             waits = self.events and self.events[0]["do"] != "crash" and not command.is_killed
             if waits and command.is_due(self.events[0]["at"]):
                 self.happen(self.events.pop(0), command)
@@ -262,7 +262,7 @@ class Copy:
         LOG.say(f"event {event}, the data {command.percent} % copied")
         kind, disks = event["do"], self.stage.disks
         if command.process.poll() is not None:
-            # It was faster than the look at it.
+            # The command ended before the event.
             self.events.insert(0, event)
             return
         self.fired.append(event)
@@ -289,7 +289,7 @@ class Copy:
         elif kind == "secondary-lies":
             disks["secondary"].fail("forget-writes", 100, self.stage.choices)
         else:
-            # The application's own disk: what it sees of it is its own.
+            # Errors of the application on a bad origin disk are expected.
             self.stage.is_origin_bad = True
             way = "dust" if kind == "origin-reads" else "flakey-writes"
             for name in "ab":
@@ -306,7 +306,7 @@ class Copy:
             disk.mend()
 
     def killed(self):
-        """A command was killed, by the last event or by itself at a crash point; what is to be done then."""
+        """A command was killed by the last event, or by itself at a crash point. Returns what to do next."""
         if self.events and self.events[0]["do"] == "crash":
             event = self.events.pop(0)
             self.fired.append(event)
@@ -320,7 +320,7 @@ class Copy:
         return event["then"]
 
     def is_finished(self, command):
-        """Killed behind its end: it has its name, or, where there is no name, the origin has its own table again."""
+        """Whether it was killed after its end: it has its final name or, without a name, the origin has its own table again."""
         if self.spec["secondary"]["kind"] not in ("raw-device", "pipe"):
             return Path(self.target).exists()
         was_hurt = any(event["do"].endswith(("-fault", "-reads", "-lies", "-dies")) for event in self.fired)
@@ -333,10 +333,10 @@ class Copy:
         if status != 0:
             raise Failure(f"recover ended with {status}: {output}")
 
-    # -- what came of it
+    # Judging the result.
 
     def judge(self, command, status):
-        """Raises what is wrong, else notes the outcome."""
+        """Raises a Failure if anything is wrong, else notes the outcome."""
         error = command.of_type("error")
         LOG.say(f"status {status}, error {error}, fired {self.fired}, late {self.events}")
         if status == 3 and not self.is_given_up and not self.has_made_way(status, error):
@@ -350,36 +350,36 @@ class Copy:
         self.stage.is_as_before("after the copy")
         self.stage.load_goes_on("after the copy")
         self.stage.pause_load()
-        # What has its name is complete, whatever became of the command behind that; so is an archive that verifies.
-        # What a dead reader had not taken out of the pipe yet its writer cannot know.
+        # A file with its final name is complete, even if the command failed later; so is an archive that verifies. A
+        # writer cannot know which part of the data a dead reader had not read from the pipe.
         is_exact = status == 0 and "reader-dies" not in self.result["events"]
         if is_exact or self.is_complete or self.has_name() or self.is_whole_stream():
             self.compare()
-            self.result["outcome"] = "exact" if status == 0 else "exact, ended behind its name"
+            self.result["outcome"] = "exact" if status == 0 else "exact, failed after completion"
             self.note_originals(command)
         elif status == 0:
             written = command.of_type("result")["report"]["written_bytes"]
             missing = written - Path(self.target).stat().st_size
             if missing > PIPE_BYTES:
-                raise Failure(f"it succeeded, and {missing} bytes of {written} were never read")
-            self.result["outcome"] = "cut behind its end: the reader died"
+                raise Failure(f"it succeeded, but {missing} bytes of {written} were never read")
+            self.result["outcome"] = "cut off: the reader died"
         elif has_made_way:
-            self.result["outcome"] = "made way for somebody else"
+            self.result["outcome"] = "void: another tool changed the origin"
         elif self.is_given_up:
             self.result["outcome"] = "given up"
         else:
             self.judge_failure(command, status, error)
         if status == 4 and "secondary-lies" not in self.result["events"]:
-            raise Failure(f"bad data, and nothing that accounts for it: {error}")
+            raise Failure(f"bad data without an event that explains it: {error}")
         self.no_part_is_left()
         if "small" in self.stage.mounted:
             self.stage.unmount("small")
 
     def has_made_way(self, status, error):
-        """It ended because somebody else was at work on its origin, and somebody was."""
+        """Whether it ended because another tool changed its origin. Fails if none did."""
         says_so = status in (1, 3) and any(words in f"{error}" for words in MADE_WAY)
         if says_so and not (self.beside and self.beside.has_changed_the_table()):
-            raise Failure(f"it blames somebody, and nobody has touched its origin: {error}")
+            raise Failure(f"it blames another tool, but none changed its origin: {error}")
         return says_so
 
     def has_name(self):
@@ -394,14 +394,14 @@ class Copy:
         return status == 0
 
     def judge_refusal(self, error):
-        """Only a resume may be refused, and for a reason; then the copy is given up."""
+        """Only a resume may be refused, for a known reason. Then the copy is given up."""
         message = str(error.get("message"))
         reasons = {
             "there is no copy to resume": True,
             "died before the instant": True,
             "copied to a pipe": self.spec["secondary"]["kind"] == "pipe",
             "lost": True,
-            # It was being put back when it was killed; or somebody has it suspended just now.
+            # It was already being put back when killed, or another tool has the origin suspended.
             "there is no device": self.beside is not None,
             "is suspended": self.beside is not None,
         }
@@ -410,11 +410,11 @@ class Copy:
         self.give_up()
 
     def put_away_later(self, error, faulty):
-        """Of a store whose disk fails, or a part of a copy on such a one, something may be left. The error has to say so,
-        and what to do; the origin is not to wait for that."""
+        """After a fault of the store's or the secondary's disk, leftovers may remain. The error must say so and say what
+        to do. The origin must not wait for them."""
         self.stage.has_own_table("something is left")
         if "tidemark recover" not in f"{error}":
-            raise Failure(f"something is left, and nobody is told: {self.stage.left_behind()}, {error}")
+            raise Failure(f"something is left, but the error does not say so: {self.stage.left_behind()}, {error}")
         status, output = run(TIDEMARK, "recover", check=False)
         if status != 0:
             LOG.say(f"recover ended with {status}: {output}")
@@ -434,7 +434,7 @@ class Copy:
         self.result["outcome"] = "failed as it must: " + ", ".join(sorted(kinds - {"kill", "crash", "store-hang"}))
 
     def no_part_is_left(self):
-        """Nothing beside the final name. (Of a file system that has failed nobody can take anything away.)"""
+        """Checks that no partial file is left. (On a failed filesystem it could not be removed.)"""
         if self.spec["secondary"]["kind"] in ("raw-device", "pipe") or "secondary-fault" in self.result["events"]:
             return
         left = [path.name for path in self.folder.iterdir() if "tidemark-partial" in path.name]
@@ -452,7 +452,7 @@ class Copy:
         filesystem = self.stage.scenario["filesystem"]["type"]
         wrong, in_use = compare.differences(filesystem, INSTANT, copy, self.spec["all"])
         if "secondary-lies" in self.result["events"]:
-            # Of zeros that were forgotten where nothing was in use nobody is told.
+            # A forgotten write of zeros to free space cannot be detected.
             wrong = [one for one in wrong if not one[2].startswith("free")]
         if wrong:
             raise Failure(f"not what was captured at the instant: {compare.told(wrong)}")

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""What does a seed stand for? A scenario: an origin, a file system, a load, and one to four copies with their options
-and with what befalls them.
+"""Derives a scenario from a seed: an origin, a filesystem, a load, and one to four copies with their options and their
+events.
 
   scenario.py [--lvm] SEED...     prints each seed's scenario, one line of JSON
 
-With --lvm the origin is always a logical volume on slow disks, and while copies run neighbours.py is at work in its group.
+With --lvm the origin is always a logical volume on slow disks, and neighbours.py works in its group while copies run.
 
-The seed alone decides, on every machine: of Python's generator only random() is used, whose sequence is guaranteed for
-a seed. Times in a scenario are when something is meant to happen; what the machine makes of it differs from run to run.
+The scenario depends on the seed alone, on every machine: of Python's generator only random() is used, whose sequence is
+guaranteed for a seed. Times in a scenario say when an event should happen; the actual moment differs from run to run.
 
-Nothing here runs anything. What a scenario asks for is always possible: `tests/soak_scenarios.py` checks that of
-thousands.
+Nothing here runs anything. Every scenario must be possible: `tests/soak_scenarios.py` checks that of thousands.
 """
 
 import json
@@ -19,10 +18,10 @@ import sys
 
 MIB = 1024  # in KiB, the unit of sizes here
 REGIONS_MAX = 1024
-# xfs for a fraction of what it usually wants: mkfs.xfs makes that for its own tests.
+# Lets mkfs.xfs make filesystems far below its usual minimum, as for its own tests.
 XFS_KIB_MIN = 48 * MIB
-# Where the binary of the tests can be made to kill itself: each place of a copy that leaves something else behind. (The
-# steps of an insertion, a restoration and a dismantling are named in src/op/stack/plan.rs.)
+# Points where the test binary can kill itself: every place of a copy that leaves another state. (The steps of
+# insertion, restoration and removal are named in src/stack/plan.rs.)
 INSERT_STEPS = (
     "create-real", "resume-real", "create-snap", "resume-snap", "create-preserve", "load-preserve", "resume-preserve",
     "guard", "freeze", "load-origin", "suspend", "instant", "switch", "thaw", "unguard", "expect",
@@ -40,13 +39,13 @@ CRASH_POINTS = (
 
 
 class Chooser:
-    """Choices of a seed."""
+    """The random choices of a seed."""
 
     def __init__(self, seed):
         self.random = random.Random(f"tidemark soak {seed}").random
 
     def number(self, low, high):
-        """From low to high, both included."""
+        """A number from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
     def chance(self, percent):
@@ -56,7 +55,7 @@ class Chooser:
         return choices[int(self.random() * len(choices))]
 
     def weighted(self, *pairs):
-        """Of (weight, choice) pairs one choice."""
+        """One choice of (weight, choice) pairs."""
         at = self.random() * sum(weight for weight, _ in pairs)
         for weight, choice in pairs:
             at -= weight
@@ -65,8 +64,8 @@ class Chooser:
         return pairs[-1][1]
 
 
-# What LVM, and people beside it, do in the group of an origin; see neighbours.py for each. Those of the second row need
-# a volume that lies on one disk.
+# What LVM, or a user of dmsetup, does in the origin's group; see neighbours.py. The second row needs a volume on one
+# disk.
 DEEDS = (
     (14, "extend"), (8, "extend with its file system"), (10, "refresh"), (8, "snapshot"), (6, "rename"), (3, "rename the group"),
     (5, "remove in use"), (6, "extend another"), (6, "reduce another"), (5, "make and remove"), (6, "look"),
@@ -79,7 +78,7 @@ def scenario(seed, lvm=False):
     choose = Chooser(f"{seed} among neighbours" if lvm else seed)
     filesystem = choose_filesystem(choose)
     origin = choose_origin(choose, filesystem["type"], lvm)
-    # On fast disks whatever LVM does is over before it can be met.
+    # On fast disks, LVM's commands end before a copy can meet them.
     a, b = (choose_slow(choose), choose_slow(choose)) if lvm else (choose_delay(choose, 25), choose_delay(choose, 25))
     disks = {
         "a": a,
@@ -126,17 +125,17 @@ def choose_origin(choose, filesystem, lvm=False):
     is_lvm = kind == "linear" or kind == "striped" and choose.chance(40)
     low, high = (XFS_KIB_MIN, 96 * MIB) if filesystem == "xfs" else (32 * MIB, 96 * MIB)
     if lvm:
-        # It grows, and is moved and mirrored, all within its two disks.
+        # The volume grows, is moved and is mirrored within its two disks.
         kind, is_lvm, high = choose.weighted((75, "linear"), (25, "striped")), True, max(low, 64 * MIB)
-    # LVM counts in extents, here of 64 KiB, and a stripe has one on each disk; the others may be of any size that a
-    # live origin can have.
+    # LVM allocates extents, here of 64 KiB, and a stripe has one on each disk. The other origins may have any size that
+    # a live origin can have.
     unit = {"volume": 4, "linear": 64, "striped": 128, "segments": 4}[kind]
     kib = choose.number(low // unit, high // unit) * unit
     origin = {"kind": kind, "lvm": is_lvm, "kib": kib, "old_data": choose.chance(70)}
     if kind == "striped":
         origin["stripe_kib"] = choose.pick(4, 16, 64)
     if kind == "segments":
-        # So many KiB of disk a, then of disk b, and so on.
+        # KiB on disk a, then on disk b, and so on.
         lengths, left = [], kib
         for _ in range(choose.number(1, 4)):
             length = choose.number(1, max(1, left // 8)) * 4
@@ -147,14 +146,14 @@ def choose_origin(choose, filesystem, lvm=False):
 
 
 def choose_delay(choose, percent):
-    """Milliseconds before a read, a write and a flush of a disk; None for a fast one."""
+    """Delays of a read, a write and a flush in ms; None for a fast disk."""
     if not choose.chance(percent):
         return None
     return [choose.pick(0, 1, 3), choose.pick(0, 1, 3, 8), choose.pick(0, 5, 20)]
 
 
 def choose_slow(choose):
-    """Of a disk whose writes take long: from 50 ms on dm-delay sleeps on a timer."""
+    """Delays of a disk with slow writes: from 50 ms on, dm-delay uses a timer."""
     return [choose.pick(0, 1), choose.pick(50, 80), choose.pick(0, 50)]
 
 
@@ -164,7 +163,7 @@ def choose_neighbours(choose, copy, origin, filesystem):
     count = choose.number(2, 12)
     copy["neighbours"] = [{"pause_ms": choose.number(0, 900), "do": choose.weighted(*deeds)} for _ in range(count)]
     copy["lvm_lock"] = choose.weighted((70, "change"), (30, "copy"))
-    # What befalls the disks has the other soak; here commands die, are stopped and are gone on with.
+    # Disk faults are tested without LVM; here commands are killed, stopped and resumed.
     if copy["events"] and copy["events"][0]["do"] not in ("kill", "crash", "signal", "stop", "store-hang"):
         copy["events"] = choose_kills(choose, copy) if choose.chance(60) else []
         copy["store"]["size_kib"] = 0
@@ -174,7 +173,7 @@ def choose_neighbours(choose, copy, origin, filesystem):
 
 
 def choose_load(choose, kib, filesystem):
-    """One to three of the load's parts; the first always overwrites: without it little is preserved."""
+    """One to three parts of the load. The first always overwrites, otherwise little would be preserved."""
     share = kib // 1024
     parts = [choose_overwrite(choose, share)]
     others = ["overwrite", "mmap", "append", "churn", "punch", "trim"] if filesystem != "none" else ["overwrite", "trim"]
@@ -241,7 +240,7 @@ def choose_copy(choose, kib, filesystem, is_last):
 
 def choose_store(choose, chunk):
     place = choose.weighted((45, "folder"), (35, "device"), (20, "file"))
-    # What is kept has no part in RAM.
+    # A kept store has no RAM head.
     keep = place != "device" and choose.chance(10)
     ram_mib = 0 if keep else choose.weighted((35, 0), (25, 1), (20, 4), (20, 16))
     return {"place": place, "keep": keep, "ram_mib": ram_mib, "size_kib": 0}
@@ -276,10 +275,10 @@ def choose_events(choose, copy, kib, filesystem, is_last):
 
 
 def choose_small_store(choose, copy, kib):
-    """Few of the chunks fit, and small writes preserve large ones; the smallest store is 4 MiB, or eight chunks."""
+    """A small store with large chunks, so that it overflows. The minimum is 4 MiB, or eight chunks."""
     copy["chunk_kib"] = choose.pick(16, 64, 256)
     copy["segment_kib"] = max(copy["segment_kib"], copy["chunk_kib"])
-    # What is released late is preserved for long.
+    # Late releases keep preserving for longer.
     copy["region_kib"] = choose.pick(kib, max(copy["region_kib"] or 8 * MIB, copy["segment_kib"]))
     copy["rate_kib"] = int(kib * 1000 / choose.number(2000, 4000))
     copy["store"]["size_kib"] = max(4 * MIB, 8 * copy["chunk_kib"])
@@ -293,10 +292,10 @@ def choose_event_kind(choose, copy, is_last):
         (28, "nothing"), (24, "kill"), (8, "crash"), (7, "signal"), (10, "store-fault"), (6, "overflow"),
         (6, "store-hang"), (3, "stop"), (6 if kind == "raw-device" else 2, "secondary-fault"),
         (2 if kind not in ("raw-device", "pipe") else 0, "no-space"),
-        # A copy that checks what it has written notices a disk that forgets.
+        # A copy that verifies detects a disk that drops writes.
         (12 if kind == "raw-device" and copy["verify"] else 0, "secondary-lies"),
         (10 if kind == "pipe" else 0, "reader-dies"),
-        # Its file system may be of no use afterwards.
+        # The filesystem may be unusable afterwards, so only the last copy has these.
         (8 if is_last else 0, "origin-reads"), (4 if is_last else 0, "origin-writes"),
     ]
     return choose.weighted(*weights)
@@ -326,7 +325,7 @@ def choose_fault(choose, copy, event):
     event["percent"] = choose.pick(10, 100, 100)
     event["ms"] = choose.number(200, 3000)
     if event["do"] == "store-fault":
-        # In RAM nobody would see it, nor behind the last write to the store.
+        # A fault is not noticed while all originals are in RAM, or after the last write to the store.
         copy["store"]["ram_mib"] = 0
         if choose.chance(70):
             event["at"] = {"phase": "data", "percent": choose.number(0, 50), "ms": 0}
@@ -335,7 +334,7 @@ def choose_fault(choose, copy, event):
 
 
 def choose_moment(choose, copy):
-    """When: so many ms after a phase is seen to begin, or once so much of the data is copied."""
+    """A moment: some ms after a phase has begun, or after a share of the data is copied."""
     phase = choose.weighted((5, "prepare"), (6, "instant"), (64, "data"), (17, "originals"), (8, "finish"))
     if phase != "data":
         return {"phase": phase, "ms": choose.weighted((50, 0), (50, choose.number(0, 300)))}

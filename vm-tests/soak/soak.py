@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Plays seeds in a guest, one after the other; see scenario.py for what a seed stands for and play.py for the judgement.
+"""Plays seeds in a guest, one after the other. scenario.py derives the scenario of a seed, play.py judges it.
 
   soak.py FIRST LAST SECONDS CASE-FOLDER
 
-Plays the seeds FIRST to LAST, or as many of them as can be begun within SECONDS. CASE-FOLDER/results has a line of JSON
-for each, CASE-FOLDER/summary a table of all. The first seed that fails ends it: its state is kept in CASE-FOLDER/artifacts/seed-N, and the guest, which may be
-in any state, is of no further use.
+Plays the seeds FIRST to LAST, or as many of them as can be begun within SECONDS. CASE-FOLDER/results gets a line of
+JSON for each, CASE-FOLDER/summary a table of all. The first seed that fails ends the run: its state is kept in
+CASE-FOLDER/artifacts/seed-N. The guest may be in any state then and cannot be reused.
 """
 
 import json
@@ -25,11 +25,11 @@ from scenario import scenario
 from stage import MOUNTS, RUN, WORK, Stage, prepare_guest
 
 SEED_SECONDS_MAX = 240
-# With LVM at work beside the copies.
+# LVM works in the group during copies.
 LVM = os.environ.get("SOAK_LVM") == "1"
-# With so many copies some must have preserved something: else none has proven anything.
+# Of this many copies at least one must have preserved an original; otherwise the run proves nothing.
 COPIES_THAT_PROVE = 8
-# Parts of lines that a fault provokes and that are no complaint: a buffer whose write has failed is written again.
+# Parts of log lines that an injected fault provokes: a buffer whose write has failed is written again.
 PROVOKED = ("fs/buffer.c",)
 
 
@@ -41,7 +41,7 @@ class Guest:
         self.results = []
 
     def play(self, seed):
-        """Plays one seed; True where all was well."""
+        """Plays one seed; returns True if it succeeded."""
         self.scenario, LOG.lines = scenario(seed, LVM), []
         begin = now()
         print(json.dumps(self.scenario), flush=True)
@@ -93,7 +93,7 @@ class Guest:
                 raise Failure(f"the kernel complains: {line}")
 
     def watch(self, seed, done):
-        """No seed hangs for good, whatever its steps do."""
+        """Ends a seed that exceeds the time limit, whatever it does."""
         if not done.wait(SEED_SECONDS_MAX):
             who_waits()
             time.sleep(1)
@@ -102,7 +102,7 @@ class Guest:
             os._exit(1)
 
     def keep_state(self, seed, why):
-        """All that may tell what happened. Nothing here may hang."""
+        """Keeps everything that may explain the failure. Nothing here may hang."""
         folder = self.folder / "artifacts" / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scenario.json").write_text(json.dumps(self.scenario, indent=1) + "\n")
@@ -136,7 +136,7 @@ def main():
         if seed > first and now() >= end:
             break
         if not guest.play(seed):
-            # What is suspended would have the guest hang on its way out.
+            # A suspended device would make the guest hang at its shutdown.
             subprocess.run("dmsetup info -c --noheadings -o name | xargs -n 1 -r timeout 5 dmsetup resume", shell=True, timeout=60)
             sys.exit(1)
     guest.sum_up(first)

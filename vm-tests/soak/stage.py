@@ -1,6 +1,6 @@
-"""The stage of a seed: its disks, its origin with a file system and a load, and places for copies and stores.
+"""The environment of a seed: disks, the origin with a filesystem and a load, and places for copies and stores.
 
-Made from the scenario, and taken away again: what of it cannot be taken away, or is found damaged, is a failure too.
+Built from the scenario and taken down again. Anything that cannot be taken down, or is damaged, is a failure.
 """
 
 import json
@@ -22,19 +22,19 @@ TIDEMARK = os.environ["TIDEMARK_BINARY"]
 RUN = "/run/tidemark"
 WORK = "/run/soak"
 MOUNTS = {"origin": "/mnt/origin", "scratch": "/mnt/scratch", "secondary": "/mnt/secondary", "store": "/mnt/store", "small": "/mnt/small"}
-# How long an application may stand still in a guest that shares its processor with whatever the host does.
+# How long an application may stall in a guest that shares its processor with other work of the host.
 STILL_SECONDS_MAX = 30
-# mkfs.xfs makes small file systems for its own tests only.
+# mkfs.xfs makes small filesystems only for its own tests.
 XFS_MAY_BE_SMALL = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
 
 
 def prepare_guest():
-    """What all seeds of this boot share."""
+    """Prepares what all seeds of this boot share."""
     for place in MOUNTS.values():
         os.makedirs(place, exist_ok=True)
     os.makedirs(WORK, exist_ok=True)
     os.makedirs("/etc/lvm", exist_ok=True)
-    # There is no udevd here; seeds do not care for backups of LVM's metadata; and a disk is used through its device.
+    # No udevd runs here, metadata backups are not needed, and LVM must use disks through their devices.
     settings = (
         'devices { global_filter = [ "r|^/dev/ubd|", "a|.*|" ] }',
         "activation { monitoring = 0 udev_sync = 0 udev_rules = 0 }",
@@ -53,10 +53,10 @@ class Stage:
         self.is_origin_bad = False
         self.has_group = self.is_attached = False
         self.loop = None
-        # The scenario has LVM at work beside the copies.
+        # LVM works in the group during the copies of this scenario.
         self.has_neighbours = any("neighbours" in copy for copy in scenario["copies"])
 
-    # -- making
+    # Building.
 
     def make(self):
         for name in DISKS:
@@ -75,7 +75,7 @@ class Stage:
             held = f"old data of seed {self.scenario['seed']} " if origin["old_data"] else None
             old_data(self.disks[name].below, self.disks[name].sectors // 2, held)
         if kind == "volume":
-            # A device-mapper device needs no attaching.
+            # LVM volumes and other device-mapper devices need no attach.
             self.loop = ask("losetup", "--find", "--show", "--direct-io=on", "--sizelimit", kib * 1024, self.disks["a"].node)
             run(TIDEMARK, "attach", self.loop, "--name", "data")
             self.is_attached = True
@@ -128,21 +128,21 @@ class Stage:
 
     def unmount(self, place):
         if place in self.mounted:
-            # Who still writes there is waited for.
+            # Waits for processes that still write there.
             wait_until(10, f"{place} is unmounted", lambda: run("umount", MOUNTS[place], check=False)[0] == 0)
             self.mounted.discard(place)
 
     def remount(self, place):
-        """A file system that has seen errors writes again only after that."""
+        """A filesystem that has seen errors accepts writes only after a remount."""
         if place in self.mounted:
             self.unmount(place)
             self.mount(place, "ext4", self.disks[place].node)
 
     def own_filesystem(self, place):
-        """A file system on the disk of that name, made when it is first wanted and after each fault; its folder."""
+        """Returns the mount point of a filesystem on this disk, made at first use and again after each fault."""
         disk = self.disks[place]
         if disk.was_faulty:
-            # One that has seen errors takes no more writes.
+            # A filesystem that has seen errors accepts no writes.
             self.unmount(place)
             disk.was_faulty = False
         if place not in self.mounted:
@@ -154,7 +154,7 @@ class Stage:
         self.mount("small", "tmpfs", "none", f"size={mib}m")
         return MOUNTS["small"]
 
-    # -- the load
+    # The load.
 
     def start_load(self):
         self.status = f"{WORK}/load.json"
@@ -179,14 +179,14 @@ class Stage:
             return {"ops": 0, "errors": [], "done": False, "parts": {}}
 
     def pause_load(self):
-        """While nothing is copied its writes would prove nothing, and take the guest's processor."""
+        """Outside a copy the writes would prove nothing, and take CPU time."""
         os.kill(self.load.pid, signal.SIGSTOP)
 
     def go_on_with_load(self):
         os.kill(self.load.pid, signal.SIGCONT)
 
     def load_goes_on(self, when):
-        """It writes, and has seen no error; of a disk that was made to fail errors are its own."""
+        """Checks that the load writes and has seen no error. Errors are expected if the origin's disk was made to fail."""
         if self.is_origin_bad:
             return
         before = self.load_status()["ops"]
@@ -213,7 +213,7 @@ class Stage:
         if status["errors"] or not status["done"]:
             raise Failure(f"the load: {status} {Path(f'{WORK}/load.log').read_text()[-500:]}")
 
-    # -- what has to be so between copies
+    # Checks between copies.
 
     def has_own_table(self, when):
         if self.has_neighbours:
@@ -221,28 +221,28 @@ class Stage:
             self.table = dm_table(self.name)
         table = dm_table(self.name)
         if table != self.table:
-            raise Failure(f"{when}: the origin's table is another: '{table}', not '{self.table}'")
+            raise Failure(f"{when}: the origin's table has changed: '{table}', not '{self.table}'")
 
     def has_own_table_again(self):
-        """By its number, whatever it is called just now, and by nothing that waits: what it leads to is no device of ours."""
+        """Looks in sysfs by number, which cannot block and is independent of the name: no device of ours is beneath the origin."""
         slaves = Path(f"/sys/dev/block/{self.number}/slaves").glob("*/dm/uuid")
         return not any("TIDEMARK-" in uuid.read_text() for uuid in slaves)
 
     def is_as_before(self, when):
-        """The origin has its own table, nothing is suspended, nothing of a copy is left."""
+        """Checks that the origin has its own table, nothing is suspended, and nothing of a copy is left."""
         self.has_own_table(when)
         suspended = [name for name, (_, _, is_suspended) in dm_devices().items() if is_suspended]
         if suspended:
             raise Failure(f"{when}: suspended: {suspended}")
         end = now() + 10
-        # The kernel lets go of a loop device a moment after its last user.
+        # The kernel frees a loop device shortly after its last close.
         while (left := self.left_behind()) and now() < end:
             time.sleep(0.05)
         if left:
             raise Failure(f"{when}: left behind: {left}")
 
     def left_behind(self):
-        """What of Tidemark's is left beside an attached volume; nothing, where all is well."""
+        """Returns what is left of Tidemark except an attached volume."""
         volume = self.name if self.is_attached else None
         found = [
             f"device {name} ({uuid})"
@@ -256,10 +256,10 @@ class Stage:
         found += [str(path) for path in Path(RUN).rglob("*") if path.is_file() and path.suffix != ".lock"]
         return found
 
-    # -- the end
+    # The end.
 
     def take_away(self):
-        """Everything that make() made; the file system is checked."""
+        """Takes down everything that make() built, and checks the filesystem."""
         self.go_on_with_load()
         self.stop_load()
         filesystem = self.scenario["filesystem"]["type"]

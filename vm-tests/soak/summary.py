@@ -1,10 +1,10 @@
-"""What came of the seeds, as a table."""
+"""Summarizes the results of seeds in a table."""
 
 import collections
 
 
 def table(results):
-    """Lines for a terminal, of the results as soak.py writes them."""
+    """Returns lines for a terminal, from the results that soak.py wrote."""
     copies = [copy for result in results for copy in result["copies"]]
     outcomes = collections.Counter(copy["outcome"] for copy in copies)
     events = collections.Counter(event for copy in copies for event in copy["events"])
