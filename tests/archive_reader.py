@@ -2,7 +2,7 @@
 """An independent reader of Tidemark archives, written from src/format/archive/FORMAT.md alone.
 
     archive_reader.py extract ARCHIVE OUT     check everything, write what the archive holds to OUT
-    archive_reader.py extract --data-only ARCHIVE OUT   the same, without laying the originals over the data
+    archive_reader.py extract --data-only ARCHIVE OUT   the same, without applying the originals to the data
     archive_reader.py check ARCHIVE           check everything
 
 Standard library only, no code shared with Tidemark. Exit code 0: whole; 4: bad; 2: usage.
@@ -22,7 +22,7 @@ SEGMENTS_MAX = 4194304
 
 
 class Bad(Exception):
-    """The archive is not what FORMAT.md says."""
+    """The archive violates FORMAT.md."""
 
 
 def need(condition, what):
@@ -31,7 +31,7 @@ def need(condition, what):
 
 
 def crc_tables():
-    """Eight tables, so that eight bytes are taken at a time."""
+    """Eight tables, to process eight bytes at a time."""
     first = []
     for byte in range(256):
         value = byte

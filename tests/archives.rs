@@ -1,5 +1,5 @@
-//! Archives made by the command itself: what `copy` writes, `restore`, `verify`, `inspect` and a reader that shares
-//! no code with it must agree on.
+//! Archives made by the command: `copy`, `restore`, `verify`, `inspect` and an independent reader, which shares no code
+//! with them, must agree.
 
 #![allow(clippy::unwrap_used)] // a test panics, and says so
 
@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use support::{Ran, run, tidemark};
 
-/// Data, zeros, and an end that is no whole sector.
+/// Data, zeros, and an end within a sector.
 const ORIGIN_BYTES: usize = 5 * (1 << 20) + 777;
 
 struct Place {
@@ -51,7 +51,7 @@ impl Place {
         ran
     }
 
-    /// A word that begins with `@` names a file of the place.
+    /// Runs the command; a word that begins with `@` names a file of the place.
     fn ran(&self, words: &[&str]) -> Ran {
         let words: Vec<String> = words
             .iter()

@@ -1,5 +1,5 @@
-//! Does `scripts/bench` count right, and refuse what it does not know? Its arithmetic has tests of its own, in its
-//! own language: `tests/bench_figures.py`.
+//! Tests of `scripts/bench`: its arithmetic, which is tested in Python (`tests/bench_figures.py`), and its refusal of
+//! unknown arguments.
 
 use std::process::{Command, Output};
 

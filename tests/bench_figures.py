@@ -1,4 +1,4 @@
-"""The measurement's arithmetic (vm-tests/bench/window.py, scripts/benchlib/figures.py), against figures made by hand.
+"""Tests of the measurement's arithmetic (vm-tests/bench/window.py, scripts/benchlib/figures.py) with known figures.
 
 tests/bench.rs runs it.
 """
@@ -21,7 +21,7 @@ class Window(unittest.TestCase):
     def test_operations_are_counted_where_they_end(self):
         operations = [(0.0, 0.5), (0.5, 1.0), (1.0, 1.5), (1.5, 2.0), (2.0, 2.5)]
         found = window.figures(operations, 1.0, 2.0)
-        # The one that ends with the window is the next window's.
+        # An operation that ends exactly at the window's end belongs to the next window.
         self.assertEqual(found["operations"], 2)
         self.assertEqual(window.figures(operations, 2.0, 3.0)["operations"], 2)
         self.assertEqual(found["operations_per_second"], 2.0)
@@ -69,7 +69,7 @@ def run(load, number, contender, operations, slowest, seconds, preserved=None):
 
 
 MIB = figures.MIB
-# Three rounds of a machine whose speed changes: within a round the shares are the same, or nearly.
+# Three rounds on a machine whose speed changes: the shares within a round are equal, or nearly.
 RUNS = [
     run("skewed", number, contender, share * speed, slowest, seconds, preserved)
     for number, speed in enumerate((100, 1000, 500))
@@ -103,7 +103,7 @@ class Figures(unittest.TestCase):
         self.assertEqual(figures.between(mine, "busy_share", 2), "-")
         alone = figures.summary(RUNS[:5])["skewed"]["tidemark"]
         self.assertEqual(figures.between(alone, "seconds", 1), "8.0")
-        # A round with no load of its own to compare with has no share, and the others theirs.
+        # In a round without a run of the load alone there are no shares; the other rounds have theirs.
         partly = figures.summary([it for it in RUNS if (it["round"], it["contender"]) != (1, "none")])
         self.assertAlmostEqual(partly["skewed"]["tidemark"]["operations_share"], 0.74)
 
@@ -161,7 +161,7 @@ class Figures(unittest.TestCase):
             {
                 "operations, of those alone": (0.74, 0.85, False),
                 "slowest operation, ms": (30, 20, False),
-                # Of all rounds, for both: LVM's were 40, 41 and 42.
+                # The slowest of all rounds, for both: LVM's were 40, 41 and 42.
                 "slowest operation, of LVM's": (0.714, 1.0, True),
                 "seconds": (9, 8.7, False),
             },

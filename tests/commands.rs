@@ -1,4 +1,4 @@
-//! The command line as its users see it: what is printed where, and which exit code.
+//! The command line as users see it: its output and its exit codes.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // a test panics, and prints its seed
 

@@ -1,8 +1,8 @@
-//! The argument for exactness, explored exhaustively: in every order of every step, with a death of the process and a
-//! loss of the store at any moment, a copy that has its name equals the instant. And each rule is needed: without it
-//! the explorer finds a copy that is wrong, or a writer that waits for ever.
+//! An exhaustive exploration of the argument for exactness: with every order of steps, and with a death of the process
+//! and a loss of the store at any moment, a copy that has its name equals the instant. Each rule is needed: without it
+//! the explorer finds a wrong copy, or a writer that waits forever.
 //!
-//! `cargo test --test protocol -- --nocapture` shows how many states there are, and the counterexamples.
+//! `cargo test --test protocol -- --nocapture` shows the number of states, and the counterexamples.
 
 #![allow(clippy::print_stdout, reason = "what was explored is shown with --nocapture")]
 
@@ -28,7 +28,7 @@ fn show(what: &str, found: &Exploration) {
     );
 }
 
-/// Explores the variant without `rule`, and answers the steps to the fault that it must come to.
+/// Explores the variant without `rule`, which must have this fault, and returns the steps to it.
 fn without(rule: Rule, fault: Fault) -> Vec<Step> {
     let found = explore(&Protocol { broken: Some(rule), free: NONE_FREE });
     show(&format!("{rule:?}"), &found);
@@ -47,7 +47,7 @@ fn a_copy_that_has_its_name_is_the_instant() {
         let found = explore(&Protocol { broken: None, free });
         show(what, &found);
         assert!(found.counterexample.is_none(), "{what}:\n{}", found.trace());
-        // Or nothing would be proved.
+        // Otherwise nothing would be proved.
         assert!(found.named > 0 && found.named_with_originals > 0 && found.named_after_death > 0);
         assert!(found.refused > 0);
     }
@@ -99,7 +99,7 @@ fn a_region_that_is_preserved_again_after_its_release_spoils_the_copy() {
     let release = position(&steps, |step| matches!(step, Step::Release(_)));
     let resume = position(&steps, |step| *step == Step::Resume);
     assert!(release < resume, "{steps:?}");
-    // What was written meanwhile is taken for the original.
+    // New content is preserved as if it were the original.
     assert!(steps[release..].iter().any(|step| matches!(step, Step::Reach(_))), "{steps:?}");
     assert!(steps[resume..].iter().any(|step| matches!(step, Step::Overlay(_))), "{steps:?}");
 }
@@ -107,7 +107,7 @@ fn a_region_that_is_preserved_again_after_its_release_spoils_the_copy() {
 #[test]
 fn a_table_that_is_replaced_under_a_write_spoils_the_copy() {
     let steps = without(Rule::Drained, Fault::Inexact);
-    // A write waits for its original to be stored while another, behind the release, changes it.
+    // A write waits for its original to be stored, while another write, after the release, changes it.
     let release = position(&steps, |step| matches!(step, Step::Release(_)));
     assert!(steps[..release].iter().any(|step| matches!(step, Step::Write(_))), "{steps:?}");
     let reach = position(&steps, |step| matches!(step, Step::Reach(_)));
@@ -145,7 +145,7 @@ fn a_snapshot_that_is_not_seen_valid_at_the_end_spoils_the_copy() {
     position(&steps, |step| *step == Step::Lose);
 }
 
-/// The look at the end covers it: refusing at once spares the user the rest of the copy, and the copy its name.
+/// The check at the end covers it. A refusal at once only spares the user the rest of the copy.
 #[test]
 fn a_snapshot_that_is_lost_before_a_resume_is_seen_at_the_end_at_the_latest() {
     let found = explore(&Protocol { broken: Some(Rule::ValidOnResume), free: NONE_FREE });

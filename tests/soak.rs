@@ -1,5 +1,5 @@
-//! Does a seed of `scripts/soak` stand for one scenario, and a possible one; does the comparison see what it must? Both
-//! have tests in their own language: `tests/soak_scenarios.py`.
+//! Tests of `scripts/soak`: a seed stands for one possible scenario, and the comparison detects differences. Both are
+//! tested in Python: `tests/soak_scenarios.py`.
 
 use std::process::{Command, Output};
 

@@ -1,4 +1,4 @@
-"""The soak's chooser (vm-tests/soak/scenario.py), its comparison (compare.py) and its table (summary.py).
+"""Tests of the soak's scenarios (vm-tests/soak/scenario.py), its comparison (compare.py) and its table (summary.py).
 
 tests/soak.rs runs it.
 """
@@ -31,7 +31,7 @@ class Scenarios(unittest.TestCase):
     def test_a_seed_stands_for_one_scenario(self):
         for seed, one in zip(SEEDS, self.all):
             self.assertEqual(scenario(seed), one)
-        # None is another's.
+        # No two seeds have the same scenario.
         self.assertEqual(len({json.dumps({**one, "seed": 0}) for one in self.all}), len(SEEDS))
 
     def test_what_is_asked_for_is_possible(self):

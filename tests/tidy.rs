@@ -1,6 +1,6 @@
-//! Is the tree as the house rules want it? Layers, no circles, small files, a FORMAT.md for every format, one test
-//! command, nothing of one machine. Each check is a pure function over files, and has a test that shows it can fail.
-//! Clippy denies long functions, `unsafe` outside `src/sys`, printing below the command line, and exits.
+//! Checks the rules of this tree: layers, no circles, small files, a FORMAT.md for every format, one test command, no
+//! traces of one machine. Each check is a pure function of files, and has a test that shows that it can fail. Clippy
+//! denies long functions, `unsafe` outside `src/sys`, printing below the command line, and exits.
 
 #[path = "tidy/circles.rs"]
 mod circles;
@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The layers, as in the table of `src/lib.rs` (a test compares the two). A module may use those below it.
+/// The layers, as in the table of `src/lib.rs` (a test compares the two). A module may use those of lower layers.
 const LAYERS: &[(&str, u8)] = &[
     ("base", 0),
     ("sys", 0),
@@ -32,10 +32,10 @@ const LAYERS: &[(&str, u8)] = &[
     ("cli", 6),
 ];
 
-/// Beside what is below them: who may use whom on the same layer.
+/// Additional permissions between modules of the same layer.
 const ALSO_ALLOWED: &[(&str, &str)] = &[("sys", "base")];
 
-/// Although it is below: what a module must never see. `op` wires these together.
+/// Exceptions: modules of lower layers that a module must not use. `op` connects these.
 const NEVER: &[(&str, &str)] = &[("copy", "dm"), ("copy", "store"), ("copy", "volume"), ("restore", "dm")];
 
 /// Modules that are pure: no I/O, no clock.
@@ -64,7 +64,7 @@ impl Source {
         Some(inner.split('/').next()?.trim_end_matches(".rs"))
     }
 
-    /// How many `super::` lead from the file to the crate's root.
+    /// The number of `super::` from the file to the crate's root.
     fn depth(&self) -> usize {
         let parts = self.path.split('/').count() - 1;
         if self.path.ends_with("/mod.rs") { parts - 1 } else { parts }
@@ -110,7 +110,7 @@ fn may_use(user: &str, used: &str) -> bool {
     }
     match (level(user), level(used)) {
         (Some(above), Some(below)) => below < above && !NEVER.contains(&(user, used)),
-        // What is no module of the table (a macro, an item of the root) is no matter of layers.
+        // Names outside the table (a macro, an item of the root) have no layer.
         (_, None) => true,
         (None, Some(_)) => false,
     }
@@ -145,7 +145,7 @@ fn check_circles(files: &[Source]) -> Vec<String> {
     circles::circles(&inner).unwrap_or_else(|fault| vec![fault])
 }
 
-/// The table in `src/lib.rs` is the one that is enforced.
+/// The table in `src/lib.rs` equals the enforced one.
 fn check_layer_table(files: &[Source]) -> Vec<String> {
     let Some(lib) = files.iter().find(|file| file.path == "src/lib.rs") else {
         return vec!["src/lib.rs is missing".to_owned()];
@@ -196,7 +196,7 @@ fn check_pure(files: &[Source]) -> Vec<String> {
     faults
 }
 
-/// Every format says what its bytes mean.
+/// Every format has a description of its bytes.
 fn check_formats(files: &[Source]) -> Vec<String> {
     let has_code = |file: &&Source| file.is_rust() && file.code().lines().any(|line| !line.trim().is_empty());
     let mut folders = BTreeSet::new();
@@ -242,9 +242,9 @@ fn check_test_command(files: &[Source]) -> Vec<String> {
     }
 }
 
-/// Nothing in the tree knows one machine or one package server, and nothing is left undone.
+/// No file names a particular machine or package server, or contains a note of unfinished work.
 fn check_traces(files: &[Source]) -> Vec<String> {
-    // Put together here, so that this file does not contain them.
+    // Assembled here, so that this file does not contain them.
     let machine =
         [concat!("/wo", "rk/"), concat!("/ho", "me/"), concat!("/Us", "ers/"), concat!("/mn", "t/c/")];
     let servers = [
@@ -280,7 +280,7 @@ fn check_traces(files: &[Source]) -> Vec<String> {
 fn check_case_scripts(files: &[Source]) -> Vec<String> {
     let lists: Vec<&Source> =
         files.iter().filter(|file| file.path.starts_with("vm-tests/cases/") && file.is_rust()).collect();
-    // A list names a script by its file, or a case that is called as its script is.
+    // A list names a script's file, or a case with the name of the script.
     let run = |stem: &str| {
         let names = [format!("\"{stem}.sh\""), format!("\"{stem}\"")];
         lists.iter().any(|list| names.iter().any(|name| list.text.contains(name)))
@@ -345,7 +345,7 @@ mod the_tree {
     }
 }
 
-/// Each check, shown to fail on what it is there for, and to stay quiet on what looks like it.
+/// Each check fails where it should, and accepts similar code that is allowed.
 mod the_checks {
     use super::*;
 
@@ -390,7 +390,7 @@ mod the_checks {
             texts.iter().flat_map(|(path, text)| file(path, text)).collect()
         };
         let root = ("src/lib.rs", "mod a;");
-        // Each with what makes a.rs use b.rs, and b.rs use a.rs in return.
+        // Each entry has two ways in which a.rs and b.rs use each other.
         for (parent, a, b) in [
             ("mod a; mod b;", "use super::b::B; pub struct A;", "pub struct B; fn f() { super::a::A; }"),
             (
@@ -398,7 +398,7 @@ mod the_checks {
                 "use super::b; pub struct A; fn f() { b::g() }",
                 "pub fn g(_: crate::a::a::A) {}",
             ),
-            // Through a re-export of the folder's.
+            // Through a re-export of the folder.
             (
                 "mod a; mod b; pub use b::B;",
                 "use crate::a::{B}; pub struct A;",
@@ -426,7 +426,7 @@ mod the_checks {
     fn files_that_use_each_other_one_way_are_none() {
         for (parent, a, b) in [
             ("mod a; mod b; pub use a::A; pub use b::B;", "pub struct A(super::B);", "pub struct B;"),
-            // Only a test uses it, and a name in another module is another item.
+            // Used only by a test; and an item of the same name in another module.
             (
                 "mod a; mod b; mod c { pub struct A; }",
                 "use super::b::B; pub struct A; #[cfg(test)] mod tests { use super::super::b; }",

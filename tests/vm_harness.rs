@@ -1,5 +1,4 @@
-//! The parts of the VM harness that need no guest: which lines of a kernel's log are complaints, and that runs go
-//! side by side.
+//! Tests of the parts of the VM harness that need no guest: complaints in a kernel's log, and parallel runs.
 
 #[path = "../vm-tests/harness/kernel_log.rs"]
 mod kernel_log;
@@ -42,7 +41,7 @@ fn a_case_may_provoke_one_complaint_and_no_other() {
     assert_eq!(complaint(log, &["expected here".to_owned()]), Some("[2.0] WARNING: not expected"));
 }
 
-/// It once kept its queue locked while a guest ran, and two at a time were one.
+/// A regression: the queue was once locked while a guest ran, so that only one ran at a time.
 #[test]
 fn as_many_run_at_once_as_are_asked_for() {
     const AT_ONCE: usize = 3;

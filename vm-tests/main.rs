@@ -1,22 +1,22 @@
-//! The VM cases: each boots a real kernel in a guest of its own and runs a script in it as root. The guest is a
-//! user-mode kernel, at native speed, or a stock kernel under QEMU; `--list` shows who runs where.
+//! The VM cases: each boots a real kernel in its own guest and runs a script there as root. The guest is a user-mode
+//! kernel at native speed, or a stock kernel under QEMU; `--list` shows which case runs where.
 //!
 //! ```text
 //! cargo test --release --features vm --test vm -- [FILTER...] [OPTION...]
 //!
-//!   FILTER     only the runs whose name contains one of these; a full name (CASE-KERNEL) in any depth
+//!   FILTER     only the runs whose name contains one of these; a full name (CASE-KERNEL) runs in any depth
 //!   --kernel K only the runs on this kernel: um, 6.12 or 6.1
-//!   --list     show who runs where and what the cases need, run nothing
-//!   --full     every case on every kernel that can run it, not just where its proof is cheapest and where truest
-//!   --all      run also what passed before with the same binary, script, harness and kernel
-//!   --bench    the measurements instead of the tests; scripts/bench reads what they leave
+//!   --list     show which case runs where and what it needs, run nothing
+//!   --full     every case on every kernel that can run it, not only on the cheapest and the most realistic one
+//!   --all      also run what passed before with the same binary, script, harness and kernel
+//!   --bench    the measurements instead of the tests; scripts/bench reads their results
 //!   --jobs N   processors to use: a user-mode guest takes one, QEMU two
-//!   --keep     keep the disks of cases that pass, too
+//!   --keep     also keep the disks of cases that pass
 //! ```
 //!
 //! `TIDEMARK_SEED` repeats a run's seed; `TIDEMARK_NO_SKIP=1` or `CI=true` makes a skip a failure;
-//! `TIDEMARK_VM_ACCEL` is `tcg` or `kvm` (found out when unset); `TIDEMARK_VM_TIME_SCALE` stretches the time
-//! limits on a slow machine. The last line is `N passed, N failed, N skipped`.
+//! `TIDEMARK_VM_ACCEL` is `tcg` or `kvm` (probed if unset); `TIDEMARK_VM_TIME_SCALE` multiplies the time limits for a
+//! slow machine. The last line is `N passed, N failed, N skipped`.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test runner speaks on stdout")]
 
 mod cases;

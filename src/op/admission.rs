@@ -1,16 +1,16 @@
-//! May this copy's store stand in the way of its origin? The one question about who waits for whom, asked for
-//! everything of a job that could close a circle, and the lock under which the answer holds.
+//! Checks that no part of a copy can make its origin wait for itself, and holds a lock while the answer must not
+//! change.
 //!
-//! From the instant on a write to the origin waits for the store. So the store must not wait for the origin, by any
-//! road ([`WaitGraph`]), nor for what cannot be looked through or for another machine. The same is asked of the secondary,
-//! which holds writers up with `--on-full hold`, and of the job's records.
+//! From the instant on, a write to the origin waits for the store. So the store must not wait for the origin, through
+//! any chain of devices ([`WaitGraph`]), nor for a device that cannot be looked through, nor for another machine. The
+//! same holds for the secondary, which makes writers wait with `--on-full hold`, and for the job's records.
 //!
-//! Two copies that begin at once, each with its store on the other's file system, would each find the other's origin
-//! free. So the host has one lock, held from before the store gets its place until the stack is in place and the
-//! kernel's tables show it. It is on the inode of device-mapper's control device: there is one of it in whatever mount
-//! namespace a process is, as long as /dev there is the devtmpfs. A container with device nodes of its own has another.
+//! Two copies that begin at once, each with its store on the other's filesystem, would each find that the other origin
+//! is not being copied. So there is one lock per host, held from before the store is placed until the stack is in place
+//! and visible in the kernel's tables. It is on the inode of device-mapper's control device, which is the same in every
+//! mount namespace whose /dev is the devtmpfs. A container with its own device nodes has another inode.
 //!
-//! Not seen: what others make of their mounts, loop devices, tables and swap space behind the instant.
+//! Not detected: later changes of mounts, loop devices, tables and swap space by other tools, after the instant.
 
 use std::fs::File;
 use std::path::Path;
@@ -29,32 +29,32 @@ use crate::store::{CowStore, TailPlace};
 use crate::topology::graph::{Answer, Node};
 use crate::volume::waits::{WaitGraph, refusal};
 
-/// Longest wait for other copies: each takes seconds, and as long as its freeze budget allows.
+/// Maximum wait for other copies: each takes seconds, or as long as its freeze budget allows.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// What is said where a copy has to wait.
+/// The message while a copy has to wait.
 pub const WAITING_FOR_OTHERS: &str = "waiting: another copy is about to take its instant";
 
-/// Pause between two attempts.
+/// Interval between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What to do where a store's place is wrong.
+/// The advice for a wrong place of the store.
 const NAME_ANOTHER: &str = "with --store, name a block device or a directory on another disk of this \
                             machine; its dependencies are known if it is on SCSI, SATA, USB, NVMe, virtio, \
                             Xen or MMC disks, also through LVM and md";
 
-/// What to do where memory may wait for the origin.
+/// The advice if memory may wait for the origin.
 const WITHOUT_MEMORY: &str = "disable the swap space for the copy (swapoff), or name a block device other \
                               than a loop device with --store, and omit --store-ram";
 
-/// No other copy of this host places its store as long as this lives.
+/// While this exists, no other copy on this host can place its store.
 #[derive(Debug)]
 pub struct Admission {
     _lock: Flock<File>,
 }
 
 impl Admission {
-    /// Waits for its turn; says so with `waiting`, once, where it has to.
+    /// Waits for its turn. Calls `waiting` once if it has to wait.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) after ten minutes; `interrupt`'s; I/O errors.
@@ -91,7 +91,7 @@ impl Admission {
     }
 }
 
-/// Who waits for whom, as far as it concerns the copy of one origin.
+/// The devices that may wait for each other, and the origin that is copied.
 #[derive(Debug)]
 pub struct Question {
     graph: WaitGraph,
@@ -99,10 +99,10 @@ pub struct Question {
 }
 
 impl Question {
-    /// Looks at the machine as it is now.
+    /// Examines the current state of the machine.
     ///
     /// # Errors
-    /// I/O errors and the kernel's of looking.
+    /// I/O errors; errors of the kernel.
     pub fn of(dm: &Dm, origin: DeviceNumber) -> Result<Self> {
         Ok(Self { graph: WaitGraph::observe(dm)?, origin })
     }
@@ -110,26 +110,26 @@ impl Question {
     /// Refuses a place for the store's tail that may wait for the origin.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the road; I/O errors.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the chain of devices; I/O errors.
     pub fn check_place(&self, place: &TailPlace) -> Result<()> {
         let what = format!("the store at {}", place.path().display());
         match place {
             TailPlace::Device { number, .. } => self.check_store_on(&Node::Device(*number), &what),
             TailPlace::Directory(_) | TailPlace::NewFile(_) => {
                 self.check_store_on(&self.graph.at(&place.anchor())?, &what)?;
-                // Its file will be shown by a loop device.
+                // A loop device will be put on its file, and needs memory.
                 self.check_memory(&Node::Memory, &what)
             }
         }
     }
 
-    /// What stands against a part of the store in memory; None where nothing does.
+    /// The reason against a part of the store in memory; None if there is none.
     #[must_use]
     pub fn objection_to_memory(&self) -> Option<Error> {
         self.check_memory(&Node::Memory, "a store in memory").err()
     }
 
-    /// As [`Question::check_place`], of the devices that the store has, and of its place where it may get more.
+    /// Like [`Question::check_place`], for the devices of an existing store, and for its place if it may grow.
     ///
     /// # Errors
     /// As [`Question::check_place`].
@@ -142,7 +142,7 @@ impl Question {
         if store.is_at_its_largest() { Ok(()) } else { self.check_place(&store.plan().place) }
     }
 
-    /// Asks all that is asked of a copy whose store is made: may the store, the records, or the secondary wait for the origin?
+    /// Makes all checks for a copy whose store exists: may the store, the records or the secondary wait for the origin?
     ///
     /// # Errors
     /// As [`Question::check_place`].
@@ -163,14 +163,14 @@ impl Question {
         }
     }
 
-    /// Where `from` needs memory, which may have to be written to swap space first.
+    /// Refuses if `from` needs memory that may have to be swapped out to the origin first.
     fn check_memory(&self, from: &Node, what: &str) -> Result<()> {
         let answer = self.graph.may_wait(from, self.origin, &[]);
         refusal(&self.graph, what, &answer, true).map_or(Ok(()), |error| Err(error.next(WITHOUT_MEMORY)))
     }
 
-    /// Refuses a secondary that waits for the origin and, where writers are held for it, one of which that cannot be
-    /// told: otherwise no writer ever waits for the secondary. `path` need not exist.
+    /// Refuses a secondary that may wait for the origin. If writers are held for it, refuses also one whose devices
+    /// cannot be determined; otherwise no writer waits for the secondary. `path` need not exist.
     ///
     /// # Errors
     /// As [`Question::check_place`].
@@ -193,7 +193,7 @@ impl Question {
         }
     }
 
-    /// Refuses records of jobs that wait for the origin.
+    /// Refuses job records that may wait for the origin.
     ///
     /// # Errors
     /// As [`Question::check_place`].

@@ -1,11 +1,11 @@
-//! `tidemark attach`: a raw device becomes a volume, /dev/mapper/NAME, to be mounted from then on.
+//! `tidemark attach`: makes a volume, /dev/mapper/NAME, of a raw device, to be mounted from then on.
 //!
-//! The volume is one linear target over the whole device: the same bytes, at the same places, so
-//! that it can be detached at any time and mounted directly again. Order, the crash argument:
-//! 1. the record is written and synced under /var/lib/tidemark/volumes;
-//! 2. the device is made.
+//! The volume is one linear target that covers the whole device at the same offsets, so it can be detached at any time
+//! and the device mounted directly again. The order is safe against crashes:
+//! 1. The record is written and synced under /var/lib/tidemark/volumes.
+//! 2. The device is created.
 //!
-//! A crash between the two leaves a record without a device: attaching again takes it over.
+//! A crash between the two leaves a record without a device. Attaching again replaces it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -25,37 +25,37 @@ use crate::job::file::write_record;
 use crate::job::{Job, read_record};
 use crate::sys::privilege;
 
-/// Where records of volumes are.
+/// The directory of volume records.
 pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";
-/// Where systemd looks for units that an administrator made.
+/// The systemd directory for an administrator's units.
 const UNIT_DIR: &str = "/etc/systemd/system";
-/// Longest name of a volume: what its stack adds ("#preserve") still fits the kernel's 127 bytes.
+/// Maximum length of a volume's name: with the suffixes of a stack ("#preserve") it fits the kernel's 127 bytes.
 const NAME_BYTES_MAX: usize = 64;
 
-/// What attaching came to.
+/// The result of attaching.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Attached {
     /// The volume's name.
     pub name: String,
     /// /dev/mapper/NAME.
     pub path: PathBuf,
-    /// The device beneath, by a path that stays.
+    /// The device beneath, by a persistent path.
     pub device: PathBuf,
     /// Its size.
     pub size: Bytes,
-    /// A line for /etc/fstab, where the filesystem on it is known.
+    /// A line for /etc/fstab, if the filesystem is known.
     pub fstab: String,
     /// The systemd unit that was written.
     pub unit: Option<PathBuf>,
-    /// What the user should do next, one command a line.
+    /// What the user should do next, one command per line.
     pub next: Vec<String>,
 }
 
-/// Attaches `device` as the volume `name`. Attaching again what is attached already succeeds.
+/// Attaches `device` as the volume `name`. Succeeds if it is already attached so.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for a device that is in use, is no whole number of sectors, or a name that
-/// is taken; [`ErrorKind::Usage`] for a bad name; the kernel's.
+/// [`ErrorKind::Refused`] for a device that is in use or not a whole number of sectors, or a name that is taken;
+/// [`ErrorKind::Usage`] for a bad name; errors of the kernel.
 pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached> {
     privilege::require_root("attaching a device")?;
     check_name(name)?;
@@ -83,9 +83,9 @@ pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached>
     finish(name, &stable, size, install_unit)
 }
 
-/// Makes record and device.
+/// Creates record and device.
 fn create(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path) -> Result<Bytes> {
-    // The volume's id is the job's: as long as the job lives, recover leaves the half-made volume.
+    // The volume has the job's id: while the job is alive, recover does not touch the unfinished volume.
     let job = Job::begin("attach")?;
     let id = job.id().to_owned();
     let result = create_as(dm, name, number, stable, &id);
@@ -93,7 +93,7 @@ fn create(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path) -> Result<By
 }
 
 fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str) -> Result<Bytes> {
-    // Held until the device is made, so that it is not mounted in between.
+    // Held until the device is created, so that the raw device is not mounted meanwhile.
     let exclusive = dm.open_device(number, false, libc::O_EXCL)?;
     let size = Bytes(size_of(&number)?);
     let record = VolumeRecord {
@@ -114,7 +114,7 @@ fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str)
         Target::Linear { device: number, offset: Sectors::ZERO },
     )?;
     let uuid = DeviceIdentity::new(name, ROLE_VOLUME, id).uuid();
-    // device-mapper opens the device exclusively itself.
+    // device-mapper itself opens the device exclusively.
     drop(exclusive);
     dm.create_active(name, &uuid, &table, Udev::Public).map_err(|error| match forget(name) {
         Ok(()) => error.state("nothing was changed"),
@@ -139,7 +139,7 @@ fn finish(name: &str, stable: &Path, size: Bytes, install_unit: bool) -> Result<
     Ok(Attached { name: name.to_owned(), path, device: stable.to_owned(), size, fstab, unit, next })
 }
 
-/// Letters, digits and `_.-`, not first a dot or dash.
+/// Allows letters, digits and `_.-`, with no dot or dash first.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`] for any other name.
@@ -160,7 +160,7 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A device in use cannot be taken from under its user.
+/// Refuses a device that is in use.
 fn refuse(device: &Path, number: DeviceNumber) -> Result<()> {
     let topology = Topology::default();
     if topology.is_read_only(number) {
@@ -196,8 +196,8 @@ fn size_of(number: &DeviceNumber) -> Result<u64> {
         .ok_or_else(|| Error::bad_data(format!("{path} contains '{}'", text.trim())))
 }
 
-/// The first of udev's links that leads to the device and does not depend on the order in which
-/// devices were found; the path as it is where there is none.
+/// The first udev link to the device that does not depend on the order in which devices were found; without one, the
+/// given path.
 fn stable_path(device: &Path, number: DeviceNumber) -> PathBuf {
     for directory in ["/dev/disk/by-id", "/dev/disk/by-partuuid", "/dev/disk/by-path"] {
         let Ok(entries) = fs::read_dir(directory) else { continue };
@@ -214,13 +214,13 @@ fn stable_path(device: &Path, number: DeviceNumber) -> PathBuf {
     fs::canonicalize(device).unwrap_or_else(|_| device.to_owned())
 }
 
-/// Where the record of volume `name` is.
+/// The path of the record of volume `name`.
 #[must_use]
 pub fn record_path(name: &str) -> PathBuf {
     Path::new(VOLUME_DIR).join(format!("{name}.json"))
 }
 
-/// Every volume on record, by name; one whose record cannot be read is an error beside the others.
+/// All recorded volumes by name; a record that cannot be read gives an error among the others.
 ///
 /// # Errors
 /// I/O errors of reading the directory.
@@ -298,8 +298,8 @@ fn unit_text(name: &str, device: &Path, program: &Path) -> String {
     )
 }
 
-/// A path as systemd writes it in a unit's name: '/' becomes '-', what is not a letter, digit, ':',
-/// '_' or '.' becomes `\xNN` (systemd.unit(5)).
+/// Escapes a path for a systemd unit name: '/' becomes '-'; any character except letters, digits, ':', '_' and '.'
+/// becomes `\xNN` (systemd.unit(5)).
 fn escape_unit(path: &Path) -> String {
     let text = path.to_string_lossy();
     let mut name = String::new();
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn unit_names_are_escaped_as_systemd_does() {
-        // As systemd-escape --path prints them.
+        // The output of systemd-escape --path.
         assert_eq!(escape_unit(Path::new("/dev/disk/by-id/wwn-0x5000")), "dev-disk-by\\x2did-wwn\\x2d0x5000");
         assert_eq!(escape_unit(Path::new("/dev/sdb1")), "dev-sdb1");
         let text = unit_text("data", Path::new("/dev/sdb1"), Path::new("/usr/bin/tidemark"));

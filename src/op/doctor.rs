@@ -1,7 +1,7 @@
-//! What does this machine lack for Tidemark, and how is it got?
+//! `tidemark doctor`: what this machine lacks for Tidemark, and how to get it.
 //!
-//! Looks and changes nothing: no module is loaded, no file made. A check is `missing` where the main
-//! job (a copy of a live volume) cannot be done without it, `warn` where it is done worse.
+//! Changes nothing: no module is loaded, no file created. A check is `missing` if the main task (a copy of a live
+//! volume) is impossible without it, and `warn` if it is worse without it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,29 +19,29 @@ use crate::topology::Topology;
 
 use super::memory;
 
-/// The oldest kernel on which every call of ours exists (`LOOP_CONFIGURE`).
+/// The oldest kernel that has every interface we use (`LOOP_CONFIGURE`).
 const KERNEL_OLDEST: (u32, u32) = (5, 8);
-/// The oldest kernel that the tests run on.
+/// The oldest kernel on which the tests run.
 const KERNEL_TESTED: (u32, u32) = (6, 1);
 
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// Locked memory that the watchdog and the critical section need at most.
+/// Maximum locked memory of the watchdog and the critical section.
 const MEMLOCK_MIN: Bytes = Bytes::mib(64);
 
-/// Longest file of `/lib/modules` that is read: a distribution's `modules.dep` is under 1 MiB.
+/// Maximum size of a file of `/lib/modules` that is read: a distribution's `modules.dep` is under 1 MiB.
 const MODULE_LIST_BYTES_MAX: u64 = 64 << 20;
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// As it should be.
     Ok,
-    /// The main job works, but slower or with less.
+    /// The main task works, but slower or with restrictions.
     Warn,
-    /// The main job cannot be done.
+    /// The main task is impossible.
     Missing,
 }
 
@@ -50,22 +50,22 @@ pub enum Status {
 pub struct Check {
     /// Stable name: "dm-snapshot".
     pub name: &'static str,
-    /// How it ended.
+    /// Its result.
     pub status: Status,
     /// What was found.
     pub found: String,
     /// What it is needed for.
     pub needed_for: &'static str,
-    /// How to get it; None where nothing is lacking.
+    /// How to get it; None if nothing is lacking.
     pub remedy: Option<String>,
 }
 
-/// Everything that was looked at.
+/// The results of all checks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// In the order in which they matter.
+    /// In order of importance.
     pub checks: Vec<Check>,
-    /// False where any check is [`Status::Missing`].
+    /// False if any check is [`Status::Missing`].
     pub ready: bool,
 }
 
@@ -88,24 +88,24 @@ impl Report {
     }
 }
 
-/// Looks at this machine.
+/// Examines this machine.
 #[must_use]
 pub fn run() -> Report {
     Host::this().examine()
 }
 
-/// Where a kernel module is.
+/// The availability of a kernel module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Module {
     Loaded,
     BuiltIn,
     Available,
     Absent,
-    /// The running kernel's module folder is not there.
+    /// The running kernel's module folder does not exist.
     NoFolder,
 }
 
-/// The machine, as far as it is files: another root in tests.
+/// The machine's files; tests use another root.
 struct Host {
     root: PathBuf,
     release: String,
@@ -206,7 +206,7 @@ impl Host {
         .collect()
     }
 
-    /// `name` with underscores, as in /sys/module.
+    /// `name` has underscores, as in /sys/module.
     fn module(&self, name: &str) -> Module {
         if self.path(&format!("/sys/module/{name}")).exists() {
             return Module::Loaded;
@@ -348,7 +348,7 @@ fn device_mapper() -> Check {
     }
 }
 
-/// Judges the nearest part of `path` that exists: the rest is made when it is needed.
+/// Checks the nearest existing ancestor of `path`: the rest is created when needed.
 fn directory(name: &'static str, path: &str, needed_for: &'static str) -> Check {
     let at = Path::new(path).ancestors().find(|at| at.exists()).unwrap_or(Path::new("/"));
     match access(at, AccessFlags::W_OK | AccessFlags::X_OK) {
@@ -396,7 +396,7 @@ fn missing(name: &'static str, needed_for: &'static str, found: &str, remedy: &s
     Check { name, status: Status::Missing, found: found.to_owned(), needed_for, remedy }
 }
 
-/// The package that has the modules, by the distribution's own name for itself.
+/// The package that has the modules, by the distribution's ID.
 fn generic_kernel_remedy(os_release: &str) -> String {
     let ids: Vec<&str> = os_release
         .lines()
@@ -419,8 +419,8 @@ fn generic_kernel_remedy(os_release: &str) -> String {
     }
 }
 
-/// `modules.dep` and `modules.builtin`: a path to the first colon or the line's end, the file's name
-/// up to `.ko`; `-` and `_` are the same to the kernel.
+/// Searches `modules.dep` or `modules.builtin`: a line has a path up to the first colon or its end, with the file name
+/// up to `.ko`. The kernel treats `-` and `_` as equal.
 fn lists_module(list: &str, name: &str) -> bool {
     list.lines().any(|line| {
         let path = line.split(':').next().unwrap_or("");

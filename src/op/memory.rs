@@ -1,8 +1,8 @@
-//! How much memory may a copy take? A process that takes more than its control group may have is killed by the kernel, in the
-//! middle of everything.
+//! Memory available to a copy. The kernel kills a process that exceeds the limit of its control group, while its stack
+//! is in place.
 //!
-//! What the group may still have is its limit without what it cannot give back; what it has of the page cache it can. The
-//! least of all groups from the command's up to the root counts, in both versions of control groups.
+//! Available is a group's limit minus its unreclaimable memory; its page cache is reclaimable. The minimum over all
+//! groups from the command's own up to the root counts, in both versions of control groups.
 
 use std::fs;
 use std::path::Path;
@@ -12,17 +12,17 @@ use crate::secondary::engine_config;
 use crate::sys::process::LockedMemory;
 use crate::topology::Topology;
 
-/// What a copy takes beside its buffers: the program, its threads' stacks locked in memory, checksums, lists of
-/// originals. Measured: 7 MiB for a small origin.
+/// Memory of a copy beside its buffers: the program, its threads' locked stacks, checksums, lists of originals.
+/// Measured: 7 MiB for a small origin.
 const BESIDE_BUFFERS: Bytes = Bytes::mib(12);
 
-/// What a live copy takes with as many buffers as it likes to have, rounded up.
+/// Memory of a live copy with the usual number of buffers, rounded up.
 pub const USUAL: Bytes = Bytes::mib(32);
 
-/// Memory for the buffers of a copy with segments of `segment`, at most `bytes_max`.
+/// Available memory for the buffers of a copy with segments of `segment`, at most `bytes_max`.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where there is not enough for the smallest.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it is not enough for the minimum.
 pub fn for_buffers(segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
     match left(&Topology::default(), Path::new("/")) {
         Some(left) => share(left, segment, bytes_max),
@@ -30,7 +30,7 @@ pub fn for_buffers(segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
     }
 }
 
-/// The least that a copy takes, with the fewest buffers.
+/// The minimum memory of a copy, with the fewest buffers.
 #[must_use]
 pub fn least(segment: SegmentSize) -> Bytes {
     let fewest = engine_config(segment, Bytes::ZERO);
@@ -49,10 +49,10 @@ fn share(left: Bytes, segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
     .next("raise its limit (memory.max, systemd's MemoryMax=), or use smaller segments: --segment 64KiB"))
 }
 
-/// Locks the command in memory, for memory may wait for the origin.
+/// Locks the command in memory, because memory may wait for the origin.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the limits forbid it.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the limits forbid it.
 pub fn lock() -> Result<LockedMemory> {
     LockedMemory::lock().map_err(|source| {
         Error::refused("memory may wait for the origin (swap space), and the copy cannot be locked in memory")
@@ -61,7 +61,7 @@ pub fn lock() -> Result<LockedMemory> {
     })
 }
 
-/// What the groups of this process may still have; None where nothing limits them, or the kernel does not tell.
+/// Memory available to this process's groups; None without a limit, or if the kernel does not report it.
 #[must_use]
 pub fn left(topology: &Topology, root: &Path) -> Option<Bytes> {
     let own = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
@@ -87,7 +87,7 @@ pub fn left(topology: &Topology, root: &Path) -> Option<Bytes> {
     least
 }
 
-/// What one group may still have.
+/// Memory available to one group.
 fn left_of(group: &Path) -> Option<Bytes> {
     let number = |name: &str| fs::read_to_string(group.join(name)).ok()?.trim().parse().ok().map(Bytes);
     let limit = number("memory.max").or_else(|| number("memory.limit_in_bytes"))?;

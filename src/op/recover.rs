@@ -1,18 +1,18 @@
-//! Putting back what a dead command left: from the kernel's tables first, its intents second.
+//! Recovers from dead commands: from the kernel's tables first, from recorded intents second.
 //!
-//! What is ours is told by UUID; whose it is, by the id in it; whether that job lives, by its lock, and where no record of
-//! it is to be seen (another mount namespace) by whether somebody holds its snapshot's device open ([`Action::Claim`]).
-//! Nothing of a living job is touched, and attached volumes stay. Order, the crash argument:
-//! 1. turn off what makes the kernel hurry, if a job may have left it on; let go: resume what is suspended (dropping a
-//!    loaded table first, so that a half-made stack does not come to life), then thaw, for a thaw writes to the device;
-//! 2. give every origin its own table back, from the `real` device, under a watchdog;
-//! 3. remove what preserved originals and snapshots, then what they mapped to;
-//! 4. give back RAM disks and loop devices;
-//! 5. remove what a copy or restore that is given up has written beside its final name, and the records. (Where one of
-//!    1 to 4 failed, of those jobs only that never had to do with a device.)
+//! A UUID shows that a device is ours, and contains the id of its job. A job is alive if its lock is held; if its
+//! record is not visible (another mount namespace), if its snapshot's device is held open ([`Action::Claim`]). Devices
+//! of living jobs and attached volumes are not touched. The order is safe against crashes:
+//! 1. Turn off expedited RCU grace periods if a job may have left them on. Resume what is suspended (dropping a loaded
+//!    table first, so that a half-made stack is not activated), then thaw, because a thaw writes to the device.
+//! 2. Give every origin its own table back, from the `real` device, under a watchdog.
+//! 3. Remove the devices that preserved originals and the snapshots, then the devices beneath them.
+//! 4. Release RAM disks and loop devices.
+//! 5. Remove the partial files of copies and restores that are given up, and the records. (If one of 1 to 4 failed,
+//! only those of jobs that never used a device.)
 //!
-//! Each part is found anew in what is there, so a recover that dies anywhere can be run again: as
-//! long as a device of a dead job exists, its part is not done.
+//! Each step is planned from the current state, so a recover that dies can be run again: as long as a device of a dead
+//! job exists, its step is not done.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -38,16 +38,16 @@ use crate::job::{FoundJob, find_jobs, find_one, is_expedited, list_jobs, partial
 use crate::stack::{Runner, explain_missing_disk, restoration};
 use crate::sys::privilege;
 
-/// Longest time that an origin may be suspended while its table is put back.
+/// Maximum time of an origin's suspension while its table is put back.
 const BUDGET: Duration = Duration::from_secs(2);
 
-/// Longest wait for the end of a process that was killed: its last reads and writes.
+/// Maximum wait for the end of a killed process, which may still have I/O in flight.
 const DYING_MAX: Duration = Duration::from_secs(60);
 
-/// Pause between two looks at it.
+/// Interval between checks whether it has ended.
 const DYING_PAUSE: Duration = Duration::from_millis(20);
 
-/// A device as the kernel shows it.
+/// A device as reported by the kernel.
 #[derive(Clone, Debug)]
 pub(super) struct SeenDevice {
     pub(super) name: String,
@@ -72,18 +72,18 @@ impl SeenDevice {
     }
 }
 
-/// Everything that recovery is decided by.
+/// The state from which recovery is planned.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scene {
     pub(super) devices: Vec<SeenDevice>,
     /// Jobs whose lock is held.
     pub(super) alive: BTreeSet<String>,
-    /// What dead jobs wrote down, where it can be read.
+    /// The readable records of dead jobs.
     pub(super) dead: Vec<JobRecord>,
 }
 
 impl Scene {
-    /// True for a device of a job that is dead; not for volumes and kept stores.
+    /// True for a device of a dead job, except volumes and kept stores.
     fn is_leftover(&self, device: &SeenDevice) -> bool {
         device.identity().is_some_and(|identity| {
             let stays = identity.role == ROLE_KEPT || identity.role == ROLE_VOLUME && device.active.is_some();
@@ -95,7 +95,7 @@ impl Scene {
         self.devices.iter().filter(|device| self.is_leftover(device)).collect()
     }
 
-    /// What dead jobs have put beneath origins, each with its job's id.
+    /// The stacks of dead jobs, each with its job's id.
     fn stacks(&self) -> Vec<(String, LowerDevices)> {
         let leftovers = self.leftovers();
         let with_role = |role: &'static str| {
@@ -107,14 +107,14 @@ impl Scene {
                 |other: &DeviceIdentity| other.id == identity.id && other.volume == identity.volume;
             let preserve = with_role(ROLE_PRESERVE).find(|(_, other)| is_same_stack(other));
             let preserve = preserve.map(|(device, _)| device.number);
-            // One without a table is beneath nothing yet.
+            // Without a table it is not beneath anything yet.
             let own = real.active.clone()?;
             Some((identity.id, LowerDevices { own, real: real.number, preserve }))
         };
         with_role(ROLE_REAL).filter_map(stack).collect()
     }
 
-    /// Origins of dead jobs, each with what is beneath it.
+    /// The origins of dead jobs, each with the devices beneath it.
     fn origins(&self) -> Vec<(&SeenDevice, LowerDevices)> {
         let mut found = Vec::new();
         for (job, lower) in self.stacks() {
@@ -125,10 +125,9 @@ impl Scene {
         found
     }
 
-    /// True where a table of `device`, in use or loaded, is one that a copy gives its origin over
-    /// `lower`, and the record of `job` does not say that the origin was another. Others may map to its devices too
-    /// (somebody looks at one through a device of his own): they are not ours to change, and what is
-    /// in use is not removed.
+    /// True if an active or inactive table of `device` is one that a copy loads into its origin above `lower`, and the
+    /// record of `job` does not name another origin. Other tools' devices may map to the same devices (for example to
+    /// look at one): these are not changed, and a device that they use is not removed.
     fn is_origin_over(&self, device: &SeenDevice, job: &str, lower: &LowerDevices) -> bool {
         let tables = [&device.active, &device.inactive].into_iter().flatten();
         let mut ours = tables.filter(|table| lower.is_stack_table(table)).peekable();
@@ -137,23 +136,23 @@ impl Scene {
         }
         let record = self.dead.iter().find(|record| record.job == job);
         match record.filter(|record| record.origin.is_some()) {
-            // By number: it stays while the device does, and the device may have been renamed.
+            // By number, which cannot change: the device may have been renamed.
             Some(record) => record.origins().any(|origin| origin.number == device.number),
-            // Nobody but a copy maps to `preserve`. A table over `real` alone, all of it
-            // released, could be anybody's: then the name says it, as far as it is in the UUID.
+            // Only a copy's table maps to `preserve`. A table on `real` alone, with everything released, could be
+            // another tool's: then the name decides, as far as the UUID contains it.
             None => {
                 ours.any(|table| !lower.preserved(table).is_empty()) || self.is_named_by(job, &device.name)
             }
         }
     }
 
-    /// Devices that a dead job may have suspended for its insertion. By number, and by the table that the job found
-    /// there: a name, or a number, may be another device's by now. A table that somebody else has loaded would come to
-    /// life with the resume: such a device is left to him.
+    /// Devices that a dead job may have suspended for its insertion. They are identified by number and by the table
+    /// that the job found, because name or number may belong to another device by now. A resume would activate another
+    /// tool's loaded table, so a device with one is left alone.
     fn held_origins(&self) -> Vec<&SeenDevice> {
         let held = self.dead.iter().flat_map(|record| {
             let suspended = record.change.iter().flat_map(|change| &change.suspended).collect::<Vec<_>>();
-            // By the name that it had. An only origin is the one that was suspended, whatever its name is now.
+            // By its name at that time. A single origin is the suspended one, even if it was renamed.
             let is_held = move |origin: &&OriginRecord| match suspended.as_slice() {
                 [] => false,
                 names => record.further_origins.is_empty() || names.contains(&&origin.device),
@@ -179,14 +178,14 @@ impl Scene {
     }
 }
 
-/// Step 1 of the module's head.
+/// Plans step 1: resume and thaw.
 pub(super) fn plan_release(scene: &Scene) -> Change {
     let mut change = Change::new("recover-release");
     let mut seen = BTreeSet::new();
     for (origin, lower) in scene.origins() {
         let drop_loaded = origin.inactive.as_ref().is_some_and(|table| lower.is_copy_table(table));
         if origin.inactive.is_some() && !drop_loaded {
-            // A resume would put what somebody else has loaded to use: the device is left to him.
+            // A resume would activate another tool's table, so this device is left alone.
             continue;
         }
         if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
@@ -195,7 +194,7 @@ pub(super) fn plan_release(scene: &Scene) -> Change {
     }
     for device in scene.leftovers() {
         if device.suspended && device.active.is_some() && seen.insert(&device.name) {
-            // A store that was being grown: its new table is as good as its old one.
+            // A store that was being enlarged: both its old and its new table are valid.
             change = resume_if_suspended(change, device, false);
         }
     }
@@ -231,7 +230,7 @@ fn resume_if_suspended(change: Change, device: &SeenDevice, drop_loaded: bool) -
     }
 }
 
-/// Step 2: one change for every origin that still writes through a stack.
+/// Plans step 2: one change for every origin that still writes through a stack.
 pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
     scene
         .origins()
@@ -245,7 +244,7 @@ pub(super) fn plan_restore(scene: &Scene) -> Vec<Change> {
         .collect()
 }
 
-/// Step 3: a change for each device, those that nothing maps to first.
+/// Plans step 3: one change for each device, unused devices first.
 pub(super) fn plan_remove(scene: &Scene) -> Vec<Change> {
     let mut left = scene.leftovers();
     let mut plan = Vec::new();
@@ -253,7 +252,7 @@ pub(super) fn plan_remove(scene: &Scene) -> Vec<Change> {
         let free = left.iter().position(|device| {
             !left.iter().any(|other| other.is_active_on(device.number) || other.is_loaded_on(device.number))
         });
-        // Nothing maps in a circle; were it so, the kernel says busy and we say it on.
+        // Tables form no circle. If they did, the kernel would report that the device is busy.
         let device = left.remove(free.unwrap_or(0));
         let action = Action::Remove { device: device.name.clone(), udev: Udev::Internal };
         plan.push(Change::new("recover-remove").then(Step::new("remove", action)));
@@ -261,25 +260,25 @@ pub(super) fn plan_remove(scene: &Scene) -> Vec<Change> {
     plan
 }
 
-/// What was put back.
+/// The result of a recovery.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RecoverReport {
-    /// What was done, in words; empty where there was nothing to do.
+    /// The actions taken, in words; empty if there was nothing to do.
     pub done: Vec<String>,
-    /// Jobs that are running and were left alone.
+    /// Running jobs, which were left alone.
     pub running: Vec<String>,
 }
 
-/// Where recovery happens: the kernel, or a test's fake of it.
+/// The kernel, or a test's fake of it.
 pub(super) trait Machine {
     fn scene(&mut self) -> Result<Scene>;
     fn executor(&mut self) -> &mut dyn Executor;
 }
 
-/// Steps 1 to 3.
+/// Runs steps 1 to 3.
 ///
 /// # Errors
-/// The first failure, with the others as failed undos; whatever could be done was done.
+/// The first failure, with the others as failed undos. All steps are attempted.
 pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let mut errors = Vec::new();
@@ -311,19 +310,19 @@ pub(super) fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> 
 /// `tidemark recover`.
 ///
 /// # Errors
-/// The first failure, with the others as failed undos; can be run again at any time.
+/// The first failure, with the others as failed undos. It can be run again at any time.
 pub fn recover() -> Result<RecoverReport> {
     privilege::require_root("recovering")?;
     recover_jobs(None)
 }
 
-/// What job `id` left, whose process is dying; the other jobs are left alone.
+/// Recovers only job `id`, whose process is dying.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] where the process does not end; as [`recover`].
+/// [`ErrorKind::Timeout`] if the process does not end; else as [`recover`].
 pub(super) fn recover_job(id: &str) -> Result<()> {
     let end = Instant::now() + DYING_MAX;
-    // Only looked at: the lock of a dead one is let go again.
+    // Only a check: the lock of a dead job is released again.
     while find_one(id)?.is_some_and(|job| job.alive) {
         if Instant::now() >= end {
             return Err(Error::new(ErrorKind::Timeout, format!("the process of job {id} has not exited")));
@@ -333,18 +332,18 @@ pub(super) fn recover_job(id: &str) -> Result<()> {
     recover_jobs(Some(id)).map(drop)
 }
 
-/// Drops the table that process `process` of job `id`, which has died, had loaded into the origin and not put to use.
-/// Answers whether there was one.
+/// Drops the tables that the dead process `process` of job `id` has loaded into its origins but not activated. Returns
+/// whether there were any.
 ///
-/// lvm2 takes a table that it finds in the inactive slot for its own, loads none (`dm_tree_preload_children` in its
-/// `libdm/libdm-deptree.c`), and puts that to use: an `lvextend` would report success, and the volume keep its size. A
-/// command of lvm2 that waited for our lock goes on as soon as the process is dead. So this is not left to `recover`.
+/// lvm2 takes any table in the inactive slot for its own, loads none (`dm_tree_preload_children` in its
+/// `libdm/libdm-deptree.c`) and activates it: an `lvextend` would report success without a change of the volume's size.
+/// An lvm2 command that waits for our lock continues as soon as the process is dead, so this cannot wait for `recover`.
 ///
 /// # Errors
-/// I/O errors, the kernel's.
+/// I/O errors; errors of the kernel.
 pub(super) fn drop_loaded(id: &str, process: u32) -> Result<bool> {
     let record = record_of(id)?;
-    // Another process may go on with the job by now.
+    // Another process may have resumed the job by now.
     if record.process != process || record.origin.is_none() {
         return Ok(false);
     }
@@ -363,17 +362,17 @@ fn drop_loaded_into(dm: &Dm, id: &str, origin: &OriginRecord) -> Result<bool> {
     Ok(is_ours)
 }
 
-/// All jobs, or job `only` alone.
+/// Recovers all jobs, or only job `only`.
 fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
     let mut report = RecoverReport { done: Vec::new(), running: Vec::new() };
     let mut failures = Vec::new();
-    // First, for it needs nothing of what may fail below.
+    // This comes first, because it does not depend on what may fail below.
     if let Err(error) = end_hurry(only, &mut report.done) {
         failures.push(error);
     }
     let jobs = match Dm::open().and_then(|dm| put_back(&dm, only, &mut report)) {
         Ok(jobs) => jobs,
-        // There are those that have nothing to do with device-mapper.
+        // Some jobs have nothing to do with device-mapper.
         Err(error) => {
             failures.push(error);
             find(only)?
@@ -381,13 +380,13 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
     };
     let is_all = give_up(jobs, &mut report, &mut failures);
     if is_all && failures.len() == 1 && !Dm::is_available() {
-        // Where there is no device-mapper, there is no device of ours.
+        // Without device-mapper there can be no device of ours.
         failures.clear();
     }
     Error::first_of(failures).map(|()| report)
 }
 
-/// The kernel's switch that a command turns on while writers wait: its watchdog has turned it off, unless that died too.
+/// Turns off the kernel's switch for expedited grace periods if the watchdog, which normally does so, died too.
 fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
     let is_meant = |job: &FoundJob| only.is_none_or(|only| job.id == only);
     let left = |job: &FoundJob| is_meant(job) && !job.alive && job.record.as_ref().is_ok_and(is_expedited);
@@ -403,12 +402,12 @@ fn end_hurry(only: Option<&str>, done: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Devices and stores. The jobs that were found, the dead ones locked.
+/// Puts back devices and stores. Returns the jobs that were found, with the dead ones locked.
 fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<Vec<FoundJob>> {
     let interrupt = || Ok(());
     let runner = Runner::new(dm, BUDGET, &interrupt);
     let mut machine = KernelMachine { dm, runner, only, jobs: Vec::new(), elsewhere: BTreeSet::new() };
-    // No command of lvm2 runs on these groups from here on: an origin that is suspended now was suspended by a dead job.
+    // From here on no command of lvm2 changes these groups: a suspended origin was suspended by a dead job.
     let scene = machine.scene()?;
     let mut numbers: BTreeSet<DeviceNumber> =
         scene.origins().iter().map(|(origin, _)| origin.number).collect();
@@ -426,8 +425,8 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     Ok(machine.jobs)
 }
 
-/// Settings of the queues of dead jobs' origins, which went with the table that they had. Where an origin has another
-/// table than the job found, its settings are left alone.
+/// Puts back queue settings of dead jobs' origins, which are lost when the table is replaced. An origin whose table is
+/// not the one that the job found keeps its settings.
 fn put_back_settings(dm: &Dm, dead: &[JobRecord]) -> Result<()> {
     for origin in dead.iter().flat_map(JobRecord::origins) {
         let Some(device) = look_at(dm, origin.number)? else { continue };
@@ -442,9 +441,8 @@ fn put_back_settings(dm: &Dm, dead: &[JobRecord]) -> Result<()> {
     Ok(())
 }
 
-/// Takes away the files and the records of the dead ones among `jobs`. Where something failed before, only of those that
-/// never had to do with a device: the records of the others still tell what is to be done. Answers whether no dead one
-/// is left.
+/// Removes files and records of the dead jobs among `jobs`. After an earlier failure, only of jobs that never used a
+/// device: the records of the others are still needed. Returns whether no dead job is left.
 fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<Error>) -> bool {
     let failed_before = !failures.is_empty();
     let mut is_all = true;
@@ -470,13 +468,13 @@ fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<E
     is_all
 }
 
-/// A job that is given up leaves no part of its result, and then no record. Where the one cannot be removed, the other
-/// stays; both stay if the file's disk or server does not answer.
+/// Removes the partial files of a job that is given up, then its record. The record is kept if a file cannot be
+/// removed; both are kept if the file's disk or server does not answer.
 fn remove_files(job: FoundJob) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     let has_origin = job.record.as_ref().is_ok_and(|record| record.origin.is_some());
     for partial in job.record.iter().flat_map(partials) {
-        // A removal from a file system that does not answer would wait in the kernel, with the locks of all dead jobs.
+        // If the filesystem did not answer, the removal would hang in the kernel, with the locks of all dead jobs held.
         if !leave::does_answer(partial, vec![0], &|| Ok(()))? {
             let put_back = if has_origin { "the origin has its own table again; " } else { "" };
             return Err(Error::new(ErrorKind::Timeout, leave::no_answer(partial))
@@ -495,25 +493,24 @@ fn is_without_device(record: &JobRecord) -> bool {
     record.origin.is_none() && record.change.is_none() && record.copy.is_none()
 }
 
-/// All jobs, or one of them; those that are dead are locked by us.
+/// Finds all jobs, or one; the dead ones are locked by us.
 fn find(only: Option<&str>) -> Result<Vec<FoundJob>> {
     only.map_or_else(find_jobs, |id| Ok(find_one(id)?.into_iter().collect()))
 }
 
 struct KernelMachine<'a> {
     dm: &'a Dm,
-    /// The other jobs pass for alive.
+    /// Only this job is recovered; others count as alive.
     only: Option<&'a str>,
     runner: Runner<'a>,
-    /// The dead ones are locked by us from the first look on.
+    /// The jobs found so far. Dead ones stay locked by us.
     jobs: Vec<FoundJob>,
-    /// Jobs whose records are not to be seen here, and whose snapshots somebody holds open: they run in another mount
-    /// namespace.
+    /// Jobs in another mount namespace: their records are not visible here, but their snapshots are held open.
     elsewhere: BTreeSet<String>,
 }
 
-/// The jobs in another mount namespace that live, among those that `devices` (UUID and number) belong to: what we do not
-/// know by its record lives where its snapshot is claimed.
+/// The living jobs in other mount namespaces among the jobs of `devices` (UUID and number). A job without a visible
+/// record is alive if its snapshot is claimed.
 ///
 /// # Errors
 /// I/O errors.
@@ -534,12 +531,12 @@ pub(super) fn living_elsewhere<'a>(
 
 impl Machine for KernelMachine<'_> {
     fn scene(&mut self) -> Result<Scene> {
-        // Devices first, jobs second: a job's lock exists before its first device, so a device that
-        // was seen has its lock by now, unless the job is over. Then its devices are gone as well,
-        // which the second look at each shows.
+        // List devices first, then jobs: a job takes its lock before it creates its first device. So the job of a
+        // listed device is locked by now, unless it has ended. Then its devices are gone too, as the second look at
+        // each shows.
         let names = self.dm.list()?;
-        // Jobs anew each time: one that began since the last look must not pass for dead. Those that are
-        // dead stay as they were found, locked by us, which a new look would take for life.
+        // Search for jobs again each time, so that one that began meanwhile does not count as dead. Dead jobs are kept:
+        // they are locked by us, and a new search would take them for living ones.
         self.jobs.retain(|job| !job.alive);
         let fresh = find(self.only)?;
         let known = |job: &FoundJob| self.jobs.iter().any(|dead| dead.id == job.id);
@@ -582,12 +579,12 @@ impl Machine for KernelMachine<'_> {
     }
 }
 
-/// A device with its tables; None where it has gone meanwhile.
+/// A device with its tables; None if it has gone meanwhile.
 fn look_at<'a>(dm: &Dm, device: impl Into<Key<'a>>) -> Result<Option<SeenDevice>> {
     let Some(info) = dm.info(device)? else { return Ok(None) };
     let table = |slot| match dm.table(info.number, slot) {
         Err(error) if error.errno() == Some(libc::ENXIO) => Ok(None),
-        // Somebody else's table that breaks our bounds is no concern of ours.
+        // Another tool's table that exceeds our bounds is ignored.
         Err(error) if error.kind() == ErrorKind::BadData && !is_ours(&info.uuid) => Ok(None),
         result => result,
     };

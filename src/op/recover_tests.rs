@@ -1,4 +1,4 @@
-//! A fake kernel, crashed before and after every action of every change, then recovered.
+//! A fake kernel that crashes before and after every action of every change, and is then recovered.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -17,10 +17,10 @@ use crate::volume::lvm_lock::LvmScope;
 const OWN: &str = "0 4096 linear 8:16 2048\n4096 4096 linear 8:32 0";
 const MOUNT: &str = "/srv";
 
-/// What a copy may hold at one instant.
+/// Groups of origins that a copy may hold at one instant.
 const GROUPS: [&[&str]; 2] = [&["data"], &["data", "wal", "log"]];
 
-/// The own table of an origin: no two have the same disks.
+/// The own table of an origin. No two origins have the same disks.
 fn own_of(origin: &str) -> Table {
     let text = match origin {
         "wal" => "0 4096 linear 8:64 2048\n4096 4096 linear 8:80 0",
@@ -30,17 +30,17 @@ fn own_of(origin: &str) -> Table {
     text.parse().unwrap()
 }
 
-/// All of the origin is released.
+/// The table of an origin with everything released.
 fn released(origin: &str) -> Template {
     Template::new(format!("0 8192 linear {{{origin}#real}} 0"))
 }
 
-/// A table over a stack, as [`Action::LoadOver`] loads it.
+/// The table of an origin above a stack, as [`Action::LoadOver`] loads it.
 fn over(real: &str, preserve: &str) -> String {
     format!("0 4096 linear {{{real}}} 0\n4096 4096 switch 1 4096 0 {{{preserve}}} 4096")
 }
 
-/// Thrown where the process dies.
+/// The error at the point where the process dies.
 struct Crash;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,9 +59,9 @@ struct FakeKernel {
     frozen: BTreeSet<PathBuf>,
     record: Option<JobRecord>,
     next_minor: u32,
-    /// Half-actions until the crash; None: never.
+    /// Half-actions until the crash; None for no crash.
     crash_in: Option<u32>,
-    /// Actions until one fails; None: never.
+    /// Actions until one fails; None for no failure.
     fail_in: Option<u32>,
 }
 
@@ -91,7 +91,7 @@ fn kernel_of(origins: &'static [&'static str], id: &str) -> FakeKernel {
 }
 
 impl FakeKernel {
-    /// A copy of the origins, at no step.
+    /// The record of a copy of the origins with no change in progress.
     fn record_of(&self, id: &str) -> JobRecord {
         let mut origins = self.origins.iter().map(|origin| OriginRecord {
             device: (*origin).to_owned(),
@@ -190,7 +190,7 @@ impl FakeKernel {
                 self.device(device)?.inactive = Some(table);
                 Ok(())
             }
-            // A part of the origin is free.
+            // The middle of the origin is free.
             Action::LoadOver { device, real, preserve } => {
                 let table = self.resolve(&Template::new(over(real, preserve)))?;
                 self.device(device)?.inactive = Some(table);
@@ -251,7 +251,7 @@ impl FakeKernel {
         }
     }
 
-    /// What the watchdog does when the command dies.
+    /// The watchdog's reaction to the death of the command.
     fn watchdog(&mut self) {
         for origin in self.origins {
             let origin = self.device(origin).unwrap();
@@ -261,7 +261,7 @@ impl FakeKernel {
         self.frozen.clear();
     }
 
-    /// The origins as they were, nothing held, nothing of ours left but the names in `rest`.
+    /// The origins are as before, nothing is held, and only the devices `rest` are left of ours.
     fn assert_clean<N: AsRef<str>>(&self, rest: &[N], what: &str) {
         for name in self.origins {
             let origin = &self.devices[*name];
@@ -317,7 +317,7 @@ impl Machine for FakeKernel {
     }
 }
 
-/// Ranges of an origin go back to linear while it is being copied.
+/// A change that makes ranges of an origin linear again during a copy.
 fn release(origin: &str, table: Template) -> Change {
     let device = || origin.to_owned();
     let clear = Action::Clear { device: device() };
@@ -345,7 +345,7 @@ fn after_the_instant(origin: &str, id: &str) -> Vec<Change> {
     ]
 }
 
-/// Runs the changes of a whole copy, with the journal in the fake itself.
+/// Runs the changes of a whole copy. The fake kernel keeps the record.
 fn run_copy(kernel: &mut FakeKernel, id: &str) -> Result<()> {
     struct Pair<'a>(&'a mut JobRecord);
     impl IntentLog for Pair<'_> {
@@ -388,7 +388,7 @@ fn a_copy_that_is_let_finish_leaves_the_origin_as_it_was() {
     kernel.assert_clean(&["data#cow"], "finished");
 }
 
-/// Works so many times, and never again: its disk is full.
+/// A record that can be written this many times; then its disk is full.
 struct Full(u32);
 
 impl Full {
@@ -513,7 +513,7 @@ fn puts_back_after(group: &'static [&'static str], fail_in: u32) -> bool {
     let is_held = group.iter().any(|origin| kernel.devices[*origin].suspended);
     assert!(!is_held && kernel.frozen.is_empty(), "{what}");
     if error.what().starts_with("insert") {
-        // One failure was injected, so no undo has a reason to fail.
+        // Only one failure was injected, so every undo must succeed.
         assert!(error.failed_undos().is_empty(), "{what}: {:?}", error.failed_undos());
         kernel.assert_clean(&kernel.stores(), &what);
     }
@@ -566,8 +566,8 @@ fn a_living_job_and_other_peoples_devices_are_left_alone() {
     assert!(plan_remove(&scene).is_empty());
 }
 
-/// A copy that died while it held the origin left a record. What it tells of is let go; what somebody else holds is not,
-/// whatever name or number it has.
+/// The record of a copy that died while it held the origin: what the record names is released, but not what another
+/// tool holds, even under the same name or number.
 #[test]
 fn only_what_the_dead_job_itself_holds_is_let_go() {
     let id = new_id();
@@ -652,7 +652,7 @@ fn the_kernels_tables_are_enough_where_the_record_is_lost() {
     }
 }
 
-/// A copy killed with `table` in its origin.
+/// A copy that was killed with `table` in its origin.
 fn killed_with(table: &str, id: &str) -> FakeKernel {
     let mut kernel = kernel(id);
     let uuid = DeviceIdentity::new("data", ROLE_REAL, id).uuid();
@@ -692,7 +692,7 @@ fn a_strangers_device_over_ours_is_not_touched() {
             if !is_recorded {
                 kernel.record = None;
             }
-            // It keeps `real` in use, which is said; everything else is done.
+            // The other tool keeps `real` in use, which is reported. Everything else is done.
             let error = recover_devices(&mut kernel).unwrap_err();
             assert!(error.to_string().contains("data#real is busy"), "{what}: {error}");
             assert_eq!(kernel.devices["look"], before, "{what}");

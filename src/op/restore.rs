@@ -1,4 +1,4 @@
-//! `tidemark restore`: an archive becomes a device or a file again.
+//! `tidemark restore`: writes an archive's content to a device or a file.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -19,12 +19,12 @@ use crate::topology::{Topology, device_number};
 /// The major number of loop devices (Linux, Documentation/admin-guide/devices.txt).
 const LOOP_MAJOR: u32 = 7;
 
-/// Restores; on success the target is complete and synced, and a file has its final name.
+/// Restores. On success the target is complete and synced, and a file has its final name.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive,
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a target that must not be written, I/O
-/// errors, whatever the interrupt answers; each with the state in which the target is left.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a target that must not be written, I/O errors, and the
+/// interrupt's; each with the state in which the target is left.
 pub fn run(
     request: &RestoreRequest,
     observer: &dyn Observer,
@@ -35,7 +35,7 @@ pub fn run(
     restore(&input, request, observer, interrupt)
 }
 
-/// Restores what `input` holds to the request's target.
+/// Restores the content of `input` to the request's target.
 pub(super) fn restore(
     input: &Input,
     request: &RestoreRequest,
@@ -54,7 +54,7 @@ pub(super) fn restore(
     conclude(job, writer::write(target, input, superblock, observer, interrupt))
 }
 
-/// The archive must survive its own restore: what it lies on is no target, and neither is the archive.
+/// The archive must survive its own restore: neither it nor the devices beneath it may be the target.
 pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
     let ArchiveSource::Path(path) = archive else { return Ok(Vec::new()) };
     let found = std::fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;
@@ -69,10 +69,10 @@ pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<De
     Ok(device_number(path)?.into_iter().collect())
 }
 
-/// Refuses a target that lies on a loop device whose file is the archive. The path that sysfs shows may
-/// be another name, or be gone: the kernel is asked for the file's identity.
+/// Refuses a target on a loop device whose file is the archive. The path in sysfs may be another name or be stale, so
+/// the file is identified by device and inode number from the kernel.
 fn refuse_loop_over(archive: &std::fs::Metadata, target: &Path) -> Result<()> {
-    // A target that is not there yet is a file to be made.
+    // A target that does not exist yet is a new file.
     let Some(device) = device_number(target).ok().flatten() else { return Ok(()) };
     let topology = Topology::default();
     for beneath in topology.stack(device).into_iter().filter(|device| device.major == LOOP_MAJOR) {

@@ -1,8 +1,8 @@
-//! What a restore would do, found without touching the target.
+//! The plan of a restore, made without touching the target.
 //!
-//! Reads the archive's superblocks and map, so that something that is no archive is found before
-//! consent is asked for, and refuses the targets that the restore refuses. An archive on a pipe says nothing before it
-//! is read: whether the target is large enough is found then.
+//! Reads the archive's superblocks and map, so that a bad archive is found before consent is asked for, and refuses the
+//! same targets as the restore. An archive on a pipe cannot be read in advance: whether the target is large enough is
+//! found during the restore.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
@@ -18,7 +18,7 @@ use crate::progress::Silent;
 use crate::restore::ArchiveSource;
 use crate::secondary::raw::{RawRequest, RawTarget};
 
-/// What the target is now.
+/// What exists at the target's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetKind {
@@ -26,29 +26,29 @@ pub enum TargetKind {
     Device,
     /// A file, which is replaced when the restore is complete.
     ExistingFile,
-    /// Nothing: a file is made.
+    /// Nothing: a file is created.
     NewFile,
 }
 
-/// `tidemark restore`, planned.
+/// The plan of `tidemark restore`.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestorePlan {
-    /// The request that it carries out, with the path that the target's name means.
+    /// The request, with the path that the target's name stands for.
     pub request: RestoreRequest,
-    /// What the target is now.
+    /// What exists at the target's path.
     pub target_kind: TargetKind,
-    /// What would be lost there, and what may go wrong.
+    /// What would be lost there, and warnings.
     pub target: TargetFacts,
-    /// What the archive says of itself; None for a pipe.
+    /// The description of the archive; None for a pipe.
     pub archive: Option<InspectReport>,
 }
 
 /// Plans a restore.
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for what is no whole archive,
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a target that is neither a block device
-/// nor a regular file; I/O errors; whatever the interrupt answers.
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive,
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a target that is neither a block device nor a regular
+/// file; I/O errors; the interrupt's.
 pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Result<RestorePlan> {
     let request = RestoreRequest { target: targets::named(&request.target)?, ..request.clone() };
     let archive = match &request.archive {
@@ -66,13 +66,13 @@ pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Res
                 .state("nothing was changed")
                 .next("name a device, or a file to be created"));
         }
-        // A missing file is made; whatever else is wrong with the name is said when it is opened.
+        // A missing file is created. Other problems of the name are reported when it is opened.
         Err(_) => TargetKind::NewFile,
     };
     let size = archive.as_ref().map(|archive| archive.superblock.origin_size);
     let raw = RawRequest {
         size: size.unwrap_or(Bytes::ZERO),
-        // Consent is asked for when all else is well.
+        // Consent is asked for after all other checks.
         replace: true,
         forbidden: forbidden(&request.archive, &request.target)?,
     };

@@ -1,4 +1,4 @@
-//! Restore and verify from files and pipes: exactness, and everything that must be refused.
+//! Restore and verify from files and pipes: exactness, and all refusals.
 
 use std::fs::{self, File};
 use std::io::{Seek as _, Write as _};
@@ -25,7 +25,7 @@ fn extent(start: u64, end: u64) -> Extent {
     Extent::new(Bytes(start), Bytes(end)).unwrap()
 }
 
-/// Bytes that differ from place to place.
+/// Bytes that differ at every offset.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
@@ -39,7 +39,7 @@ fn noise(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Data, a zero segment, originals over both, and a tail that is no whole sector.
+/// Data, a zero segment, originals over both, and an end within a sector.
 fn sample() -> Sample {
     let mut content = noise(Bytes(4 * SEGMENT + 5001).as_len(), 1);
     content[Bytes(SEGMENT).as_len()..Bytes(2 * SEGMENT).as_len()].fill(0);
@@ -84,7 +84,7 @@ fn restore_file(archive: &Path, target: &Path) -> Result<RestoreReport> {
 fn pipe(bytes: Vec<u8>) -> OwnedFd {
     let (read, write) = nix::unistd::pipe().unwrap();
     std::thread::spawn(move || {
-        // A reader that gives up early closes the pipe.
+        // A reader that stops early closes the pipe.
         let _ = File::from(write).write_all(&bytes);
     });
     read
@@ -162,7 +162,7 @@ fn a_difference_is_named_to_the_sector() {
     }
     let short = place.put("short", &content[1..]);
     assert_eq!(kind(verify_file(&archive, Some(&short))), ErrorKind::BadData);
-    // What the originals replaced must not count as equal.
+    // Fuzzy data that originals replace must not count as equal.
     let fuzzy = place.put("fuzzy", &sample.fuzzy);
     assert_eq!(kind(verify_file(&archive, Some(&fuzzy))), ErrorKind::BadData);
 }
@@ -186,7 +186,7 @@ fn every_cut_is_found_and_leaves_no_file() {
     assert_eq!(place.names(), ["cut.tdm"]);
 }
 
-/// The reader without its engine: fast enough to try every byte.
+/// The reader without its I/O engine: fast enough to test every byte.
 fn check(bytes: &[u8]) -> Result<()> {
     use crate::format::archive::Superblock;
     let superblock = Superblock::decode_head(bytes).map_err(Error::from)?;
@@ -211,7 +211,7 @@ fn every_corrupted_byte_is_found() {
     check(&bytes).unwrap();
     let (end, frame) = (bytes.len() - BLOCK_BYTES, sample.layout().frame_bytes().as_len());
     assert_eq!((end - BLOCK_BYTES) / frame, 4, "two data frames, originals, map");
-    // The reader as it stands before each frame: a corrupted byte must be found in its own frame.
+    // The reader's state before each frame: a corrupted byte must be found in its own frame.
     let mut readers = vec![FrameChecker::new(sample.superblock.clone(), "sample")];
     for at in (BLOCK_BYTES..end).step_by(frame) {
         let mut reader = readers.last().unwrap().clone();
@@ -267,7 +267,7 @@ fn frames_that_are_moved_doubled_or_left_out_are_found() {
     ] {
         assert_eq!(kind(check(&wrong)), ErrorKind::BadData);
     }
-    // The frames of another archive of the same shape.
+    // Frames of another archive with the same layout.
     let mut other = sample;
     other.superblock.archive = uuid::Uuid::from_u128(99);
     let other = other.build();
@@ -275,7 +275,7 @@ fn frames_that_are_moved_doubled_or_left_out_are_found() {
     assert_eq!(kind(check(&mixed)), ErrorKind::BadData);
 }
 
-/// Why an archive is refused.
+/// The reason why an archive is refused.
 fn fault(sample: &Sample) -> ArchiveError {
     use std::error::Error as _;
     let error = check(&sample.build()).unwrap_err();
@@ -284,14 +284,14 @@ fn fault(sample: &Sample) -> ArchiveError {
 
 #[test]
 fn a_map_that_disagrees_with_the_frames_is_found() {
-    // A frame less, with sequences and totals that agree: only the map knows.
+    // One frame is missing, with sequence numbers and totals adjusted: only the map shows it.
     let lacking = Sample { omitted_frame: Some(2), ..sample() };
     assert_eq!(fault(&lacking), ArchiveError::MapMismatch { origin_offset: 2 * SEGMENT, map: "present" });
     let whole = extent(0, 4 * SEGMENT + 5001);
     let cases = [
-        // A segment that has a frame and is absent in the map.
+        // A segment with a frame that is absent in the map.
         (vec![whole], vec![extent(0, 3 * SEGMENT), extent(4 * SEGMENT, 4 * SEGMENT + 5001)]),
-        // As many bytes, elsewhere in the segment.
+        // As many bytes, at another place in the segment.
         (vec![extent(0, 8192)], vec![extent(4096, 12288)]),
         (vec![extent(0, 4096), extent(8192, 12288)], vec![extent(0, 8192)]),
         // Other bytes.
@@ -340,7 +340,7 @@ fn an_interrupt_leaves_nothing() {
     let stop = || Err(Error::new(ErrorKind::Interrupted, "stopped"));
     let out = place.path("out");
     assert_eq!(kind(restore::run(&request(&archive, &out), &Silent, &stop)), ErrorKind::Interrupted);
-    // A silent pipe does not keep the interrupt from being heard.
+    // The interrupt is noticed although the pipe delivers nothing.
     let (read, write) = nix::unistd::pipe().unwrap();
     let result = Input::stream(read, "the pipe", &stop);
     assert_eq!(kind(result.map(|_| ())), ErrorKind::Interrupted);
@@ -357,7 +357,7 @@ fn the_empty_origin_is_restored() {
     verify_file(&archive, Some(&place.path("out"))).unwrap();
 }
 
-/// A sample drawn at random: parts copied or not, zero or not, originals in any number.
+/// A random sample: parts copied or not, zero or not, any number of originals.
 fn samples() -> impl Strategy<Value = Sample> {
     let pages = prop::collection::vec((any::<bool>(), any::<bool>()), 1..80);
     let originals = prop::collection::vec(prop::collection::btree_set(0u64..80, 1..10), 0..4);
@@ -383,7 +383,7 @@ fn samples() -> impl Strategy<Value = Sample> {
             sample.block_list = list;
             sample.shuffled = shuffled;
             for (byte, frame) in (1u8..).zip(originals) {
-                // Page-sized extents, some of them neighbours; absent pages get none.
+                // Page-sized extents, some of them adjacent; absent pages have none.
                 let extents: Vec<Extent> = frame
                     .into_iter()
                     .filter_map(|page| Extent::new(Bytes(page * 4096), Bytes(size.min(page * 4096 + 4096))))
@@ -429,7 +429,7 @@ proptest! {
     ) {
         let (place, bytes) = (Place::new(), sample.build());
         let archive = place.put("a.tdm", &bytes);
-        // The other side has something else wherever nothing was copied.
+        // The other side has different content wherever nothing was copied.
         let expected = sample.content();
         let mut other = noise(expected.len(), stale);
         for listed in &sample.block_list {
@@ -466,7 +466,7 @@ fn a_pipe_may_be_a_file_that_was_opened() {
     compare::verify(&input, None, &Silent, &|| Ok(())).unwrap();
 }
 
-/// A loop device over `file`; None where this process may make none.
+/// A loop device on `file`; None if this process may not create one.
 fn loop_over(file: &Path) -> Option<LoopDevice> {
     if !nix::unistd::geteuid().is_root() || !Path::new(CONTROL_PATH).exists() {
         return None;
@@ -510,7 +510,7 @@ fn a_loop_device_over_the_archive_is_refused() {
     let (place, sample) = (Place::new(), sample());
     let bytes = sample.build();
     let archive = place.put("a.tdm", &bytes);
-    // The kernel shows another path than the one that is given.
+    // The kernel shows another path than the given one.
     let other_name = place.path("other-name");
     fs::hard_link(&archive, &other_name).unwrap();
     let Some(device) = loop_over(&other_name) else { return };
@@ -527,7 +527,7 @@ fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// What tests/golden/archive/README.md says that the golden archive holds.
+/// The golden archive's content according to tests/golden/archive/README.md.
 fn golden_content() -> Vec<u8> {
     let size = Bytes(2 * SEGMENT + 5001).as_len();
     let mut content: Vec<u8> =
@@ -559,7 +559,7 @@ fn the_golden_archive_is_read() {
     verify_file(&golden, Some(&out)).unwrap();
 }
 
-/// Runs tests/archive_reader.py, which shares no code with us; answers its exit code.
+/// Runs tests/archive_reader.py, which shares no code with us; returns its exit code.
 fn independent_reader(arguments: &[&std::ffi::OsStr]) -> i32 {
     let output = std::process::Command::new("python3")
         .arg(repository("tests/archive_reader.py"))
@@ -589,7 +589,7 @@ fn a_reader_written_from_the_format_alone_agrees() {
         assert_eq!(independent_reader(&["extract".as_ref(), archive.as_os_str(), out.as_os_str()]), 0);
         assert!(fs::read(&out).unwrap() == content);
     }
-    // And it is no mere copier: what we refuse, it refuses.
+    // The independent reader also refuses what we refuse.
     let bytes = sample().build();
     for at in [100, 2000, 4096, 4096 + 500, 12345, bytes.len() - 5000, bytes.len() - 4000, bytes.len() - 1] {
         let mut bad = bytes.clone();

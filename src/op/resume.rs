@@ -1,13 +1,12 @@
-//! `tidemark resume`: goes on with a copy whose process died while the kernel's snapshot stood.
+//! `tidemark resume`: continues a copy whose process died while the kernel's snapshot was in place.
 //!
-//! What is there then: the origin writes through its snapshot as before, the store fills, segments that
-//! are noted as placed are on the secondary (see [`segment_log`]), and what is not noted is
-//! still preserved: a region is released only after all of it was noted. So going on is copying what is
-//! not noted, and then laying *every* original over it, at whatever point the other process died.
+//! The state then: the origin still writes through its snapshot, and the store fills. Segments that the segment log
+//! names are on the secondary (see [`segment_log`]). All others are still preserved, because a region is released only
+//! after all of it was noted. So a resume copies the segments that are not noted, and then applies *every* original, at
+//! whatever point the other process died.
 //!
-//! Until the copier runs nothing is taken away: a resume that is refused leaves everything as it was
-//! found, to be tried again or given up with `recover`. From then on it is a copy like any other, and
-//! puts everything back however it ends.
+//! Until the copier runs, nothing is changed: a resume that is refused leaves everything as it was, to be tried again
+//! or recovered with `recover`. From then on it is a normal copy, and puts everything back however it ends.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -40,15 +39,15 @@ use crate::sys::privilege;
 use crate::sys::process::LockedMemory;
 use crate::volume::{FreezeSet, Origin, OriginKind};
 
-/// What is left where a secondary does not answer.
+/// The state after a secondary did not answer.
 const AS_IT_WAS: &str = "the copy stays as it was: the origin stays in use, its content at the instant is \
                          still preserved, and nothing of the copy is lost";
 
-/// What to do then.
+/// The advice then.
 const SEE_TO_IT: &str = "check the secondary's disk or server and resume again, or run 'tidemark recover', \
                          which gives up the copy and restores the origin's table";
 
-/// What would be gone on with. Serialized for `--dry-run --json`.
+/// The copy that would be resumed. Serialized for `--dry-run --json`.
 #[derive(Debug, Serialize)]
 pub struct ResumePlan {
     /// The job.
@@ -61,27 +60,26 @@ pub struct ResumePlan {
     pub placed: usize,
     /// Segments of the origin.
     pub segments: u64,
-    /// All segments are there; originals were being laid over them.
+    /// All segments are on the secondary, and applying the originals had begun.
     pub originals_begun: bool,
     #[serde(skip)]
     found: FoundJob,
-    /// What the secondary is asked before it is opened.
+    /// Reads that the secondary must answer before it is opened.
     #[serde(skip)]
     asked: Vec<Asked>,
 }
 
-/// A path, and where it is read: whether there is an answer.
+/// A path, and offsets to read, to see whether its disk or server answers.
 #[derive(Debug)]
 struct Asked {
     path: PathBuf,
     offsets: Vec<u64>,
 }
 
-/// Finds the copy to go on with: the one named by `id` (or by its beginning), or the only one.
+/// Finds the copy to resume: the one whose id begins with `id`, or the only one.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] with the reason where there is none, or
-/// several, or where it cannot go on; I/O errors.
+/// [`ErrorKind::Refused`] with the reason if there is none, or several, or if it cannot be resumed; I/O errors.
 pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     privilege::require_root("resuming a copy")?;
     let mut found = choose(find_jobs()?, id)?;
@@ -155,7 +153,7 @@ fn choose(jobs: Vec<FoundJob>, id: Option<&str>) -> Result<FoundJob> {
     Ok(job)
 }
 
-/// The plan of the copy as its own process had it, from its record.
+/// The plan of the copy as its own process made it, from its record.
 fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes) -> Result<CopyPlan> {
     let request: CopyRequest = serde_json::from_str(&copy.request).map_err(|source| {
         Error::bad_data("the recorded request cannot be read: another version of tidemark wrote it")
@@ -186,8 +184,8 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
     })
 }
 
-/// The file or device itself is read at its beginning, and where the first and the last segments of those that were noted
-/// are: what was not written yet may be a hole, which no disk is asked for. Of a file the final name is looked at, too.
+/// The reads are at the beginning of the file or device, and at the first and last noted segments: anything not written
+/// yet may be a hole, which needs no read from a disk. For a file, the final name is looked up too.
 fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec<Asked> {
     let SecondaryTarget::Path(target) = &plan.request.secondary else { return Vec::new() };
     let offset = |segment: &PlacedSegment| match (&copy.archive, segment.frame) {
@@ -201,7 +199,7 @@ fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec
     vec![Asked { path: target.clone(), offsets: Vec::new() }, Asked { path: partial.into(), offsets }]
 }
 
-/// Refuses a secondary that does not answer, before anything waits for it with the job's lock.
+/// Refuses a secondary that does not answer, before the job's lock is held during an access to it.
 fn check_answers(asked: &[Asked], interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     for Asked { path, offsets } in asked {
         let is_answered = leave::does_answer(path, offsets.clone(), interrupt)
@@ -213,10 +211,10 @@ fn check_answers(asked: &[Asked], interrupt: &dyn Fn() -> Result<()>) -> Result<
     Ok(())
 }
 
-/// Makes all checks of [`run()`], and changes nothing.
+/// Makes all checks of [`run()`] and changes nothing.
 ///
 /// # Errors
-/// As [`run()`]'s before the copier runs.
+/// Those of [`run()`] before the copier runs.
 pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     let ResumePlan { copy: plan, found, asked, .. } = plan;
     let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
@@ -249,7 +247,7 @@ pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() ->
     })
 }
 
-/// What a store holds that is looked at and not taken over.
+/// The originals of a store that is examined but not adopted.
 struct Preserved<'a> {
     store: &'a CowStore,
     status: SnapshotStatus,
@@ -271,10 +269,10 @@ impl OriginalsProvider for Preserved<'_> {
     }
 }
 
-/// Goes on.
+/// Resumes the copy.
 ///
 /// # Errors
-/// Before the copier runs: what is in the way, and everything stays as it was found. Then as a copy's.
+/// Before the copier runs: the obstacle, with everything left as it was. Then as a copy.
 pub fn run(
     plan: ResumePlan,
     observer: &dyn Observer,
@@ -307,8 +305,8 @@ pub fn run(
     run::resume(session, log, from)
 }
 
-/// Asks again what the copy's own process asked at its instant: since then mounts, loop devices and swap space may have
-/// changed. Answers the lock in memory where memory may wait for the origin.
+/// Repeats the checks that the copy's own process made at its instant, because mounts, loop devices and swap space may
+/// have changed. Returns the memory lock if memory may wait for the origin.
 fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<LockedMemory>> {
     let Some(origin) = plan.origin.number else { return Ok(None) };
     let question = Question::of(dm, origin)?;
@@ -321,9 +319,9 @@ fn check_circles(dm: &Dm, plan: &CopyPlan, store: &CowStore) -> Result<Option<Lo
     question.objection_to_memory().map(|_| memory::lock()).transpose()
 }
 
-/// Opens the secondary again, and finds it to be what the copy was made to. `below` is the device that holds the origin's
-/// bytes, and the parts of the origin that are copied, as the other process had them: an archive counts what its frames
-/// hold by those. The secondary may never answer: a signal ends the wait.
+/// Opens the secondary again and verifies that it is the one that the copy wrote to. `below` has the device that holds
+/// the origin's data, and the ranges that are copied, as in the other process: an archive needs them to count its
+/// frames. The secondary may never answer: a signal ends the wait.
 fn reopen(
     plan: &CopyPlan,
     copy: &CopyRecord,
@@ -353,7 +351,7 @@ fn parse_uuid(text: &str) -> Result<Uuid> {
     Uuid::parse_str(text).map_err(|source| Error::bad_data("the job's archive").with_source(source))
 }
 
-/// What the copy left out, for it was free at its instant.
+/// Ranges that the copy skipped because they were free at its instant.
 fn skipped(copy: &CopyRecord) -> Vec<Extent> {
     let extent = |(start, end): &(u64, u64)| Extent::new(Bytes(*start), Bytes(*end));
     copy.skipped.iter().filter_map(extent).collect()

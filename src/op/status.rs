@@ -1,4 +1,4 @@
-//! `tidemark status`: volumes, jobs and stacks, as the kernel and the records have them. Looks only.
+//! `tidemark status`: volumes, jobs and stacks, from the kernel and the records. Changes nothing.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -20,16 +20,16 @@ use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};
 use crate::sys::privilege;
 
-/// Everything there is.
+/// The complete status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// Attached volumes, and those on record that are not attached now.
+    /// Attached volumes, and recorded ones that are not attached now.
     pub volumes: Vec<VolumeStatus>,
-    /// Commands in progress, and dead ones that left something.
+    /// Commands in progress, and dead ones that left devices or files.
     pub jobs: Vec<JobStatus>,
     /// Snapshot stacks in place.
     pub stacks: Vec<StackStatus>,
-    /// What is wrong, in words, with what to do.
+    /// Problems, in words, with what to do.
     pub warnings: Vec<String>,
 }
 
@@ -42,7 +42,7 @@ pub struct VolumeStatus {
     pub path: PathBuf,
     /// The device beneath, as recorded.
     pub device: Option<String>,
-    /// Its number; None where it is not attached now.
+    /// Its number; None if it is not attached now.
     pub number: Option<DeviceNumber>,
     /// Its size.
     pub size: Option<Bytes>,
@@ -56,7 +56,7 @@ pub struct VolumeStatus {
 pub struct JobStatus {
     /// Its id.
     pub id: String,
-    /// Its process lives.
+    /// Whether its process is alive.
     pub alive: bool,
     /// "copy", "restore", "attach".
     pub command: Option<String>,
@@ -70,7 +70,7 @@ pub struct JobStatus {
     pub step: Option<String>,
     /// Commands that change the origin's volume group wait for the end of this copy (`--lvm-lock copy`).
     pub keeps_lvm_away: bool,
-    /// How far it is, or was when it died.
+    /// Its progress, now or when it died.
     pub progress: Option<ProgressView>,
 }
 
@@ -79,25 +79,25 @@ pub struct JobStatus {
 pub struct StackStatus {
     /// The job that it belongs to.
     pub job: String,
-    /// The name that its origin has now; None where no origin writes through it any more.
+    /// The current name of its origin; None if no origin writes through it any more.
     pub origin: Option<String>,
     /// The snapshot's device name.
     pub snapshot: String,
     /// The device that holds the origin's data.
     pub below: Option<String>,
-    /// How the snapshot is, and how full its store.
+    /// The state of the snapshot, and how full its store is.
     pub status: SnapshotStatus,
-    /// Bytes of the origin whose writes are still preserved; None where no origin writes through it any more.
+    /// Bytes of the origin whose originals are still preserved; None if no origin writes through it any more.
     pub preserved: Option<Bytes>,
-    /// Size of the origin. Where not all of it is preserved (free space, regions that were released), the
-    /// snapshot's device does not show the instant: only the copy does.
+    /// Size of the origin. If it is not fully preserved (free space, released regions), the snapshot's device does not
+    /// show the instant: only the copy does.
     pub size: Option<Bytes>,
 }
 
-/// Looks at everything.
+/// Collects the status.
 ///
 /// # Errors
-/// I/O errors and the kernel's.
+/// I/O errors; errors of the kernel.
 pub fn status() -> Result<Status> {
     privilege::require_root("examining device-mapper")?;
     let mut status = Status::default();
@@ -108,7 +108,7 @@ pub fn status() -> Result<Status> {
             lost = stacks(&dm, &ours, &mut status)?;
             ours
         }
-        // Without device-mapper there can be neither.
+        // Without device-mapper there are no volumes and stacks.
         Err(error) => {
             status.warnings.push(error.to_string());
             Vec::new()
@@ -120,7 +120,7 @@ pub fn status() -> Result<Status> {
     Ok(status)
 }
 
-/// The jobs whose copies are void.
+/// Collects the stacks. Returns the jobs whose copies are void.
 fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<BTreeSet<String>> {
     let mut lost = BTreeSet::new();
     for info in ours {
@@ -179,7 +179,7 @@ fn origin_over(dm: &Dm, real: &DeviceInfo, preserve: Option<DeviceNumber>) -> Re
     let Some(own) = dm.table(real.number, Slot::Active)? else { return Ok(None) };
     let lower = LowerDevices { own, real: real.number, preserve };
     for (name, number) in dm.list()? {
-        // One that goes away, or whose table is none of ours to read, is not the one.
+        // Skip a device that disappears, or whose table we cannot read.
         if let Ok(Some(table)) = dm.table(number, Slot::Active)
             && lower.is_stack_table(&table)
         {
@@ -204,7 +204,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
         if identity.role != ROLE_VOLUME {
             continue;
         }
-        // By its id: the device may have been renamed.
+        // By id, because the device may have been renamed.
         let record = records.iter().position(|record| record.id == identity.id).map(|at| records.remove(at));
         status.volumes.push(VolumeStatus {
             name: info.name.clone(),
@@ -233,7 +233,7 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
     Ok(())
 }
 
-/// The ids of the jobs on record.
+/// Collects the recorded jobs. Returns their ids.
 fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
     let mut known = Vec::new();
     for job in list_jobs()? {
@@ -270,7 +270,7 @@ fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
     Ok(known)
 }
 
-/// Devices of jobs that are not on record.
+/// Finds devices of jobs without a record.
 fn strays(ours: &[DeviceInfo], known: &[String], status: &mut Status) -> Result<()> {
     let is_known = |id: &str| known.iter().any(|other| other == id);
     let strays: Vec<(&DeviceInfo, DeviceIdentity)> = ours

@@ -1,6 +1,6 @@
-//! What does a name on the command line mean as a target, what would be lost there, and which job has it?
+//! The meaning of a target's name on the command line, what would be lost there, and which job uses it.
 //!
-//! Looks only. The refusals that protect what is in use are the [`secondary`](crate::secondary)'s own.
+//! Changes nothing. The [`secondary`](crate::secondary) itself refuses targets that are in use.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
@@ -18,17 +18,17 @@ use crate::sys::privilege::is_root;
 use crate::topology::{Topology, device_number};
 use crate::volume;
 
-/// What a plan says of its target beside what was asked for.
+/// Facts about a target for a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct TargetFacts {
-    /// What would be lost, in words; None where nothing is in the way.
+    /// What would be lost, in words; None if nothing.
     pub overwrites: Option<String>,
-    /// What may go wrong although it is no reason to refuse.
+    /// Problems that are no reason to refuse.
     pub warnings: Vec<String>,
 }
 
 impl TargetFacts {
-    /// Looks at `path`, to which at most `size` bytes are to be written.
+    /// Examines `path`, to which at most `size` bytes are to be written.
     #[must_use]
     pub fn of(path: &Path, size: Option<Bytes>) -> Self {
         Self {
@@ -38,18 +38,18 @@ impl TargetFacts {
     }
 }
 
-/// The path that `typed` means as a target: a word names a device below /dev/mapper as it does for an origin, where
-/// there is one; else it is a file.
+/// The path that `typed` stands for as a target. A plain word names a device below /dev/mapper, as for an origin, if
+/// there is one; else a file.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] where it may mean two things, or names a volume that is not attached now.
+/// [`ErrorKind::Refused`] if it is ambiguous, or names a volume that is not attached now.
 pub fn named(typed: &Path) -> Result<PathBuf> {
     let path = volume::find_or_new(typed)?;
     if path.exists() || !volume::is_word(&path) {
         return Ok(path);
     }
     let is_it = |name: &str| path.as_os_str() == name;
-    // A user who may not read the records cannot attach anything either.
+    // A user who may not read the records cannot attach volumes either.
     let recorded = recorded_volumes().unwrap_or_default();
     if recorded.iter().flatten().any(|volume| is_it(&volume.name)) {
         let name = path.display();
@@ -60,8 +60,8 @@ pub fn named(typed: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What writing to `target` would destroy. A target that cannot be looked at is left to the operation, which says
-/// more about it.
+/// What writing to `target` would destroy. If it cannot be examined, the operation itself reports the error in more
+/// detail.
 fn overwritten(target: &Path) -> Option<String> {
     let kind = fs::metadata(target).ok()?.file_type();
     if kind.is_block_device() {
@@ -71,7 +71,7 @@ fn overwritten(target: &Path) -> Option<String> {
     }
 }
 
-/// Zeros take no room in a file, so that a file system with less room is no reason to refuse.
+/// Warns instead of refusing, because zeros need no space in a file.
 fn space_warning(target: &Path, size: Bytes) -> Option<String> {
     if matches!(device_number(target), Ok(Some(_))) {
         return None;
@@ -87,7 +87,7 @@ fn space_warning(target: &Path, size: Bytes) -> Option<String> {
     })
 }
 
-/// Puts the job that has `target` before a refusal of it.
+/// Prefixes a refusal of `target` with the job that uses it.
 #[must_use]
 pub fn naming_job(error: Error, target: &Path) -> Error {
     if error.kind() != ErrorKind::Refused || !is_root() {

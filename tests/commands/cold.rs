@@ -1,7 +1,6 @@
-//! Cold copies of regular files, end to end: copy, verify, inspect, restore, compare; and what the
-//! user sees when one of them cannot be done. Of the README's promises: 1 (exactness), 5 (no partial
-//! result under the final name), 6 (nothing left behind), 7 (any corruption is detected) and 8
-//! (refusals before changes).
+//! Cold copies of regular files, end to end: copy, verify, inspect, restore, compare; and what the user sees if one of
+//! them fails. The README's promises 1 (exactness), 5 (no partial result under the final name), 6 (no leftovers), 7
+//! (any corruption is detected) and 8 (refusals before changes).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -15,8 +14,7 @@ use super::support::{
     tidemark,
 };
 
-/// Sizes around what could go wrong: less than a sector, not a multiple of 4 KiB, exactly
-/// one segment, one byte more, several segments.
+/// Sizes at edges: less than a sector, not a multiple of 4 KiB, exactly one segment, one byte more, several segments.
 const SIZES: &[usize] = &[1, 511, 4096, 1_000_003, 1 << 20, (1 << 20) + 1, (5 << 20) + 513];
 
 #[test]
@@ -79,7 +77,7 @@ fn a_pipe_restores_exactly() {
     }
 }
 
-/// Runs with `input` on a pipe; a command that stops reading early is not an error here.
+/// Runs with `input` on a pipe. A command that stops reading early is not an error here.
 fn feed(arguments: &[&str], input: &[u8]) -> Ran {
     let mut command = tidemark(arguments);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -125,7 +123,7 @@ fn a_name_in_an_archive_does_not_reach_the_terminal_as_it_is() {
     let text = ok(&["inspect", &archive, "--json"]).stdout;
     assert!(is_harmless(&text), "{text:?}");
     assert_eq!(json_lines(&text)[0]["report"]["superblock"]["origin_name"], name);
-    // Errors name files.
+    // Error messages contain names of files.
     fs::write(bench.path(name), b"no archive").unwrap();
     let ran = run(&["inspect", &bench.path(name)]);
     assert!(ran.code == Some(4) && is_harmless(&ran.stderr), "{ran:?}", ran = ran.stderr);
@@ -166,7 +164,7 @@ fn a_pipe_carries_nothing_but_the_archive() {
 #[test]
 fn a_closed_standard_output_takes_no_archive() {
     let bench = Bench::new(1 << 20, random_seed());
-    // A shell closes it; nothing in the standard library starts a process so.
+    // A shell can close it; the standard library cannot start a process with a closed descriptor.
     let shell = |redirection: &str| {
         let line = format!("\"$0\" copy \"$1\" - {redirection}");
         let mut command = std::process::Command::new("sh");
@@ -176,7 +174,7 @@ fn a_closed_standard_output_takes_no_archive() {
     let ran = shell(">&-");
     assert_eq!(ran.code, Some(2), "{}", ran.stderr);
     assert!(ran.stderr.contains("closed"), "{}", ran.stderr);
-    // What is thrown away on purpose is no error.
+    // Discarding the output on purpose is not an error.
     let ran = shell(">/dev/null");
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     bench.assert_origin_untouched();
@@ -340,7 +338,7 @@ fn verify_against_something_else_exits_4() {
     fs::write(bench.path("other"), &other).unwrap();
     let ran = run(&["verify", &archive, "--against", &bench.path("other")]);
     assert_eq!(ran.code, Some(4), "{}", ran.stderr);
-    // A difference where the archive holds zeros is a difference too.
+    // A difference in a range of zeros is detected too.
     let mut other = bench.content.clone();
     other[1 << 19] = 1;
     fs::write(bench.path("other"), &other).unwrap();

@@ -1,17 +1,16 @@
-//! The contract that every command meets. A new command is one row in [`COMMANDS`], and a test
-//! sees to it that none is forgotten.
+//! The contract of every command. A new command is one row in [`COMMANDS`]; a test ensures that none is missing.
 
 use std::path::Path;
 use std::process::Stdio;
 
 use super::support::{is_root, json_error, output, run, spawn, tidemark};
 
-/// A command and what it takes.
+/// A command and its arguments.
 struct Row {
     name: &'static str,
-    /// Arguments that are needed; leaving them out is a usage error.
+    /// Required arguments; omitting them is a usage error.
     required: &'static [&'static str],
-    /// Arguments that name an input which does not exist ("MISSING" stands for it), if it reads one.
+    /// Arguments that name an input which does not exist ("MISSING" stands for it), if the command reads one.
     missing_input: Option<&'static [&'static str]>,
 }
 
@@ -141,7 +140,7 @@ fn a_missing_input_is_named() {
         let ran = run(&arguments);
         assert!(matches!(ran.code, Some(1 | 3)), "{}: {:?} {}", row.name, ran.code, ran.stderr);
         assert_eq!(ran.stdout, "", "{}", row.name);
-        // Who may not attach is told that first.
+        // Without root, the missing privilege is reported first.
         let named = ran.stderr.contains(missing) || (row.name == "attach" && !is_root());
         assert!(named, "{}: {}", row.name, ran.stderr);
         assert!(!Path::new(missing).exists() && !out.exists(), "{} made a file", row.name);

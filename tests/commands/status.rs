@@ -1,4 +1,4 @@
-//! `tidemark status`, once and again and again. What it shows of this machine is not looked at.
+//! `tidemark status`, once and repeatedly. What it shows depends on the machine and is not checked.
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;

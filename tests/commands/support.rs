@@ -1,4 +1,4 @@
-//! Running the command, and made-up data.
+//! Helpers that run the command, and test data.
 
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{PoisonError, RwLock};
@@ -6,13 +6,13 @@ use std::sync::{PoisonError, RwLock};
 /// The command itself.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tidemark");
 
-/// The command with these arguments, nothing on standard input, no log options inherited.
+/// The command with these arguments, empty standard input, and no inherited log options.
 pub fn tidemark(arguments: &[&str]) -> Command {
     with_arguments(Command::new(PROGRAM), arguments)
 }
 
-/// As [`tidemark`], started as a terminal would: a script's background jobs are started with SIGINT ignored, and so is
-/// all that they start, these tests among it.
+/// Like [`tidemark`], but started as from a terminal: background jobs of a script ignore SIGINT, and their children,
+/// including these tests, inherit that.
 pub fn interruptible(arguments: &[&str]) -> Command {
     let mut command = Command::new("env");
     command.arg("--default-signal=INT").arg(PROGRAM);
@@ -24,7 +24,7 @@ fn with_arguments(mut command: Command, arguments: &[&str]) -> Command {
     command
 }
 
-/// What came of it.
+/// The result of a command.
 pub struct Ran {
     pub code: Option<i32>,
     pub stdout: String,
@@ -41,9 +41,9 @@ impl From<Output> for Ran {
     }
 }
 
-/// Taken for writing while an origin is written, for reading while a process is started: a process
-/// that another test starts meanwhile holds the open file until its exec, and a file that is open for
-/// writing is rightly refused as an origin (and as a program).
+/// Locked for writing while an origin is written, and for reading while a process is started. A process that another
+/// test starts inherits the open file until its exec, and a file that is open for writing is rightly refused as an
+/// origin (and as a program).
 static STARTING: RwLock<()> = RwLock::new(());
 
 /// Starts it.
@@ -72,7 +72,7 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// The one JSON line of type `error` that standard error must consist of.
+/// The JSON line of type `error` that must be the only line on standard error.
 pub fn json_error(ran: &Ran) -> serde_json::Value {
     assert_eq!(ran.stderr.lines().count(), 1, "one line: {}", ran.stderr);
     let value: serde_json::Value = serde_json::from_str(&ran.stderr).unwrap();
@@ -82,14 +82,14 @@ pub fn json_error(ran: &Ran) -> serde_json::Value {
     value
 }
 
-/// A folder of its own for one test, with an origin in it.
+/// A separate folder for one test, with an origin in it.
 pub struct Bench {
     pub dir: tempfile::TempDir,
     pub content: Vec<u8>,
 }
 
 impl Bench {
-    /// An origin of `size` bytes from a printed seed: noise, with a run of zeros in its middle third.
+    /// An origin of `size` bytes from a printed seed: noise, with zeros in its middle third.
     pub fn new(size: usize, seed: u64) -> Self {
         println!("seed {seed}, {size} bytes");
         let dir = tempfile::Builder::new().prefix("tidemark-test-").tempdir().unwrap();
@@ -120,13 +120,13 @@ impl Bench {
         names
     }
 
-    /// Fails unless the origin is what it was.
+    /// Fails if the origin has changed.
     pub fn assert_origin_untouched(&self) {
         assert!(self.read("origin") == self.content, "the origin was changed");
     }
 }
 
-/// xorshift64*: reproducible, and no two 8-byte words alike in any test.
+/// xorshift64*: reproducible, and without equal 8-byte words in any test.
 pub fn noise(size: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut bytes = Vec::with_capacity(size + 8);
@@ -147,7 +147,7 @@ pub fn random_seed() -> u64 {
     now.as_secs() ^ (u64::from(now.subsec_nanos()) << 20)
 }
 
-/// Runs and expects success; returns what was printed.
+/// Runs and expects success; returns the output.
 pub fn ok(arguments: &[&str]) -> Ran {
     let ran = run(arguments);
     assert_eq!(ran.code, Some(0), "{arguments:?}: {}{}", ran.stdout, ran.stderr);

@@ -1,4 +1,4 @@
-//! On a terminal: questions, colours, bars, and no archive written to it.
+//! On a terminal: questions, colours, progress bars, and no archive written to it.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -8,14 +8,14 @@ use std::thread;
 
 use super::support::{Bench, ok, random_seed, spawn, tidemark};
 
-/// A pseudo terminal: our side and the command's.
+/// A pseudo terminal: our end and the command's.
 fn terminal() -> (File, OwnedFd) {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = nix::pty::openpty(Some(&size), None).unwrap();
     (File::from(pty.master), pty.slave)
 }
 
-/// Everything that the command writes to the terminal until it ends (EIO: nobody has it open).
+/// Everything that the command writes to the terminal until it ends (EIO: the other end is closed).
 fn read_all(mut ours: &File) -> String {
     let mut text = Vec::new();
     let mut part = [0u8; 4096];
@@ -35,7 +35,7 @@ fn finish(child: &mut Child, ours: &File) -> (Option<i32>, String) {
     (code, reader.join().unwrap())
 }
 
-/// Runs with a terminal for input and talk, and types `answer`.
+/// Runs with a terminal for input and messages, and types `answer`.
 fn converse(arguments: &[&str], answer: &str, environment: &[(&str, &str)]) -> (Option<i32>, String) {
     let (mut ours, theirs) = terminal();
     let mut command = tidemark(arguments);
@@ -71,7 +71,7 @@ fn the_plan_is_shown_and_the_answer_counts() {
     }
 }
 
-/// True where a "select graphic rendition" sequence is in it; cursor movements are none.
+/// True if the text has a "select graphic rendition" sequence; cursor movements do not count.
 fn has_colour(text: &str) -> bool {
     text.split("\x1b[")
         .skip(1)

@@ -1,4 +1,4 @@
-//! What an ordinary user may do, and what is refused by name.
+//! What an ordinary user may do, and what is refused, with the reason.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -10,8 +10,8 @@ use super::support::{Bench, PROGRAM, Ran, is_root, output, random_seed, undistur
 /// The kernel's overflow id, "nobody" almost everywhere.
 const NOBODY: u32 = 65534;
 
-/// A bench that an ordinary user may work in, with a copy of the program that they may run (the build
-/// folder may be out of their reach).
+/// A bench that an ordinary user may work in, with a copy of the program that this user may run (the build folder may
+/// be inaccessible).
 fn bench_for_everybody(size: usize) -> Bench {
     let bench = Bench::new(size, random_seed());
     undisturbed(|| fs::copy(PROGRAM, bench.path("program"))).unwrap();
@@ -21,7 +21,7 @@ fn bench_for_everybody(size: usize) -> Bench {
     bench
 }
 
-/// Runs as an ordinary user: as nobody for root, as we are for anybody else.
+/// Runs as an ordinary user: as `nobody` if we are root, else as ourselves.
 fn run_as_ordinary(bench: &Bench, arguments: &[&str]) -> Ran {
     let mut command = Command::new(bench.path("program"));
     command.args(arguments).env_remove("TIDEMARK_LOG").current_dir(bench.dir.path());

@@ -1,8 +1,7 @@
-//! Does a property hold in every state that can be reached? Breadth first, so that the first counterexample is a
+//! Checks a property in every reachable state. The search is breadth first, so that the first counterexample is a
 //! shortest one.
 //!
-//! Why not a crate: the well-kept one (`stateright`) brings a web server and threads; what is needed here is a queue
-//! and a map.
+//! The well-kept crate for this (`stateright`) brings a web server and threads; a queue and a map are enough here.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -10,10 +9,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use super::model::{Phase, Protocol, Step, World};
 
-/// States at most: far above what the model has, so that a mistake in it ends.
+/// Upper bound for states, far above the model's number, so that an endless model fails.
 const STATES_MAX: usize = 20_000_000;
 
-/// Codes are hashed by one multiplication: most of the time goes into looking them up.
+/// Hashes a code with one multiplication: most of the time is spent on lookups.
 #[derive(Default)]
 struct CodeHasher(u64);
 
@@ -32,33 +31,33 @@ impl Hasher for CodeHasher {
     }
 }
 
-/// What was found.
+/// The result of an exploration.
 pub struct Exploration {
-    /// States reached that are not decided.
+    /// Reached states that are not final.
     pub states: usize,
-    /// Ways to end as a copy that has its name, of those with originals, and of those by a second process.
+    /// Number of ways to end with a named copy; of those with originals; and of those by a second process.
     pub named: usize,
     /// See [`Exploration::named`].
     pub named_with_originals: usize,
     /// See [`Exploration::named`].
     pub named_after_death: usize,
-    /// Ways to end as one that is refused.
+    /// Number of ways to end with a refused copy.
     pub refused: usize,
-    /// What went wrong first, and the steps that lead there.
+    /// The first fault, and the steps to it.
     pub counterexample: Option<(Fault, Vec<Step>)>,
 }
 
-/// What can go wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// A copy has its name and is not the instant.
+    /// A named copy differs from the instant.
     Inexact,
-    /// Nothing can happen any more, and the copy has come to no end: writers wait for ever.
+    /// No step is possible, but the copy has not ended: writers wait forever.
     Stuck,
 }
 
 impl Exploration {
-    /// The counterexample, a step a line.
+    /// The counterexample, one step per line.
     pub fn trace(&self) -> String {
         let mut text = String::new();
         if let Some((fault, steps)) = &self.counterexample {
@@ -76,7 +75,7 @@ pub fn explore(protocol: &Protocol) -> Exploration {
     let start = protocol.start();
     let mut known: HashSet<u64, BuildHasherDefault<CodeHasher>> = HashSet::default();
     known.insert(start.code());
-    // In the order of their discovery: each with its predecessor and the step from there.
+    // In order of discovery: each with its predecessor and the step from there.
     let mut worlds: Vec<(World, u32, Option<Step>)> = vec![(start, 0, None)];
     let mut found = Exploration {
         states: 0,
@@ -100,7 +99,7 @@ pub fn explore(protocol: &Protocol) -> Exploration {
                 found.counterexample = Some((Fault::Inexact, path(&worlds, at, Some(step))));
                 break;
             }
-            // What is decided leads nowhere.
+            // A final state has no successors.
             if !matches!(next.phase(), Phase::Named | Phase::Refused) && known.insert(next.code()) {
                 worlds.push((next, u32::try_from(at).expect("far fewer states are allowed"), Some(step)));
             }

@@ -1,33 +1,33 @@
-//! What can happen to a copy, step by step?
+//! A model of a copy: its states and steps.
 //!
-//! The smallest world in which the argument for exactness (DESIGN: "fuzzy copy, then originals") can go wrong: three
-//! chunks in two regions, each chunk a segment of its own, three writes of an application, one death of the copying
-//! process, one loss of the store, each at any moment. What a chunk holds is the instant's content, or something
-//! newer, or nothing of use: which write it is of does not matter to the argument, and the writes are alike.
+//! The smallest world in which the argument for exactness ("fuzzy copy, then originals") can fail: three chunks in two
+//! regions, each chunk a segment of its own, three writes of an application, one death of the copying process, and one
+//! loss of the store, each at any moment. A chunk holds the instant's content, or newer content, or junk. All writes
+//! are alike, because it does not matter to the argument which write a chunk holds.
 //!
-//! Modelled, with the place that keeps the rule:
-//! - dm-snapshot: a first write waits until its original has been copied to the store and its exception committed; it
-//!   is mapped by the table that is in force when it is issued; a lost store lets writes pass;
-//! - the copier (`src/copy/fuzzy.rs`): reads below the snapshot, each chunk at a moment of its own, writes to the
-//!   secondary, notes what is placed (`src/op/journal.rs`);
-//! - release (`src/op/copy/gate.rs`, `src/op/stack`): the origin is suspended until nothing is in flight, then its table
-//!   leads past the snapshot;
-//! - originals (`src/copy/overlay.rs`): the list of exceptions is read after the last read of the origin, then each
-//!   original is laid over the secondary; then the snapshot is seen valid, and the copy gets its name
-//!   (`src/copy/job.rs`);
-//! - death and resume (`src/op/resume.rs`): what is in memory is lost; the kernel's tables and snapshot, the notes and
-//!   the secondary stay; the watchdog resumes what was suspended (`src/op/watchdog.rs`); a write to the secondary that
-//!   the dead process had issued may still land.
+//! Modelled, with the file that implements the rule:
+//! - dm-snapshot: a first write waits until its original has been copied to the store and its exception committed. A
+//!   write is mapped by the table that is active when it is issued. A lost store lets writes pass.
+//! - The copier (`src/copy/fuzzy.rs`) reads beneath the snapshot, each chunk at its own moment, writes to the
+//! secondary, and notes what is placed (`src/job/segment_log.rs`).
+//! - Release (`src/stack/gate.rs`, `src/stack`): the origin is suspended until nothing is in flight, then its table
+//!   bypasses the snapshot.
+//! - Originals (`src/copy/overlay.rs`): the list of exceptions is read after the last read of the origin, then each
+//!   original is applied to the secondary. Then the snapshot is checked to be valid, and the copy gets its name
+//!   (`src/copy/job.rs`).
+//! - Death and resume (`src/op/resume.rs`): memory is lost; the kernel's tables and snapshot, the notes and the
+//! secondary remain; the watchdog resumes what was suspended (`src/stack/watchdog`); a write to the secondary that the
+//! dead process had issued may still land.
 //!
-//! Not modelled: the insertion (the world begins at the instant), sizes, time, errors of devices, a loss of power; nor
-//! giving up for any other reason, after which a copy has no name.
+//! Not modelled: the insertion (the world begins at the instant), sizes, time, device errors, power loss; and copies
+//! that end for any other reason, which get no name.
 
 use std::fmt;
 
 /// Chunks of the origin.
 pub const CHUNKS: usize = 3;
 
-/// Writes that the application issues at most.
+/// Maximum number of writes that the application issues.
 const WRITES: u8 = 3;
 
 /// The region of each chunk.
@@ -45,41 +45,41 @@ pub enum Rule {
     OriginalBeforeException,
     /// The list of exceptions is read after the last read of the origin (`src/copy/job.rs`).
     OriginalsAfterReads,
-    /// Every original is laid over the secondary (`src/copy/overlay.rs`).
+    /// Every original is applied to the secondary (`src/copy/overlay.rs`).
     AllOriginals,
     /// A region is released after its last read (`src/copy/fuzzy.rs`).
     ReleasedAfterRead,
     /// A region is released after its segments have been noted as placed (`src/copy/fuzzy.rs`).
     ReleasedAfterNote,
-    /// What was released is never preserved again, whoever goes on (`src/op/stack`, `Stack::released`).
+    /// A released region is never preserved again, also after a resume (`src/stack`, `Stack::released`).
     ReleasedForGood,
-    /// A table is replaced only while nothing is in flight (a suspension without `noflush`'s requeueing).
+    /// A table is replaced only while nothing is in flight (a suspension that flushes, without `noflush`).
     Drained,
     /// A segment is noted after it is on the secondary (`src/copy/fuzzy.rs`).
     NotedAfterWritten,
-    /// A process that goes on copies nothing again that was noted (`src/copy/regions.rs`).
+    /// A resumed copy does not copy noted segments again (`src/copy/regions.rs`).
     NotedIsKept,
-    /// A process that goes on lays every original over, those that its predecessor has laid too (`src/op/resume.rs`).
+    /// A resumed copy applies every original, including those that its predecessor has applied (`src/op/resume.rs`).
     OriginalsAnew,
-    /// Nothing of the dead process is under way to the secondary when another goes on: its writes hold the lock of the
-    /// partial file, or the exclusive open of the device (`src/secondary/partial.rs`, `src/secondary/raw.rs`).
+    /// No write of the dead process to the secondary is in flight when the copy is resumed: such writes hold the lock
+    /// of the partial file, or the exclusive open of the device (`src/secondary/partial.rs`, `src/secondary/raw.rs`).
     NothingUnderWay,
-    /// The snapshot is seen valid after the last read of the origin (`src/copy/job.rs`).
+    /// The snapshot is checked to be valid after the last read of the origin (`src/copy/job.rs`).
     ValidAtTheEnd,
-    /// A process that goes on finds a valid snapshot (`src/op/stack`).
+    /// A resume finds a valid snapshot (`src/stack`).
     ValidOnResume,
-    /// Only what was not in use at the instant leads past the snapshot from the start (`src/volume/free.rs`).
+    /// Only space that was not in use at the instant bypasses the snapshot from the start (`src/volume/free.rs`).
     FreeIsFree,
-    /// What a dead process has suspended is resumed (`src/op/watchdog.rs`).
+    /// What a dead process has suspended is resumed (`src/stack/watchdog`).
     WatchdogResumes,
 }
 
-/// What a chunk of a device holds.
+/// The content of a chunk of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Content {
     /// The instant's content.
     Instant,
-    /// What was written since.
+    /// Content written after the instant.
     Newer,
     /// Neither: never written, or torn.
     Junk,
@@ -89,15 +89,15 @@ pub enum Content {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Exception {
     None,
-    /// Writes wait for it; nothing is in the store.
+    /// Writes wait for it; the store does not hold it yet.
     Pending,
-    /// The original is in the store; the list does not know of it.
+    /// The original is in the store, but not in the list.
     Stored(Content),
     /// In the list.
     Committed(Content),
 }
 
-/// How far the copier is with a segment.
+/// The progress of the copier with a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Segment {
     Unread,
@@ -106,20 +106,20 @@ enum Segment {
     Noted,
 }
 
-/// What the copying process does.
+/// The phase of the copying process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Segments are copied.
     Data,
-    /// Originals are laid over: those of the list that are left to do.
+    /// Originals are applied; those of the list that are left.
     Originals([bool; CHUNKS]),
-    /// Everything is on the secondary; the last look at the snapshot.
+    /// Everything is on the secondary; the final check of the snapshot is left.
     LastLook,
     /// The process is dead.
     Dead,
     /// The copy has its name.
     Named,
-    /// The copy was given up, and says so.
+    /// The copy has ended with an error.
     Refused,
 }
 
@@ -127,7 +127,7 @@ pub enum Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Suspension {
     None,
-    /// No write is mapped; what is in flight ends; then this region is released.
+    /// No write is mapped; requests in flight end; then this region is released.
     For(u8),
 }
 
@@ -137,19 +137,19 @@ struct Chunk {
     exception: Exception,
     /// Writes that wait for the exception.
     waiting: u8,
-    /// Writes on their way to the origin.
+    /// Writes in flight to the origin.
     in_flight: u8,
     segment: Segment,
     secondary: Content,
-    /// What a dead process has under way to the secondary.
+    /// A write of a dead process to the secondary that is in flight.
     under_way: Option<Content>,
 }
 
-/// Everything.
+/// The complete state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct World {
     chunks: [Chunk; CHUNKS],
-    /// Whether each region's line leads past the snapshot.
+    /// Whether each region's line bypasses the snapshot.
     released: [bool; REGIONS],
     suspension: Suspension,
     is_valid: bool,
@@ -159,20 +159,20 @@ pub struct World {
     losses_left: u8,
 }
 
-/// One step; the chunk or region is its number.
+/// One step, with the number of its chunk or region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// The application writes to a chunk.
     Write(usize),
     /// The kernel copies a chunk's original to the store.
     Store(usize),
-    /// The kernel commits a chunk's exception, and its waiting writes go on.
+    /// The kernel commits a chunk's exception, and its waiting writes continue.
     Commit(usize),
     /// A write reaches the origin.
     Reach(usize),
     /// The store is full or fails.
     Lose,
-    /// The copier reads a chunk below the snapshot.
+    /// The copier reads a chunk beneath the snapshot.
     Read(usize),
     /// It writes the chunk's segment to the secondary.
     Place(usize),
@@ -180,23 +180,23 @@ pub enum Step {
     Note(usize),
     /// It suspends the origin to release a region.
     Suspend(usize),
-    /// The region leads past the snapshot, and the origin is resumed.
+    /// The region bypasses the snapshot, and the origin is resumed.
     Release(usize),
     /// It reads the list of exceptions.
     List,
-    /// It lays a chunk's original over the secondary.
+    /// It applies a chunk's original to the secondary.
     Overlay(usize),
-    /// It has laid all of them.
+    /// It has applied all of them.
     AllLaid,
-    /// It looks at the snapshot, and gives the copy its name or up.
+    /// It checks the snapshot, and names the copy or ends with an error.
     Finish,
-    /// It dies; the writes to the secondary of the chunks with a set bit are under way.
+    /// It dies; the writes to the secondary of the chunks with a set bit are in flight.
     Die(u8),
     /// The watchdog resumes what the dead process has suspended.
     Watchdog,
-    /// What a dead process had under way to the secondary lands.
+    /// A write of a dead process to the secondary lands.
     Land(usize),
-    /// Another process goes on.
+    /// Another process resumes the copy.
     Resume,
 }
 
@@ -243,16 +243,16 @@ impl Protocol {
         }
     }
 
-    /// Whether writes to a chunk pass the snapshot by.
+    /// Whether writes to a chunk bypass the snapshot.
     fn leads_past(&self, world: &World, at: usize) -> bool {
         let taken_for_free = at == 0 && !self.keeps(Rule::FreeIsFree);
         self.free[at] || taken_for_free || world.released[REGION[at]]
     }
 
-    /// Every step that can be taken next, and where it leads.
+    /// Every possible next step, and its result.
     pub fn steps(&self, world: &World, found: &mut Vec<(Step, World)>) {
         match world.phase {
-            // Decided: whatever is written from here on is no part of it.
+            // Final: later writes do not affect the copy.
             Phase::Named | Phase::Refused => return,
             Phase::Data => self.copying(world, found),
             Phase::Originals(left) => self.laying(world, left, found),
@@ -316,7 +316,7 @@ impl Protocol {
         }
     }
 
-    /// Where a write goes when it is issued.
+    /// Maps a write when it is issued.
     fn map(&self, world: &mut World, at: usize) {
         let past = self.leads_past(world, at) || !world.is_valid;
         let chunk = &mut world.chunks[at];
@@ -353,7 +353,7 @@ impl Protocol {
                 Segment::Written => push(Step::Note(at), Segment::Noted, chunk.secondary),
                 Segment::Noted => {}
             }
-            // Noted too early, a segment is still written in the end, if nobody dies before.
+            // A segment that is noted too early is still written in the end, unless the process dies first.
             if let (Segment::Read(content), false) = (chunk.segment, self.keeps(Rule::NotedAfterWritten)) {
                 let mut next = *world;
                 next.chunks[at].segment = Segment::Noted;
@@ -393,7 +393,7 @@ impl Protocol {
     }
 
     fn laying(&self, world: &World, left: [bool; CHUNKS], found: &mut Vec<(Step, World)>) {
-        // Where originals are read too early, segments are still copied meanwhile.
+        // If originals are read too early, segments are still being copied.
         if !self.keeps(Rule::OriginalsAfterReads) {
             let begin = found.len();
             self.copying(world, found);
@@ -403,7 +403,7 @@ impl Protocol {
         }
         for at in (0..CHUNKS).filter(|at| left[*at]) {
             let Exception::Committed(content) = world.chunks[at].exception else {
-                // Lost meanwhile: the store holds what it held.
+                // The store was lost, so this original cannot be read.
                 continue;
             };
             let mut next = *world;
@@ -429,7 +429,7 @@ impl Protocol {
         for mask in 0..1u8 << candidates.len() {
             let mut next = World { phase: Phase::Dead, deaths_left: world.deaths_left - 1, ..*world };
             for chunk in &mut next.chunks {
-                // A write that was not there yet never will be, where the note came first.
+                // If the note came first, a write that was not issued before the death never lands.
                 if !self.keeps(Rule::NotedAfterWritten) {
                     chunk.under_way = None;
                 }
@@ -506,7 +506,7 @@ impl Chunk {
     }
 }
 
-/// One number for several, each below its bound.
+/// Packs several numbers, each below its bound, into one.
 fn pack(fields: &[(u64, u64)]) -> u64 {
     fields.iter().fold(0, |code, &(value, bound)| {
         assert!(value < bound, "{fields:?}");
@@ -515,7 +515,7 @@ fn pack(fields: &[(u64, u64)]) -> u64 {
 }
 
 impl World {
-    /// A number of its own for every world that is not decided.
+    /// A unique number for every world that is not final.
     pub fn code(&self) -> u64 {
         let phase = match self.phase {
             Phase::Data => 0,
@@ -554,14 +554,14 @@ impl World {
 
     fn listed(&self, protocol: &Protocol) -> World {
         let is_listed = |at: usize| {
-            // Where originals that were laid are forgotten, a death has happened.
+            // The broken rule: after a death, originals are not applied again.
             let forgotten = !protocol.keeps(Rule::OriginalsAnew) && self.deaths_left == 0;
             matches!(self.chunks[at].exception, Exception::Committed(_)) && !forgotten
         };
         World { phase: Phase::Originals(std::array::from_fn(is_listed)), ..*self }
     }
 
-    /// What lands by itself, whatever else goes on.
+    /// Writes of a dead process that land, independent of other steps.
     fn landings(&self, found: &mut Vec<(Step, World)>) {
         for at in 0..CHUNKS {
             if let Some(content) = self.chunks[at].under_way {
@@ -573,22 +573,22 @@ impl World {
         }
     }
 
-    /// What the copy is good for.
+    /// The phase of the copy.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// Whether the secondary holds the instant wherever something was in use.
+    /// Whether the secondary equals the instant wherever space was in use.
     pub fn is_exact(&self, protocol: &Protocol) -> bool {
         (0..CHUNKS).all(|at| protocol.free[at] || self.chunks[at].secondary == Content::Instant)
     }
 
-    /// Whether the copy needed an original: where it never did, nothing is proved.
+    /// Whether the copy needed an original: otherwise it proves nothing.
     pub fn has_originals(&self) -> bool {
         self.chunks.iter().any(|chunk| matches!(chunk.exception, Exception::Committed(_)))
     }
 
-    /// Whether the process died and another went on.
+    /// Whether the process died and the copy was resumed.
     pub fn was_resumed(&self) -> bool {
         self.deaths_left == 0
     }

@@ -1,38 +1,38 @@
-//! Which files use each other in a circle?
+//! Finds files that use each other in a circle.
 //!
-//! A file uses another one where it names an item of that file: by a path, or by a name that a `use` gave it. Names are
-//! followed through re-exports (`pub use`) to the file that defines the item; a re-export alone uses nothing. Tests are left
-//! out. Calls of methods are not seen, as they name no file.
+//! A file uses another one if it names an item of that file: by a path, or by a name from a `use`. Names are followed
+//! through re-exports (`pub use`) to the file that defines the item; a re-export alone does not count. Tests are left
+//! out. Method calls are not seen, because they name no file.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use syn::visit::{self, Visit};
 
-/// Re-exports that lead to one item at most.
+/// Maximum length of a chain of re-exports.
 const REEXPORTS_MAX: usize = 16;
 
 type ModulePath = Vec<String>;
 
-/// A module: what is written between its braces, or in its file.
+/// A module: the text between its braces, or in its file.
 #[derive(Default)]
 struct Module {
-    /// The file that it is in, as an index.
+    /// The index of its file.
     file: usize,
     children: BTreeSet<String>,
-    /// What a `use` names here: the name, and the path as written.
+    /// Names from `use`, each with its path as written.
     names: BTreeMap<String, ModulePath>,
     /// Paths of `use ...::*`.
     globs: Vec<ModulePath>,
     items: BTreeSet<String>,
-    /// Paths in code, and in a `use` that is not `pub`.
+    /// Paths in code, and in `use` declarations that are not `pub`.
     used: BTreeSet<ModulePath>,
 }
 
-/// Every circle among `files`, which are pairs of a path below `src/` and the text: the paths of each, and what they use of
-/// each other.
+/// Finds every circle among `files`, which are pairs of a path below `src/` and the text. Returns the paths of each
+/// circle, and what they use of each other.
 ///
 /// # Errors
-/// The file that cannot be parsed.
+/// The file cannot be parsed.
 pub fn circles(files: &[(&str, &str)]) -> Result<Vec<String>, String> {
     let mut modules: BTreeMap<ModulePath, Module> = BTreeMap::new();
     for (ix, (path, text)) in files.iter().enumerate() {
@@ -90,7 +90,7 @@ fn read_module(at: ModulePath, file: usize, items: &[syn::Item], modules: &mut B
     modules.insert(at, module);
 }
 
-/// A file that no module declares is a module of tests alone.
+/// Drops files that no declared module has: they contain only tests.
 fn drop_tests(modules: &mut BTreeMap<ModulePath, Module>) {
     let declared: BTreeSet<ModulePath> = modules
         .iter()
@@ -161,7 +161,7 @@ impl<'ast> Visit<'ast> for Reader<'_> {
         visit::visit_path(self, path);
     }
 
-    /// What a macro is given is not parsed: any names joined by `::` count.
+    /// Macro arguments are not parsed: any names joined by `::` count.
     fn visit_macro(&mut self, call: &'ast syn::Macro) {
         let text = call.tokens.to_string().replace(" :: ", "::");
         let is_part = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
@@ -173,7 +173,7 @@ impl<'ast> Visit<'ast> for Reader<'_> {
     fn visit_item_mod(&mut self, _: &'ast syn::ItemMod) {}
 }
 
-/// The file of the item that `path` names in the module `at`; None for what is not in the tree.
+/// The file of the item that `path` names in the module `at`; None for items outside the tree.
 fn resolve(
     modules: &BTreeMap<ModulePath, Module>,
     at: &[String],
@@ -215,7 +215,7 @@ fn resolve_super(
     }
 }
 
-/// From the module `at` down along `path`, which names modules and then an item.
+/// Walks from the module `at` down along `path`, which names modules and then an item.
 fn walk(
     modules: &BTreeMap<ModulePath, Module>,
     mut at: ModulePath,
@@ -232,11 +232,11 @@ fn walk(
             return resolve(modules, &at, &path[ix..], left);
         }
     }
-    // A module is not an item: what is named of it counts.
+    // A module is not an item; only its items count.
     None
 }
 
-/// The files that each reaches, and is reached by.
+/// The files that reach each other.
 fn describe(
     files: &[(&str, &str)],
     edges: &BTreeMap<usize, BTreeMap<usize, BTreeSet<String>>>,

@@ -1,8 +1,7 @@
-//! Reads Rust source just well enough for the checks: which characters are code, and which modules a
-//! file reaches. It knows comments (nested), strings (raw ones too), characters and
-//! lifetimes; it does not expand macros.
+//! Reads Rust source just well enough for the checks: which characters are code, and which modules a file uses. It
+//! knows comments (nested), strings (raw ones too), characters and lifetimes; it does not expand macros.
 
-/// Replaces comments, strings and characters by spaces. Line breaks stay, so line numbers do.
+/// Replaces comments, strings and characters by spaces, and keeps line breaks and thus line numbers.
 pub fn blank_text(source: &str) -> String {
     let text: Vec<char> = source.chars().collect();
     let mut code = String::with_capacity(source.len());
@@ -20,7 +19,7 @@ pub fn blank_text(source: &str) -> String {
     code
 }
 
-/// Where the comment, string or character that begins at `at` ends; `at` itself where none begins.
+/// The end of the comment, string or character that begins at `at`; `at` itself if none begins there.
 fn end_of_text(text: &[char], at: usize) -> usize {
     let next = text.get(at + 1).copied();
     let joined = at > 0 && is_word(text[at - 1]);
@@ -77,7 +76,7 @@ fn end_of_string(text: &[char], quote: usize) -> usize {
     text.len()
 }
 
-/// `from` is behind the `r`. None where no raw string follows (`r#type` is a word).
+/// `from` is the position after the `r`. None if no raw string follows (`r#type` is a word).
 fn end_of_raw_string(text: &[char], from: usize) -> Option<usize> {
     let quote = find(text, from, |i| text[i] != '#');
     if text.get(quote) != Some(&'"') {
@@ -88,7 +87,7 @@ fn end_of_raw_string(text: &[char], from: usize) -> Option<usize> {
     Some((find(text, quote + 1, closes) + 1 + hashes).min(text.len()))
 }
 
-/// A lifetime or label has no closing quote behind its first character.
+/// A lifetime or label has no closing quote after its first character.
 fn end_of_character(text: &[char], quote: usize) -> usize {
     match (text.get(quote + 1), text.get(quote + 2)) {
         (Some('\\'), Some(_)) => (find(text, quote + 3, |i| text[i] == '\'') + 1).min(text.len()),
@@ -144,8 +143,8 @@ pub fn without_tests(code: &str) -> String {
 }
 
 /// The modules at the crate's root that the code names, with the line of each: `crate::X`, the first words of
-/// `crate::{X, Y::Z}`, and `super::` often enough to reach the root. `depth` is the file's own: 1 for
-/// `src/io/mod.rs`, 2 for `src/io/engine.rs`.
+/// `crate::{X, Y::Z}`, and enough `super::` to reach the root. `depth` is the file's own: 1 for `src/io/mod.rs`, 2 for
+/// `src/io/engine.rs`.
 pub fn root_modules(code: &str, depth: usize) -> Vec<(String, usize)> {
     let text: Vec<char> = code.chars().collect();
     let mut all = Vec::new();

@@ -1,58 +1,58 @@
-//! What does a copy cost the applications beside it? The measurements that `scripts/bench live` and `scripts/bench vm`
-//! start and read: no tests, they run only where `--bench` asks for them.
+//! Measurements of the cost of a copy for the applications beside it. They are not tests: `scripts/bench live` and
+//! `scripts/bench vm` start them with `--bench` and read their results.
 //!
-//! The script says what it measures; here are the machines it measures on.
+//! The scripts describe what they measure. This file describes the machines.
 //!
-//! `live`: a user-mode guest at native speed, one processor. The origin's disk and the stores' are `null_blk` in the
-//! guest's memory, with the I/O scheduler that Debian gives a disk of one queue, mq-deadline. Flushes are free, as on
-//! a disk with protection against power loss.
+//! `live`: a user-mode guest at native speed, one processor. The disks of origin and stores are `null_blk` in the
+//! guest's memory, with mq-deadline, the I/O scheduler that Debian uses for a disk with one queue. Flushes are free, as
+//! on a disk with power loss protection.
 //!
-//! - `bench_ssd`: each request takes 80 microseconds, 64 at once, 400 MiB/s. `null_blk` hands the bandwidth out in
-//!   slices of 20 ms, reads and writes together: whoever uses a slice up, in a moment, stops everybody for the rest
-//!   of it. A reader that keeps the disk busy so costs others up to 20 ms, `dd` as well.
+//! - `bench_ssd`: each request takes 80 microseconds, 64 at once, 400 MiB/s. `null_blk` hands out bandwidth in slices
+//!   of 20 ms, for reads and writes together: when a slice is used up, all requests wait for its end. So a reader that
+//!   keeps the disk busy delays others by up to 20 ms. This includes `dd`.
 //! - `bench_rotating`: one request at a time, 4 ms each, of 1 MiB at most: 250 random requests a second, or 250 MiB/s
-//!   of large ones, as a disk of 10,000 revolutions a minute. Each request pays for a seek, also one that follows on
-//!   the last: small sequential requests are as slow as random ones, unless the scheduler merges them. Beside a load
-//!   that moves the heads between them they are; alone they would not be.
-//! - The secondary is a loop device over memory: `null_blk` cannot drop ranges that are made zero, as disks do. So
-//!   the origin is the bottleneck, for everybody.
+//!   of large ones, like a disk with 10,000 revolutions a minute. Every request pays for a seek, even one that follows
+//!   the last: small sequential requests are as slow as random ones, unless the scheduler merges them. This is
+//!   realistic beside a load that moves the heads between them, but not without one.
+//! - The secondary is a loop device in memory, because `null_blk` cannot drop zeroed ranges as disks do. So the origin
+//!   is the bottleneck for every contender.
 //!
-//! `vm`: a stock kernel on two emulated processors. The origin's disk and the stores' are throttled, so that they are
-//! the bottleneck and not the emulated processor: an SSD (some 500 MiB/s, 75,000 requests a second, a first answer
-//! within 60 microseconds) in tenfold slow motion, which is about what the emulation makes of the answer. What QEMU's
-//! throttle makes of that, and whom it favours:
+//! `vm`: a stock kernel on two emulated processors. The disks of origin and stores are throttled, so that they and not
+//! the emulated processor are the bottleneck: an SSD (some 500 MiB/s, 75,000 requests a second, latency of
+//! 60 microseconds) in tenfold slow motion, which is about the slowdown of the latency by the emulation. Effects of
+//! QEMU's throttle, and which contender they favour:
 //!
 //! - It is a leaky bucket that lets a tenth of a second's work through at once, so a reader with one request at
 //!   a time gets nearly all of the bandwidth. That favours `dd`.
-//! - Requests of one direction are served in the order of arrival. The read that a first write needs to
-//!   preserve its original waits for everything that the copy has asked for before: whoever reads ahead too
-//!   much pays for it there.
-//! - Reads and writes have a bandwidth each, as on a disk whose writes go to its buffer. With
-//!   `--disk shared` they share one and are served in turn: the disk then gives a writer beside any busy reader,
-//!   `dd` too, a small part of what it gives him alone, and hides most of what copy-on-write costs. The turns
-//!   would be of 1 MiB, where a disk interleaves transfers in frames of some KiB; so the guest cuts its requests.
-//! - The secondary's disk is not throttled: its throttle would charge ranges that are made zero as if they were
-//!   written, where a disk drops them from its map. So the origin is the bottleneck, for everybody.
-//! - A flush costs nothing, as on a disk with protection against power loss; what it costs elsewhere the slow
-//!   profile shows, with dm-delay.
+//! - Requests of one direction are served in order of arrival. The read that a first write needs to preserve its
+//!   original waits for everything that the copy has requested before. So a copy pays for too much read-ahead.
+//! - Reads and writes have separate bandwidths, as on a disk that buffers writes. With `--disk shared` they share one
+//!   and are served in turn: beside any busy reader, `dd` included, a writer then gets a small part of the bandwidth
+//!   that it has alone, which hides most of the cost of copy-on-write. Turns would be of 1 MiB, where a real disk
+//!   interleaves transfers in frames of some KiB, so the guest splits its requests.
+//! - The secondary's disk is not throttled: QEMU would charge zeroed ranges like written ones, where a disk drops them
+//!   from its map. So the origin is the bottleneck for every contender.
+//! - A flush costs nothing, as on a disk with power loss protection. The slow profile shows the cost of flushes with
+//!   dm-delay.
 
 use crate::harness::Case;
 use crate::harness::case::{Clock, Throttle};
 
 const DISK: Throttle = Throttle { bytes_per_second: 50 << 20, shared: false, requests_per_second: 7500 };
 
-/// The largest request that the guest makes of a disk whose directions take turns.
+/// Limit on the size of the guest's requests, for a disk whose directions take turns.
 const SHARED_REQUEST_KIB: u32 = 64;
 
-/// 5 ms in the same slow motion. From 50 ms on dm-delay sleeps on a timer; below, it would spin on a processor.
+/// 5 ms in the same slow motion. From 50 ms on, dm-delay uses a timer; below, it would spin on a processor.
 const SLOW_FLUSH_MS: u32 = 50;
 
-/// What `null_blk` is told of a disk: attributes of its folder in configfs (`rotational`: of its queue). Timers complete requests (irqmode 2).
+/// The `null_blk` attributes of a disk, in its configfs folder (`rotational`: in its queue). Timers complete requests
+/// (irqmode 2).
 const SSD: &str = "memory_backed=1 irqmode=2 completion_nsec=80000 hw_queue_depth=64 mbps=400";
 const ROTATING: &str =
     "memory_backed=1 irqmode=2 completion_nsec=4000000 hw_queue_depth=1 max_sectors=2048 rotational=1";
 
-/// The options of `scripts/bench`, as it passes them on, and what stands for each that it does not.
+/// The options of `scripts/bench` as it passes them on, with the defaults of those that it does not pass.
 const PASSED_ON: [(&str, &str); 10] = [
     ("TIDEMARK_BENCH_CLOCK", "tsc"),
     ("TIDEMARK_BENCH_ROUNDS", "1"),
@@ -87,7 +87,7 @@ pub fn cases() -> Vec<Case> {
 fn live(name: &str, model: &str) -> Case {
     let volume_mib = volume_mib(1024);
     measurement(name, volume_mib)
-        // The volume and a copy of it in memory, what a store comes to hold, and PostgreSQL.
+        // For the volume, a copy of it in memory, the store's content, and PostgreSQL.
         .memory_mib(
             u32::try_from(2 * volume_mib + volume_mib / 2 + 1024).expect("a volume is 64 GiB at most"),
         )
@@ -102,7 +102,7 @@ fn emulated(name: &str) -> Case {
     let is_hpet = std::env::var("TIDEMARK_BENCH_CLOCK").is_ok_and(|clock| clock == "hpet");
     measurement(name, volume_mib)
         .clock(if is_hpet { Clock::Hpet } else { Clock::Tsc })
-        // The volume and LVM's own records; the secondary; one store for each, of the whole volume's chunks.
+        // The volume with LVM's metadata; the secondary; and a store for each contender, for all chunks of the volume.
         .throttled_disk_mib(volume_mib + 8, disk)
         .disk_mib(volume_mib)
         .throttled_disk_mib(2 * (volume_mib + volume_mib / 64) + 96, disk)
@@ -117,7 +117,7 @@ fn emulated(name: &str) -> Case {
         .variable("TIDEMARK_BENCH_DISK_REQUESTS_PER_SECOND", DISK.requests_per_second.to_string())
 }
 
-/// What all measurements have in common.
+/// The settings that all measurements share.
 fn measurement(name: &str, volume_mib: u64) -> Case {
     let mut case = Case::new(name, "bench.sh")
         .bench()

@@ -1,4 +1,4 @@
-//! The main job: a copy of a busy device is exact, and what goes wrong harms nothing.
+//! The main task: a copy of a busy device is exact, and failures harm nothing.
 
 use crate::harness::Case;
 use crate::harness::case::{Cache, Delay, Disk};
@@ -72,7 +72,7 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// Copies that are killed and gone on with, or whose secondary leaves them.
+/// Copies that are killed and resumed, or that lose their secondary.
 fn resumes() -> [Case; 9] {
     [
         main_job("copy_vanish", "copy_vanish.sh")
@@ -138,7 +138,7 @@ fn resumes() -> [Case; 9] {
     ]
 }
 
-/// Disks that are removed, machines that sleep, disks with several paths.
+/// Disks that are removed, machines that are suspended, disks with several paths.
 fn hardware() -> [Case; 3] {
     [
         main_job("copy_hot_remove", "hot_remove.sh")
@@ -167,7 +167,7 @@ fn hardware() -> [Case; 3] {
     ]
 }
 
-/// On disks whose writes take long a suspension of LVM's lasts long enough to be met.
+/// On disks with slow writes, LVM's suspensions last long enough for a copy to meet them.
 fn lvm_races() -> Case {
     main_job("copy_lvm_races", "lvm_races.sh")
         .modules(&["dm-mirror"])
@@ -237,8 +237,8 @@ fn targets() -> Case {
         .limit_seconds(300)
 }
 
-/// Twice each: with everything copied, and with what spares the applications. And on disks whose writes take long: what
-/// comes between a write and its end comes to pass there.
+/// Each twice: with everything copied, and with the mechanisms that reduce the load on applications. One more on disks
+/// with slow writes, where events between a write and its end are likely.
 fn exactness() -> Vec<Case> {
     let mut cases = Vec::new();
     for filesystem in ["ext4", "xfs"] {
@@ -255,7 +255,7 @@ fn exactness() -> Vec<Case> {
     cases
 }
 
-/// From 50 ms on dm-delay sleeps on a timer; below, it would spin on a processor.
+/// From 50 ms on, dm-delay uses a timer; below, it would spin on a processor.
 const SLOW: Delay = Delay { read_ms: 1, write_ms: 50, flush_ms: 50 };
 
 fn exact(name: &str, filesystem: &str, origin: &str, mechanisms: &str) -> Case {
@@ -272,7 +272,7 @@ fn main_job(name: &str, script: &str) -> Case {
     without_switch(name, script).modules(&["dm-switch"])
 }
 
-/// As on a kernel that lacks the target: every line of an origin's table takes every flush.
+/// As on a kernel without dm-switch: every line of an origin's table forwards every flush.
 fn without_switch(name: &str, script: &str) -> Case {
     Case::new(name, script).modules(&MODULES).commands(&COMMANDS)
 }

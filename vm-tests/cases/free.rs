@@ -1,4 +1,4 @@
-//! The map of free space, judged by the filesystems' own tools: what it calls free, nobody needs.
+//! The map of free space, compared with the filesystems' own tools: it contains no space in use.
 
 use crate::harness::Case;
 

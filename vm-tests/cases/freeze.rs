@@ -1,4 +1,4 @@
-//! The freeze: of the right filesystems, within its budget, and undone whatever stops the command.
+//! The freeze: it covers the right filesystems, keeps its budget, and is undone however the command is stopped.
 
 use crate::harness::Case;
 

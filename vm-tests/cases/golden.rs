@@ -1,5 +1,5 @@
-//! Golden files come from real kernels, and these cases prove it: each makes its file anew and compares it,
-//! byte for byte, with the one that is committed.
+//! These cases prove that the golden files come from real kernels: each writes its file again and compares it, byte for
+//! byte, with the committed one.
 
 use crate::harness::Case;
 

@@ -1,4 +1,4 @@
-//! The harness judges itself: what it must notice is provoked, and must be reported for what it is.
+//! The harness tests itself: each case provokes a failure that the harness must report correctly.
 
 use crate::harness::Case;
 use crate::harness::case::{Cache, Delay, Disk, Expect};

@@ -1,5 +1,5 @@
-//! The list of cases, one module per topic. A script is `NAME.sh` beside them; scripts share code through
-//! `lib*.sh` files here, which they source from `$REPO/vm-tests/cases`.
+//! The list of cases, one module per topic. The script of a case is `NAME.sh` in this folder. Scripts share code in
+//! `lib*.sh` files, which they source from `$REPO/vm-tests/cases`.
 
 mod bench;
 mod copy;

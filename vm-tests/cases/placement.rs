@@ -1,8 +1,8 @@
-//! Who runs where? One table: each case on the cheapest kernel that can break its proof, and one representative of
-//! each promise where it is truest.
+//! The table of cases and kernels: each case runs on the cheapest kernel that can make it fail, and one representative
+//! of each promise runs on the most realistic kernel.
 //!
-//! The user-mode kernel is the cheapest. It has one processor, its disks lie in the host's page cache and have
-//! 512-byte blocks, and its grace periods of RCU are none. What needs more runs on the stock 6.12 under QEMU.
+//! The user-mode kernel is the cheapest. It has one processor and no RCU grace periods; its disks are in the host's
+//! page cache and have 512-byte blocks. Cases that need more run on the stock 6.12 under QEMU.
 
 use crate::harness::Case;
 use crate::harness::case::Depth;
@@ -15,13 +15,13 @@ enum When {
     Always,
     /// With `--full` only.
     Full,
-    /// Not at all: it cannot, or would prove nothing.
+    /// Never: it cannot run there, or would prove nothing.
     Never,
 }
 
 use When::{Always as A, Full as F, Never as N};
 
-/// Case; on the user-mode kernel, the stock 6.12, the stock 6.1; why, where that is not plain.
+/// The case; when it runs on the user-mode kernel, the stock 6.12 and the stock 6.1; and why, if that is not obvious.
 const TABLE: &[(&str, When, When, When, &str)] = &[
     ("harness_boot", A, A, F, "the guests themselves"),
     ("harness_services", A, F, F, ""),
@@ -61,14 +61,14 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_killed", A, F, F, ""),
     ("copy_resume", A, A, F, "resume, two processors"),
     ("copy_resume_target", A, F, F, ""),
-    ("copy_resume_identity", A, N, N, "a disk that is unplugged is the user-mode kernel's null_blk"),
+    ("copy_resume_identity", A, N, N, "the unplugged disk is a null_blk of the user-mode kernel"),
     ("copy_resume_checks", A, F, F, ""),
     ("copy_resume_hangs", A, F, F, ""),
     ("copy_resume_circles", A, F, F, ""),
-    ("copy_resume_lost", A, N, N, "a disk that loses its cache, by the user-mode kernel's null_blk"),
-    ("copy_secondary_hangs", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
-    ("copy_vanish", A, N, N, "a disk that goes away is the user-mode kernel's null_blk"),
-    ("copy_hot_remove", N, A, F, "virtio disks that are taken out of the machine"),
+    ("copy_resume_lost", A, N, N, "the disk that loses its cache is a null_blk of the user-mode kernel"),
+    ("copy_secondary_hangs", A, N, N, "the disk that goes away is a null_blk of the user-mode kernel"),
+    ("copy_vanish", A, N, N, "the disk that goes away is a null_blk of the user-mode kernel"),
+    ("copy_hot_remove", N, A, F, "virtio disks that are removed from the machine"),
     ("copy_suspend", N, A, F, "the user-mode kernel is never suspended"),
     ("copy_multipath", N, A, F, "the user-mode kernel has neither dm-multipath nor SCSI disks"),
     ("copy_hold", A, F, F, ""),
@@ -104,8 +104,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_circles", A, F, F, ""),
     ("dead_server", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
-    ("soak", A, N, N, "many of short copies, and faults that stock kernels cannot inject"),
-    ("soak_lvm", A, N, N, "many of short copies, with LVM at work"),
+    ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
+    ("soak_lvm", A, N, N, "many short copies while LVM works"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),
     ("bench_ssd", A, N, N, "a measurement at native speed"),
     ("bench_rotating", A, N, N, "a measurement at native speed"),
@@ -113,7 +113,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("bench_slow", N, A, N, "a measurement of the stock kernel"),
 ];
 
-/// Fills in where each case runs. A case without a row, or a row without a case, is an error in this file.
+/// Fills in when each case runs on which kernel. A case without a row, or a row without a case, is an error here.
 pub fn place(cases: &mut [Case]) {
     for (row, ..) in TABLE {
         assert!(
@@ -131,7 +131,7 @@ pub fn place(cases: &mut [Case]) {
     }
 }
 
-/// Whether the row is the case's: its own, or that of several that differ in a number alone.
+/// Whether the row is for this case, or for several cases that differ only in a number.
 fn is_of(case: &str, row: &str) -> bool {
     let number = case.strip_prefix(row).and_then(|rest| rest.strip_prefix('_'));
     case == row || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))

@@ -1,26 +1,26 @@
-//! Random copies by the hundred, each compared with what was captured at its instant; `vm-tests/soak` says what a seed
-//! stands for. Among the tests two guests play the same seeds every time, for two minutes, and one a few of those in which
-//! LVM is at work beside the copies; `scripts/soak` plays new ones, or those it is told.
+//! Random copies by the hundred, each compared with the capture of its instant. `vm-tests/soak` derives scenarios from
+//! seeds. As tests, two guests play the same seeds every time, for two minutes, and one more plays a few of the seeds
+//! with LVM at work beside the copies. `scripts/soak` plays new seeds, or those that it is given.
 
 use crate::harness::Case;
 
-/// Guests among the tests.
+/// Guests in a test run.
 const GUESTS: usize = 2;
 
-/// How long new seeds are begun, in seconds.
+/// Time in which new seeds are begun, in seconds.
 const SECONDS: u64 = 120;
 
-/// What the last seed may take, and the boot.
+/// Additional time for the boot and the last seed.
 const LAST_SEED_SECONDS: u64 = 330;
 
-/// Seeds that the guests of one run may play, each.
+/// Distance between the first seeds of two guests in a run.
 const SEEDS_APART: u64 = 1000;
 
-/// Seeds with LVM at work: the first, and how many. Most of what LVM does occurs in these, and copies that are killed.
+/// Seeds with LVM at work: the first, and how many. They cover most of LVM's deeds, and killed copies.
 const LVM_FIRST: u64 = 130;
 const LVM_SEEDS: u64 = 3;
 
-/// What they may take, in seconds.
+/// Time limit for them, in seconds.
 const LVM_SECONDS: u64 = 240;
 
 /// One case for each guest.
@@ -49,7 +49,7 @@ fn guest(index: usize) -> Case {
         .variable("SOAK_OFFSET", offset.to_string())
 }
 
-/// A guest that begins seeds for so long.
+/// A guest that begins new seeds for `seconds`.
 fn play(name: impl Into<String>, seconds: u64) -> Case {
     Case::new(name, "soak.sh")
         .modules(&[
@@ -67,7 +67,7 @@ fn play(name: impl Into<String>, seconds: u64) -> Case {
         .commands(&["dmsetup", "lvcreate", "mkfs.ext4", "e2fsck", "dumpe2fs", "python3"])
         .commands(&["mkfs.xfs", "xfs_repair", "xfs_db"])
         .uses_folder("vm-tests/soak")
-        // The origin's two, the secondary, the store, and one for everything else, which never fails.
+        // Two disks for the origin, the secondary, the store, and one for everything else, which never fails.
         .disk_mib(112)
         .disk_mib(112)
         .disk_mib(256)

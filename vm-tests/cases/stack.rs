@@ -1,4 +1,4 @@
-//! The snapshot stack on its own: inserted, removed, killed at every step, held too long.
+//! The snapshot stack without a copy: inserted, removed, killed at every step, held too long.
 
 use crate::harness::Case;
 use crate::harness::case::Delay;
@@ -14,7 +14,7 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(128)
             .limit_seconds(600),
         case("stack_watchdog", "stack_watchdog.sh").limit_seconds(600),
-        // Writes that take long: what waits for a stopped command waits in the middle of something.
+        // Slow writes, so that requests are in flight when the command is stopped.
         Case::new("stack_stopped", "stack_stopped.sh")
             .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
             .commands(&["dmsetup", "losetup", "mkfs.ext4", "fio", "e2fsck"])

@@ -1,11 +1,11 @@
-//! The COW store: spilling, growing, failing, filling up, what a crash leaves of it, and who goes on with that.
+//! The COW store: spilling, growing, failing, filling up, and what happens to it after a crash.
 
 use crate::harness::Case;
 
 /// The store's cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        // Large enough that the store does not begin with all it can need.
+        // Large enough that the store does not begin at its maximum size.
         case("store_grows").disk_mib(320).disk_mib(1280).memory_mib(1536).limit_seconds(900),
         case("store_fails")
             .disk_mib(64)
@@ -43,8 +43,8 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(300)
             .disk_mib(64)
             .limit_seconds(600),
-        // A head of the smallest size that goes without its tail, and an origin that needs more.
-        // One process takes over from another: hardly a matter of the kernel.
+        // The smallest head without its tail, and an origin that needs more than that. One process adopts the store of
+        // another, which depends little on the kernel.
         base("store_adopt").disk_mib(80).disk_mib(480).memory_mib(1024).limit_seconds(1200),
     ]
 }

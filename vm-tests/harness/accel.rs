@@ -1,5 +1,5 @@
-//! Which accelerator works here? A nested `/dev/kvm` can exist, open, and still not run a guest: KVM is used
-//! only where a guest has been seen to start with it. The answer is kept until the machine reboots.
+//! Finds the accelerator that works. A nested `/dev/kvm` can exist and open, and still not run a guest: KVM is used
+//! only after a guest has started with it. The answer is cached until the machine reboots.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::case::Clock;
 use super::guest::{Boot, Host};
 use super::kernel::Kernel;
 
-/// How long a guest may take to show that it lives.
+/// Time limit for the guest to report that it runs.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Sets `host.accel` to `tcg` or `kvm`.
@@ -25,7 +25,7 @@ pub fn find(host: &mut Host) -> Result<()> {
     Ok(())
 }
 
-/// What was found out since the machine booted, or is now.
+/// The answer cached since the machine booted, or a new one.
 fn remembered(host: &mut Host) -> Result<String> {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let cache = host.vm.join("accel");
@@ -53,7 +53,7 @@ fn remembered(host: &mut Host) -> Result<String> {
         cut: None,
     })?;
     let accel = if works { "kvm" } else { "tcg" };
-    // An answer that cannot be kept is found again next time.
+    // If the answer cannot be cached, the next run probes again.
     let _ = fs::write(&cache, format!("{accel} {boot_id}"));
     Ok(accel.to_owned())
 }

@@ -1,4 +1,4 @@
-//! What is a case? A name, what it needs, the disks it gets, and one script for each boot.
+//! A case: its name, its needs, its disks, and one script for each boot.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ impl Depth {
 pub enum Cache {
     /// The disk answers from the host's page cache; a flush is an fsync.
     Writeback,
-    /// As above, but a flush costs nothing: for cases that do not ask what survives.
+    /// As above, but a flush costs nothing: for cases that do not test durability.
     Unsafe,
 }
 
@@ -41,9 +41,9 @@ pub struct Disk {
     pub cache: Cache,
     /// Its logical and physical block size, in bytes; a user-mode kernel's disks have 512.
     pub block_bytes: u32,
-    /// What it can do at most; None for what the host can. QEMU only.
+    /// Its limits; None for the host's own speed. QEMU only.
     pub throttle: Option<Throttle>,
-    /// How long it takes to answer, by dm-delay in the guest; None for as long as the host.
+    /// Its latency, by dm-delay in the guest; None for the host's own latency.
     pub delay: Option<Delay>,
 }
 
@@ -54,7 +54,7 @@ impl Disk {
     }
 }
 
-/// What each request waits for on its way to a disk: races that lose data show on slow disks only.
+/// Delays of the requests to a disk: races that lose data show only on slow disks.
 #[derive(Clone, Copy, Debug)]
 pub struct Delay {
     /// Before a read, in milliseconds.
@@ -65,20 +65,20 @@ pub struct Delay {
     pub flush_ms: u32,
 }
 
-/// What a guest's kernel reads the time from.
+/// The clock source of a guest's kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Clock {
-    /// The HPET (under KVM its own clock). An emulated TSC is found unstable a while after the start, and the kernel
-    /// then patches itself while the other processor runs, which the emulation does not always survive: it is told
-    /// at once.
+    /// The HPET (under KVM its own clock). The kernel would find an emulated TSC unstable some time after the start and
+    /// patch itself while the other processor runs, which the emulation does not always survive. So it is told in
+    /// advance.
     #[default]
     Hpet,
-    /// The TSC, which is said to be reliable, so that nobody looks. For measurements: each reading of the HPET leaves
-    /// the guest and takes QEMU's lock, several times for an I/O, which no real clock does.
+    /// The TSC, declared reliable so that the kernel does not check it. For measurements: each reading of the HPET
+    /// leaves the guest and takes QEMU's lock, several times per I/O, unlike a real clock.
     Tsc,
 }
 
-/// What a disk can do at most: QEMU delays what is beyond it.
+/// Limits of a disk; QEMU delays requests that exceed them.
 #[derive(Clone, Copy, Debug)]
 pub struct Throttle {
     /// Of each direction, or of both together.
@@ -94,7 +94,7 @@ pub struct Throttle {
 pub struct Cut {
     /// The marker at which it fails (`marker NAME` or `cut_here NAME` in the script).
     pub marker: String,
-    /// How much later at most; the seed chooses.
+    /// The maximum delay after the marker; the seed chooses the actual one.
     pub delay_ms_max: u64,
 }
 
@@ -107,18 +107,18 @@ pub struct Phase {
     pub cut: Option<Cut>,
 }
 
-/// What a case must come to. All but the harness's own cases must pass.
+/// The expected result of a case. All but the harness's own cases must pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expect {
     /// Every script exits with 0 and the kernel does not complain.
     Pass,
     /// The harness's own: the script's exit status is reported as a failure.
     ScriptFailure(i32),
-    /// The harness's own: a complaint in the kernel's log is noticed.
+    /// The harness's own: a complaint in the kernel's log is detected.
     KernelComplaint,
     /// The harness's own: the guest is killed at its time limit.
     Hang,
-    /// The harness's own: what the case needs is missing, and that is noticed before anything boots.
+    /// The harness's own: something that the case needs is missing, which is detected before anything boots.
     Skip,
 }
 
@@ -127,37 +127,37 @@ pub enum Expect {
 pub struct Case {
     /// Its name: a word of `[a-z0-9_]`, the topic first.
     pub name: String,
-    /// The kernels it runs on, and when: filled in from the table of who runs where.
+    /// The kernels it runs on, and when: filled in from the placement table.
     pub kernels: Vec<(Kernel, Depth)>,
-    /// Why it runs where it does, where that needs a word.
+    /// Why it runs there, if that is not obvious.
     pub why: &'static str,
     /// Kernel modules it needs; loaded before the script starts.
     pub modules: Vec<String>,
     /// Commands of the host's root that the script calls.
     pub commands: Vec<String>,
-    /// Programs of `vm-tests` that it calls: scripts/setup builds them beside the binary under test.
+    /// Programs of `vm-tests` that it calls; `scripts/setup` builds them beside the binary under test.
     pub tools: Vec<String>,
     /// Its disks.
     pub disks: Vec<Disk>,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
-    /// What its kernel reads the time from.
+    /// The clock source of its kernel.
     pub clock: Clock,
     /// How long one boot may take.
     pub limit: Duration,
-    /// Its boots, in order, over the same disks.
+    /// Its boots, in order, with the same disks.
     pub phases: Vec<Phase>,
     /// Variables for the scripts.
     pub variables: Vec<(String, String)>,
-    /// What it must come to.
+    /// Its expected result.
     pub expect: Expect,
     /// Folders of the project that its scripts use, beside the shared ones.
     pub folders: Vec<String>,
-    /// Whether it runs the binary under test: one that does not is not run again for a new binary.
+    /// Whether it runs the binary under test. If not, a new binary is no reason to run it again.
     pub uses_binary: bool,
-    /// Parts of lines of the kernel's log that are no complaint in this case.
+    /// Parts of kernel log lines that are not complaints in this case.
     pub tolerated: Vec<String>,
-    /// A measurement: it runs where `--bench` asks for measurements, every time, and never among the tests.
+    /// A measurement: it runs only with `--bench`, then always, and never among the tests.
     pub bench: bool,
 }
 
@@ -209,7 +209,7 @@ impl Case {
         self.disk(Disk::fast_mib(mib))
     }
 
-    /// One more disk, whose every request waits: dm-delay lies over it, and `disk N` is that device.
+    /// One more disk whose requests are delayed: dm-delay is put on it, and `disk N` is that device.
     pub fn delayed_disk_mib(self, mib: u64, delay: Delay) -> Case {
         self.modules(&["dm-delay"]).disk(Disk { delay: Some(delay), ..Disk::fast_mib(mib) })
     }
@@ -220,7 +220,7 @@ impl Case {
         self
     }
 
-    /// One more disk, with 512-byte blocks, that can do no more than `throttle`.
+    /// One more disk, with 512-byte blocks, limited by `throttle`.
     pub fn throttled_disk_mib(self, mib: u64, throttle: Throttle) -> Case {
         self.disk(Disk { throttle: Some(throttle), ..Disk::fast_mib(mib) })
     }
@@ -237,7 +237,7 @@ impl Case {
         self
     }
 
-    /// What its kernel reads the time from.
+    /// The clock source of its kernel.
     pub fn clock(mut self, clock: Clock) -> Case {
         self.clock = clock;
         self
@@ -255,20 +255,20 @@ impl Case {
         self
     }
 
-    /// Makes the power fail in the last boot named so far, up to `delay_ms_max` after `marker`.
+    /// Makes the power fail in the last boot added so far, up to `delay_ms_max` after `marker`.
     pub fn power_cut_at(mut self, marker: &str, delay_ms_max: u64) -> Case {
         let last = self.phases.last_mut().expect("a case is made with one phase");
         last.cut = Some(Cut { marker: marker.to_owned(), delay_ms_max });
         self
     }
 
-    /// One more boot, over the same disks.
+    /// One more boot, with the same disks.
     pub fn then(mut self, script: impl Into<String>) -> Case {
         self.phases.push(Phase { script: script.into(), cut: None });
         self
     }
 
-    /// For the harness's own cases: what must come of it.
+    /// For the harness's own cases: the expected result.
     pub fn expect(mut self, expect: Expect) -> Case {
         self.expect = expect;
         self
@@ -286,7 +286,7 @@ impl Case {
         self
     }
 
-    /// A part of a line of the kernel's log that this case provokes on purpose.
+    /// A part of a kernel log line that this case provokes on purpose.
     pub fn tolerate(mut self, part: &str) -> Case {
         self.tolerated.push(part.to_owned());
         self

@@ -1,7 +1,7 @@
-//! How is a guest watched and stopped?
+//! Watches and stops a guest.
 //!
-//! One process per boot ([`qemu`] or [`user_mode`]). Its end is always seen: it powers itself off after the script,
-//! or it is killed, by its own process id, at its time limit or at the moment the power is to fail.
+//! There is one process per boot ([`qemu`] or [`user_mode`]). It powers itself off after the script, or it is killed,
+//! by its own process id, at its time limit or at the moment of the power cut.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,10 +15,10 @@ use super::case::{Clock, Cut, Disk};
 use super::kernel::{Kernel, Machine};
 use super::{qemu, user_mode};
 
-/// How often the guest's files are looked at.
+/// Interval between checks of the guest's files.
 const POLL: Duration = Duration::from_millis(5);
 
-/// The host's side of a boot: what is the same for every guest.
+/// The host's side of a boot, the same for every guest.
 pub struct Host {
     /// The project's folder; `/tidemark/repo` in the guest.
     pub repo: PathBuf,
@@ -34,9 +34,9 @@ pub struct Host {
 pub struct Boot<'case> {
     /// The kernel.
     pub kernel: Kernel,
-    /// Which of the runner's guests it is at the time, from 0.
+    /// Number of the guest among those running at the same time, from 0.
     pub worker: usize,
-    /// What the guest's kernel reads the time from; QEMU only.
+    /// The clock source of the guest's kernel; QEMU only.
     pub clock: Clock,
     /// The guest's memory.
     pub memory_mib: u32,
@@ -67,11 +67,11 @@ pub enum Ending {
     Cut,
     /// Killed at the time limit.
     Hung,
-    /// The machine ended and the script had not: a panic, or the machine could not start.
+    /// The machine ended before the script: a panic, or the machine could not start.
     Died,
 }
 
-/// Kills the machine when the runner leaves early.
+/// Kills the machine if the runner returns early.
 struct Guard(Child);
 
 impl Guard {
@@ -88,7 +88,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // An error says that it is gone already.
+        // An error means that it is already gone.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

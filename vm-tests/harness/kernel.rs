@@ -1,4 +1,4 @@
-//! Which kernels are there, where does `scripts/setup` put them, and what do they offer?
+//! The kernels that `scripts/setup` provides: their folders and modules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ pub enum Kernel {
     UserMode,
     /// Debian's stock 6.12 under QEMU, with two processors.
     Main,
-    /// Debian 12's own 6.1 under QEMU, the oldest that is supported.
+    /// Debian 12's 6.1 under QEMU, the oldest supported kernel.
     Oldest,
 }
 
@@ -62,7 +62,7 @@ impl Kernel {
         }
     }
 
-    /// Its folder: `boot/` holds the image, `lib/modules/` what can be loaded or is built in.
+    /// Its folder: `boot/` holds the image, `lib/modules/` lists the modules that are loadable or built in.
     pub fn folder(self, vm: &Path) -> PathBuf {
         vm.join(format!("kernel-{}", self.name()))
     }
@@ -72,7 +72,7 @@ impl Kernel {
         self.folder(vm).join("lib/modules")
     }
 
-    /// The file to boot; None where `scripts/setup` could not provide the kernel.
+    /// The file to boot; None if `scripts/setup` could not provide the kernel.
     pub fn image(self, vm: &Path) -> Option<PathBuf> {
         let prefix = match self.machine() {
             Machine::UserMode => "linux",
@@ -84,13 +84,13 @@ impl Kernel {
             .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
     }
 
-    /// Which of `modules` it neither has nor can load.
+    /// The first of `modules` that is neither built in nor loadable.
     pub fn absent_module<'names>(self, vm: &Path, modules: &'names [String]) -> Option<&'names String> {
         let known = self.known_modules(vm);
         modules.iter().find(|module| !known.lines().any(|line| names_module(line, module)))
     }
 
-    /// `modules.dep` and `modules.builtin`, one after the other.
+    /// `modules.dep` and `modules.builtin`, concatenated.
     fn known_modules(self, vm: &Path) -> String {
         let version =
             fs::read_dir(self.modules(vm)).ok().and_then(|mut entries| Some(entries.next()?.ok()?.path()));

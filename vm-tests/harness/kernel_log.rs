@@ -1,9 +1,9 @@
-//! Which lines of a kernel's log are complaints that fail a case?
+//! The lines of a kernel's log that are complaints and fail a case.
 //!
-//! The list names the heads of the kernel's own reports (a warning, an oops, a lock-up, a hung task), not
-//! every line of level "error": device errors are what the fault cases are about.
+//! The list contains the first lines of the kernel's own reports (a warning, an oops, a lock-up, a hung task), not
+//! every line of level "error": fault cases provoke device errors.
 
-/// Parts of lines that begin a kernel report.
+/// Parts of lines that start a kernel report.
 pub const COMPLAINTS: &[&str] = &[
     "WARNING: ",
     "BUG: ",
@@ -33,10 +33,10 @@ pub const COMPLAINTS: &[&str] = &[
     "bad unlock balance",
 ];
 
-/// Most lines that are looked at: a log beyond it is itself a complaint.
+/// Maximum number of lines checked: a longer log is itself a complaint.
 const LINES_MAX: usize = 1_000_000;
 
-/// The first line that complains and holds none of `tolerated`.
+/// The first complaint that contains none of `tolerated`.
 pub fn complaint<'log>(log: &'log str, tolerated: &[String]) -> Option<&'log str> {
     for (number, line) in log.lines().enumerate() {
         if number >= LINES_MAX {

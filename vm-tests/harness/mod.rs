@@ -1,9 +1,9 @@
-//! Runs cases in guests: what a case is ([`case`]), which kernels there are ([`kernel`]), how a guest is started
-//! ([`user_mode`], [`qemu`], [`accel`]) and watched ([`guest`]), what counts as a kernel complaint ([`kernel_log`]),
-//! how a case is judged ([`play`]), what need not run again ([`stamp`]), how several run at once ([`pool`]), and which
-//! do ([`options`], [`runner`]).
+//! Runs cases in guests: what a case is ([`case`]), the kernels ([`kernel`]), how a guest is started ([`user_mode`],
+//! [`qemu`], [`accel`]) and watched ([`guest`]), what counts as a kernel complaint ([`kernel_log`]), how a case is
+//! judged ([`play`]), which cases need not run again ([`stamp`]), how several run in parallel ([`pool`]), and which are
+//! selected ([`options`], [`runner`]).
 //!
-//! It must not know anything of Tidemark but where the binary is.
+//! The harness knows nothing of Tidemark but the location of the binary.
 
 pub mod accel;
 pub mod case;

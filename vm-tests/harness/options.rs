@@ -1,23 +1,23 @@
-//! What does the command line ask for?
+//! The options on the command line.
 
 use anyhow::{Context, Result, bail};
 
 use super::case::{Case, Depth};
 use super::kernel::Kernel;
 
-/// Most guests at a time.
+/// Maximum number of guests at a time.
 pub const JOBS_MAX: usize = 64;
 
-/// What the command line says.
+/// The parsed command line.
 #[derive(Debug, Default)]
 pub struct Options {
     filters: Vec<String>,
     kernel: Option<Kernel>,
     list: bool,
     full: bool,
-    /// Run also what passed before.
+    /// Also run what passed before.
     pub all: bool,
-    /// Keep the disks of what passes, too.
+    /// Also keep the disks of cases that pass.
     pub keep: bool,
     bench: bool,
     /// Processors to use at a time; None for all.
@@ -25,7 +25,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads the arguments behind `--`.
+    /// Parses the arguments after `--`.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
         let mut options = Options::default();
         while let Some(argument) = arguments.next() {
@@ -54,18 +54,18 @@ impl Options {
         Ok(options)
     }
 
-    /// How much of it is to run.
+    /// Whether this is a routine or a full run.
     pub fn depth(&self) -> Depth {
         if self.full { Depth::Full } else { Depth::Routine }
     }
 
-    /// Whether nothing is to run.
+    /// Whether to list the cases without running them.
     pub fn only_lists(&self) -> bool {
         self.list
     }
 
-    /// A measurement is no test, and a test no measurement: a run is of one kind. What a filter names in full runs
-    /// whenever it is asked for.
+    /// Whether this run is selected. A run of the program has either tests or measurements. A full name as filter
+    /// selects in any depth.
     pub fn wants(&self, case: &Case, kernel: Kernel, depth: Depth) -> bool {
         let name = run_name(case, kernel);
         let named =

@@ -1,7 +1,7 @@
-//! How is one case played and judged?
+//! Plays and judges one case.
 //!
-//! It comes to one [`Verdict`]. Everything that a failure needs to be understood is kept in `target/vm/run/RUN` and its
-//! path is printed; a pass loses its disks.
+//! The result is one [`Verdict`]. Everything that helps to understand a failure is kept in `target/vm/run/RUN`, and
+//! this path is printed. The disks of a case that passes are deleted.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -18,24 +18,24 @@ use super::kernel_log;
 use super::options::{Options, run_name};
 use super::stamp::Stamps;
 
-/// How much of a failed script's output is shown.
+/// Number of lines shown of a failed script's output.
 const SHOWN_LINES: usize = 40;
 
-/// Where the guest finds the project.
+/// The project's folder in the guest.
 const GUEST_REPO: &str = "/tidemark/repo";
 
-/// Where the guest finds the binary under test.
+/// The folder of the binary under test in the guest.
 const GUEST_BINARIES: &str = "/tidemark/bin";
 
-/// What became of a case.
+/// The result of a case.
 pub enum Verdict {
-    /// What it must come to; with what the case has to say of it, in `summary`, if anything.
+    /// It had the expected result. The text is the case's own `summary`, if it wrote one.
     Passed(String),
     /// It passed before, and nothing that it depends on has changed.
     Unchanged,
-    /// Why not.
+    /// It failed; with the reason.
     Failed(String),
-    /// What is missing.
+    /// It could not run; with what is missing.
     Skipped(String),
 }
 
@@ -45,13 +45,13 @@ pub struct Stage<'run> {
     pub host: Host,
     /// The binary under test.
     pub binary: PathBuf,
-    /// What passed before.
+    /// The record of earlier passes.
     pub stamps: Stamps,
     /// The run's seed.
     pub seed: u32,
     /// Whether the user chose it.
     pub seed_given: bool,
-    /// What time limits are multiplied with.
+    /// Factor for time limits.
     pub time_scale: f64,
     /// Whether a skip is a failure.
     pub skips_fail: bool,
@@ -60,7 +60,7 @@ pub struct Stage<'run> {
 }
 
 impl<'run> Stage<'run> {
-    /// Looks at the project, the machine and the environment.
+    /// Inspects the project, the machine and the environment.
     pub fn prepare(options: &'run Options) -> Result<Stage<'run>> {
         let repo = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
         let vm = repo.join("target/vm");
@@ -76,7 +76,7 @@ impl<'run> Stage<'run> {
                 let scale = text.parse().ok().filter(|scale: &f64| (0.1..=100.0).contains(scale));
                 scale.context("TIDEMARK_VM_TIME_SCALE is not a number from 0.1 to 100")?
             }
-            // Nobody waits for continuous integration, and its machine may be busy with something else.
+            // A CI run may take longer, and its machine may be busy with other work.
             Err(_) if is_set("CI") => 3.0,
             Err(_) => 1.0,
         };
@@ -84,7 +84,7 @@ impl<'run> Stage<'run> {
         Ok(Stage { host, binary, stamps, seed, seed_given, time_scale, skips_fail, options })
     }
 
-    /// Plays the case, unless it need not or cannot, as the runner's `worker`th.
+    /// Plays the case, unless it is unchanged or cannot run, as the runner's `worker`th.
     pub fn judge(&self, case: &Case, kernel: Kernel, worker: usize) -> Verdict {
         match self.try_judge(case, kernel, worker) {
             Ok(verdict) => verdict,
@@ -121,7 +121,7 @@ impl<'run> Stage<'run> {
         Ok(Verdict::Failed(self.explain(case, &outcome, &folder)))
     }
 
-    /// Why the case cannot run here.
+    /// The reason why the case cannot run here.
     fn missing(&self, case: &Case, kernel: Kernel) -> Option<String> {
         let name = kernel.name();
         if kernel.image(&self.host.vm).is_none() {
@@ -137,7 +137,7 @@ impl<'run> Stage<'run> {
         absent.map(|module| format!("kernel {name} has no module {module}"))
     }
 
-    /// Boots each phase until one does not go as it must.
+    /// Boots each phase until one has an unexpected ending.
     fn play(&self, case: &Case, kernel: Kernel, worker: usize, folder: &Path) -> Result<Expect> {
         let share = folder.join("case");
         if folder.exists() {
@@ -145,7 +145,7 @@ impl<'run> Stage<'run> {
         }
         fs::create_dir_all(share.join("artifacts"))
             .with_context(|| format!("cannot make {}", share.display()))?;
-        // A script that goes on for long looks for itself.
+        // A long script can use this list to check the kernel's log itself.
         fs::write(share.join("complaints"), kernel_log::COMPLAINTS.join("\n"))
             .context("cannot write what complaints are")?;
         let mut disks = Vec::new();
@@ -202,7 +202,7 @@ impl<'run> Stage<'run> {
         limit: Duration,
         share: &Path,
     ) -> Result<()> {
-        // A link leads elsewhere in the guest than on the host.
+        // A symbolic link may lead elsewhere in the guest, so it is resolved here.
         let modules = kernel.modules(&self.host.vm);
         let modules =
             fs::canonicalize(&modules).with_context(|| format!("cannot find {}", modules.display()))?;
@@ -260,7 +260,7 @@ impl<'run> Stage<'run> {
     }
 }
 
-/// For each delayed disk its number and its delays: `NUMBER:READ:WRITE:FLUSH`, in milliseconds.
+/// The number and delays of each delayed disk: `NUMBER:READ:WRITE:FLUSH`, in milliseconds.
 fn delays(case: &Case) -> String {
     let delayed = case.disks.iter().enumerate().filter_map(|(number, disk)| Some((number, disk.delay?)));
     let words = delayed.map(|(number, Delay { read_ms, write_ms, flush_ms })| {
@@ -269,7 +269,7 @@ fn delays(case: &Case) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// Whether a variable of the environment says yes.
+/// Whether an environment variable is set to a true value.
 fn is_set(name: &str) -> bool {
     std::env::var(name).is_ok_and(|value| !value.is_empty() && value != "0" && value != "false")
 }

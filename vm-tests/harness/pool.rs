@@ -1,15 +1,15 @@
-//! How do several runs go at once? As many threads as asked for take what is queued, in its order.
+//! Runs several items in parallel: threads take items from a queue, in its order.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
-/// Calls `work` for every item, by `workers` threads, at least one; returns when all are done. It is given the thread's
-/// number, from 0: no two items are worked on under the same number at a time. Of the items for which `is_heavy` is
-/// true, at most `heavy_max`, at least one, are worked on at a time, and those are begun first.
+/// Calls `work` for every item on `workers` threads, at least one, and returns when all are done. `work` is given the
+/// thread's number, from 0; no two items run with the same number at a time. At most `heavy_max` items, at least one,
+/// for which `is_heavy` is true run at a time, and these start first.
 ///
 /// # Panics
-/// Where `work` does.
+/// If `work` does.
 pub fn for_each<T: Send>(
     workers: usize,
     heavy_max: usize,
@@ -23,14 +23,14 @@ pub fn for_each<T: Send>(
     thread::scope(|scope| {
         for worker in 0..workers.max(1) {
             let (heavy, light, work) = (&heavy, &light, &work);
-            // The first workers take what is heavy as long as there is any; no other ever does.
+            // The first workers take heavy items as long as there are any; the other workers take none.
             let queues: &[&Mutex<VecDeque<T>>] = if worker < heavy_max { &[heavy, light] } else { &[light] };
             let queues = queues.to_vec();
             scope.spawn(move || {
                 for queue in queues {
                     loop {
-                        // A statement of its own: in the head of a `while let` the queue would stay locked until the
-                        // work is done, and all would work one after the other.
+                        // A separate statement: in the condition of a `while let`, the queue would stay locked during
+                        // the work, and only one thread would work at a time.
                         let next = locked(queue).pop_front();
                         let Some(item) = next else { break };
                         work(worker, item);
@@ -41,10 +41,10 @@ pub fn for_each<T: Send>(
     });
 }
 
-/// What `mutex` guards.
+/// Locks `mutex`.
 ///
 /// # Panics
-/// Where a thread has panicked while it held the lock.
+/// If a thread has panicked while it held the lock.
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no thread panics while it holds the lock")
 }

@@ -1,4 +1,4 @@
-//! How is QEMU started?
+//! The command line of QEMU.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use super::case::{Cache, Clock, Disk, Throttle};
 use super::guest::{Boot, Host};
 
-/// A guest's processors: enough for what runs beside each other to be in each other's way.
+/// Processors of a guest: two, so that concurrent threads can race.
 pub const PROCESSORS: usize = 2;
 
-/// The command that boots a guest; with `probe`, one that says that it lives and powers off.
+/// The command that boots a guest. With `probe`, the guest reports that it runs and powers off.
 pub fn command(host: &Host, boot: &Boot<'_>, image: &Path, probe: bool) -> Result<Command> {
     let clock = match boot.clock {
         Clock::Hpet => "tsc=unstable",
@@ -27,7 +27,7 @@ pub fn command(host: &Host, boot: &Boot<'_>, image: &Path, probe: bool) -> Resul
     let mut qemu = Command::new("qemu-system-x86_64");
     match host.accel.as_str() {
         "kvm" => qemu.args(["-accel", "kvm", "-cpu", "host"]),
-        // With cx16 on, QEMU 7.2's software emulation makes the guest panic at random.
+        // With cx16, QEMU 7.2's software emulation makes the guest panic at random.
         _ => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16"]),
     };
     qemu.args(["-smp", &PROCESSORS.to_string(), "-m", &boot.memory_mib.to_string()]);
@@ -58,8 +58,8 @@ fn add_disk(qemu: &mut Command, number: usize, disk: &Disk, path: &Path) {
     };
     let limits = disk.throttle.map_or_else(String::new, throttling);
     qemu.arg("-drive").arg(format!(
-        // An error of the host's disk is the guest's to report; QEMU's default is to stop the guest without a
-        // word where the host's disk is full.
+        // The guest must see an error of the host's disk. By default QEMU silently stops the guest when the host's
+        // disk is full.
         "if=none,id=disk{number},format=raw,discard=unmap,cache={cache},{limits}werror=report,rerror=report,file={}",
         option(path)
     ));
@@ -74,7 +74,7 @@ fn option(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// The part of `-drive` that bounds what the disk can do.
+/// The part of `-drive` that limits the disk's speed.
 fn throttling(throttle: Throttle) -> String {
     let Throttle { bytes_per_second: bytes, shared, requests_per_second: requests } = throttle;
     let ways: &[&str] = if shared { &["total"] } else { &["read", "write"] };

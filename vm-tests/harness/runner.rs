@@ -1,4 +1,4 @@
-//! Which cases run, in what order, how many at a time, and what is said about them?
+//! Selects, orders and runs cases in parallel, and reports the results.
 
 use std::fmt;
 use std::fs;
@@ -18,11 +18,11 @@ use super::qemu;
 /// The closing line.
 #[derive(Debug, Default)]
 pub struct Tally {
-    /// Cases that came to what they must come to, now or, unchanged, before.
+    /// Cases with the expected result, now or, if unchanged, before.
     pub passed: usize,
-    /// Cases that did not.
+    /// Cases with another result.
     pub failed: usize,
-    /// Cases that something was missing for.
+    /// Cases that could not run because something was missing.
     pub skipped: usize,
 }
 
@@ -35,7 +35,7 @@ impl fmt::Display for Tally {
 /// A case on a kernel.
 type Run = (Case, Kernel);
 
-/// Runs what the options ask for. An error is one of the harness, not of a case.
+/// Runs what the options select. An error is a failure of the harness, not of a case.
 pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally> {
     check_names(&cases)?;
     let stage = Stage::prepare(options)?;
@@ -65,13 +65,13 @@ pub fn run(cases: Vec<Case>, options: &Options) -> Result<Tally> {
         let verdict = stage.judge(&case, kernel, worker);
         report(&run_name(&case, kernel), &verdict, start.elapsed(), &mut locked(&tally));
     };
-    // Emulated guests that share processors take as much longer (measured: two of them twice as long), and what has a
-    // time limit comes closer to it. A user-mode guest beside one uses what that leaves idle.
+    // Emulated guests that share processors are slower in proportion (measured: two of them take twice as long), and
+    // get closer to their time limits. A user-mode guest beside an emulated one uses what that leaves idle.
     pool::for_each(side_by_side, processors / qemu::PROCESSORS, queue, is_emulated, work);
     Ok(tally.into_inner().expect("a thread that panicked has ended the scope"))
 }
 
-/// What runs, in order; and whether the user-mode kernel is missing, and the stock one stands in for it.
+/// The runs in order, and whether the stock kernel replaces a missing user-mode kernel.
 fn queue(cases: Vec<Case>, stage: &Stage<'_>) -> (Vec<Run>, bool) {
     let has_user_mode = Kernel::UserMode.image(&stage.host.vm).is_some();
     let mut runs: Vec<Run> = Vec::new();
@@ -91,7 +91,7 @@ fn queue(cases: Vec<Case>, stage: &Stage<'_>) -> (Vec<Run>, bool) {
     (runs, missing)
 }
 
-/// The table of who runs where: each run's case, what it needs, why it is where it is.
+/// Prints the table of runs: the case, its needs, and why it runs on this kernel.
 fn list(queue: &[Run]) {
     let width = queue.iter().map(|(case, _)| case.name.len()).max().unwrap_or(0);
     let columns: Vec<String> = Kernel::ALL.iter().map(|kernel| format!("{:7}", kernel.name())).collect();
@@ -115,7 +115,7 @@ fn list(queue: &[Run]) {
     }
 }
 
-/// How many of the runs' guests fit into the memory that is free: their own, and their disks' in the page cache.
+/// How many of the guests fit into free memory: each needs its own memory, and its disks in the page cache.
 fn fitting_memory(runs: &[Run]) -> usize {
     let Ok(text) = fs::read_to_string("/proc/meminfo") else { return 1 };
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

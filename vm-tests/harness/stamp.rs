@@ -1,7 +1,7 @@
-//! Which cases need not run again? One that passed with the same binary, scripts, harness and kernel.
+//! Records which cases need not run again: those that passed with the same binary, scripts, harness and kernel.
 //!
-//! A stamp is a file in `target/vm/passed` whose content is a digest of all of that. It is a convenience on
-//! one machine, not evidence: a fresh clone has none.
+//! A stamp is a file in `target/vm/passed` that contains a digest of all of these. It is a convenience on one machine,
+//! not evidence: a fresh clone has none.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use super::case::{Case, Depth};
 use super::kernel::Kernel;
 
-/// The digests that all cases share, taken once.
+/// The digests that all cases share, computed once.
 pub struct Stamps {
     repo: PathBuf,
     folder: PathBuf,
@@ -32,7 +32,7 @@ impl Stamps {
         for part in ["vm-tests/harness", "vm-tests/guest"] {
             list(&repo.join(part), &mut files)?;
         }
-        // What scripts share with each other belongs to all of them.
+        // Shared libraries count for every case.
         let mut shared = BTreeSet::new();
         list(&cases, &mut shared)?;
         files.extend(shared.into_iter().filter(|path| {
@@ -66,7 +66,7 @@ impl Stamps {
         for path in &files {
             read(path)?.hash(&mut hasher);
         }
-        // A folder of another version is another folder.
+        // Another version of a kernel has another folder.
         let image = kernel.image(vm).and_then(|image| fs::canonicalize(image).ok());
         (self.harness, kernel.name(), depth.name(), image).hash(&mut hasher);
         if case.uses_binary {
@@ -75,18 +75,18 @@ impl Stamps {
         Ok(format!("{:016x}", hasher.finish()))
     }
 
-    /// Whether the case passed before with this digest.
+    /// Whether the case has passed with this digest.
     pub fn passed(&self, run_name: &str, digest: &str) -> bool {
         fs::read_to_string(self.folder.join(run_name)).is_ok_and(|stored| stored == digest)
     }
 
-    /// Remembers a pass.
+    /// Records a pass.
     pub fn record(&self, run_name: &str, digest: &str) {
-        // A stamp that cannot be written costs a repeated run and nothing else.
+        // If a stamp cannot be written, the case only runs again.
         let _ = fs::write(self.folder.join(run_name), digest);
     }
 
-    /// Forgets an earlier pass: the case is about to run.
+    /// Removes an earlier pass: the case is about to run.
     pub fn forget(&self, run_name: &str) {
         let _ = fs::remove_file(self.folder.join(run_name));
     }

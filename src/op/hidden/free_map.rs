@@ -1,4 +1,4 @@
-//! The map of an origin's free space on its own, for the VM cases.
+//! An entry point for the VM cases that maps an origin's free space.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -11,15 +11,15 @@ use crate::base::{Error, Result, ResultExt};
 use crate::sys::freeze;
 use crate::volume::free::FreeMapper;
 
-/// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of
-/// the device, writes it to REPORT ("free START END" and "log START END" in bytes, "note TEXT", "changed" where the second
-/// look at the devices finds others, "took MICROSECONDS"), waits for the end of standard input, thaws.
+/// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of the device,
+/// writes it to REPORT ("free START END" and "log START END" in bytes, "note TEXT", "changed" if the second scan finds
+/// other devices, "took MICROSECONDS"), waits for the end of standard input, thaws.
 pub const ARGUMENT: &str = "__free_map";
 
-/// Does it.
+/// Runs the entry point.
 ///
 /// # Errors
-/// Those of what it does.
+/// Any error of its steps.
 pub fn run(report: &Path, words: &[String]) -> Result<()> {
     let [origin, hook, mounts @ ..] = words else {
         return Err(Error::usage("__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT..."));
@@ -53,7 +53,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         let _ = writeln!(text, "note {note}");
     }
     let _ = writeln!(text, "took {}", took.as_micros());
-    // Whole, or not there: the script waits for it.
+    // Renamed into place, because the script waits for the complete file.
     let unfinished = report.with_extension("new");
     let written = fs::write(&unfinished, text).and_then(|()| fs::rename(&unfinished, report));
     let written = written.io_context(|| report.display().to_string());

@@ -1,8 +1,6 @@
-//! Entrances that are no commands: processes that help a command (watchdog, writing back) and, in test builds, parts of a
-//! copy on their own.
+//! Hidden entry points: processes that help a command (watchdog, write-back) and, in test builds, parts of a copy.
 //!
-//! Looked at before the command line is parsed: a watchdog must start fast and must not fail over an
-//! option.
+//! They are handled before the command line is parsed: a watchdog must start fast, and no option may make it fail.
 
 #[cfg(feature = "vm")]
 mod free_map;
@@ -18,7 +16,7 @@ use std::process::ExitCode;
 use super::recover;
 use crate::stack::{watchdog, write_back};
 
-/// Runs a hidden entrance where the first argument names one; None for an ordinary command.
+/// Runs the hidden entry point that the first argument names; None for an ordinary command.
 #[must_use]
 pub fn run() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);

@@ -1,4 +1,4 @@
-//! What an entrance for the VM cases reports, and how it ends.
+//! The report and exit code of an entry point for the VM cases.
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::base::{Result, ResultExt as _};
 
-/// Runs `run` with the report's path and the words after it. An error becomes the report's last line.
+/// Runs `run` with the report's path and the following words. An error becomes the report's last line.
 pub fn main(run: impl Fn(&Path, &[String]) -> Result<()>) -> ExitCode {
     let words: Vec<String> = std::env::args().skip(2).collect();
     let Some((report, words)) = words.split_first() else { return ExitCode::from(2) };

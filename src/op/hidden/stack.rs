@@ -1,4 +1,4 @@
-//! Stacks inserted and removed without a copy, for the VM cases.
+//! An entry point for the VM cases that inserts and removes stacks without a copy.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -21,10 +21,10 @@ use crate::volume::lvm_lock::LvmScope;
 /// removes the stacks. `__stack REPORT points ORIGIN-COUNT` writes the names of all crash points.
 pub const ARGUMENT: &str = "__stack";
 
-/// Does it.
+/// Runs the entry point.
 ///
 /// # Errors
-/// Those of what it does.
+/// Any error of its steps.
 pub fn run(report: &Path, words: &[String]) -> Result<()> {
     if let [first, count] = words
         && first == "points"
@@ -74,7 +74,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         tell(report, &format!("in place frozen_ms={frozen} suspended_ms={suspended}"))?;
     }
     let mut rest = Vec::new();
-    // A signal ends the wait as well as the end of the input does.
+    // The end of the input only tells when to remove the stacks. A read error counts as the end.
     let _ = std::io::stdin().read_to_end(&mut rest);
     let checked = stacks.iter().try_for_each(|stack| {
         stack.check_in_place(&dm)?;

@@ -1,4 +1,4 @@
-//! A COW store taken over from a dead process without its copy, for the VM cases.
+//! An entry point for the VM cases that adopts the COW store of a dead process without its copy.
 
 use std::fs::File;
 use std::io::BufRead;
@@ -13,18 +13,18 @@ use crate::store::CowStore;
 use crate::store::size::FillRate;
 use crate::sys::aligned::AlignedBuffer;
 
-/// `__store REPORT ID SNAP PATH...`: takes over the store of job ID, writes "adopted ..." to REPORT, and
-/// then does and reports what the lines of standard input say:
-/// - `exceptions`: compares every original that the store holds with what the snapshot device SNAP shows
-///   and what each PATH holds at the same offset;
-/// - `follow`: how many exceptions have appeared since the last time;
-/// - `grow`: makes the store larger, as if it were about to be full;
-/// - `release` and `keep`: gives it back.
+/// `__store REPORT ID SNAP PATH...`: adopts the store of job ID, writes "adopted ..." to REPORT, then executes the
+/// orders on standard input and reports the results:
+/// - `exceptions`: compares every original in the store with the snapshot device SNAP and with each PATH at the same
+///   offset;
+/// - `follow`: counts the exceptions that have appeared since the last time;
+/// - `grow`: enlarges the store, as if it were about to be full;
+/// - `release` and `keep`: releases the store.
 ///
-/// At the end of the input the store stays, without an owner.
+/// At the end of the input the store stays in place without an owner.
 pub const ARGUMENT: &str = "__store";
 
-/// Exceptions read at a time: small, so that there is more than one batch.
+/// Exceptions per batch: few, so that there are several batches.
 const BATCH: usize = 1000;
 
 pub fn run(report: &Path, words: &[String]) -> Result<()> {
@@ -73,7 +73,7 @@ fn compare(
         return Ok(format!("exceptions of a lost snapshot: {status:?}"));
     };
     let by_status = used.saturating_sub(*metadata).get() / store.plan().chunk.sectors().get();
-    // Directly: what the kernel writes there does not go through the page cache.
+    // Direct I/O, because the kernel's writes there bypass the page cache.
     let mut views = vec![dm.open_device(dm.info_of(snap)?.number, false, libc::O_DIRECT)?];
     for path in paths {
         views.push(File::open(path).io_context(|| format!("opening {path}"))?);

@@ -1,5 +1,5 @@
-//! A control block from any bytes, its checksum made right: no panic, extents within the origin, and the same
-//! bytes again when it is encoded.
+//! A control block from any bytes with a corrected checksum: no panic, extents within the origin, and the same bytes
+//! again when encoded.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,7 +7,7 @@ use tidemark::base::checksum::crc32c_salted;
 use tidemark::base::{Bytes, Extent, SegmentSize};
 use tidemark::format::archive::{BLOCK_BYTES, Layout, Side, Superblock, control, frame};
 
-/// The golden archive's identity and a size that ends within a sector, or a large one.
+/// The golden archive's identity, with a size that ends within a sector, or a large one.
 fn layout(large: bool) -> Layout {
     static GOLDEN: &[u8] = include_bytes!("../../golden/archive/v1.tdm");
     let head = Superblock::decode_head(GOLDEN).expect("the golden archive is good");

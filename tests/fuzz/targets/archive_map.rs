@@ -1,4 +1,4 @@
-//! Map entries from any bytes: no panic, and whatever is accepted covers a range without gaps.
+//! Map entries from any bytes: no panic, and accepted entries cover a range without gaps.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,11 +1,11 @@
-//! A superblock from any bytes: no panic, and what decodes encodes to a block that decodes to the same.
+//! A superblock from any bytes: no panic, and a decoded block survives encoding and decoding unchanged.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use tidemark::base::checksum::crc32c_salted;
 use tidemark::format::archive::{BLOCK_BYTES, Superblock};
 
-/// Without this the checksum would turn every input away.
+/// Without a valid checksum every input would be rejected.
 fn sign(block: &mut [u8], salt: &[u8]) {
     let crc = crc32c_salted(salt, &block[..BLOCK_BYTES - 4]);
     block[BLOCK_BYTES - 4..].copy_from_slice(&crc.to_le_bytes());

@@ -1,5 +1,5 @@
-//! The golden archive with some bytes changed, through the reader that restore and verify use: either nothing
-//! was changed, or it is refused; never a panic.
+//! The golden archive with some bytes changed, through the reader that restore and verify use: a changed archive is
+//! refused; never a panic.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! The COW store's header and metadata areas from any bytes: no panic, and every entry that is accepted lies
-//! within the origin and the store.
+//! The COW store's header and metadata areas from any bytes: no panic, and every accepted entry is within the origin
+//! and the store.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! The journal of segments from any bytes, its checks made right: no panic, every field within its bounds, and
-//! what decodes encodes to the same bytes.
+//! The segment log from any bytes with corrected checksums: no panic, every field within its bounds, and a decoded log
+//! encodes to the same bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,11 +1,11 @@
-//! An independent judge of what Tidemark does to device-mapper: it reads the kernel's devices with the crate
-//! `devicemapper`, which shares no line with Tidemark, and compares.
+//! An independent judge of Tidemark's use of device-mapper. It reads the kernel's devices with the crate
+//! `devicemapper`, which shares no code with Tidemark, and compares.
 //!
-//!   dm-judge agree          the crate's reading of every device is dmsetup's; prints it, one fact to a line
-//!   dm-judge stack ORIGIN   the origin leads through devices of Tidemark, the facts about each fit together, and
-//!                           nothing is suspended or has a second table; prints the way down
+//!   dm-judge agree          the crate and dmsetup agree about every device; prints one fact per line
+//!   dm-judge stack ORIGIN   the origin maps to devices of Tidemark, the facts about each are consistent, and nothing
+//!   is suspended or has an inactive table; prints the chain of devices
 //!
-//! It only reads. The exit status is 1 where something differs, and standard error says what.
+//! It only reads. The exit status is 1 if something differs; standard error has the reason.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -13,10 +13,10 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use devicemapper::{DM, DevId, DeviceInfo, DmFlags, DmName, DmOptions};
 
-/// Beneath an application that writes, two readings in a row may differ.
+/// While an application writes, two consecutive readings may differ.
 const ATTEMPTS: usize = 50;
 
-/// What the UUIDs of Tidemark's devices contain.
+/// Part of the UUIDs of Tidemark's devices.
 const OURS: &str = "TIDEMARK-";
 
 fn main() -> Result<()> {
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// One device, as the kernel answers.
+/// One device, as reported by the kernel.
 struct Device {
     name: String,
     number: String,
@@ -70,7 +70,7 @@ impl Device {
         self.info.flags().contains(flag)
     }
 
-    /// What there is to be said, as dmsetup's output is cut into facts below.
+    /// The facts about the device, in the form of dmsetup's output below.
     fn facts(&self) -> Vec<String> {
         let Self { name, number, uuid, info, .. } = self;
         let suspended = if self.has(DmFlags::DM_SUSPEND) { "Suspended" } else { "Active" };
@@ -127,7 +127,7 @@ fn facts_by_dmsetup() -> Result<BTreeSet<String>> {
         for line in dmsetup(&words)?.lines() {
             let (name, line) =
                 line.split_once(": ").with_context(|| format!("dmsetup {kind} says '{line}'"))?;
-            // "NAME: " stands for no table.
+            // "NAME: " means that there is no table.
             if !line.trim().is_empty() {
                 facts.insert(format!("{kind} {name}: {}", line.trim_end()));
             }
@@ -144,7 +144,7 @@ fn facts_by_dmsetup() -> Result<BTreeSet<String>> {
     Ok(facts)
 }
 
-/// Reads with the crate, with dmsetup, and with the crate again, until nothing has changed meanwhile.
+/// Reads with the crate, with dmsetup, and with the crate again, until the two readings of the crate are equal.
 fn agree() -> Result<()> {
     for _ in 0..ATTEMPTS {
         let (before, theirs, after) = (facts_by_crate()?, facts_by_dmsetup()?, facts_by_crate()?);
@@ -166,7 +166,7 @@ fn agree() -> Result<()> {
     bail!("the devices do not stand still: {ATTEMPTS} readings, each another one");
 }
 
-/// The devices that the words of a table name.
+/// The devices named in a table line.
 fn named(line: &str) -> BTreeSet<String> {
     let is_number = |word: &&str| {
         word.split_once(':').is_some_and(|(major, minor)| {
@@ -202,7 +202,7 @@ fn stack(origin: &str) -> Result<()> {
             wrong.push(format!("{name} has a second table, which nobody uses"));
         }
         for line in device.status.iter().filter(|line| line.split(' ').nth(2) == Some("snapshot")) {
-            // USED/TOTAL METADATA, in sectors; else words such as Invalid or Overflow.
+            // USED/TOTAL METADATA, in sectors; or a word such as Invalid or Overflow.
             let used = line.split(' ').nth(3).and_then(|word| word.split_once('/'));
             let numbers = used.and_then(|(used, total)| Some((used.parse().ok()?, total.parse().ok()?)));
             if numbers.is_none_or(|(used, total): (u64, u64)| used > total) {
@@ -229,7 +229,7 @@ fn stack(origin: &str) -> Result<()> {
     Ok(())
 }
 
-/// Those that `device` stands on, and it; each with how far below the origin it is.
+/// The device and all devices beneath it, each with its depth below the origin.
 fn go_down<'all>(
     device: &'all Device,
     all: &'all [Device],
