@@ -158,7 +158,7 @@ class Frame:
         for packed in struct.unpack_from("<%dQ" % count, head, 64):
             start = self.offset + (packed & ((1 << 40) - 1)) * SECTOR
             stop = start + (packed >> 40) * SECTOR
-            need(stop - superblock.size < SECTOR, what + ": extent behind the origin's end")
+            need(stop - superblock.size < SECTOR, what + ": extent beyond the origin's end")
             stop = min(stop, superblock.size)
             need(end <= start < stop, what + ": extent out of order")
             extents.append((start, stop))
@@ -235,7 +235,7 @@ class Archive:
             self.map_end = end
 
     def finish(self, tail):
-        need(self.stream.read(1) == b"", "bytes behind the tail superblock")
+        need(self.stream.read(1) == b"", "bytes after the tail superblock")
         need(tail.shared == self.head.shared, "head and tail superblock differ")
         need(self.map_end == self.head.size, "map: end")
         frames = [extent for offset in sorted(self.present) for extent in self.present[offset]]

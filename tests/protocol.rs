@@ -32,7 +32,7 @@ fn show(what: &str, found: &Exploration) {
 fn without(rule: Rule, fault: Fault) -> Vec<Step> {
     let found = explore(&Protocol { broken: Some(rule), free: NONE_FREE });
     show(&format!("{rule:?}"), &found);
-    let (seen, steps) = found.counterexample.expect("a rule that nobody needs is none");
+    let (seen, steps) = found.counterexample.expect("every rule is needed");
     assert_eq!(seen, fault, "{rule:?}");
     steps
 }

@@ -9,7 +9,7 @@
 //! 3. Remove the devices that preserved originals and the snapshots, then the devices beneath them.
 //! 4. Release RAM disks and loop devices.
 //! 5. Remove the partial files of copies and restores that are given up, and the records. (If one of 1 to 4 failed,
-//! only those of jobs that never used a device.)
+//!    only those of jobs that never used a device.)
 //!
 //! Each step is planned from the current state, so a recover that dies can be run again: as long as a device of a dead
 //! job exists, its step is not done.

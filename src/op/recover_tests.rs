@@ -190,7 +190,7 @@ impl FakeKernel {
                 self.device(device)?.inactive = Some(table);
                 Ok(())
             }
-            // The middle of the origin is free.
+            // The first half of the origin is free.
             Action::LoadOver { device, real, preserve } => {
                 let table = self.resolve(&Template::new(over(real, preserve)))?;
                 self.device(device)?.inactive = Some(table);
@@ -599,9 +599,9 @@ fn only_what_the_dead_job_itself_holds_is_let_go() {
     assert_eq!(resumes(&other), 0, "another device of this name");
     let mut other = scene.clone();
     data(&mut other, &|device| device.active = Some("0 8192 linear 8:48 0".parse().unwrap()));
-    assert_eq!(resumes(&other), 0, "another device with this number, or a table of somebody else's");
+    assert_eq!(resumes(&other), 0, "another device with this number, or another tool's table");
     data(&mut scene, &|device| device.inactive = Some("0 16384 linear 8:48 0".parse().unwrap()));
-    assert_eq!(resumes(&scene), 0, "somebody is changing it");
+    assert_eq!(resumes(&scene), 0, "another tool is changing it");
 }
 
 #[test]

@@ -43,7 +43,7 @@ begin --json
 sleep 0.3
 kill -USR1 "$process"
 ended 0
-note "USR1 while the origin is suspended: no system call fails with EINTR"
+note "USR1 while the origin is suspended: no wait is cut short"
 tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 20s \
     --hook-frozen 'for i in 1 2 3 4 5; do kill -USR1 $PPID; sleep 0.1; done' >/run/copy.out 2>/run/copy.err || fail "USR1 at the instant: $(cat /run/copy.err)"
 

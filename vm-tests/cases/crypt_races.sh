@@ -26,8 +26,8 @@ if [ "$WHERE" = beneath ]; then
     settle
     make_filesystem ext4 /dev/mapper/$crypt /mnt/origin
     before=$(dmsetup table $crypt)
-    # A mounted crypt device has no volume that could take a snapshot's table, so the copy is refused. An attached
-    # volume has one.
+    # The table of a mounted crypt device belongs to cryptsetup, so a copy is refused. An attached volume on it has a
+    # table of its own.
     assert_status 3 tidemark copy /dev/mapper/$crypt /mnt/scratch/copy.raw --yes --store /mnt/scratch
     assert_same "the table of a device that is refused" "$(dmsetup table $crypt)" "$before"
     umount /mnt/origin
@@ -80,7 +80,7 @@ refreshes() {
 suspends() {
     asked cryptsetup luksSuspend $crypt
     for _ in 1 2 3 4 5; do
-        dmsetup info $crypt | grep -q 'State: *SUSPENDED' || wrong "somebody ended a suspension that is not his"
+        dmsetup info $crypt | grep -q 'State: *SUSPENDED' || wrong "another process ended the suspension of cryptsetup"
         sleep "0.0$((RANDOM % 9))"
     done
     asked cryptsetup luksResume --disable-keyring --key-file /run/key $crypt

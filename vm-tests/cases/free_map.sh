@@ -162,7 +162,7 @@ span=$(awk -v from="$a_bytes" -v to="$a_end" '
     $1 == "free" && $2 >= from && $3 <= to && $3 - $2 > most { most = $3 - $2; end = $3 }
     END { length_sectors = int(most / 1024); print end / 512 - length_sectors, length_sectors }' "$REPORT")
 middle=${span% *} middle_length=${span#* }
-assert_same "free bytes where nobody else is" "$(is_free "$(bytes "$middle")" "$(bytes $((middle + middle_length)))")" \
+assert_same "free bytes without another user" "$(is_free "$(bytes "$middle")" "$(bytes $((middle + middle_length)))")" \
     "$(bytes "$middle_length")"
 [ "$middle_length" -gt "$mib" ] || fail "the largest free extent has only $middle_length sectors"
 thaw

@@ -41,7 +41,7 @@ for name in copy.raw copy.tdm; do
     grep -q '"phase":"verify"' /run/resume.json || fail "nothing was read back from a disk that had been unplugged"
     resumed=$(grep -o '"resumed_segment_count":[0-9]*' /run/resume.json | cut -d: -f2)
     note "$placed_before were noted, $resumed were still there"
-    assert_same "segments that a sync stood behind" "$resumed" "$placed_before"
+    assert_same "synced segments" "$resumed" "$placed_before"
     is_right "/mnt/usb/$name"
     rm "/mnt/usb/$name"
 done

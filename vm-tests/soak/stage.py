@@ -239,7 +239,7 @@ class Stage:
         while (left := self.left_behind()) and now() < end:
             time.sleep(0.05)
         if left:
-            raise Failure(f"{when}: left behind: {left}")
+            raise Failure(f"{when}: something is left: {left}")
 
     def left_behind(self):
         """Returns what is left of Tidemark except an attached volume."""

@@ -199,7 +199,7 @@ fn stack(origin: &str) -> Result<()> {
             wrong.push(format!("{name} is suspended"));
         }
         if device.has(DmFlags::DM_INACTIVE_PRESENT) {
-            wrong.push(format!("{name} has a second table, which nobody uses"));
+            wrong.push(format!("{name} has a loaded table that is not active"));
         }
         for line in device.status.iter().filter(|line| line.split(' ').nth(2) == Some("snapshot")) {
             // USED/TOTAL METADATA, in sectors; or a word such as Invalid or Overflow.
