@@ -9,15 +9,15 @@
 //! - dm-snapshot: a first write waits until its original has been copied to the store and its exception committed. A
 //!   write is mapped by the table that is active when it is issued. A lost store lets writes pass.
 //! - The copier (`src/copy/fuzzy.rs`) reads beneath the snapshot, each chunk at its own moment, writes to the
-//! secondary, and notes what is placed (`src/job/segment_log.rs`).
+//!   secondary, and notes what is placed (`src/job/segment_log.rs`).
 //! - Release (`src/stack/gate.rs`, `src/stack`): the origin is suspended until nothing is in flight, then its table
 //!   bypasses the snapshot.
 //! - Originals (`src/copy/overlay.rs`): the list of exceptions is read after the last read of the origin, then each
 //!   original is applied to the secondary. Then the snapshot is checked to be valid, and the copy gets its name
 //!   (`src/copy/job.rs`).
 //! - Death and resume (`src/op/resume.rs`): memory is lost; the kernel's tables and snapshot, the notes and the
-//! secondary remain; the watchdog resumes what was suspended (`src/stack/watchdog`); a write to the secondary that the
-//! dead process had issued may still land.
+//!   secondary remain; the watchdog resumes what was suspended (`src/stack/watchdog`); a write to the secondary that
+//!   the dead process had issued may still land.
 //!
 //! Not modelled: the insertion (the world begins at the instant), sizes, time, device errors, power loss; and copies
 //! that end for any other reason, which get no name.
