@@ -135,7 +135,7 @@ impl FakeKernel {
         insertion(&self.request(), &own_tables, id)
     }
 
-    /// The stores, which a copy that is over leaves to its caller.
+    /// The stores, which a finished copy leaves to its caller.
     fn stores(&self) -> Vec<String> {
         let mut names: Vec<String> = self.origins.iter().map(|origin| format!("{origin}#cow")).collect();
         names.sort();

@@ -1,6 +1,7 @@
-# Stacks under two origins at one instant: a write to the second that depends on one to the first is never in the snapshots
-# without it. A group is whole or not there: a kill at every step, a member that cannot be frozen, a hook past the budget
-# leave both origins with their own tables, neither held.
+# Stacks under two origins at one instant: if a write to the second origin depends on one to the first, the snapshots
+# never hold the second without the first. A group is inserted as a whole or not at all: after a kill at any step, a
+# member that cannot be frozen, or a hook that exceeds the budget, both origins have their own tables and neither is
+# held.
 . "$REPO/vm-tests/cases/lib_stack.sh"
 
 make_origin
@@ -20,7 +21,7 @@ assert_group_as_before() {
     assert_same "the table of wal" "$(dmsetup table wal)" "$WAL_TABLE_BEFORE"
 }
 
-# Writes N into the last block of the log, then into that of the data; each is on its disk before the next begins.
+# Writes N to the last block of the log, then to that of the data. Each write is durable before the next one begins.
 cat >/run/writer.py <<'PYTHON'
 import mmap, os, sys
 log, data = (os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) for path in sys.argv[1:3])
@@ -39,7 +40,7 @@ number_on() { # DEVICE
     dd if="$1" bs=4096 skip=$((blocks - 1)) count=1 iflag=direct status=none | head -c 20 | sed 's/^0*\(.\)/\1/'
 }
 
-# Without a filesystem on them, the suspension alone makes the instant.
+# Without a filesystem, the suspension alone determines the instant.
 umount /mnt/data
 python3 /run/writer.py "$WAL" "$ORIGIN" &
 writer=$!
@@ -83,7 +84,7 @@ both_answer() { # WHAT
     writes_within_seconds 20 /mnt/wal || fail "$1: wal does not answer"
 }
 
-# What is done for the second origin, and once for both; what is done for the first is in stack_crash.
+# The points of the second origin, and those that happen once for both. stack_crash covers those of the first origin.
 "$TIDEMARK" __stack /run/points points 2 </dev/null
 grep -e '-2\.' -e guard -e freeze -e 'insert\.switch' -e instant -e thaw /run/points >/run/group-points
 [ "$(wc -l </run/group-points)" -ge 40 ] || fail "only $(wc -l </run/group-points) crash points"
@@ -102,7 +103,7 @@ while read -r point; do
 done </run/group-points
 note "$crashes crashes"
 
-# One that cannot be frozen.
+# A member that cannot be frozen.
 fsfreeze -f /mnt/wal
 rm -f "$REPORT"
 assert_status 3 "$TIDEMARK" __stack "$REPORT" data,wal "$COW,$WAL_COW" 20000 true /mnt/data /mnt/wal </dev/null
@@ -112,7 +113,7 @@ fsfreeze -u /mnt/wal
 both_answer "one was frozen"
 assert_group_as_before
 
-# One that another tool has suspended, and one whose table another tool is about to replace.
+# A member that another tool has suspended, and one whose table another tool is about to replace.
 dmsetup suspend wal
 rm -f "$REPORT"
 assert_status 3 "$TIDEMARK" __stack "$REPORT" data,wal "$COW,$WAL_COW" 20000 true /mnt/data </dev/null
@@ -127,10 +128,10 @@ dmsetup clear wal
 both_answer "one was about to be replaced"
 assert_group_as_before
 
-# A hook past the budget.
+# A hook that exceeds the budget.
 rm -f "$REPORT"
 assert_status 1 "$TIDEMARK" __stack "$REPORT" data,wal "$COW,$WAL_COW" 1000 'sleep 30' /mnt/data /mnt/wal </dev/null
-grep -q '\[\]$' "$REPORT" || fail "not all of it could be put back: $(cat "$REPORT")"
+grep -q '\[\]$' "$REPORT" || fail "not everything could be undone: $(cat "$REPORT")"
 both_answer "a hook past the budget"
 assert_group_as_before
 

@@ -104,7 +104,7 @@ fn request(origins: &[&str], cows: &[DeviceNumber], budget: Duration, mounts: &[
     }
 }
 
-/// Every crash point of the changes of so many stacks, in order.
+/// Every crash point of the changes of this many stacks, in order.
 fn crash_points(origins: usize) -> Result<Vec<String>> {
     let id = crate::dm::naming::new_id();
     let table: Table = "0 8 linear 8:0 0".parse()?;
