@@ -2,7 +2,7 @@
 //!
 //! `/run/tidemark/<id>.lock` is locked (flock) from the start of the job until its process ends, however it
 //! ends: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.json` is the record (see
-//! the state format). `/run/tidemark/<id>.segments` is the [`segment_log`](crate::job::segment_log) of
+//! the state format). `/run/tidemark/<id>.segments` is the [`segment_log`] of
 //! a copy, and `/run/tidemark/<id>.progress` its progress; both are removed with the job.
 //! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m. How a record is
 //! replaced is described in [`file`](mod@file).
