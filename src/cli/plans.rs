@@ -2,10 +2,12 @@
 
 use super::reports::Human;
 use crate::copy::Order;
+use crate::format::SecondaryForm;
 use crate::op::copy::CopyPlan;
 use crate::op::copy::plan::LivePlan;
-use crate::op::request::{OnFull, Originals, SecondaryFormat, SecondaryTarget};
+use crate::op::request::{OnFull, Originals};
 use crate::op::resume::ResumePlan;
+use crate::secondary::SecondaryTarget;
 use crate::volume::OriginKind;
 
 impl Human for CopyPlan {
@@ -56,9 +58,9 @@ fn secondary_text(plan: &CopyPlan) -> String {
         SecondaryTarget::Path(path) => path.display().to_string(),
     };
     let format = match (plan.request.format, plan.request.originals) {
-        (SecondaryFormat::Raw, _) => "raw",
-        (SecondaryFormat::Archive, Originals::Overlay) => "archive, originals applied to the data",
-        (SecondaryFormat::Archive, Originals::Append) => "archive, originals after the data",
+        (SecondaryForm::Raw, _) => "raw",
+        (SecondaryForm::Archive, Originals::Overlay) => "archive, originals applied to the data",
+        (SecondaryForm::Archive, Originals::Append) => "archive, originals after the data",
     };
     format!("{target} ({format})")
 }

@@ -11,13 +11,15 @@ use super::args::{
 };
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
+use crate::format::SecondaryForm;
 use crate::op::attach::check_name;
 use crate::op::copy::plan::check_units;
 use crate::op::request::{
     AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals, RestoreRequest,
-    SecondaryFormat, SecondaryTarget, StoreRequest, VerifyRequest,
+    StoreRequest, VerifyRequest,
 };
 use crate::restore::ArchiveSource;
+use crate::secondary::SecondaryTarget;
 use crate::volume::lvm_lock::LvmScope;
 
 /// The extension that makes a secondary an archive by default.
@@ -107,7 +109,7 @@ fn reject_hook_under_lock(request: CopyRequest) -> Result<CopyRequest> {
 }
 
 fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {
-    if request.secondary == SecondaryTarget::Pipe && request.format == SecondaryFormat::Raw {
+    if request.secondary == SecondaryTarget::Pipe && request.format == SecondaryForm::Raw {
         return Err(Error::usage(
             "--format raw cannot go to standard output: originals are not known until all data has been read",
         )
@@ -116,21 +118,21 @@ fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {
     Ok(request)
 }
 
-fn format_of(args: &CopyArgs) -> SecondaryFormat {
+fn format_of(args: &CopyArgs) -> SecondaryForm {
     match args.format {
-        Some(FormatArg::Raw) => SecondaryFormat::Raw,
-        Some(FormatArg::Archive) => SecondaryFormat::Archive,
-        None if is_pipe(args) => SecondaryFormat::Archive,
+        Some(FormatArg::Raw) => SecondaryForm::Raw,
+        Some(FormatArg::Archive) => SecondaryForm::Archive,
+        None if is_pipe(args) => SecondaryForm::Archive,
         None if args.secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
-            SecondaryFormat::Archive
+            SecondaryForm::Archive
         }
-        None => SecondaryFormat::Raw,
+        None => SecondaryForm::Raw,
     }
 }
 
-fn originals_of(args: &CopyArgs, format: SecondaryFormat) -> Result<Originals> {
+fn originals_of(args: &CopyArgs, format: SecondaryForm) -> Result<Originals> {
     match args.originals {
-        Some(OriginalsArg::Append) if format == SecondaryFormat::Raw => {
+        Some(OriginalsArg::Append) if format == SecondaryForm::Raw => {
             Err(Error::usage("--originals append needs an archive: a raw secondary has no place for them")
                 .next("use --format archive, or --originals overlay"))
         }
@@ -290,7 +292,7 @@ mod tests {
     #[test]
     fn format_and_originals_default_by_name() {
         use Originals::{Append, Overlay};
-        use SecondaryFormat::{Archive, Raw};
+        use SecondaryForm::{Archive, Raw};
         for (line, format, originals) in [
             ("data out.img", Raw, Overlay),
             ("data out.tdm", Archive, Overlay),

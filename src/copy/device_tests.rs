@@ -10,9 +10,10 @@ use super::{CopyJob, CopyOptions, Order, run};
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::extent::Extent;
+use crate::format::SecondaryForm;
 use crate::io::open::{EnginePreference, open_engine};
 use crate::secondary::engine_config;
-use crate::secondary::{Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target, open};
+use crate::secondary::{OriginIdentity, OriginalsMode, SecondaryRequest, SecondaryTarget, open};
 use crate::sys::loop_device::{CONTROL_PATH, LoopDevice};
 
 const PAGE: u64 = 4096;
@@ -60,8 +61,8 @@ proptest! {
         }
         let segment = SegmentSize::new(SegmentSize::MIN).unwrap();
         let secondary = open(&SecondaryRequest {
-            target: Target::Path(target.path().to_owned()),
-            form: Form::Raw,
+            target: SecondaryTarget::Path(target.path().to_owned()),
+            form: SecondaryForm::Raw,
             originals: OriginalsMode::None,
             replace: true,
             verify,

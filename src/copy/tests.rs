@@ -17,6 +17,7 @@ use super::{
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
 use crate::extent::{Extent, ExtentSet};
+use crate::format::SecondaryForm;
 use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
 use crate::format::state::TargetRecord;
@@ -25,8 +26,8 @@ use crate::progress::{Event, Observer, Phase, Silent};
 use crate::secondary::archive::Archive;
 use crate::secondary::engine_config;
 use crate::secondary::{
-    Form, OriginIdentity, OriginalsMode, PlacedSegment, Resumed, Secondary, SecondaryRequest, Target, open,
-    reopen,
+    OriginIdentity, OriginalsMode, PlacedSegment, Resumed, Secondary, SecondaryRequest, SecondaryTarget,
+    open, reopen,
 };
 
 /// UTC, nanoseconds.
@@ -149,9 +150,9 @@ impl Setup {
         expected
     }
 
-    fn request(&self, name: &str, form: Form, originals: OriginalsMode) -> SecondaryRequest {
+    fn request(&self, name: &str, form: SecondaryForm, originals: OriginalsMode) -> SecondaryRequest {
         SecondaryRequest {
-            target: Target::Path(self.directory.path().join(name)),
+            target: SecondaryTarget::Path(self.directory.path().join(name)),
             form,
             originals,
             replace: false,
@@ -264,7 +265,7 @@ proptest! {
     #[test]
     fn a_raw_file_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
-        let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+        let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
         let report = setup.copy(secondary, &never_fails, false).unwrap();
         prop_assert_eq!(setup.names(), ["out"]);
         let found = fs::read(setup.directory.path().join("out")).unwrap();
@@ -345,7 +346,7 @@ proptest! {
     #[test]
     fn an_archive_with_originals_applied_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
-        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Overlay)).unwrap();
+        let secondary = open(&setup.request("out.tdm", SecondaryForm::Archive, OriginalsMode::Overlay)).unwrap();
         let report = setup.copy(secondary, &never_fails, false).unwrap();
         prop_assert_eq!(setup.names(), ["out.tdm"]);
         let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
@@ -358,7 +359,7 @@ proptest! {
     #[test]
     fn an_archive_with_originals_appended_is_the_image_at_the_instant(case in cases()) {
         let mut setup = Setup::new(&case);
-        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
+        let secondary = open(&setup.request("out.tdm", SecondaryForm::Archive, OriginalsMode::Append)).unwrap();
         let report = setup.copy(secondary, &never_fails, false).unwrap();
         let (image, totals) = extract(&fs::read(setup.directory.path().join("out.tdm")).unwrap());
         assert_same(&image, &setup.world.borrow().image);
@@ -375,7 +376,7 @@ proptest! {
             let mut bytes = Vec::new();
             std::io::Read::read_to_end(&mut reader, &mut bytes).map(|_| bytes)
         });
-        let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+        let request = setup.request("-", SecondaryForm::Archive, OriginalsMode::Append);
         let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
         let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
         setup.copy(secondary, &never_fails, false).unwrap();
@@ -419,7 +420,7 @@ fn a_throttled_copy_is_the_image_at_the_instant() {
     // Two seconds: long enough for a sample of the idle baseline.
     (setup.impact, setup.rate) = (Some(watch), Some(Bytes(setup.case.size.get() / 2)));
     let reported = Told::default();
-    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
     setup.copy_watched(secondary, &never_fails, false, &reported).unwrap();
     assert_same(&fs::read(setup.directory.path().join("out")).unwrap(), &setup.world.borrow().image);
     setup.check_economy();
@@ -431,7 +432,7 @@ fn a_pipe_without_a_reader_is_reported() {
     let mut setup = Setup::new(&busy_case(false));
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+    let request = setup.request("-", SecondaryForm::Archive, OriginalsMode::Append);
     let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
     let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
     let error = setup.copy(secondary, &never_fails, false).unwrap_err();
@@ -448,7 +449,7 @@ fn an_archive_that_fails_its_last_check_never_gets_its_end() {
         let mut bytes = Vec::new();
         std::io::Read::read_to_end(&mut reader, &mut bytes).map(|_| bytes)
     });
-    let request = setup.request("-", Form::Archive, OriginalsMode::Append);
+    let request = setup.request("-", SecondaryForm::Archive, OriginalsMode::Append);
     let writer = fs::File::from(std::os::fd::OwnedFd::from(writer));
     let secondary = Box::new(Archive::over_stream(writer, "a pipe", &request));
     let origin = setup.world.borrow().origin.try_clone().unwrap();
@@ -469,7 +470,7 @@ fn originals_are_not_applied_to_a_damaged_frame() {
     // Damages the first frame's payload between the fuzzy copy and the originals. Writing a new checksum over
     // it would hide the damage.
     let mut setup = Setup::new(&busy_case(false));
-    let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out.tdm", SecondaryForm::Archive, OriginalsMode::Overlay)).unwrap();
     let at = 4096 + 4096 + 60_000;
     let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Originals };
     let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
@@ -483,7 +484,8 @@ fn an_archive_that_another_process_changes_is_detected() {
     // superblocks. The last block is the tail superblock.
     for at in [0u64, 100, 4096 + 32, 4096 + 5000, 4096 + 4096 + 65536 + 40] {
         let mut setup = Setup::new(&busy_case(true));
-        let secondary = open(&setup.request("out.tdm", Form::Archive, OriginalsMode::Append)).unwrap();
+        let secondary =
+            open(&setup.request("out.tdm", SecondaryForm::Archive, OriginalsMode::Append)).unwrap();
         let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Verify };
         let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData, "byte {at}: {error}");
@@ -510,7 +512,7 @@ fn busy_case(verify: bool) -> Case {
 fn failing(case: &Case, fault: Fault) -> (Error, Vec<String>) {
     let mut setup = Setup::new(case);
     setup.engine.faults.push(fault);
-    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
     let error = setup.copy(secondary, &never_fails, false).unwrap_err();
     assert_eq!(crate::io::Engine::in_flight(&setup.engine), 0);
     (error, setup.names())
@@ -554,7 +556,7 @@ fn faults_have_their_kind_and_leave_no_name() {
 #[test]
 fn an_invalid_snapshot_ends_the_copy() {
     let mut setup = Setup::new(&busy_case(false));
-    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
     let error = setup.copy(secondary, &never_fails, true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreInvalid);
     assert!(setup.names().is_empty());
@@ -563,7 +565,7 @@ fn an_invalid_snapshot_ends_the_copy() {
 #[test]
 fn an_interrupt_ends_the_copy() {
     let mut setup = Setup::new(&busy_case(false));
-    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
     let asked = Cell::new(0);
     let interrupt = || {
         asked.set(asked.get() + 1);
@@ -606,7 +608,7 @@ fn a_resume_that_fails_before_it_writes_leaves_the_copy_unless_its_snapshot_is_l
         [(ErrorKind::Io, true), (ErrorKind::StoreInvalid, false), (ErrorKind::Interrupted, false)]
     {
         let mut setup = Setup::new(&busy_case(false));
-        let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+        let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let (left, undone) = (Cell::new(false), Cell::new(false));
         let error = run(CopyJob {
@@ -627,7 +629,7 @@ fn a_resume_that_fails_before_it_writes_leaves_the_copy_unless_its_snapshot_is_l
 fn a_copy_that_fails_its_last_check_gets_no_name() {
     let case = busy_case(false);
     let mut setup = Setup::new(&case);
-    let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+    let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
     let origin = setup.world.borrow().origin.try_clone().unwrap();
     let error = run(CopyJob {
         before_publish: &|| Err(Error::new(ErrorKind::External, "another process wrote to the origin")),
@@ -643,7 +645,7 @@ fn a_corrupted_secondary_is_detected() {
     let case = busy_case(true);
     for at in [0, 65535, 1_000_000, 1_999_999] {
         let mut setup = Setup::new(&case);
-        let secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+        let secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
         let flip = Flip { directory: setup.directory.path().to_owned(), at, phase: Phase::Verify };
         let error = setup.copy_watched(secondary, &never_fails, false, &flip).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadData);
@@ -657,7 +659,7 @@ fn a_block_list_with_gaps_copies_what_it_lists() {
     for seed in 0..10 {
         case.seed = seed;
         let mut setup = Setup::with_gaps(&case);
-        let mut secondary = open(&setup.request("out", Form::Raw, OriginalsMode::Overlay)).unwrap();
+        let mut secondary = open(&setup.request("out", SecondaryForm::Raw, OriginalsMode::Overlay)).unwrap();
         secondary.set_instant(0);
         let origin = setup.world.borrow().origin.try_clone().unwrap();
         let mut provider = WorldProvider { world: setup.world.clone(), batch_max: 99, invalid: false };
@@ -693,10 +695,10 @@ fn buffers_stay_within_their_limit() {
 }
 
 /// The forms of secondary for which a killed copy can be resumed.
-const FORMS: [(Form, OriginalsMode); 3] = [
-    (Form::Raw, OriginalsMode::Overlay),
-    (Form::Archive, OriginalsMode::Overlay),
-    (Form::Archive, OriginalsMode::Append),
+const FORMS: [(SecondaryForm, OriginalsMode); 3] = [
+    (SecondaryForm::Raw, OriginalsMode::Overlay),
+    (SecondaryForm::Archive, OriginalsMode::Overlay),
+    (SecondaryForm::Archive, OriginalsMode::Append),
 ];
 
 /// What outlives the copying process.
@@ -805,14 +807,14 @@ fn death(engine: &mut ChaosEngine, rng: &mut Rng) -> usize {
 
 /// Copies, is killed repeatedly, after a number of segments or in the middle of a write, and resumes each
 /// time. Returns how often it was killed.
-fn copy_with_deaths(setup: &mut Setup, form: Form, originals: OriginalsMode, deaths: u64) -> u64 {
+fn copy_with_deaths(setup: &mut Setup, form: SecondaryForm, originals: OriginalsMode, deaths: u64) -> u64 {
     copy_with_losses(setup, form, originals, deaths, Loss::Nothing).unwrap()
 }
 
 /// As [`copy_with_deaths`], with `loss` each time. An error is that of a process that was not killed.
 fn copy_with_losses(
     setup: &mut Setup,
-    form: Form,
+    form: SecondaryForm,
     originals: OriginalsMode,
     deaths: u64,
     loss: Loss,
@@ -893,7 +895,7 @@ proptest! {
             return Ok(());
         }
         let found = setup.only_file();
-        let found = if form == Form::Raw { found } else { extract(&found).0 };
+        let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
         assert_same(&found, &setup.world.borrow().image);
     }
 
@@ -903,7 +905,7 @@ proptest! {
         let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
         let found = setup.only_file();
-        let found = if form == Form::Raw { found } else { extract(&found).0 };
+        let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
         assert_same(&found, &setup.world.borrow().image);
     }
 
@@ -913,7 +915,7 @@ proptest! {
         let (form, originals) = FORMS[form];
         copy_with_deaths(&mut setup, form, originals, deaths);
         let found = setup.only_file();
-        if form == Form::Raw {
+        if form == SecondaryForm::Raw {
             assert_same(&found, &setup.expected());
             return Ok(());
         }
@@ -931,7 +933,7 @@ fn copies_are_killed_in_every_phase() {
     for seed in 0..6 {
         let case = Case { seed, region: Some(1), ..busy_case(seed % 2 == 0) };
         let mut setup = Setup::new(&case);
-        killed += copy_with_deaths(&mut setup, Form::Archive, OriginalsMode::Overlay, 4);
+        killed += copy_with_deaths(&mut setup, SecondaryForm::Archive, OriginalsMode::Overlay, 4);
         let found = fs::read(setup.directory.path().join("out")).unwrap();
         assert_same(&extract(&found).0, &setup.world.borrow().image);
     }
@@ -942,12 +944,12 @@ fn copies_are_killed_in_every_phase() {
 fn originals_applied_before_a_disk_was_detached_are_no_loss() {
     let mut killed = 0;
     for seed in 0..6 {
-        for form in [Form::Raw, Form::Archive] {
+        for form in [SecondaryForm::Raw, SecondaryForm::Archive] {
             let case = Case { seed, region: Some(1), ..busy_case(seed % 2 == 0) };
             let mut setup = Setup::new(&case);
             killed += copy_with_losses(&mut setup, form, OriginalsMode::Overlay, 4, Loss::Unplugged).unwrap();
             let found = setup.only_file();
-            let found = if form == Form::Raw { found } else { extract(&found).0 };
+            let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
             assert_same(&found, &setup.world.borrow().image);
         }
     }

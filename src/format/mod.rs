@@ -6,5 +6,8 @@ mod bytes;
 pub mod exception_store;
 pub mod filesystem_id;
 pub mod filesystem_log;
+mod secondary;
 pub mod segment_log;
 pub mod state;
+
+pub use secondary::SecondaryForm;

@@ -322,7 +322,7 @@ mod tests {
 
     use super::*;
     use crate::base::SegmentSize;
-    use crate::format::segment_log::SecondaryForm;
+    use crate::format::SecondaryForm;
 
     fn header() -> Header {
         Header {

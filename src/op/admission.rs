@@ -20,11 +20,12 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::request::{CopyRequest, OnFull, SecondaryTarget};
+use super::request::{CopyRequest, OnFull};
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _, directory_of};
 use crate::dm::{CONTROL_PATH, Dm};
 use crate::job::RUN_DIR;
+use crate::secondary::SecondaryTarget;
 use crate::store::{CowStore, TailPlace};
 use crate::topology::graph::{Answer, Node};
 use crate::volume::waits::{WaitGraph, refusal};

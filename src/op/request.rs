@@ -8,18 +8,10 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::copy::Impact;
 use crate::copy::Order;
+use crate::format::SecondaryForm;
 use crate::restore::ArchiveSource;
+use crate::secondary::SecondaryTarget;
 use crate::volume::lvm_lock::LvmScope;
-
-/// The form of the secondary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SecondaryFormat {
-    /// Byte for byte.
-    Raw,
-    /// Framed segments (see the archive's FORMAT.md).
-    Archive,
-}
 
 /// What happens with originals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,16 +21,6 @@ pub enum Originals {
     Overlay,
     /// Put after the data, for restore to apply last (archives only).
     Append,
-}
-
-/// Where the secondary is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SecondaryTarget {
-    /// Standard output.
-    Pipe,
-    /// A block device or a file (told apart when it is opened).
-    Path(PathBuf),
 }
 
 /// What happens where the store is about to fill and cannot grow.
@@ -87,7 +69,7 @@ pub struct CopyRequest {
     /// Where to.
     pub secondary: SecondaryTarget,
     /// In which form.
-    pub format: SecondaryFormat,
+    pub format: SecondaryForm,
     /// Where originals go.
     pub originals: Originals,
     /// The COW store.

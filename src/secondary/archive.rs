@@ -30,7 +30,7 @@ use super::identity::Recognition;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
-    OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
+    OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget, Segment,
 };
 use crate::base::checksum::crc32c;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx, directory_of};
@@ -84,8 +84,8 @@ impl Archive {
     /// Refusals (see [`guard`](super::guard)), also of a terminal as standard output; I/O errors.
     pub fn open(request: &SecondaryRequest) -> Result<Self> {
         match &request.target {
-            Target::Pipe => Ok(Self::over_stream(open_pipe(request)?, "standard output", request)),
-            Target::Path(path) => {
+            SecondaryTarget::Pipe => Ok(Self::over_stream(open_pipe(request)?, "standard output", request)),
+            SecondaryTarget::Path(path) => {
                 let out = Out::File(open_file(path, request)?);
                 Ok(Self::new(out, path.display().to_string(), request))
             }
@@ -98,7 +98,7 @@ impl Archive {
     /// # Errors
     /// As [`Archive::open`].
     pub fn check(request: &SecondaryRequest) -> Result<()> {
-        let Target::Path(path) = &request.target else { return Ok(()) };
+        let SecondaryTarget::Path(path) = &request.target else { return Ok(()) };
         check_place(path, request)?;
         PartialFile::check(path, request.replace)
     }
@@ -144,7 +144,7 @@ impl Archive {
     /// be resumed; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does not fit the
     /// request.
     pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Self> {
-        let (Target::Path(path), Some(archive)) = (&request.target, state.archive) else {
+        let (SecondaryTarget::Path(path), Some(archive)) = (&request.target, state.archive) else {
             return Err(Error::refused("a copy to standard output cannot be resumed")
                 .state("nothing was written")
                 .next("run 'tidemark recover', and copy again"));

@@ -25,22 +25,23 @@ pub mod raw;
 #[cfg(test)]
 mod resume_tests;
 
+use crate::format::SecondaryForm;
 pub use crate::format::archive::OriginalsMode;
 /// A segment that is on the secondary: what a later process needs in order to resume the copy.
 pub use crate::format::segment_log::PlacedSegment;
 pub use port::{
-    Form, OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, Target,
-    engine_config, is_zero, zero_padding,
+    OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget,
+    Segment, engine_config, is_zero, zero_padding,
 };
 
 /// Most extents of the block list in one segment that this form can express: see
 /// [`BlockList::with_parts_max`](crate::extent::BlockList::with_parts_max). The limit is reached with gaps of
 /// 4 KiB in segments of 4 MiB or more.
 #[must_use]
-pub fn parts_max(form: Form) -> usize {
+pub fn parts_max(form: SecondaryForm) -> usize {
     match form {
-        Form::Raw => usize::MAX,
-        Form::Archive => crate::format::archive::EXTENTS_MAX,
+        SecondaryForm::Raw => usize::MAX,
+        SecondaryForm::Archive => crate::format::archive::EXTENTS_MAX,
     }
 }
 
@@ -51,16 +52,18 @@ pub fn parts_max(form: Form) -> usize {
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) with the reason and what to do; I/O errors.
 pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
-        (Target::Pipe, Form::Raw) => Err(Error::usage("standard output takes an archive only")
-            .next("omit --format, or restore the archive to a raw device or file later")),
-        (Target::Path(path), Form::Raw) => {
+        (SecondaryTarget::Pipe, SecondaryForm::Raw) => {
+            Err(Error::usage("standard output takes an archive only")
+                .next("omit --format, or restore the archive to a raw device or file later"))
+        }
+        (SecondaryTarget::Path(path), SecondaryForm::Raw) => {
             if request.originals == OriginalsMode::Append {
                 return Err(Error::usage("a raw copy cannot hold originals after the data")
                     .next("use --originals overlay, or --format archive"));
             }
             Ok(Box::new(raw::RawTarget::open(path, &raw::RawRequest::from(request))?))
         }
-        (_, Form::Archive) => Ok(Box::new(archive::Archive::open(request)?)),
+        (_, SecondaryForm::Archive) => Ok(Box::new(archive::Archive::open(request)?)),
     }
 }
 
@@ -70,9 +73,11 @@ pub fn open(request: &SecondaryRequest) -> Result<Box<dyn Secondary>> {
 /// As [`open`].
 pub fn check(request: &SecondaryRequest) -> Result<()> {
     match (&request.target, request.form) {
-        (Target::Path(path), Form::Raw) => raw::RawTarget::check(path, &raw::RawRequest::from(request)),
-        (_, Form::Archive) => archive::Archive::check(request),
-        (Target::Pipe, Form::Raw) => Ok(()),
+        (SecondaryTarget::Path(path), SecondaryForm::Raw) => {
+            raw::RawTarget::check(path, &raw::RawRequest::from(request))
+        }
+        (_, SecondaryForm::Archive) => archive::Archive::check(request),
+        (SecondaryTarget::Pipe, SecondaryForm::Raw) => Ok(()),
     }
 }
 
@@ -85,7 +90,7 @@ pub fn check(request: &SecondaryRequest) -> Result<()> {
 /// where `state` does not fit `request`.
 pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
-        (Target::Path(path), Form::Raw) => {
+        (SecondaryTarget::Path(path), SecondaryForm::Raw) => {
             Ok(Box::new(raw::RawTarget::reopen(path, &raw::RawRequest::from(request), state)?))
         }
         _ => Ok(Box::new(archive::Archive::reopen(request, state)?)),

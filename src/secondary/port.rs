@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::identity::Recognition;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentIx, SegmentSize};
 use crate::extent::Extent;
+use crate::format::SecondaryForm;
 use crate::format::archive::OriginalsMode;
 use crate::format::segment_log::PlacedSegment;
 use crate::format::state::TargetRecord;
@@ -22,18 +24,10 @@ const BUFFER_COUNT_MIN: u64 = 2;
 /// Where a segment's payload begins in a buffer: after the room for a control block.
 pub const PAYLOAD_OFFSET: usize = 4096;
 
-/// The form of a secondary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// Byte for byte.
-    Raw,
-    /// Framed segments.
-    Archive,
-}
-
 /// Where the secondary is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecondaryTarget {
     /// Standard output.
     Pipe,
     /// A block device or a file, distinguished when it is opened.
@@ -44,9 +38,9 @@ pub enum Target {
 #[derive(Clone, Debug)]
 pub struct SecondaryRequest {
     /// The target.
-    pub target: Target,
+    pub target: SecondaryTarget,
     /// Its form.
-    pub form: Form,
+    pub form: SecondaryForm,
     /// Where originals go; a cold copy has none.
     pub originals: OriginalsMode,
     /// An existing file may be replaced, a device overwritten.

@@ -18,11 +18,12 @@ use std::path::Path;
 use super::identity::{Recognition, identify, recognize};
 use super::partial::{Deadline, PartialFile};
 use super::{
-    Form, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, is_zero, zero_padding,
+    PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, is_zero, zero_padding,
 };
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, directory_of};
 use crate::extent::Extent;
+use crate::format::SecondaryForm;
 use crate::format::state::TargetRecord;
 use crate::io::{Engine, FileIx, Piece, Place};
 use crate::topology::{self, Topology};
@@ -44,7 +45,7 @@ pub struct RawRequest {
 
 impl From<&SecondaryRequest> for RawRequest {
     fn from(request: &SecondaryRequest) -> Self {
-        debug_assert_eq!(request.form, Form::Raw);
+        debug_assert_eq!(request.form, SecondaryForm::Raw);
         Self { size: request.origin.size, replace: request.replace, forbidden: request.forbidden.clone() }
     }
 }

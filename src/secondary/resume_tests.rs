@@ -63,7 +63,7 @@ struct World {
     /// Chunks whose originals are in the store.
     preserved: BTreeSet<usize>,
     block_list: Vec<Extent>,
-    form: Form,
+    form: SecondaryForm,
     originals: OriginalsMode,
     /// The journal.
     placed: Vec<PlacedSegment>,
@@ -77,7 +77,7 @@ struct World {
 struct Case {
     size: usize,
     seed: u64,
-    form: Form,
+    form: SecondaryForm,
     append: bool,
     gaps: bool,
     kills: u8,
@@ -112,7 +112,7 @@ impl World {
             preserved: BTreeSet::new(),
             block_list: listed.iter().collect(),
             form: case.form,
-            originals: if case.append && case.form == Form::Archive {
+            originals: if case.append && case.form == SecondaryForm::Archive {
                 OriginalsMode::Append
             } else {
                 OriginalsMode::Overlay
@@ -131,7 +131,7 @@ impl World {
 
     fn request(&self) -> SecondaryRequest {
         SecondaryRequest {
-            target: Target::Path(self.directory.path().join("out")),
+            target: SecondaryTarget::Path(self.directory.path().join("out")),
             form: self.form,
             originals: self.originals,
             replace: false,
@@ -405,8 +405,8 @@ impl World {
     fn found(&self) -> Vec<u8> {
         let bytes = fs::read(self.directory.path().join("out")).unwrap();
         match self.form {
-            Form::Raw => bytes,
-            Form::Archive => extract(&bytes, self.archive.unwrap()),
+            SecondaryForm::Raw => bytes,
+            SecondaryForm::Archive => extract(&bytes, self.archive.unwrap()),
         }
     }
 }
@@ -441,7 +441,7 @@ fn cases() -> impl Strategy<Value = Case> {
         |(size, seed, raw, append, gaps, kills)| Case {
             size,
             seed,
-            form: if raw { Form::Raw } else { Form::Archive },
+            form: if raw { SecondaryForm::Raw } else { SecondaryForm::Archive },
             append,
             gaps,
             kills,
@@ -474,13 +474,13 @@ fn die(mut secondary: Box<dyn Secondary>) {
     secondary.leave();
 }
 
-fn case(form: Form) -> Case {
+fn case(form: SecondaryForm) -> Case {
     Case { size: 500_000, seed: 5, form, append: false, gaps: true, kills: 0 }
 }
 
 #[test]
 fn a_state_that_does_not_fit_is_refused_and_the_partial_file_stays() {
-    for form in [Form::Raw, Form::Archive] {
+    for form in [SecondaryForm::Raw, SecondaryForm::Archive] {
         let mut world = World::new(&case(form));
         assert!(world.run(3).is_err());
         let before = fs::read(world.partial.as_ref().unwrap()).unwrap();
@@ -493,12 +493,12 @@ fn a_state_that_does_not_fit_is_refused_and_the_partial_file_stays() {
         assert_eq!(kind(&request, &gone), ErrorKind::Refused);
         assert_eq!(kind(&request, &Resumed { partial: None, ..state.clone() }), ErrorKind::Refused);
         let other = Resumed {
-            archive: if form == Form::Raw { Some(Uuid::from_u128(1)) } else { None },
+            archive: if form == SecondaryForm::Raw { Some(Uuid::from_u128(1)) } else { None },
             ..state.clone()
         };
         assert_eq!(kind(&request, &other), ErrorKind::Refused);
-        if form == Form::Archive {
-            let pipe = SecondaryRequest { target: Target::Pipe, ..request.clone() };
+        if form == SecondaryForm::Archive {
+            let pipe = SecondaryRequest { target: SecondaryTarget::Pipe, ..request.clone() };
             assert_eq!(kind(&pipe, &state), ErrorKind::Refused);
             let mut twice = state.clone();
             twice.placed.extend(state.placed.clone());
@@ -512,7 +512,7 @@ fn a_state_that_does_not_fit_is_refused_and_the_partial_file_stays() {
 
 #[test]
 fn a_segment_that_became_zero_is_zero_on_a_raw_file_after_a_kill() {
-    let mut world = World::new(&Case { gaps: false, ..case(Form::Raw) });
+    let mut world = World::new(&Case { gaps: false, ..case(SecondaryForm::Raw) });
     let extent = world.extent(0);
     let valid = [extent];
     for byte in [7, 0] {
@@ -536,7 +536,7 @@ fn a_segment_that_became_zero_is_zero_on_a_raw_file_after_a_kill() {
 
 #[test]
 fn an_archive_that_lacks_a_data_frame_is_not_finished() {
-    let mut world = World::new(&case(Form::Archive));
+    let mut world = World::new(&case(SecondaryForm::Archive));
     assert!(world.run(5).is_err());
     // A journal that lacks a segment in the middle, and a copier that takes it for copied.
     let state = world.resumed();
@@ -552,7 +552,7 @@ fn an_archive_that_lacks_a_data_frame_is_not_finished() {
 
 #[test]
 fn only_what_an_overlay_may_have_torn_is_accepted() {
-    let mut world = World::new(&Case { gaps: false, ..case(Form::Archive) });
+    let mut world = World::new(&Case { gaps: false, ..case(SecondaryForm::Archive) });
     let mut secondary = open(&world.request()).unwrap();
     secondary.set_instant(INSTANT);
     world.partial = secondary.partial_path().map(std::path::Path::to_owned);

@@ -11,6 +11,7 @@ mod tests;
 use uuid::Uuid;
 
 use super::bytes::{get, get_u32, get_u64, is_zero, put, put_u32, put_u64};
+use super::secondary::SecondaryForm;
 use crate::base::checksum::{crc32c, crc32c_append, crc32c_salted};
 use crate::base::limits::SEGMENT_COUNT_MAX;
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
@@ -44,15 +45,6 @@ const FLAG_CRC: u32 = 2;
 const KIND_DATA: u32 = 1;
 const KIND_ZERO: u32 = 2;
 const KIND_ORIGINALS: u32 = 3;
-
-/// The form of the secondary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SecondaryForm {
-    /// Byte for byte: no frames.
-    Raw,
-    /// Framed segments.
-    Archive,
-}
 
 /// Identifies the copy that the file belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]

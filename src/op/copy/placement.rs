@@ -10,10 +10,9 @@ use super::plan::CopyPlan;
 use crate::base::{Error, Result};
 use crate::copy::PlacementLog;
 use crate::extent::Extent;
-use crate::format::segment_log::{Header, SecondaryForm};
+use crate::format::segment_log::Header;
 use crate::format::state::CopyRecord;
 use crate::job::segment_log::SegmentLog;
-use crate::op::request::SecondaryFormat;
 use crate::secondary::{PlacedSegment, Secondary};
 
 /// Records what another process would need to resume the copy. None where none could: what went down a pipe is gone.
@@ -37,10 +36,7 @@ pub(super) fn note_copy(
     let header = Header {
         job: Uuid::parse_str(job.id())
             .map_err(|source| Error::bad_data("the job's id").with_source(source))?,
-        form: match plan.request.format {
-            SecondaryFormat::Raw => SecondaryForm::Raw,
-            SecondaryFormat::Archive => SecondaryForm::Archive,
-        },
+        form: plan.request.format,
         archive: secondary.archive_id(),
         origin_size: plan.origin.size,
         segment: plan.segment,

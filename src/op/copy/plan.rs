@@ -9,11 +9,12 @@ use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{CopyOptions, Order, region_size_for, segment_size_for};
 use crate::dm::{Dm, naming};
+use crate::format::SecondaryForm;
 use crate::job;
 use crate::op::admission::Question;
-use crate::op::request::{CopyRequest, OnFull, Originals, SecondaryFormat, SecondaryTarget};
+use crate::op::request::{CopyRequest, OnFull, Originals};
 use crate::op::targets::{self, TargetFacts};
-use crate::secondary::{self, Form, OriginIdentity, OriginalsMode, SecondaryRequest, Target};
+use crate::secondary::{self, OriginIdentity, OriginalsMode, SecondaryRequest, SecondaryTarget};
 use crate::stack::Change;
 use crate::stack::{self, InsertRequest, StackRequest};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
@@ -239,7 +240,7 @@ impl CopyPlan {
     fn check_targets(&self) -> Result<()> {
         self.check_store()?;
         let SecondaryTarget::Path(path) = &self.request.secondary else { return Ok(()) };
-        if self.request.format == SecondaryFormat::Archive && is_device(path) {
+        if self.request.format == SecondaryForm::Archive && is_device(path) {
             return Err(Error::refused(format!(
                 "{} is a block device: an archive is a file",
                 path.display()
@@ -327,14 +328,8 @@ impl CopyPlan {
     /// What the secondary is asked to be.
     pub(in crate::op) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
         SecondaryRequest {
-            target: match &self.request.secondary {
-                SecondaryTarget::Pipe => Target::Pipe,
-                SecondaryTarget::Path(path) => Target::Path(path.clone()),
-            },
-            form: match self.request.format {
-                SecondaryFormat::Raw => Form::Raw,
-                SecondaryFormat::Archive => Form::Archive,
-            },
+            target: self.request.secondary.clone(),
+            form: self.request.format,
             originals: match self.request.originals {
                 Originals::Overlay => OriginalsMode::Overlay,
                 Originals::Append => OriginalsMode::Append,

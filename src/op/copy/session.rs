@@ -15,11 +15,10 @@ use crate::base::{Error, Result};
 use crate::dm::Dm;
 use crate::io::{Engine, EnginePreference, open_engine};
 use crate::job::{Job, conclude};
-use crate::op::request::SecondaryTarget;
 use crate::op::targets::naming_job;
 use crate::op::{leave, memory};
 use crate::progress::{Event, Observer, Phase};
-use crate::secondary::{self, Secondary, engine_config};
+use crate::secondary::{self, Secondary, SecondaryTarget, engine_config};
 use crate::stack::hooks::Hook;
 
 /// How long `--hook-after` may go on once the copy is to stop: it undoes what `--hook-before` did.
