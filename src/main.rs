@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match tidemark::op::hidden::run() {
+    match tidemark::hidden::run() {
         Some(code) => code,
-        None => tidemark::cli::main(),
+        None => tidemark::main(),
     }
 }

@@ -164,12 +164,6 @@ impl Meter {
     pub fn left(&self) -> Option<Duration> {
         self.position().left()
     }
-
-    /// Whole percent of the phase, 100 only when all is done.
-    #[must_use]
-    pub fn percent(&self) -> Option<u64> {
-        self.position().percent()
-    }
 }
 
 /// The position in a phase.
@@ -355,13 +349,13 @@ mod tests {
     fn rate_and_time_left() {
         let start = Instant::now();
         let mut meter = Meter::default();
-        assert_eq!((meter.rate(), meter.left(), meter.percent()), (None, None, None));
+        assert_eq!((meter.rate(), meter.left(), meter.position().percent()), (None, None, None));
         meter.update(&Event::Phase { phase: Phase::Data, total: Some(Bytes(1000)) }, start);
         assert_eq!(meter.rate(), None);
         meter.update(&progress(100), start + Duration::from_secs(1));
         assert_eq!(meter.rate(), Some(Bytes(100)));
         assert_eq!(meter.left(), Some(Duration::from_secs(9)));
-        assert_eq!(meter.percent(), Some(10));
+        assert_eq!(meter.position().percent(), Some(10));
     }
 
     #[test]
@@ -382,7 +376,7 @@ mod tests {
     fn empty_totals_do_not_divide() {
         let mut meter = Meter::default();
         meter.update(&Event::Phase { phase: Phase::Originals, total: Some(Bytes(0)) }, Instant::now());
-        assert_eq!((meter.percent(), meter.left()), (None, None));
+        assert_eq!((meter.position().percent(), meter.left()), (None, None));
     }
 
     #[test]

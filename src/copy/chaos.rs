@@ -17,7 +17,8 @@ use super::{OriginalsProvider, Releases};
 use crate::base::{Bytes, Error, Result, ResultExt as _};
 use crate::extent::{Extent, Original};
 use crate::io::engine::EngineConfig;
-use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Place, Request};
+use crate::io::engine::Request;
+use crate::io::{Buffer, Completion, Engine, FileIx, Piece, Place};
 use crate::sys::aligned::AlignedBuffer;
 
 /// SplitMix64: small, seeded, good enough to shuffle.
@@ -326,16 +327,13 @@ impl Engine for ChaosEngine {
         self.queue.push(request);
         Ok(())
     }
-    fn wait(&mut self) -> Result<Option<Completion>> {
-        if self.queue.is_empty() {
+    fn wait_timeout(&mut self, _timeout: Duration) -> Result<Option<Completion>> {
+        if self.rng.chance(5) || self.queue.is_empty() {
             return Ok(None);
         }
         let at = self.rng.index(self.queue.len());
         let request = self.queue.swap_remove(at);
         Ok(Some(self.execute(request)))
-    }
-    fn wait_timeout(&mut self, _timeout: Duration) -> Result<Option<Completion>> {
-        if self.rng.chance(5) { Ok(None) } else { self.wait() }
     }
     fn in_flight(&self) -> usize {
         self.queue.len()

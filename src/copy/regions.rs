@@ -177,12 +177,6 @@ impl<'a> Regions<'a> {
         self.region_units = (self.region_units * 2).min((self.units.len() / REGION_SHARE).max(1));
     }
 
-    /// Bytes of a region from now on.
-    #[must_use]
-    pub fn region_bytes(&self) -> Bytes {
-        self.schedule.segment().bytes() * self.unit_segments * Bytes::from_len(self.region_units).get()
-    }
-
     /// Records where new exceptions appeared since the last call. Has no effect on [`Order::Physical`].
     pub fn heat(&mut self, offsets: &[Bytes]) {
         for unit in &mut self.units {
@@ -293,12 +287,6 @@ impl<'a> Regions<'a> {
         self.done.pop_front()
     }
 
-    /// The number of units that are not begun.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        self.units.iter().filter(|unit| !unit.begun).count()
-    }
-
     fn extent_of(&self, units: &std::ops::Range<usize>) -> Option<Extent> {
         let unit_bytes = self.schedule.segment().bytes() * self.unit_segments;
         let offset = |unit: usize| (unit_bytes * Bytes::from_len(unit).get()).min(self.schedule.size());
@@ -389,7 +377,7 @@ mod tests {
         for _ in 0..10 {
             regions.enlarge();
         }
-        assert_eq!(regions.region_bytes(), segment().bytes() * 4);
+        assert_eq!((regions.unit_segments, regions.region_units), (1, 4));
     }
 
     proptest! {

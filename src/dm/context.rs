@@ -20,7 +20,6 @@ use super::naming::{DeviceIdentity, ROLE_PRESERVE, ROLE_REAL, is_ours, stack_dev
 use super::node;
 use super::status::SnapshotStatus;
 use super::table::Table;
-use super::target::TargetVersion;
 use super::udev::{Udev, with_cookie};
 use super::wire;
 
@@ -114,16 +113,6 @@ impl Dm {
         let what = || "reading the version of device-mapper".to_owned();
         let [major, minor, patch] = self.call(Call::Version, &CallArguments::default(), what)?.version;
         Ok((major, minor, patch))
-    }
-
-    /// The targets whose modules are loaded, with their versions.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn targets(&self) -> Result<Vec<TargetVersion>> {
-        let what = || "listing the targets of device-mapper".to_owned();
-        let reply = self.call(Call::ListVersions, &CallArguments::default(), what)?;
-        wire::decode_versions(&reply.payload)
     }
 
     /// True if the kernel has the target `kind`; loads its module if necessary. False if the kernel is too
@@ -264,16 +253,6 @@ impl Dm {
         }
     }
 
-    /// The devices that a device's active table maps to.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn dependencies(&self, name: &str) -> Result<Vec<DeviceNumber>> {
-        let arguments = CallArguments { device: Some(name.into()), ..CallArguments::default() };
-        let reply = self.call(Call::TableDeps, &arguments, || format!("reading what {name} maps to"))?;
-        wire::decode_dependencies(&reply.payload)
-    }
-
     /// A device of a copy's stack under device `name`; None if there is no stack. Found by what `name` maps
     /// to, as `name` may have been renamed since; and by its own name, as everything may be released.
     ///
@@ -290,22 +269,6 @@ impl Dm {
             })
         };
         Ok(self.list_ours()?.into_iter().find(is_part))
-    }
-
-    /// Sends a message to the target at `sector` of a device.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn message(&self, name: &str, sector: Sectors, text: &str) -> Result<Option<String>> {
-        let payload = wire::encode_message(sector.get(), text);
-        let arguments =
-            CallArguments { device: Some(name.into()), payload: &payload, ..CallArguments::default() };
-        let reply =
-            self.call(Call::TargetMessage, &arguments, || format!("sending the message '{text}' to {name}"))?;
-        if reply.flags & dm_ioctl::FLAG_DATA_OUT == 0 {
-            return Ok(None);
-        }
-        wire::text(&reply.payload, 0).map(Some)
     }
 
     /// Creates a device without a table.

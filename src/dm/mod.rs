@@ -15,6 +15,6 @@ mod wire;
 pub use context::{CONTROL_PATH, DeviceInfo, Dm, SUSPEND_ATTEMPTS, Slot};
 pub use naming::DeviceIdentity;
 pub use status::SnapshotStatus;
-pub use table::{Line, Table, Template};
-pub use target::{Persistence, Target, TargetVersion};
+pub use table::{Table, Template};
+pub use target::Target;
 pub use udev::Udev;

@@ -14,15 +14,6 @@ pub const KIND_BYTES_MAX: usize = 15;
 /// Most stripes read from a table; the kernel's own bound is the length of the line.
 const STRIPES_MAX: usize = 4096;
 
-/// A target that the kernel has loaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct TargetVersion {
-    /// Its name in tables.
-    pub kind: String,
-    /// Its version.
-    pub version: (u32, u32, u32),
-}
-
 /// What a range of a device maps to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -6,7 +6,6 @@
 use crate::base::{DeviceNumber, Error, Result};
 
 use super::table::{LINES_MAX, Table};
-use super::target::TargetVersion;
 
 /// `struct dm_target_spec`: start, length, status, next, type.
 const SPEC_BYTES: usize = 40;
@@ -71,42 +70,6 @@ pub(super) fn decode_names(payload: &[u8]) -> Result<Vec<(String, DeviceNumber)>
         }
     }
     Ok(names)
-}
-
-/// The devices that a table maps to.
-pub(super) fn decode_dependencies(payload: &[u8]) -> Result<Vec<DeviceNumber>> {
-    if payload.is_empty() {
-        return Ok(Vec::new());
-    }
-    let count = offset(payload, 0)?;
-    if count > ENTRIES_MAX {
-        return Err(bad("it has too many devices"));
-    }
-    (0..count).map(|index| Ok(DeviceNumber::from_dev(number64(payload, 8 + index * 8)?))).collect()
-}
-
-/// The targets of the kernel, with their versions. `next` is relative to the entry itself.
-pub(super) fn decode_versions(payload: &[u8]) -> Result<Vec<TargetVersion>> {
-    let mut versions = Vec::new();
-    let mut at = 0usize;
-    while !payload.is_empty() && versions.len() < ENTRIES_MAX {
-        let entry = part(payload, at, 16)?;
-        let version = (number32(entry, 4)?, number32(entry, 8)?, number32(entry, 12)?);
-        versions.push(TargetVersion { kind: text(payload, at + 16)?, version });
-        match offset(entry, 0)? {
-            0 => break,
-            next => at = at.checked_add(next).ok_or_else(|| bad("it points outside"))?,
-        }
-    }
-    Ok(versions)
-}
-
-/// The payload of a message to the target at `sector`.
-pub(super) fn encode_message(sector: u64, text: &str) -> Vec<u8> {
-    let mut bytes = sector.to_ne_bytes().to_vec();
-    bytes.extend_from_slice(text.as_bytes());
-    bytes.push(0);
-    bytes
 }
 
 /// Text up to its final zero.
@@ -183,8 +146,6 @@ mod tests {
         fn any_payload_is_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200), count in 0u32..9) {
             let _ = decode_rows(&bytes, count);
             let _ = decode_names(&bytes);
-            let _ = decode_dependencies(&bytes);
-            let _ = decode_versions(&bytes);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The extents still to be copied, in ascending order, which suits reading and writing alike.
 
 use super::{Extent, ExtentSet};
-use crate::base::{Bytes, SegmentIx, SegmentSize};
+use crate::base::{SegmentIx, SegmentSize};
 
 /// Extents in ascending order, coalesced. Segments are cut when they are asked for, so the memory depends on
 /// the number of runs and not on the size of the device.
@@ -21,12 +21,6 @@ impl BlockList {
     #[must_use]
     pub fn runs(&self) -> &[Extent] {
         &self.runs
-    }
-
-    /// Bytes in the list.
-    #[must_use]
-    pub fn total(&self) -> Bytes {
-        self.runs.iter().map(|run| run.length()).sum()
     }
 
     /// The list cut at multiples of the segment size. A segment appears once for each run that reaches into

@@ -83,6 +83,7 @@ impl ExtentSet {
 
     /// True where every byte of `extent` is in the set.
     #[must_use]
+    #[cfg(test)]
     pub fn contains(&self, extent: Extent) -> bool {
         self.intersection_with(extent).next() == Some(extent)
     }
@@ -101,12 +102,6 @@ impl ExtentSet {
             at = at.max(end);
             gap
         })
-    }
-
-    /// What is in both sets.
-    #[must_use]
-    pub fn intersection(&self, other: &Self) -> Self {
-        other.iter().flat_map(|extent| self.intersection_with(extent)).collect()
     }
 
     /// What is in this set and not in `other`.

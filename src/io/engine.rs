@@ -42,6 +42,7 @@ impl Buffer {
     }
     /// The registration index.
     #[must_use]
+    #[cfg(test)]
     pub fn index(&self) -> u16 {
         self.index
     }
@@ -127,18 +128,16 @@ pub trait Engine {
     fn take_buffer(&mut self) -> Option<Buffer>;
     /// Gives a buffer back to the pool.
     fn give_buffer(&mut self, buffer: Buffer);
-    /// Queues a request; may hand it to the kernel at once or on the next [`Engine::wait`].
+    /// Queues a request; may hand it to the kernel at once or on the next [`Engine::wait_timeout`].
     ///
     /// # Errors
     /// Only when the engine itself is broken; the completion reports the failure of the request.
     fn submit(&mut self, request: Request) -> Result<()>;
-    /// Waits for the next completion. None when nothing is in flight.
+    /// Waits for the next completion, but no longer than `timeout`. `Ok(None)` with requests in flight means that
+    /// the time ran out.
     ///
     /// # Errors
     /// Only when the engine itself is broken.
-    fn wait(&mut self) -> Result<Option<Completion>>;
-    /// As [`Engine::wait`], but returns after `timeout`: `Ok(None)` with requests in flight means that the
-    /// time ran out.
     fn wait_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Completion>>;
     /// True where [`Request::Zero`] has so far returned the space of `file` to its device or filesystem, as
     /// far as that is possible. For reports.

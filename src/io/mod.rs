@@ -17,8 +17,5 @@ pub mod uring;
 
 pub use block::BlockRead;
 pub use driver::{Driver, POLL_INTERVAL};
-pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place, Request};
+pub use engine::{Buffer, Completion, Engine, EngineConfig, FileIx, Piece, Place};
 pub use open::{EnginePreference, open_engine};
-pub use sync_engine::SyncEngine;
-pub use transfer::is_end_of_file;
-pub use uring::UringEngine;

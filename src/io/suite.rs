@@ -3,20 +3,21 @@
 //! The files are in target/, where direct I/O works; on a tmpfs of an older kernel it does not.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
+use super::engine::Request;
+use super::transfer::is_end_of_file;
 use super::*;
 use crate::base::{Bytes, ErrorKind};
 use crate::extent::Extent;
-use crate::sys::block::OpenHow;
 
 pub(super) type Make = fn(EngineConfig) -> Box<dyn Engine>;
 
@@ -31,7 +32,9 @@ pub(super) fn folder() -> tempfile::TempDir {
 }
 
 fn open(path: &Path, direct: bool) -> OwnedFd {
-    OpenHow { direct, ..OpenHow::direct_write() }.open(path).unwrap()
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(flags).open(path).unwrap().into()
 }
 
 /// Bytes that differ from place to place.
@@ -56,7 +59,7 @@ fn stream(range: std::ops::Range<usize>) -> Piece {
 
 fn finish(engine: &mut dyn Engine) -> HashMap<u64, Completion> {
     let mut all = HashMap::new();
-    while let Some(completion) = engine.wait().unwrap() {
+    while let Some(completion) = engine.wait_timeout(Duration::MAX).unwrap() {
         assert!(all.insert(completion.token, completion).is_none(), "a token completed twice");
     }
     assert_eq!(engine.in_flight(), 0);
@@ -65,7 +68,7 @@ fn finish(engine: &mut dyn Engine) -> HashMap<u64, Completion> {
 
 fn one(engine: &mut dyn Engine, request: Request) -> Completion {
     engine.submit(request).unwrap();
-    let completion = engine.wait().unwrap().unwrap();
+    let completion = engine.wait_timeout(Duration::MAX).unwrap().unwrap();
     assert_eq!(engine.in_flight(), 0);
     completion
 }
@@ -210,7 +213,7 @@ pub(super) fn zeroing_a_device_gives_space_back(make: Make) {
     let before = backing.metadata().unwrap().blocks();
     let device = crate::sys::loop_device::LoopDevice::attach(&backing, 4096, false).unwrap();
     let mut engine = engine(make);
-    let file = engine.add_file(open(device.path(), true), "device").unwrap();
+    let file = engine.add_file(open(&device.path(), true), "device").unwrap();
     for token in 0..6 {
         let extent = Extent::with_length(Bytes::mib(token) + Bytes(4096), Bytes::mib(1)).unwrap();
         engine.submit(Request::Zero { token, file, extent }).unwrap();
@@ -314,7 +317,7 @@ pub(super) fn a_stuck_pipe_times_out_and_resumes(make: Make) {
         reader.read_exact(&mut all).unwrap();
         all
     });
-    let completion = engine.wait().unwrap().unwrap();
+    let completion = engine.wait_timeout(Duration::MAX).unwrap().unwrap();
     completion.result.unwrap();
     assert!(drain.join().unwrap() == content);
     // Nothing in flight: returns at once.
@@ -345,7 +348,7 @@ pub(super) fn dropping_with_work_in_flight_ends(make: Make) {
             in_turn: false,
         })
         .unwrap();
-    let _ = engine.wait().unwrap();
+    let _ = engine.wait_timeout(Duration::MAX).unwrap();
     let start = Instant::now();
     drop(engine);
     assert!(start.elapsed() < Duration::from_secs(5));

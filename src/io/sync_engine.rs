@@ -1,6 +1,6 @@
 //! The plain engine: one transfer at a time with ordinary system calls, for systems without io_uring.
 //!
-//! Invariants: those of [`engine`](super::engine). Requests are processed in order, inside [`Engine::wait`].
+//! Invariants: those of [`engine`](super::engine). Requests are processed in order, inside [`Engine::wait_timeout`].
 //! A stream is polled before each call and given no more than a pipe takes at once, so that
 //! [`Engine::wait_timeout`] returns in time when the other side has stopped.
 
@@ -227,10 +227,6 @@ impl Engine for SyncEngine {
         };
         self.jobs.push_back(job);
         Ok(())
-    }
-
-    fn wait(&mut self) -> Result<Option<Completion>> {
-        Ok(self.run(None))
     }
 
     fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {

@@ -443,10 +443,6 @@ impl Engine for UringEngine {
         self.pump()
     }
 
-    fn wait(&mut self) -> Result<Option<Completion>> {
-        self.wait_until(None)
-    }
-
     fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<Completion>> {
         self.wait_until(Instant::now().checked_add(timeout))
     }
@@ -519,7 +515,7 @@ mod tests {
             let pieces = (0..4).rev().map(piece).collect();
             engine.submit(Request::Read { token: 5, file, buffer, pieces, in_turn }).unwrap();
             assert_eq!((engine.job(0).under_way, engine.waiting.len()), (under_way, 0));
-            let completion = engine.wait().unwrap().unwrap();
+            let completion = engine.wait_timeout(Duration::MAX).unwrap().unwrap();
             let buffer = completion.buffer.unwrap();
             assert_eq!((completion.result.is_ok(), engine.in_flight()), (end == 0, 0));
             assert!(end > 0 || buffer[..] == content[..]);

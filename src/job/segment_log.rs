@@ -92,18 +92,6 @@ impl SegmentLog {
         Ok((journal, content))
     }
 
-    /// Its path.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The copy that it belongs to.
-    #[must_use]
-    pub fn header(&self) -> &Header {
-        &self.header
-    }
-
     /// Records that the writes of all these segments have completed.
     ///
     /// # Errors

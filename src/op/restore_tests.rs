@@ -491,10 +491,10 @@ proptest! {
         let report = if pipe {
             let input = Input::stream(self::pipe(bytes), "the pipe", &|| Ok(())).unwrap();
             let archive = ArchiveSource::Pipe;
-            let request = RestoreRequest { archive, target: device.path().to_owned(), replace: true };
+            let request = RestoreRequest { archive, target: device.path(), replace: true };
             restore::restore(&input, &request, &Silent, &|| Ok(())).unwrap()
         } else {
-            let over = RestoreRequest { replace: true, ..request(&archive, device.path()) };
+            let over = RestoreRequest { replace: true, ..request(&archive, &device.path()) };
             restore::run(&over, &Silent, &|| Ok(())).unwrap()
         };
         let found = fs::read(&file).unwrap();
@@ -515,7 +515,7 @@ fn a_loop_device_over_the_archive_is_refused() {
     fs::hard_link(&archive, &other_name).unwrap();
     let Some(device) = loop_over(&other_name) else { return };
     fs::remove_file(&other_name).unwrap();
-    let over = RestoreRequest { replace: true, ..request(&archive, device.path()) };
+    let over = RestoreRequest { replace: true, ..request(&archive, &device.path()) };
     let error = restore::run(&over, &Silent, &|| Ok(())).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("the archive itself"), "{error}");

@@ -154,12 +154,6 @@ impl FrameChecker {
         }
     }
 
-    /// The head superblock.
-    #[must_use]
-    pub fn superblock(&self) -> &Superblock {
-        &self.superblock
-    }
-
     /// Offsets and lengths of everything in the archive.
     #[must_use]
     pub fn layout(&self) -> &Layout {

@@ -43,7 +43,6 @@ pub struct PartialFile {
     target: PathBuf,
     replace: bool,
     fate: Fate,
-    direct: bool,
     identity: Box<TargetRecord>,
     recognition: Recognition,
 }
@@ -118,23 +117,23 @@ impl PartialFile {
         partial_name.push(name);
         partial_name.push(format!("{INFIX}{id}"));
         let partial = directory.join(partial_name);
-        let (file, direct) = open_direct_or_buffered(&partial)?;
+        let file = open_direct_or_buffered(&partial)?;
         let locked = lock(&file, &partial, &Deadline::new()).and_then(|()| identify(&file, &partial));
         let identity = locked.inspect_err(|_| {
             let _ = fs::remove_file(&partial);
         })?;
-        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, Recognition::Uninterrupted)))
+        Ok(Self::unfinished(file, partial, target, replace, (identity, Recognition::Uninterrupted)))
     }
 
     fn unfinished(
-        (file, direct): (File, bool),
+        file: File,
         partial: PathBuf,
         target: PathBuf,
         replace: bool,
         (identity, recognition): (TargetRecord, Recognition),
     ) -> Self {
         let (fate, identity) = (Fate::Unfinished, Box::new(identity));
-        Self { file, partial, target, replace, fate, direct, identity, recognition }
+        Self { file, partial, target, replace, fate, identity, recognition }
     }
 
     /// The checks of [`PartialFile::create`], without creating anything.
@@ -181,11 +180,11 @@ impl PartialFile {
                 .open(&partial)
         };
         let opened = match open(libc::O_DIRECT) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0).map(|file| (file, false)),
-            opened => opened.map(|file| (file, true)),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
+            opened => opened,
         };
-        let (file, direct) = match opened {
-            Ok(opened) => opened,
+        let file = match opened {
+            Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(cannot_resume(format!("the partial file {shown} is gone")));
             }
@@ -207,7 +206,7 @@ impl PartialFile {
         let recognition = recognize(recorded, &identity, &partial)?;
         lock(&file, &partial, &Deadline::new())?;
         refuse_others(&target, &directory, &name, Some(&partial))?;
-        Ok(Self::unfinished((file, direct), partial, target, replace, (identity, recognition)))
+        Ok(Self::unfinished(file, partial, target, replace, (identity, recognition)))
     }
 
     /// Refuses a file that is shorter than the data written to it.
@@ -234,18 +233,6 @@ impl PartialFile {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
-    }
-
-    /// True where the file was opened with O_DIRECT.
-    #[must_use]
-    pub fn is_direct(&self) -> bool {
-        self.direct
-    }
-
-    /// The final name.
-    #[must_use]
-    pub fn target(&self) -> &Path {
-        &self.target
     }
 
     /// The name until then.
@@ -559,7 +546,7 @@ fn lock(file: &File, path: &Path, deadline: &Deadline) -> Result<()> {
     }
 }
 
-fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
+fn open_direct_or_buffered(path: &Path) -> Result<File> {
     let open = |flags: i32| {
         OpenOptions::new()
             .read(true)
@@ -570,7 +557,7 @@ fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
             .open(path)
     };
     match open(libc::O_DIRECT) {
-        Ok(file) => Ok((file, true)),
+        Ok(file) => Ok(file),
         // Some filesystems create the file and then refuse O_DIRECT: this process created it, as O_EXCL
         // guarantees.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -581,8 +568,7 @@ fn open_direct_or_buffered(path: &Path) -> Result<(File, bool)> {
                 _ => {}
             }
             tracing::info!(path = %path.display(), "no direct I/O on this filesystem; using the page cache");
-            let file = open(0).io_context(|| format!("create {}", path.display()))?;
-            Ok((file, false))
+            open(0).io_context(|| format!("create {}", path.display()))
         }
         Err(error) => Err(Error::io(format!("create {}", path.display()), error)),
     }

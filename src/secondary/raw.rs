@@ -190,12 +190,6 @@ impl RawTarget {
         matches!(self.kind, Kind::Device { .. })
     }
 
-    /// Size of the copy.
-    #[must_use]
-    pub fn size(&self) -> Bytes {
-        self.size
-    }
-
     fn file(&self) -> &File {
         match &self.kind {
             Kind::Device { file, .. } => file,

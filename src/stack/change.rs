@@ -211,7 +211,7 @@ impl Change {
     }
 
     /// The crash points that running this change passes, in order.
-    #[must_use]
+    #[cfg(any(test, feature = "vm"))]
     pub fn crash_points(&self) -> Vec<String> {
         self.steps
             .iter()

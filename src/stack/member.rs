@@ -101,7 +101,7 @@ impl Member {
     /// # Errors
     /// [`ErrorKind::Kernel`].
     pub fn check_layout(&mut self) -> Result<()> {
-        if self.layout.take().is_none_or(DeviceLayout::is_unchanged) {
+        if self.layout.take().is_none_or(|mut layout| layout.is_unchanged()) {
             return Ok(());
         }
         let what = format!("the devices on {} were changed while its filesystems were frozen", self.name);

@@ -60,6 +60,7 @@ pub mod watchdog;
 pub mod write_back;
 
 pub use change::{Action, BestEffort, Change, Executor, IntentLog, NoIntents, Step};
+#[cfg(test)]
 pub use intent::change_record;
 pub use layers::StackNames;
 pub use model::{AtInstant, HoldTimes, InsertRequest, InstantContext, Skipped, StackRequest};

@@ -88,8 +88,6 @@ impl InsertRequest {
 pub struct InstantContext<'a> {
     /// The devices `real`, in the order of the origins: readable, and unchanged until the origins are resumed.
     pub below: &'a [PathBuf],
-    /// The instant, UTC, in nanoseconds since 1970.
-    pub utc_ns: u64,
     /// When the budget ends.
     pub deadline: Instant,
 }

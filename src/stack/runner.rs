@@ -460,7 +460,6 @@ impl<'a> Runner<'a> {
         self.below = lower.map(|lower| node::device_path(lower.real)).collect::<Result<_>>()?;
         at_instant(&InstantContext {
             below: &self.below,
-            utc_ns: self.times.instant_utc_ns,
             deadline: self.armed_since.unwrap_or(held_since) + self.budget,
         })?;
         self.check(true)

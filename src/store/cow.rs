@@ -190,12 +190,6 @@ impl CowStore {
         self.lock().mapped
     }
 
-    /// Size of the origin that it was created for.
-    #[must_use]
-    pub fn origin_bytes(&self) -> Bytes {
-        self.origin_bytes
-    }
-
     /// Opens its device for direct reading.
     ///
     /// # Errors

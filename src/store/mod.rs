@@ -40,8 +40,8 @@ mod simulator;
 pub mod size;
 pub mod tail;
 
-pub use cow::{CowStore, Grown, KeptStore};
-pub use exceptions::{ExceptionReader, StoreDevice, StoreWriter};
+pub use cow::{CowStore, KeptStore};
+pub use exceptions::{ExceptionReader, StoreDevice};
 pub use follow::Follower;
 pub use leftovers::release_leftovers;
 pub use monitor::{Monitor, StoreEvent};

@@ -1,12 +1,12 @@
-//! What is a file, and what can its device do? Kind, size, blocks, exclusive open, zero-out, discard, holes.
+//! What is a file, and what can its device do? Kind, size, zero-out, holes.
 //!
 //! Every function makes one kernel call (or two if one is not supported), and returns its errno unchanged.
 //! Sizes are bytes. Nothing is retried, except after `EINTR`, and there is no policy.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -26,58 +26,6 @@ pub enum FileKind {
     Stream,
     /// A directory, or anything else without content.
     Other,
-}
-
-/// How to open a file. Always close-on-exec.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OpenHow {
-    /// For reading.
-    pub read: bool,
-    /// For writing.
-    pub write: bool,
-    /// Bypass the page cache (O_DIRECT): offsets, lengths and memory must be aligned.
-    pub direct: bool,
-    /// For block devices: fail with EBUSY if it is mounted or held by another process (O_EXCL). Not for a
-    /// regular file, where the flag has no meaning without O_CREAT.
-    pub exclusive: bool,
-    /// Create it; fail with EEXIST if it exists.
-    pub create_new: bool,
-}
-
-impl OpenHow {
-    /// For reading and writing, direct.
-    #[must_use]
-    pub fn direct_write() -> Self {
-        Self { read: true, write: true, direct: true, ..Self::default() }
-    }
-
-    /// Adds O_EXCL.
-    #[must_use]
-    pub fn exclusive(self) -> Self {
-        Self { exclusive: true, ..self }
-    }
-
-    /// Opens `path`.
-    ///
-    /// # Errors
-    /// The errno of open(2): EBUSY if exclusive and in use, EINVAL if the file system has no direct I/O.
-    pub fn open(self, path: &Path) -> io::Result<OwnedFd> {
-        let mut flags = libc::O_CLOEXEC;
-        if self.direct {
-            flags |= libc::O_DIRECT;
-        }
-        if self.exclusive {
-            flags |= libc::O_EXCL;
-        }
-        OpenOptions::new()
-            .read(self.read)
-            .write(self.write)
-            .create_new(self.create_new)
-            .mode(0o600)
-            .custom_flags(flags)
-            .open(path)
-            .map(OwnedFd::from)
-    }
 }
 
 /// The kind of `file`.
@@ -193,53 +141,6 @@ pub fn device_size(device: impl AsFd) -> io::Result<Bytes> {
     Ok(Bytes(size))
 }
 
-/// Logical block: the unit of direct I/O.
-///
-/// # Errors
-/// The errno of ioctl(2); ENOTTY if it is no block device; EINVAL for an invalid answer.
-pub fn logical_block(device: impl AsFd) -> io::Result<Bytes> {
-    let fd = device.as_fd().as_raw_fd();
-    let mut size: libc::c_int = 0;
-    // SAFETY: BLKSSZGET writes one int through the pointer, which is to a live local; `fd` is open
-    // for the borrow of `device`.
-    uninterrupted(|| unsafe { raw::blksszget(fd, &raw mut size) })?;
-    block_size(u64::try_from(size))
-}
-
-/// Physical block: the unit that the device writes without reading first.
-///
-/// # Errors
-/// As [`logical_block`].
-pub fn physical_block(device: impl AsFd) -> io::Result<Bytes> {
-    let fd = device.as_fd().as_raw_fd();
-    let mut size: libc::c_uint = 0;
-    // SAFETY: BLKPBSZGET writes one unsigned int through the pointer, which is to a live local;
-    // `fd` is open for the borrow of `device`.
-    uninterrupted(|| unsafe { raw::blkpbszget(fd, &raw mut size) })?;
-    block_size(Ok(u64::from(size)))
-}
-
-/// The kernel's answer, checked: a power of two of at least one sector.
-fn block_size(size: Result<u64, std::num::TryFromIntError>) -> io::Result<Bytes> {
-    match size {
-        Ok(size) if size >= 512 && size.is_power_of_two() => Ok(Bytes(size)),
-        _ => Err(Errno::EINVAL.into()),
-    }
-}
-
-/// True if the device accepts no writes.
-///
-/// # Errors
-/// The errno of ioctl(2).
-pub fn is_read_only(device: impl AsFd) -> io::Result<bool> {
-    let fd = device.as_fd().as_raw_fd();
-    let mut answer: libc::c_int = 0;
-    // SAFETY: BLKROGET writes one int through the pointer, which is to a live local; `fd` is open
-    // for the borrow of `device`.
-    uninterrupted(|| unsafe { raw::blkroget(fd, &raw mut answer) })?;
-    Ok(answer != 0)
-}
-
 /// The generation of a regular file's inode, which differs for each file that reuses an inode number. None if
 /// the file system does not report it.
 pub fn generation(file: impl AsFd) -> Option<u32> {
@@ -282,18 +183,6 @@ pub fn is_open_for_writing(file: impl AsFd) -> bool {
     }
 }
 
-/// Tells the device that `length` bytes at `start` are not needed; their content is undefined afterwards.
-///
-/// # Errors
-/// The errno of ioctl(2); EOPNOTSUPP if the device cannot; EINVAL if not aligned to blocks.
-pub fn discard(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
-    let fd = device.as_fd().as_raw_fd();
-    let range = [start.get(), length.get()];
-    // SAFETY: BLKDISCARD reads two u64 through the pointer, which is to a live local array of two;
-    // `fd` is open for the borrow of `device`.
-    uninterrupted(|| unsafe { raw::blkdiscard(fd, &raw const range) }).map(drop)
-}
-
 /// Makes `length` bytes at `start` of a block device read as zeros, by a command of the device, or else by
 /// writing them in the kernel.
 ///
@@ -307,18 +196,10 @@ pub fn zero_out(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()
     uninterrupted(|| unsafe { raw::blkzeroout(fd, &raw const range) }).map(drop)
 }
 
-/// Allocates space for `length` bytes at `start` of a regular file, and makes it at least that long.
-///
-/// # Errors
-/// The errno of fallocate(2); EOPNOTSUPP if the file system cannot.
-pub fn allocate(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
-    fallocate_range(file, FallocateFlags::empty(), start, length)
-}
-
 /// Allocates space for the first `length` bytes of a regular file, without changing its size.
 ///
 /// # Errors
-/// As [`allocate`].
+/// The errno of fallocate(2); EOPNOTSUPP if the filesystem does not support it.
 pub fn reserve_keeping_size(file: impl AsFd, length: Bytes) -> io::Result<()> {
     fallocate_range(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, Bytes::ZERO, length)
 }
@@ -326,7 +207,7 @@ pub fn reserve_keeping_size(file: impl AsFd, length: Bytes) -> io::Result<()> {
 /// Makes `length` bytes at `start` of a regular file a hole, without changing its size.
 ///
 /// # Errors
-/// As [`allocate`].
+/// The errno of fallocate(2); EOPNOTSUPP if the filesystem does not support it.
 pub fn punch_hole(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate_range(file, mode, start, length)
@@ -336,7 +217,7 @@ pub fn punch_hole(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()
 /// this equals [`zero_out`].
 ///
 /// # Errors
-/// As [`allocate`].
+/// The errno of fallocate(2); EOPNOTSUPP if the filesystem does not support it.
 pub fn zero_range(file: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()> {
     let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate_range(file, mode, start, length)
@@ -361,15 +242,6 @@ pub fn seek_data(file: impl AsFd, from: Bytes) -> io::Result<Option<Bytes>> {
     seek(file, from, Whence::SeekData)
 }
 
-/// The first byte at or after `from` that is in a hole; the end of the file counts as one. None if `from` is
-/// past the end. Changes the position of the handle.
-///
-/// # Errors
-/// As [`seek_data`].
-pub fn seek_hole(file: impl AsFd, from: Bytes) -> io::Result<Option<Bytes>> {
-    seek(file, from, Whence::SeekHole)
-}
-
 fn seek(file: impl AsFd, from: Bytes, whence: Whence) -> io::Result<Option<Bytes>> {
     match lseek(file, file_offset(from)?, whence) {
         Ok(at) => u64::try_from(at).map(|at| Some(Bytes(at))).map_err(|_| Errno::EOVERFLOW.into()),
@@ -382,7 +254,7 @@ fn seek(file: impl AsFd, from: Bytes, whence: Whence) -> io::Result<Option<Bytes
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 
     #[test]
     fn a_regular_file_is_distinguished_from_pipe_and_directory() {
@@ -396,14 +268,7 @@ mod tests {
     #[test]
     fn block_ioctls_refuse_a_regular_file_with_enotty() {
         let file = tempfile::tempfile().unwrap();
-        for error in [
-            device_size(&file).unwrap_err(),
-            logical_block(&file).unwrap_err(),
-            physical_block(&file).unwrap_err(),
-            is_read_only(&file).unwrap_err(),
-            zero_out(&file, Bytes(0), Bytes(512)).unwrap_err(),
-            discard(&file, Bytes(0), Bytes(512)).unwrap_err(),
-        ] {
+        for error in [device_size(&file).unwrap_err(), zero_out(&file, Bytes(0), Bytes(512)).unwrap_err()] {
             assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
         }
     }
@@ -417,7 +282,6 @@ mod tests {
         file.read_exact_at(&mut middle, 16 << 10).unwrap();
         assert!(middle.iter().all(|byte| *byte == 0));
         assert_eq!(size(&file).unwrap(), Bytes::kib(64));
-        assert_eq!(seek_hole(&file, Bytes(0)).unwrap(), Some(Bytes::kib(16)));
         assert_eq!(seek_data(&file, Bytes::kib(16)).unwrap(), Some(Bytes::kib(48)));
         assert_eq!(seek_data(&file, Bytes::kib(64)).unwrap(), None);
     }
@@ -425,7 +289,7 @@ mod tests {
     #[test]
     fn an_offset_beyond_the_kernels_range_is_an_error() {
         let file = tempfile::tempfile().unwrap();
-        let error = allocate(&file, Bytes(u64::MAX), Bytes(1)).unwrap_err();
+        let error = punch_hole(&file, Bytes(u64::MAX), Bytes(1)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
     }
 
@@ -433,10 +297,9 @@ mod tests {
     fn direct_io_is_detected() {
         let folder = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
         let path = folder.path().join("file");
-        let how = OpenHow { create_new: true, ..OpenHow::direct_write() };
-        let direct = how.open(&path).unwrap();
+        let direct =
+            File::options().write(true).create(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
         assert!(is_direct(&direct).unwrap());
         assert!(!is_direct(File::open(&path).unwrap()).unwrap());
-        assert_eq!(how.open(&path).unwrap_err().raw_os_error(), Some(libc::EEXIST));
     }
 }

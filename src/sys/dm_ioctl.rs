@@ -15,8 +15,6 @@ use crate::base::DeviceNumber;
 
 /// Longest device name, in bytes (the kernel's field is 128 bytes with the final zero).
 pub const NAME_BYTES_MAX: usize = 127;
-/// Longest UUID, in bytes (the kernel's field is 129 bytes with the final zero).
-pub const UUID_BYTES_MAX: usize = 128;
 /// Longest reply: bounds the buffer, which grows until the kernel's reply fits.
 pub const REPLY_BYTES_MAX: usize = 64 << 20;
 /// First size of that buffer.
@@ -39,8 +37,6 @@ pub const FLAG_NOFLUSH: u32 = 1 << 11;
 /// Return the inactive table.
 pub const FLAG_QUERY_INACTIVE_TABLE: u32 = 1 << 12;
 const FLAG_UEVENT_GENERATED: u32 = 1 << 13;
-/// The reply to a message contains text.
-pub const FLAG_DATA_OUT: u32 = 1 << 16;
 
 /// `struct dm_ioctl`.
 #[repr(C)]
@@ -80,10 +76,7 @@ pub enum Call {
     DevCreate = 3,
     DevStatus = 7,
     TableLoad = 9,
-    TableDeps = 11,
     TableStatus = 12,
-    ListVersions = 13,
-    TargetMessage = 14,
     GetTargetVersion = 17,
 }
 
@@ -285,10 +278,7 @@ pub fn call(control: &File, call: Call, arguments: &CallArguments<'_>) -> io::Re
         Call::DevCreate => code(3),
         Call::DevStatus => code(7),
         Call::TableLoad => code(9),
-        Call::TableDeps => code(11),
         Call::TableStatus => code(12),
-        Call::ListVersions => code(13),
-        Call::TargetMessage => code(14),
         Call::GetTargetVersion => code(17),
     };
     let mut size = (HEADER_BYTES + arguments.payload.len()).max(REPLY_BYTES_FIRST);

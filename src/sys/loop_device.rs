@@ -23,7 +23,6 @@ use crate::base::Bytes;
 pub const CONTROL_PATH: &str = "/dev/loop-control";
 
 const SET_CAPACITY: libc::c_ulong = 0x4c07;
-const CLR_FD: libc::c_ulong = 0x4c01;
 const GET_STATUS64: libc::c_ulong = 0x4c05;
 const CONFIGURE: libc::c_ulong = 0x4c0a;
 const CTL_GET_FREE: libc::c_ulong = 0x4c82;
@@ -89,7 +88,6 @@ const EMPTY_INFO: Info = Info {
 #[derive(Debug)]
 pub struct LoopDevice {
     device: File,
-    path: PathBuf,
 }
 
 /// The kernel's status of an attached loop device.
@@ -130,8 +128,8 @@ impl LoopDevice {
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let config =
                 Config { fd, block_size: block_bytes, info: Info { flags, ..EMPTY_INFO }, reserved: [0; 8] };
-            let result = open_node(&path)
-                .and_then(|device| configure(&device, &config).map(|()| Self { device, path }));
+            let result =
+                open_node(&path).and_then(|device| configure(&device, &config).map(|()| Self { device }));
             match result {
                 Err(error) if lost_race(&error) && attempt < ATTACH_ATTEMPTS => {
                     attempt += 1;
@@ -147,15 +145,16 @@ impl LoopDevice {
     /// # Errors
     /// The kernel's errno; ENXIO if nothing is attached.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let device = Self { device: open_node(path)?, path: path.to_owned() };
+        let device = Self { device: open_node(path)? };
         device.status()?;
         Ok(device)
     }
 
     /// The path of its node: /dev/loopN.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    #[cfg(test)]
+    pub fn path(&self) -> PathBuf {
+        std::fs::read_link(format!("/proc/self/fd/{}", self.device.as_raw_fd())).unwrap()
     }
 
     /// Its device number, as returned by stat().
@@ -233,15 +232,6 @@ unsafe impl Question for StatusQuestion {
         let flags = u32::try_from(flags).unwrap_or(0);
         status_from(&Info { device, inode, rdevice, offset, size_limit, flags, ..EMPTY_INFO })
     }
-}
-
-/// Detaches the file of the loop device at `path`: at once, or on the last close if it is still in use.
-///
-/// # Errors
-/// The kernel's errno; ENXIO if nothing is attached.
-pub fn detach(path: &Path) -> io::Result<()> {
-    let device = File::open(path)?;
-    call_plain(&device, CLR_FD).map(|_| ())
 }
 
 /// Another process was faster: the device is in use (EBUSY), or its node does not exist yet.

@@ -4,7 +4,7 @@
 //! - a buffer that an operation names is *held* by the ring ([`Ring::hold`]) from before its submission until
 //!   its completion has been taken; only then can [`Ring::release`] return it;
 //! - the ring owns its files for its whole life;
-//! - there are never more operations in flight than [`Ring::capacity`], so neither queue overflows;
+//! - there are never more operations in flight than the ring has entries, so neither queue overflows;
 //! - dropping the ring cancels operations that may never complete (streams), and waits for the rest up to
 //!   [`DRAIN_MAX`]. If some are left, buffers, files and ring are leaked, as the kernel may still write to
 //!   them;
@@ -229,22 +229,10 @@ impl Ring {
         self.features
     }
 
-    /// Most operations that may be in flight at once.
-    #[must_use]
-    pub fn capacity(&self) -> usize {
-        self.operations.len()
-    }
-
     /// True if [`Ring::push`] can take another operation.
     #[must_use]
     pub fn has_room(&self) -> bool {
         !self.free_operations.is_empty()
-    }
-
-    /// Operations that were pushed and whose completions have not been taken.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
     }
 
     /// Takes ownership of a file.

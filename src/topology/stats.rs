@@ -46,15 +46,7 @@ pub struct Interval {
     pub in_flight: u64,
 }
 
-impl Interval {
-    /// Mean time from issue to completion of an I/O; None if none completed.
-    #[must_use]
-    pub fn mean_latency(&self) -> Option<Duration> {
-        let count = u128::from(self.reads) + u128::from(self.writes);
-        let mean = self.waited.as_nanos().checked_div(count)?;
-        Some(Duration::from_nanos(u64::try_from(mean).unwrap_or(u64::MAX)))
-    }
-}
+impl Interval {}
 
 impl DiskStat {
     /// Parses a `stat` file; None if the text is not one. Kernels before 4.18 and 5.5 have fewer fields at
@@ -148,7 +140,7 @@ mod tests {
     #[test]
     fn a_mean_needs_an_io() {
         let stat = DiskStat::parse(STAT).unwrap();
-        assert_eq!(stat.since(&stat).unwrap().mean_latency(), None);
+        assert_eq!(stat.mean_write_since(&stat), None);
         let later = DiskStat {
             reads: stat.reads + 3,
             writes: stat.writes + 1,
@@ -157,8 +149,8 @@ mod tests {
             ..stat
         };
         let interval = later.since(&stat).unwrap();
-        assert_eq!(interval.mean_latency(), Some(Duration::from_micros(2500)));
         assert_eq!(interval.in_flight, 3);
+        assert_eq!(later.mean_write_since(&stat), Some(Duration::from_millis(8)));
         assert_eq!(stat.since(&later), None, "another device");
     }
 

@@ -179,7 +179,7 @@ impl DeviceLayout {
     /// or if a loop device appeared whose backing is not known: then the reported free space may not be that
     /// of the origin's bytes.
     #[must_use]
-    pub fn is_unchanged(mut self) -> bool {
+    pub fn is_unchanged(&mut self) -> bool {
         let before = std::mem::replace(&mut self.kernel.loops, self.kernel.topology.loops());
         self.kernel.loops.unknown().is_subset(&before.unknown())
             && Layers::observe(self.origin, &self.kernel) == self.layers

@@ -36,7 +36,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         freeze::freeze(file).io_context(|| "freezing".to_owned())?;
     }
     let begin = Instant::now();
-    let (free, layout) = mapper.read();
+    let (free, mut layout) = mapper.read();
     let took = begin.elapsed();
     let mut text = String::new();
     if layout.is_unchanged() {

@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use tidemark::format::archive::{BLOCK_BYTES, Superblock};
-use tidemark::secondary::archive_read::FrameChecker;
+use tidemark::FrameChecker;
 
 static GOLDEN: &[u8] = include_bytes!("../../golden/archive/v1.tdm");
 
