@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use super::copy::plan::order_for;
-use super::copy::run::{self, block_list_of};
+use super::copy::run::{block_list_of, copy_live};
 use super::copy::session::{Session, Transfer, engine_for};
 use super::copy::{CopyOutcome, CopyPlan, Live};
 use super::request::CopyRequest;
@@ -302,8 +302,10 @@ pub fn run(
         released: live.stack().released(),
     };
     let transfer = Transfer { engine, secondary };
-    let session = Session::resume(&plan, (live, transfer), !copy.hook_after_done, observer, interrupt);
-    run::resume(session, log, from)
+    let is_hook_due = !copy.hook_after_done;
+    Session::resume(&plan, (live, transfer), is_hook_due, observer, interrupt, |session| {
+        copy_live(session, Some(log), Some(from))
+    })
 }
 
 /// Repeats the checks that the copy's own process made at its instant, because mounts, loop devices and swap space may

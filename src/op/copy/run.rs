@@ -1,12 +1,8 @@
-//! Carries a plan out: from the plan to the report.
-//!
-//! A panic while a stack is in place would leave it there: it is caught, the stack is taken away,
-//! and the panic goes on.
+//! Copies what a [`Session`] holds: a live origin, or one that is not in use.
 
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::cold::ColdOrigin;
 use super::live::Live;
@@ -36,42 +32,20 @@ use crate::volume::OriginKind;
 /// Carries out `plan`.
 ///
 /// # Errors
-/// See the exit codes of [`ErrorKind`](crate::base::ErrorKind); the error says in which state origin and secondary are.
+/// As [`Session::carry_out`].
 pub fn run(
     plan: &CopyPlan,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<CopyOutcome> {
-    finished(Session::begin(plan, observer, interrupt)?, |session| {
-        session.open()?;
-        session.hook_before()?;
-        let Some(live_plan) = &plan.live else { return copy_cold(session) };
-        session.hold(live_plan)?;
+    Session::carry_out(plan, observer, interrupt, |session| {
+        if session.live.is_none() {
+            return copy_cold(session);
+        }
         let log = begin_copy(session)?;
         crash_point("copy.data.before");
         copy_live(session, log, None)
     })
-}
-
-/// Carries on a copy whose process died, which stopped at `from`.
-///
-/// # Errors
-/// As [`run`].
-pub(in crate::op) fn resume(session: Session<'_>, log: SegmentLog, from: ResumePoint) -> Result<CopyOutcome> {
-    finished(session, |session| copy_live(session, Some(log), Some(from)))
-}
-
-fn finished<'a>(
-    mut session: Session<'a>,
-    copy: impl FnOnce(&mut Session<'a>) -> Result<CopyResult>,
-) -> Result<CopyOutcome> {
-    match catch_unwind(AssertUnwindSafe(|| copy(&mut session))) {
-        Ok(result) => session.finish(result),
-        Err(panic) => {
-            session.abort();
-            resume_unwind(panic)
-        }
-    }
 }
 
 /// The instant is over: tells the secondary, and records what is needed to resume.
@@ -84,8 +58,12 @@ fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     note_copy(plan, live, secondary)
 }
 
-/// The copy proper, with the workers beside it; all have ended when this returns.
-fn copy_live(
+/// Copies the held origin, with the workers beside the copier; all have ended when this returns. A copy whose process died
+/// continues at `from`.
+///
+/// # Errors
+/// As [`Session::carry_out`].
+pub(in crate::op) fn copy_live(
     session: &Session<'_>,
     mut log: Option<SegmentLog>,
     from: Option<ResumePoint>,

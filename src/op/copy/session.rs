@@ -4,6 +4,7 @@
 //! given up where the copy failed, then the job ends, then --hook-after runs where it has not run yet.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use super::live::Live;
@@ -51,12 +52,64 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
+    /// Carries out `plan`: prepares the copy, takes the instant of a live origin, calls `copy`, and ends the copy, whatever
+    /// happened.
+    ///
+    /// # Errors
+    /// The first failure; the error says in which state origin and secondary are.
+    pub fn carry_out(
+        plan: &'a CopyPlan,
+        observer: &'a dyn Observer,
+        interrupt: &'a dyn Fn() -> Result<()>,
+        copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
+    ) -> Result<CopyOutcome> {
+        Self::begin(plan, observer, interrupt)?.ending_with(|session| {
+            session.open()?;
+            session.hook_before()?;
+            if let Some(live_plan) = &plan.live {
+                session.hold(live_plan)?;
+            }
+            copy(session)
+        })
+    }
+
+    /// As [`Session::carry_out`], for the copy of a process that died, whose instant is over. `is_hook_due`: it did not run
+    /// --hook-after.
+    ///
+    /// # Errors
+    /// As [`Session::carry_out`].
+    pub fn resume(
+        plan: &'a CopyPlan,
+        (live, transfer): (Live, Transfer),
+        is_hook_due: bool,
+        observer: &'a dyn Observer,
+        interrupt: &'a dyn Fn() -> Result<()>,
+        copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
+    ) -> Result<CopyOutcome> {
+        let mut session = Self::new(plan, observer, interrupt);
+        session.live = Some(live);
+        session.transfer.set(Some(transfer));
+        session.is_hook_due.set(is_hook_due);
+        session.ending_with(copy)
+    }
+
+    /// Runs `copy`, then ends the session. A panic would leave the stack in place: it is removed before the panic continues.
+    fn ending_with(mut self, copy: impl FnOnce(&mut Self) -> Result<CopyResult>) -> Result<CopyOutcome> {
+        match catch_unwind(AssertUnwindSafe(|| copy(&mut self))) {
+            Ok(result) => self.finish(result),
+            Err(panic) => {
+                self.abort();
+                resume_unwind(panic)
+            }
+        }
+    }
+
     /// Begins a copy. First takes the origin's lock, so that of two copies that begin at once one is refused with nothing
     /// made. The job knows all that is made from now on.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where another job has the origin; I/O errors.
-    pub fn begin(
+    fn begin(
         plan: &'a CopyPlan,
         observer: &'a dyn Observer,
         interrupt: &'a dyn Fn() -> Result<()>,
@@ -71,21 +124,6 @@ impl<'a> Session<'a> {
         let mut session = Self::new(plan, observer, interrupt);
         session.job = job;
         Ok(session)
-    }
-
-    /// Takes up a copy whose process died; `is_hook_due`: it did not run --hook-after.
-    pub fn resume(
-        plan: &'a CopyPlan,
-        (live, transfer): (Live, Transfer),
-        is_hook_due: bool,
-        observer: &'a dyn Observer,
-        interrupt: &'a dyn Fn() -> Result<()>,
-    ) -> Self {
-        let mut session = Self::new(plan, observer, interrupt);
-        session.live = Some(live);
-        session.transfer.set(Some(transfer));
-        session.is_hook_due.set(is_hook_due);
-        session
     }
 
     fn new(plan: &'a CopyPlan, observer: &'a dyn Observer, interrupt: &'a dyn Fn() -> Result<()>) -> Self {
@@ -108,7 +146,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The secondary's refusals, the engine's.
-    pub fn open(&mut self) -> Result<()> {
+    fn open(&mut self) -> Result<()> {
         let engine = engine_for(self.plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
         let secondary = open_secondary(self.plan, self.interrupt)?;
         // A copy of an origin at rest has a job for its partial file alone.
@@ -126,7 +164,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The hook's.
-    pub fn hook_before(&self) -> Result<()> {
+    fn hook_before(&self) -> Result<()> {
         if let Some(command) = &self.plan.request.hooks.before {
             let hook = self.hook("--hook-before", command);
             hook.run(self.interrupt).map_err(|error| error.state("nothing was frozen or inserted"))?;
@@ -166,7 +204,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The first failure; [`Session::finish`] puts back what was made.
-    pub fn hold(&mut self, live_plan: &LivePlan) -> Result<()> {
+    fn hold(&mut self, live_plan: &LivePlan) -> Result<()> {
         let dm = Dm::open()?;
         let job = self.job.take().expect("the copy of a live origin has a job");
         let live = Live::new(dm, self.plan, job);
@@ -177,7 +215,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// `result`'s, with what could not be undone; what fails when a complete copy's origin is put back.
-    pub fn finish(mut self, result: Result<CopyResult>) -> Result<CopyOutcome> {
+    fn finish(mut self, result: Result<CopyResult>) -> Result<CopyOutcome> {
         let result = match result {
             // To be tried again, or given up by `recover`: as if this process had been killed.
             Err(error) if self.is_doubted.get() => return Err(error),
@@ -206,7 +244,7 @@ impl<'a> Session<'a> {
     }
 
     /// Puts the origin back after a panic, and nothing more.
-    pub fn abort(mut self) {
+    fn abort(mut self) {
         if let Some(Err(error)) = self.live.take().map(|live| live.end(false)) {
             tracing::error!("{error}; run 'tidemark recover'");
         }
