@@ -68,7 +68,7 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Restore an archive to a device or file
     Restore(RestoreArgs),
-    /// Check every block of an archive, and compare it with a device or file
+    /// Check every block of an archive, and optionally compare it with a device or file
     Verify(VerifyArgs),
     /// Show the contents of an archive
     Inspect(InspectArgs),
@@ -124,21 +124,22 @@ pub struct CopyArgs {
     /// Form of the secondary [default: archive where the name ends in .tdm or is -, else raw]
     #[arg(long, value_enum)]
     pub format: Option<FormatArg>,
-    /// Apply originals to the data, or append them to the archive for restore to apply [default: overlay;
-    /// append for -]
+    /// What to do with originals: what chunks held at the instant, where they were written after it [default:
+    /// overlay; append for -]
     #[arg(long, value_enum)]
     pub originals: Option<OriginalsArg>,
-    /// Directory, new file or block device of this machine for the COW store's tail, not on the origin [default: /var/lib/tidemark]
+    /// Where the COW store continues on disk: a directory, new file or block device of this machine that is
+    /// not on the origin [default: /var/lib/tidemark]
     #[arg(long, value_name = "PATH|DEVICE", value_hint = ValueHint::AnyPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
     /// Largest size of the COW store [default: what the origin needs in the worst case]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_size: Option<Bytes>,
-    /// Size of the COW store's RAM head, 0 for none [default: a sixteenth of the available memory, at most
-    /// 256MiB]
+    /// Size of the RAM head, the first part of the COW store; 0 for none [default: a sixteenth of the available
+    /// memory, at most 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_ram: Option<Bytes>,
-    /// Keep the COW store after the copy (without a RAM head)
+    /// Keep the COW store after the copy; it then has no RAM head
     #[arg(long, help_heading = "COW store")]
     pub keep_store: bool,
     /// If the store is about to fill and cannot grow: abort the copy, or hold the origin's writers, up to
@@ -157,12 +158,12 @@ pub struct CopyArgs {
     /// Also copy and preserve the free space of mounted filesystems
     #[arg(long)]
     pub all: bool,
-    /// Copy regions in the order of the origin, or those with the most writes first; regions of the
+    /// Copy regions by their offset on the origin, or those with the most writes first; regions of the
     /// filesystems' logs always come first [default: hot; physical for an origin that is not in use]
     #[arg(long, value_enum)]
     pub order: Option<OrderArg>,
-    /// Unit in which the origin is released from copy-on-write once it is copied [default: a 128th of the
-    /// origin]
+    /// Size of a region, the part of the origin that is released from copy-on-write at once when it is copied
+    /// [default: a 128th of the origin, from 4MiB to 1GiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
     pub region: Option<Bytes>,
     /// Copy at most this many bytes per second
@@ -204,9 +205,9 @@ pub struct CopyArgs {
 
 The instant stays the same, and nothing that is on the secondary is copied
 again. A copy can be resumed as long as the kernel's snapshot exists: not
-after a reboot, not after 'tidemark recover' (which gives up the copy), and
-not for a copy to a pipe. If the secondary does not answer for 20 s, resume is refused, and the
-copy stays as it was.")]
+after a reboot, and not after 'tidemark recover' (which gives up the copy).
+A copy to a pipe cannot be resumed. If the secondary does not answer for
+20 s, resume is refused, and the copy stays as it was.")]
 pub struct ResumeArgs {
     /// The job's id, or its beginning [default: the only copy that can be resumed]
     #[arg(value_name = "JOB")]
@@ -239,7 +240,7 @@ pub enum FormatArg {
 /// `--order`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OrderArg {
-    /// In the order of the origin
+    /// By their offset on the origin
     Physical,
     /// Those with the most writes first
     Hot,
@@ -266,9 +267,9 @@ pub enum LvmLockArg {
 /// `--originals`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OriginalsArg {
-    /// Apply originals to the data
+    /// Apply originals to the copied data
     Overlay,
-    /// Append originals to the archive (archives only)
+    /// Append originals to the archive, and let restore apply them (archives only)
     Append,
 }
 
@@ -277,7 +278,7 @@ pub enum OriginalsArg {
 pub enum ImpactArg {
     /// I/O of applications takes at most a quarter longer than without the copier, as far as throttling helps
     Low,
-    /// It takes at most twice as long, as far as throttling helps
+    /// I/O of applications takes at most twice as long, as far as throttling helps
     Medium,
     /// The copier reads as fast as it can
     None,

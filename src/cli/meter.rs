@@ -297,7 +297,7 @@ pub fn released_text(released: &Released) -> String {
     )
 }
 
-/// "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s". Unknown parts are omitted, and an
+/// "origin 1.2 ms per I/O (820 us without the copier), copier at most 100 MiB/s". Unknown parts are omitted, and an
 /// origin without I/O of applications is "idle".
 #[must_use]
 pub fn origin_text(latency: &Latency) -> String {
@@ -306,7 +306,7 @@ pub fn origin_text(latency: &Latency) -> String {
         None => "origin idle".to_owned(),
     };
     if let (Some(_), Some(baseline)) = (latency.origin, latency.baseline) {
-        text.push_str(&format!(" ({} undisturbed)", latency_text(baseline)));
+        text.push_str(&format!(" ({} without the copier)", latency_text(baseline)));
     }
     if let Some(allowed) = latency.allowed {
         text.push_str(&format!(", copier at most {allowed}/s"));
@@ -407,7 +407,7 @@ mod tests {
                 origin,
                 baseline,
                 Some(Bytes::mib(100)),
-                "origin 1.2 ms per I/O (820 us undisturbed), copier at most 100 MiB/s",
+                "origin 1.2 ms per I/O (820 us without the copier), copier at most 100 MiB/s",
             ),
             (origin, None, None, "origin 1.2 ms per I/O"),
             (None, baseline, None, "origin idle"),

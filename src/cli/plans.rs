@@ -25,8 +25,10 @@ impl Human for CopyPlan {
         lines.add("segments", segments_text(self));
         match (&self.live, &origin.kind) {
             (Some(live), _) => add_live(&mut lines, self, live),
-            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place: the resumed copy uses it"),
-            (None, _) => lines.0.push_str("origin is not in use: read directly, no snapshot is inserted\n"),
+            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place; the resumed copy uses it"),
+            (None, _) => {
+                lines.0.push_str("the origin is not in use: it is read directly, without a snapshot\n")
+            }
         }
         lines.0
     }
@@ -88,7 +90,7 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     if live.memory_waits {
         lines.add("memory", "may wait for the origin (swap space): the copy is locked in memory");
     }
-    let free = if plan.request.all { "copied and preserved as well" } else { "skipped where it is known" };
+    let free = if plan.request.all { "copied and preserved as well" } else { "not copied where it is known" };
     lines.add("free space", free);
     let region = plan.region;
     lines.add(
@@ -108,7 +110,7 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     lines.add("impact", plan.request.impact.to_string());
     let points: Vec<String> = plan.origin.filesystems.iter().map(|path| path.display().to_string()).collect();
     let frozen = if points.is_empty() {
-        "no filesystem of the origin is mounted".to_owned()
+        "nothing: no filesystem of the origin is mounted; the origin is suspended".to_owned()
     } else {
         points.join(", ")
     };

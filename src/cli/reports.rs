@@ -134,7 +134,7 @@ impl Human for CopyOutcome {
             lines.add(
                 "released",
                 format!(
-                    "{} in {} steps, {:.1} ms at most",
+                    "{} in {} releases, the longest {:.1} ms",
                     release.released_bytes,
                     release.releases,
                     release.longest_stall.as_secs_f64() * 1000.0

@@ -81,7 +81,7 @@ impl Admission {
             interrupt()?;
             if watch.elapsed() >= PATIENCE {
                 return Err(Error::refused(format!(
-                    "another copy has been waiting to take its instant for {} minutes",
+                    "another copy was about to take its instant, and has not done so for {} minutes",
                     PATIENCE.as_secs() / 60
                 ))
                 .state("nothing was changed")

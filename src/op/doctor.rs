@@ -370,12 +370,12 @@ fn store_space() -> Check {
     let space = TailPlace::resolve(None).and_then(|place| place.available());
     match space {
         Ok(free) if free >= TAIL_FIRST_MIN => {
-            ok(name, needed_for, &format!("{free} free besides a reserve of at most {RESERVE_MAX}"))
+            ok(name, needed_for, &format!("{free} free, in addition to a reserve of at most {RESERVE_MAX}"))
         }
         Ok(free) => warn(
             name,
             needed_for,
-            &format!("only {free} free besides the reserve"),
+            &format!("only {free} free, in addition to the reserve"),
             "free space on the filesystem of /var/lib/tidemark, or name another place with --store",
         ),
         Err(error) => warn(name, needed_for, &error.to_string(), "name another place with --store"),

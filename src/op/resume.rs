@@ -92,7 +92,7 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
         give_up(if record.command == "copy" {
-            "its process died before the instant was taken, its origin was at rest, or it copied to a pipe, whose \
+            "its process died before the instant was taken, its origin was not in use, or it copied to a pipe, whose \
              reader is gone"
                 .to_owned()
         } else {

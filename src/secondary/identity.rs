@@ -238,7 +238,7 @@ fn same_device(
         facts.iter().filter(|(_, recorded, _)| recorded.is_some()).map(|(what, ..)| *what).peekable();
     if present.peek().is_none() {
         return Err(format!(
-            "block device {number} was attached since, and has neither UUID nor serial number to identify it"
+            "block device {number} was attached anew, and has neither UUID nor serial number to identify it"
         ));
     }
     Ok(if present.any(proves) { Recognition::Same } else { Recognition::Unproven })

@@ -404,7 +404,7 @@ pub fn remove_leftover(path: &Path) -> Result<bool> {
             .next("inspect it, and remove it yourself if it is not needed")
     };
     if partial_of(path).is_none() {
-        return Err(refused("its name is a different one"));
+        return Err(refused("its name is not that of a partial file"));
     }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),

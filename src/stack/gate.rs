@@ -199,7 +199,7 @@ impl Gate {
         match &self.shared.lock().lost {
             None => Ok(()),
             Some((kind, what)) => Err(Error::new(*kind, what.clone())
-                .state("the origin stays in use; this copy is void")
+                .state("the origin stays in use; this copy is lost")
                 .next("copy again, and do not resize or move the volume meanwhile")),
         }
     }
@@ -407,7 +407,9 @@ impl GateThread {
 
     fn warn_hold_ended_early(&self) {
         let origin = self.stack.origin();
-        tracing::warn!("the hold of {origin} ended early: its watchdog resumed it, or died");
+        tracing::warn!(
+            "writers of {origin} were not held for as long as intended: the watchdog resumed {origin}, or died"
+        );
     }
 
     /// Suspends the origin for one hold. The resume releases what is due by then. Returns a stall of zero, as

@@ -63,7 +63,7 @@ impl InsertRequest {
                     "the table of {} was changed since the copy was planned",
                     stack.origin
                 ))
-                .state("nothing was frozen or inserted")
+                .state("nothing was frozen, and the origin was not changed")
                 .next("copy again, and do not resize or move the volume meanwhile"));
             }
         }

@@ -549,8 +549,8 @@ fn overran(took: Duration) -> Error {
     Error::new(
         ErrorKind::Timeout,
         format!(
-            "freezing the filesystems took {took:.1?}, longer than the freeze budget, and could not be stopped: writers \
-             waited for as long"
+            "freezing the filesystems took {took:.1?}, longer than the freeze budget, and could not be stopped; writers \
+             waited all that time"
         ),
     )
     .next("copy again while there is less load, or when the disk is faster; a larger --freeze-budget allows it")
@@ -562,8 +562,8 @@ fn freeze_error(path: &Path, source: std::io::Error) -> Error {
         Some(libc::EBUSY) => error("it is already frozen")
             .with_source(source)
             .next(format!(
-                "if a device beneath it is suspended ('dmsetup info'), end that: 'cryptsetup luksResume', 'dmsetup \
-                 resume'; else thaw it: 'fsfreeze -u {}'",
+                "if a device beneath it is suspended ('dmsetup info'), resume that device: 'cryptsetup luksResume' or \
+                 'dmsetup resume'; else thaw the filesystem: 'fsfreeze -u {}'",
                 path.display()
             )),
         Some(libc::EOPNOTSUPP) => {

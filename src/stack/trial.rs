@@ -48,7 +48,7 @@ impl Expected {
         let total = self.total();
         Error::refused(format!(
             "the freeze would hold writers for up to {:.1} s, longer than the freeze budget ({budget:?}): writing back what \
-             was dirty took {:.1?}, and one write of the origin takes {:.1?}",
+             was dirty took {:.1?}, and one write to the origin takes {:.1?}",
             total.as_secs_f64(),
             self.sync,
             self.write

@@ -168,7 +168,7 @@ impl Monitor {
         match &self.shared.lock().lost {
             None => Ok(()),
             Some(lost) => Err(Error::new(lost.kind, lost.what.clone())
-                .state("the origin is untouched and stays in use; this copy is void")
+                .state("the origin stays in use and is unaffected; this copy is lost")
                 .next(lost.next.clone())),
         }
     }

@@ -140,8 +140,10 @@ impl Live {
         self.question(live)?.check_place(&live.config.place)?;
         if live.memory_waits {
             note("memory may wait for the origin (swap space): no part of the store is in memory");
-            self.memory =
-                Some(memory::lock().map_err(|error| error.state("nothing was frozen or inserted"))?);
+            self.memory = Some(
+                memory::lock()
+                    .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?,
+            );
         }
         Ok(admission)
     }

@@ -49,7 +49,7 @@ impl OriginalsProvider for StoreOriginals<'_> {
         let status = self.live.stack().snapshot_status(self.live.dm())?;
         if !status.is_usable() {
             return Err(Error::new(ErrorKind::StoreInvalid, format!("the snapshot was lost ({status:?})"))
-                .state("the origin is untouched and stays in use; this copy is void")
+                .state("the origin stays in use and is unaffected; this copy is lost")
                 .next("copy again with a larger store (--store-size, --store)"));
         }
         self.live.stack().check_in_place(self.live.dm())

@@ -72,7 +72,7 @@ impl Rescue {
         let thread = thread::Builder::new()
             .name("origin-rescue".to_owned())
             .spawn(move || theirs.watch())
-            .io_context(|| "starting the thread that looks after the origin".to_owned())?;
+            .io_context(|| "starting the thread that restores the origin after an interrupt".to_owned())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -86,7 +86,7 @@ impl Drop for Rescue {
     fn drop(&mut self) {
         self.shared.lock().over = true;
         self.shared.wake.notify_all();
-        join_worker(&mut self.thread, "the thread that looks after the origin");
+        join_worker(&mut self.thread, "the thread that restores the origin after an interrupt");
     }
 }
 
@@ -133,9 +133,9 @@ impl Shared {
             }
             if self.restore() {
                 tracing::warn!(
-                    "{} has its own table again. The secondary does not answer, and this process exits when \
-                     it does; if it never does, kill this process, and run 'tidemark recover' after it has \
-                     exited",
+                    "{} has its own table again. The secondary does not answer, and this process exits once \
+                     the secondary answers; if it never does, kill this process, and run 'tidemark recover' \
+                     after it has exited",
                     self.stack.origin()
                 );
             }

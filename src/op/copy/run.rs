@@ -157,7 +157,7 @@ fn impact_watch(plan: &CopyPlan, live: &Live) -> Option<ImpactWatch> {
 fn blind_text(plan: &CopyPlan) -> String {
     format!(
         "the kernel keeps no statistics of {} (queue/iostats is 0): --impact cannot measure the latency of \
-         applications, and the copier is not throttled for them",
+         applications, and the copier is not throttled",
         plan.origin.path.display()
     )
 }

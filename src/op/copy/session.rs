@@ -120,7 +120,7 @@ impl<'a> Session<'a> {
         }
         let number = plan.origin.number.filter(|_| plan.live.is_some());
         let job = number.map(|number| Job::begin_for_origins("copy", &[number])).transpose();
-        let job = job.map_err(|error| error.state("nothing was frozen or inserted"))?;
+        let job = job.map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let mut session = Self::new(plan, observer, interrupt);
         session.job = job;
         Ok(session)
@@ -147,7 +147,8 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The secondary's refusals, the engine's.
     fn open(&mut self) -> Result<()> {
-        let engine = engine_for(self.plan).map_err(|error| error.state("nothing was frozen or inserted"))?;
+        let engine = engine_for(self.plan)
+            .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let secondary = open_secondary(self.plan, self.interrupt)?;
         // A copy of an origin at rest has a job for its partial file alone.
         match (&mut self.job, secondary.partial_path()) {
@@ -167,7 +168,8 @@ impl<'a> Session<'a> {
     fn hook_before(&self) -> Result<()> {
         if let Some(command) = &self.plan.request.hooks.before {
             let hook = self.hook("--hook-before", command);
-            hook.run(self.interrupt).map_err(|error| error.state("nothing was frozen or inserted"))?;
+            hook.run(self.interrupt)
+                .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         }
         self.is_hook_due.set(true);
         Ok(())

@@ -121,7 +121,7 @@ impl Watchdog {
     fn answer(&mut self) -> Result<String> {
         match self.verdicts.next(ANSWER_MAX) {
             Ok(Line::Text(line)) => Ok(line),
-            Ok(Line::End) => Err(failed("died before anything was held")),
+            Ok(Line::End) => Err(failed("died before anything was frozen or suspended")),
             Ok(Line::Nothing) => Err(failed("does not answer")),
             Err(source) => Err(failed("does not answer").with_source(source)),
         }

@@ -285,12 +285,12 @@ impl KernelActuator {
             .iter()
             .map(frozen)
             .collect::<io::Result<_>>()
-            .io_context(|| "looking".to_owned())?;
+            .io_context(|| "examining the filesystems that will be frozen".to_owned())?;
         let mapped = process::mapped_from().io_context(|| "reading /proc/self/maps".to_owned())?;
         if !mapped.iter().any(|device| frozen.contains(device)) {
             return Ok(());
         }
-        Err(failed("lies on a filesystem that is to be frozen, and may not be locked in memory")
+        Err(failed("is on a filesystem that will be frozen, and cannot be locked in memory")
             .with_source(source)
             .next("raise 'ulimit -l' to 64 MiB, grant CAP_IPC_LOCK, or run tidemark from another filesystem"))
     }
