@@ -10,11 +10,11 @@ use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOL
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
 use crate::stack::origin_table::LowerDevices;
+use crate::stack::recovery::living_elsewhere;
 use crate::topology::Topology;
 use crate::volume::lvm_lock::LvmScope;
 
 use super::attach::recorded_volumes;
-use super::recover::living_elsewhere;
 use super::request::CopyRequest;
 use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};

@@ -53,13 +53,14 @@ mod model;
 pub mod origin_table;
 mod owner;
 mod plan;
+pub mod recovery;
 mod runner;
 mod trial;
 mod want_of_memory;
 pub mod watchdog;
 pub mod write_back;
 
-pub use change::{Action, BestEffort, Change, Executor, IntentLog, NoIntents, Step};
+pub use change::{Action, BestEffort, Change, Executor, Step};
 #[cfg(test)]
 pub use intent::change_record;
 pub use layers::StackNames;
