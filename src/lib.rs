@@ -14,6 +14,7 @@
 //! | L1 | [`progress`] | what a running operation tells its observer |
 //! | L2 | [`io`] | block reading and writing: traits and engines |
 //! | L2 | [`dm`] | device-mapper: targets, tables, devices |
+//! | L2 | [`record`] | files that other processes read, each locked by its owner and replaced as a whole |
 //! | L2 | [`topology`] | which block devices there are, on top of what, mounted where; who waits for whom |
 //! | L3 | [`store`] | the COW store: RAM head, tail, growth, exceptions, originals |
 //! | L3 | [`volume`] | what an origin is: resolve, mounts, freeze |
@@ -37,6 +38,7 @@ mod io;
 mod job;
 mod op;
 mod progress;
+mod record;
 mod restore;
 mod secondary;
 mod stack;

@@ -20,6 +20,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("progress", 1),
     ("io", 2),
     ("dm", 2),
+    ("record", 2),
     ("topology", 2),
     ("store", 3),
     ("volume", 3),

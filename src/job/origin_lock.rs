@@ -2,16 +2,14 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-
 use super::paths::{RUN_DIR, origin_lock_path};
 use crate::base::{DeviceNumber, Error, Result, ResultExt};
+use crate::sys::lock::{is_named, try_lock, try_lock_shared};
 use crate::topology::Topology;
 
 /// Attempts to take a lock that is held, and the pause between two of them.
@@ -26,7 +24,7 @@ const OWNER_TEXT_BYTES_MAX: u64 = 256;
 #[derive(Debug)]
 pub(super) struct OriginLock {
     path: PathBuf,
-    _lock: Flock<File>,
+    _lock: File,
 }
 
 impl OriginLock {
@@ -42,24 +40,21 @@ impl OriginLock {
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let file = options.open(&path).io_context(what)?;
-            let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => lock,
-                // A process that only checks the lock holds it for a moment.
-                Err((_, Errno::EWOULDBLOCK)) if attempts_left > 0 => {
-                    attempts_left -= 1;
-                    thread::sleep(LOCK_PAUSE);
-                    continue;
+            let lock = options.open(&path).io_context(what)?;
+            if !try_lock(&lock, &path)? {
+                if attempts_left == 0 {
+                    return Err(origin_held_error(&lock, number));
                 }
-                Err((file, Errno::EWOULDBLOCK)) => return Err(origin_held_error(&file, number)),
-                Err((_, errno)) => return Err(Error::io(what(), errno.into())),
-            };
+                // A process that only checks the lock holds it for a moment.
+                attempts_left -= 1;
+                thread::sleep(LOCK_PAUSE);
+                continue;
+            }
             // The previous owner may have removed the file between our open and our lock.
-            let (ours, named) = (lock.metadata().io_context(what)?, fs::metadata(&path));
-            if named.is_ok_and(|named| named.ino() == ours.ino()) {
+            if is_named(&lock, &path)? {
                 // Only for messages, so a full /run is not an error.
                 let _ = lock.set_len(0).and_then(|()| {
-                    (&*lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
+                    (&lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
                 });
                 return Ok(Self { path, _lock: lock });
             }
@@ -82,9 +77,10 @@ pub fn refuse_held_origin(number: DeviceNumber) -> Result<()> {
 
 pub(super) fn refuse_held_origin_in(directory: &Path, number: DeviceNumber) -> Result<()> {
     // If it cannot be opened, there is no lock, or we may not use the origin anyway.
-    let Ok(file) = File::open(origin_lock_path(directory, number)) else { return Ok(()) };
-    match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Err((file, Errno::EWOULDBLOCK)) => Err(origin_held_error(&file, number)),
+    let path = origin_lock_path(directory, number);
+    let Ok(file) = File::open(&path) else { return Ok(()) };
+    match try_lock_shared(&file, &path) {
+        Ok(false) => Err(origin_held_error(&file, number)),
         _ => Ok(()),
     }
 }

@@ -11,14 +11,6 @@ pub(super) fn origin_lock_path(directory: &Path, number: DeviceNumber) -> PathBu
     directory.join("origins").join(format!("{number}.lock"))
 }
 
-pub(super) fn record_path(directory: &Path, id: &str) -> PathBuf {
-    directory.join(format!("{id}.json"))
-}
-
-pub(super) fn lock_path(directory: &Path, id: &str) -> PathBuf {
-    directory.join(format!("{id}.lock"))
-}
-
 pub(super) fn progress_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.progress"))
 }

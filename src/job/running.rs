@@ -1,19 +1,16 @@
 //! A job of this process: its record, its lock, and its end.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
-
-use super::file::RecordFile;
 use super::origin_lock::OriginLock;
-use super::paths::{RUN_DIR, lock_path, progress_path, record_path, segments_path};
+use super::paths::{RUN_DIR, progress_path, segments_path};
 use super::registry::{FoundJob, remove_job};
 use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
 use crate::dm::naming::new_id;
 use crate::format::state::{ChangeRecord, CopyRecord, JobRecord, OriginRecord, ResourceRecord};
-
+use crate::record::LockedRecord;
 use crate::sys::privilege;
 use crate::sys::rcu::{self, Expedite};
 
@@ -26,13 +23,10 @@ const PARTIAL: &str = "partial";
 /// A job of this process. If it is dropped without [`Job::finish`], its record stays for `recover`.
 #[derive(Debug)]
 pub struct Job {
-    record: JobRecord,
-    directory: PathBuf,
-    file: RecordFile,
+    /// Locked until the process ends or the job is dropped.
+    record: LockedRecord<JobRecord>,
     /// The locks of the live origins, if any.
     origin_locks: Vec<OriginLock>,
-    /// Held until the process ends or the job is dropped.
-    _lock: Flock<File>,
 }
 
 impl Job {
@@ -110,24 +104,7 @@ impl Job {
     }
 
     fn begin_in(directory: &Path, command: &str) -> Result<Self> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .io_context(|| format!("creating the directory {}", directory.display()))?;
         let job = new_id();
-        let path = lock_path(directory, &job);
-        // Locked under another name first, so that it is held as soon as it can be found.
-        let hidden = directory.join(format!("{job}.lock-new"));
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&hidden)
-            .io_context(|| format!("creating {}", hidden.display()))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, errno)| Error::io(format!("locking {}", hidden.display()), errno.into()))?;
-        fs::rename(&hidden, &path).io_context(|| format!("creating {}", path.display()))?;
         let record = JobRecord {
             job,
             command: command.to_owned(),
@@ -139,33 +116,27 @@ impl Job {
             resources: Vec::new(),
             copy: None,
         };
-        let file = RecordFile::new(record_path(directory, &record.job));
-        let mut job =
-            Self { record, directory: directory.to_owned(), file, origin_locks: Vec::new(), _lock: lock };
-        match job.save() {
-            Ok(()) => Ok(job),
-            // The files that exist already would pass for those of a dead job.
-            Err(error) => Err(error.after_undo(job.finish())),
-        }
+        let id = record.job.clone();
+        Ok(Self { record: LockedRecord::create(directory, &id, record)?, origin_locks: Vec::new() })
     }
 
     /// Its id, as in the UUIDs of its devices.
     #[must_use]
     pub fn id(&self) -> &str {
-        &self.record.job
+        &self.record.record().job
     }
 
     /// The path of its segment log, if it has one.
     #[must_use]
     pub fn segments_path(&self) -> PathBuf {
-        segments_path(&self.directory, &self.record.job)
+        segments_path(self.record.directory(), self.id())
     }
 
     /// The path at which [`ProgressFile`](crate::job::published::ProgressFile) writes its progress; removed
     /// with it.
     #[must_use]
     pub fn progress_path(&self) -> PathBuf {
-        progress_path(&self.directory, &self.record.job)
+        progress_path(self.record.directory(), self.id())
     }
 
     /// Records the origins, in the order in which they were given.
@@ -174,9 +145,10 @@ impl Job {
     /// I/O errors.
     pub fn set_origins(&mut self, origins: Vec<OriginRecord>) -> Result<()> {
         let mut origins = origins.into_iter();
-        self.record.origin = origins.next();
-        self.record.further_origins = origins.collect();
-        self.save()
+        let record = self.record.record_mut();
+        record.origin = origins.next();
+        record.further_origins = origins.collect();
+        self.record.save()
     }
 
     /// Takes over a dead job as a job of this process.
@@ -192,20 +164,18 @@ impl Job {
         let Some(lock) = found.lock else {
             return Err(Error::refused(format!("job {} is running", found.id)).state("nothing was changed"));
         };
-        let mut record = found.record?;
-        record.process = std::process::id();
-        let take = |origin: &OriginRecord| OriginLock::take(directory, origin.number, &record.job);
-        let origin_locks = record.origins().map(take).collect::<Result<_>>()?;
-        let file = RecordFile::new(record_path(directory, &record.job));
-        let mut job = Self { record, directory: directory.to_owned(), file, origin_locks, _lock: lock };
-        job.save()?;
-        Ok(job)
+        let mut record = LockedRecord::of(directory, &found.id, found.record?, lock);
+        record.record_mut().process = std::process::id();
+        let take = |origin: &OriginRecord| OriginLock::take(directory, origin.number, &found.id);
+        let origin_locks = record.record().origins().map(take).collect::<Result<_>>()?;
+        record.save()?;
+        Ok(Self { record, origin_locks })
     }
 
     /// Its record.
     #[must_use]
     pub fn record(&self) -> &JobRecord {
-        &self.record
+        self.record.record()
     }
 
     /// Records what another process needs to resume the copy.
@@ -213,8 +183,8 @@ impl Job {
     /// # Errors
     /// I/O errors.
     pub fn set_copy(&mut self, copy: CopyRecord) -> Result<()> {
-        self.record.copy = Some(copy);
-        self.save()
+        self.record.record_mut().copy = Some(copy);
+        self.record.save()
     }
 
     /// Records that --hook-after has been run.
@@ -222,11 +192,11 @@ impl Job {
     /// # Errors
     /// I/O errors.
     pub fn set_hook_after_done(&mut self) -> Result<()> {
-        match &mut self.record.copy {
+        match &mut self.record.record_mut().copy {
             None => Ok(()),
             Some(copy) => {
                 copy.hook_after_done = true;
-                self.save()
+                self.record.save()
             }
         }
     }
@@ -238,8 +208,8 @@ impl Job {
             None => Err(Error::usage("its path is not UTF-8")),
             Some(path) => {
                 let resource = ResourceRecord { kind: PARTIAL.to_owned(), path: path.to_owned() };
-                self.record.resources.push(resource);
-                self.save()
+                self.record.record_mut().resources.push(resource);
+                self.record.save()
             }
         };
         if let Err(error) = noted {
@@ -249,9 +219,9 @@ impl Job {
 
     /// Records that RCU may be expedited from the next intent on. Saved together with that intent.
     pub fn note_expedited(&mut self) {
-        if Expedite::open_if_off().is_some() && !is_expedited(&self.record) {
+        if Expedite::open_if_off().is_some() && !is_expedited(self.record()) {
             let resource = ResourceRecord { kind: EXPEDITED.to_owned(), path: rcu::PATH.to_owned() };
-            self.record.resources.push(resource);
+            self.record.record_mut().resources.push(resource);
         }
     }
 
@@ -260,8 +230,8 @@ impl Job {
     /// # Errors
     /// I/O errors.
     pub fn filesystem(&self) -> Result<DeviceNumber> {
-        let meta =
-            fs::metadata(&self.directory).io_context(|| format!("examining {}", self.directory.display()))?;
+        let directory = self.record.directory();
+        let meta = fs::metadata(directory).io_context(|| format!("examining {}", directory.display()))?;
         Ok(DeviceNumber::from_dev(meta.dev()))
     }
 
@@ -271,7 +241,7 @@ impl Job {
     /// I/O errors.
     pub fn finish(mut self) -> Result<()> {
         self.origin_locks.drain(..).for_each(OriginLock::release);
-        remove_job(&self.directory, &self.record.job)
+        remove_job(self.record.directory(), self.id())
     }
 
     /// Records what is about to be done to the origin; None if nothing is.
@@ -279,12 +249,8 @@ impl Job {
     /// # Errors
     /// I/O errors.
     pub fn set_change(&mut self, change: Option<ChangeRecord>) -> Result<()> {
-        self.record.change = change;
-        self.save()
-    }
-
-    fn save(&mut self) -> Result<()> {
-        self.file.save(&self.record)
+        self.record.record_mut().change = change;
+        self.record.save()
     }
 }
 
@@ -351,6 +317,7 @@ mod tests {
     use super::super::registry::{find_jobs_in, list_jobs_in};
     use super::*;
     use crate::format::state::ProgressView;
+    use crate::record::path_of as record_path;
 
     #[test]
     fn a_living_job_is_distinguished_from_a_dead_one() {

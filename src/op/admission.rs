@@ -17,8 +17,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use crate::sys::lock::try_lock;
 
 use super::request::{CopyRequest, OnFull};
 use crate::base::clock::Stopwatch;
@@ -51,7 +50,7 @@ const WITHOUT_MEMORY: &str = "disable the swap space for the copy (swapoff), or 
 /// While this exists, no other copy on this host can place its store.
 #[derive(Debug)]
 pub struct Admission {
-    _lock: Flock<File>,
+    _lock: File,
 }
 
 impl Admission {
@@ -65,14 +64,12 @@ impl Admission {
 
     fn enter_by(path: &Path, waiting: &dyn Fn(), interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let what = || format!("locking {}", path.display());
-        let mut file = File::open(path).io_context(what)?;
+        let file = File::open(path).io_context(what)?;
         let watch = Stopwatch::start();
         let mut has_said = false;
         loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Self { _lock: lock }),
-                Err((back, Errno::EWOULDBLOCK)) => file = back,
-                Err((_, errno)) => return Err(Error::io(what(), errno.into())),
+            if try_lock(&file, path)? {
+                return Ok(Self { _lock: file });
             }
             if !has_said {
                 waiting();

@@ -21,8 +21,8 @@ use crate::format::state::VolumeRecord;
 use crate::topology::Topology;
 use crate::volume::{self, OriginKind};
 
-use crate::job::file::write_record;
-use crate::job::{Job, read_record};
+use crate::job::Job;
+use crate::record;
 use crate::sys::privilege;
 
 /// The directory of volume records.
@@ -108,7 +108,7 @@ fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str)
         .mode(0o755)
         .create(VOLUME_DIR)
         .io_context(|| format!("making the directory {VOLUME_DIR}"))?;
-    write_record(&record_path(name), &record)?;
+    record::write(&record_path(name), &record)?;
     let table = Table::single(
         size.to_sectors("the device")?,
         Target::Linear { device: number, offset: Sectors::ZERO },
@@ -236,7 +236,7 @@ pub fn recorded_volumes() -> Result<Vec<Result<VolumeRecord>>> {
         .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
         .collect();
     paths.sort();
-    Ok(paths.iter().map(|path| read_record(path)).collect())
+    Ok(paths.iter().map(|path| record::read(path)).collect())
 }
 
 /// Removes the record of a volume, if there is one.

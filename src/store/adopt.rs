@@ -58,7 +58,7 @@ impl CowStore {
     /// # Errors
     /// As [`CowStore::adopt`].
     pub fn examine(id: &str) -> Result<Self> {
-        let record = Record::examine(Path::new(RECORD_DIR), id)?;
+        let record = Record::take_over(Path::new(RECORD_DIR), id)?;
         find(record.facts())
             .map_err(|error| adoption_error(error, &record))
             .map(|found| Self::from_parts(found.number, found.into_parts(record)))

@@ -1,9 +1,9 @@
 //! What has a dead process left of its store, and may it be released?
 //!
-//! The last whole line of its [`record`](super::record) decides; the argument is at the head of that module.
+//! Its [`record`](super::record) decides; that module has the argument.
 //! Must not touch a RAM disk or a file that no record names, or whose record is locked.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -12,10 +12,8 @@ use crate::dm::Dm;
 use crate::sys::dm_ioctl::Key;
 
 use super::head;
-use super::record::{HeadRecord, Inode, NamedFile, RECORD_DIR, last_whole_line, lock, read_locked};
-
-/// Most records examined in one call.
-const RECORD_COUNT_MAX: usize = 4096;
+use super::record::{Facts, HeadRecord, Inode, NamedFile, RECORD_DIR};
+use crate::record;
 
 /// Releases the RAM heads and files of stores whose process died and whose device is removed. To be called
 /// after the devices of a crashed copy have been removed. Returns descriptions of what was released.
@@ -63,10 +61,8 @@ fn release_leftovers_in(
 ) -> Result<Vec<String>> {
     let mut released = Vec::new();
     let mut first_error: Option<Error> = None;
-    let entries = fs::read_dir(dir).io_context(|| format!("listing {}", dir.display()))?;
-    for entry in entries.take(RECORD_COUNT_MAX) {
-        let path = entry.io_context(|| format!("listing {}", dir.display()))?.path();
-        match release_one(&path, in_use, disks) {
+    for id in record::ids(dir)? {
+        match release_one(dir, &id, in_use, disks) {
             Ok(what) => released.extend(what),
             Err(error) => {
                 first_error = Some(match first_error {
@@ -79,24 +75,28 @@ fn release_leftovers_in(
     first_error.map_or(Ok(released), Err)
 }
 
-/// Releases what one record names. Returns descriptions.
+/// Releases what record `id` names. Returns descriptions.
 fn release_one(
-    path: &Path,
+    dir: &Path,
+    id: &str,
     in_use: &dyn Fn(&str) -> Result<bool>,
     disks: &mut dyn Disks,
 ) -> Result<Vec<String>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
+    let Some(found) = record::find::<Facts>(dir, id)? else { return Ok(Vec::new()) };
+    if found.lock.is_none() {
+        // It belongs to a living process.
+        return Ok(Vec::new());
+    }
+    let facts = match &found.record {
+        Ok(facts) => facts.clone(),
+        // Nothing is created before the first record is complete.
+        Err(_) if !record::path_of(dir, id).exists() => return found.remove(&[]).map(|()| Vec::new()),
+        Err(_) => {
+            // What it names must not be forgotten.
+            let error = found.record.expect_err("it is an error");
+            return Err(error.next("run 'tidemark recover' of the version that wrote it"));
+        }
     };
-    // A locked record belongs to a living process.
-    let Some(file) = lock(file, path)? else { return Ok(Vec::new()) };
-    let Some(text) = read_locked(&file, path)? else { return Ok(Vec::new()) };
-    let remove = || fs::remove_file(path).io_context(|| format!("removing {}", path.display()));
-    let facts = last_whole_line(&text).map_err(|error| error.context(path.display().to_string()))?;
-    // Nothing is created before the first line is complete.
-    let Some(facts) = facts else { return remove().map(|()| Vec::new()) };
     if in_use(&facts.about.uuid)? {
         return Ok(Vec::new());
     }
@@ -116,7 +116,7 @@ fn release_one(
     if let Some(file) = &facts.file {
         released.extend(release_file(file)?);
     }
-    remove()?;
+    found.remove(&[])?;
     Ok(released)
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::base::ChunkSize;
+use crate::base::ErrorKind;
 use crate::store::place::TailPlace;
 
 pub fn about(id: &str) -> About {
@@ -22,7 +23,7 @@ pub fn about(id: &str) -> About {
 
 /// The facts of a store without a head.
 pub fn facts(id: &str) -> Facts {
-    Facts { version: VERSION, about: about(id), head: HeadRecord::Nothing, file: None, filesystem: None }
+    Facts { about: about(id), head: HeadRecord::Nothing, file: None, filesystem: None }
 }
 
 pub fn create(dir: &Path, id: &str) -> Record {
@@ -37,7 +38,7 @@ pub fn leave(dir: &Path, id: &str, steps: Vec<HeadRecord>) {
 }
 
 pub fn count(dir: &Path) -> usize {
-    fs::read_dir(dir).unwrap().count()
+    std::fs::read_dir(dir).unwrap().count()
 }
 
 #[test]
@@ -51,9 +52,6 @@ fn the_record_of_a_dead_process_is_taken_over_once() {
     let facts = first.facts().clone();
     assert!(refused(Record::take_over(dir.path(), "a")), "its owner lives");
     drop(first);
-    // The last line is cut short: what the new owner records must not become part of it.
-    let mut file = OpenOptions::new().append(true).open(dir.path().join("a.json")).unwrap();
-    file.write_all(b"{\"version\":2,\"ab").unwrap();
     let mut second = Record::take_over(dir.path(), "a").unwrap();
     assert_eq!(*second.facts(), facts);
     assert!(refused(Record::take_over(dir.path(), "a")), "its new owner lives");
@@ -61,41 +59,37 @@ fn the_record_of_a_dead_process_is_taken_over_once() {
     drop(second);
     let third = Record::take_over(dir.path(), "a").unwrap();
     assert_eq!(*third.facts(), Facts { head: HeadRecord::Nothing, ..facts });
-    // Removed between open and lock: another store may have the number of its RAM disk by now.
-    let path = dir.path().join("a.json");
-    let file = File::open(&path).unwrap();
     third.close().unwrap();
-    let file = lock(file, &path).unwrap().unwrap();
-    assert_eq!(read_locked(&file, &path).unwrap(), None);
-    fs::write(&path, "another's").unwrap();
-    assert_eq!(read_locked(&file, &path).unwrap(), None);
-}
-
-fn line(facts: &Facts) -> String {
-    serde_json::to_string(facts).unwrap()
+    assert_eq!(count(dir.path()), 0);
 }
 
 #[test]
-fn a_torn_line_does_not_count() {
-    let nothing = facts("a");
-    let zram = Facts { head: HeadRecord::Zram { index: 7 }, ..nothing.clone() };
-    let whole = line(&zram);
-    for end in 0..whole.len() {
-        let text = format!("{}\n{}", line(&nothing), &whole[..end]);
-        assert_eq!(last_whole_line(&text).unwrap().unwrap(), nothing);
-        // The same after the next owner has appended to it.
-        let text = format!("{text}\n{}\n", &whole[..end / 2]);
-        assert_eq!(last_whole_line(&text).unwrap().unwrap(), nothing);
-    }
-    assert_eq!(last_whole_line(&format!("{whole}\n")).unwrap().unwrap(), zram);
-    assert!(last_whole_line("garbage\n").unwrap().is_none());
-    assert!(last_whole_line("").unwrap().is_none());
-}
-
-#[test]
-fn a_record_does_not_grow_without_end() {
+fn the_record_of_a_newer_program_is_not_taken_over() {
     let dir = tempfile::tempdir().unwrap();
-    let mut record = create(dir.path(), "a");
-    fs::write(dir.path().join("a.json"), vec![b'x'; 1 << 20]).unwrap();
-    assert_eq!(record.note(HeadRecord::Brd).unwrap_err().kind(), ErrorKind::NoSpace);
+    leave(dir.path(), "a", vec![HeadRecord::Zram { index: 4 }]);
+    drop(Record::take_over(dir.path(), "a").unwrap());
+    let path = record::path_of(dir.path(), "a");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (body, _) = text.split_once("crc32c ").unwrap();
+    let body = body.replacen('{', "{\"added\":[1],", 1);
+    let sum = crate::base::checksum::crc32c_salted(b"store", body.as_bytes());
+    std::fs::write(&path, format!("{body}crc32c {sum:08x}\n")).unwrap();
+    assert_eq!(Record::take_over(dir.path(), "a").unwrap_err().kind(), ErrorKind::BadData);
+}
+
+#[test]
+fn the_golden_file_of_version_1_is_read_and_written_the_same() {
+    let golden: &[u8] = include_bytes!("../format/state/golden/store-v1.json");
+    let file = NamedFile {
+        path: "/srv/store".into(),
+        inode: Some(Inode { filesystem: DeviceNumber { major: 8, minor: 1 }, number: 12 }),
+    };
+    let facts = Facts {
+        head: HeadRecord::ZramIntended { before: vec![0, 3] },
+        file: Some(file),
+        filesystem: Some(DeviceNumber { major: 8, minor: 1 }),
+        ..facts("a")
+    };
+    assert_eq!(state::encode(&facts).unwrap(), golden);
+    assert_eq!(state::decode::<Facts>(golden).unwrap(), facts);
 }

@@ -196,14 +196,6 @@ pub fn zero_out(device: impl AsFd, start: Bytes, length: Bytes) -> io::Result<()
     uninterrupted(|| unsafe { raw::blkzeroout(fd, &raw const range) }).map(drop)
 }
 
-/// Allocates space for the first `length` bytes of a regular file, without changing its size.
-///
-/// # Errors
-/// The errno of fallocate(2); EOPNOTSUPP if the filesystem does not support it.
-pub fn reserve_keeping_size(file: impl AsFd, length: Bytes) -> io::Result<()> {
-    fallocate_range(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, Bytes::ZERO, length)
-}
-
 /// Makes `length` bytes at `start` of a regular file a hole, without changing its size.
 ///
 /// # Errors

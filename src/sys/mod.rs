@@ -13,6 +13,7 @@ pub mod found;
 pub mod freeze;
 pub mod fsmap;
 pub mod inquiry;
+pub mod lock;
 pub mod loop_device;
 pub mod nudge;
 pub mod privilege;

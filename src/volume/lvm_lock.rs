@@ -14,19 +14,17 @@
 //! namespace, or on other hosts of a shared group.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{DeviceInfo, Dm};
+use crate::sys::lock::{is_named, try_lock, try_lock_shared};
 
 /// lvm2's default for `global/locking_dir`.
 const LOCKING_DIR: &str = "/run/lock/lvm";
@@ -64,7 +62,7 @@ pub struct LvmLock {
 
 #[derive(Debug)]
 struct Held {
-    file: Option<Flock<File>>,
+    file: Option<File>,
     path: PathBuf,
 }
 
@@ -142,12 +140,12 @@ fn try_hold_in(directory: &Path, group: &str) -> Result<Option<Held>> {
         .io_context(|| format!("creating the directory {}", directory.display()))?;
     let aux = directory.join(format!("V_{group}:aux"));
     // Released once the lock itself is taken or refused.
-    let Some(_aux) = lock_named(&aux, FlockArg::LockExclusiveNonblock)? else { return Ok(None) };
-    lock_named(&directory.join(format!("V_{group}")), FlockArg::LockSharedNonblock)
+    let Some(_aux) = lock_named(&aux, try_lock)? else { return Ok(None) };
+    lock_named(&directory.join(format!("V_{group}")), try_lock_shared)
 }
 
-/// None if another process holds it in a mode that conflicts with `how`.
-fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
+/// None if another process holds it in a mode that conflicts.
+fn lock_named(path: &Path, try_to_lock: fn(&File, &Path) -> Result<bool>) -> Result<Option<Held>> {
     let what = || format!("locking {}", path.display());
     for _ in 0..LOCK_RETRIES_MAX {
         let opened = OpenOptions::new()
@@ -164,20 +162,12 @@ fn lock_named(path: &Path, how: FlockArg) -> Result<Option<Held>> {
             }
             opened => opened.io_context(what)?,
         };
-        let file = match Flock::lock(file, how) {
-            Ok(file) => file,
-            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
-            Err((_, errno)) => return Err(Error::io(what(), errno.into())),
-        };
-        let ours = file.metadata().io_context(what)?;
-        match fs::metadata(path) {
-            Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => {
-                return Ok(Some(Held { file: Some(file), path: path.to_owned() }));
-            }
-            // Removed by its previous owner.
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io(what(), error)),
+        if !try_to_lock(&file, path)? {
+            return Ok(None);
+        }
+        // Otherwise it was removed by its previous owner.
+        if is_named(&file, path)? {
+            return Ok(Some(Held { file: Some(file), path: path.to_owned() }));
         }
     }
     Ok(None)
@@ -187,10 +177,8 @@ impl Drop for Held {
     /// The last holder removes the file, as in lvm2.
     fn drop(&mut self) {
         let Some(file) = self.file.take() else { return };
-        let Ok(ours) = file.metadata() else { return };
-        let named = fs::metadata(&self.path);
-        let is_named = named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino()));
-        if is_named && file.relock(FlockArg::LockExclusiveNonblock).is_ok() {
+        let is_named = is_named(&file, &self.path).unwrap_or(false);
+        if is_named && try_lock(&file, &self.path).unwrap_or(false) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -198,6 +186,9 @@ impl Drop for Held {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+    use nix::fcntl::{Flock, FlockArg};
+
     use super::*;
 
     fn device(name: &str, uuid: &str) -> DeviceInfo {

@@ -1,6 +1,6 @@
-//! How can a job's record change when no space is left?
+//! How can a record change when no space is left?
 //!
-//! When the job begins, its file and a spare file are created, both with more space than the record will
+//! When a record is created, its file and a spare file are created, both with more space than the record will
 //! need. From then on a new record is written into the spare file in place, and the two files exchange names:
 //! neither a block nor an inode is allocated. So a full `/run` never ends a copy in progress, and never
 //! prevents a change of the origin from being recorded.
@@ -15,7 +15,7 @@
 //! covers.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -23,14 +23,14 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use crate::base::{Bytes, Result, ResultExt as _};
-use crate::format::state::{JobRecord, RECORD_BYTES_MAX, Record, encode, encode_padded};
+use crate::format::state::{RECORD_BYTES_MAX, Record, decode, encode, encode_padded};
 
-/// Initial size of the files, and the step in which they grow: the record of a copy has some KiB.
+/// Initial size of the files, and the step in which they grow: a record has some KiB.
 const STEP_BYTES: usize = 32 << 10;
 
-/// A job's record on disk.
+/// A record on disk.
 #[derive(Debug)]
-pub struct RecordFile {
+pub(super) struct RecordFile {
     path: PathBuf,
     /// Size of both files, once both exist.
     size: Option<usize>,
@@ -47,7 +47,7 @@ impl RecordFile {
     /// # Errors
     /// I/O errors; the old record is intact. An error for lack of space is possible only the first time, or
     /// if the record has grown much larger.
-    pub fn save(&mut self, record: &JobRecord) -> Result<()> {
+    pub fn save<R: Record>(&mut self, record: &R) -> Result<()> {
         let needed = encode(record)?.len();
         let size = match self.size {
             Some(size) if needed <= size => size,
@@ -98,12 +98,32 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
 ///
 /// # Errors
 /// I/O errors.
-pub fn write_record<R: Record>(path: &Path, record: &R) -> Result<()> {
+pub fn write<R: Record>(path: &Path, record: &R) -> Result<()> {
     let new = temporary(path);
     write_in_place(&new, &encode(record)?)?;
     fs::rename(&new, path)
         .and_then(|()| sync_directory(path))
         .io_context(|| format!("writing {}", path.display()))
+}
+
+/// Reads the record at `path`.
+///
+/// # Errors
+/// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is malformed.
+pub fn read<R: Record>(path: &Path) -> Result<R> {
+    decode_at(path, &read_bytes(path)?)
+}
+
+pub(super) fn decode_at<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
+    decode(bytes).map_err(|error| error.context(path.display().to_string()))
+}
+
+pub(super) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    let what = || format!("reading {}", path.display());
+    let limit = u64::try_from(RECORD_BYTES_MAX).expect("16 MiB fits u64") + 1;
+    let mut bytes = Vec::new();
+    File::open(path).io_context(what)?.take(limit).read_to_end(&mut bytes).io_context(what)?;
+    Ok(bytes)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {
@@ -120,7 +140,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
-    use crate::job::read_record;
+    use crate::format::state::JobRecord;
 
     fn record(text: &str) -> JobRecord {
         JobRecord {
@@ -155,13 +175,13 @@ mod tests {
         for length in [1, 10_000, 20_000, 3] {
             let record = record(&"x".repeat(length));
             file.save(&record).unwrap();
-            assert_eq!(read_record::<JobRecord>(&path).unwrap(), record);
+            assert_eq!(read::<JobRecord>(&path).unwrap(), record);
             assert_eq!(files(), before, "{length}");
         }
         // A record that outgrows its files gets larger ones.
         let long = record(&"x".repeat(100_000));
         file.save(&long).unwrap();
-        assert_eq!(read_record::<JobRecord>(&path).unwrap(), long);
+        assert_eq!(read::<JobRecord>(&path).unwrap(), long);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
@@ -172,10 +192,10 @@ mod tests {
         let mut file = RecordFile::new(path.clone());
         file.save(&record("first")).unwrap();
         fs::write(temporary(&path), "half of").unwrap();
-        assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("first"));
+        assert_eq!(read::<JobRecord>(&path).unwrap(), record("first"));
         // A process that takes the record over overwrites the spare file, whatever it contains.
         let mut file = RecordFile::new(path.clone());
         file.save(&record("second")).unwrap();
-        assert_eq!(read_record::<JobRecord>(&path).unwrap(), record("second"));
+        assert_eq!(read::<JobRecord>(&path).unwrap(), record("second"));
     }
 }
