@@ -7,7 +7,7 @@ pub mod detach;
 pub mod doctor;
 pub mod hidden;
 pub mod inspect;
-mod leave;
+mod interruptible;
 mod memory;
 pub mod recover;
 pub mod request;

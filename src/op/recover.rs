@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::leave;
+use super::interruptible;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table};
 use crate::format::state::{JobRecord, OriginRecord};
@@ -213,9 +213,9 @@ fn remove_files(job: FoundJob) -> Result<Vec<String>> {
     let has_origin = job.record.as_ref().is_ok_and(|record| record.origin.is_some());
     for partial in job.record.iter().flat_map(partials) {
         // If the filesystem did not answer, the removal would hang in the kernel, with the locks of all dead jobs held.
-        if !leave::does_answer(partial, vec![0], &|| Ok(()))? {
+        if !interruptible::does_answer(partial, vec![0], &|| Ok(()))? {
             let put_back = if has_origin { "the origin has its own table again; " } else { "" };
-            return Err(Error::new(ErrorKind::Timeout, leave::no_answer(partial))
+            return Err(Error::new(ErrorKind::Timeout, interruptible::no_answer(partial))
                 .state(format!("{put_back}this file and the record of job {} are still there", job.id))
                 .next("check its disk or server, then run 'tidemark recover' again, which removes both"));
         }

@@ -22,7 +22,7 @@ use super::copy::session::{Session, Transfer, engine_for};
 use super::copy::{CopyOutcome, CopyPlan, Live};
 use super::request::CopyRequest;
 use super::targets::TargetFacts;
-use super::{leave, memory};
+use super::{interruptible, memory};
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, SegmentSize};
 use crate::copy::{self, ConfirmJob, OriginalsProvider, ResumePoint};
 use crate::dm::{Dm, SnapshotStatus};
@@ -203,10 +203,10 @@ fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec
 /// Refuses a secondary that does not answer, before the job's lock is held during an access to it.
 fn check_answers(asked: &[Asked], interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     for Asked { path, offsets } in asked {
-        let is_answered = leave::does_answer(path, offsets.clone(), interrupt)
+        let is_answered = interruptible::does_answer(path, offsets.clone(), interrupt)
             .map_err(|error| error.state(AS_IT_WAS).next(SEE_TO_IT))?;
         if !is_answered {
-            return Err(Error::refused(leave::no_answer(path)).state(AS_IT_WAS).next(SEE_TO_IT));
+            return Err(Error::refused(interruptible::no_answer(path)).state(AS_IT_WAS).next(SEE_TO_IT));
         }
     }
     Ok(())
@@ -344,7 +344,7 @@ fn reopen(
     };
     let open = move || secondary::reopen(&request, &resumed);
     let leave = |mut late: Box<dyn Secondary>| late.leave();
-    leave::unless_interrupted(interrupt, open, leave).map_err(|error| match error.kind() {
+    interruptible::unless_interrupted(interrupt, open, leave).map_err(|error| match error.kind() {
         ErrorKind::Interrupted => error.state(AS_IT_WAS).next(SEE_TO_IT),
         _ => error,
     })

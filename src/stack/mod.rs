@@ -42,21 +42,21 @@ use crate::job::Job;
 use member::Member;
 use watchdog::Standby;
 
-mod apart;
 pub mod change;
+mod freeze_estimate;
 pub mod gate;
 pub mod hooks;
 mod intent;
+mod isolation;
 mod layers;
 mod member;
 mod model;
+mod oom;
 pub mod origin_table;
 mod owner;
 mod plan;
 pub mod recovery;
 mod runner;
-mod trial;
-mod want_of_memory;
 pub mod watchdog;
 pub mod write_back;
 

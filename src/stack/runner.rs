@@ -18,9 +18,9 @@ use crate::sys::rcu::Expedite;
 use crate::sys::{freeze, process};
 use crate::volume::{FreezeSet, open_in_other_namespace};
 
+use super::freeze_estimate;
 use super::member::Member;
 use super::model::{AtInstant, HoldTimes, InstantContext};
-use super::trial;
 
 /// Performs the actions of a change: those of device-mapper by [`Dm`], freeze, watchdog and instant itself.
 pub struct Runner<'a> {
@@ -190,7 +190,7 @@ impl<'a> Runner<'a> {
         targets.extend(devices.iter().map(|device| ("the device".to_owned(), device)));
         let interrupt = || self.check_interrupt();
         let numbers = self.numbers();
-        let expected = trial::expected_freeze(&numbers, frozen_count, || {
+        let expected = freeze_estimate::expected_freeze(&numbers, frozen_count, || {
             targets.iter().try_for_each(|(what, file)| write_back(file, what, &interrupt))
         })?;
         if frozen_count == 0 || expected.total() <= self.budget {

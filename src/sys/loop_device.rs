@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::inquiry::{self, Question, Words};
+use super::child_probe::{self, Question, Words};
 use crate::base::Bytes;
 
 /// The control device.
@@ -184,7 +184,7 @@ impl LoopDevice {
 
 /// The status of each of the loop devices at `paths`; None if no file is attached. The kernel gets it from
 /// the file system of the backing file, which may have to ask a server: so a child process asks, see
-/// [`inquiry`].
+/// [`child_probe`].
 ///
 /// # Errors
 /// For each device the kernel's errno; [`io::ErrorKind::TimedOut`] if there is no answer.
@@ -195,7 +195,7 @@ pub fn statuses(paths: &[&Path]) -> Vec<io::Result<Option<LoopStatus>>> {
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
         answer => answer.map(Some),
     };
-    inquiry::ask(&questions).into_iter().map(or_none).collect()
+    child_probe::ask(&questions).into_iter().map(or_none).collect()
 }
 
 /// As [`statuses`], for one device.

@@ -6,20 +6,20 @@
 #![allow(unsafe_code, reason = "this module is where it belongs")]
 
 pub mod aligned;
-pub mod answering;
 pub mod block;
+pub mod child_probe;
 pub mod dm_ioctl;
-pub mod found;
 pub mod freeze;
 pub mod fsmap;
-pub mod inquiry;
 pub mod lock;
 pub mod loop_device;
 pub mod nudge;
+pub mod path_stat;
 pub mod privilege;
 pub mod process;
 pub mod queue;
 pub mod rcu;
+pub mod read_probe;
 pub mod ring;
 pub mod semaphore;
 pub mod signal;

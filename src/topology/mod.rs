@@ -8,12 +8,12 @@
 //! reads what identifies a device; [`paths`] finds the other paths to its disk; [`users`] finds the processes that
 //! have it open, in `/proc/*/fd`. Must not open a device or file that it examines, and never write to one.
 //!
-//! Nothing here waits for a file system whose server is gone: see [`crate::sys::inquiry`].
+//! Nothing here waits for a file system whose server is gone: see [`crate::sys::child_probe`].
 
+mod backing;
 mod driver;
 mod filesystem;
 pub mod graph;
-mod ground;
 pub mod identity;
 mod loops;
 mod mount;
@@ -23,7 +23,7 @@ mod stacking;
 pub mod stats;
 mod users;
 
-pub use ground::FilesystemBacking;
+pub use backing::FilesystemBacking;
 pub use loops::{LoopOver, Loops};
 pub use mount::{Mount, MountTable, View};
 pub use observe::Observer;
@@ -34,7 +34,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
-use crate::sys::found::Found;
+use crate::sys::path_stat::Found;
 
 pub use users::User;
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use super::Topology;
 use super::filesystem::BackingKind;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
-use crate::sys::found::Found;
+use crate::sys::path_stat::Found;
 
 /// One line of mountinfo, with the fields that are needed.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -27,7 +27,7 @@ use super::graph::Node;
 use super::loops::LoopBacking;
 use super::mount::{Mount, MountTable, unescape};
 use crate::base::{DeviceNumber, Result, ResultExt as _};
-use crate::sys::found::{FilesystemSizes, Found};
+use crate::sys::path_stat::{FilesystemSizes, Found};
 
 /// The state of the machine at one moment: to be queried, then dropped.
 #[derive(Debug)]

@@ -28,9 +28,9 @@ use super::filesystem::BackingKind;
 use super::loops::{AttachedLoop, LoopBacking, Loops};
 use super::mount::{Mount, MountTable};
 use crate::base::{DeviceNumber, Error, Result};
-use crate::sys::found::Found;
-use crate::sys::inquiry;
+use crate::sys::child_probe;
 use crate::sys::loop_device::LoopStatus;
+use crate::sys::path_stat::Found;
 
 /// A user of a device or file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -203,7 +203,7 @@ impl Topology {
         // Descriptors on file systems that may have to ask a server, by mount.
         let mut doubtful: BTreeMap<u64, Vec<Descriptor>> = BTreeMap::new();
         let own = std::process::id();
-        let block_forks = inquiry::block_forks();
+        let block_forks = child_probe::block_forks();
         for process in processes.into_iter().filter(|id| *id != own) {
             for descriptor in self.writable(process) {
                 match search.verdict(&descriptor) {
@@ -409,7 +409,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Like a child that has not closed its inherited descriptors yet.
-                let _no_forks = inquiry::block_forks();
+                let _no_forks = child_probe::block_forks();
                 let stdin = Stdio::from(fs::OpenOptions::new().write(true).open(file.path()).unwrap());
                 let mut child = Command::new("sleep").arg("0.5").stdin(stdin).spawn().unwrap();
                 born.send(()).unwrap();

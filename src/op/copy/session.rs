@@ -17,7 +17,7 @@ use crate::dm::Dm;
 use crate::io::{Engine, EnginePreference, open_engine};
 use crate::job::{Job, conclude};
 use crate::op::targets::naming_job;
-use crate::op::{leave, memory};
+use crate::op::{interruptible, memory};
 use crate::progress::{Event, Observer, Phase};
 use crate::secondary::{self, Secondary, SecondaryTarget, engine_config};
 use crate::stack::hooks::Hook;
@@ -268,7 +268,7 @@ fn open_secondary(plan: &CopyPlan, interrupt: &dyn Fn() -> Result<()>) -> Result
     plan.check_store()?;
     let request = plan.secondary_request(plan.forbidden_with_store());
     let unwanted = |mut late: Box<dyn Secondary>| drop(late.abandon());
-    let opened = leave::unless_interrupted(interrupt, move || secondary::open(&request), unwanted);
+    let opened = interruptible::unless_interrupted(interrupt, move || secondary::open(&request), unwanted);
     opened.map_err(|error| match &plan.request.secondary {
         SecondaryTarget::Path(path) => naming_job(error, path),
         SecondaryTarget::Pipe => error,

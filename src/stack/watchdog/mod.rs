@@ -3,7 +3,7 @@
 //! It is started before anything is frozen, and serves one command for its lifetime, order after order
 //! (between orders it is on [`Standby`]). Before an order is armed, the watchdog has opened everything that
 //! it will need and locked its memory. It is isolated from what happens to the command
-//! ([`apart`](super::apart)): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
+//! ([`isolation`](super::isolation)): a Ctrl-C, the end of its session, a control group that is frozen or killed. Two
 //! pipes connect it to the command: one for orders, one for verdicts. It guards an order from "arm", which it
 //! confirms, to "disarm"; a further "arm" restarts its clock.
 //!

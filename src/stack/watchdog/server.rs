@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use super::protocol::{FAREWELL, Line, Lines, Order, failed};
 use crate::base::{DeviceNumber, Result, ResultExt};
 use crate::dm::Dm;
-use crate::stack::apart;
-use crate::stack::want_of_memory::OomLog;
+use crate::stack::isolation;
+use crate::stack::oom::OomLog;
 use crate::sys::rcu::{self, Expedite};
 use crate::sys::{freeze, process};
 
@@ -37,7 +37,7 @@ pub fn main(
     drop_loaded: Option<impl FnOnce(u32) -> Result<bool>>,
     put_back: Option<impl FnOnce() -> Result<()>>,
 ) -> ExitCode {
-    apart::isolate();
+    isolation::isolate();
     let parent = std::os::unix::process::parent_id();
     let oom_log = OomLog::of_parent();
     let streams = io::stdin()

@@ -1,14 +1,14 @@
 //! What is at a path, as far as the kernel knows without asking a server?
 //!
 //! Linux `include/uapi/linux/stat.h`, statx(2). Calls that may have to wait for a server are made by a child
-//! process, see [`inquiry`].
+//! process, see [`child_probe`].
 
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use super::inquiry::{self, Question, WORDS, Words};
+use super::child_probe::{self, Question, WORDS, Words};
 use crate::base::DeviceNumber;
 
 /// What a path leads to.
@@ -35,28 +35,28 @@ impl Found {
         StatQuestion::new(path, Cached)?.ask().map(StatQuestion::answer).map_err(io::Error::from_raw_os_error)
     }
 
-    /// Asks in a child process, for at most [`inquiry::TIMEOUT`].
+    /// Asks in a child process, for at most [`child_probe::TIMEOUT`].
     ///
     /// # Errors
     /// The errno of statx(2); [`io::ErrorKind::TimedOut`].
     pub fn with_timeout(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(StatQuestion::new(path, Cached)?, inquiry::TIMEOUT)
+        child_probe::ask_one(StatQuestion::new(path, Cached)?, child_probe::TIMEOUT)
     }
 
     /// Asks the server, if there is one, even if the kernel has the answer cached. In a child process, for at
-    /// most [`inquiry::TIMEOUT_FOR_NAMED`].
+    /// most [`child_probe::TIMEOUT_FOR_NAMED`].
     ///
     /// # Errors
     /// As [`Found::with_timeout`].
     pub fn refreshed(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(StatQuestion::new(path, Server)?, inquiry::TIMEOUT_FOR_NAMED)
+        child_probe::ask_one(StatQuestion::new(path, Server)?, child_probe::TIMEOUT_FOR_NAMED)
     }
 
-    /// Asks for all `paths` in a child process, for at most [`inquiry::TIMEOUT`] each.
+    /// Asks for all `paths` in a child process, for at most [`child_probe::TIMEOUT`] each.
     #[must_use]
     pub fn all_with_timeout(paths: &[&Path]) -> Vec<io::Result<Self>> {
         match paths.iter().map(|path| StatQuestion::new(path, Cached)).collect::<io::Result<Vec<_>>>() {
-            Ok(questions) => inquiry::ask(&questions),
+            Ok(questions) => child_probe::ask(&questions),
             Err(error) => paths.iter().map(|_| Err(error.kind().into())).collect(),
         }
     }
@@ -74,12 +74,12 @@ pub struct FilesystemSizes {
 }
 
 impl FilesystemSizes {
-    /// The sizes of the file system of `path`. Asks in a child process, for at most [`inquiry::TIMEOUT`].
+    /// The sizes of the file system of `path`. Asks in a child process, for at most [`child_probe::TIMEOUT`].
     ///
     /// # Errors
     /// The errno of statfs(2); [`io::ErrorKind::TimedOut`].
     pub fn with_timeout(path: &Path) -> io::Result<Self> {
-        inquiry::ask_one(StatfsQuestion(terminated(path)?), inquiry::TIMEOUT)
+        child_probe::ask_one(StatfsQuestion(terminated(path)?), child_probe::TIMEOUT)
     }
 }
 

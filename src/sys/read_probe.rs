@@ -1,7 +1,7 @@
 //! Does the disk or server of a path answer?
 //!
 //! A read from the page cache does not show this, so a few blocks are read past the cache. A read from a suspended disk
-//! waits in the kernel, and no signal ends that wait: a child process does the reads, see [`inquiry`].
+//! waits in the kernel, and no signal ends that wait: a child process does the reads, see [`child_probe`].
 //!
 //! Every error counts as an answer. Must not change what it reads.
 
@@ -15,8 +15,8 @@ use nix::sys::uio::pread;
 use nix::unistd::fsync;
 
 use super::block;
-use super::found::{Source, StatQuestion};
-use super::inquiry::{self, Question, WORDS, Words};
+use super::child_probe::{self, Question, WORDS, Words};
+use super::path_stat::{Source, StatQuestion};
 use crate::base::Bytes;
 
 /// Bytes of one read, and the alignment of its offset.
@@ -43,9 +43,9 @@ impl Reads {
         Ok(Self { stat: StatQuestion::new(path, Source::Server)?, offsets })
     }
 
-    /// False if there is no answer within [`inquiry::TIMEOUT_FOR_NAMED`], or before `is_wanted` returns false.
+    /// False if there is no answer within [`child_probe::TIMEOUT_FOR_NAMED`], or before `is_wanted` returns false.
     pub fn are_answered(self, is_wanted: &dyn Fn() -> bool) -> bool {
-        let answer = inquiry::ask_one_while(self, inquiry::TIMEOUT_FOR_NAMED, is_wanted);
+        let answer = child_probe::ask_one_while(self, child_probe::TIMEOUT_FOR_NAMED, is_wanted);
         !answer.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
     }
 }

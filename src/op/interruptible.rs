@@ -14,8 +14,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::base::{Error, ErrorKind, Result, ResultExt as _};
-use crate::sys::answering::Reads;
-use crate::sys::{inquiry, signal};
+use crate::sys::read_probe::Reads;
+use crate::sys::{child_probe, signal};
 
 /// Between two looks for a signal.
 const POLL: Duration = Duration::from_millis(50);
@@ -50,7 +50,7 @@ pub fn unless_interrupted<T: Send + 'static>(
     }
 }
 
-/// True if reads at `offsets` of the file or device at `path` return within [`inquiry::TIMEOUT_FOR_NAMED`]; see
+/// True if reads at `offsets` of the file or device at `path` return within [`child_probe::TIMEOUT_FOR_NAMED`]; see
 /// [`Reads::new`].
 ///
 /// # Errors
@@ -70,7 +70,7 @@ pub fn does_answer(path: &Path, offsets: Vec<u64>, interrupt: &dyn Fn() -> Resul
 
 /// The message for a path that does not answer.
 pub fn no_answer(path: &Path) -> String {
-    format!("{} has not answered for {} s", path.display(), inquiry::TIMEOUT_FOR_NAMED.as_secs())
+    format!("{} has not answered for {} s", path.display(), child_probe::TIMEOUT_FOR_NAMED.as_secs())
 }
 
 #[cfg(test)]
