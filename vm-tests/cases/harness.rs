@@ -53,6 +53,7 @@ pub fn cases() -> Vec<Case> {
             .power_cut_at("written", 50)
             .then("harness_power_cut_check.sh")
             .without_binary(),
+        Case::new("harness_killed_fork", "harness_killed_fork.sh").commands(&["python3"]).without_binary(),
         Case::new("harness_slow_disk", "harness_slow_disk.sh")
             .commands(&["dmsetup"])
             .delayed_disk_mib(16, Delay { read_ms: 100, write_ms: 200, flush_ms: 300 })

@@ -32,6 +32,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("harness_kernel_panic", A, A, F, "each machine ends in its own way"),
     ("harness_hang", A, F, F, ""),
     ("harness_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
+    ("harness_killed_fork", A, F, F, ""),
     ("harness_slow_disk", A, F, F, ""),
     ("harness_leftovers", A, F, F, ""),
     ("golden_exception_store_8x0", A, F, F, ""),
