@@ -1,8 +1,8 @@
-//! `tidemark detach`: a volume becomes a plain device again.
+//! `tidemark detach`: makes a volume a plain device again.
 //!
-//! Refused while anything uses the volume: the device beneath then holds every byte that was written
-//! through it, at the same place. Order: the device goes first, then unit and record, so that a
-//! crash in between leaves at most a record without a device, which detaching again removes.
+//! Refused while the volume is in use. So the device below holds every byte that was written through the volume, at the
+//! same offset. Order: first the volume's device, then its unit and its record. A crash in between leaves at most a
+//! record without a device, which another detach removes.
 
 use std::fs;
 use std::io;
@@ -18,26 +18,26 @@ use crate::topology::Topology;
 
 use super::attach::{forget, record_path, recorded_volumes, unit_name};
 
-/// What detaching came to.
+/// The result of a detach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Detached {
     /// The volume's name.
     pub name: String,
     /// The systemd unit that was removed.
     pub unit: Option<PathBuf>,
-    /// What the user should do next, one command a line.
+    /// The commands that the user should run next, one per entry.
     pub next: Vec<String>,
 }
 
 /// Detaches volume `name`.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) while it is mounted, open or being copied,
-/// or where there is no such volume; the kernel's.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the volume does not exist, or is mounted, open or being
+/// copied; kernel errors.
 pub fn detach(name: &str) -> Result<Detached> {
     privilege::require_root("detaching a volume")?;
     let dm = Dm::open()?;
-    // On record by the name that it was attached with: the device may have been renamed.
+    // The record has the name under which the volume was attached: the device may have been renamed since.
     let mut recorded = name.to_owned();
     match dm.info(name)? {
         Some(info) => {

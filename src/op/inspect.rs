@@ -1,4 +1,4 @@
-//! `tidemark inspect`: what is in this archive? Reads both superblocks and the map, no data.
+//! `tidemark inspect`: describes an archive. Reads both superblocks and the map, no data.
 
 use serde::Serialize;
 
@@ -10,14 +10,14 @@ use crate::progress::{Event, Observer, Phase};
 use crate::restore::map::read_map;
 use crate::secondary::archive_read::ArchiveFile;
 
-/// What the map says, summed up. Sizes in bytes.
+/// Totals of the map. Sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MapSummary {
     /// Entries of the map.
     pub entries: u64,
-    /// Bytes of the origin that data frames hold.
+    /// Bytes of the origin in data frames.
     pub present_bytes: Bytes,
-    /// Bytes that were copied and are zero.
+    /// Bytes that were copied and are all zero.
     pub zero_bytes: Bytes,
     /// Bytes that were not copied.
     pub absent_bytes: Bytes,
@@ -35,7 +35,7 @@ impl MapSummary {
     }
 }
 
-/// What an archive says of itself.
+/// The description of an archive.
 #[derive(Clone, Debug, Serialize)]
 pub struct InspectReport {
     /// The archive's name.
@@ -46,7 +46,7 @@ pub struct InspectReport {
     pub version: u32,
     /// Identity, origin, sizes.
     pub superblock: Superblock,
-    /// The instant in RFC 3339, where it is within a calendar's reach.
+    /// The instant in RFC 3339; None if it is out of the calendar's range.
     pub instant: Option<String>,
     /// Segments of the origin.
     pub segments: u64,
@@ -56,11 +56,11 @@ pub struct InspectReport {
     pub map: MapSummary,
 }
 
-/// Reads superblocks and map; the data is not read, so a damaged payload is not found (see `verify`).
+/// Reads the superblocks and the map. The data is not read, so a damaged payload is not found (see `verify`).
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for what is no archive, is cut off, or has a
-/// damaged map; I/O errors; whatever the interrupt answers.
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if the file is not an archive, is truncated, or has a
+/// damaged map; I/O errors; any error that the interrupt returns.
 pub fn run(
     request: &InspectRequest,
     observer: &dyn Observer,

@@ -1,10 +1,10 @@
-//! How does a command stay able to end while a call of the kernel does not return?
+//! Keeps a command interruptible while a system call does not return.
 //!
-//! To open, look at or read what is on a dead file server or a suspended disk may take for ever, and no signal ends that
-//! wait. Such a call is made by a thread of its own. At a signal the command leaves the thread where it is, gives back what
-//! it holds (locks, claims) and ends. The kernel keeps the process, holding nothing, until the call returns.
+//! Opening, examining or reading a file on a dead file server or a suspended disk may block forever, and no signal ends
+//! that wait. So a separate thread makes such a call. On a signal the command abandons the thread, releases what it
+//! holds (locks, claims) and ends. The kernel keeps the process, which holds nothing, until the call returns.
 //!
-//! If the process is killed instead, the kernel keeps its locks as well until the call returns. So a child process first
+//! If the process is killed instead, the kernel also keeps its locks until the call returns. So a child process first
 //! checks whether the path answers ([`does_answer`]); if it does not, the call is not made.
 
 use std::cell::Cell;
@@ -17,13 +17,14 @@ use crate::base::{Error, ErrorKind, Result, ResultExt as _};
 use crate::sys::read_probe::Reads;
 use crate::sys::{child_probe, signal};
 
-/// Between two looks for a signal.
+/// Time between two checks for a signal.
 const POLL: Duration = Duration::from_millis(50);
 
-/// Makes `call` and waits for its answer, or for `interrupt`'s error. What comes after that error goes to `unwanted`.
+/// Makes `call` and waits for its result or for an error of `interrupt`. A result that arrives after such an error is
+/// passed to `unwanted`.
 ///
 /// # Errors
-/// `call`'s; `interrupt`'s; I/O errors where no thread can be had.
+/// Those of `call` and `interrupt`; I/O errors if no thread can be started.
 pub fn unless_interrupted<T: Send + 'static>(
     interrupt: &dyn Fn() -> Result<()>,
     call: impl FnOnce() -> Result<T> + Send + 'static,
@@ -54,7 +55,7 @@ pub fn unless_interrupted<T: Send + 'static>(
 /// [`Reads::new`].
 ///
 /// # Errors
-/// `interrupt`'s, which ends the wait at once.
+/// Those of `interrupt`, which end the wait at once.
 pub fn does_answer(path: &Path, offsets: Vec<u64>, interrupt: &dyn Fn() -> Result<()>) -> Result<bool> {
     let reads = Reads::new(path, offsets).io_context(|| format!("reading {}", path.display()))?;
     let stopped = Cell::new(None);

@@ -13,24 +13,24 @@ use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
 use crate::volume::lvm_lock::LvmScope;
 
-/// What happens with originals.
+/// How originals get into the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Originals {
     /// Written over the fuzzy data.
     Overlay,
-    /// Put after the data, for restore to apply last (archives only).
+    /// Written after the data, to be applied by restore (archives only).
     Append,
 }
 
-/// What happens where the store is about to fill and cannot grow.
+/// What happens if the store is about to fill and cannot grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnFull {
-    /// The snapshot is lost, and with it the copy; the origin goes on.
+    /// The copy fails with its snapshot; the origin stays in use.
     #[default]
     Abort,
-    /// The origin is suspended in bounded slices until the copier has caught up.
+    /// The origin is suspended, for a bounded time each, until the copier has caught up.
     Hold,
 }
 
@@ -38,103 +38,102 @@ pub enum OnFull {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StoreRequest {
-    /// A directory (a file is made in it), a file to be made, or a block device; default
-    /// /var/lib/tidemark.
+    /// A directory (in which a file is created), a file to be created, or a block device; default /var/lib/tidemark.
     pub tail: Option<PathBuf>,
-    /// Largest size the store may grow to, tail and head together; default: what the origin's size
-    /// can need at most.
+    /// Largest size to which the store may grow, head and tail together; default: what the origin needs in the worst
+    /// case.
     pub size_max: Option<Bytes>,
-    /// Size of the RAM head; zero for none; default from free memory.
+    /// Size of the RAM head, zero for none; the default depends on the available memory.
     pub ram: Option<Bytes>,
-    /// Keep the store (and the kernel's metadata in it) after the copy.
+    /// Keep the store, including the kernel's metadata in it, after the copy.
     pub keep: bool,
 }
 
-/// Commands run around the instant with `sh -c`.
+/// Commands that are run around the instant with `sh -c`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hooks {
-    /// Before anything is frozen; a failure aborts the copy.
+    /// Runs before anything is frozen; a failure aborts the copy.
     pub before: Option<String>,
-    /// At the instant; gets TIDEMARK_ORIGIN_BELOW; killed past the freeze budget.
+    /// Runs at the instant, with TIDEMARK_ORIGIN_BELOW set; killed when the freeze budget is exceeded.
     pub frozen: Option<String>,
-    /// After the thaw; a failure is reported and does not undo the copy.
+    /// Runs after the thaw; a failure is reported and does not undo the copy.
     pub after: Option<String>,
 }
 
-/// `tidemark copy`.
+/// The arguments of `tidemark copy`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CopyRequest {
     /// A volume's name, a device or a regular file.
     pub origin: PathBuf,
-    /// Where to.
+    /// The secondary.
     pub secondary: SecondaryTarget,
-    /// In which form.
+    /// Its form.
     pub format: SecondaryForm,
-    /// Where originals go.
+    /// How originals get into the copy.
     pub originals: Originals,
     /// The COW store.
     pub store: StoreRequest,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// Unit of copying and framing; None: 1 MiB, more for very large devices.
+    /// Unit of copying and framing; None: 1 MiB, more for very large origins.
     pub segment: Option<SegmentSize>,
-    /// Unit of release; None: from the origin's size.
+    /// Unit of release; None: derived from the origin's size.
     pub region: Option<Bytes>,
-    /// The order of the regions; None: as suits the origin's disks.
+    /// The order of the regions; None: hot for a live origin, else physical.
     pub order: Option<Order>,
-    /// Copy and preserve free space as well.
+    /// Also copy and preserve free space.
     pub all: bool,
-    /// What happens where the store is about to fill.
+    /// What happens if the store is about to fill and cannot grow.
     pub on_full: OnFull,
-    /// Longest time that the origin may be suspended in all because of that.
+    /// Longest total time for which the origin may be suspended because of that.
     pub hold_budget: Duration,
-    /// Bytes per second at most.
+    /// Most bytes per second.
     pub rate: Option<Bytes>,
-    /// How much the applications on a live origin may feel. (On one at rest there are none.)
+    /// How much the copy may slow down the applications on a live origin. (A cold origin has none.)
     pub impact: Impact,
     /// Re-read the secondary and compare checksums.
     pub verify: bool,
-    /// Longest time that filesystems may be frozen or the origin suspended.
+    /// Longest time for which filesystems may be frozen or the origin suspended.
     pub freeze_budget: Duration,
-    /// For how long LVM's commands wait where the origin is LVM's.
+    /// How long LVM commands have to wait if the origin is an LVM volume.
     #[serde(default)]
     pub lvm_lock: LvmScope,
-    /// Hooks.
+    /// The hooks.
     pub hooks: Hooks,
-    /// A file in the way may be replaced, a device overwritten.
+    /// An existing file may be replaced, a device overwritten.
     pub replace: bool,
 }
 
-/// `tidemark attach`.
+/// The arguments of `tidemark attach`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AttachRequest {
     /// The block device, not mounted.
     pub device: PathBuf,
     /// The volume's name: the device becomes /dev/mapper/NAME.
     pub name: String,
-    /// Write and enable a systemd unit that attaches it at every boot.
+    /// Write and enable a systemd unit that attaches the device at every boot.
     pub install_unit: bool,
 }
 
-/// `tidemark detach`.
+/// The arguments of `tidemark detach`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DetachRequest {
     /// The volume's name.
     pub name: String,
 }
 
-/// `tidemark restore`.
+/// The arguments of `tidemark restore`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RestoreRequest {
     /// The archive.
     pub archive: ArchiveSource,
     /// A block device or a file.
     pub target: PathBuf,
-    /// A file in the way may be replaced, a device overwritten.
+    /// An existing file may be replaced, a device overwritten.
     pub replace: bool,
 }
 
-/// `tidemark verify`.
+/// The arguments of `tidemark verify`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VerifyRequest {
     /// The archive.
@@ -143,7 +142,7 @@ pub struct VerifyRequest {
     pub against: Option<PathBuf>,
 }
 
-/// `tidemark inspect`.
+/// The arguments of `tidemark inspect`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct InspectRequest {
     /// The archive.

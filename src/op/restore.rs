@@ -19,12 +19,12 @@ use crate::topology::{Topology, device_number};
 /// The major number of loop devices (Linux, Documentation/admin-guide/devices.txt).
 const LOOP_MAJOR: u32 = 7;
 
-/// Restores. On success the target is complete and synced, and a file has its final name.
+/// Restores an archive. On success the target is complete and synced, and a file has its final name.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive,
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a target that must not be written, I/O errors, and the
-/// interrupt's; each with the state in which the target is left.
+/// errors of the interrupt; each with the state in which the target is left.
 pub fn run(
     request: &RestoreRequest,
     observer: &dyn Observer,
@@ -54,7 +54,8 @@ pub(super) fn restore(
     conclude(job, writer::write(target, input, superblock, observer, interrupt))
 }
 
-/// The archive must survive its own restore: neither it nor the devices beneath it may be the target.
+/// The device that holds the archive: it must not be the target, because a restore must not destroy its archive.
+/// Refuses the archive itself as the target.
 pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
     let ArchiveSource::Path(path) = archive else { return Ok(Vec::new()) };
     let found = std::fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;

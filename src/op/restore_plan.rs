@@ -1,8 +1,8 @@
 //! The plan of a restore, made without touching the target.
 //!
 //! Reads the archive's superblocks and map, so that a bad archive is found before consent is asked for, and refuses the
-//! same targets as the restore. An archive on a pipe cannot be read in advance: whether the target is large enough is
-//! found during the restore.
+//! same targets as the restore. An archive on a pipe cannot be read in advance, so a target that is too small is found
+//! only during the restore.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
@@ -33,7 +33,7 @@ pub enum TargetKind {
 /// The plan of `tidemark restore`.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestorePlan {
-    /// The request, with the path that the target's name stands for.
+    /// The request, with the target's name resolved to a path.
     pub request: RestoreRequest,
     /// What exists at the target's path.
     pub target_kind: TargetKind,

@@ -1,4 +1,4 @@
-//! The meaning of a target's name on the command line, what would be lost there, and which job uses it.
+//! Resolves the name of a target on the command line, and finds what would be lost there and which job uses it.
 //!
 //! Changes nothing. The [`secondary`](crate::secondary) itself refuses targets that are in use.
 
@@ -38,11 +38,11 @@ impl TargetFacts {
     }
 }
 
-/// The path that `typed` stands for as a target. A plain word names a device below /dev/mapper, as for an origin, if
-/// there is one; else a file.
+/// The path of the target that `typed` names. As for an origin, a plain word names a device in /dev/mapper if there is
+/// one, otherwise a file.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] if it is ambiguous, or names a volume that is not attached now.
+/// [`ErrorKind::Refused`] if the name is ambiguous, or is that of a volume that is not attached now.
 pub fn named(typed: &Path) -> Result<PathBuf> {
     let path = volume::find_or_new(typed)?;
     if path.exists() || !volume::is_word(&path) {

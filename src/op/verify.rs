@@ -1,4 +1,4 @@
-//! `tidemark verify`: is this archive whole, and does it hold what a device or file holds?
+//! `tidemark verify`: checks whether an archive is complete, and whether it equals a device or file.
 
 use super::request::VerifyRequest;
 use crate::base::Result;
@@ -7,12 +7,12 @@ use crate::restore::Input;
 use crate::restore::compare::{self, VerifyReport};
 use crate::volume;
 
-/// Verifies; on success the archive is whole, and equal to what it was compared with.
+/// Verifies an archive. On success it is complete, and equals the device or file that it was compared with.
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive, and for a difference;
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where there is nothing to compare with, or too
-/// much differs to be remembered; I/O errors; whatever the interrupt answers.
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the device or file cannot be compared, or too many
+/// differences would have to be recorded; I/O errors; any error that the interrupt returns.
 pub fn run(
     request: &VerifyRequest,
     observer: &dyn Observer,

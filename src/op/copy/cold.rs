@@ -1,9 +1,9 @@
-//! An origin at rest: a device or file that is not written. No device-mapper, no instant but the
-//! copy's beginning.
+//! A cold origin: a device or file that is not written. Needs no device-mapper; the instant is the beginning of the
+//! copy.
 //!
-//! That it is not written is checked three times: when the plan was made, by holding a device exclusively
-//! while it is read, and by comparing what tells of writes before and after. A copy that something
-//! wrote into is not a copy.
+//! Three checks ensure that the origin is not written: one when the plan is made, an exclusive open of the device
+//! while it is read, and a comparison of the signs of a write ([`Witness`]) before and after. If the origin was written
+//! during the copy, the copy fails.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -13,17 +13,17 @@ use std::path::Path;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
 use crate::topology::Topology;
 
-/// An origin at rest, open for reading.
+/// A cold origin, open for reading.
 pub struct ColdOrigin {
     file: File,
     shown: String,
     before: Witness,
 }
 
-/// What changes when the origin is written.
+/// What changes if the origin is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Witness {
-    /// Size, modification and change time of a file.
+    /// Size in bytes, modification time and change time of a file.
     File { size: u64, modified: (i64, i64), changed: (i64, i64) },
     /// Writes completed and sectors written, from the device's statistics.
     Device { writes: u64, sectors: Sectors },
@@ -32,18 +32,17 @@ enum Witness {
 }
 
 impl ColdOrigin {
-    /// Opens `path`; `device` is its number where it is a block device, which is then held
-    /// exclusively.
+    /// Opens `path`. `device` is its number if it is a block device, which is then opened exclusively.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where it is in use, I/O errors.
+    /// [`ErrorKind::Refused`] if it is in use, I/O errors.
     pub fn open(path: &Path, device: Option<DeviceNumber>) -> Result<Self> {
         let shown = path.display().to_string();
         let exclusive = if device.is_some() { libc::O_EXCL } else { 0 };
         let open = |flags| {
             OpenOptions::new().read(true).custom_flags(flags | exclusive | libc::O_CLOEXEC).open(path)
         };
-        // Not every filesystem takes direct I/O (EINVAL); buffered reading is right too, just slower.
+        // Not every filesystem supports direct I/O (EINVAL). Buffered reads are correct too, only slower.
         let file = open(libc::O_DIRECT).or_else(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => open(0),
             _ => Err(error),
@@ -74,10 +73,10 @@ impl ColdOrigin {
             .into())
     }
 
-    /// Was it written since it was opened?
+    /// Checks that the origin was not written since it was opened.
     ///
     /// # Errors
-    /// [`ErrorKind::External`] where it was, I/O errors.
+    /// [`ErrorKind::External`] if it was written, I/O errors.
     pub fn check_unchanged(&self, device: Option<DeviceNumber>) -> Result<()> {
         if Witness::of(&self.file, device)? == self.before {
             return Ok(());

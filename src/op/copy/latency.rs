@@ -1,8 +1,8 @@
-//! How long do the applications' reads and writes of the origin take? The copier's eyes for `--impact`.
+//! Measures the latency of the applications' reads and writes of the origin, for `--impact`.
 //!
-//! Looks at the counters of the origin's own device, which stays the same while its table is replaced.
-//! The copier reads another one, beneath it, so its own reads are not among them. Must not judge what it
-//! sees: that is the copier's.
+//! Reads the counters of the origin's own device, which stays the same while its table is replaced. The copier reads
+//! the device below it, so the copier's reads are not counted. This module does not interpret the measurements; the
+//! copier does.
 
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ pub struct OriginProbe {
 }
 
 impl OriginProbe {
-    /// Of `device`; the first sample covers what is done from now on. None where the kernel keeps no
-    /// statistics of it.
+    /// Samples `device`. The first sample covers the requests from now on. None if the kernel keeps no statistics of
+    /// the device.
     #[must_use]
     pub fn new(device: DeviceNumber) -> Option<Self> {
         Self::at(Topology::default(), device)
@@ -32,7 +32,7 @@ impl OriginProbe {
         Some(Self { topology, device, last: Some(last) })
     }
 
-    /// The mean latency since the last sample, where there was enough to measure one.
+    /// The mean latency since the last sample; None if there were too few requests.
     #[must_use]
     pub fn mean(&mut self) -> Option<Duration> {
         let sample = self.sample().filter(|sample| sample.ios >= impact::IOS_MIN)?;
@@ -83,7 +83,7 @@ mod tests {
         write(1051, 4081, 2070, 9060, 0);
         assert_eq!(probe.mean(), None, "one I/O is no mean");
 
-        // Another device by the same number: nothing is known, and then it is looked at.
+        // The counters fell, so this is another device with the same number: its first sample is dropped.
         write(1, 1, 1, 1, 0);
         assert_eq!(probe.sample(), None);
         write(2, 3, 1, 1, 0);

@@ -1,12 +1,12 @@
-//! A live origin, held for the length of a copy: job, store, stack, and putting all of it back.
+//! A live origin during a copy: the job, the store, the stack, and their removal.
 //!
-//! Order of making, and the reverse of it for putting back:
+//! Order of creation; removal is in the reverse order:
 //! 1. the job (lock and intent record), which exists before;
 //! 2. the COW store;
-//! 3. the stack; the instant is within.
+//! 3. the stack; the instant is part of its insertion.
 //!
-//! At a crash after any of these `recover` finds them by their UUIDs and records. On an error they
-//! are put back here; what cannot be is reported with the error and left to `recover`.
+//! After a crash at any point, `recover` finds these by their UUIDs and records. After an error they are removed here;
+//! whatever cannot be removed is reported with the error and left to `recover`.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +26,7 @@ use crate::stack::{InstantContext, Stack};
 use crate::store::{CowStore, KeptStore, StoreConfig};
 use crate::sys::process::{LockedMemory, crash_point};
 
-/// A live origin that is held, or about to be.
+/// A live origin that is held, or is about to be.
 pub struct Live {
     dm: Dm,
     job: Arc<Mutex<Job>>,
@@ -34,12 +34,12 @@ pub struct Live {
     stack: Option<Stack>,
     probe: Option<OriginProbe>,
     latency_before: Option<Duration>,
-    /// Where memory may wait for the origin.
+    /// Set if memory may wait for the origin (swap space on it).
     memory: Option<LockedMemory>,
 }
 
 impl Live {
-    /// For the copy of `job`; nothing is made yet.
+    /// Prepares the copy of `job`; creates nothing yet.
     #[must_use]
     pub fn new(dm: Dm, plan: &CopyPlan, job: Job) -> Self {
         Self {
@@ -47,14 +47,14 @@ impl Live {
             job: Arc::new(Mutex::new(job)),
             store: None,
             stack: None,
-            // While the store is made, the origin is watched: how it is before the instant.
+            // The probe measures the latency before the instant while the store is created.
             probe: plan.origin.number.and_then(OriginProbe::new),
             latency_before: None,
             memory: None,
         }
     }
 
-    /// What a dead process has made, taken over whole.
+    /// Takes over everything that a dead process has created.
     #[must_use]
     pub fn adopt(
         dm: Dm,
@@ -75,10 +75,10 @@ impl Live {
         }
     }
 
-    /// Makes store and stack; the instant is within.
+    /// Creates the store and inserts the stack; the instant is part of the insertion.
     ///
     /// # Errors
-    /// The first failure: what was made is there until it is put back.
+    /// The first failure. What was created stays until it is removed by [`Live::end`] or [`Live::put_back_after`].
     pub fn insert(
         &mut self,
         plan: &CopyPlan,
@@ -87,7 +87,7 @@ impl Live {
         interrupt: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         let admission = self.admit(live, observer, interrupt)?;
-        // It gets ready while the store is made.
+        // The standby starts up while the store is created.
         let standby = Standby::start(self.job().id());
         let config = StoreConfig { id: self.job().id().to_owned(), ..live.config.clone() };
         crash_point("copy.store.before");
@@ -127,7 +127,7 @@ impl Live {
         Ok(())
     }
 
-    /// Until the stack is in place no other process may place a store.
+    /// Admits this process alone: no other process may place a store until the stack is in place.
     fn admit(
         &mut self,
         live: &LivePlan,
@@ -136,7 +136,7 @@ impl Live {
     ) -> Result<Admission> {
         let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
         let admission = Admission::enter(&|| note(WAITING_FOR_OTHERS), interrupt)?;
-        // As things are now, which may not be as they were when the plan was made.
+        // Checked again, because things may have changed since the plan was made.
         self.question(live)?.check_place(&live.config.place)?;
         if live.memory_waits {
             note("memory may wait for the origin (swap space): no part of the store is in memory");
@@ -152,7 +152,7 @@ impl Live {
         Question::of(&self.dm, self.dm.info_of(live.config.origin_name.as_str())?.number)
     }
 
-    /// What was made is asked about by its own devices: paths may have led elsewhere.
+    /// Checks the created devices themselves: a path may have been redirected since the plan was made.
     fn check_circles(&self, plan: &CopyPlan, live: &LivePlan, store: &CowStore) -> Result<()> {
         self.question(live)?.check_copy(store, &plan.request)
     }
@@ -167,28 +167,28 @@ impl Live {
         self.stack.as_ref().expect("the stack is in place, or the copy had ended")
     }
 
-    /// Where the copy shows how far it is.
+    /// The path of the progress file.
     pub fn progress_path(&self) -> PathBuf {
         self.job().progress_path()
     }
 
-    /// Sees how the applications on the origin fare; None where the kernel does not tell.
+    /// Measures the latency of applications on the origin; None if the kernel keeps no statistics.
     pub fn probe(&self) -> Option<OriginProbe> {
         self.probe.clone()
     }
 
-    /// Their mean latency before the instant, where there was enough to measure one.
+    /// Their mean latency before the instant; None if there were too few requests.
     pub fn latency_before(&self) -> Option<Duration> {
         self.latency_before
     }
 
     /// The job.
     pub fn job(&self) -> MutexGuard<'_, Job> {
-        // A panic leaves it whole: its record is replaced at once.
+        // A panic leaves the job consistent: its record is replaced atomically.
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The job, for the threads beside the copier.
+    /// The job, for the threads that run in parallel with the copier.
     pub(super) fn shared_job(&self) -> Arc<Mutex<Job>> {
         Arc::clone(&self.job)
     }
@@ -199,16 +199,16 @@ impl Live {
         job.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Device-mapper, for asking after the snapshot.
+    /// Device-mapper, to query the snapshot.
     pub fn dm(&self) -> &Dm {
         &self.dm
     }
 
-    /// Puts everything back: the origin's own table first, then the devices beneath, the store, the
-    /// job. With `keep`, a store made to be kept stays.
+    /// Restores the origin: first its own table, then removes the devices below, the store and the job. With `keep`, a
+    /// store that was created to be kept stays.
     ///
     /// # Errors
-    /// The first failure; what is left is found by `recover`.
+    /// The first failure; `recover` finds what is left.
     pub fn end(mut self, keep: bool) -> Result<Option<KeptStore>> {
         let kept = self.put_back(keep)?;
         self.into_job().finish()?;
@@ -229,13 +229,13 @@ impl Live {
         Ok(kept)
     }
 
-    /// As [`Live::end`], after a failure, which is reported first; `give_up` then takes away what else the job's record names.
-    /// Where an undo fails, or has failed already, the record stays: it alone knows what is still frozen, suspended or
-    /// there, and `recover` reads it.
+    /// As [`Live::end`], after the failure `error`, which is reported first. `give_up` then removes what else the job's
+    /// record names. If an undo fails or has failed before, the record stays: only the record names what is still
+    /// frozen, suspended or in place, and `recover` reads it.
     pub fn put_back_after(mut self, error: Error, give_up: impl FnOnce(Error) -> Error) -> Error {
         let error = match self.put_back(false) {
             Ok(_) => error,
-            // Before anything else: what is left is in the way of the next copy.
+            // Added before anything else: what is left prevents the next copy.
             Err(undo) => error.with_failed_undo(undo),
         };
         let ended: Result<()> = self.into_job().conclude(Err(give_up(error)));

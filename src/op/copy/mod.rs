@@ -1,24 +1,24 @@
-//! `tidemark copy`: observe the origin, plan, and carry the plan out.
+//! `tidemark copy`: examines the origin, makes a plan, and executes it.
 //!
-//! | module | question it answers |
+//! | module | purpose |
 //! |---|---|
-//! | [`mod@plan`] | what would be done, to what (changes nothing; what `--dry-run` shows) |
-//! | [`mod@run`] | does it, from the plan to the report |
-//! | [`session`] | what a copy in progress owns, and its one way out |
-//! | [`report`] | what it did |
-//! | [`workers`] | what works beside the copier |
-//! | [`rescue`] | puts the origin back where the copier cannot |
-//! | [`cold`] | the origin is at rest: held and watched while it is read |
-//! | [`live`] | the origin is in use: store, stack, instant, and putting all of it back |
-//! | [`latency`] | how the applications on the origin fare |
-//! | [`originals`] | shows the COW store to the copier |
+//! | [`mod@plan`] | what would be done to which devices (changes nothing; shown by `--dry-run`) |
+//! | [`mod@run`] | executes the plan, up to the report |
+//! | [`session`] | owns everything of a copy in progress, and ends it |
+//! | [`report`] | the result of a copy |
+//! | [`workers`] | the threads that run in parallel with the copier |
+//! | [`rescue`] | restores the origin if the copier cannot |
+//! | [`cold`] | a cold origin: kept open exclusively and checked while it is read |
+//! | [`live`] | a live origin: store, stack, instant, and their removal |
+//! | [`latency`] | the latency of applications on the origin |
+//! | [`originals`] | gives the copier access to the COW store |
 //! | [`placement`] | records what is needed to resume the copy |
 //!
 //! Invariants:
-//! - whatever can be refused is refused before the kernel is asked to change anything;
-//! - however a copy ends, the origin's own table is put back, or the error says that it was not and
-//!   what does it (`tidemark recover`);
-//! - the secondary's final name appears only after the snapshot was seen valid after the last read.
+//! - whatever can be refused is refused before any change in the kernel;
+//! - however a copy ends, the origin's own table is restored, or the error says that it was not, and which command
+//!   restores it (`tidemark recover`);
+//! - the secondary gets its final name only if the snapshot was valid after the last read.
 
 mod cold;
 mod latency;

@@ -1,4 +1,4 @@
-//! Shows the COW store to the copier, and says whether it can still be believed.
+//! Gives the copier access to the COW store, and checks that the store is still valid.
 
 use std::os::fd::OwnedFd;
 
@@ -9,7 +9,7 @@ use crate::extent::{Extent, Original};
 use crate::stack::gate::Gate;
 use crate::store::{ExceptionReader, Follower, Monitor, StoreDevice};
 
-/// New exceptions looked at for one decision about the order: a hint needs no more.
+/// Most new exceptions read for one decision about the order: a hint needs no more.
 const RECENT_MAX: usize = 65_536;
 
 /// The originals of a copy in progress.
@@ -21,20 +21,20 @@ pub struct StoreOriginals<'a> {
 }
 
 impl<'a> StoreOriginals<'a> {
-    /// For the copy that `live` holds the origin for.
+    /// The originals of the copy for which `live` holds the origin.
     pub fn new(live: &'a Live, monitor: &'a Monitor, gate: &'a Gate) -> Self {
         Self { live, monitor, gate, reader: None }
     }
 }
 
 impl OriginalsProvider for StoreOriginals<'_> {
-    /// The status is taken here, after the last read of the origin: every exception that matters is
-    /// in the areas that it counts.
+    /// Reads the status here, after the last read of the origin: the areas that it counts hold every exception that
+    /// matters.
     fn open(&mut self) -> Result<(OwnedFd, String)> {
         self.check_valid()?;
         let store = self.live.store();
         let status = self.live.stack().snapshot_status(self.live.dm())?;
-        // Two descriptors: the list of exceptions is read through one, the engine owns the other.
+        // Two descriptors: one to read the list of exceptions, one for the engine.
         self.reader = Some(store.exceptions(&status)?);
         Ok((store.open_direct()?, store.name().to_owned()))
     }
@@ -56,16 +56,16 @@ impl OriginalsProvider for StoreOriginals<'_> {
     }
 }
 
-/// Gives regions to the gate, and looks where exceptions appear.
+/// Passes regions to the gate, and finds where new exceptions appear.
 pub struct StoreReleases<'a> {
     live: &'a Live,
     gate: &'a Gate,
-    /// None where the order does not ask, or the store cannot be followed: then nothing is hot.
+    /// None if the order does not depend on exceptions, or the store cannot be followed: then no region is hot.
     follower: Option<Follower>,
 }
 
 impl<'a> StoreReleases<'a> {
-    /// For the copy that `live` holds the origin for; `hot` where the order asks for what is written most.
+    /// For the copy for which `live` holds the origin. `hot`: the order depends on new exceptions.
     pub fn new(live: &'a Live, gate: &'a Gate, hot: bool) -> Self {
         let follow = || match live.store().follower() {
             Ok(follower) => Some(follower),
@@ -88,7 +88,7 @@ impl Releases for StoreReleases<'_> {
     fn recent(&mut self) -> Vec<Bytes> {
         let Some(follower) = &mut self.follower else { return Vec::new() };
         let status = self.live.stack().snapshot_status(self.live.dm());
-        // A lost snapshot is the monitor's to report.
+        // The monitor reports a lost snapshot.
         status.and_then(|status| follower.poll(&status, RECENT_MAX)).unwrap_or_default()
     }
 

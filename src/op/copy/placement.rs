@@ -1,5 +1,5 @@
-//! What another process needs to resume a copy: the job's record of it, and its log of segments, which is the copier's
-//! record of placed segments. A copy outlives its log.
+//! Records what another process needs to resume a copy: the job's record of the copy, and the segment log, which is the
+//! copier's record of placed segments. The job's record of a copy outlives the segment log.
 
 use std::time::Duration;
 
@@ -15,7 +15,8 @@ use crate::format::state::CopyRecord;
 use crate::job::segment_log::SegmentLog;
 use crate::secondary::{PlacedSegment, Secondary};
 
-/// Records what another process would need to resume the copy. None where none could: what went down a pipe is gone.
+/// Records what another process needs to resume the copy. Returns None if it cannot be resumed, because the secondary
+/// is a pipe.
 ///
 /// # Errors
 /// I/O errors.
@@ -42,7 +43,7 @@ pub(super) fn note_copy(
         segment: plan.segment,
         instant_ns: times.instant_utc_ns,
     };
-    // The log first: a record of a copy has one.
+    // The log is created first: a job with a record of a copy always has a log.
     let log = SegmentLog::create(&job.segments_path(), &header)?;
     job.set_copy(CopyRecord {
         request,

@@ -1,5 +1,4 @@
-//! What a copy would do, as a value: observed once, shown by `--dry-run`, carried out by
-//! [`run`](mod@super::run).
+//! The plan of a copy, as a value: made once, shown by `--dry-run`, executed by [`run`](mod@super::run).
 //!
 //! Changes nothing. Whatever is certain to be refused is refused here.
 
@@ -22,38 +21,37 @@ use crate::sys::privilege::require_root;
 use crate::topology::{Topology, device_number};
 use crate::volume::{self, Origin, OriginKind};
 
-/// What will be done. Serialized for `--dry-run --json`.
+/// The plan of `tidemark copy`. Serialized for `--dry-run --json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct CopyPlan {
-    /// What was asked for.
+    /// The user's request.
     pub request: CopyRequest,
-    /// What the origin was found to be.
+    /// The origin, as found.
     pub origin: Origin,
-    /// Unit of copying, the device's size considered.
+    /// Unit of copying, chosen by the device's size if not requested.
     pub segment: SegmentSize,
     /// Unit of release.
     pub region: Bytes,
-    /// The order of the regions, the origin's disks considered.
+    /// The order of the regions, chosen by the origin's state if not requested.
     pub order: Order,
-    /// What is put under a live origin; None for a cold one.
+    /// The store and the stack of a live origin; None for a cold one.
     pub live: Option<LivePlan>,
-    /// Devices that the secondary must not be, be on or be beneath.
+    /// Devices that the secondary must not be, be on or be below.
     pub forbidden: Vec<DeviceNumber>,
-    /// What would be lost where the secondary is to be, and what may go wrong there.
+    /// What would be lost at the secondary's path, and warnings.
     pub target: TargetFacts,
 }
 
 /// The part of a plan that concerns a live origin.
 #[derive(Clone, Debug, Serialize)]
 pub struct LivePlan {
-    /// The COW store that will be made.
+    /// The COW store to be created.
     pub store: StorePlan,
-    /// The steps of the insertion, in order (device numbers and ids are those of this plan's
-    /// rehearsal; a run draws its own).
+    /// The steps of the insertion, in order. Device numbers and ids are examples; a copy assigns its own.
     pub steps: Change,
-    /// The origin's own table, as it will be put back.
+    /// The origin's own table, which is restored at the end.
     pub table: String,
-    /// Swap space may lie on the origin: then no part of the store is in memory, and the copy itself is locked there.
+    /// Swap space may be on the origin: then no part of the store is in memory, and the process locks its memory.
     pub memory_waits: bool,
     #[serde(skip)]
     pub(super) config: StoreConfig,
@@ -61,15 +59,15 @@ pub struct LivePlan {
     pub(super) insert: InsertRequest,
 }
 
-/// Observes and plans.
+/// Examines the origin and makes the plan.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with what to do instead,
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or the
-/// origin, I/O and kernel errors of looking.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or do not suit the
+/// origin, I/O and kernel errors.
 pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let request = &with_names(request)?;
-    // Before the look at it: the job that has it is changing its table.
+    // Checked before the origin is examined, because the job that uses it may be changing its table.
     if let Some(number) = device_number(&request.origin).ok().flatten() {
         job::refuse_held_origin(number)?;
     }
@@ -99,7 +97,7 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     Ok(plan)
 }
 
-/// The request with what its names mean: a volume's name is one wherever a device may be named.
+/// The request with its names resolved: a volume's name is accepted wherever a device may be named.
 fn with_names(request: &CopyRequest) -> Result<CopyRequest> {
     let mut request = request.clone();
     request.origin = volume::find(&request.origin)?;
@@ -112,8 +110,9 @@ fn with_names(request: &CopyRequest) -> Result<CopyRequest> {
     Ok(request)
 }
 
-/// A region is made of whole segments, and a segment of whole chunks: a chunk across a region's border would be
-/// preserved once one half of it has been released and written, and that half be laid over the copy as an original.
+/// Checks that a segment consists of whole chunks. (A region always consists of whole segments.) Otherwise a chunk
+/// could cross the border of a region: once one half was released and written, the kernel would preserve the whole
+/// chunk, and the new content of that half would be applied to the copy as an original.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage).
@@ -125,9 +124,9 @@ pub fn check_units(segment: SegmentSize, chunk: ChunkSize) -> Result<()> {
         .next("make the segment at least as large as the chunk"))
 }
 
-/// The order asked for, else the one that suits. What is being written most comes first: each region copied early spares
-/// its writers the preservation. That holds for a disk that rotates too, whose heads move between the copier and the
-/// writers anyway. An origin at rest has no writers.
+/// The requested order, or the default. For a live origin the default is to copy the most written regions first: writes
+/// to a region that was copied early need not be preserved. This also holds for a rotational disk: in either order its
+/// heads move between the requests of the copier and those of the writers. A cold origin is not written.
 pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order {
     let suits = match origin.kind {
         OriginKind::Live { .. } => Order::Hot,
@@ -136,12 +135,12 @@ pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order 
     request.order.unwrap_or(suits)
 }
 
-/// True where a disk of the origin has heads to move.
+/// True if a disk of the origin is rotational.
 pub(in crate::op) fn is_rotating(origin: &Origin) -> bool {
     origin.number.is_some_and(|number| Topology::default().is_rotational(number))
 }
 
-/// What only a live origin has a use for must not be ignored in silence.
+/// Options that apply only to a live origin must not be ignored silently.
 fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
     let option = match request {
         CopyRequest { hooks, .. } if hooks.frozen.is_some() => "--hook-frozen",
@@ -159,7 +158,7 @@ fn refuse_live_options(request: &CopyRequest, origin: &Origin) -> Result<()> {
     .next(format!("omit {option}, or attach the device and copy the volume")))
 }
 
-/// The job's record is text: what it could not hold is refused while nothing is frozen yet.
+/// Refuses names that are not valid UTF-8 while nothing is frozen yet, because the job's record is text.
 fn refuse_other_text(request: &CopyRequest, origin: &Origin) -> Result<()> {
     let secondary = match &request.secondary {
         SecondaryTarget::Pipe => None,
@@ -179,7 +178,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     require_root("copying a live device")?;
     refuse_other_text(request, origin)?;
     if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
-        // The store's blocks are 4 KiB, and the kernel wants the snapshot to end on one.
+        // The store's blocks are 4 KiB, and the kernel requires the size of the snapshot to be a multiple of that.
         return Err(Error::refused(format!(
             "{} has {} bytes, which is not a multiple of {DIRECT_IO_ALIGN}: the kernel cannot make a \
              snapshot of it",
@@ -216,7 +215,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
     let store = config.plan()?;
     let stack = StackRequest {
         origin: name.to_owned(),
-        // The store's device does not exist yet: the run fills in its number.
+        // The store's device does not exist yet; the copy inserts its number.
         cow: number,
         chunk: request.chunk,
         lock_filesystem: origin.lock_filesystem,
@@ -236,7 +235,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
 }
 
 impl CopyPlan {
-    /// The refusals that opening the secondary and making the store repeat.
+    /// The refusals that are repeated when the secondary is opened and the store is created.
     fn check_targets(&self) -> Result<()> {
         self.check_store()?;
         let SecondaryTarget::Path(path) = &self.request.secondary else { return Ok(()) };
@@ -277,14 +276,14 @@ impl CopyPlan {
         }
     }
 
-    /// How the copier is to copy.
+    /// The copier's options.
     #[must_use]
     pub fn options(&self) -> CopyOptions {
         let CopyRequest { rate, verify, .. } = self.request;
         CopyOptions { segment: self.segment, region: self.region, order: self.order, rate, verify }
     }
 
-    /// A device given to the store is overwritten as well.
+    /// Checks a device given for the store, because it is overwritten as well.
     pub(super) fn check_store(&self) -> Result<()> {
         let Some(TailPlace::Device { path, number, .. }) = self.live.as_ref().map(|live| &live.store.place)
         else {
@@ -295,7 +294,7 @@ impl CopyPlan {
             .map_err(|error| targets::naming_job(error, path).context("the store"))
     }
 
-    /// What the secondary must keep off: the origin's devices, and the store's.
+    /// The devices that the secondary must not use: those of the origin and of the store.
     pub(super) fn forbidden_with_store(&self) -> Vec<DeviceNumber> {
         let store = self.live.as_ref().and_then(|live| match &live.store.place {
             TailPlace::Device { number, .. } => Some(*number),
@@ -304,7 +303,7 @@ impl CopyPlan {
         self.forbidden.iter().copied().chain(store).collect()
     }
 
-    /// What would lose what it holds: a secondary that exists, a device given to the store.
+    /// What would be overwritten: an existing secondary, a device given for the store.
     #[must_use]
     pub fn destroys(&self) -> Option<String> {
         let secondary = self.target.overwrites.clone();
@@ -320,12 +319,12 @@ impl CopyPlan {
         }
     }
 
-    /// The devices that the secondary must not be on, `below` with them.
+    /// The devices that the secondary must not use, including `below`.
     pub(in crate::op) fn forbidden_with(&self, below: DeviceNumber) -> Vec<DeviceNumber> {
         self.forbidden.iter().copied().chain([below]).collect()
     }
 
-    /// What the secondary is asked to be.
+    /// The arguments for opening the secondary.
     pub(in crate::op) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
         SecondaryRequest {
             target: self.request.secondary.clone(),
@@ -349,7 +348,7 @@ impl CopyPlan {
     }
 }
 
-/// The block list of a copy of everything.
+/// The block list that covers the whole origin.
 pub(super) fn whole(size: Bytes) -> Vec<crate::extent::Extent> {
     crate::extent::Extent::new(Bytes::ZERO, size).into_iter().collect()
 }
@@ -358,7 +357,7 @@ fn is_device(path: &std::path::Path) -> bool {
     matches!(device_number(path), Ok(Some(_)))
 }
 
-/// True where both names lead to one file (a device is told apart by its number elsewhere).
+/// True if both names refer to the same file. (Devices are compared elsewhere, by number.)
 fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let (Ok(one), Ok(other)) = (std::fs::metadata(one), std::fs::metadata(other)) else { return false };

@@ -1,4 +1,4 @@
-//! What a copy did, as it is reported.
+//! The report of a copy.
 
 use std::time::Duration;
 
@@ -12,34 +12,34 @@ use crate::stack::gate::GateReport;
 use crate::stack::{HoldTimes, Skipped};
 use crate::store::KeptStore;
 
-/// What a copy did. Times in milliseconds where named so.
+/// The report of a copy. Times are in milliseconds if the name ends in `_ms`.
 #[derive(Clone, Debug, Serialize)]
 pub struct CopyOutcome {
     /// The origin.
     pub origin: String,
-    /// Its size, bytes.
+    /// Its size in bytes.
     pub origin_bytes: Bytes,
-    /// The instant that the copy shows.
+    /// The instant of the copy.
     pub instant: InstantReport,
-    /// The copier's part.
+    /// The copier's figures.
     #[serde(flatten)]
     pub copy: CopyReport,
-    /// The COW store's part; None for an origin at rest.
+    /// The COW store's figures; None for a cold origin.
     pub store: Option<StoreFill>,
-    /// How the origin was given back while it was copied; None for an origin at rest.
+    /// The releases of regions during the copy; None for a cold origin.
     pub release: Option<GateReport>,
-    /// What was neither copied nor preserved, because nothing there was in use.
+    /// Free space that was neither copied nor preserved.
     pub skipped: SkippedReport,
-    /// What of the filesystems on the origin was not frozen at the instant, and why.
+    /// Filesystems on the origin that were not frozen at the instant, and why.
     pub not_frozen: Vec<String>,
-    /// Where the store was kept.
+    /// Path of the store that was kept.
     pub kept_store: Option<String>,
-    /// The whole command, seconds.
+    /// Duration of the whole command in seconds.
     pub total_seconds: f64,
 }
 
 impl CopyOutcome {
-    /// What `result` is for the users of `plan`, when all is put back.
+    /// The report of a copy that has ended with `result`, after everything was restored.
     pub fn of(plan: &CopyPlan, result: CopyResult, total: Duration) -> Self {
         Self {
             origin: plan.origin.path.display().to_string(),
@@ -56,17 +56,17 @@ impl CopyOutcome {
     }
 }
 
-/// What came of a copy before everything was put back.
+/// The result of a copy before everything was restored.
 pub struct CopyResult {
-    /// How long the origin was held for the instant.
+    /// For how long the origin was held at the instant.
     pub instant: HoldTimes,
-    /// The copier's part.
+    /// The copier's figures.
     pub copy: CopyReport,
-    /// The COW store's part; None for an origin at rest.
+    /// The COW store's figures; None for a cold origin.
     pub store: Option<StoreFill>,
-    /// How the origin was given back; None for an origin at rest.
+    /// The releases of regions; None for a cold origin.
     pub release: Option<GateReport>,
-    /// What was left out.
+    /// Free space that was left out.
     pub skipped: SkippedReport,
     /// The store that was kept.
     pub kept: Option<KeptStore>,
@@ -75,16 +75,16 @@ pub struct CopyResult {
 /// Free space that a copy left out.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct SkippedReport {
-    /// Its bytes.
+    /// Its size in bytes.
     pub bytes: Bytes,
-    /// In so many ranges.
+    /// The number of ranges.
     pub ranges: usize,
     /// Why nothing, or not more, was left out.
     pub notes: Vec<String>,
 }
 
 impl SkippedReport {
-    /// What the stack left out.
+    /// The free space that the stack left out.
     pub fn of(skipped: &Skipped) -> Self {
         Self {
             bytes: skipped.extents.iter().map(|extent| extent.length()).sum(),
@@ -94,12 +94,12 @@ impl SkippedReport {
     }
 }
 
-/// When the instant was, and how long the origin was held for it.
+/// The time of the instant, and for how long the origin was held for it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct InstantReport {
     /// RFC 3339, UTC.
     pub utc: String,
-    /// Filesystems written back before anything was held.
+    /// Writing back the filesystems, before anything was held.
     pub synced_ms: f64,
     /// From the first freeze to the last thaw.
     pub frozen_ms: f64,
@@ -119,7 +119,7 @@ impl From<HoldTimes> for InstantReport {
     }
 }
 
-/// Says what is left out.
+/// Reports to the observer what is left out.
 pub(super) fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &dyn Observer) {
     for text in &skipped.notes {
         observer.event(&Event::Note { text: format!("free space: {text}; all of it is copied") });

@@ -1,17 +1,19 @@
-//! Puts the origin back when the copier cannot. Putting back never waits for the secondary: a dead file server or a
-//! suspended disk may answer tomorrow, or never.
+//! Restores the origin if the copier cannot. The restore never waits for the secondary: a dead file server or a
+//! suspended disk may never answer.
 //!
-//! Where a copy fails, the origin gets its own table back first, before anything in flight is waited for
-//! ([`Rescue::restore`]). And where a signal asks us to stop while the copier is inside a call of the kernel that does
-//! not return, a thread that never touches the secondary does it after [`GRACE`].
+//! If a copy fails, the origin's own table is restored first, before requests in flight are waited for
+//! ([`Rescue::restore`]). If a signal requests a stop while the copier is blocked in a system call, a thread that never
+//! accesses the secondary restores the table after [`GRACE`].
 //!
-//! What is left then is devices that no write passes through any more: the copier removes them when it comes back, or
-//! `recover` does once the process has ended.
+//! Only devices that no write passes through are left then. The copier removes them once its system call returns, or
+//! `recover` does after the process has ended.
 //!
 //! Invariants:
-//! - the origin's table is put back at most once here, by one of the two;
-//! - the gate is stopped before, and could not load over it anyway: the table is not the one that it expects;
-//! - a copy whose origin was put back is never published: before that it asks for the table, and the signal stays.
+//! - this module restores the origin's table at most once, in the copier's thread or in its own;
+//! - the gate is stopped before. Even a running gate could not replace the restored table, because it only replaces the
+//!   table that it expects;
+//! - a copy whose origin was restored is never published: the copy checks the table before, and the stop request of the
+//!   signal persists.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -26,15 +28,15 @@ use crate::stack::gate::Gate;
 use crate::sys::process::join_worker;
 use crate::sys::signal;
 
-/// How long after a signal the copier may take to notice it.
+/// How long the copier may take to notice a signal.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Between two looks for a signal.
+/// Time between two checks for a signal.
 const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Default)]
 struct State {
-    /// The copier has come to its end.
+    /// The copier has ended.
     over: bool,
     restored: bool,
 }
@@ -48,17 +50,17 @@ struct Shared {
     wake: Condvar,
 }
 
-/// The thread that puts the origin back. Dropping this ends it.
+/// The thread that restores the origin. Dropping this ends the thread.
 pub(super) struct Rescue {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Rescue {
-    /// Begins to look after the origin that `live` holds.
+    /// Starts the thread for the origin that `live` holds.
     ///
     /// # Errors
-    /// Where no thread can be had, or device-mapper cannot be opened.
+    /// If no thread can be started, or device-mapper cannot be opened.
     pub(super) fn start(live: &Live, gate: &Gate) -> Result<Self> {
         let shared = Arc::new(Shared {
             dm: Dm::open()?,
@@ -76,7 +78,7 @@ impl Rescue {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Gives the origin its own table back. A failure is logged; putting back the rest tries again, and reports it.
+    /// Restores the origin's own table. A failure is logged; the removal of the stack retries it and reports the error.
     pub(super) fn restore(&self) {
         self.shared.restore();
     }
@@ -92,18 +94,18 @@ impl Drop for Rescue {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is an assignment.
+        // Every change is a single assignment, so the state is consistent even after a panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True where it was done by this call.
+    /// True if this call has restored the table.
     fn restore(&self) -> bool {
         (self.stop_gate)();
         let mut state = self.lock();
         if state.restored {
             return false;
         }
-        // A panic leaves the record whole: it is replaced at once.
+        // A panic leaves the job consistent: its record is replaced atomically.
         let mut job = self.job.lock().unwrap_or_else(PoisonError::into_inner);
         match self.stack.restore(&self.dm, &mut job) {
             Ok(()) => state.restored = true,
@@ -139,7 +141,7 @@ impl Shared {
                     self.stack.origin()
                 );
             }
-            // Where that failed, it is tried again after as long.
+            // After a failure, it is tried again after the same time.
             signalled = None;
         }
     }

@@ -1,4 +1,4 @@
-//! Copies what a [`Session`] holds: a live origin, or one that is not in use.
+//! Copies the origin that a [`Session`] holds, live or cold.
 
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
@@ -29,7 +29,7 @@ use crate::stack::HoldTimes;
 use crate::sys::process::crash_point;
 use crate::volume::OriginKind;
 
-/// Carries out `plan`.
+/// Executes `plan`.
 ///
 /// # Errors
 /// As [`Session::carry_out`].
@@ -48,7 +48,7 @@ pub fn run(
     })
 }
 
-/// The instant is over: tells the secondary, and records what is needed to resume.
+/// Called after the instant: passes its time to the secondary, and records what is needed to resume.
 fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     let Session { plan, observer, live, transfer, .. } = session;
     let live = live.as_ref().expect("the origin is held");
@@ -58,8 +58,8 @@ fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     note_copy(plan, live, secondary)
 }
 
-/// Copies the held origin, with the workers beside the copier; all have ended when this returns. A copy whose process died
-/// continues at `from`.
+/// Copies the held origin. The workers run in parallel with the copier, and have ended when this returns. `from`: where
+/// a copy whose process died continues.
 ///
 /// # Errors
 /// As [`Session::carry_out`].
@@ -82,7 +82,7 @@ fn copy_beside_workers(
     let live = session.live.as_ref().expect("the origin is held");
     let shown = ProgressFile::new(session.observer, live.progress_path());
     let observer: &dyn Observer = &shown;
-    // The monitor first: the store fills, and must grow, while --hook-after runs.
+    // The monitor starts first, because the store must be able to grow while --hook-after runs.
     let workers = Workers::start(plan, live)?;
     let (monitor, gate) = (&workers.monitor, &workers.gate);
     let stop = || {
@@ -135,8 +135,8 @@ fn copy_beside_workers(
     })
 }
 
-/// Where requests are in flight still, the kernel may read from the engine's buffers: they stay until the process has ended,
-/// which waits for that.
+/// While requests are in flight, the kernel may read from the engine's buffers. So the engine is leaked; the end of the
+/// process waits for the requests.
 fn ended(copied: Result<CopyReport>, engine: Box<dyn Engine>, is_stream: bool) -> Result<CopyReport> {
     if engine.in_flight() > 0 && !is_stream {
         std::mem::forget(engine);
@@ -144,7 +144,7 @@ fn ended(copied: Result<CopyReport>, engine: Box<dyn Engine>, is_stream: bool) -
     copied
 }
 
-/// How the applications fare; None where the kernel does not tell.
+/// Measures the impact on the applications; None if the kernel keeps no statistics.
 fn impact_watch(plan: &CopyPlan, live: &Live) -> Option<ImpactWatch> {
     live.probe().map(|probe| ImpactWatch {
         impact: plan.request.impact,
@@ -162,8 +162,7 @@ fn blind_text(plan: &CopyPlan) -> String {
     )
 }
 
-/// What is copied: everything but what was not in use at the instant, as far as the secondary's form can tell
-/// it apart.
+/// The block list: everything except what was free at the instant, as precisely as the secondary's form can express.
 pub(in crate::op) fn block_list_of(plan: &CopyPlan, skipped: &[Extent]) -> Vec<Extent> {
     let form = plan.secondary_request(Vec::new()).form;
     BlockList::new(needed(skipped, plan.origin.size))
@@ -172,7 +171,7 @@ pub(in crate::op) fn block_list_of(plan: &CopyPlan, skipped: &[Extent]) -> Vec<E
         .to_vec()
 }
 
-/// The device beneath, for direct reading.
+/// Opens the device below for direct reads.
 fn open_below(live: &Live) -> Result<OwnedFd> {
     let path = live.stack().below();
     let below = OpenOptions::new()
@@ -183,7 +182,7 @@ fn open_below(live: &Live) -> Result<OwnedFd> {
     Ok(below.into())
 }
 
-/// Reads an origin at rest; the instant is the beginning of the reading.
+/// Copies a cold origin; the instant is the beginning of the first read.
 fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
     let plan = session.plan;
     let device = match plan.origin.kind {

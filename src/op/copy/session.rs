@@ -1,7 +1,7 @@
-//! A copy in progress: what it owns, and its one way out.
+//! Owns everything of a copy in progress, and ends it.
 //!
-//! Whatever happens to a copy, [`Session::finish`] ends it: the origin gets its own table back first, then the secondary is
-//! given up where the copy failed, then the job ends, then --hook-after runs where it has not run yet.
+//! Every copy ends in [`Session::finish`], in this order: the origin's own table is restored, the secondary of a failed
+//! copy is abandoned, the job ends, and --hook-after runs if it is still due.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -22,12 +22,12 @@ use crate::progress::{Event, Observer, Phase};
 use crate::secondary::{self, Secondary, SecondaryTarget, engine_config};
 use crate::stack::hooks::Hook;
 
-/// How long `--hook-after` may go on once the copy is to stop: it undoes what `--hook-before` did.
+/// How long `--hook-after` may continue to run after a stop request: it undoes what `--hook-before` did.
 const HOOK_AFTER_GRACE: Duration = Duration::from_secs(10);
 
-/// What moves the bytes, and where to.
+/// The engine and the secondary.
 pub struct Transfer {
-    /// With buffers for the plan's segments.
+    /// Its buffers fit the plan's segments.
     pub engine: Box<dyn Engine>,
     /// The secondary, opened and checked.
     pub secondary: Box<dyn Secondary>,
@@ -39,24 +39,24 @@ pub struct Session<'a> {
     pub(super) observer: &'a dyn Observer,
     pub(super) interrupt: &'a dyn Fn() -> Result<()>,
     clock: Stopwatch,
-    /// None where the origin is held, whose holder has the job then, or where there is none.
+    /// None while the origin is held, because [`Live`] owns the job then, and if there is no job.
     job: Option<Job>,
-    /// The origin, if it is live and was begun to be held.
+    /// The live origin, once holding it has begun.
     pub(super) live: Option<Live>,
-    /// None before it is opened, and from when the copier has it.
+    /// None before it is opened, and after it was passed to the copier.
     pub(super) transfer: Cell<Option<Transfer>>,
-    /// --hook-before has run, and --hook-after has not.
+    /// --hook-before has run, --hook-after has not.
     is_hook_due: Cell<bool>,
-    /// What a killed copy has left cannot be trusted now: it stays as it is.
+    /// What a killed copy has left cannot be verified now, so it stays as it is.
     pub(super) is_doubted: Cell<bool>,
 }
 
 impl<'a> Session<'a> {
-    /// Carries out `plan`: prepares the copy, takes the instant of a live origin, calls `copy`, and ends the copy, whatever
-    /// happened.
+    /// Executes `plan`: prepares the copy, takes the instant of a live origin, calls `copy`, and ends the copy in any
+    /// case.
     ///
     /// # Errors
-    /// The first failure; the error says in which state origin and secondary are.
+    /// The first failure, with the state of the origin and of the secondary.
     pub fn carry_out(
         plan: &'a CopyPlan,
         observer: &'a dyn Observer,
@@ -73,8 +73,8 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// As [`Session::carry_out`], for the copy of a process that died, whose instant is over. `is_hook_due`: it did not run
-    /// --hook-after.
+    /// As [`Session::carry_out`], for the copy of a dead process that has passed its instant. `is_hook_due`: that
+    /// process had not run --hook-after.
     ///
     /// # Errors
     /// As [`Session::carry_out`].
@@ -93,7 +93,7 @@ impl<'a> Session<'a> {
         session.ending_with(copy)
     }
 
-    /// Runs `copy`, then ends the session. A panic would leave the stack in place: it is removed before the panic continues.
+    /// Runs `copy`, then ends the session. If `copy` panics, the stack is removed before the panic continues.
     fn ending_with(mut self, copy: impl FnOnce(&mut Self) -> Result<CopyResult>) -> Result<CopyOutcome> {
         match catch_unwind(AssertUnwindSafe(|| copy(&mut self))) {
             Ok(result) => self.finish(result),
@@ -104,11 +104,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Begins a copy. First takes the origin's lock, so that of two copies that begin at once one is refused with nothing
-    /// made. The job knows all that is made from now on.
+    /// Begins a copy. Locks the origin first: if two copies begin at the same time, one is refused before it has
+    /// created anything. The job records everything that is created from now on.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where another job has the origin; I/O errors.
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if another job uses the origin; I/O errors.
     fn begin(
         plan: &'a CopyPlan,
         observer: &'a dyn Observer,
@@ -140,17 +140,16 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Opens engine and secondary, before the instant and before --hook-before makes applications wait: from the instant
-    /// on writers pay for every moment in which nothing is copied, and the buffers alone take a tenth of a second to be
-    /// zeroed and pinned.
+    /// Opens the engine and the secondary before the instant, and before --hook-before makes applications wait. After
+    /// the instant every delay costs the writers, and zeroing and pinning the buffers alone takes a tenth of a second.
     ///
     /// # Errors
-    /// The secondary's refusals, the engine's.
+    /// The errors of opening the engine and the secondary.
     fn open(&mut self) -> Result<()> {
         let engine = engine_for(self.plan)
             .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let secondary = open_secondary(self.plan, self.interrupt)?;
-        // A copy of an origin at rest has a job for its partial file alone.
+        // The job of a cold copy records only the partial file.
         match (&mut self.job, secondary.partial_path()) {
             (Some(job), Some(partial)) => job.note_partial(partial),
             (Some(_), None) => {}
@@ -161,10 +160,10 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Runs --hook-before. From then on --hook-after is due.
+    /// Runs --hook-before. Afterwards --hook-after is due.
     ///
     /// # Errors
-    /// The hook's.
+    /// Those of [`Hook::run`].
     fn hook_before(&self) -> Result<()> {
         if let Some(command) = &self.plan.request.hooks.before {
             let hook = self.hook("--hook-before", command);
@@ -175,9 +174,9 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Runs --hook-after where it is due, whatever came of the instant: it undoes what --hook-before did. Its failure does
-    /// not undo the copy. Where `stop` says that the copy is to end (a signal, a lost snapshot), a hook that does not
-    /// return is killed after [`HOOK_AFTER_GRACE`].
+    /// Runs --hook-after if it is due, even if the instant failed: it undoes what --hook-before did. Its failure does
+    /// not undo the copy. Once `stop` returns an error (a signal, a lost snapshot), a hook that still runs is killed
+    /// after [`HOOK_AFTER_GRACE`].
     pub fn hook_after(&self, stop: &dyn Fn() -> Result<()>) {
         if !self.is_hook_due.replace(false) {
             return;
@@ -202,10 +201,10 @@ impl<'a> Session<'a> {
         Hook { option, command, origin: &self.plan.origin.path, below: None, deadline: None }
     }
 
-    /// Takes the live origin: makes store and stack. The instant is when this returns.
+    /// Holds the live origin: creates the store and inserts the stack. When this returns, the instant is over.
     ///
     /// # Errors
-    /// The first failure; [`Session::finish`] puts back what was made.
+    /// The first failure; [`Session::finish`] removes what was created.
     fn hold(&mut self, live_plan: &LivePlan) -> Result<()> {
         let dm = Dm::open()?;
         let job = self.job.take().expect("the copy of a live origin has a job");
@@ -213,13 +212,13 @@ impl<'a> Session<'a> {
         self.live.insert(live).insert(self.plan, live_plan, self.observer, self.interrupt)
     }
 
-    /// Ends the copy: see the invariants of this module.
+    /// Ends the copy, in the order that the module documentation states.
     ///
     /// # Errors
-    /// `result`'s, with what could not be undone; what fails when a complete copy's origin is put back.
+    /// The error of `result`, with what could not be undone. For a complete copy, the error of restoring the origin.
     fn finish(mut self, result: Result<CopyResult>) -> Result<CopyOutcome> {
         let result = match result {
-            // To be tried again, or given up by `recover`: as if this process had been killed.
+            // As if this process had been killed: the copy can be resumed again, or abandoned by `recover`.
             Err(error) if self.is_doubted.get() => return Err(error),
             result => self.put_back(result),
         };
@@ -245,7 +244,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Puts the origin back after a panic, and nothing more.
+    /// Restores the origin after a panic, and does nothing else.
     fn abort(mut self) {
         if let Some(Err(error)) = self.live.take().map(|live| live.end(false)) {
             tracing::error!("{error}; run 'tidemark recover'");
@@ -263,7 +262,7 @@ pub fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
     open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
-/// It may never answer: a signal ends the wait.
+/// The secondary may never answer, so a signal ends the wait.
 fn open_secondary(plan: &CopyPlan, interrupt: &dyn Fn() -> Result<()>) -> Result<Box<dyn Secondary>> {
     plan.check_store()?;
     let request = plan.secondary_request(plan.forbidden_with_store());

@@ -1,5 +1,5 @@
-//! Beside the copier: the monitor lets the store grow, the gate releases regions of the origin and holds it, the rescue
-//! puts the origin back where the copier cannot.
+//! The threads that run in parallel with the copier: the monitor enlarges the store, the gate releases regions of the
+//! origin and holds its writers, the rescue thread restores the origin if the copier cannot.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -14,7 +14,7 @@ use crate::progress::{Event, Observer, StoreFill};
 use crate::stack::gate::{Gate, GateEvent, GateReport, HoldPolicy};
 use crate::store::{CowStore, Monitor, StoreEvent};
 
-/// The threads that work while the copier does, and what they tell.
+/// The threads that run in parallel with the copier, and the channel of their events.
 pub(super) struct Workers {
     pub(super) monitor: Arc<Monitor>,
     pub(super) gate: Gate,
@@ -24,10 +24,10 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    /// Starts them for the origin that `live` holds.
+    /// Starts the threads for the origin that `live` holds.
     ///
     /// # Errors
-    /// Where a thread cannot be had, or device-mapper cannot be opened.
+    /// If a thread cannot be started, or device-mapper cannot be opened.
     pub(super) fn start(plan: &CopyPlan, live: &Live) -> Result<Self> {
         let dm = Dm::open()?;
         let snap = live.stack().snap().to_owned();
@@ -36,7 +36,7 @@ impl Workers {
         let monitor = Arc::new(Monitor::start(
             store,
             move || dm.snapshot_status(&snap),
-            // Without a receiver the copy is over.
+            // If the receiver is gone, the copy has ended.
             move |event| drop(say.send(event)),
         )?);
         let hold = (plan.request.on_full == OnFull::Hold).then(|| {
@@ -45,7 +45,7 @@ impl Workers {
         });
         let (say, gate_events) = mpsc::channel();
         let told = move |event| {
-            // Without a receiver the copy is over.
+            // If the receiver is gone, the copy has ended.
             let _ = say.send(event);
         };
         let gate = Gate::start(live.stack(), live.stack().released(), hold, told)?;
@@ -53,7 +53,7 @@ impl Workers {
         Ok(Self { monitor, gate, rescue, store_events, gate_events })
     }
 
-    /// Passes on what they have told since the last call.
+    /// Passes on the events since the last call.
     pub(super) fn relay(&self, plan: &CopyPlan, observer: &dyn Observer) {
         for event in self.store_events.try_iter() {
             tell(observer, event);
@@ -63,7 +63,7 @@ impl Workers {
         }
     }
 
-    /// Ends all of them; the gate before the monitor, which asks the monitor.
+    /// Ends all threads; the gate before the monitor, because the gate calls the monitor.
     pub(super) fn stop(self, plan: &CopyPlan, observer: &dyn Observer) -> (StoreFill, GateReport) {
         self.relay(plan, observer);
         drop(self.rescue);

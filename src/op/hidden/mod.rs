@@ -1,6 +1,6 @@
 //! Hidden entry points: processes that help a command (watchdog, write-back) and, in test builds, parts of a copy.
 //!
-//! They are handled before the command line is parsed: a watchdog must start fast, and no option may make it fail.
+//! They are handled before the command line is parsed: a watchdog must start quickly, and no option may make it fail.
 
 #[cfg(feature = "vm")]
 mod free_map;
