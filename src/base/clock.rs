@@ -8,7 +8,7 @@ pub fn utc_now_ns() -> u64 {
     u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0)
 }
 
-/// RFC 3339 text of a UTC time in nanoseconds since 1970, or None where out of range.
+/// RFC 3339 text of a UTC time in nanoseconds since 1970, or None if out of range.
 #[must_use]
 pub fn utc_text(ns: u64) -> Option<String> {
     jiff::Timestamp::from_nanosecond(i128::from(ns)).ok().map(|t| t.to_string())
@@ -22,7 +22,7 @@ pub fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S
     serializer.serialize_f64(time.as_secs_f64())
 }
 
-/// As [`seconds`], null where there is none.
+/// As [`seconds`], null if there is none.
 ///
 /// # Errors
 /// The serializer's.

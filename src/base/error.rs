@@ -188,7 +188,7 @@ impl Error {
         self.0.kind
     }
 
-    /// Replaces the kind, where the caller knows better than the callee what the failure means.
+    /// Replaces the kind, if the caller knows better than the callee what the failure means.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.0.kind = kind;
@@ -211,13 +211,13 @@ impl Error {
         &self.0.what
     }
 
-    /// The state that is left, where it was given.
+    /// The state that is left, if it was given.
     #[must_use]
     pub fn state_left(&self) -> Option<&str> {
         self.0.state.as_deref()
     }
 
-    /// What to do next, where it was given.
+    /// What to do next, if it was given.
     #[must_use]
     pub fn next_step(&self) -> Option<&str> {
         self.0.next.as_deref()

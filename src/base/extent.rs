@@ -14,12 +14,12 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// `start..end`, or None where that is empty or reversed.
+    /// `start..end`, or None if that is empty or reversed.
     #[must_use]
     pub fn new(start: Bytes, end: Bytes) -> Option<Self> {
         (start < end).then_some(Self { start, end })
     }
-    /// `start..start + length`, or None where that is empty or does not fit 64 bits.
+    /// `start..start + length`, or None if that is empty or does not fit 64 bits.
     #[must_use]
     pub fn with_length(start: Bytes, length: Bytes) -> Option<Self> {
         Self::new(start, start.checked_add(length)?)
@@ -44,7 +44,7 @@ impl Extent {
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
-    /// True where the two have a byte in common.
+    /// True if the two have a byte in common.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         self.intersection(other).is_some()
@@ -59,7 +59,7 @@ impl Extent {
             Some(Self { start, end: cut })
         })
     }
-    /// True where every byte of `other` is in this one.
+    /// True if every byte of `other` is in this one.
     #[must_use]
     pub fn contains(self, other: Self) -> bool {
         self.start <= other.start && other.end <= self.end

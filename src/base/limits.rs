@@ -54,7 +54,7 @@ pub const FREE_MAP_TIME_MAX: Duration = Duration::from_millis(250);
 /// in an emulated guest.
 pub const ORIGIN_TABLE_FREE_RUNS_MAX: usize = 1000;
 
-/// The same where every line of the table receives every flush. Measured in an emulated guest (6.12): 4 KiB
+/// The same if every line of the table receives every flush. Measured in an emulated guest (6.12): 4 KiB
 /// O_DSYNC writes, as a share of those with one line: 0.9 with 2 lines, 0.7 with 8, 0.5 with 32, 0.27 with
 /// 128.
 pub const ORIGIN_TABLE_FREE_RUNS_FLUSHED_MAX: usize = 32;

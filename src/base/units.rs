@@ -29,17 +29,17 @@ macro_rules! unit {
             pub const fn get(self) -> u64 {
                 self.0
             }
-            /// Sum, or None where it does not fit 64 bits.
+            /// Sum, or None if it does not fit 64 bits.
             #[must_use]
             pub fn checked_add(self, other: Self) -> Option<Self> {
                 self.0.checked_add(other.0).map(Self)
             }
-            /// Difference, or None where it would be negative.
+            /// Difference, or None if it would be negative.
             #[must_use]
             pub fn checked_sub(self, other: Self) -> Option<Self> {
                 self.0.checked_sub(other.0).map(Self)
             }
-            /// Difference, or zero where it would be negative.
+            /// Difference, or zero if it would be negative.
             #[must_use]
             pub fn saturating_sub(self, other: Self) -> Self {
                 Self(self.0.saturating_sub(other.0))
@@ -124,7 +124,7 @@ impl Bytes {
     pub fn as_len(self) -> usize {
         usize::try_from(self.0).expect("a buffer length fits usize")
     }
-    /// Whole sectors, or an error naming `what` where it is not a multiple of 512.
+    /// Whole sectors, or an error naming `what` if it is not a multiple of 512.
     pub fn to_sectors(self, what: &str) -> Result<Sectors> {
         if self.0.is_multiple_of(SECTOR_BYTES) {
             Ok(Sectors(self.0 / SECTOR_BYTES))
@@ -193,7 +193,7 @@ impl Sectors {
     pub fn bytes(self) -> Bytes {
         Bytes(self.0) * SECTOR_BYTES
     }
-    /// In bytes, or None where the value, read from outside, does not fit.
+    /// In bytes, or None if the value, read from outside, does not fit.
     #[must_use]
     pub fn checked_bytes(self) -> Option<Bytes> {
         self.0.checked_mul(SECTOR_BYTES).map(Bytes)
@@ -318,7 +318,7 @@ impl Default for SegmentSize {
 }
 
 impl ChunkSize {
-    /// Where chunk `index` begins, or None where it does not fit 64 bits.
+    /// Where chunk `index` begins, or None if it does not fit 64 bits.
     #[must_use]
     pub fn offset_of(self, index: ChunkIx) -> Option<Bytes> {
         index.0.checked_mul(self.0).map(Bytes)
@@ -326,7 +326,7 @@ impl ChunkSize {
 }
 
 impl SegmentSize {
-    /// Where segment `index` begins, or None where it does not fit 64 bits.
+    /// Where segment `index` begins, or None if it does not fit 64 bits.
     #[must_use]
     pub fn offset_of(self, index: SegmentIx) -> Option<Bytes> {
         index.0.checked_mul(self.0).map(Bytes)

@@ -1,5 +1,5 @@
-//! The CRC-32C of every segment's payload as the secondary received it: four bytes for each, kept where the
-//! copy is verified.
+//! The CRC-32C of every segment's payload as the secondary received it: four bytes for each, kept if the copy
+//! is verified.
 
 use super::ports::ResumePoint;
 use crate::base::checksum::crc32c;
@@ -41,7 +41,7 @@ impl Checksums {
     }
 
     /// The checksum that a segment must have when it is read back before originals are applied to it. None
-    /// also where a process died while it applied originals: the segment may hold some of them already, and
+    /// also if a process died while it applied originals: the segment may hold some of them already, and
     /// all of them are applied to it again.
     pub(super) fn before_overlay(&self, ix: SegmentIx) -> Option<u32> {
         let may_hold_originals =
@@ -67,7 +67,7 @@ impl Checksums {
         }
     }
 
-    /// The checksum that was set, where checksums are kept.
+    /// The checksum that was set, if checksums are kept.
     pub(super) fn get(&self, ix: SegmentIx) -> Option<u32> {
         self.kept.as_ref().map(|kept| kept[Bytes(ix.get()).as_len()])
     }

@@ -1,14 +1,14 @@
 //! Checks whether the segments that an earlier process recorded are still on the secondary.
 //!
 //! If the secondary may have been detached meanwhile, every segment is read back and compared with its
-//! recorded checksum. If it was attached all the time, only a sample is, since another process may have
+//! recorded checksum. If it was attached all the time, only a sample is read back, since another process may have
 //! written to it. Lost segments are copied again, as long as the origin still holds them. If nothing else
 //! proves that the secondary is the copy's target, this check has to: all segments must be there, and at
 //! least one must hold something other than zeros.
 //!
 //! A segment to which originals were being applied may hold some of them, so its checksum proves nothing. Its
-//! earlier content had been synced, and all its originals are applied to it again; so it is accepted where
-//! all other segments are right. (A frame of an archive has checksums of its own.)
+//! earlier content had been synced, and all its originals are applied to it again; so it is accepted if all
+//! other segments are right. (A frame of an archive has checksums of its own.)
 //!
 //! Invariants:
 //! - nothing is written, and the origin is not read;

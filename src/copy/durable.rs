@@ -64,7 +64,7 @@ impl Syncer {
         Ok(())
     }
 
-    /// The sync of `token` has succeeded: returns the segments that it made durable. None where the token is
+    /// The sync of `token` has succeeded: returns the segments that it made durable. None if the token is
     /// not of a sync begun here.
     pub(super) fn synced(&mut self, token: u64, now: Duration) -> Option<Vec<PlacedSegment>> {
         let sync = self.sync.take_if(|sync| sync.token == token)?;

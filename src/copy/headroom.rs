@@ -8,8 +8,8 @@
 //! and an application's request is served at once. After [`LIMITED_MAX`] the next unlimited span measures the
 //! disk again.
 //!
-//! The price is the rest of the rate in the limited time, an eighth of the copy's rate in all. It is also
-//! paid where reads take longer for another reason: because the applications use the disk, or the processor.
+//! The price is the rest of the rate in the limited time, an eighth of the copy's rate in total. It is also
+//! paid if reads take longer for another reason: because the applications use the disk, or the processor.
 //! A stall makes the rate of a span low, so the limited time is bounded by time and not by reads.
 //!
 //! Pure: time is passed in.

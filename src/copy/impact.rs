@@ -2,7 +2,7 @@
 //!
 //! Pure: time and measurements are passed in; [`Throttle`](super::throttle::Throttle) applies the result. The
 //! measurement is the mean latency of the reads and writes of the origin's own device. The copier reads below
-//! that device, so its reads are not counted there; where they share a disk with the applications, they show
+//! that device, so its reads are not counted there; if they share a disk with the applications, they show
 //! as higher latency of the applications.
 //!
 //! # The goal
@@ -20,18 +20,17 @@
 //! the price of a read and a write: a copy that takes twice as long spares its applications the copier's
 //! reads and makes them pay for more first writes. So the rate never falls below a floor
 //! ([`Limits::floor_share`] of the best rate seen, [`FLOOR_MIN`] at least), and the cost of copy-on-write
-//! itself is not attributed to the copier: where sampling shows that the applications are as slow without it,
+//! itself is not attributed to the copier: if sampling shows that the applications are as slow without it,
 //! the copier is not throttled.
 //!
 //! # The window
-//!
 //! The controller sets one number, the window: the reads that may be in flight, in thousandths. From 1,000 up
-//! it is that many reads without a pause (a queue is what hurts first, and shortening it costs least). Below
-//! 1,000 it is one read at a time, at that share of the rate which one read at a time had. The size of a step
-//! depends on where the latency is between baseline and goal ([`factor`]): the last quarter of that room is a
-//! dead zone, so that noise does not move the window. Each step is decided by three new measurements, without
-//! those far slower than the middle one: no outlier moves the window, and no step is taken twice for one
-//! cause.
+//! it is that many reads without a pause. (A longer queue is the first to raise the latency, and shortening it
+//! costs the copy least.) Below 1,000 it is one read at a time, at that share of the rate which one read at a
+//! time had. The size of a step depends on the position of the latency between baseline and goal ([`factor`]):
+//! the last quarter of that interval is a dead zone, so that noise does not move the window. Each step is
+//! decided by three new measurements, without those far slower than the middle one: no outlier moves the
+//! window, and no step is taken twice for one cause.
 //!
 //! More reads than it takes to keep the disk busy only make the queue longer, and first writes wait in that
 //! queue, because their originals are read after the copier's reads. So an enlargement that does not raise
@@ -124,7 +123,7 @@ pub struct LatencySample {
 
 /// Measures the applications' I/O on the origin's device; implemented in `op`.
 pub trait LatencyProbe {
-    /// The I/O since the last call; None where it cannot be measured.
+    /// The I/O since the last call; None if it cannot be measured.
     fn sample(&mut self) -> Option<LatencySample>;
 }
 
@@ -132,7 +131,7 @@ pub trait LatencyProbe {
 pub struct ImpactWatch {
     /// The level.
     pub impact: Impact,
-    /// The applications' mean latency before the instant, where there were enough I/Os to measure it.
+    /// The applications' mean latency before the instant, if there were enough I/Os to measure it.
     pub before: Option<Duration>,
     /// The first sample covers the I/O since the probe was created.
     pub probe: Box<dyn LatencyProbe>,
@@ -561,7 +560,7 @@ impl Controller {
         }
     }
 
-    /// True where the rate is as low as it gets for this test, and most of the excess latency is still there.
+    /// True if the rate is as low as it gets for this test, and most of the excess latency remains.
     fn backoff_has_little_effect(&self, excess: Duration, rate: Bytes) -> bool {
         let allowed = scale(self.rate_of_one.map_or(0, Bytes::get), self.window, ONE);
         self.window <= self.window_min().max(ONE / FUTILE_RATE_PARTS)
@@ -570,7 +569,7 @@ impl Controller {
             && self.slowed.is_some_and(|(_, before)| excess * 2 > before)
     }
 
-    /// Returns to one read at a time without pauses; what follows is judged afresh.
+    /// Returns to one read at a time without pauses; later measurements are judged independently of earlier ones.
     fn reset_slowing(&mut self) {
         (self.slowed, self.futile_rounds, self.backoff_futile) = (None, 0, false);
         self.window = self.window.max(ONE);
@@ -654,12 +653,12 @@ impl Controller {
     }
 }
 
-/// By how many thousandths the window is multiplied. This depends on where the latency is between baseline
+/// The factor of the window, in thousandths. It depends on the position of the latency between baseline
 /// and goal. Past the goal the window shrinks, faster with the distance. In the last quarter before the goal
 /// it stays. Before that it grows, and faster while `climbing`.
 ///
 /// The steps are smaller than the deviations that cause them, because a queue's latency grows faster than its
-/// load: near a disk's capacity with the square, where a proportional step would overshoot and oscillate.
+/// load: near a disk's capacity with the square, and a proportional step would overshoot and oscillate.
 fn factor(seen: Duration, baseline: Duration, goal: Duration, climbing: bool) -> u64 {
     let excess = seen.saturating_sub(baseline).as_nanos();
     let room = goal.saturating_sub(baseline).as_nanos().max(1);
@@ -684,7 +683,7 @@ fn without_outliers(sums: &[Sum]) -> Option<Sum> {
     sorted.into_iter().filter(|sum| sum.mean() <= middle * OUTLIER).reduce(Sum::plus)
 }
 
-/// `value` x `by` / `of`, or u64::MAX where that does not fit.
+/// `value` x `by` / `of`, or u64::MAX if that does not fit.
 fn scale(value: u64, by: u64, of: u64) -> u64 {
     let wide = u128::from(value) * u128::from(by) / u128::from(of.max(1));
     u64::try_from(wide).unwrap_or(u64::MAX)

@@ -57,7 +57,7 @@ pub struct CopyJob<'a> {
     pub engine: &'a mut dyn Engine,
     /// The origin below the snapshot, opened for direct I/O.
     pub origin: OwnedFd,
-    /// Its name in errors.
+    /// Its name in error messages.
     pub origin_description: String,
     /// Its size.
     pub origin_size: Bytes,
@@ -71,13 +71,13 @@ pub struct CopyJob<'a> {
     pub secondary: Box<dyn Secondary>,
     /// The originals; None for a cold copy.
     pub originals: Option<&'a mut dyn OriginalsProvider>,
-    /// Releases regions; None where nothing is preserved.
+    /// Releases regions; None if nothing is preserved.
     pub releases: Option<&'a mut dyn Releases>,
     /// The durable record of placed segments; None for a copy that cannot be resumed.
     pub placements: Option<&'a mut dyn PlacementLog>,
     /// Where an earlier process stopped; the secondary was reopened accordingly.
     pub resumed: Option<ResumePoint>,
-    /// Measures and limits the impact on the applications; None where there are none.
+    /// Measures and limits the impact on the applications; None if there are none.
     pub impact: Option<ImpactWatch>,
     /// Receives progress events.
     pub observer: &'a dyn Observer,
@@ -90,7 +90,8 @@ pub struct CopyJob<'a> {
     /// abandoned.
     pub on_failure: &'a dyn Fn(),
     /// Called instead of `on_failure` when a resumed copy fails before it has written anything, except by an
-    /// interrupt or because its snapshot is lost: the secondary is left unchanged, and the caller must leave everything else unchanged, too.
+    /// interrupt or because its snapshot is lost: the secondary is left unchanged, and the caller must leave
+    /// everything else unchanged, too.
     pub on_unwritten_failure: &'a dyn Fn(),
 }
 
@@ -346,17 +347,17 @@ fn run_phases(
 ///
 /// Why the result is exact. A read below the snapshot returns newer data for a chunk only if a write to that
 /// chunk was issued to the origin before the read ended, and the kernel issues it only after the exception
-/// has been committed. So every chunk that the fuzzy copy got wrong has its original in the store by the time
-/// the reading is done. The store is read AFTER the last read of the origin has completed: `fuzzy::run`
-/// returns only then, and `open` is what makes the store readable. That order is the whole argument; it is
-/// kept here and nowhere else.
+/// has been committed. So every chunk that the fuzzy copy got wrong has its original in the store when the last
+/// read has completed. The store is read AFTER the last read of the origin has completed: `fuzzy::run`
+/// returns only then, and `open` is what makes the store readable. The argument rests on this order alone, and
+/// only this function ensures it.
 ///
 /// Why a region may be released before its originals are on the secondary. After the release, writes to the
 /// region are not preserved. But the last read of the region has completed before, so no read contains what
 /// those writes change. The chunks preserved until then are exactly those that the reads of the region can
 /// have got wrong. Their originals stay in the store, which drops nothing, until they are applied. So the
-/// applications are spared from that moment on, and not only after the originals of the region have been
-/// applied.
+/// applications pay nothing for copy-on-write in the region from then on, and do not have to wait until the
+/// originals of the region have been applied.
 fn copy_and_apply_originals(
     driver: &mut Driver<'_>,
     plan: &mut Plan<'_>,

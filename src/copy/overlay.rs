@@ -68,7 +68,7 @@ impl Store<'_> {
 /// Sorts a batch by destination, merges originals that continue each other, and cuts it to the block list.
 ///
 /// # Errors
-/// [`ErrorKind::Kernel`] where two originals overlap, or one is past the origin's end: the content of the
+/// [`ErrorKind::Kernel`] if two originals overlap, or one is past the origin's end: the content of the
 /// store is wrong.
 fn arranged(batch: Vec<Original>, schedule: &Schedule) -> Result<Vec<Original>> {
     let batch = arrange(batch);
@@ -180,7 +180,7 @@ impl Overlay<'_, '_> {
         Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero }
     }
 
-    /// True where the buffer must hold the whole segment.
+    /// True if the buffer must hold the whole segment.
     fn is_whole(&self) -> bool {
         self.secondary.is_framed() || self.checksums.is_kept()
     }

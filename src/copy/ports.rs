@@ -26,11 +26,11 @@ pub trait OriginalsProvider {
     /// Called after all originals were read: checks that the snapshot was valid until now.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) where it was not.
+    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) if it was not.
     fn check_valid(&mut self) -> Result<()>;
 }
 
-/// Durable record of placed segments, for a process that resumes the copy.
+/// The durable record of placed segments, for a process that resumes the copy.
 pub trait PlacementLog {
     /// Records that all of these segments were written and made durable.
     ///
@@ -59,7 +59,7 @@ pub trait Releases {
     fn release(&mut self, region: Extent) -> Result<()>;
     /// Where on the origin exceptions have appeared since the last call. A hint; never fails.
     fn recent(&mut self) -> Vec<Bytes>;
-    /// True where a release since the last call has held the origin for longer than intended.
+    /// True if a release since the last call has held the origin for longer than intended.
     fn was_slow(&mut self) -> bool;
 }
 

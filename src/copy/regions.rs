@@ -1,7 +1,7 @@
 //! The order in which the origin is copied, and the regions that are done.
 //!
 //! A region is a run of segments that is released together: once every segment of it is on the secondary,
-//! writes to it need not be preserved any more. The origin is cut into *units* of a fixed number of segments.
+//! writes to it need not be preserved any more. The origin is divided into *units* of a fixed number of segments.
 //! A region is one unit, or a run of adjacent units after releases have proved slow ([`Regions::enlarge`]).
 //!
 //! | order | which region is next |
@@ -16,8 +16,8 @@
 //! that is being copied goes to the next unit after it, which is then copied before the writers get there.
 //!
 //! Invariants, for any order and any number of enlargements:
-//! - every segment that holds a part of the block list is handed out exactly once, those of one region in
-//!   their order on the origin;
+//! - every segment that holds a part of the block list is returned by [`Regions::next`] exactly once, those of one
+//!   region in their order on the origin;
 //! - a region is reported done exactly once, after the last of its segments was reported placed; the reported
 //!   regions are disjoint, and together they cover the origin.
 //!
@@ -65,11 +65,11 @@ pub enum Order {
     Hot,
 }
 
-/// The size of a unit for an origin: the requested size, rounded up to whole segments, else a share of the
+/// The size of a unit for an origin: the requested size, rounded up to whole segments, else a fraction of the
 /// origin.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the requested size gives more than [`UNITS_MAX`]
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) if the requested size gives more than [`UNITS_MAX`]
 /// units; the error names the size to use.
 pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<Bytes>) -> Result<Bytes> {
     let smallest = Bytes(origin.get().div_ceil(UNITS_MAX)).align_up(segment.bytes()).max(segment.bytes());
@@ -91,14 +91,14 @@ pub fn region_size_for(origin: Bytes, segment: SegmentSize, requested: Option<By
 /// A unit.
 #[derive(Clone, Copy, Debug)]
 struct Unit {
-    /// Its segments were handed out, or are about to be.
+    /// Its segments were returned by [`Regions::next`], or are about to be.
     begun: bool,
     /// Its segments that are not on the secondary yet.
     left: u64,
     heat: u64,
 }
 
-/// Hands out segments by region, and reports the regions that are done.
+/// Chooses the next segment by region, and reports the regions that are done.
 #[derive(Debug)]
 pub struct Regions<'a> {
     schedule: &'a Schedule,
@@ -108,9 +108,9 @@ pub struct Regions<'a> {
     units: Vec<Unit>,
     /// Units in a region from now on.
     region_units: usize,
-    /// Segments of the current region that are still to be handed out.
+    /// Segments of the current region that are still to be returned.
     current: std::ops::Range<u64>,
-    /// Units that precede the order.
+    /// Units that come before all others, whatever the order.
     first: VecDeque<usize>,
     /// Regions being copied: their units, and the segments left.
     open: VecDeque<(std::ops::Range<usize>, u64)>,
@@ -120,8 +120,8 @@ pub struct Regions<'a> {
 
 impl<'a> Regions<'a> {
     /// For the segments of `schedule`, in units of `unit` bytes (see [`region_size_for`]). `is_placed` tells
-    /// which segments are on the secondary already; they are not handed out again, and units without any
-    /// other segment are done at once.
+    /// which segments are on the secondary already; these are skipped, and units without any other segment
+    /// are done at once.
     pub fn new(
         schedule: &'a Schedule,
         unit: Bytes,
@@ -206,7 +206,7 @@ impl<'a> Regions<'a> {
         }
     }
 
-    /// True where the next segment is the first of another region: the time to update the heat.
+    /// True if the next segment is the first of another region: the time to update the heat.
     #[must_use]
     pub fn is_at_boundary(&self) -> bool {
         self.current.is_empty()
@@ -267,7 +267,7 @@ impl<'a> Regions<'a> {
     /// Records that a segment is on the secondary.
     ///
     /// # Panics
-    /// For a segment that was not handed out, or that was reported before: a broken invariant.
+    /// For a segment that was not returned before, or that was reported before: a broken invariant.
     pub fn placed(&mut self, ix: SegmentIx) {
         let unit = Bytes(ix.get() / self.unit_segments).as_len();
         let at = self
@@ -363,9 +363,9 @@ mod tests {
             regions.next(&|_| false).unwrap().ix.get()
         };
         assert_eq!(next(&[3, 3, 3, 3, 6]), 3);
-        // Nothing is new: the unit after it is hotter than one that was written a while ago.
+        // Nothing is new: the following unit is hotter than one that was written some time ago.
         assert_eq!(next(&[]), 4);
-        // Writers write in the region that is being copied.
+        // The applications write to the region that is being copied.
         assert_eq!(next(&[4, 4, 4, 4]), 5);
     }
 

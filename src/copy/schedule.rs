@@ -1,4 +1,4 @@
-//! Cuts a block list into segments, lazily.
+//! Divides a block list into segments, lazily.
 //!
 //! Pure. Memory: the block list itself; segments are created when they are asked for.
 
@@ -38,8 +38,8 @@ impl Schedule {
     /// [`DIRECT_IO_ALIGN`] or the origin's end.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where they are not, or where the origin
-    /// has more than [`SEGMENT_COUNT_MAX`] segments.
+    /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) if they are not, or if the origin has more than
+    /// [`SEGMENT_COUNT_MAX`] segments.
     pub fn new(extents: Vec<Extent>, size: Bytes, segment: SegmentSize) -> Result<Self> {
         segment_size_for(size, Some(segment))?;
         let mut last = Bytes::ZERO;
@@ -117,7 +117,7 @@ impl Schedule {
         })
     }
 
-    /// One segment, or None where no part of it is in the block list.
+    /// One segment, or None if no part of it is in the block list.
     #[must_use]
     pub fn work(&self, ix: SegmentIx) -> Option<Work> {
         let start = self.segment.offset_of(ix)?;
@@ -138,8 +138,8 @@ impl Schedule {
 /// of segments within [`SEGMENT_COUNT_MAX`].
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) where the requested size is too small (the error names
-/// the size to use), or where the origin is too large for any size.
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) if the requested size is too small (the error names
+/// the size to use), or if the origin is too large for any size.
 pub fn segment_size_for(origin_size: Bytes, requested: Option<SegmentSize>) -> Result<SegmentSize> {
     let fits = |size: SegmentSize| size.count_for(origin_size) <= SEGMENT_COUNT_MAX;
     let mut smallest = requested.map_or(SegmentSize::default().bytes(), SegmentSize::bytes);

@@ -24,12 +24,12 @@ pub const ZEROS_IN_FLIGHT_MAX: usize = 64;
 
 /// After an error: waits for what is in flight. Gives up after a while on a stream whose reader has stopped,
 /// and on a secondary that completes nothing any more; the engine keeps the memory of such a write. Returns
-/// false where something is still in flight.
+/// false if something is still in flight.
 pub(super) fn drain(driver: &mut Driver<'_>, stream: bool) -> bool {
     if stream { driver.drain(STREAM_DRAIN_MAX, false) } else { driver.drain(SILENCE_MAX, true) }
 }
 
-/// The segment that a write belongs to; None where its completion need not be reported.
+/// The segment that a write belongs to; None if its completion need not be reported.
 type Tag = Option<SegmentIx>;
 
 /// Submits the writes of a copy and tracks their completion.
@@ -61,7 +61,7 @@ impl Sink {
         }
     }
 
-    /// Bytes handed to the engine for writing so far.
+    /// Bytes submitted to the engine for writing so far.
     pub(super) fn written(&self) -> Bytes {
         self.written
     }
@@ -205,7 +205,7 @@ impl Sink {
         Ok(())
     }
 
-    /// Processes a completion where only requests of the sink are in flight.
+    /// Processes a completion while only requests of the sink are in flight.
     pub(super) fn take(&mut self, driver: &mut Driver<'_>, completion: Completion) -> Result<()> {
         if let Some(stray) = self.complete(driver, completion)? {
             unreachable!("token {} is not the sink's, and nothing else is in flight", stray.token);

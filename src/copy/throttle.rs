@@ -50,7 +50,7 @@ impl Bucket {
         }
     }
 
-    /// How long to wait; None where a transfer may begin.
+    /// How long to wait; None if a transfer may begin.
     ///
     /// A transfer may take the bucket into debt, and the next one waits until the debt is paid. So a transfer
     /// larger than the bucket is possible, and the average is still the rate.
@@ -82,7 +82,7 @@ impl<'a> Throttle<'a> {
         Self { cap: Bucket::new(rate), impact }
     }
 
-    /// Most bytes of one request to the origin's disk; None where the applications are not spared.
+    /// Most bytes of one request to the origin's disk; None if the applications are not spared.
     #[must_use]
     pub fn read_max(&self) -> Option<Bytes> {
         let watch = &self.impact.as_ref()?.watch;

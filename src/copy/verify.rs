@@ -1,8 +1,8 @@
 //! Checks whether the secondary holds what was written to it: re-reads every segment and compares its CRC-32C
 //! with the one computed when it was written; an archive's own blocks are decoded as well.
 //!
-//! Reads past the page cache (direct I/O; where a filesystem does not support it, the cache was dropped after
-//! the sync). Writes nothing.
+//! Reads past the page cache with direct I/O. If a filesystem does not support that, the cache was dropped after
+//! the sync. Writes nothing.
 
 use std::collections::HashMap;
 

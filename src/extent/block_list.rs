@@ -30,7 +30,7 @@ impl BlockList {
     }
 
     /// The list with at most `parts_max` (at least 1) extents in each segment, since a frame names no more.
-    /// Where a segment has more, its smallest gaps are filled. Their content is then copied too, so this must
+    /// If a segment has more, its smallest gaps are filled. Their content is then copied too, so this must
     /// be decided before the origin's table says what is preserved.
     #[must_use]
     pub fn with_parts_max(&self, size: SegmentSize, parts_max: usize) -> Self {

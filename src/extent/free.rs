@@ -50,7 +50,7 @@ pub fn needed(skipped: &[Extent], size: Bytes) -> Vec<Extent> {
     BlockList::new(whole.into_iter().flat_map(|whole| skipped.gaps_in(whole))).runs().to_vec()
 }
 
-/// The whole chunks in `extent`. The origin's last chunk counts as whole where the extent reaches the
+/// The whole chunks in `extent`. The origin's last chunk counts as whole if the extent reaches the
 /// origin's end.
 fn inward(extent: Extent, size: Bytes, chunk: ChunkSize) -> Option<Extent> {
     let extent = extent.intersection(Extent::new(Bytes::ZERO, size)?)?;
@@ -129,7 +129,7 @@ mod tests {
         Extent::new(Bytes(start), Bytes(end)).unwrap()
     }
 
-    /// Every sector by itself: true where it is free.
+    /// For every sector, whether it is free.
     fn map(extents: &[Extent], sectors: u64) -> Vec<bool> {
         let covers = |at: u64| extents.iter().any(|it| it.contains(extent(at * SECTOR, (at + 1) * SECTOR)));
         (0..sectors).map(covers).collect()
@@ -163,7 +163,7 @@ mod tests {
             let chunk = ChunkSize::new(Bytes(1 << chunk_log)).unwrap();
             let limits = FreeLimits { chunk, range_min: Bytes(range_min), count_max };
             let skipped = skippable(&free, size, &limits);
-            // The oracle: a chunk is free where each of its sectors is.
+            // The oracle: a chunk is free if each of its sectors is.
             let is_free = map(&free, sectors);
             let per_chunk = chunk.bytes().get() / SECTOR;
             let chunk_of = |at: usize| at / usize::try_from(per_chunk).unwrap();

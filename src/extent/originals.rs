@@ -12,7 +12,7 @@ impl Original {
         Some(Self { extent: part, store_offset: self.store_offset + (part.start() - self.extent.start()) })
     }
 
-    /// True where `next` directly follows this one both on the origin and in the store.
+    /// True if `next` directly follows this one both on the origin and in the store.
     #[must_use]
     pub fn continues_with(&self, next: &Self) -> bool {
         self.extent.end() == next.extent.start()

@@ -20,7 +20,7 @@ impl ExtentSet {
         Self::default()
     }
 
-    /// True where no byte is in the set.
+    /// True if no byte is in the set.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
@@ -81,7 +81,7 @@ impl ExtentSet {
         }
     }
 
-    /// True where every byte of `extent` is in the set.
+    /// True if every byte of `extent` is in the set.
     #[must_use]
     #[cfg(test)]
     pub fn contains(&self, extent: Extent) -> bool {

@@ -42,7 +42,7 @@ pub fn put(block: &mut [u8], at: usize, value: &[u8]) {
     block[at..at + value.len()].copy_from_slice(value);
 }
 
-/// True where every byte is zero.
+/// True if every byte is zero.
 pub fn is_zero(data: &[u8]) -> bool {
     data.chunks(BLOCK_BYTES).all(|part| part == &ZEROS[..part.len()])
 }

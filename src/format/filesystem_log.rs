@@ -31,10 +31,10 @@ const EXT4_ENTRY_BYTES: usize = 12;
 const EXT4_LENGTH_MAX: u16 = 32768;
 const BLOCK_BYTES_MAX: u64 = 65536;
 
-/// Reads this many bytes of the filesystem's device at an offset; None where that fails.
+/// Reads this many bytes of the filesystem's device at an offset; None if that fails.
 pub type Read<'a> = &'a mut dyn FnMut(Bytes, usize) -> Option<Vec<u8>>;
 
-/// The log's extents on the filesystem's device, in the log's order; none where the log is elsewhere or is
+/// The log's extents on the filesystem's device, in the log's order; none if the log is elsewhere or is
 /// not understood.
 #[must_use]
 pub fn find(read: Read<'_>) -> Vec<Extent> {
@@ -80,7 +80,7 @@ fn ext4(head: &[u8], read: Read<'_>) -> Vec<Extent> {
     }
 }
 
-/// Adds the extents below a node of a tree; None where the node is invalid.
+/// Adds the extents below a node of a tree; None if the node is invalid.
 fn ext4_node(node: &[u8], block: u64, read: Read<'_>, depth_max: u16, found: &mut Vec<Extent>) -> Option<()> {
     let (entries, depth) = (usize::from(get_u16(node, 2)), get_u16(node, 6));
     let fits = (entries + 1) * EXT4_ENTRY_BYTES <= node.len();

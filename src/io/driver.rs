@@ -66,7 +66,7 @@ impl<'a> Driver<'a> {
         self.clock.elapsed()
     }
 
-    /// Reports that a phase begins; `total`: its bytes, where known.
+    /// Reports that a phase begins; `total`: its bytes, if known.
     pub fn begin_phase(&mut self, phase: Phase, total: Option<Bytes>) {
         self.phase = phase;
         self.done = Bytes::ZERO;
@@ -257,7 +257,7 @@ impl<'a> Driver<'a> {
     }
 
     /// After an error: waits for what is in flight and drops it, for at most `patience`; with `restarts` that
-    /// time starts again at each completion. Returns false where something is still in flight.
+    /// time starts again at each completion. Returns false if something is still in flight.
     pub fn drain(&mut self, patience: Duration, restarts: bool) -> bool {
         let set_aside = self.stash.drain(..).filter_map(|completion| completion.buffer);
         set_aside.for_each(|buffer| self.engine.give_buffer(buffer));

@@ -21,8 +21,8 @@ use crate::sys::aligned::AlignedBuffer;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileIx(pub u16);
 
-/// A buffer of the engine's pool: aligned for direct I/O, and registered with the kernel where the engine can
-/// do that.
+/// A buffer of the engine's pool: aligned for direct I/O, and registered with the kernel if the engine supports
+/// that.
 #[derive(Debug)]
 pub struct Buffer {
     memory: AlignedBuffer,
@@ -89,8 +89,8 @@ pub enum Request {
     Read { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece>, in_turn: bool },
     /// Write the pieces of `buffer` to `file`.
     Write { token: u64, file: FileIx, buffer: Buffer, pieces: Vec<Piece> },
-    /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard where the
-    /// device guarantees zeros after it, else BLKZEROOUT semantics (ordinary writes of zeros where neither is
+    /// Make `extent` of `file` read as zeros: a hole in a regular file; on a block device a discard if the
+    /// device guarantees zeros after it, else BLKZEROOUT semantics (ordinary writes of zeros if neither is
     /// supported). The file's size stays, and the part of `extent` past its end is ignored. Not for streams.
     Zero { token: u64, file: FileIx, extent: Extent },
     /// Make all completed writes to `file` durable (fsync).
@@ -139,7 +139,7 @@ pub trait Engine {
     /// # Errors
     /// Only when the engine itself is broken.
     fn wait_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Completion>>;
-    /// True where [`Request::Zero`] has so far returned the space of `file` to its device or filesystem, as
+    /// True if [`Request::Zero`] has so far returned the space of `file` to its device or filesystem, as
     /// far as that is possible. For reports.
     fn gives_back(&self, file: FileIx) -> bool {
         let _ = file;

@@ -12,7 +12,7 @@ use crate::extent::Extent;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::block::{self, FileKind};
 
-/// Zeros written by one call where a file supports no better method.
+/// Zeros written by one call if a file supports no better method.
 const ZERO_WRITE_BYTES: Bytes = Bytes::mib(1);
 
 /// How a file is made to read as zeros. The methods are tried in this order; one that is not supported is not
@@ -118,7 +118,7 @@ impl FileState {
         }
     }
 
-    /// True where zeroing releases the space to the device or filesystem, as far as it can.
+    /// True if zeroing releases the space to the device or filesystem, as far as it can.
     pub(super) fn gives_back(&self) -> bool {
         match self.kind {
             FileKind::Block => self.zero_method == ZeroMethod::Unmap,
@@ -126,7 +126,7 @@ impl FileState {
         }
     }
 
-    /// Takes fallocate's errno in `mode`; true where another method may succeed. Requests that failed for the
+    /// Takes fallocate's errno in `mode`; true if another method may succeed. Requests that failed for the
     /// same reason before may have moved on already: then the method they chose is next.
     pub(super) fn fallocate_failed(&mut self, mode: i32, errno: i32) -> bool {
         if self.kind == FileKind::Block && mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {

@@ -1,4 +1,4 @@
-//! Chooses the engine: io_uring where the kernel permits it, plain system calls otherwise; the log gives the
+//! Chooses the engine: io_uring if the kernel permits it, plain system calls otherwise; the log gives the
 //! reason.
 
 use super::engine::{Engine, EngineConfig};
@@ -9,7 +9,7 @@ use crate::base::{ErrorKind, Result};
 /// What the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EnginePreference {
-    /// io_uring, or plain calls where the kernel refuses it.
+    /// io_uring, or plain calls if the kernel refuses it.
     #[default]
     Auto,
     /// io_uring or an error.

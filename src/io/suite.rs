@@ -367,7 +367,7 @@ struct RandomStep {
 
 const BLOCKS: usize = 64;
 
-/// Submits one step and does the same to the model; false where no buffer is free.
+/// Submits one step and does the same to the model; false if no buffer is free.
 fn submit_random(
     engine: &mut dyn Engine,
     file: FileIx,

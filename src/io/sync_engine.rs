@@ -59,7 +59,7 @@ impl SyncFile {
         }
     }
 
-    /// True where the stream is ready, or has an error that the next call will return.
+    /// True if the stream is ready, or has an error that the next call will return.
     fn poll(&self, direction: Direction, until: Option<Instant>) -> io::Result<bool> {
         let flags = match direction {
             Direction::Read => PollFlags::POLLIN,
@@ -81,7 +81,7 @@ impl SyncFile {
         }
     }
 
-    /// Continues `transfers`, until `until` where a stream is not ready; each can be resumed.
+    /// Continues `transfers`, waiting at most until `until` for a stream that is not ready; each can be resumed.
     fn run(&self, transfers: &mut [Transfer], memory: &mut [u8], until: Option<Instant>) -> Outcome {
         for transfer in transfers.iter_mut() {
             if self.state.kind == FileKind::Other {
@@ -188,7 +188,7 @@ impl SyncEngine {
     }
 }
 
-/// The index of the next file, or an error where a [`FileIx`] cannot hold it.
+/// The index of the next file, or an error if a [`FileIx`] cannot hold it.
 pub(super) fn next_file(count: usize) -> Result<FileIx> {
     u16::try_from(count)
         .map(FileIx)

@@ -76,7 +76,7 @@ impl Transfer {
         Self { direction, range: piece.range, place: piece.place, done: 0, from: 0, retries: 0, direct }
     }
 
-    /// True where nothing is left to transfer.
+    /// True if nothing is left to transfer.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.done == self.range.len()
@@ -165,7 +165,7 @@ impl Transfer {
     }
 }
 
-/// True where `error` reports that a file ended before a read was complete.
+/// True if `error` reports that a file ended before a read was complete.
 #[must_use]
 pub fn is_end_of_file(error: &Error) -> bool {
     use std::error::Error as _;

@@ -304,10 +304,10 @@ impl UringEngine {
             unreachable!("reap has matched the kind of work")
         };
         let transfer = &mut transfers[at(operation.part)];
-        // The kernel first tries without blocking. Where that fails it retries with blocking by itself,
-        // unless EAGAIN arrives with a completion from a lower device: for example where device-mapper splits
-        // a request over two disks, and one of them has to split its part again. Such a request fails however
-        // often it is tried without blocking.
+        // The kernel first tries without blocking. If that fails, it retries with blocking by itself, unless
+        // EAGAIN arrives with a completion from a lower device: for example if device-mapper splits a request
+        // over two disks, and one of them has to split its part again. Such a request fails however often it
+        // is tried without blocking.
         let refused = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN));
         job.may_wait |= refused && !transfer.is_stream();
         let step = match (operation.poll, result) {

@@ -12,7 +12,7 @@ use crate::secondary::engine_config;
 use crate::sys::process::LockedMemory;
 use crate::topology::Topology;
 
-/// Memory of a copy beside its buffers: the program, its threads' locked stacks, checksums, lists of originals.
+/// Memory of a copy besides its buffers: the program, its threads' locked stacks, checksums, lists of originals.
 /// Measured: 7 MiB for a small origin.
 const BESIDE_BUFFERS: Bytes = Bytes::mib(12);
 

@@ -1,4 +1,4 @@
-//! The use cases, each as observe, plan, run. `--dry-run` shows the very plan that would be run.
+//! The use cases, each in three steps: observe, plan, run. `--dry-run` shows the same plan that a run would execute.
 
 pub mod admission;
 pub mod attach;

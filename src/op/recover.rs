@@ -1,12 +1,12 @@
 //! Recovers from dead commands: from the kernel's tables first, from recorded intents second.
 //!
-//! A job is alive if its lock is held; if its record is not visible (another mount namespace), if its snapshot's device is
-//! held open ([`Action::Claim`](crate::stack::Action::Claim)). The order is safe against crashes:
+//! A job is alive if its lock is held; if its record is not visible (another mount namespace), it is alive if its
+//! snapshot's device is held open ([`Action::Claim`](crate::stack::Action::Claim)). The order is safe against crashes:
 //! 1. Turn off expedited RCU grace periods if a job may have left them on.
 //! 2. Put back origins and remove devices ([`stack::recovery`](crate::stack::recovery)).
 //! 3. Release RAM disks and loop devices.
-//! 4. Remove the partial files of copies and restores that are given up, and the records. (If one of 1 to 3 failed,
-//!    only those of jobs that never used a device.)
+//! 4. Remove the partial files of abandoned copies and restores, and the records. (If one of 1 to 3 failed, only those
+//!    of jobs that never used a device.)
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -206,7 +206,7 @@ fn give_up(jobs: Vec<FoundJob>, report: &mut RecoverReport, failures: &mut Vec<E
     is_all
 }
 
-/// Removes the partial files of a job that is given up, then its record. The record is kept if a file cannot be
+/// Removes the partial files of an abandoned job, then its record. The record is kept if a file cannot be
 /// removed; both are kept if the file's disk or server does not answer.
 fn remove_files(job: FoundJob) -> Result<Vec<String>> {
     let mut removed = Vec::new();

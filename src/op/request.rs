@@ -30,7 +30,7 @@ pub enum OnFull {
     /// The copy fails with its snapshot; the origin stays in use.
     #[default]
     Abort,
-    /// The origin is suspended, for a bounded time each, until the copier has caught up.
+    /// The origin is suspended repeatedly, for a bounded time, until the copier has caught up.
     Hold,
 }
 

@@ -2,9 +2,9 @@
 //!
 //! The state then: the origin still writes through its snapshot, and the store fills. Segments that the segment log
 //! names are on the secondary (see [`segment_log`]). All others are still preserved, because a region is released only
-//! after all of it was noted. So a resume copies the segments that are not noted, and then applies *every* original, at
-//! whatever point the other process died.
-//!
+//! names are on the secondary (see [`segment_log`]). All others are still preserved, because a region is released only
+//! after all of it was recorded. So a resume copies the segments that are not recorded, and then applies *every*
+//! original, at whatever point the other process died.
 //! Until the copier runs, nothing is changed: a resume that is refused leaves everything as it was, to be tried again
 //! or recovered with `recover`. From then on it is a normal copy, and puts everything back however it ends.
 
@@ -55,7 +55,7 @@ pub struct ResumePlan {
     pub job: String,
     /// When its process began, UTC.
     pub started: String,
-    /// What is copied where.
+    /// The plan of the copy.
     pub copy: CopyPlan,
     /// Segments on the secondary.
     pub placed: usize,
@@ -185,7 +185,8 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
     })
 }
 
-/// The reads are at the beginning of the file or device, and at the first and last noted segments: anything not written
+/// The reads are at the beginning of the file or device, and at the first and last recorded segments: anything not
+/// written
 /// yet may be a hole, which needs no read from a disk. For a file, the final name is looked up too.
 fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec<Asked> {
     let SecondaryTarget::Path(target) = &plan.request.secondary else { return Vec::new() };

@@ -62,7 +62,7 @@ pub struct SegmentCount {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
-    /// A phase begins; `total`: its bytes of work, where known.
+    /// A phase begins; `total`: its bytes of work, if known.
     Phase { phase: Phase, total: Option<Bytes> },
     /// Bytes of the current phase done so far.
     Progress {
@@ -105,7 +105,7 @@ pub enum Event {
         #[serde(rename = "allowed_bytes_per_second")]
         rate: Option<Bytes>,
     },
-    /// Something to be read once.
+    /// A message that needs no action.
     Note { text: String },
     /// Something that may need attention.
     Warning { text: String },

@@ -63,7 +63,7 @@ pub struct VerifyReport {
 ///
 /// # Errors
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive, and for a difference;
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where the device or file cannot be compared, or
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the device or file cannot be compared, or
 /// too many differences would have to be recorded; I/O errors; any error that the interrupt returns.
 pub fn verify(
     input: &Input,
@@ -115,7 +115,7 @@ pub fn verify(
 
 struct Comparer<'a> {
     against: Option<&'a mut Against>,
-    /// Set where the map can be read beforehand.
+    /// Set if the map can be read beforehand.
     map: Option<&'a ArchiveFile>,
     /// Bytes that the map marks as absent, so far.
     absent: Bytes,

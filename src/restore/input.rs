@@ -24,7 +24,7 @@ use crate::io::{Buffer, Completion, Driver, EngineConfig, POLL_INTERVAL, Piece, 
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::engine_config;
 
-/// Fewest buffers: one is read while another is written.
+/// Fewest buffers: one for reading, one for writing.
 const BUFFERS_MIN: u16 = 2;
 
 /// Where an archive is read from.
@@ -121,7 +121,7 @@ impl Input {
         }
     }
 
-    /// The totals of the tail superblock, where that can be read beforehand.
+    /// The totals of the tail superblock, if they can be read beforehand.
     pub fn totals(&self) -> Option<Totals> {
         match self {
             Self::File(archive) => Some(*archive.totals()),

@@ -3,7 +3,7 @@
 //! Order, and why:
 //! 1. Write the data frames at their places, in any order: no two overlap.
 //! 2. (After all of those are complete:) zero the ranges without a data frame, both copied zeros and ranges
-//!    that were not copied: on a device by a discard where that guarantees zeros; in a new file they are
+//!    that were not copied: on a device by a discard if that guarantees zeros; in a new file they are
 //!    holes.
 //! 3. (After all of those are complete:) write the originals frames, in the order of the archive: they
 //!    replace parts of 1 and 2.

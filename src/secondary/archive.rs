@@ -70,7 +70,7 @@ pub struct Archive {
     frames: Frames,
     /// The totals so far, except the data frames, which `frames` counts.
     other_totals: Totals,
-    /// Set where a process died while it applied originals to the data: any data frame may be torn, except
+    /// Set if a process died while it applied originals to the data: any data frame may be torn, except
     /// those that this process has rewritten since.
     rewritten: Option<SegmentBits>,
     head_written: bool,
@@ -140,8 +140,8 @@ impl Archive {
     /// Opens the file of a copy that was killed, to resume it.
     ///
     /// # Errors
-    /// Refusals, also where the partial file is missing or was not created by Tidemark; a pipe, which cannot
-    /// be resumed; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `state` does not fit the
+    /// Refusals, also if the partial file is missing or was not created by Tidemark; a pipe, which cannot
+    /// be resumed; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if `state` does not fit the
     /// request.
     pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Self> {
         let (SecondaryTarget::Path(path), Some(archive)) = (&request.target, state.archive) else {
@@ -371,7 +371,7 @@ fn open_pipe(request: &SecondaryRequest) -> Result<File> {
     Ok(file)
 }
 
-/// Standard output may be redirected to a place where a copy must not be written.
+/// Standard output may be redirected to a file or device to which a copy must not be written.
 fn check_redirection(file: &File, forbidden: &[DeviceNumber]) -> Result<()> {
     let metadata = file.metadata().io_context(|| "stat of standard output".to_owned())?;
     let topology = Topology::default();
@@ -452,7 +452,7 @@ impl Secondary for Archive {
         self.frames.get(segment.ix).map(|sequence| vec![self.frame_piece(sequence)])
     }
 
-    /// Where a process died while it applied originals to the data, a frame may be torn: some of its blocks
+    /// If a process died while it applied originals to the data, a frame may be torn: some of its blocks
     /// are the old ones, others the new ones. Such a frame is accepted, and all its originals are applied to
     /// it again. Why that gives the right payload: the two versions differ in their control blocks, which are
     /// rewritten, and in the payload only within extents of originals. The store has kept every original, and

@@ -52,7 +52,7 @@ impl SegmentBits {
         clear
     }
 
-    /// True where the segment's bit is set; false past the last segment.
+    /// True if the segment's bit is set; false past the last segment.
     #[must_use]
     pub fn get(&self, SegmentIx(ix): SegmentIx) -> bool {
         ix < self.count && self.words[Bytes(ix / 64).as_len()] & (1 << (ix % 64)) != 0
@@ -339,11 +339,11 @@ pub struct ArchiveFile {
 }
 
 impl ArchiveFile {
-    /// Opens an archive for reading, with direct I/O where the filesystem supports it.
+    /// Opens an archive for reading, with direct I/O if the filesystem supports it.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is not an archive or is truncated;
-    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is neither file nor device; I/O
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is not an archive or is truncated;
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it is neither file nor device; I/O
     /// errors.
     pub fn open(path: &Path) -> Result<Self> {
         // Checked first: opening a pipe would wait for its writer.
@@ -427,7 +427,7 @@ impl ArchiveFile {
     /// Reads frame `sequence` to the front of `memory`.
     ///
     /// # Errors
-    /// I/O errors, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where the file ends.
+    /// I/O errors, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if the file ends.
     pub fn read_frame(&self, sequence: u64, memory: &mut AlignedBuffer) -> Result<()> {
         let offset = frame_offset(sequence, self.superblock.segment).unwrap_or(Bytes(u64::MAX));
         let length = self.superblock.layout().frame_bytes().as_len();

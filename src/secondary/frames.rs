@@ -39,7 +39,7 @@ impl Frames {
     /// The assignment that a killed copy has left.
     ///
     /// # Errors
-    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where `placed` is impossible: a segment or
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if `placed` is impossible: a segment or
     /// frame out of range, or one frame for two segments.
     pub(super) fn rebuilt(count: u64, placed: &[PlacedSegment]) -> Result<Self> {
         let bad = |what: String| {
@@ -87,7 +87,7 @@ impl Frames {
         u64::from(self.by_segment[Bytes(ix.get()).as_len()]).checked_sub(1)
     }
 
-    /// True where the next segment must take a frame, even if it is all zero.
+    /// True if the next segment must take a frame, even if it is all zero.
     pub(super) fn must_fill_gap(&self) -> bool {
         !self.gaps.is_empty()
     }
@@ -109,7 +109,7 @@ impl Frames {
         }
     }
 
-    /// Makes the number of a segment's frame free for the next segment; false where it has none.
+    /// Makes the number of a segment's frame free for the next segment; false if it has none.
     pub(super) fn unassign(&mut self, ix: SegmentIx) -> bool {
         let Some(frame) = self.get(ix) else { return false };
         self.by_segment[Bytes(ix.get()).as_len()] = 0;

@@ -116,8 +116,8 @@ impl Topology {
                 devices.iter().try_for_each(|device| self.check_filesystem(*device, &what, forbidden))
             }
             // A filesystem whose devices are hidden may be on the origin. The origin loses nothing by that: a
-            // cold origin is not in use, and a live one waits for the secondary only where writers are held
-            // for it; that case is checked together with everything else that may wait.
+            // cold origin is not in use, and a live one waits for the secondary only if writers are held for it;
+            // that case is checked together with everything else that may wait.
             FilesystemBacking::Elsewhere | FilesystemBacking::Unknown(_) => Ok(()),
         }
     }
@@ -262,7 +262,7 @@ mod tests {
             error.to_string()
         };
         assert!(refused(&[dev(253, 0)]).contains("/dev/sda is below /dev/dm-0"));
-        // Its partitions are told from the disk alone where the kernel has not read them by this path.
+        // The kernel has not read the partition table by this path, so only the other path has partitions.
         let error = topology.check_device(dev(8, 16), Path::new("/dev/sdb"), &[]).unwrap_err();
         assert!(error.to_string().contains("mounted (at /mnt/my disk)"), "{error}");
     }

@@ -99,7 +99,7 @@ fn filesystem_uuid(file: &File, topology: &Topology, device: DeviceNumber) -> Op
 /// Compares the target at `path` now with the `recorded` one.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) where it is another target, or where no fact
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it is another target, or if no fact
 /// identifies it.
 pub fn recognize(recorded: Option<&TargetRecord>, now: &TargetRecord, path: &Path) -> Result<Recognition> {
     let refused = |what: String| {
@@ -148,7 +148,7 @@ fn same_file(recorded: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Re
     Ok(if is_proven && !is_reassigned { Recognition::Same } else { Recognition::Unproven })
 }
 
-/// True where the filesystem is proven to be the same; an error where it is another.
+/// True if the filesystem is proven to be the same; an error if it is another.
 fn same_filesystem(recorded: &FileRecord, now: &FileRecord, is_same_mount: bool) -> Result<bool, String> {
     let compared = match (&recorded.filesystem_uuid, &now.filesystem_uuid) {
         (Some(recorded), Some(now)) => Some(recorded == now),
@@ -163,7 +163,7 @@ fn same_filesystem(recorded: &FileRecord, now: &FileRecord, is_same_mount: bool)
     }
 }
 
-/// True where the filesystem's id is neither zero nor the number of its device.
+/// True if the filesystem's id is neither zero nor the number of its device.
 fn is_derived_from_uuid(file: &FileRecord) -> bool {
     file.filesystem != 0 && file.filesystem != file.device.to_dev()
 }

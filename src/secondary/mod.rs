@@ -1,14 +1,14 @@
-//! The places where a copy goes: raw device, raw file, archive, pipe.
+//! The targets of a copy: raw device, raw file, archive, pipe.
 //!
-//! A [`Secondary`] decides *where* bytes go and what surrounds them; the copier moves them through the
+//! A [`Secondary`] decides *where* bytes are written and how they are framed; the copier moves them through the
 //! engine. So a secondary never does bulk I/O itself: it lays out pieces of the copier's buffers.
 //!
 //! Invariants:
 //! - [`open`] makes every check that can refuse, before the origin's instant is taken;
 //! - a result gets its final name only through [`Secondary::finish`], complete and synced;
 //! - a payload begins at [`PAYLOAD_OFFSET`] of a buffer, with room for a control block on both sides;
-//! - bytes between the origin's end and the next [`DIRECT_IO_ALIGN`](crate::base::limits::DIRECT_IO_ALIGN) are zero in every buffer that is
-//!   written.
+//! - bytes between the origin's end and the next [`DIRECT_IO_ALIGN`](crate::base::limits::DIRECT_IO_ALIGN) are
+//!   zero in every buffer that is written.
 //!
 //! This module knows neither device-mapper nor how the originals were preserved.
 
@@ -85,9 +85,9 @@ pub fn check(request: &SecondaryRequest) -> Result<()> {
 /// [`open`]; `request` is the same as for it. A partial file is kept after an error.
 ///
 /// # Errors
-/// As [`open`]; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a pipe, and where the partial
+/// As [`open`]; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a pipe, and if the partial
 /// file is missing or was not created by Tidemark; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData)
-/// where `state` does not fit `request`.
+/// if `state` does not fit `request`.
 pub fn reopen(request: &SecondaryRequest, state: &Resumed) -> Result<Box<dyn Secondary>> {
     match (&request.target, request.form) {
         (SecondaryTarget::Path(path), SecondaryForm::Raw) => {

@@ -1,7 +1,6 @@
 //! A regular file that gets its name only when it is complete, so that a result appears in one step.
 //!
 //! Invariants:
-//! - until [`PartialFile::publish`] the bytes are under `.NAME.tidemark-partial.<id>` in the final
 //! - until [`PartialFile::publish`] the bytes are under `.NAME.tidemark-partial.<id>` in the final directory,
 //!   and the final name is as it was before;
 //! - publish happens after the file's sync, and syncs the directory: a crash leaves either no final name, or
@@ -100,12 +99,12 @@ impl Deadline {
 const ID_LENGTH: usize = 12;
 
 impl PartialFile {
-    /// Creates the partial file in the directory of `target`, with direct I/O where the filesystem supports
+    /// Creates the partial file in the directory of `target`, with direct I/O if the filesystem supports
     /// it.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where `target` exists and `replace` is false, or exists and is not a regular
-    /// file; [`ErrorKind::Usage`] where `target` does not name a file; I/O errors otherwise.
+    /// [`ErrorKind::Refused`] if `target` exists and `replace` is false, or exists and is not a regular
+    /// file; [`ErrorKind::Usage`] if `target` does not name a file; I/O errors otherwise.
     pub fn create(target: &Path, replace: bool) -> Result<Self> {
         let (target, directory, name) = examine_target(target, replace)?;
         // Two processes that begin at the same time run one after the other, so that the second one finds the
@@ -155,7 +154,7 @@ impl PartialFile {
     /// an error.
     ///
     /// # Errors
-    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] where `partial` is not recorded, is missing, was
+    /// As [`PartialFile::create`]; [`ErrorKind::Refused`] if `partial` is not recorded, is missing, was
     /// not created by Tidemark for `target`, or is not the `recorded` one.
     pub fn reopen(
         partial: Option<&Path>,
@@ -248,7 +247,7 @@ impl PartialFile {
     /// between 2 and 3 leaves either name, and the file under it is complete because of 1.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] where `replace` is false and the final name appeared meanwhile, or where the
+    /// [`ErrorKind::Refused`] if `replace` is false and the final name appeared meanwhile, or if the
     /// file of that name is in use; I/O errors. After an error the final name is as it was, except after a
     /// failed directory sync, which the error states. A file that was synced stays.
     pub fn publish(&mut self) -> Result<()> {
@@ -378,7 +377,7 @@ fn partial_of(path: &Path) -> Option<&[u8]> {
     (is_id && !name.is_empty()).then_some(name)
 }
 
-/// True where `partial` has the name of a partial file of `target`.
+/// True if `partial` has the name of a partial file of `target`.
 #[must_use]
 pub fn is_partial_of(partial: &Path, target: &Path) -> bool {
     let name = target.file_name().map(OsStr::as_bytes);
@@ -391,7 +390,7 @@ fn is_ours(found: &fs::Metadata) -> bool {
 }
 
 /// Removes a partial file that a killed process has left; returns whether it existed. Its path comes from the
-/// job's record; the name is checked so that no record can make it remove any other file. Where the copy got
+/// job's record; the name is checked so that no record can make it remove any other file. If the copy got
 /// its final name before the process died, only the partial name is removed.
 ///
 /// # Errors
@@ -436,7 +435,7 @@ fn exists(target: &Path) -> Error {
         .next("remove it, choose another name, or pass --yes to replace it when the copy is complete")
 }
 
-/// The target's real path, its directory, and its name; refused where the file cannot be created or replaced.
+/// The target's real path, its directory, and its name; refused if the file cannot be created or replaced.
 fn examine_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsString)> {
     let target = resolve(target)?;
     match fs::symlink_metadata(&target) {
@@ -460,7 +459,7 @@ fn examine_target(target: &Path, replace: bool) -> Result<(PathBuf, PathBuf, OsS
 /// replaced.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] where it does not name a file, [`ErrorKind::Refused`] where its directory does not
+/// [`ErrorKind::Usage`] if it does not name a file, [`ErrorKind::Refused`] if its directory does not
 /// exist; I/O errors.
 pub fn resolve(target: &Path) -> Result<PathBuf> {
     if target.as_os_str().as_bytes().is_empty() {
@@ -537,7 +536,7 @@ fn lock(file: &File, path: &Path, deadline: &Deadline) -> Result<()> {
                 .state("nothing was written")
                 .next("check its disk ('dmesg'), and try again"));
             }
-            // Where the filesystem has no locks, there is nothing to wait for.
+            // If the filesystem has no locks, there is nothing to wait for.
             Err(TryLockError::Error(error)) => {
                 tracing::debug!(path = %path.display(), %error, "no lock on the partial file");
                 return Ok(());

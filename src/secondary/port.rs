@@ -15,13 +15,13 @@ use crate::format::segment_log::PlacedSegment;
 use crate::format::state::TargetRecord;
 use crate::io::{Engine, EngineConfig, FileIx, Piece};
 
-/// Most buffers: more transfers in flight than this gain nothing on any device.
+/// Most buffers: more transfers in flight do not raise the throughput of any device.
 const BUFFER_COUNT_MAX: u64 = 128;
 
-/// Fewest buffers: one is read while another is written.
+/// Fewest buffers: one for reading, one for writing.
 const BUFFER_COUNT_MIN: u64 = 2;
 
-/// Where a segment's payload begins in a buffer: after the room for a control block.
+/// Offset of a segment's payload in a buffer: it follows the room for a control block.
 pub const PAYLOAD_OFFSET: usize = 4096;
 
 /// Where the secondary is.
@@ -41,7 +41,7 @@ pub struct SecondaryRequest {
     pub target: SecondaryTarget,
     /// Its form.
     pub form: SecondaryForm,
-    /// Where originals go; a cold copy has none.
+    /// How originals get into the copy; a cold copy has none.
     pub originals: OriginalsMode,
     /// An existing file may be replaced, a device overwritten.
     pub replace: bool,
@@ -83,7 +83,7 @@ pub struct Segment<'a> {
     /// The parts of it that are copied; sorted, disjoint, within `extent`. The bytes between them are zero in
     /// the buffer and have no meaning.
     pub valid: &'a [Extent],
-    /// CRC-32C of the payload (`extent.length()` bytes), where checksums are kept.
+    /// CRC-32C of the payload (`extent.length()` bytes), if checksums are kept.
     pub crc: Option<u32>,
     /// The payload is known to be all zero.
     pub zero: bool,
@@ -121,21 +121,21 @@ pub struct Placement {
 pub trait Secondary: Send {
     /// The secondary's name in messages.
     fn description(&self) -> &str;
-    /// True where segments are placed in the order in which they were handed out, whatever that order is. No
+    /// True if segments are placed in the order in which the copier reads them, whatever that order is. No
     /// form needs it for correctness, because a frame names its segment; but an archive that is written in
     /// order is also read in the order in which the origin was copied.
     fn is_ordered(&self) -> bool {
         false
     }
-    /// True where writes must be submitted one at a time and nothing can be read back.
+    /// True if writes must be submitted one at a time and nothing can be read back.
     fn is_stream(&self) -> bool {
         false
     }
-    /// True where originals are packed after the data instead of being applied to it.
+    /// True if originals are packed after the data instead of being applied to it.
     fn appends(&self) -> bool {
         false
     }
-    /// True where a changed segment has to be read, checked and written as a whole, because it
+    /// True if a changed segment has to be read, checked and written as a whole, because it
     /// carries its own checksum.
     fn is_framed(&self) -> bool {
         false
@@ -165,7 +165,7 @@ pub trait Secondary: Send {
     /// # Errors
     /// What the format cannot express.
     fn place(&mut self, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement>;
-    /// The sequence of a segment's data frame once it was placed; None where it has none.
+    /// The sequence of a segment's data frame once it was placed; None if it has none.
     fn frame_number(&self, ix: SegmentIx) -> Option<u64> {
         let _ = ix;
         None
@@ -196,8 +196,8 @@ pub trait Secondary: Send {
         let _ = extents;
         Placement::default()
     }
-    /// What to read, and where to in a buffer, to read the segment back; None where nothing was stored
-    /// because the segment is zero.
+    /// The pieces to read the segment back into a buffer; None if nothing was stored because the segment is
+    /// zero.
     fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>>;
     /// Checks what was read back by the frame's own checksums. The copier compares the payload's CRC.
     ///
@@ -208,13 +208,13 @@ pub trait Secondary: Send {
         Ok(())
     }
     /// Places a segment to which originals were applied; `changed` are the originals' extents, sorted and
-    /// merged. For a framed secondary, or where `segment.crc` is given, `memory` holds the whole payload;
+    /// merged. For a framed secondary, or if `segment.crc` is given, `memory` holds the whole payload;
     /// otherwise only the changed extents.
     ///
     /// # Errors
     /// What the format cannot express.
     fn overlay(&mut self, segment: &Segment<'_>, changed: &[Extent], memory: &mut [u8]) -> Result<Placement>;
-    /// Most extents that one frame of originals can name; 0 where `appends` is false.
+    /// Most extents that one frame of originals can name; 0 if `appends` is false.
     fn append_extents_max(&self) -> usize {
         0
     }
@@ -247,8 +247,8 @@ pub trait Secondary: Send {
         let _ = (unit, memory);
         Ok(())
     }
-    /// Drops the pages of a synced file from the page cache, so that re-reading reaches the medium where
-    /// direct I/O is not supported.
+    /// Drops the pages of a synced file from the page cache, so that re-reading reaches the medium if direct
+    /// I/O is not supported.
     fn forget_cache(&self) {}
     /// Sets the file's exact length; before the last sync.
     ///
@@ -258,14 +258,14 @@ pub trait Secondary: Send {
     /// Gives a synced file its name; the copy is then complete.
     ///
     /// # Errors
-    /// I/O errors, or a refusal where the name was taken meanwhile.
+    /// I/O errors, or a refusal if the name was taken meanwhile.
     fn finish(&mut self) -> Result<()>;
     /// Keeps a partial file as it is, for a later attempt: nothing was written to it since it was reopened.
     fn leave(&mut self) {}
     /// Gives up: removes a partial file. Returns the state that is left, for the text of an error.
     ///
     /// # Errors
-    /// Where the partial file could not be removed.
+    /// If the partial file could not be removed.
     fn abandon(&mut self) -> Result<String>;
 }
 
@@ -275,7 +275,7 @@ pub fn zero_padding(memory: &mut [u8], payload_end: usize) {
     memory[payload_end..padded].fill(0);
 }
 
-/// True where every byte of `data` is zero; stops at the first 256 bytes that are not.
+/// True if every byte of `data` is zero; stops at the first 256 bytes that are not.
 #[must_use]
 pub fn is_zero(data: &[u8]) -> bool {
     let mut blocks = data.chunks_exact(256);

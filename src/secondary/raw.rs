@@ -85,7 +85,7 @@ impl RawTarget {
     /// again. So zeros are written to a file too, instead of being left out.
     ///
     /// # Errors
-    /// As [`RawTarget::open`]; a refusal where the partial file is missing or was not created by Tidemark.
+    /// As [`RawTarget::open`]; a refusal if the partial file is missing or was not created by Tidemark.
     pub fn reopen(path: &Path, request: &RawRequest, state: &Resumed) -> Result<Self> {
         let device = is_block_device(path)?;
         if device != state.partial.is_none() || state.archive.is_some() {
@@ -150,7 +150,7 @@ impl RawTarget {
         let device = check_device(path, request)?;
         let file = open_exclusively(path, OpenOptions::new().read(true).write(true), request.size)?;
         let topology = Topology::default();
-        // Again: the exclusive open does not keep away a process that opened it between the check and the
+        // Checked again: the exclusive open does not keep away a process that opened it between the check and the
         // open.
         topology.check_unused(path)?;
         let identity = identify(&file, path)?;

@@ -38,8 +38,8 @@ pub enum Action {
     Own { device: String, table: Template },
     /// Load a table into the device's inactive slot.
     Load { device: String, table: Template },
-    /// Load a table that is computed at this step: it leads to `preserve` where data is in use, elsewhere to
-    /// where `real` leads.
+    /// Load a table that is computed at this step: ranges in use lead to `preserve`, all others lead where `real`
+    /// leads.
     LoadOver { device: String, real: String, preserve: String },
     /// Drop the device's inactive table, if any.
     Clear { device: String },

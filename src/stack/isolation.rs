@@ -1,13 +1,13 @@
-//! How does the watchdog avoid what happens to its command?
+//! Isolates the watchdog from what happens to its command.
 //!
 //! A command is killed, stopped or frozen as a member of a group: a session (end of a login), a process group
 //! (Ctrl-C), a control group (`systemctl stop`, `systemctl freeze`, `docker pause`, a limit on memory or
-//! processor time). The watchdog leaves every group that it has the right to leave; it shares the fate of the
-//! rest.
+//! processor time). The watchdog leaves every group that it has the right to leave; whatever happens to the other
+//! groups also happens to the watchdog.
 //!
-//! Control groups: it moves to the root of each hierarchy that it can see. Where the root of version 2
-//! accepts no processes (in a container whose root delegates controllers), it creates the group [`GROUP`]
-//! next to the command's.
+//! Control groups: it moves to the root of each hierarchy that it can see. If the root of version 2 accepts no
+//! processes (in a container whose root delegates controllers), it creates the group [`GROUP`] next to the
+//! command's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use crate::sys::{process, signal};
 use crate::topology::Topology;
 
-/// The control group that watchdogs create where the root accepts no processes.
+/// The control group that watchdogs create if the root accepts no processes.
 const GROUP: &str = "tidemark-watchdog";
 
 /// Leaves every group that can be left. Best effort: a step that fails changes nothing.

@@ -310,7 +310,7 @@ impl Stack {
     ///
     /// # Errors
     /// [`ErrorKind::StoreInvalid`] if another tool has replaced the table; [`ErrorKind::Refused`] if another
-    /// tool is about to, where a retry can succeed; [`ErrorKind::Interrupted`] if I/O in flight took longer
+    /// tool is about to, and a retry can succeed; [`ErrorKind::Interrupted`] if I/O in flight took longer
     /// than the budget; the kernel's. After any of these the table is unchanged.
     pub fn release(
         &self,

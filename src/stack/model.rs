@@ -12,7 +12,7 @@ use crate::volume::lvm_lock::LvmScope;
 /// Which stacks to insert at one instant.
 #[derive(Clone, Debug)]
 pub struct InsertRequest {
-    /// One for each origin. Where an origin lies on another one, the upper one comes first.
+    /// One for each origin. If an origin lies on another one, the upper one comes first.
     pub stacks: Vec<StackRequest>,
     /// Mount points of every filesystem on the origins, one each, in the order of freezing.
     pub filesystems: Vec<PathBuf>,

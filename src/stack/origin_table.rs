@@ -3,7 +3,7 @@
 //! | a range that | leads |
 //! |---|---|
 //! | is needed and not copied yet | to `preserve`, a device with a single `snapshot-origin` line over `real` |
-//! | is free or released | where the origin's own table leads; to `real` where that is not `linear` |
+//! | is free or released | where the origin's own table leads; to `real` if that line is not `linear` |
 //!
 //! Why is `snapshot-origin` a device of its own, although it adds a layer to each first write? A free or
 //! released range then costs no more than without a copy, and every line of the table can be of a kind chosen
@@ -315,7 +315,7 @@ mod tests {
     }
 
     /// The final place of a sector, through `real` and `preserve`, which do not shift it: a sector of a disk,
-    /// or of `real` where that is striped.
+    /// or of `real` if that is striped.
     fn place(origin: &LowerDevices, table: &Table, sector: u64) -> (DeviceNumber, u64) {
         let line = lines_at(table, sector)[0];
         match destination(line) {

@@ -113,7 +113,7 @@ impl Owner {
     ///
     /// # Errors
     /// [`ErrorKind::StoreInvalid`] if the device or its active table was replaced; [`ErrorKind::Refused`]
-    /// while another tool is changing it, where a retry can succeed; the kernel's.
+    /// while another tool is changing it, and a retry can succeed; the kernel's.
     pub fn check(&self, dm: &Dm) -> Result<()> {
         match self.find_foreign_change(dm)? {
             None => Ok(()),

@@ -133,7 +133,7 @@ impl<'a> Member<'a> {
     }
 }
 
-/// The plan of restoring the origin's own table where its active table is `current`.
+/// The plan of restoring the origin's own table, if its active table is `current`.
 #[must_use]
 pub fn restoration(origin: &str, current: impl Into<Template>, own_table: &Table) -> Change {
     let clear = Action::Clear { device: origin.to_owned() };

@@ -1,7 +1,7 @@
-//! What did dead commands leave in the kernel, and which steps put it back?
+//! Finds what dead commands left in the kernel, and plans the steps that undo it.
 //!
-//! A UUID shows that a device is ours, and contains the id of its job. The caller says which jobs are alive; their devices
-//! and attached volumes are not touched. The order is safe against crashes:
+//! A UUID shows that a device is ours, and contains the id of its job. The caller says which jobs are alive; their
+//! devices and attached volumes are not touched. The order is safe against crashes:
 //! 1. Resume what is suspended (dropping a loaded table first, so that a half-made stack is not activated), then thaw,
 //!    because a thaw writes to the device.
 //! 2. Give every origin its own table back, from the `real` device, under a watchdog.

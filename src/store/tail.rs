@@ -375,7 +375,7 @@ fn attach(file: &File, description: &str, warnings: &mut Vec<String>) -> Result<
     let attach_direct = || LoopDevice::attach(file, block, true);
     let device = attach_direct().or_else(|error| match error.raw_os_error() {
         Some(libc::ENOENT) if load_module("loop", &[]) => attach_direct(),
-        // Kernels from 6.15 on refuse direct I/O where earlier ones silently do without it.
+        // Kernels from 6.15 on refuse direct I/O in cases in which earlier ones silently use buffered I/O.
         Some(libc::EINVAL) => LoopDevice::attach(file, block, false),
         _ => Err(error),
     });

@@ -65,8 +65,8 @@ fn metadata(file: impl AsFd) -> io::Result<std::fs::Metadata> {
     File::from(file.as_fd().try_clone_to_owned()?).metadata()
 }
 
-/// True if the block device with this major and minor number was removed: sysfs reports no size. A process that still has
-/// it open cannot query anything else.
+/// True if the block device with this major and minor number was removed: sysfs reports no size. A process that still
+/// has it open cannot query anything else.
 #[must_use]
 pub fn is_gone((major, minor): (u64, u64)) -> bool {
     match std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")) {
@@ -157,8 +157,8 @@ pub fn generation(file: impl AsFd) -> Option<u32> {
 pub fn filesystem_uuid(file: impl AsFd) -> Option<Vec<u8>> {
     let fd = file.as_fd().as_raw_fd();
     let mut answer = raw::FsUuid { length: 0, bytes: [0; 16] };
-    // SAFETY: FS_IOC_GETFSUUID writes a `struct fsuuid2`, which is laid out as `FsUuid` is, through the pointer, which is
-    // to a live local; `fd` is open for the borrow of `file`.
+    // SAFETY: FS_IOC_GETFSUUID writes a `struct fsuuid2`, which is laid out as `FsUuid` is, through the pointer, which
+    // is to a live local; `fd` is open for the borrow of `file`.
     uninterrupted(|| unsafe { raw::fs_ioc_getfsuuid(fd, &raw mut answer) }).ok()?;
     answer.bytes.get(..usize::from(answer.length)).filter(|uuid| !uuid.is_empty()).map(<[u8]>::to_vec)
 }

@@ -53,8 +53,8 @@ pub fn block_forks() -> MutexGuard<'static, ()> {
 /// Something that a child process asks the kernel.
 ///
 /// # Safety
-/// `ask` runs in the fork of a process with threads. It must not allocate, lock, or panic, nor call anything that is not
-/// async-signal-safe.
+/// `ask` runs in the fork of a process with threads. It must not allocate, lock, or panic, nor call anything that is
+/// not async-signal-safe.
 pub unsafe trait Question {
     /// The decoded answer.
     type Answer;
@@ -199,7 +199,8 @@ const REAPING_PAUSE: Duration = Duration::from_micros(200);
 /// Runs in the child.
 fn answer_all<Q: Question>(questions: &[Q], pipe: RawFd) -> ! {
     let pipe_number = pipe.cast_unsigned();
-    // SAFETY: these calls take numbers only. The descriptors that they close are this child's copies, which nothing uses.
+    // SAFETY: these calls take numbers only. The descriptors that they close are this child's copies, which nothing
+    // uses.
     unsafe {
         libc::syscall(libc::SYS_close_range, 0u32, pipe_number.saturating_sub(1), 0u32);
         libc::syscall(libc::SYS_close_range, pipe_number + 1, u32::MAX, 0u32);

@@ -209,8 +209,8 @@ pub fn status(path: &Path) -> io::Result<Option<LoopStatus>> {
 /// The question for the status of the loop device at a path.
 struct StatusQuestion(CString);
 
-// SAFETY: `ask` makes system calls only, of which open() and close() are async-signal-safe by signal-safety(7), and ioctl()
-// is in every libc: a system call that takes no lock.
+// SAFETY: `ask` makes system calls only, of which open() and close() are async-signal-safe by signal-safety(7), and
+// ioctl() is in every libc a plain system call that takes no lock.
 unsafe impl Question for StatusQuestion {
     type Answer = LoopStatus;
 

@@ -129,7 +129,8 @@ unsafe impl Question for StatQuestion {
         let wanted = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID;
         // SAFETY: zeros are a valid `struct statx`, which consists of numbers.
         let mut answer: libc::statx = unsafe { std::mem::zeroed() };
-        // SAFETY: the path ends with a zero; the kernel writes one `struct statx` to the pointer, which is to a live local.
+        // SAFETY: the path ends with a zero; the kernel writes one `struct statx` to the pointer, which is to a live
+        // local.
         let result =
             unsafe { libc::statx(libc::AT_FDCWD, self.path.as_ptr(), flags, wanted, &raw mut answer) };
         if result < 0 {
@@ -171,7 +172,8 @@ unsafe impl Question for StatfsQuestion {
     fn ask(&self) -> Result<Words, i32> {
         // SAFETY: zeros are a valid `struct statfs`, which consists of numbers.
         let mut answer: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the path ends with a zero; the kernel writes one `struct statfs` to the pointer, which is to a live local.
+        // SAFETY: the path ends with a zero; the kernel writes one `struct statfs` to the pointer, which is to a live
+        // local.
         if unsafe { libc::statfs(self.0.as_ptr(), &raw mut answer) } < 0 {
             return Err(nix::errno::Errno::last_raw());
         }

@@ -50,8 +50,8 @@ impl Reads {
     }
 }
 
-// SAFETY: each function of nix, and `block::seek_data`, makes one system call, and passes a C string unchanged. `memory` is on
-// the stack. Nothing allocates, locks or panics: an `io::Error` of an errno has no memory of its own.
+// SAFETY: each function of nix, and `block::seek_data`, makes one system call, and passes a C string unchanged.
+// `memory` is on the stack. Nothing allocates, locks or panics: an `io::Error` of an errno has no memory of its own.
 unsafe impl Question for Reads {
     type Answer = ();
 
@@ -68,7 +68,8 @@ unsafe impl Question for Reads {
             let at = match block::seek_data(&file, Bytes(*offset)) {
                 Ok(Some(data)) => data,
                 Ok(None) if found.is_file && *offset > 0 => continue,
-                // The file has no data to read. A sync of its metadata needs the disk as well, and has no data to write.
+                // The file has no data to read. A sync of its metadata needs the disk as well, and has no data to
+                // write.
                 Ok(None) if found.is_file => {
                     fsync(&file).map_err(|errno| errno as i32)?;
                     continue;

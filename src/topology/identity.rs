@@ -26,8 +26,8 @@ const WORLD_WIDE_NAMES: [&str; 2] = ["wwid", "device/wwid"];
 const ANCESTORS_MAX: usize = 12;
 
 impl Topology {
-    /// The facts of `device` and of every device below it, ordered by number. The devices below a multipath device change
-    /// with its paths, so that it is identified by its own UUID alone.
+    /// The facts of `device` and of every device below it, ordered by number. The devices below a multipath device
+    /// change with its paths, so that it is identified by its own UUID alone.
     #[must_use]
     pub fn identities(&self, device: DeviceNumber) -> Vec<DeviceRecord> {
         let devices = self.stack_to(device, &|at| self.is_named_multipath(at));

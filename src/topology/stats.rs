@@ -171,7 +171,7 @@ mod tests {
     }
 
     proptest! {
-        /// The oracle computes with wide numbers: every difference is right, also where the milliseconds
+        /// The oracle computes with wide numbers: every difference is right, even if the milliseconds
         /// wrap.
         #[test]
         fn differences_survive_the_wrap(

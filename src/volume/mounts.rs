@@ -91,8 +91,8 @@ impl FreezeSet {
     }
 }
 
-/// Finds the filesystems on `origins` and on the devices above them. Where an origin lies on another one, what
-/// is on the upper one comes first.
+/// Finds the filesystems on `origins` and on the devices above them. If an origin lies on another one, the filesystems
+/// on the upper one come first.
 ///
 /// # Errors
 /// I/O errors of reading mountinfo and swaps.

@@ -309,7 +309,7 @@ fn the_goal_is_reached_soon_and_kept() {
     }
 }
 
-/// Where throttling has no effect on the latency, the copier is not throttled: the copy would only take
+/// If throttling has no effect on the latency, the copier is not throttled: the copy would only take
 /// longer.
 #[test]
 fn the_copier_is_not_throttled_without_effect() {

@@ -37,8 +37,7 @@ pub struct FrameFacts {
     pub sequence: u64,
     /// The kind of payload.
     pub kind: FrameKind,
-    /// Data: where the segment has_magic. Originals: where the first original has_magic. Map: where the first entry
-    /// has_magic.
+    /// Offset on the origin. Data: of the segment. Originals: of the first original. Map: of the first entry.
     pub origin_offset: Bytes,
     /// Bytes of the payload in use; zeros follow up to the segment size.
     pub payload_length: Bytes,
@@ -187,14 +186,14 @@ fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Con
     Ok(Control { facts, extents, base, size: layout.origin_size })
 }
 
-/// True where `block` has_magic with the magic number of a control block. A reader of a pipe uses it to tell a
-/// frame from the tail superblock. It checks nothing else.
+/// True if `block` begins with the magic number of a control block. A reader of a pipe uses this to distinguish a
+/// frame from the tail superblock. Checks nothing else.
 #[must_use]
 pub fn has_magic(block: &[u8]) -> bool {
     block.starts_with(&MAGIC)
 }
 
-/// True where two decoded control blocks, one of each side, have the same facts.
+/// True if two decoded control blocks, one of each side, have the same facts.
 pub(super) fn same_facts(head: &[u8], tail: &[u8]) -> bool {
     head[FACTS_AT..CRC_AT] == tail[FACTS_AT..CRC_AT]
 }

@@ -19,7 +19,7 @@ pub struct Frame<'a> {
 /// up to the segment size. The caller computes `facts.payload_crc`.
 ///
 /// # Errors
-/// As [`encode`]; [`ArchiveError::Truncated`] where `memory` is shorter than a frame.
+/// As [`encode`]; [`ArchiveError::Truncated`] if `memory` is shorter than a frame.
 pub fn seal(
     layout: &Layout,
     facts: &FrameFacts,

@@ -36,7 +36,7 @@ impl Layout {
     /// Frames in a complete archive of `length` bytes.
     ///
     /// # Errors
-    /// [`ArchiveError::Length`] where no number of whole frames gives that length.
+    /// [`ArchiveError::Length`] if no number of whole frames gives that length.
     pub fn frame_count(&self, length: Bytes) -> Result<u64, ArchiveError> {
         let bad = ArchiveError::Length { length: length.get(), frame_bytes: self.frame_bytes().get() };
         match length.checked_sub(BLOCK + BLOCK) {
@@ -55,7 +55,7 @@ pub fn frame_bytes(segment: SegmentSize) -> Bytes {
 }
 
 /// Where frame `sequence` begins. For the sequence after the last frame this is the offset of the tail
-/// superblock. None where it does not fit 64 bits.
+/// superblock. None if it does not fit 64 bits.
 #[must_use]
 pub fn frame_offset(sequence: u64, segment: SegmentSize) -> Option<Bytes> {
     frame_bytes(segment).get().checked_mul(sequence)?.checked_add(BLOCK.get()).map(Bytes)

@@ -60,7 +60,7 @@ pub fn entries_per_frame(segment: SegmentSize) -> usize {
 }
 
 /// Fills `payload` with as many of `entries` as fit. Returns where the first one begins and how many bytes
-/// were used, or None where no entries are left.
+/// were used, or None if no entries are left.
 pub fn fill(entries: &mut impl Iterator<Item = MapEntry>, payload: &mut [u8]) -> Option<(Bytes, Bytes)> {
     let mut first = None;
     let mut used = 0;

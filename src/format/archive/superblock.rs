@@ -151,8 +151,8 @@ impl Superblock {
     /// Encodes the head superblock into the first [`BLOCK_BYTES`] of `block`.
     ///
     /// # Errors
-    /// [`ArchiveError::Field`] where the origin has more segments than the format allows;
-    /// [`ArchiveError::Truncated`] where `block` is too short.
+    /// [`ArchiveError::Field`] if the origin has more segments than the format allows;
+    /// [`ArchiveError::Truncated`] if `block` is too short.
     pub fn encode_head(&self, block: &mut [u8]) -> Result<(), ArchiveError> {
         let block = self.encode_facts(Role::Head, block)?;
         sign(Role::Head, block);
@@ -335,7 +335,7 @@ fn check(role: Role, block: &[u8]) -> Result<&[u8], ArchiveError> {
     Ok(block)
 }
 
-/// Writes `text`, cut at a character boundary where it is too long.
+/// Writes `text`, cut at a character boundary if it is too long.
 fn put_text(block: &mut [u8], TextField(at, max, _): TextField, text: &str) {
     let mut length = text.len().min(max);
     while !text.is_char_boundary(length) {

@@ -48,7 +48,7 @@ pub enum StoreError {
     /// An entry is for a chunk that the origin does not have.
     #[error("entry {index}: chunk {old} is past the origin's end")]
     OldChunk { index: usize, old: u64 },
-    /// The original of an entry is where none can be.
+    /// The chunk that an entry names in the store cannot hold an original.
     #[error("entry {index}: chunk {new} of the store cannot hold an original")]
     NewChunk { index: usize, new: u64 },
 }
@@ -120,13 +120,13 @@ pub fn entries_per_area(chunk: ChunkSize) -> u64 {
     chunk.bytes().get() / Bytes::from_len(ENTRY_BYTES).get()
 }
 
-/// The chunk that holds metadata area `area`, or None where it does not fit 64 bits.
+/// The chunk that holds metadata area `area`, or None if it does not fit 64 bits.
 #[must_use]
 pub fn area_chunk(area: u64, chunk: ChunkSize) -> Option<ChunkIx> {
     area.checked_mul(entries_per_area(chunk) + 1)?.checked_add(1).map(ChunkIx)
 }
 
-/// Where metadata area `area` begins on the store, or None where it does not fit 64 bits.
+/// Where metadata area `area` begins on the store, or None if it does not fit 64 bits.
 #[must_use]
 pub fn area_offset(area: u64, chunk: ChunkSize) -> Option<Bytes> {
     chunk.offset_of(area_chunk(area, chunk)?)
@@ -160,7 +160,7 @@ pub struct Entry {
 
 impl Entry {
     /// The extent of the origin, cut at the origin's end, and the original's offset in the store.
-    /// None where the entry is not within `bounds`.
+    /// None if the entry is not within `bounds`.
     #[must_use]
     pub fn place(self, bounds: &Bounds) -> Option<(Extent, Bytes)> {
         let chunk = bounds.chunk;
@@ -189,7 +189,7 @@ impl Entry {
 pub struct AreaEntries {
     /// The entries up to the first one that ends the list.
     pub entries: Vec<Entry>,
-    /// True where no entry ends the list: it continues in the next area.
+    /// True if no entry ends the list: it continues in the next area.
     pub full: bool,
 }
 
@@ -197,7 +197,7 @@ pub struct AreaEntries {
 /// left out.
 ///
 /// # Errors
-/// [`StoreError::Short`] where `block` is not a whole chunk; an entry out of `bounds`.
+/// [`StoreError::Short`] if `block` is not a whole chunk; an entry out of `bounds`.
 pub fn decode_area(block: &[u8], skip: usize, bounds: &Bounds) -> Result<AreaEntries, StoreError> {
     let expected = bounds.chunk.bytes().as_len();
     let block = block.get(..expected).ok_or(StoreError::Short { found: block.len(), expected })?;
@@ -226,7 +226,7 @@ pub fn listed_entries(block: &[u8]) -> impl Iterator<Item = Entry> + '_ {
 /// Encodes a metadata area as the kernel does: `entries`, then zeros. For simulated stores.
 ///
 /// # Errors
-/// [`StoreError::Short`] where `entries` do not fit `block`.
+/// [`StoreError::Short`] if `entries` do not fit `block`.
 pub fn encode_area(entries: &[Entry], block: &mut [u8]) -> Result<(), StoreError> {
     let expected = entries.len() * ENTRY_BYTES;
     if block.len() < expected {

@@ -77,9 +77,9 @@ pub enum Record {
 pub struct PlacedSegment {
     /// The segment.
     pub ix: SegmentIx,
-    /// Its data frame's sequence; None where it has none (a raw secondary, a segment of zeros).
+    /// Its data frame's sequence; None if it has none (a raw secondary, a segment of zeros).
     pub frame: Option<u64>,
-    /// CRC-32C of its payload, where one was kept.
+    /// CRC-32C of its payload, if one was kept.
     pub crc: Option<u32>,
     /// The payload was all zero.
     pub zero: bool,
@@ -319,7 +319,7 @@ impl<'a> Follower<'a> {
         self.good
     }
 
-    /// True where the originals-begun mark has been read.
+    /// True if the originals-begun mark has been read.
     #[must_use]
     pub fn originals_begun(&self) -> bool {
         self.originals_begun

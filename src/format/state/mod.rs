@@ -90,7 +90,7 @@ pub struct CopyRecord {
 pub struct TargetRecord {
     /// The kernel's id of this boot.
     pub boot: String,
-    /// The file; None where the target is a device.
+    /// The file; None if the target is a device.
     pub file: Option<FileRecord>,
     /// The target, or the device that the file's filesystem is on, and every device below it, in the order of
     /// their numbers.
@@ -109,11 +109,11 @@ pub struct FileRecord {
     pub filesystem: u64,
     /// Inode number.
     pub inode: u64,
-    /// The inode's generation, where the filesystem reports it.
+    /// The inode's generation, if the filesystem reports it.
     pub generation: Option<u32>,
-    /// When the file was created, UTC, in nanoseconds since 1970, where the filesystem reports it.
+    /// When the file was created, UTC, in nanoseconds since 1970, if the filesystem reports it.
     pub born_utc_ns: Option<u64>,
-    /// The filesystem's UUID or volume serial number, where it is known.
+    /// The filesystem's UUID or volume serial number, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filesystem_uuid: Option<String>,
     /// The filesystem assigns inode numbers anew at each mount.
@@ -140,7 +140,7 @@ pub struct DeviceRecord {
     pub backing: Option<String>,
     /// A partition's first byte on its disk.
     pub partition_start_bytes: Option<u64>,
-    /// A partition's UUID, where the kernel reports it.
+    /// A partition's UUID, if the kernel reports it.
     pub partition_uuid: Option<String>,
     /// The world-wide name and the serial number do not identify the disk: it is attached through a USB
     /// bridge, or another disk reports the same ones.
@@ -174,7 +174,7 @@ pub struct ChangeRecord {
     pub name: String,
     /// The step that is next or in progress, from 0.
     pub step: usize,
-    /// True where `step` and the steps before it are being undone.
+    /// True if `step` and the steps before it are being undone.
     pub undo: bool,
     /// Filesystems that may be frozen now.
     pub frozen: Vec<String>,
@@ -225,7 +225,7 @@ impl Record for VolumeRecord {
 /// The bytes of `record`.
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) where it is too long.
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is too long.
 pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
     encode_padded(record, 0)
 }
