@@ -5,24 +5,24 @@
 //! Imports go strictly down; siblings do not import each other: what they share moves down.
 //! `tests/tidy.rs` enforces this table.
 //!
-//! | layer | modules | question it answers |
+//! | layer | modules | purpose |
 //! |---|---|---|
 //! | L0 | [`base`] | units, checked arithmetic, checksums, limits, errors, clock |
 //! | L0 | [`sys`] | the only `unsafe` code: buffers, ring, ioctls, probes (may use [`base`]) |
 //! | L1 | [`format`](mod@format) | bytes <-> structs, pure |
 //! | L1 | [`extent`] | extent sets and block lists, pure |
-//! | L1 | [`progress`] | what a running operation tells its observer |
+//! | L1 | [`progress`] | the events that a running operation reports to its observer |
 //! | L2 | [`io`] | block reading and writing: traits and engines |
 //! | L2 | [`dm`] | device-mapper: targets, tables, devices |
 //! | L2 | [`record`] | files that other processes read, each locked by its owner and replaced as a whole |
-//! | L2 | [`topology`] | which block devices there are, on top of what, mounted where; who waits for whom |
+//! | L2 | [`topology`] | block devices, their stacking, mounts and users; which of them wait for each other |
 //! | L3 | [`store`] | the COW store: RAM head, tail, growth, exceptions, originals |
-//! | L3 | [`volume`] | what an origin is: resolve, mounts, freeze |
-//! | L3 | [`secondary`] | where a copy goes: raw device, raw file, archive, pipe |
+//! | L3 | [`volume`] | origins: resolve, mounts, freeze |
+//! | L3 | [`secondary`] | the targets of a copy: raw device, raw file, archive, pipe |
 //! | L3 | [`job`] | records of running jobs, and the files that they are in |
 //! | L4 | [`copy`] | schedule, copier, overlay, verify |
-//! | L4 | [`stack`] | layers over an origin: put in and taken away by steps with undo, guarded by a watchdog |
-//! | L4 | [`restore`] | archives read back, written to a target, compared |
+//! | L4 | [`stack`] | layers over an origin: inserted and removed by steps with undo, guarded by a watchdog |
+//! | L4 | [`restore`] | reads archives back, writes them to a target, compares them |
 //! | L5 | [`op`] | the use cases: observe, plan, run |
 //! | L6 | [`cli`] | arguments, output, exit codes |
 

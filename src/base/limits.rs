@@ -50,7 +50,7 @@ pub const FREE_EXTENTS_READ_MAX: usize = 16 * 1024;
 pub const FREE_MAP_TIME_MAX: Duration = Duration::from_millis(250);
 
 /// Runs of free ranges that get lines of their own in an origin's table. The other free ranges are not copied
-/// either, but writes to them are preserved, to no purpose. Writers wait while a line is loaded: 0.04 ms each
+/// either, but writes to them are preserved needlessly. Writers wait while a line is loaded: 0.04 ms each
 /// in an emulated guest.
 pub const ORIGIN_TABLE_FREE_RUNS_MAX: usize = 1000;
 

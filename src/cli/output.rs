@@ -1,5 +1,5 @@
-//! Where does output go? Results to standard output, everything else to standard error, as text or as JSON
-//! lines.
+//! Chooses the destination and the form of output: results go to standard output, everything else to standard
+//! error, as text or as JSON lines.
 //!
 //! Every JSON line is an object that begins with `"tidemark": 1` (the version of these lines) and a `"type"`:
 //! `plan`, `progress`, `result`, `error`, `log`. Errors and logs go to standard error, the rest to standard

@@ -1,4 +1,4 @@
-//! How are our devices named? Names are for users, UUIDs identify the devices.
+//! Names and UUIDs of our devices. Names are for users, UUIDs identify the devices.
 //!
 //! The attached volume, which users and their tools access, has the UUID `TIDEMARK-<volume>-volume-<id>`. The
 //! devices of a stack show the same partitions, file systems and physical volumes as the origin, and no other

@@ -1,4 +1,4 @@
-//! How is a device opened? By number, without waiting for a node from udev.
+//! Opens a device by its number, without waiting for a node from udev.
 //!
 //! devtmpfs has `/dev/dm-N` as soon as the device exists. If it does not (in a container's /dev), we create a
 //! node under /run/tidemark/nodes. Names in /dev/mapper are managed by udev; we create and remove them only

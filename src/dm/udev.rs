@@ -1,4 +1,4 @@
-//! What is udev told about one of our devices, and how long do we wait for it?
+//! Tells udev how to treat our devices, and waits for udev.
 //!
 //! The kernel passes the low 32 bits of a call's `event_nr` on to udev as `DM_COOKIE`. The high half holds
 //! flags that device-mapper's own rules obey. The low half, below a fixed magic, is the key of a System V

@@ -1,5 +1,5 @@
-//! How does a running copy show its progress? Folds its events into a [`ProgressView`] and writes that to a
-//! file beside the job's record, for `tidemark status`.
+//! Publishes the progress of a running copy: folds its events into a [`ProgressView`], and writes that to a file
+//! next to the job's record, for `tidemark status`.
 //!
 //! Invariants:
 //! - every event is passed on, whatever happens to the file;

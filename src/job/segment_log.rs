@@ -1,4 +1,4 @@
-//! Which segments of a copy are safely on the secondary? The segment log, in a file beside the job's
+//! The segment log: records which segments of a copy are durable on the secondary, in a file next to the job's
 //! record (see [`format::segment_log`](crate::format::segment_log)).
 //!
 //! Invariants:

@@ -140,7 +140,8 @@ impl Question {
         if store.is_at_its_largest() { Ok(()) } else { self.check_place(&store.plan().place) }
     }
 
-    /// Makes all checks for a copy whose store exists: may the store, the records or the secondary wait for the origin?
+    /// Makes all checks for a copy whose store exists: neither the store, the records nor the secondary may wait for
+    /// the origin.
     ///
     /// # Errors
     /// As [`Question::check_place`].

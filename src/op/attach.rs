@@ -39,7 +39,7 @@ pub struct Attached {
     pub name: String,
     /// /dev/mapper/NAME.
     pub path: PathBuf,
-    /// The device beneath, by a persistent path.
+    /// The device below, by a persistent path.
     pub device: PathBuf,
     /// Its size.
     pub size: Bytes,

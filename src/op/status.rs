@@ -40,7 +40,7 @@ pub struct VolumeStatus {
     pub name: String,
     /// /dev/mapper/NAME.
     pub path: PathBuf,
-    /// The device beneath, as recorded.
+    /// The device below, as recorded.
     pub device: Option<String>,
     /// Its number; None if it is not attached now.
     pub number: Option<DeviceNumber>,

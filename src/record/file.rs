@@ -1,4 +1,4 @@
-//! How can a record change when no space is left?
+//! The file of a record, which can be changed even if no space is left.
 //!
 //! When a record is created, its file and a spare file are created, both with more space than the record will
 //! need. From then on a new record is written into the spare file in place, and the two files exchange names:

@@ -1,4 +1,4 @@
-//! Records: what a command writes down for other processes and for the time after its death.
+//! Records: what a command writes for other processes and for the time after its death.
 //!
 //! A record `ID` of a directory is three files, all of which are removed with it:
 //! - `ID.lock` is locked (flock) from the record's creation until its owner dies or removes it. The lock alone

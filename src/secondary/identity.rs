@@ -1,12 +1,12 @@
 //! Recognizes the target of a copy. The facts that stay with a target are recorded ([`TargetRecord`]), and a
 //! process that resumes the copy compares them before it writes.
 //!
-//! Two questions are answered:
-//! - Is it the same device or file? If a permanent fact differs, it must not be written to. If none differs
-//!   but none proves it either ([`Recognition::Unproven`]), what was written has to be read back from it
-//!   before it is written to.
-//! - Is it the same *instance*, attached without interruption since the copy began? If not, data that had not
-//!   reached the medium may be lost, and everything that is to be trusted has to be read back.
+//! Two facts are determined:
+//! - Whether it is the same device or file. If a permanent fact differs, it must not be written to. If none
+//!   differs but none proves it either ([`Recognition::Unproven`]), what was written has to be read back from
+//!   it before it is written to.
+//! - Whether it is the same *instance*, attached without interruption since the copy began. If not, data that
+//!   had not reached the medium may be lost, and everything that is to be trusted has to be read back.
 //!
 //! This module never opens or writes a target.
 

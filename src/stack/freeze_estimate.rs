@@ -1,4 +1,4 @@
-//! How long will a freeze take? Estimated while nothing is frozen.
+//! Estimates how long a freeze will take, while nothing is frozen.
 //!
 //! A freeze (FIFREEZE) cannot be stopped: the kernel waits in it for every write of the filesystem, ignores
 //! signals, and a thaw waits until it is done (Linux `fs/super.c`: `freeze_super` holds `s_umount`). So the

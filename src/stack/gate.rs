@@ -53,7 +53,7 @@ const HOLD_PAUSE: Duration = Duration::from_millis(1);
 /// Length of a slice. After each, the watchdog is armed again or the origin is resumed.
 pub const HOLD_SLICE: Duration = Duration::from_millis(500);
 
-/// Longest hold before the origin is resumed for a moment, even if the store is still about to fill.
+/// Longest hold before the origin is briefly resumed, even if the store is still about to fill.
 const HOLD_STRETCH_MAX: Duration = Duration::from_secs(5);
 
 /// What the watchdog allows beyond a slice, and how long a hold waits for I/O in flight while new writes are

@@ -1,9 +1,9 @@
-//! Which devices stand between an origin and its disks while it is copied?
+//! The devices that are inserted between an origin and its disks while it is copied.
 //!
 //! From the bottom: `real` has the origin's own table; `snap` is the snapshot of `real`, which the copier
 //! reads; `preserve` is the `snapshot-origin` over `real`, to which the origin's table leads. A layer is a
-//! value: its role, its name and its table. An insertion makes each of the list, bottom first; a removal takes
-//! each away, top first. A new kind of layer is one more entry of [`layers`], and of [`StackNames`].
+//! value: its role, its name and its table. An insertion creates the layers in order, the lowest first; a removal
+//! removes them in the reverse order. A new kind of layer is one more entry of [`layers`], and of [`StackNames`].
 
 use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, stack_device_name};
 use crate::dm::{DeviceIdentity, Table, Template};

@@ -31,7 +31,7 @@ pub(super) struct Member {
     /// Reads what is in use while everything is frozen; None: all of it counts as in use.
     mapper: Option<FreeMapper>,
     limits: FreeLimits,
-    /// Where the skipped ranges lay when the map was read.
+    /// The position of the skipped ranges on the devices when the map was read.
     layout: Option<DeviceLayout>,
 }
 

@@ -1,4 +1,4 @@
-//! Did the kernel's OOM killer kill the command? Then its watchdog undoes what it left.
+//! Detects that the kernel's OOM killer has killed the command. Its watchdog then undoes what it left.
 //!
 //! An administrator who kills a command can resume its copy (`resume`), so everything stays in place. After
 //! the OOM killer there may be no administrator. The kernel's log names the process that was killed
@@ -38,7 +38,7 @@ impl OomLog {
         Ok(Self { oom_text, log })
     }
 
-    /// Waits a moment for the record that the kernel has killed the process.
+    /// Waits briefly for the record that the kernel has killed the process.
     pub fn was_killed(&mut self) -> bool {
         let end = Instant::now() + LOG_DELAY_MAX;
         loop {

@@ -1,16 +1,16 @@
-//! What does an origin's table look like while it is being copied?
+//! The table of an origin while it is being copied.
 //!
 //! | a range that | leads |
 //! |---|---|
 //! | is needed and not copied yet | to `preserve`, a device with a single `snapshot-origin` line over `real` |
 //! | is free or released | where the origin's own table leads; to `real` if that line is not `linear` |
 //!
-//! Why is `snapshot-origin` a device of its own, although it adds a layer to each first write? A free or
+//! `snapshot-origin` is on a separate device, which adds a layer to each first write. The reasons: a free or
 //! released range then costs no more than without a copy, and every line of the table can be of a kind chosen
 //! for its behaviour on a flush. device-mapper sends an empty flush to each line of a table: always before
 //! Linux 6.11, and since then unless all lines are known to pass it on. Even flushes sent at once execute one
 //! after the other on a disk. So **the first line is `linear` and takes the flush; all others are `switch`
-//! with one path**, which maps as `linear` does and asks for no flush (`num_flush_bios` in Linux
+//! with one path**, which maps as `linear` does and requests no flush (`num_flush_bios` in Linux
 //! `drivers/md/dm-switch.c`). The flush argument: the first line leads to `preserve` or `real`, whatever kind
 //! of range it is. Both pass a flush on to *every* device of the origin's own table, and every line leads to
 //! one of these. Flags of a write (FUA, PREFLUSH) are handled by device-mapper as for any table.
@@ -56,7 +56,7 @@ pub struct Form {
 }
 
 impl Form {
-    /// `is_switched` tells whether the kernel has the target `switch`.
+    /// `is_switched`: the kernel has the target `switch`.
     #[must_use]
     pub fn new(is_switched: bool) -> Self {
         let free_runs =
@@ -293,7 +293,7 @@ mod tests {
         prop::collection::vec(extent, 0..20)
     }
 
-    /// The oracle: is every byte of the sector within the extents?
+    /// The oracle: true if every byte of the sector is within the extents.
     fn is_whole_in(extents: &[Extent], sector: u64) -> bool {
         let bytes = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
         let mut at = bytes.start;

@@ -171,7 +171,7 @@ impl Owner {
     /// Activates the loaded table and resumes the device. The next check verifies the result.
     ///
     /// # Errors
-    /// As [`Owner::check`], before: the device is then resumed with the table it had. The kernel's.
+    /// Those of [`Owner::check`], after which the device is resumed with its former table. The kernel's.
     pub fn resume(&mut self, dm: &Dm) -> Result<()> {
         if let Err(error) = self.check(dm) {
             return Err(error.after_undo(self.resume_if_suspended(dm)));

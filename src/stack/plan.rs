@@ -1,4 +1,4 @@
-//! Which steps insert a stack under an origin, restore the origin's own table, and remove the stack?
+//! The steps that insert a stack under an origin, restore the origin's own table, and remove the stack.
 //!
 //! These are values; nothing is executed here. The same values are shown by `--dry-run`, run by
 //! [`Stack::insert`](super::Stack::insert) and [`recover`](crate::op::recover), and stepped through by the
@@ -40,7 +40,7 @@ pub fn insertion(request: &InsertRequest, own_tables: &[Table], id: &str) -> Cha
     let change = members.iter().fold(change, |change, member| change.then(member.load()));
     let change = members.iter().fold(change, |change, member| change.then(member.suspend()));
     let change = change.then(Step::new("instant", Action::Instant));
-    // An origin that lies on another one comes before that one, and is resumed after it.
+    // If an origin lies on another one, it comes before that one, and is resumed after it.
     let change = members.iter().enumerate().rev().fold(change, |change, (index, member)| {
         change.then(member.switch(&origins[..index], &request.filesystems))
     });

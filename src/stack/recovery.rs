@@ -5,7 +5,7 @@
 //! 1. Resume what is suspended (dropping a loaded table first, so that a half-made stack is not activated), then thaw,
 //!    because a thaw writes to the device.
 //! 2. Give every origin its own table back, from the `real` device, under a watchdog.
-//! 3. Remove the devices that preserved originals and the snapshots, then the devices beneath them.
+//! 3. Remove the devices that preserved originals and the snapshots, then the devices below them.
 //!
 //! Each step is planned from the current state, so a recovery that dies can be run again: as long as a device of a dead
 //! job exists, its step is not done.
@@ -91,14 +91,14 @@ impl Scene {
                 |other: &DeviceIdentity| other.id == identity.id && other.volume == identity.volume;
             let preserve = with_role(ROLE_PRESERVE).find(|(_, other)| is_same_stack(other));
             let preserve = preserve.map(|(device, _)| device.number);
-            // Without a table it is not beneath anything yet.
+            // Without a table it is not below anything yet.
             let own = real.active.clone()?;
             Some((identity.id, LowerDevices { own, real: real.number, preserve }))
         };
         with_role(ROLE_REAL).filter_map(stack).collect()
     }
 
-    /// The origins of dead jobs, each with the devices beneath it.
+    /// The origins of dead jobs, each with the devices below it.
     #[must_use]
     pub fn origins(&self) -> Vec<(&SeenDevice, LowerDevices)> {
         let mut found = Vec::new();

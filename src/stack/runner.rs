@@ -401,7 +401,7 @@ impl<'a> Runner<'a> {
         let mut attempts_left = SUSPEND_ATTEMPTS;
         let result = loop {
             match self.suspend_once(action, device, how, end) {
-                // I/O in flight took longer than the budget allows, so the suspension was given up.
+                // I/O in flight took longer than the budget allows, so the suspension was aborted.
                 Err(error) if error.kind() == ErrorKind::Interrupted && is_over() => {
                     self.dismiss();
                     break Err(budget_ran_out());

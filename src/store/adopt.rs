@@ -1,4 +1,4 @@
-//! How does a process take over the store of a process that died?
+//! Takes over the store of a process that died.
 //!
 //! As long as the kernel has the store's device, nothing of the store is lost. The device's table holds the
 //! parts, their sizes, and the tail's loop devices (which autoclear would release otherwise). The record

@@ -1,4 +1,4 @@
-//! Which originals does the store hold?
+//! Finds the originals in the store.
 //!
 //! Reads the exceptions of a store in dm-snapshot's persistent format, while the kernel may be adding to it
 //! or when nothing writes it any more. Facts from Linux `drivers/md/dm-snap-persistent.c`:

@@ -1,4 +1,4 @@
-//! Where is the origin being written now?
+//! Finds where the origin is being written now.
 //!
 //! Follows the exceptions of a store as the kernel adds them, area by area. This rests on facts at the head
 //! of [`exceptions`](super::exceptions): entries are only appended, a full area never changes, and the

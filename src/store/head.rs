@@ -1,4 +1,4 @@
-//! Where does the RAM head come from, and how is it released?
+//! Creates and releases the RAM head.
 //!
 //! zram if the kernel has it (it compresses), else brd, else none. A head is never limited below its size:
 //! `mem_limit` would turn incompressible originals into write errors, which invalidate the snapshot. So a

@@ -1,4 +1,4 @@
-//! What has a dead process left of its store, and may it be released?
+//! Finds what a dead process has left of its store, and releases it if that is safe.
 //!
 //! Its [`record`](super::record) decides; that module has the argument.
 //! Must not touch a RAM disk or a file that no record names, or whose record is locked.

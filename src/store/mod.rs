@@ -1,19 +1,19 @@
-//! The COW store: where originals go while an origin is copied.
+//! The COW store, which receives the originals while an origin is copied.
 //!
-//! | module | question it answers |
+//! | module | purpose |
 //! |---|---|
-//! | [`size`] | how large must a store be, now and at most (pure) |
-//! | [`head`] | where does the RAM head come from (zram, else brd), and how is it released |
-//! | [`place`] | where will the tail be, and how much space is there |
-//! | [`plan`] | how large will the store be, and which parts will it have |
+//! | [`size`] | computes how large a store must be, now and at most (pure) |
+//! | [`head`] | creates and releases the RAM head (zram, else brd) |
+//! | [`place`] | chooses the place of the tail, and determines how much space there is |
+//! | [`plan`] | plans the size of a store and its parts |
 //! | [`tail`] | the disk tail: a file through a loop device, or a block device |
-//! | [`record`] | which process uses a store, and what does the kernel not know about it |
-//! | [`leftovers`] | what has a dead process left, and may it be released |
+//! | [`record`] | records which process uses a store, and what the kernel does not know about it |
+//! | [`leftovers`] | finds and releases what a dead process has left |
 //! | [`cow`] | the store itself: created, grown, settled, released or kept |
-//! | [`adopt`] | how does a process take over the store of a dead one |
-//! | [`monitor`] | is the snapshot still valid, and is there enough free space |
-//! | [`exceptions`] | which originals does the store hold |
-//! | [`follow`] | where is the origin being written now (a hint) |
+//! | [`adopt`] | takes over the store of a dead process |
+//! | [`monitor`] | monitors whether the snapshot is valid, and whether there is enough free space |
+//! | [`exceptions`] | finds the originals in the store |
+//! | [`follow`] | finds where the origin is being written now (a hint) |
 //!
 //! Invariants:
 //! - the origin never waits for Tidemark: a growth only makes the store larger, and if it fails, the snapshot

@@ -1,4 +1,4 @@
-//! Is the snapshot still valid, and is there enough free space?
+//! Monitors the snapshot: whether it is still valid, and whether there is enough free space.
 //!
 //! A thread samples the snapshot's status ten times a second, enlarges the store ahead of the rate at which
 //! it fills, and records why a snapshot was lost. Invariants:
@@ -395,7 +395,7 @@ impl Sampler {
         }
     }
 
-    /// Why did the snapshot become invalid between the last sample and `now`?
+    /// The reason why the snapshot became invalid between the last sample and `now`.
     ///
     /// The status is "Overflow" only after a write to the snapshot itself. A write to the origin that finds
     /// no space makes the snapshot "Invalid", as a failed store does (seen on 6.1 and 6.12). The kernel then

@@ -1,4 +1,4 @@
-//! Where will the tail be, and how much space is there?
+//! Chooses the place of the tail, and determines how much space there is.
 
 use std::fs;
 use std::io;
@@ -16,7 +16,7 @@ use super::size;
 /// Directory of the tail if `--store` is not given.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/tidemark";
 
-/// Where to put the tail.
+/// The place of the tail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TailPlace {

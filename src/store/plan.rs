@@ -1,4 +1,4 @@
-//! How large will a store be, and which parts will it have? Shown by `--dry-run`.
+//! Plans the size of a store and its parts. Shown by `--dry-run`.
 
 use std::fs;
 
@@ -22,7 +22,7 @@ pub struct StoreConfig {
     pub origin_bytes: Bytes,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// Where to put the tail.
+    /// The place of the tail.
     pub place: TailPlace,
     /// Largest size of head and tail together; None: the most that the origin can need.
     pub size_max: Option<Bytes>,
@@ -35,7 +35,7 @@ pub struct StoreConfig {
 /// What will be created, as `--dry-run` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorePlan {
-    /// Where the tail will be.
+    /// The place of the tail.
     pub place: TailPlace,
     /// The RAM head; zero for none.
     pub head_bytes: Bytes,

@@ -1,4 +1,4 @@
-//! What of a store must be released after a crash, and which process still uses it?
+//! Records what of a store must be released after a crash, and which process still uses it.
 //!
 //! The kernel drops most of a store by itself: the tail is an unnamed file on a loop device with autoclear.
 //! This is not true of the RAM head, nor of a file that is to be kept. So before either is created, a

@@ -1,4 +1,4 @@
-//! How large must a store be, now and at most? Pure arithmetic, no I/O.
+//! Computes how large a store must be, now and at most. Pure arithmetic, no I/O.
 //!
 //! Invariants: sizes are multiples of [`STORE_UNIT`]. A growth never exceeds the largest size. The worst case
 //! is exact: a store of that size cannot fill up, whatever is written to the origin. The default RAM head is

@@ -1,4 +1,4 @@
-//! Where is the disk tail, and how does it grow?
+//! Creates and enlarges the disk tail.
 //!
 //! A file through a loop device with direct I/O, or a whole block device. Invariants:
 //! - Space is allocated in the filesystem before the loop device shows it: a full filesystem makes a growth

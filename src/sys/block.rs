@@ -1,4 +1,4 @@
-//! What is a file, and what can its device do? Kind, size, zero-out, holes.
+//! Properties of files and of their devices: kind, size, zero-out, holes.
 //!
 //! Every function makes one kernel call (or two if one is not supported), and returns its errno unchanged.
 //! Sizes are bytes. Nothing is retried, except after `EINTR`, and there is no policy.

@@ -1,4 +1,4 @@
-//! Questions to the kernel that may never be answered: what is at a path, what backs a loop device?
+//! Queries that the kernel may never answer, made by a child process: what is at a path, what backs a loop device.
 //!
 //! A path can lead to a file system whose server is gone (NFS, FUSE). The kernel then waits for the server,
 //! in some cases in a way that no signal ends. A thread in such a wait keeps its process from exiting, with

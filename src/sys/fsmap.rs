@@ -1,4 +1,4 @@
-//! Which bytes of its device does a mounted filesystem report as free? (FS_IOC_GETFSMAP)
+//! Finds the bytes of its device that a mounted filesystem reports as free (FS_IOC_GETFSMAP).
 //!
 //! Structures, numbers and the continuation (the last record of a reply is the low key of the next request):
 //! Linux `include/uapi/linux/fsmap.h`; ioctl_getfsmap(2). Supported by ext4 and xfs.

@@ -1,4 +1,4 @@
-//! What is at a path, as far as the kernel knows without asking a server?
+//! Finds what is at a path, as far as the kernel knows without querying a server.
 //!
 //! Linux `include/uapi/linux/stat.h`, statx(2). Calls that may have to wait for a server are made by a child
 //! process, see [`child_probe`].
@@ -52,7 +52,7 @@ impl Found {
         child_probe::ask_one(StatQuestion::new(path, Server)?, child_probe::TIMEOUT_FOR_NAMED)
     }
 
-    /// Asks for all `paths` in a child process, for at most [`child_probe::TIMEOUT`] each.
+    /// Queries all `paths` in a child process, for at most [`child_probe::TIMEOUT`] each.
     #[must_use]
     pub fn all_with_timeout(paths: &[&Path]) -> Vec<io::Result<Self>> {
         match paths.iter().map(|path| StatQuestion::new(path, Cached)).collect::<io::Result<Vec<_>>>() {

@@ -1,4 +1,4 @@
-//! Which settings of a block device's queue has an administrator made, and are they still in force?
+//! Finds the queue settings that an administrator has made for a block device, and restores them.
 //!
 //! A change of a device-mapper table recomputes the limits of the queue from the devices below
 //! (`dm_table_set_restrictions` in Linux `drivers/md/dm-table.c`), and with that drops what an administrator

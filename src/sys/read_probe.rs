@@ -1,4 +1,4 @@
-//! Does the disk or server of a path answer?
+//! Checks whether the disk or server of a path answers.
 //!
 //! A read from the page cache does not show this, so a few blocks are read past the cache. A read from a suspended disk
 //! waits in the kernel, and no signal ends that wait: a child process does the reads, see [`child_probe`].

@@ -1,4 +1,4 @@
-//! A safe io_uring: which memory may the kernel access, and until when?
+//! A safe io_uring: tracks which memory the kernel may access, and until when.
 //!
 //! Invariants:
 //! - a buffer that an operation names is *held* by the ring ([`Ring::hold`]) from before its submission until

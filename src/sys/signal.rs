@@ -1,4 +1,4 @@
-//! Signals: has a user asked to stop, or for progress?
+//! Signals as requests of the user: to stop, or to show progress.
 //!
 //! Every catchable signal that would end the process is only counted; nothing is undone in a handler. The
 //! working code checks [`stop_requested`] between its steps and unwinds by itself, so a second signal does no

@@ -1,6 +1,6 @@
-//! Was standard output open when the process started? Rust's runtime replaces a closed one by /dev/null
-//! before main(), so that no file of ours gets its number. After that the two cannot be distinguished, and a
-//! copy to a closed standard output would seem to succeed. So it is checked earlier, by a function in
+//! Checks whether standard output was open when the process started. Rust's runtime replaces a closed one by
+//! /dev/null before main(), so that no file of ours gets its number. After that the two cannot be distinguished,
+//! and a copy to a closed standard output would seem to succeed. So it is checked earlier, by a function in
 //! `.init_array`, which the loader runs before the runtime.
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,4 @@
-//! What is a file system backed by: devices, memory, another machine?
+//! Determines what backs a file system: devices, memory, another machine.
 
 use std::fs;
 use std::path::Path;

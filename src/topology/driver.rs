@@ -1,4 +1,4 @@
-//! Does a block device end at a disk, or does its driver use more than sysfs shows? Decided by the driver's
+//! Decides whether a block device ends at a disk, or its driver uses more than sysfs shows. Decided by the driver's
 //! name, which `/proc/devices` gives for the major number.
 //!
 //! An allow-list: only listed drivers count as a disk's, or as having all their devices among the slaves in

@@ -1,4 +1,4 @@
-//! What backs a kind of file system? One entry for each known kind; any other kind counts as hidden.
+//! What backs each kind of file system. One entry for each known kind; any other kind counts as hidden.
 
 /// The backing of a kind of file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! What waits for what? A graph of nodes, and one question: may X wait for Y?
+//! A graph of what waits for what, and one query: whether X may wait for Y.
 //!
 //! During a copy a write to the origin waits for the store. If the store waits for a write to the origin,
 //! over any path, both wait forever, and nothing can resume the origin, as the kernel cannot cancel a bio. So
@@ -38,7 +38,7 @@ pub enum Node {
 /// From the waiting node to the node that it waits for.
 pub type WaitPath = Vec<Node>;
 
-/// May X wait for Y?
+/// The answer to the query whether X may wait for Y.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// No: all that it waits for is known, is on this machine, and does not include Y.

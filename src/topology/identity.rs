@@ -1,4 +1,4 @@
-//! What identifies a block device, when another one may have its name and number by now? Facts only; the
+//! The facts that identify a block device, even if another one has its name and number by now. Facts only; the
 //! caller judges whether two devices are the same.
 //!
 //! Names and numbers are reused. A disk keeps what its maker gave it (world-wide name, serial number); a

@@ -1,4 +1,4 @@
-//! Which loop devices are in use, and what backs each?
+//! Finds the loop devices in use, and what backs each.
 //!
 //! Uses the kernel's identity of the backing file (`LOOP_GET_STATUS64`), whatever path led to it: the path in
 //! sysfs may be gone, belong to another mount namespace, or lead to another file by now. The kernel gets the

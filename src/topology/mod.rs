@@ -1,4 +1,4 @@
-//! Which block devices exist, how are they stacked, and what uses them? Facts only, no judgement.
+//! Finds which block devices exist, how they are stacked, and what uses them. Facts only, no judgement.
 //!
 //! The one judgement is in [`graph`]: what waits for what. It is pure, and its input comes from [`Observer`].
 //! [`driver`] lists the drivers that are known to be a disk's.

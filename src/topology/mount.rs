@@ -1,4 +1,4 @@
-//! Which file systems are mounted, in which mount namespaces, and which of them answer without a server?
+//! Finds the mounted file systems, in all mount namespaces, and whether they answer without a server.
 //!
 //! Facts come from `/proc/PID/mountinfo` (proc_pid_mountinfo(5)), whose paths are bytes, and from
 //! `/proc/swaps`. The table also has mounts that are covered by another mount: what is seen at a mount point

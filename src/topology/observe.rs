@@ -1,4 +1,4 @@
-//! What does a device, a file system or memory wait for? Supplies the edges of the [`graph`](super::graph).
+//! Finds what a device, a file system or memory waits for. Supplies the edges of the [`graph`](super::graph).
 //!
 //! | node | source |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! Which devices lead to the same disk? A disk of a storage network has one device for each path to it, and a
-//! write through one of them changes all.
+//! Finds the devices that lead to the same disk. A disk of a storage network has one device for each path to it,
+//! and a write through one of them changes all.
 //!
 //! Device-mapper's multipath target holds the paths that it uses, and native NVMe multipath hides them. If
 //! neither is set up, only the disk's world-wide name shows that two devices are one disk. Only names that are

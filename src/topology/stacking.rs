@@ -1,4 +1,4 @@
-//! Which devices are above and below a device, through all levels?
+//! Finds the devices above and below a device, through all levels.
 
 use std::collections::{BTreeMap, BTreeSet};
 

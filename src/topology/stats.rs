@@ -1,4 +1,4 @@
-//! How long do the reads and writes of a device take? Computed from the kernel's counters.
+//! Measures how long the reads and writes of a device take, from the kernel's counters.
 //!
 //! `/sys/dev/block/M:m/stat` (Documentation/block/stat.rst) counts I/Os, sectors, and the time that each kind
 //! of I/O has waited, since the device was created. The difference of two samples gives the mean latency

@@ -1,4 +1,4 @@
-//! What uses the bytes of a device or file at present? Named in refusals.
+//! Finds what uses the bytes of a device or file at present. Refusals name these users.
 //!
 //! An exclusive open detects mounts and other exclusive users, but not a process that merely writes to a
 //! device (as a virtual machine does), nor a loop device. `/proc/*/fd` shows processes; the kernel's identity

@@ -1,4 +1,4 @@
-//! Which bytes of an origin are free?
+//! Finds the bytes of an origin that are free.
 //!
 //! Read while the filesystems on the origin are frozen, between the freeze and the instant. A byte that is
 //! reported as free is neither copied nor preserved, so a mistake loses data silently. The argument that

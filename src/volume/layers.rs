@@ -1,5 +1,5 @@
-//! Which devices are stacked on an origin, and which bytes of it do they cover? Anything that covers a byte
-//! may need it.
+//! Finds the devices that are stacked on an origin, and the bytes of it that they cover. Anything that covers a
+//! byte may need it.
 //!
 //! Each device has claims on its bytes: those of the devices above it. A claim by `linear` lines is as
 //! precise as these lines. Anything else (another target, a device that is not device-mapper's, a loop

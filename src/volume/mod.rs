@@ -1,12 +1,11 @@
-//! What is an origin? Resolves what the user typed to something that can be copied, or to a refusal that
-//! names an alternative.
+//! Resolves what the user typed to an origin that can be copied, or to a refusal that names an alternative.
 //!
 //! Read-only: changes nothing, and opens a device only to find out whether it is in use.
 //!
 //! | origin | how it is copied |
 //! |---|---|
 //! | an attached volume, or another device of linear and striped targets in use | live: a stack is inserted |
-//! | a device or file that no process has open for writing | at rest, as it is |
+//! | a device or file that no process has open for writing | cold: nothing is inserted |
 //! | anything else | refused |
 
 pub mod free;

@@ -1,4 +1,4 @@
-//! Which filesystems must be frozen to make one or more origins quiet, and where are they mounted?
+//! Finds the filesystems that must be frozen to make one or more origins quiet, and a mount point of each.
 //!
 //! A filesystem may have many mounts; one mount point is enough, as a freeze affects the superblock.
 //! Filesystems on devices above the origin count too, however they are stacked: partitions, LVM, md, loop

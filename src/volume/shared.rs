@@ -1,5 +1,5 @@
-//! Do other machines use the volume too? Their writes bypass the tables of this machine, so no copy would be
-//! exact, nor the volume's own snapshot.
+//! Detects that other machines use the volume too. Their writes bypass the tables of this machine, so no copy would
+//! be exact, nor the volume's own snapshot.
 //!
 //! A volume group that lvmlockd shares between machines is recognized by what its locks leave in this kernel
 //! while it is started: with sanlock a volume `lvmlock` of the group, with dlm a lock space of its name. Only

@@ -1,5 +1,5 @@
-//! May a place wait for an origin? The [`graph`] of this machine, with the edges that only device-mapper
-//! tables show.
+//! Decides whether a place may wait for an origin: by the [`graph`] of this machine, with the edges that only
+//! device-mapper tables show.
 //!
 //! A write through a `snapshot-origin` waits for the store of every snapshot of that device, LVM's as well as
 //! ours: the kernel finds the snapshots by the device below, and sysfs shows no such edge. Inactive tables

@@ -249,7 +249,7 @@ impl Header {
     }
 }
 
-/// Reads the records of one file, in order, and tells a torn end from damage.
+/// Reads the records of one file, in order, and distinguishes a torn end from damage.
 #[derive(Clone, Debug)]
 pub struct Follower<'a> {
     header: &'a Header,

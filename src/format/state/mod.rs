@@ -32,7 +32,7 @@ pub struct JobRecord {
     pub job: String,
     /// The command that the user ran: "copy".
     pub command: String,
-    /// Process id, for display. The lock tells whether the process lives.
+    /// Process id, for display. The lock shows whether the process lives.
     pub process: u32,
     /// Start, UTC, in nanoseconds since 1970.
     pub started_utc_ns: u64,
@@ -85,7 +85,7 @@ pub struct CopyRecord {
     pub target: Option<TargetRecord>,
 }
 
-/// The facts by which a later process recognizes a copy's target, and tells it from another of the same name.
+/// The facts by which a later process recognizes a copy's target, and distinguishes it from another of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetRecord {
     /// The kernel's id of this boot.
