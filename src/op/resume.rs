@@ -186,8 +186,7 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
 }
 
 /// The reads are at the beginning of the file or device, and at the first and last recorded segments: anything not
-/// written
-/// yet may be a hole, which needs no read from a disk. For a file, the final name is looked up too.
+/// written yet may be a hole, which needs no read from a disk. For a file, the final name is looked up too.
 fn asked(copy: &CopyRecord, plan: &CopyPlan, content: &SegmentLogContent) -> Vec<Asked> {
     let SecondaryTarget::Path(target) = &plan.request.secondary else { return Vec::new() };
     let offset = |segment: &PlacedSegment| match (&copy.archive, segment.frame) {

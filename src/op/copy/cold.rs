@@ -2,8 +2,8 @@
 //! copy.
 //!
 //! Three checks ensure that the origin is not written: one when the plan is made, an exclusive open of the device
-//! while it is read, and a comparison of the signs of a write ([`Witness`]) before and after. If the origin was written
-//! during the copy, the copy fails.
+//! while it is read, and a comparison, before and after, of what a write changes ([`Witness`]). If the origin was
+//! written during the copy, the copy fails.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;

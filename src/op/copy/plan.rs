@@ -125,7 +125,7 @@ pub fn check_units(segment: SegmentSize, chunk: ChunkSize) -> Result<()> {
 }
 
 /// The requested order, or the default. For a live origin the default is to copy the most written regions first: writes
-/// to a region that was copied early need not be preserved. This also holds for a rotational disk: in either order its
+/// to a region that was copied early need not be preserved. This also suits a rotational disk: in either order its
 /// heads move between the requests of the copier and those of the writers. A cold origin is not written.
 pub(in crate::op) fn order_for(request: &CopyRequest, origin: &Origin) -> Order {
     let suits = match origin.kind {
