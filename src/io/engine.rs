@@ -128,7 +128,7 @@ pub trait Engine {
     fn take_buffer(&mut self) -> Option<Buffer>;
     /// Gives a buffer back to the pool.
     fn give_buffer(&mut self, buffer: Buffer);
-    /// Queues a request; may hand it to the kernel at once or on the next [`Engine::wait_timeout`].
+    /// Queues a request; may submit it to the kernel at once or on the next [`Engine::wait_timeout`].
     ///
     /// # Errors
     /// Only when the engine itself is broken; the completion reports the failure of the request.

@@ -429,8 +429,8 @@ impl GateThread {
                 // Writers waited until the wait for I/O in flight was cut short.
                 shared.lock().report.held += begin.elapsed();
                 if self.stack.is_held() {
-                    // Dropped without a farewell, the watchdog takes this process for dead and resumes the
-                    // origin.
+                    // Dropped without the protocol's farewell, so that the watchdog takes this process for dead and
+                    // resumes the origin.
                     drop(watchdog);
                 } else {
                     let _ = self.stack.standby().dismiss(watchdog);

@@ -24,10 +24,10 @@
 //!    reserves for its btrees (AGFL), and staged copies of shared blocks are used; extents that are still
 //!    "busy" are waiting to be discarded, and are free. Only a record that says "free" counts, never a
 //!    missing one.
-//! 4. *Nothing else needs it.* A filesystem reports on its own device, up to its own length, and counts only
-//!    if nothing else is stacked (see `layers`): an unmounted volume, swap, an external log, a crypt or
-//!    RAID device, or a loop device over the same bytes all object. So does a device whose table changed, or
-//!    was about to change, between the two times it is examined: if the second check,
+//! 4. *Nothing else needs it.* A filesystem reports on its own device, up to its own length. The report counts
+//!    only if nothing else is stacked there (see `layers`): an unmounted volume, swap, an external log, a
+//!    crypt or RAID device, or a loop device over the same bytes makes them used. So does a device whose table
+//!    changed, or was about to change, between the two times it is examined: if the second check,
 //!    [`DeviceLayout::is_unchanged`], fails, the map was never valid.
 //! 5. *Free blocks have no content* for these filesystems: none is read before it is written.
 //!
