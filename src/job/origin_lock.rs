@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::paths::{RUN_DIR, origin_lock_path};
 use crate::base::{DeviceNumber, Error, Result, ResultExt};
-use crate::sys::lock::{is_named, try_lock, try_lock_shared};
+use crate::sys::lock::{LockedFile, is_named, try_lock, try_lock_shared};
 use crate::topology::Topology;
 
 /// Attempts to take a lock that is held, and the pause between two of them.
@@ -24,7 +24,7 @@ const OWNER_TEXT_BYTES_MAX: u64 = 256;
 #[derive(Debug)]
 pub(super) struct OriginLock {
     path: PathBuf,
-    _lock: File,
+    _lock: LockedFile,
 }
 
 impl OriginLock {
@@ -40,21 +40,22 @@ impl OriginLock {
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let lock = options.open(&path).io_context(what)?;
-            if !try_lock(&lock, &path)? {
-                if attempts_left == 0 {
-                    return Err(origin_held_error(&lock, number));
-                }
+            let file = options.open(&path).io_context(what)?;
+            let lock = match try_lock(file, &path)? {
+                Ok(lock) => lock,
                 // A process that only checks the lock holds it for a moment.
-                attempts_left -= 1;
-                thread::sleep(LOCK_PAUSE);
-                continue;
-            }
+                Err(_) if attempts_left > 0 => {
+                    attempts_left -= 1;
+                    thread::sleep(LOCK_PAUSE);
+                    continue;
+                }
+                Err(file) => return Err(origin_held_error(&file, number)),
+            };
             // The previous owner may have removed the file between our open and our lock.
             if is_named(&lock, &path)? {
                 // Only for messages, so a full /run is not an error.
                 let _ = lock.set_len(0).and_then(|()| {
-                    (&lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
+                    (&*lock).write_all(format!("job {job} (process {})", std::process::id()).as_bytes())
                 });
                 return Ok(Self { path, _lock: lock });
             }
@@ -79,8 +80,8 @@ pub(super) fn refuse_held_origin_in(directory: &Path, number: DeviceNumber) -> R
     // If it cannot be opened, there is no lock, or we may not use the origin anyway.
     let path = origin_lock_path(directory, number);
     let Ok(file) = File::open(&path) else { return Ok(()) };
-    match try_lock_shared(&file, &path) {
-        Ok(false) => Err(origin_held_error(&file, number)),
+    match try_lock_shared(file, &path) {
+        Ok(Err(file)) => Err(origin_held_error(&file, number)),
         _ => Ok(()),
     }
 }

@@ -10,6 +10,7 @@ use crate::base::Result;
 use crate::dm::naming::is_id;
 use crate::format::state::{JobRecord, ProgressView, VIEW_BYTES_MAX};
 use crate::record::{self, FoundRecord};
+use crate::sys::lock::LockedFile;
 
 /// A job found on disk.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ pub struct FoundJob {
     /// Its progress, or the last progress before it died; None if it reported none.
     pub progress: Option<ProgressView>,
     /// Held while this process handles a dead job, so that no other process does.
-    pub(super) lock: Option<File>,
+    pub(super) lock: Option<LockedFile>,
 }
 
 impl FoundJob {

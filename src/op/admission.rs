@@ -17,7 +17,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use crate::sys::lock::try_lock;
+use crate::sys::lock::{LockedFile, try_lock};
 
 use super::request::{CopyRequest, OnFull};
 use crate::base::clock::Stopwatch;
@@ -50,7 +50,7 @@ const WITHOUT_MEMORY: &str = "disable the swap space for the copy (swapoff), or 
 /// While this exists, no other copy on this host can place its store.
 #[derive(Debug)]
 pub struct Admission {
-    _lock: File,
+    _lock: LockedFile,
 }
 
 impl Admission {
@@ -64,12 +64,13 @@ impl Admission {
 
     fn enter_by(path: &Path, waiting: &dyn Fn(), interrupt: &dyn Fn() -> Result<()>) -> Result<Self> {
         let what = || format!("locking {}", path.display());
-        let file = File::open(path).io_context(what)?;
+        let mut file = File::open(path).io_context(what)?;
         let watch = Stopwatch::start();
         let mut has_said = false;
         loop {
-            if try_lock(&file, path)? {
-                return Ok(Self { _lock: file });
+            match try_lock(file, path)? {
+                Ok(lock) => return Ok(Self { _lock: lock }),
+                Err(back) => file = back,
             }
             if !has_said {
                 waiting();

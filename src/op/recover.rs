@@ -86,7 +86,9 @@ pub(super) fn drop_loaded(id: &str, process: u32) -> Result<bool> {
         return Ok(false);
     }
     let dm = Dm::open()?;
-    record.origins().try_fold(false, |any, origin| Ok(any | drop_loaded_into(&dm, id, origin)?))
+    // One that cannot be examined must not keep the others from it.
+    let dropped = record.origins().map(|origin| drop_loaded_into(&dm, id, origin)).collect::<Vec<_>>();
+    dropped.into_iter().try_fold(false, |any, dropped| Ok(any | dropped?))
 }
 
 fn drop_loaded_into(dm: &Dm, id: &str, origin: &OriginRecord) -> Result<bool> {
@@ -150,8 +152,8 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     let mut numbers: BTreeSet<DeviceNumber> =
         scene.origins().iter().map(|(origin, _)| origin.number).collect();
     numbers.extend(scene.dead.iter().flat_map(JobRecord::origins).map(|origin| origin.number));
-    let lock = |number| LvmLock::hold(dm, number, &interrupt);
-    let _lvm = numbers.into_iter().map(lock).collect::<Result<Vec<_>>>()?;
+    let numbers: Vec<DeviceNumber> = numbers.into_iter().collect();
+    let _lvm = LvmLock::hold_all(dm, &numbers, &interrupt)?;
     report.running.extend(machine.elsewhere.iter().cloned());
     let origins = scene.origins().into_iter();
     let tell_gone_disks = |error| {

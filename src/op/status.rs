@@ -264,7 +264,9 @@ fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
             command: record.as_ref().map(|record| record.command.clone()),
             process: record.as_ref().map(|record| record.process),
             started: record.as_ref().and_then(|record| clock::utc_text(record.started_utc_ns)),
-            origin: record.and_then(|record| record.origin).map(|origin| origin.device),
+            origin: record.filter(|record| record.origin.is_some()).map(|record| {
+                record.origins().map(|origin| origin.device.as_str()).collect::<Vec<_>>().join(", ")
+            }),
         });
     }
     Ok(known)

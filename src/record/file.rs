@@ -22,11 +22,14 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
-use crate::base::{Bytes, Result, ResultExt as _};
+use crate::base::{Bytes, ErrorKind, Result, ResultExt as _};
 use crate::format::state::{RECORD_BYTES_MAX, Record, decode, encode, encode_padded};
 
 /// Initial size of the files, and the step in which they grow: a record has some KiB.
 const STEP_BYTES: usize = 32 << 10;
+
+/// Space beyond the record that there should be: the next changes must not need a block while writers wait.
+const SLACK_BYTES: usize = 4 << 10;
 
 /// A record on disk.
 #[derive(Debug)]
@@ -37,30 +40,44 @@ pub(super) struct RecordFile {
 }
 
 impl RecordFile {
-    /// At `path`; creates nothing yet.
+    /// At `path`; creates nothing yet. Takes over the files that a dead process left there, if both have their
+    /// space.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, size: None }
+        let length = |path: &Path| fs::metadata(path).ok().and_then(|meta| usize::try_from(meta.len()).ok());
+        let size = length(&path).filter(|size| *size > 0 && length(&temporary(&path)) == Some(*size));
+        Self { path, size }
     }
 
     /// Replaces the record, in the order given at the head of this module.
     ///
     /// # Errors
-    /// I/O errors; the old record is intact. An error for lack of space is possible only the first time, or
-    /// if the record has grown much larger.
+    /// I/O errors; the record on disk is whole, the old or the new one. An error for lack of space is possible
+    /// only the first time, or if the record has grown much larger.
     pub fn save<R: Record>(&mut self, record: &R) -> Result<()> {
         let needed = encode(record)?.len();
-        let size = match self.size {
-            Some(size) if needed <= size => size,
-            _ => (needed + STEP_BYTES / 2).next_multiple_of(STEP_BYTES).min(RECORD_BYTES_MAX),
-        };
+        match self.size {
+            Some(size) if needed + SLACK_BYTES <= size => self.save_padded(record, size),
+            size => {
+                let larger = (needed + STEP_BYTES / 2).next_multiple_of(STEP_BYTES).min(RECORD_BYTES_MAX);
+                match (self.save_padded(record, larger), size) {
+                    (Err(error), Some(size)) if error.kind() == ErrorKind::NoSpace && needed <= size => {
+                        self.save_padded(record, size)
+                    }
+                    (saved, _) => saved,
+                }
+            }
+        }
+    }
+
+    fn save_padded<R: Record>(&mut self, record: &R, size: usize) -> Result<()> {
         let bytes = encode_padded(record, size)?;
         let spare = temporary(&self.path);
         write_in_place(&spare, &bytes)?;
         if self.size == Some(size) {
             self.exchange(&spare)?;
         } else {
-            // The first record, or larger files: the other file gets its space now.
-            self.size = None;
+            // The first record, or larger files: the other file gets its space now. If it cannot, both files have
+            // their old size or more.
             self.exchange(&spare)?;
             write_in_place(&spare, &bytes)?;
             self.size = Some(size);
@@ -109,7 +126,7 @@ pub fn write<R: Record>(path: &Path, record: &R) -> Result<()> {
 /// Reads the record at `path`.
 ///
 /// # Errors
-/// I/O errors; [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is malformed.
+/// I/O errors; [`ErrorKind::BadData`] if it is malformed.
 pub fn read<R: Record>(path: &Path) -> Result<R> {
     decode_at(path, &read_bytes(path)?)
 }

@@ -13,7 +13,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use super::file::{RecordFile, decode_at, read_bytes, temporary};
 use crate::base::{Error, Result, ResultExt as _};
 use crate::format::state::{Record, is_fully_known};
-use crate::sys::lock::{is_named, try_lock};
+use crate::sys::lock::{LockedFile, is_named, try_lock};
 
 /// Suffix of a lock's hidden name, before it is locked.
 const HIDDEN: &str = "lock-new";
@@ -45,7 +45,7 @@ pub struct LockedRecord<R> {
     id: String,
     record: R,
     file: RecordFile,
-    _lock: File,
+    _lock: LockedFile,
 }
 
 impl<R: Record> LockedRecord<R> {
@@ -70,7 +70,7 @@ impl<R: Record> LockedRecord<R> {
 
     /// The record `id`, whose lock this process has taken.
     #[must_use]
-    pub fn of(directory: &Path, id: &str, record: R, lock: File) -> Self {
+    pub fn of(directory: &Path, id: &str, record: R, lock: LockedFile) -> Self {
         let file = RecordFile::new(path_of(directory, id));
         Self { directory: directory.to_owned(), id: id.to_owned(), record, file, _lock: lock }
     }
@@ -119,7 +119,7 @@ pub struct FoundRecord<R> {
     /// True if a newer program has written something into the record that this one does not know.
     pub is_newer: bool,
     /// None while its owner lives. Else held by this process, so that no other process handles the record.
-    pub lock: Option<File>,
+    pub lock: Option<LockedFile>,
     directory: PathBuf,
 }
 
@@ -190,7 +190,7 @@ pub fn find<R: Record>(directory: &Path, id: &str) -> Result<Option<FoundRecord<
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.io_context(|| format!("opening {}", lock.display()))?,
     };
-    let held = if try_lock(&file, &lock)? { Some(file) } else { None };
+    let held = try_lock(file, &lock)?.ok();
     // What a removed record named may belong to another one by now.
     if let Some(held) = &held
         && !is_named(held, &lock)?
@@ -222,7 +222,7 @@ pub fn remove(directory: &Path, id: &str, beside: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-fn create_lock(directory: &Path, id: &str) -> Result<File> {
+fn create_lock(directory: &Path, id: &str) -> Result<LockedFile> {
     let (path, hidden) = (lock_path(directory, id), directory.join(format!("{id}.{HIDDEN}")));
     let what = || format!("creating {}", path.display());
     for _ in 0..CREATE_ATTEMPTS {
@@ -235,11 +235,11 @@ fn create_lock(directory: &Path, id: &str) -> Result<File> {
             }
             file => Some(file.io_context(what)?),
         };
-        let Some(lock) = made.filter(|file| try_lock(file, &hidden).unwrap_or(false)) else {
+        let Some(Ok(lock)) = made.map(|file| try_lock(file, &hidden)).transpose()? else {
             thread::sleep(CREATE_PAUSE);
             continue;
         };
-        match renameat2(AT_FDCWD, &hidden, AT_FDCWD, &path, RenameFlags::RENAME_NOREPLACE) {
+        match rename_new(&hidden, &path) {
             // Another process may have removed the hidden file before it was locked, and the name may be another's.
             Ok(()) if is_named(&lock, &path)? => return Ok(lock),
             Ok(()) | Err(Errno::ENOENT) => {}
@@ -254,11 +254,22 @@ fn create_lock(directory: &Path, id: &str) -> Result<File> {
         .next("wait until no 'tidemark recover' is running"))
 }
 
+/// Renames `from`, unless `to` exists. Not every filesystem can do this in one step (EINVAL).
+fn rename_new(from: &Path, to: &Path) -> nix::Result<()> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        Err(Errno::EINVAL) => {
+            nix::unistd::linkat(AT_FDCWD, from, AT_FDCWD, to, nix::fcntl::AtFlags::empty())?;
+            nix::unistd::unlink(from)
+        }
+        result => result,
+    }
+}
+
 /// Removes a hidden lock that no process has locked. A file that cannot be removed locks nothing.
 fn remove_unowned(hidden: &Path) {
     if let Ok(file) = File::open(hidden)
-        && try_lock(&file, hidden).unwrap_or(false)
-        && is_named(&file, hidden).unwrap_or(false)
+        && let Ok(Ok(lock)) = try_lock(file, hidden)
+        && is_named(&lock, hidden).unwrap_or(false)
     {
         let _ = fs::remove_file(hidden);
     }
@@ -318,7 +329,7 @@ mod tests {
         let open = File::open(lock_path(dir.path(), "a")).unwrap();
         first.remove(&[]).unwrap();
         assert!(find::<VolumeRecord>(dir.path(), "a").unwrap().is_none());
-        assert!(try_lock(&open, Path::new("a")).unwrap());
+        let open = try_lock(open, Path::new("a")).unwrap().unwrap();
         assert!(!is_named(&open, &lock_path(dir.path(), "a")).unwrap());
         let _second = create(dir.path(), "a").unwrap();
         assert!(!is_named(&open, &lock_path(dir.path(), "a")).unwrap(), "another file has its name");

@@ -115,6 +115,9 @@ pub trait Executor {
     /// What failed on which device.
     fn execute(&mut self, action: &Action) -> Result<()>;
 
+    /// Another change begins.
+    fn begin(&mut self) {}
+
     /// From now on steps are undone. Nothing may interrupt that.
     fn begin_undo(&mut self) {}
 }
@@ -227,6 +230,7 @@ impl Change {
     /// The failed step's, with every failed undo.
     pub fn run(&self, executor: &mut dyn Executor, journal: &mut dyn IntentLog) -> Result<()> {
         assert!(self.steps.len() <= STEPS_MAX, "a change has at most {STEPS_MAX} steps");
+        executor.begin();
         for (index, step) in self.steps.iter().enumerate() {
             let result = journal.intend(self, index).and_then(|()| {
                 self.pass(step, "before");

@@ -1,5 +1,7 @@
 //! One origin of an insertion: what the runner must know of it, and what it learns.
 
+use std::time::Instant;
+
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::dm::{Dm, Table};
 use crate::extent::Extent;
@@ -71,11 +73,16 @@ impl Member {
     }
 
     /// The table that leads through the stack. Maps what the frozen filesystems do not use past the snapshot;
-    /// a filesystem that does not answer is preserved whole.
+    /// a filesystem that does not answer is preserved whole, and so is what is not read by `map_deadline`.
     ///
     /// # Errors
     /// The kernel's; as [`LowerDevices::table`].
-    pub fn table_over(&mut self, dm: &Dm, real: &str, preserve: &str) -> Result<Table> {
+    pub fn table_over(
+        &mut self,
+        dm: &Dm,
+        (real, preserve): (&str, &str),
+        map_deadline: Instant,
+    ) -> Result<Table> {
         let number = |name: &str| dm.info_of(name).map(|info| info.number);
         let lower = LowerDevices {
             own: self.own_table.clone(),
@@ -83,7 +90,7 @@ impl Member {
             preserve: Some(number(preserve)?),
         };
         if let Some(mapper) = self.mapper.take() {
-            let (found, layout) = mapper.read();
+            let (found, layout) = mapper.read(map_deadline);
             self.skipped = Skipped {
                 extents: skippable(&found.extents, lower.own.length().bytes(), &self.limits),
                 notes: found.notes,

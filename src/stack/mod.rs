@@ -19,6 +19,7 @@
 //! - `real` holds a copy of that table as long as the stack exists, so the kernel's state alone is enough to
 //!   undo it ([`recover`](crate::op::recover)).
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt};
-use crate::dm::{DeviceInfo, Dm, Slot, SnapshotStatus, Table, Target, node};
+use crate::dm::naming::ROLE_REAL;
+use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, Target, node};
 use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{JobRecord, OriginRecord};
 use crate::stack::origin_table::{Form, LowerDevices};
@@ -68,6 +70,9 @@ pub use model::{AtInstant, HoldTimes, InsertRequest, InstantContext, Skipped, St
 pub use owner::Owner;
 pub use plan::{dismantling, insertion, restoration};
 pub use runner::Runner;
+
+/// Most origins that are held at one instant.
+pub const ORIGINS_MAX: usize = 32;
 
 /// Attempts to restore the origin's own table. On a slow disk, I/O in flight may take longer than the budget:
 /// each attempt may take [`RESTORE_BUDGET_FACTOR`] times as long as the one before, and the origin accepts
@@ -115,8 +120,8 @@ pub struct Stack {
     times: HoldTimes,
     /// The copy's watchdog, while it has nothing to guard.
     standby: Standby,
-    /// The lock of a copy that locks out lvm2 until it ends.
-    lvm: Arc<Mutex<Option<LvmLock>>>,
+    /// The lock of a copy that locks out lvm2 until it ends. Stacks in one volume group share it.
+    lvm: Arc<Mutex<Option<Arc<LvmLock>>>>,
 }
 
 /// The origin is held, and lvm2 locked out, as long as this value lives.
@@ -144,9 +149,9 @@ impl Stack {
     ) -> Result<Vec<Self>> {
         let number = |stack: &StackRequest| Ok(dm.info_of(stack.origin.as_str())?.number);
         let numbers = request.stacks.iter().map(number).collect::<Result<Vec<_>>>()?;
+        refuse_as_group(request, &numbers, job.id())?;
         // Held from before the tables are read until they lead through the stacks.
-        let lock = |number: &DeviceNumber| LvmLock::hold(dm, *number, interrupt);
-        let locks = numbers.iter().map(lock).collect::<Result<Vec<_>>>()?;
+        let locks = LvmLock::hold_all(dm, &numbers, interrupt)?;
         let own_tables = request.stacks.iter().map(|stack| own_table(dm, &stack.origin));
         let own_tables = own_tables.collect::<Result<Vec<_>>>()?;
         let found: Vec<(DeviceNumber, Table)> =
@@ -175,12 +180,21 @@ impl Stack {
         change.run(&mut runner, job)?;
         runner.report();
         // Nothing after the change may fail: the stacks are in use now.
-        let stacks = request.stacks.iter().zip(locks);
+        let lvm_lock = request.lvm_lock;
+        let stacks = request
+            .stacks
+            .iter()
+            .zip(locks.into_iter().map(|lock| Some(lock).filter(|_| lvm_lock == LvmScope::Copy)));
         Ok(stacks.map(|(stack, lock)| Self::inserted(stack, lock, &mut runner, job.id())).collect())
     }
 
     /// The stack that `runner` has inserted for `request`.
-    fn inserted(request: &StackRequest, lock: LvmLock, runner: &mut Runner<'_>, job: &str) -> Self {
+    fn inserted(
+        request: &StackRequest,
+        lock: Option<Arc<LvmLock>>,
+        runner: &mut Runner<'_>,
+        job: &str,
+    ) -> Self {
         let names = StackNames::new(&request.origin, job);
         let member = runner.members.remove(0);
         let at = runner.owners.iter().position(|owner| owner.name() == request.origin);
@@ -200,7 +214,7 @@ impl Stack {
             budget: runner.budget(),
             times: runner.times,
             standby: runner.standby.clone(),
-            lvm: Arc::new(Mutex::new(Some(lock).filter(|_| request.lvm_lock == LvmScope::Copy))),
+            lvm: Arc::new(Mutex::new(lock)),
         }
     }
 
@@ -232,7 +246,7 @@ impl Stack {
             budget: adopted.budget,
             times: adopted.times,
             standby: Standby::start(job.id()),
-            lvm: Arc::new(Mutex::new(Some(lvm).filter(|_| adopted.lvm_lock == LvmScope::Copy))),
+            lvm: Arc::new(Mutex::new(Some(Arc::new(lvm)).filter(|_| adopted.lvm_lock == LvmScope::Copy))),
         })
     }
 
@@ -561,6 +575,9 @@ impl<'a> FoundStack<'a> {
         let cannot_resume = |what: String| cannot_resume(&job.job, what);
         let record =
             job.origin.as_ref().ok_or_else(|| cannot_resume("its record names no origin".to_owned()))?;
+        if !job.further_origins.is_empty() {
+            return Err(cannot_resume("it holds several origins".to_owned()));
+        }
         let names = StackNames::new(&record.device, &job.job);
         // By number: the origin may have been renamed.
         let origin = check_adoptable(dm.info(record.number)?, &record.device, &cannot_resume)?;
@@ -722,6 +739,42 @@ fn filesystems_of(request: &InsertRequest, number: DeviceNumber) -> Vec<PathBuf>
         std::fs::metadata(path).is_ok_and(|meta| above.contains(&DeviceNumber::from_dev(meta.dev())))
     };
     request.filesystems.iter().filter(is_above).cloned().collect()
+}
+
+/// Origins that cannot be held at one instant.
+fn refuse_as_group(request: &InsertRequest, numbers: &[DeviceNumber], job: &str) -> Result<()> {
+    let refused = |what: String| Error::refused(what).state("nothing was changed");
+    if request.stacks.len() > ORIGINS_MAX {
+        return Err(refused(format!("{} origins at once: {ORIGINS_MAX} are possible", request.stacks.len())));
+    }
+    let (mut seen, mut identities) = (BTreeSet::new(), BTreeSet::new());
+    for (stack, number) in request.stacks.iter().zip(numbers) {
+        if !seen.insert(number) {
+            return Err(refused(format!("{} is named twice", stack.origin)));
+        }
+        // Two devices cannot have one UUID, which holds the beginning of the name.
+        if !identities.insert(DeviceIdentity::new(&stack.origin, ROLE_REAL, job).uuid()) {
+            return Err(refused(format!(
+                "the name of {} begins like that of another origin of the group",
+                stack.origin
+            ))
+            .next("rename one of them"));
+        }
+    }
+    let topology = Topology::default();
+    for (stack, number) in request.stacks.iter().zip(numbers) {
+        let above = topology.above(*number);
+        let upper =
+            request.stacks.iter().zip(numbers).find(|(_, other)| *other != number && above.contains(other));
+        if let Some((upper, _)) = upper {
+            return Err(refused(format!(
+                "{} is on {}: both cannot be held at once",
+                upper.origin, stack.origin
+            ))
+            .next("copy only one of them"));
+        }
+    }
+    Ok(())
 }
 
 /// An origin carries one stack at a time.

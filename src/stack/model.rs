@@ -12,7 +12,7 @@ use crate::volume::lvm_lock::LvmScope;
 /// Which stacks to insert at one instant.
 #[derive(Clone, Debug)]
 pub struct InsertRequest {
-    /// One for each origin. If an origin lies on another one, the upper one comes first.
+    /// One for each origin. No origin is on another one.
     pub stacks: Vec<StackRequest>,
     /// Mount points of every filesystem on the origins, one each, in the order of freezing.
     pub filesystems: Vec<PathBuf>,
@@ -21,6 +21,8 @@ pub struct InsertRequest {
     pub planned: Option<FreezeSet>,
     /// Longest time that anything may be frozen or suspended.
     pub budget: Duration,
+    /// How long lvm2 is locked out.
+    pub lvm_lock: LvmScope,
 }
 
 /// Which stack to insert, over which origin.
@@ -39,15 +41,18 @@ pub struct StackRequest {
     /// The origin's own table as found by the plan, checked again before anything is done; None if there was
     /// no plan.
     pub planned_table: Option<Table>,
-    /// How long lvm2 is locked out.
-    pub lvm_lock: LvmScope,
 }
 
 impl InsertRequest {
     /// The request with the devices of the COW stores, in the order of the origins.
+    ///
+    /// # Panics
+    /// If there is not one store for each origin: a broken invariant.
     #[must_use]
-    pub fn with_stores(&self, cows: impl IntoIterator<Item = DeviceNumber>) -> Self {
-        let stacks = self.stacks.iter().zip(cows).map(|(stack, cow)| StackRequest { cow, ..stack.clone() });
+    pub fn with_stores(&self, cows: &[DeviceNumber]) -> Self {
+        assert_eq!(cows.len(), self.stacks.len(), "one store for each origin");
+        let stacks =
+            self.stacks.iter().zip(cows).map(|(stack, cow)| StackRequest { cow: *cow, ..stack.clone() });
         Self { stacks: stacks.collect(), ..self.clone() }
     }
 
@@ -78,7 +83,7 @@ impl InsertRequest {
             stacks: stacks.collect(),
             filesystems: frozen.points.clone(),
             planned: Some(frozen),
-            budget: self.budget,
+            ..self.clone()
         })
     }
 }

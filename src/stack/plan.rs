@@ -40,7 +40,7 @@ pub fn insertion(request: &InsertRequest, own_tables: &[Table], id: &str) -> Cha
     let change = members.iter().fold(change, |change, member| change.then(member.load()));
     let change = members.iter().fold(change, |change, member| change.then(member.suspend()));
     let change = change.then(Step::new("instant", Action::Instant));
-    // If an origin lies on another one, it comes before that one, and is resumed after it.
+    // In the reverse order: what was suspended last was quiet for the shortest time.
     let change = members.iter().enumerate().rev().fold(change, |change, (index, member)| {
         change.then(member.switch(&origins[..index], &request.filesystems))
     });
@@ -200,13 +200,13 @@ mod tests {
             lock_filesystem: false,
             all: false,
             planned_table: None,
-            lvm_lock: LvmScope::Change,
         };
         let request = InsertRequest {
             stacks: origins.iter().map(stack).collect(),
             filesystems: vec!["/srv".into()],
             planned: None,
             budget: Duration::from_secs(2),
+            lvm_lock: LvmScope::Change,
         };
         let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
         insertion(&request, &vec![own; origins.len()], &new_id())

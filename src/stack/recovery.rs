@@ -163,9 +163,9 @@ impl Scene {
     }
 }
 
-/// Plans step 1: resume and thaw.
-pub fn plan_release(scene: &Scene) -> Change {
-    let mut change = Change::new("recover-release");
+/// Plans step 1: a change for each device to be resumed, then one for the thaw.
+pub fn plan_release(scene: &Scene) -> Vec<Change> {
+    let mut changes = Vec::new();
     let mut seen = BTreeSet::new();
     for (origin, lower) in scene.origins() {
         let drop_loaded = origin.inactive.as_ref().is_some_and(|table| lower.is_copy_table(table));
@@ -174,19 +174,19 @@ pub fn plan_release(scene: &Scene) -> Change {
             continue;
         }
         if (drop_loaded || origin.suspended) && seen.insert(&origin.name) {
-            change = resume_if_suspended(change, origin, drop_loaded);
+            changes.push(resume_if_suspended(origin, drop_loaded));
         }
     }
     for device in scene.leftovers() {
         if device.suspended && device.active.is_some() && seen.insert(&device.name) {
             // A store that was being enlarged: both its old and its new table are valid.
-            change = resume_if_suspended(change, device, false);
+            changes.push(resume_if_suspended(device, false));
         }
     }
     for device in scene.held_origins() {
         if seen.insert(&device.name) {
             let drop_loaded = device.inactive.is_some();
-            change = resume_if_suspended(change, device, drop_loaded);
+            changes.push(resume_if_suspended(device, drop_loaded));
         }
     }
     let frozen: Vec<PathBuf> = scene
@@ -195,14 +195,19 @@ pub fn plan_release(scene: &Scene) -> Change {
         .filter_map(|record| record.change.as_ref())
         .flat_map(|record| record.frozen.iter().map(PathBuf::from))
         .collect();
-    if frozen.is_empty() {
-        return change;
+    if !frozen.is_empty() {
+        changes.push(release().then(Step::new("thaw", Action::Thaw { filesystems: frozen })));
     }
-    change.then(Step::new("thaw", Action::Thaw { filesystems: frozen }))
+    changes
 }
 
-fn resume_if_suspended(change: Change, device: &SeenDevice, drop_loaded: bool) -> Change {
+fn release() -> Change {
+    Change::new("recover-release")
+}
+
+fn resume_if_suspended(device: &SeenDevice, drop_loaded: bool) -> Change {
     let name = device.name.clone();
+    let change = release();
     let change = if drop_loaded && device.inactive.is_some() {
         change.then(Step::new("clear", Action::Clear { device: name.clone() }))
     } else {
@@ -268,8 +273,9 @@ pub fn recover_devices(machine: &mut dyn Machine) -> Result<Vec<String>> {
             Err(error) => errors.push(error),
         }
     };
-    let release = plan_release(&machine.scene()?);
-    run(machine, release);
+    for change in plan_release(&machine.scene()?) {
+        run(machine, change);
+    }
     for change in plan_restore(&machine.scene()?) {
         run(machine, change);
     }

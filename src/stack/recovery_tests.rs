@@ -121,13 +121,13 @@ impl FakeKernel {
             lock_filesystem: false,
             all: false,
             planned_table: None,
-            lvm_lock: LvmScope::Change,
         };
         InsertRequest {
             stacks: self.origins.iter().map(stack).collect(),
             filesystems: vec![MOUNT.into()],
             planned: None,
             budget: Duration::from_secs(2),
+            lvm_lock: LvmScope::Change,
         }
     }
 
@@ -562,7 +562,7 @@ fn a_living_job_and_other_peoples_devices_are_left_alone() {
     let mut scene = kernel.scene().unwrap();
     scene.dead.clear();
     scene.alive.insert(id);
-    assert!(plan_release(&scene).steps.is_empty());
+    assert!(plan_release(&scene).is_empty());
     assert!(plan_restore(&scene).is_empty());
     assert!(plan_remove(&scene).is_empty());
 }
@@ -585,8 +585,9 @@ fn only_what_the_dead_job_itself_holds_is_let_go() {
     let mut scene = kernel.scene().unwrap();
     scene.dead = vec![JobRecord { change: Some(change), ..kernel.record_of(&id) }];
     let resumes = |scene: &Scene| {
-        let steps = plan_release(scene).steps;
-        steps.iter().filter(|step| matches!(step.action, Action::Resume { .. })).count()
+        let changes = plan_release(scene);
+        let steps = changes.iter().flat_map(|change| &change.steps);
+        steps.filter(|step| matches!(step.action, Action::Resume { .. })).count()
     };
     let data = |scene: &mut Scene, change: &dyn Fn(&mut SeenDevice)| {
         change(scene.devices.iter_mut().find(|device| device.name == "data").unwrap());
@@ -612,8 +613,9 @@ fn an_origin_that_somebody_else_is_changing_is_not_resumed() {
     let data = kernel.device("data").unwrap();
     data.suspended = true;
     let resumes = |kernel: &mut FakeKernel| {
-        let steps = plan_release(&kernel.scene().unwrap()).steps;
-        steps.iter().any(|step| matches!(step.action, Action::Resume { .. }))
+        let changes = plan_release(&kernel.scene().unwrap());
+        let mut steps = changes.iter().flat_map(|change| &change.steps);
+        steps.any(|step| matches!(step.action, Action::Resume { .. }))
     };
     assert!(resumes(&mut kernel), "the dead copy has suspended it");
     kernel.device("data").unwrap().inactive = Some("0 16384 linear 8:48 0".parse().unwrap());

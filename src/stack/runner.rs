@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
+use crate::base::limits::FREE_MAP_TIME_MAX;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::{Dm, SUSPEND_ATTEMPTS, Table, Template, Udev, node};
 use crate::stack::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
@@ -55,6 +56,8 @@ pub struct Runner<'a> {
     /// When the watchdog was armed.
     armed_since: Option<Instant>,
     frozen_since: Option<Instant>,
+    /// Until when the free space may be read.
+    map_deadline: Option<Instant>,
     suspended_since: Option<Instant>,
     pub(super) times: HoldTimes,
     /// Messages that could not be logged while something was held.
@@ -91,6 +94,7 @@ impl<'a> Runner<'a> {
             nudge: None,
             armed_since: None,
             frozen_since: None,
+            map_deadline: None,
             suspended_since: None,
             times: HoldTimes::default(),
             notes: Vec::new(),
@@ -211,8 +215,10 @@ impl<'a> Runner<'a> {
         self.nudge = None;
         let verdict = self.watchdog.take().map_or(Verdict::Calm, |watchdog| self.standby.dismiss(watchdog));
         self.locked = None;
-        // Nothing is held any more.
-        self.owners.iter_mut().filter(|owner| !owner.is_held()).for_each(Owner::put_back_settings);
+        // Not while another origin of the group is still held.
+        if !self.owners.iter().any(Owner::is_held) {
+            self.owners.iter_mut().for_each(Owner::put_back_settings);
+        }
         verdict
     }
 
@@ -276,7 +282,9 @@ impl<'a> Runner<'a> {
     fn load_over(&mut self, device: &str, real: &str, preserve: &str) -> Result<()> {
         self.check(true)?;
         let dm = self.dm;
-        let table = self.member(device).table_over(dm, real, preserve)?;
+        // One time for all origins, whose writers wait together.
+        let map_deadline = *self.map_deadline.get_or_insert_with(|| Instant::now() + FREE_MAP_TIME_MAX);
+        let table = self.member(device).table_over(dm, (real, preserve), map_deadline)?;
         self.owner_of(device).expect("an insertion owns its origins").load(dm, &table)?;
         let member = self.member(device);
         member.map_in_force = !member.skipped.extents.is_empty();
@@ -311,9 +319,9 @@ impl<'a> Runner<'a> {
             }
         }
         let mut result = Ok(());
-        // During undo nothing depends on the map: dropping the loaded table has cleared this flag.
+        // During undo nothing depends on the maps.
         let maps = self.members.iter_mut().map(|member| std::mem::take(&mut member.map_in_force));
-        let map_in_force = maps.fold(false, |any, in_force| any | in_force);
+        let map_in_force = maps.fold(false, |any, in_force| any | in_force) && !self.is_undoing;
         let mut early = None;
         for (path, file) in self.files.iter().rev() {
             match freeze::thaw(file) {
@@ -403,7 +411,10 @@ impl<'a> Runner<'a> {
             match self.suspend_once(action, device, how, end) {
                 // I/O in flight took longer than the budget allows, so the suspension was aborted.
                 Err(error) if error.kind() == ErrorKind::Interrupted && is_over() => {
-                    self.dismiss();
+                    // While another origin is held, the watchdog guards it until the undo has resumed it.
+                    if !self.owners.iter().any(Owner::is_held) {
+                        self.dismiss();
+                    }
                     break Err(budget_ran_out());
                 }
                 // If no signal asked us to stop, try again: the kernel interrupts every process to put the machine
@@ -488,6 +499,11 @@ impl<'a> Runner<'a> {
 }
 
 impl Executor for Runner<'_> {
+    fn begin(&mut self) {
+        // Each change names the devices that it owns.
+        self.owners.clear();
+    }
+
     fn begin_undo(&mut self) {
         self.is_undoing = true;
     }

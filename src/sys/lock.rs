@@ -1,32 +1,59 @@
-//! Locks on whole files (flock(2)): held until the file is closed.
+//! Locks on whole files (flock(2)).
 
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use crate::base::{Error, Result, ResultExt as _};
 
-/// Locks `file`, opened at `path`. False if another open file has it locked, in any mode.
+/// A file that is locked until this value is dropped. The lock is released explicitly: a child process that is
+/// being started has the file open too until it runs its own program, which would keep the lock.
+#[derive(Debug)]
+pub struct LockedFile(File);
+
+impl Deref for LockedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for LockedFile {
+    fn drop(&mut self) {
+        // It fails only for a file without such locks; the close ends the lock as well.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Locks `file`, opened at `path`. Gives the file back if another open file has it locked, in any mode.
 ///
 /// # Errors
 /// I/O errors.
-pub fn try_lock(file: &File, path: &Path) -> Result<bool> {
-    answer(file.try_lock(), path)
+pub fn try_lock(file: File, path: &Path) -> Result<std::result::Result<LockedFile, File>> {
+    let locked = file.try_lock();
+    answer(locked, file, path)
 }
 
-/// As [`try_lock`], but shared: false if another open file has it locked exclusively.
+/// As [`try_lock`], but shared: gives the file back if another open file has it locked exclusively.
 ///
 /// # Errors
 /// I/O errors.
-pub fn try_lock_shared(file: &File, path: &Path) -> Result<bool> {
-    answer(file.try_lock_shared(), path)
+pub fn try_lock_shared(file: File, path: &Path) -> Result<std::result::Result<LockedFile, File>> {
+    let locked = file.try_lock_shared();
+    answer(locked, file, path)
 }
 
-fn answer(locked: std::result::Result<(), TryLockError>, path: &Path) -> Result<bool> {
+fn answer(
+    locked: std::result::Result<(), TryLockError>,
+    file: File,
+    path: &Path,
+) -> Result<std::result::Result<LockedFile, File>> {
     match locked {
-        Ok(()) => Ok(true),
-        Err(TryLockError::WouldBlock) => Ok(false),
+        Ok(()) => Ok(Ok(LockedFile(file))),
+        Err(TryLockError::WouldBlock) => Ok(Err(file)),
         Err(TryLockError::Error(error)) => Err(Error::io(format!("locking {}", path.display()), error)),
     }
 }

@@ -45,7 +45,7 @@ use std::time::Instant;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
-use crate::base::limits::{FREE_EXTENTS_READ_MAX, FREE_MAP_TIME_MAX};
+use crate::base::limits::FREE_EXTENTS_READ_MAX;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{Dm, Slot, node};
 use crate::extent::free::Largest;
@@ -143,13 +143,12 @@ impl FreeMapper {
     }
 
     /// Reads the map. To be called while all of the filesystems are frozen and the origin still serves reads.
-    /// Takes at most about [`FREE_MAP_TIME_MAX`].
+    /// Ends soon after `deadline`: what is not read by then counts as used.
     ///
     /// The result is valid only if the layout stays the same until the instant: check it after that, when
     /// nothing is held any more.
     #[must_use]
-    pub fn read(mut self) -> (FreeSpace, DeviceLayout) {
-        let deadline = Instant::now() + FREE_MAP_TIME_MAX;
+    pub fn read(mut self, deadline: Instant) -> (FreeSpace, DeviceLayout) {
         let mut notes = self.notes;
         let mut reported = BTreeMap::new();
         for source in &self.sources {

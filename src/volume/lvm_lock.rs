@@ -13,9 +13,11 @@
 //! Not detected: commands without locking (`--nolocking`), with another `locking_dir`, in another mount
 //! namespace, or on other hosts of a shared group.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -24,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{DeviceInfo, Dm};
-use crate::sys::lock::{is_named, try_lock, try_lock_shared};
+use crate::sys::lock::{LockedFile, is_named, try_lock, try_lock_shared};
 
 /// lvm2's default for `global/locking_dir`.
 const LOCKING_DIR: &str = "/run/lock/lvm";
@@ -62,7 +64,7 @@ pub struct LvmLock {
 
 #[derive(Debug)]
 struct Held {
-    file: Option<File>,
+    file: Option<LockedFile>,
     path: PathBuf,
 }
 
@@ -73,6 +75,26 @@ impl LvmLock {
     /// I/O errors of the lock's files; the kernel's.
     pub fn try_hold(dm: &Dm, device: DeviceNumber) -> Result<Option<Self>> {
         try_hold_of(Path::new(LOCKING_DIR), &|| dm.info(device))
+    }
+
+    /// Locks the volume groups of all `devices`, each once: a second lock would wait for a writer that waits for the
+    /// first one. In the order of the groups' names, as lvm2 does. Returns the lock of each device, in their order.
+    ///
+    /// # Errors
+    /// As [`LvmLock::hold`].
+    pub fn hold_all(
+        dm: &Dm,
+        devices: &[DeviceNumber],
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Vec<Arc<Self>>> {
+        let group = |device: &DeviceNumber| Ok(dm.info(*device)?.as_ref().and_then(volume_group));
+        let groups = devices.iter().map(group).collect::<Result<Vec<Option<String>>>>()?;
+        let mut locks = BTreeMap::new();
+        let first_of_each: BTreeMap<&Option<String>, &DeviceNumber> = groups.iter().zip(devices).collect();
+        for (group, device) in first_of_each {
+            locks.insert(group, Arc::new(Self::hold(dm, *device, interrupt)?));
+        }
+        Ok(groups.iter().map(|group| Arc::clone(&locks[group])).collect())
     }
 
     /// As [`LvmLock::try_hold`], but waits up to 60 s for lvm2.
@@ -144,8 +166,10 @@ fn try_hold_in(directory: &Path, group: &str) -> Result<Option<Held>> {
     lock_named(&directory.join(format!("V_{group}")), try_lock_shared)
 }
 
+type TryToLock = fn(File, &Path) -> Result<std::result::Result<LockedFile, File>>;
+
 /// None if another process holds it in a mode that conflicts.
-fn lock_named(path: &Path, try_to_lock: fn(&File, &Path) -> Result<bool>) -> Result<Option<Held>> {
+fn lock_named(path: &Path, try_to_lock: TryToLock) -> Result<Option<Held>> {
     let what = || format!("locking {}", path.display());
     for _ in 0..LOCK_RETRIES_MAX {
         let opened = OpenOptions::new()
@@ -162,9 +186,7 @@ fn lock_named(path: &Path, try_to_lock: fn(&File, &Path) -> Result<bool>) -> Res
             }
             opened => opened.io_context(what)?,
         };
-        if !try_to_lock(&file, path)? {
-            return Ok(None);
-        }
+        let Ok(file) = try_to_lock(file, path)? else { return Ok(None) };
         // Otherwise it was removed by its previous owner.
         if is_named(&file, path)? {
             return Ok(Some(Held { file: Some(file), path: path.to_owned() }));
@@ -178,7 +200,7 @@ impl Drop for Held {
     fn drop(&mut self) {
         let Some(file) = self.file.take() else { return };
         let is_named = is_named(&file, &self.path).unwrap_or(false);
-        if is_named && try_lock(&file, &self.path).unwrap_or(false) {
+        if is_named && file.try_lock().is_ok() {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -9,7 +9,7 @@ pub fn cases() -> Vec<Case> {
         case("stack_insert", "stack_insert.sh").limit_seconds(480),
         case("stack_crash", "stack_crash.sh").limit_seconds(1500),
         case("stack_group", "stack_group.sh")
-            .commands(&["python3", "fsfreeze"])
+            .commands(&["python3", "fsfreeze", "pvcreate", "vgcreate", "lvcreate", "lvchange", "vgchange"])
             .disk_mib(40)
             .disk_mib(128)
             .limit_seconds(600),

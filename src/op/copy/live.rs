@@ -101,7 +101,7 @@ impl Live {
         interrupt()?;
         self.latency_before = self.probe.as_mut().and_then(OriginProbe::mean);
         observer.event(&Event::Phase { phase: Phase::Instant, total: None });
-        let request = live.insert.with_stores([store.number()]);
+        let request = live.insert.with_stores(&[store.number()]);
         let mut at_instant = |instant: &InstantContext<'_>| match &plan.request.hooks.frozen {
             None => Ok(()),
             Some(command) => Hook {

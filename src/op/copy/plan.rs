@@ -221,13 +221,13 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         lock_filesystem: origin.lock_filesystem,
         all: request.all,
         planned_table: Some(table.clone()),
-        lvm_lock: request.lvm_lock,
     };
     let insert = InsertRequest {
         stacks: vec![stack],
         filesystems: origin.filesystems.clone(),
         planned: Some(origin.frozen.clone()),
         budget: request.freeze_budget,
+        lvm_lock: request.lvm_lock,
     };
     let text = table.to_string();
     let steps = stack::insertion(&insert, &[table], &config.id);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use crate::base::limits::FREE_MAP_TIME_MAX;
 use crate::base::{Error, Result, ResultExt};
 use crate::sys::freeze;
 use crate::volume::free::FreeMapper;
@@ -36,7 +37,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         freeze::freeze(file).io_context(|| "freezing".to_owned())?;
     }
     let begin = Instant::now();
-    let (free, mut layout) = mapper.read();
+    let (free, mut layout) = mapper.read(begin + FREE_MAP_TIME_MAX);
     let took = begin.elapsed();
     let mut text = String::new();
     if layout.is_unchanged() {

@@ -38,7 +38,11 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
     signal::catch_termination()?;
     let cows = cows.split(',').map(str::parse).collect::<Result<Vec<DeviceNumber>>>()?;
     let budget = Duration::from_millis(budget.parse().map_err(|_| Error::usage("a budget in ms"))?);
-    let request = request(&origins.split(',').collect::<Vec<_>>(), &cows, budget, mounts);
+    let names: Vec<&str> = origins.split(',').collect();
+    if names.len() != cows.len() {
+        return Err(Error::usage("a COW device for each origin"));
+    }
+    let request = request(&names, &cows, budget, mounts);
     let dm = Dm::open()?;
     let mut job = Job::begin("trial")?;
     let path = PathBuf::from(origins);
@@ -94,13 +98,13 @@ fn request(origins: &[&str], cows: &[DeviceNumber], budget: Duration, mounts: &[
         lock_filesystem: false,
         all: false,
         planned_table: None,
-        lvm_lock: LvmScope::Change,
     };
     InsertRequest {
         stacks: origins.iter().zip(cows).map(stack).collect(),
         filesystems: mounts.iter().map(PathBuf::from).collect(),
         planned: None,
         budget,
+        lvm_lock: LvmScope::Change,
     }
 }
 
