@@ -135,6 +135,10 @@ grep -q '\[\]$' "$REPORT" || fail "not everything could be undone: $(cat "$REPOR
 both_answer "a hook past the budget"
 assert_group_as_before
 
+umount /mnt/data /mnt/wal
+e2fsck -fn "$ORIGIN" || fail "the filesystem of data is damaged"
+e2fsck -fn "$WAL" || fail "the filesystem of wal is damaged"
+
 # What is no group.
 refused_group() { # WORDS ORIGINS COWS
     rm -f "$REPORT"
@@ -143,37 +147,32 @@ refused_group() { # WORDS ORIGINS COWS
     assert_group_as_before
 }
 refused_group 'data is named twice' data,wal,data "$COW,$WAL_COW,$COW"
-sync
 dmsetup create top --table "0 8192 linear $ORIGIN 0"
 refused_group 'top is on data' top,data "$WAL_COW,$COW"
 refused_group 'top is on data' data,wal,top "$COW,$WAL_COW,$COW"
 dmsetup remove top
-
-umount /mnt/data /mnt/wal
-e2fsck -fn "$ORIGIN" || fail "the filesystem of data is damaged"
-e2fsck -fn "$WAL" || fail "the filesystem of wal is damaged"
 
 # Two volumes of one volume group, which LVM commands change all the time: a writer of LVM that waits for the group's lock
 # must not come between our lock for the one volume and that for the other.
 dmsetup remove data
 dmsetup remove wal
 pvcreate -qq -ff -y "$(disk 0)" "$wal_disk"
-vgcreate -qq -s 1m grp "$(disk 0)" "$wal_disk"
-for volume in a b c; do lvcreate -qq -y -W n -L 8m -n "$volume" grp; done
-(while [ ! -e /run/no-lvm ]; do lvchange -qq --addtag busy grp/c; lvchange -qq --deltag busy grp/c; done) &
+vgcreate -qq -s 1m tidetest "$(disk 0)" "$wal_disk"
+for volume in a b c; do lvcreate -qq -y -Wn -Zn -L 8m -n "$volume" tidetest; done
+(while [ ! -e /run/no-lvm ]; do lvchange -qq --addtag busy tidetest/c; lvchange -qq --deltag busy tidetest/c; done) &
 lvm=$!
-table_before=$(dmsetup table grp-a; dmsetup table grp-b)
+table_before=$(dmsetup table tidetest-a; dmsetup table tidetest-b)
 for round in 1 2 3 4 5 6; do
     fresh_stores
     rm -f "$REPORT"
     start=${EPOCHREALTIME/./}
-    "$TIDEMARK" __stack "$REPORT" grp-a,grp-b "$COW,$WAL_COW" 20000 true </dev/null || fail "$(cat "$REPORT")"
+    "$TIDEMARK" __stack "$REPORT" tidetest-a,tidetest-b "$COW,$WAL_COW" 20000 true </dev/null || fail "$(cat "$REPORT")"
     took=$(((${EPOCHREALTIME/./} - start) / 1000))
     note "round $round: $took ms"
     [ "$took" -lt 30000 ] || fail "round $round: the group waited for LVM for $took ms"
-    assert_same "the tables" "$(dmsetup table grp-a; dmsetup table grp-b)" "$table_before"
+    assert_same "the tables" "$(dmsetup table tidetest-a; dmsetup table tidetest-b)" "$table_before"
 done
 touch /run/no-lvm
 wait "$lvm"
 assert_no_tidemark_left
-vgchange -qq -an grp
+vgchange -qq -an tidetest
