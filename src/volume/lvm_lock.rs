@@ -27,6 +27,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::dm::{DeviceInfo, Dm};
 use crate::sys::lock::{LockedFile, is_named, try_lock, try_lock_shared};
+use crate::sys::process::crash_point;
 
 /// lvm2's default for `global/locking_dir`.
 const LOCKING_DIR: &str = "/run/lock/lvm";
@@ -105,6 +106,7 @@ impl LvmLock {
         let watch = Stopwatch::start();
         loop {
             if let Some(lock) = Self::try_hold(dm, device)? {
+                crash_point("lvm.locked");
                 return Ok(lock);
             }
             interrupt()?;
