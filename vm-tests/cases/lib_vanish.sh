@@ -10,7 +10,7 @@ is_gone() { ! kill -0 "$process" 2>/dev/null; }
 copied_without() {
     local disk=$1 target=$2 store=$3 status=0 start
     # Slow enough to be met in its middle: on a busy machine it takes the kernel seconds to remove a disk.
-    tidemark copy /dev/mapper/data "$target" --all --yes --store "$store" --store-ram 0 --rate 2MiB "${@:4}" \
+    tidemark copy /dev/mapper/data "$target" --all --yes --store "$store" --store-ram 0 --rate 2MiB --freeze-budget 5s "${@:4}" \
         >/run/copy.out 2>/run/copy.err &
     process=$!
     wait_until 30 is_preserved data
