@@ -32,9 +32,7 @@ pub fn path_of(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.json"))
 }
 
-/// The path of its lock.
-#[must_use]
-pub fn lock_path(directory: &Path, id: &str) -> PathBuf {
+fn lock_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.lock"))
 }
 
@@ -95,7 +93,7 @@ impl<R: Record> LockedRecord<R> {
     /// Returns once the record is on stable storage.
     ///
     /// # Errors
-    /// I/O errors; the record on disk is the one saved last.
+    /// I/O errors; the record on disk is whole, the old or the new one.
     pub fn save(&mut self) -> Result<()> {
         self.file.save(&self.record)
     }

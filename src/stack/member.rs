@@ -1,5 +1,6 @@
 //! One origin of an insertion: what the runner must know of it, and what it learns.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
@@ -45,7 +46,7 @@ impl Member {
     pub fn new(
         request: &StackRequest,
         (number, own_table): (DeviceNumber, Table),
-        filesystems: &[std::path::PathBuf],
+        filesystems: &[PathBuf],
         form: Form,
     ) -> Result<Self> {
         let mapper = FreeMapper::prepare(number, filesystems)?;

@@ -19,12 +19,12 @@ use super::model::{InsertRequest, StackRequest};
 /// of a step that is done for each origin has a number from the second origin on: `suspend`, `suspend-2`.
 #[must_use]
 pub fn insertion(request: &InsertRequest, own_tables: &[Table], id: &str) -> Change {
-    let members: Vec<Member<'_>> = request
+    let members: Vec<PlannedOrigin<'_>> = request
         .stacks
         .iter()
         .zip(own_tables)
         .enumerate()
-        .map(|(index, (stack, own_table))| Member::new(index, stack, own_table, id))
+        .map(|(index, (stack, own_table))| PlannedOrigin::new(index, stack, own_table, id))
         .collect();
     let origins: Vec<String> = members.iter().map(|member| member.origin().to_owned()).collect();
     let filesystems = || request.filesystems.clone();
@@ -53,7 +53,7 @@ pub fn insertion(request: &InsertRequest, own_tables: &[Table], id: &str) -> Cha
 }
 
 /// One origin of an insertion.
-struct Member<'a> {
+struct PlannedOrigin<'a> {
     index: usize,
     request: &'a StackRequest,
     own_table: &'a Table,
@@ -61,7 +61,7 @@ struct Member<'a> {
     names: StackNames,
 }
 
-impl<'a> Member<'a> {
+impl<'a> PlannedOrigin<'a> {
     fn new(index: usize, request: &'a StackRequest, own_table: &'a Table, id: &str) -> Self {
         let layers = layers(request, own_table, id);
         Self { index, request, own_table, layers, names: StackNames::new(&request.origin, id) }
@@ -236,6 +236,43 @@ mod tests {
             plan.steps[0].action.to_string(),
             "check that no other tool is changing the table of vg-data"
         );
+    }
+
+    #[test]
+    fn the_steps_of_one_origin_are_these_in_this_order() {
+        let own: Table = "0 8192 linear 8:16 2048".parse().unwrap();
+        let names = |change: &Change| change.steps.iter().map(|step| step.name.clone()).collect::<Vec<_>>();
+        assert_eq!(
+            names(&plan(&["vg-data"])),
+            [
+                "own",
+                "create-real",
+                "load-real",
+                "resume-real",
+                "create-snap",
+                "load-snap",
+                "resume-snap",
+                "claim",
+                "create-preserve",
+                "load-preserve",
+                "resume-preserve",
+                "guard",
+                "freeze",
+                "load-origin",
+                "suspend",
+                "instant",
+                "switch",
+                "thaw",
+                "unguard",
+                "expect",
+            ]
+        );
+        assert_eq!(
+            names(&restoration("vg-data", &own, &own)),
+            ["own", "load-own", "guard", "suspend", "switch", "unguard", "expect"]
+        );
+        let dismantling = dismantling(&StackNames::new("vg-data", &new_id()));
+        assert_eq!(names(&dismantling), ["remove-preserve", "remove-snap", "remove-real"]);
     }
 
     #[test]

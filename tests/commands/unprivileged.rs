@@ -21,7 +21,7 @@ fn bench_for_everybody(size: usize) -> Bench {
     bench
 }
 
-/// Runs as an ordinary user: as `nobody` if we are root, else as ourselves.
+/// Runs the command without privileges: as the user `nobody` if the tests run as root, else as the current user.
 fn run_as_ordinary(bench: &Bench, arguments: &[&str]) -> Ran {
     let mut command = Command::new(bench.path("program"));
     command.args(arguments).env_remove("TIDEMARK_LOG").current_dir(bench.dir.path());
