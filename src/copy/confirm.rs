@@ -280,8 +280,9 @@ impl Confirm<'_, '_> {
         let data = payload(&work, &buffer);
         let zero = is_zero(data);
         let is_same = placed.crc == Some(self.checksums.of(data, zero));
-        let is_framed_right = self.secondary.check_stored(&segment(&work, placed.crc), &buffer).is_ok();
-        match is_framed_right && (is_same || self.overlaid.contains(&work.ix)) {
+        let is_overlaid = self.overlaid.contains(&work.ix);
+        let framed = self.secondary.check_stored(&segment(&work, placed.crc), &buffer, is_overlaid);
+        match framed.is_ok() && (is_same || is_overlaid) {
             true if !is_same => self.found.unverifiable += 1,
             true => self.found.proofs += u64::from(!zero),
             false => drop(self.found.lost.insert(work.ix)),

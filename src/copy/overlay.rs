@@ -235,7 +235,7 @@ impl Overlay<'_, '_> {
 
     fn check(&self, work: &Work, memory: &[u8]) -> Result<()> {
         let expected = self.checksums.before_overlay(work.ix);
-        self.secondary.check_stored(&Self::segment(work, expected, false), memory)?;
+        self.secondary.check_stored(&Self::segment(work, expected, false), memory, true)?;
         check_crc(self.checksums, expected, work, memory, self.secondary.description())
     }
 

@@ -860,7 +860,8 @@ fn copy_with_losses(
             return Err(error);
         }
         assert!(killed < deaths, "the last process was not killed: {error}");
-        // Killed, not failed: the partial file stays.
+        // Killed, not failed: the partial file stays. A rename to another name of the same file does nothing.
+        let _ = fs::remove_file(&partial);
         fs::rename(&saved, &partial).unwrap();
         let is_unverifiable = survives.originals_begun && originals == OriginalsMode::Overlay;
         loss.unless_unverifiable(is_unverifiable).happen(&mut engine, &partial, &mut target, &mut rng);

@@ -103,7 +103,7 @@ impl Verify<'_, '_> {
         match read {
             Read::Segment(work) => {
                 let crc = self.checksums.get(work.ix);
-                self.secondary.check_stored(&segment(&work, crc), &buffer)?;
+                self.secondary.check_stored(&segment(&work, crc), &buffer, false)?;
                 self.compare(&work, &buffer)?;
             }
             Read::Extra(unit) => self.secondary.check_extra(unit, &buffer)?,

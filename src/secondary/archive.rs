@@ -70,8 +70,8 @@ pub struct Archive {
     frames: Frames,
     /// The totals so far, except the data frames, which `frames` counts.
     other_totals: Totals,
-    /// Set if a process died while it applied originals to the data: any data frame may be torn, except
-    /// those that this process has rewritten since.
+    /// Set if a process died while it applied originals to the data: a data frame that has originals may be
+    /// torn, unless this process has rewritten it since.
     rewritten: Option<SegmentBits>,
     head_written: bool,
     closing: Closing,
@@ -180,7 +180,8 @@ impl Archive {
         reopened.layout = reopened.superblock.layout();
         reopened.frames = frames;
         reopened.other_totals.present_bytes = present_bytes;
-        reopened.rewritten = state.originals_begun.then(|| SegmentBits::new(count));
+        let is_overlaid = state.originals_begun && request.originals == OriginalsMode::Overlay;
+        reopened.rewritten = is_overlaid.then(|| SegmentBits::new(count));
         Ok(reopened)
     }
 
@@ -460,9 +461,10 @@ impl Secondary for Archive {
     /// at the instant; every other byte is the same in both. A frame that this process has rewritten is not
     /// accepted torn any more; a fault that no such mixture can show (another magic number, sequence or
     /// archive) is never accepted.
-    fn check_stored(&self, segment: &Segment<'_>, memory: &[u8]) -> Result<()> {
+    fn check_stored(&self, segment: &Segment<'_>, memory: &[u8], may_be_torn: bool) -> Result<()> {
         let Some(sequence) = self.frames.get(segment.ix) else { return Ok(()) };
-        let may_be_torn = self.rewritten.as_ref().is_some_and(|rewritten| !rewritten.get(segment.ix));
+        let is_rewritten = |rewritten: &SegmentBits| rewritten.get(segment.ix);
+        let may_be_torn = may_be_torn && self.rewritten.as_ref().is_some_and(|bits| !is_rewritten(bits));
         let frame = match frame::open(&self.layout, sequence, memory) {
             Err(error) if may_be_torn && is_mixture(&error) => {
                 tracing::info!(sequence, %error, "a data frame is torn: applying its originals again");

@@ -200,11 +200,12 @@ pub trait Secondary: Send {
     /// zero.
     fn stored(&self, segment: &Segment<'_>) -> Option<Vec<Piece>>;
     /// Checks what was read back by the frame's own checksums. The copier compares the payload's CRC.
+    /// `may_be_torn`: an earlier process may have died while it applied originals to this segment.
     ///
     /// # Errors
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
-    fn check_stored(&self, segment: &Segment<'_>, memory: &[u8]) -> Result<()> {
-        let _ = (segment, memory);
+    fn check_stored(&self, segment: &Segment<'_>, memory: &[u8], may_be_torn: bool) -> Result<()> {
+        let _ = (segment, memory, may_be_torn);
         Ok(())
     }
     /// Places a segment to which originals were applied; `changed` are the originals' extents, sorted and

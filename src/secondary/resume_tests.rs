@@ -244,7 +244,7 @@ impl World {
                 let mut back = Self::memory();
                 if let Some(pieces) = secondary.stored(&segment) {
                     self.read(&pieces, &mut back);
-                    secondary.check_stored(&segment, &back).unwrap();
+                    secondary.check_stored(&segment, &back, false).unwrap();
                 }
                 assert!(
                     back[PAYLOAD_OFFSET..][..payload.len()] == payload,
@@ -302,7 +302,7 @@ impl World {
                 && let Some(pieces) = secondary.stored(&segment)
             {
                 self.read(&pieces, &mut memory);
-                secondary.check_stored(&segment, &memory).unwrap();
+                secondary.check_stored(&segment, &memory, true).unwrap();
             }
             for original in &changed {
                 let at = PAYLOAD_OFFSET + (original.start() - extent.start()).as_len();
@@ -564,8 +564,9 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     let extent = world.extent(ix.get());
     let valid = [extent];
     let segment = Segment { ix, extent, valid: &valid, crc: None, zero: false };
-    let check = |state: &Resumed, at: usize, flip: u8, rewritten: bool| {
-        let mut secondary = reopen(&world.request(), state).unwrap();
+    let check_as = |originals, state: &Resumed, at: usize, flip: u8, rewritten: bool, has_originals: bool| {
+        let request = SecondaryRequest { originals, ..world.request() };
+        let mut secondary = reopen(&request, state).unwrap();
         let mut memory = World::memory();
         world.read(&secondary.stored(&segment).unwrap(), &mut memory);
         if rewritten {
@@ -573,9 +574,12 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
             secondary.overlay(&segment, &[extent], &mut World::memory()).unwrap();
         }
         memory[at] ^= flip;
-        let checked = secondary.check_stored(&segment, &memory);
+        let checked = secondary.check_stored(&segment, &memory, has_originals);
         die(secondary);
         checked.map_err(|error| error.kind())
+    };
+    let check = |state: &Resumed, at, flip, rewritten| {
+        check_as(OriginalsMode::Overlay, state, at, flip, rewritten, true)
     };
     let data = world.resumed();
     let begun = Resumed { originals_begun: true, ..data.clone() };
@@ -585,6 +589,10 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
         assert_eq!(check(&begun, at, 1, false), Ok(()), "{at}");
         assert_eq!(check(&begun, at, 1, true), Err(ErrorKind::BadData), "rewritten: {at}");
         assert_eq!(check(&begun, at, 0, true), Ok(()));
+        let without = check_as(OriginalsMode::Overlay, &begun, at, 1, false, false);
+        assert_eq!(without, Err(ErrorKind::BadData), "a segment without originals: {at}");
+        let appended = check_as(OriginalsMode::Append, &begun, at, 1, false, true);
+        assert_eq!(appended, Err(ErrorKind::BadData), "appended originals leave the data as it is: {at}");
     }
     assert_eq!(check(&begun, 0, 1, false), Err(ErrorKind::BadData), "the magic number is never torn");
 }
