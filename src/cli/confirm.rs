@@ -2,7 +2,11 @@
 
 use std::io::{self, BufRead, IsTerminal};
 
-use super::output::write_stderr;
+use serde::Serialize;
+
+use super::options::Consent;
+use super::output::{Output, write_stderr};
+use super::reports::Human;
 use crate::base::{Error, ErrorKind, Result, ResultExt, escape};
 
 /// True if the user can be asked: standard input and standard error are terminals.
@@ -31,4 +35,29 @@ pub fn ask(plan: &str, destroys: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Refused, "not confirmed").state("nothing was changed"))
+}
+
+/// With `--dry-run`, shows the plan and returns false. Otherwise asks for consent if something would be
+/// destroyed and `--yes` was not given.
+pub fn confirmed<P: Human + Serialize>(
+    output: Output,
+    command: &str,
+    consent: Consent,
+    destroys: Option<&str>,
+    plan: &P,
+) -> Result<bool> {
+    if consent.dry_run {
+        output.plan(command, plan)?;
+        return Ok(false);
+    }
+    match destroys {
+        Some(destroys) if !consent.yes => {
+            if !can_ask() {
+                return Err(needs_yes(destroys));
+            }
+            ask(&plan.human(), destroys)?;
+        }
+        _ => {}
+    }
+    Ok(true)
 }

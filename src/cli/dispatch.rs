@@ -5,14 +5,12 @@
 
 use std::io::{self, IsTerminal};
 
-use serde::Serialize;
-
-use super::args::{Command, Consent, CopyArgs, InspectArgs, RestoreArgs, ResumeArgs, VerifyArgs};
+use super::args::{Command, CopyArgs, InspectArgs, RestoreArgs, ResumeArgs, VerifyArgs};
+use super::confirm::confirmed;
 use super::output::Output;
 use super::progress::observer;
-use super::reports::Human;
 use super::signals::{interrupt, stop_on_signals};
-use super::{confirm, pages, resolve, watch};
+use super::{pages, resolve, snapshot, watch};
 use crate::base::{Error, Result};
 use crate::op;
 use crate::progress::Silent;
@@ -38,9 +36,10 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Detach(args) => {
             let request = resolve::detach(args)?;
             stop_on_signals(output)?;
-            output.report("detach", &op::detach::detach(&request.name)?)
+            output.report("detach", &op::detach::detach(&request)?)
         }
         Command::Copy(args) => copy(args, output),
+        Command::Snapshot(args) => snapshot::run(args, output),
         Command::Resume(args) => resume(args, output),
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
@@ -63,31 +62,6 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// With `--dry-run`, shows the plan and returns false. Otherwise asks for consent if something would be
-/// destroyed and `--yes` was not given.
-fn confirmed<P: Human + Serialize>(
-    output: Output,
-    command: &str,
-    consent: Consent,
-    destroys: Option<&str>,
-    plan: &P,
-) -> Result<bool> {
-    if consent.dry_run {
-        output.plan(command, plan)?;
-        return Ok(false);
-    }
-    match destroys {
-        Some(destroys) if !consent.yes => {
-            if !confirm::can_ask() {
-                return Err(confirm::needs_yes(destroys));
-            }
-            confirm::ask(&plan.human(), destroys)?;
-        }
-        _ => {}
-    }
-    Ok(true)
 }
 
 fn copy(args: &CopyArgs, output: Output) -> Result<()> {

@@ -8,6 +8,7 @@ pub mod confirm;
 pub mod dispatch;
 pub mod log;
 pub mod meter;
+pub mod options;
 pub mod output;
 pub mod pages;
 mod plans;
@@ -15,6 +16,8 @@ pub mod progress;
 pub mod reports;
 pub mod resolve;
 pub mod signals;
+mod snapshot;
+pub mod snapshot_args;
 pub mod watch;
 
 use std::process::ExitCode;

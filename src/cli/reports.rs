@@ -14,6 +14,7 @@ use crate::op::doctor;
 use crate::op::inspect::InspectReport;
 use crate::op::recover::RecoverReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
+use crate::op::snapshot::list::{SnapshotView, State};
 use crate::op::status::{JobStatus, Status, VolumeStatus};
 use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
@@ -321,7 +322,7 @@ fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-fn row(cells: &[&str]) -> Vec<String> {
+pub fn row(cells: &[&str]) -> Vec<String> {
     cells.iter().map(|cell| (*cell).to_owned()).collect()
 }
 
@@ -376,7 +377,7 @@ fn job_progress(job: &JobStatus) -> String {
 }
 
 /// A table and an empty line, or nothing if there is only the header.
-fn section(rows: &[Vec<String>]) -> String {
+pub fn section(rows: &[Vec<String>]) -> String {
     if rows.len() > 1 { table(rows) + "\n" } else { String::new() }
 }
 
@@ -405,6 +406,7 @@ impl Human for Status {
             ]
         }));
         text.push_str(&section(&rows));
+        text.push_str(&snapshot_rows(&self.snapshots));
         if text.is_empty() {
             text.push_str("no volumes, nothing in progress, nothing left behind\n");
         }
@@ -413,6 +415,46 @@ impl Human for Status {
         }
         text
     }
+}
+
+/// A state in words.
+pub fn state_text(state: &State) -> &'static str {
+    match state {
+        State::Valid => "valid",
+        State::Overflow => "LOST: store full",
+        State::Invalid => "LOST",
+        State::NeedsLost => "LOST with a newer one",
+        State::NotAttached => "not attached",
+        State::Creating => "being created",
+        State::Deleting => "being deleted",
+        State::Retired => "deleted, still receives",
+    }
+}
+
+/// A size, or a dash.
+pub fn size_text(size: Option<Bytes>) -> String {
+    size.map_or_else(|| "-".to_owned(), |size| size.to_string())
+}
+
+/// A number of seconds in words, or a dash.
+pub fn age_text(seconds: Option<u64>) -> String {
+    seconds.map_or_else(|| "-".to_owned(), |seconds| duration_text(Duration::from_secs(seconds)))
+}
+
+/// The table of snapshots that are kept; nothing if there are none.
+pub fn snapshot_rows(views: &[SnapshotView]) -> String {
+    let mut rows = vec![row(&["KEPT SNAPSHOT", "STATE", "INSTANT", "AGE", "USED", "STORE"])];
+    rows.extend(views.iter().map(|view| {
+        vec![
+            view.snapshot.clone(),
+            state_text(&view.state).to_owned(),
+            view.instant.clone().unwrap_or_else(|| "-".to_owned()),
+            age_text(view.age_seconds),
+            size_text(view.used),
+            size_text(view.total),
+        ]
+    }));
+    section(&rows)
 }
 
 impl Human for doctor::Report {

@@ -177,7 +177,7 @@ fn reject_zero(size: Option<Bytes>, option: &str) -> Result<()> {
     Ok(())
 }
 
-fn reject_dash(path: &Path, what: &str) -> Result<()> {
+pub fn reject_dash(path: &Path, what: &str) -> Result<()> {
     if path.as_os_str().is_empty() {
         return Err(Error::usage(format!("{what} is an empty name")));
     }
@@ -238,9 +238,17 @@ pub fn attach(args: &AttachArgs) -> Result<AttachRequest> {
 /// # Errors
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
 pub fn detach(args: &DetachArgs) -> Result<DetachRequest> {
-    let name = args.name.strip_prefix("/dev/mapper/").unwrap_or(&args.name);
-    check_name(name)?;
-    Ok(DetachRequest { name: name.to_owned() })
+    let name = volume_name(&args.name)?;
+    Ok(DetachRequest { name: name.to_owned(), keep_snapshots: args.keep_snapshots })
+}
+
+/// A volume's name, typed with or without /dev/mapper/.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
+pub fn volume_name(typed: &str) -> Result<&str> {
+    let name = typed.strip_prefix("/dev/mapper/").unwrap_or(typed);
+    check_name(name).map(|()| name)
 }
 
 /// `tidemark restore`.
@@ -370,7 +378,10 @@ mod tests {
             let args = AttachArgs { device: "/dev/x".into(), name: name.into(), install_unit: false };
             assert_eq!(attach(&args).unwrap_err().kind(), ErrorKind::Usage, "{name}");
         }
-        assert_eq!(detach(&DetachArgs { name: "/dev/mapper/data".into() }).unwrap().name, "data");
+        assert_eq!(
+            detach(&DetachArgs { name: "/dev/mapper/data".into(), keep_snapshots: false }).unwrap().name,
+            "data"
+        );
     }
 
     #[test]

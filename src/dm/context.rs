@@ -287,10 +287,14 @@ impl Dm {
     /// # Errors
     /// The kernel's; its log (`dmesg`) has the details.
     pub fn load<'a>(&self, device: impl Into<Key<'a>>, table: &Table) -> Result<()> {
-        let device = device.into();
+        self.load_as(device.into(), table, 0)
+    }
+
+    fn load_as(&self, device: Key<'_>, table: &Table, flags: u32) -> Result<()> {
         let payload = wire::encode_table(table);
         let arguments = CallArguments {
             device: Some(device),
+            flags,
             target_count: u32::try_from(table.lines().len()).expect("a table's lines are bounded"),
             payload: &payload,
             ..CallArguments::default()
@@ -393,8 +397,33 @@ impl Dm {
     /// # Errors
     /// The first failure, with a failed removal.
     pub fn create_active(&self, name: &str, uuid: &str, table: &Table, udev: Udev) -> Result<DeviceNumber> {
+        self.create_active_as(name, uuid, table, udev, 0)
+    }
+
+    /// As [`Dm::create_active`], read-only.
+    ///
+    /// # Errors
+    /// As [`Dm::create_active`].
+    pub fn create_read_only(
+        &self,
+        name: &str,
+        uuid: &str,
+        table: &Table,
+        udev: Udev,
+    ) -> Result<DeviceNumber> {
+        self.create_active_as(name, uuid, table, udev, dm_ioctl::FLAG_READONLY)
+    }
+
+    fn create_active_as(
+        &self,
+        name: &str,
+        uuid: &str,
+        table: &Table,
+        udev: Udev,
+        flags: u32,
+    ) -> Result<DeviceNumber> {
         let number = self.create(name, uuid)?;
-        let result = self.load(name, table).and_then(|()| self.resume(name, udev));
+        let result = self.load_as(name.into(), table, flags).and_then(|()| self.resume(name, udev));
         if let Err(error) = result {
             return Err(error.after_undo(self.remove(name, udev)));
         }

@@ -42,6 +42,27 @@ pub const ROLE_COW: &str = "cow";
 /// A COW store to be kept: recover leaves it alone.
 pub const ROLE_KEPT: &str = "kept";
 
+/// Carries the own table of a volume that has kept snapshots.
+pub const ROLE_DATA: &str = "data";
+/// Preserves originals for kept snapshots: `snapshot-origin` over [`ROLE_DATA`].
+pub const ROLE_KEEP: &str = "keep";
+/// The COW store of a kept snapshot.
+pub const ROLE_STORE: &str = "store";
+/// The kernel's snapshot target of a kept snapshot.
+pub const ROLE_VIEW: &str = "view";
+/// What users see of a kept snapshot: read-only, over its [`ROLE_VIEW`].
+pub const ROLE_SNAPSHOT: &str = "snapshot";
+/// A second name for the device that a view is about to read through.
+pub const ROLE_ALIAS: &str = "alias";
+
+/// True for the role of a device that stays when the command that created it ends.
+#[must_use]
+pub fn is_lasting(role: &str) -> bool {
+    const LASTING: [&str; 8] =
+        [ROLE_VOLUME, ROLE_KEPT, ROLE_DATA, ROLE_KEEP, ROLE_STORE, ROLE_VIEW, ROLE_SNAPSHOT, ROLE_ALIAS];
+    LASTING.contains(&role)
+}
+
 /// Longest part of a volume's name in a UUID.
 const VOLUME_BYTES_MAX: usize = LVM_ID_BYTES - VOLUME_PREFIX.len();
 /// Longest role: the kernel limits the whole UUID to 128 bytes.
@@ -141,6 +162,49 @@ pub fn is_id(text: &str) -> bool {
 pub fn stack_device_name(name: &str, role: &str, id: &str) -> String {
     let full = format!("{name}#{role}");
     if full.len() <= NAME_BYTES_MAX { full } else { format!("tidemark#{id}#{role}") }
+}
+
+/// The names of the devices below a volume that has kept snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeNames {
+    /// Has the role [`ROLE_DATA`].
+    pub data: String,
+    /// Has the role [`ROLE_KEEP`].
+    pub keep: String,
+}
+
+impl VolumeNames {
+    /// For `volume`, whose set of snapshots has the id `set`.
+    #[must_use]
+    pub fn new(volume: &str, set: &str) -> Self {
+        Self {
+            data: stack_device_name(volume, ROLE_DATA, set),
+            keep: stack_device_name(volume, ROLE_KEEP, set),
+        }
+    }
+}
+
+/// The names of the devices of a kept snapshot: "data@monday", "data@monday#view" and so on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotNames {
+    /// Has the role [`ROLE_SNAPSHOT`].
+    pub snapshot: String,
+    /// Has the role [`ROLE_VIEW`].
+    pub view: String,
+    /// Has the role [`ROLE_STORE`].
+    pub store: String,
+    /// Has the role [`ROLE_ALIAS`].
+    pub alias: String,
+}
+
+impl SnapshotNames {
+    /// For snapshot `name`, with the id `id`, of `volume`.
+    #[must_use]
+    pub fn new(volume: &str, name: &str, id: &str) -> Self {
+        let snapshot = format!("{volume}@{name}");
+        let of = |role| stack_device_name(&snapshot, role, id);
+        Self { view: of(ROLE_VIEW), store: of(ROLE_STORE), alias: of(ROLE_ALIAS), snapshot }
+    }
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use crate::format::state::VolumeRecord;
 use crate::topology::Topology;
 use crate::volume::{self, OriginKind};
 
+use super::snapshot::link;
 use crate::job::Job;
 use crate::record;
 use crate::sys::privilege;
@@ -69,8 +70,9 @@ pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached>
     let stable = stable_path(device, number);
     if let Some(info) = dm.info(name)? {
         let table = dm.table(name, crate::dm::Slot::Active)?;
+        let is_below = |table: Table| table.maps_to(number) || link::leads_to(&dm, name, &table, number);
         let is_it = DeviceIdentity::parse(&info.uuid).is_some_and(|it| it.role == ROLE_VOLUME)
-            && table.is_some_and(|table| table.maps_to(number));
+            && table.is_some_and(is_below);
         if is_it {
             return finish(name, &stable, Bytes(size_of(&info.number)?), install_unit);
         }
@@ -78,23 +80,33 @@ pub fn attach(device: &Path, name: &str, install_unit: bool) -> Result<Attached>
             .state("nothing was changed")
             .next("choose another --name"));
     }
-    refuse(device, number)?;
-    let size = create(&dm, name, number, &stable)?;
+    // A detach that was killed leaves the layers of its snapshots, which hold the device.
+    let is_held = link::is_held_by_layers(&dm, name, number)?;
+    if !is_held {
+        refuse(device, number)?;
+    }
+    let size = create(&dm, name, (number, is_held), &stable)?;
     finish(name, &stable, size, install_unit)
 }
 
 /// Creates record and device.
-fn create(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path) -> Result<Bytes> {
+fn create(dm: &Dm, name: &str, device: (DeviceNumber, bool), stable: &Path) -> Result<Bytes> {
     // The volume has the job's id: while the job is alive, recover does not touch the unfinished volume.
     let job = Job::begin("attach")?;
     let id = job.id().to_owned();
-    let result = create_as(dm, name, number, stable, &id);
+    let result = create_as(dm, name, device, stable, &id);
     job.conclude(result)
 }
 
-fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str) -> Result<Bytes> {
+fn create_as(
+    dm: &Dm,
+    name: &str,
+    (number, is_held): (DeviceNumber, bool),
+    stable: &Path,
+    id: &str,
+) -> Result<Bytes> {
     // Held until the device is created, so that the raw device is not mounted meanwhile.
-    let exclusive = dm.open_device(number, false, libc::O_EXCL)?;
+    let exclusive = if is_held { None } else { Some(dm.open_device(number, false, libc::O_EXCL)?) };
     let size = Bytes(size_of(&number)?);
     let record = VolumeRecord {
         name: name.to_owned(),
@@ -109,13 +121,17 @@ fn create_as(dm: &Dm, name: &str, number: DeviceNumber, stable: &Path, id: &str)
         .create(VOLUME_DIR)
         .io_context(|| format!("making the directory {VOLUME_DIR}"))?;
     record::write(&record_path(name), &record)?;
-    let table = Table::single(
+    let own = Table::single(
         size.to_sectors("the device")?,
         Target::Linear { device: number, offset: Sectors::ZERO },
     )?;
     let uuid = DeviceIdentity::new(name, ROLE_VOLUME, id).uuid();
     // device-mapper itself opens the device exclusively.
     drop(exclusive);
+    let table = match link::assemble(dm, name, &own) {
+        Ok(table) => table.unwrap_or(own),
+        Err(error) => return Err(error.after_undo(forget(name))),
+    };
     dm.create_active(name, &uuid, &table, Udev::Public).map_err(|error| match forget(name) {
         Ok(()) => error.state("nothing was changed"),
         Err(undo) => error.with_failed_undo(undo),

@@ -17,6 +17,8 @@ use crate::sys::privilege;
 use crate::topology::Topology;
 
 use super::attach::{forget, record_path, recorded_volumes, unit_name};
+use super::request::DetachRequest;
+use super::snapshot::link;
 
 /// The result of a detach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -34,7 +36,8 @@ pub struct Detached {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the volume does not exist, or is mounted, open or being
 /// copied; kernel errors.
-pub fn detach(name: &str) -> Result<Detached> {
+pub fn detach(request: &DetachRequest) -> Result<Detached> {
+    let name = request.name.as_str();
     privilege::require_root("detaching a volume")?;
     let dm = Dm::open()?;
     // The record has the name under which the volume was attached: the device may have been renamed since.
@@ -48,9 +51,13 @@ pub fn detach(name: &str) -> Result<Detached> {
                     .next("'tidemark status' lists the volumes"));
             };
             refuse(&dm, name, info.open_count)?;
+            let snapshots = link::find_for_detach(&dm, name, request.keep_snapshots)?;
             let record = recorded_volumes()?.into_iter().flatten().find(|record| record.id == identity.id);
             recorded = record.map_or(recorded, |record| record.name);
             dm.remove(name, Udev::Public)?;
+            if let Some(snapshots) = snapshots {
+                snapshots.take_down(&dm)?;
+            }
         }
         None if record_path(name).exists() => {}
         None => {

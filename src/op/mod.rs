@@ -16,6 +16,7 @@ pub mod restore_plan;
 #[cfg(test)]
 mod restore_tests;
 pub mod resume;
+pub mod snapshot;
 pub mod status;
 pub mod targets;
 pub mod verify;

@@ -4,7 +4,7 @@
 //! snapshot's device is held open ([`Action::Claim`](crate::stack::Action::Claim)). The order is safe against crashes:
 //! 1. Turn off expedited RCU grace periods if a job may have left them on.
 //! 2. Put back origins and remove devices ([`stack::recovery`](crate::stack::recovery)).
-//! 3. Release RAM disks and loop devices.
+//! 3. Release RAM disks and loop devices, and complete what commands of `snapshot` have begun.
 //! 4. Remove the partial files of abandoned copies and restores, and the records. (If one of 1 to 3 failed, only those
 //!    of jobs that never used a device.)
 
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::interruptible;
+use super::snapshot::settle;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table};
 use crate::format::state::{JobRecord, OriginRecord};
@@ -162,6 +163,7 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     report.done.extend(recover_devices(&mut machine).map_err(tell_gone_disks)?);
     put_back_settings(dm, &scene.dead)?;
     report.done.extend(crate::store::release_leftovers()?);
+    report.done.extend(settle::settle_all(dm)?);
     Ok(machine.jobs)
 }
 

@@ -120,6 +120,8 @@ pub struct AttachRequest {
 pub struct DetachRequest {
     /// The volume's name.
     pub name: String,
+    /// Its snapshots stay recorded.
+    pub keep_snapshots: bool,
 }
 
 /// The arguments of `tidemark restore`.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Result, clock, escape};
-use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME};
+use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_lasting};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
 use crate::stack::origin_table::LowerDevices;
@@ -16,6 +16,8 @@ use crate::volume::lvm_lock::LvmScope;
 
 use super::attach::recorded_volumes;
 use super::request::CopyRequest;
+use super::snapshot::list::{SnapshotView, State, views_of};
+use super::snapshot::set::read_all;
 use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};
 use crate::sys::privilege;
@@ -29,6 +31,8 @@ pub struct Status {
     pub jobs: Vec<JobStatus>,
     /// Snapshot stacks in place.
     pub stacks: Vec<StackStatus>,
+    /// Snapshots that are kept, the oldest of each volume first.
+    pub snapshots: Vec<SnapshotView>,
     /// Problems, in words, with what to do.
     pub warnings: Vec<String>,
 }
@@ -106,6 +110,7 @@ pub fn status() -> Result<Status> {
         Ok(dm) => {
             let ours = dm.list_ours()?;
             lost = stacks(&dm, &ours, &mut status)?;
+            snapshots(&dm, &mut status)?;
             ours
         }
         // Without device-mapper there are no volumes and stacks.
@@ -166,6 +171,38 @@ fn stacks(dm: &Dm, ours: &[DeviceInfo], status: &mut Status) -> Result<BTreeSet<
         });
     }
     Ok(lost)
+}
+
+/// Collects the snapshots that are kept, and warns of those that are lost or about to be.
+fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
+    for record in read_all()? {
+        match record {
+            Ok(record) => status.snapshots.extend(views_of(dm, &record)?),
+            Err(error) => status.warnings.push(error.to_string()),
+        }
+    }
+    for view in &status.snapshots {
+        let name = &view.snapshot;
+        let warning = match (&view.state, view.used, view.total) {
+            (State::Overflow | State::Invalid | State::NeedsLost, _, _) => {
+                Some(format!("the snapshot {name} is lost: 'tidemark snapshot show {name}' says why"))
+            }
+            (State::Creating | State::Deleting, _, _) => Some(format!(
+                "{name} is being created or deleted; if no command is running: 'tidemark recover'"
+            )),
+            (_, Some(used), Some(total)) if view.receives && is_nearly_full(used, total) => {
+                Some(format!("the store of {name} is nearly full: {used} of {total} are used"))
+            }
+            _ => None,
+        };
+        status.warnings.extend(warning);
+    }
+    Ok(())
+}
+
+/// True from four fifths on.
+fn is_nearly_full(used: Bytes, total: Bytes) -> bool {
+    used.get() > total.get() / 5 * 4
 }
 
 /// An origin that writes through a stack.
@@ -278,7 +315,7 @@ fn strays(ours: &[DeviceInfo], known: &[String], status: &mut Status) -> Result<
     let strays: Vec<(&DeviceInfo, DeviceIdentity)> = ours
         .iter()
         .filter_map(|info| Some((info, DeviceIdentity::parse(&info.uuid)?)))
-        .filter(|(_, identity)| identity.role != ROLE_VOLUME && identity.role != ROLE_KEPT)
+        .filter(|(_, identity)| !is_lasting(&identity.role))
         .filter(|(_, identity)| !is_known(&identity.id))
         .collect();
     if strays.is_empty() {

@@ -50,6 +50,7 @@ pub mod gate;
 pub mod hooks;
 mod intent;
 mod isolation;
+pub mod kept;
 mod layers;
 mod member;
 mod model;

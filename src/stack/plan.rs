@@ -160,26 +160,26 @@ pub fn dismantling(names: &StackNames) -> Change {
     })
 }
 
-fn own(origin: &str, table: impl Into<Template>) -> Action {
+pub(super) fn own(origin: &str, table: impl Into<Template>) -> Action {
     Action::Own { device: origin.to_owned(), table: table.into() }
 }
 
-fn guard(origin: &str) -> Action {
+pub(super) fn guard(origin: &str) -> Action {
     Action::Guard { devices: vec![origin.to_owned()], filesystems: Vec::new() }
 }
 
 /// Ends a suspension without activating the loaded table.
-fn resume_with_own_table(origin: &str) -> [Action; 2] {
+pub(super) fn resume_with_own_table(origin: &str) -> [Action; 2] {
     [Action::Clear { device: origin.to_owned() }, resume(origin)]
 }
 
-fn suspend(origin: &str, flush: bool, lock_filesystem: bool) -> Action {
+pub(super) fn suspend(origin: &str, flush: bool, lock_filesystem: bool) -> Action {
     Action::Suspend { device: origin.to_owned(), flush, lock_filesystem }
 }
 
 // Never with a cookie: nothing may wait for udev while anything is held, and udev keeps its information about
 // a device that is not ours.
-fn resume(origin: &str) -> Action {
+pub(super) fn resume(origin: &str) -> Action {
     Action::Resume { device: origin.to_owned(), udev: Udev::None }
 }
 

@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
-use crate::dm::naming::{ROLE_KEPT, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_ours};
+use crate::dm::naming::{ROLE_KEEP, ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_lasting, is_ours};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Udev};
 use crate::format::state::{JobRecord, OriginRecord};
 use crate::sys::dm_ioctl::Key;
@@ -67,10 +67,11 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// True for a device of a dead job, except volumes and kept stores.
+    /// True for a device of a dead job, except those that outlive it.
     fn is_leftover(&self, device: &SeenDevice) -> bool {
         device.identity().is_some_and(|identity| {
-            let stays = identity.role == ROLE_KEPT || identity.role == ROLE_VOLUME && device.active.is_some();
+            let stays =
+                is_lasting(&identity.role) && (identity.role != ROLE_VOLUME || device.active.is_some());
             !stays && !self.alive.contains(&identity.id)
         })
     }
@@ -147,7 +148,17 @@ impl Scene {
         held.filter_map(|origin| {
             let own: Table = origin.table.parse().ok()?;
             let device = self.devices.iter().find(|device| device.number == origin.number)?;
-            let may_load = |table: &Table| self.stacks().iter().any(|(_, lower)| lower.is_copy_table(table));
+            // The first snapshot of a volume leads it to `keep`.
+            let leads_to_keep = |table: &Table| {
+                let keeps = self
+                    .devices
+                    .iter()
+                    .filter(|device| device.identity().is_some_and(|identity| identity.role == ROLE_KEEP));
+                keeps.into_iter().any(|keep| table.maps_to(keep.number))
+            };
+            let may_load = |table: &Table| {
+                leads_to_keep(table) || self.stacks().iter().any(|(_, lower)| lower.is_copy_table(table))
+            };
             let is_ours =
                 device.active.as_ref() == Some(&own) && device.inactive.as_ref().is_none_or(may_load);
             (device.suspended && is_ours).then_some(device)

@@ -626,7 +626,7 @@ fn an_origin_that_somebody_else_is_changing_is_not_resumed() {
 fn attached_volumes_and_kept_stores_stay() {
     let id = new_id();
     let mut kernel = kernel(&id);
-    for (name, role) in [("vol", ROLE_VOLUME), ("kept", ROLE_KEPT)] {
+    for (name, role) in [("vol", ROLE_VOLUME), ("kept", crate::dm::naming::ROLE_KEPT)] {
         kernel.create(name, &DeviceIdentity::new(name, role, &id).uuid()).unwrap();
         kernel.device(name).unwrap().active = Some(OWN.parse().unwrap());
     }

@@ -54,7 +54,6 @@ const DUPLICATE_CHUNKS_MAX: u64 = 64 * 1024 * 1024;
 /// What may write the store while it is read.
 pub enum StoreWriter<'a> {
     /// Nothing: the list ends at its first empty entry.
-    #[cfg_attr(not(test), expect(dead_code, reason = "only the tests of the format read a store at rest"))]
     None,
     /// The kernel. Then the current area is read twice, with `settle` in between.
     Kernel {

@@ -14,6 +14,7 @@
 //! | [`monitor`] | monitors whether the snapshot is valid, and whether there is enough free space |
 //! | [`exceptions`] | finds the originals in the store |
 //! | [`follow`] | finds where the origin is being written now (a hint) |
+//! | [`persistent`] | the stores of snapshots that are kept |
 //!
 //! Invariants:
 //! - the origin never waits for Tidemark: a growth only makes the store larger, and if it fails, the snapshot
@@ -32,6 +33,7 @@ pub mod follow;
 mod head;
 mod leftovers;
 pub mod monitor;
+pub mod persistent;
 mod place;
 mod plan;
 mod record;
@@ -45,5 +47,6 @@ pub use exceptions::{ExceptionReader, StoreDevice};
 pub use follow::Follower;
 pub use leftovers::release_leftovers;
 pub use monitor::{Monitor, StoreEvent};
+pub use persistent::{Overlap, PersistentStore};
 pub use place::TailPlace;
 pub use plan::{StoreConfig, StorePlan};

@@ -300,7 +300,14 @@ fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
     }
 }
 
-fn make_default_directory(path: &Path) -> Result<()> {
+/// Makes the loop device with this number show the present size of its file.
+pub(super) fn refresh_loop(number: DeviceNumber) -> io::Result<()> {
+    let path = loop_path(number).map_err(io::Error::other)?;
+    LoopDevice::open(&path)?.refresh_size()
+}
+
+/// Creates the directory that stores are in unless another one is named.
+pub(super) fn make_default_directory(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -349,7 +356,7 @@ fn create_nameless(directory: &Path, record: &mut Record) -> Result<File> {
 }
 
 /// Allocates `from..to`, by writing zeros if the filesystem cannot allocate.
-fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
+pub(super) fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
     let offset = |bytes: Bytes| i64::try_from(bytes.get()).map_err(io::Error::other);
     match fallocate(file.as_fd(), FallocateFlags::empty(), offset(from)?, offset(to.saturating_sub(from))?) {
         Ok(()) => return Ok(()),
@@ -366,7 +373,12 @@ fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
     Ok(())
 }
 
-fn attach(file: &File, description: &str, warnings: &mut Vec<String>) -> Result<(LoopDevice, DeviceNumber)> {
+/// Attaches `file` to a loop device that goes with its last user. Adds warnings for the user to `warnings`.
+pub(super) fn attach(
+    file: &File,
+    description: &str,
+    warnings: &mut Vec<String>,
+) -> Result<(LoopDevice, DeviceNumber)> {
     let what = || format!("attaching the store in {description} to a loop device");
     if fstatfs(file).is_ok_and(|status| status.filesystem_type() == TMPFS_MAGIC) {
         warnings.push(format!("the store's tail in {description} is on a tmpfs: it takes memory"));

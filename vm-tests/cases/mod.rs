@@ -8,6 +8,7 @@ mod freeze;
 mod golden;
 mod harness;
 mod placement;
+mod snapshot;
 mod soak;
 mod stack;
 mod store;
@@ -24,6 +25,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(freeze::cases());
     cases.extend(stack::cases());
     cases.extend(store::cases());
+    cases.extend(snapshot::cases());
     cases.extend(soak::cases());
     cases.extend(bench::cases());
     placement::place(&mut cases);

@@ -104,6 +104,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_adopt", A, F, F, ""),
     ("store_circles", A, F, F, ""),
     ("dead_server", A, F, F, ""),
+    ("snapshot_chain", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
     ("soak_lvm", A, N, N, "many short copies while LVM works"),

@@ -6,8 +6,10 @@
 //! or version is wrong; what is encoded decodes to the same value; an encoded record is at most
 //! [`RECORD_BYTES_MAX`] long.
 
+mod snapshots;
 mod view;
 
+pub use snapshots::{DetachedRecord, SnapshotRecord, SnapshotSetRecord, SnapshotState};
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
 use std::collections::BTreeMap;
@@ -386,6 +388,37 @@ mod tests {
         }
     }
 
+    fn snapshots() -> SnapshotSetRecord {
+        let snapshot = |name: &str, id: &str, state, lost: Option<&str>| SnapshotRecord {
+            name: name.to_owned(),
+            id: id.repeat(32),
+            instant_utc_ns: 1_763_712_000_000_000_000,
+            store: format!("/var/lib/tidemark/data@{name}.store"),
+            store_bytes_max: 1 << 31,
+            state,
+            lost: lost.map(str::to_owned),
+        };
+        SnapshotSetRecord {
+            id: "0123456789abcdef0123456789abcdef".to_owned(),
+            volume: "data".to_owned(),
+            size_bytes: 1 << 30,
+            chunk_bytes: 4096,
+            snapshots: vec![
+                snapshot("a", "a", SnapshotState::Detached, Some("the device was written")),
+                snapshot("b", "b", SnapshotState::Kept, None),
+                snapshot("c", "c", SnapshotState::Deleting, None),
+                snapshot("d", "d", SnapshotState::Unlinked, None),
+                snapshot("e", "e", SnapshotState::Retired, None),
+                snapshot("f", "f", SnapshotState::Creating, None),
+            ],
+            detached: Some(DetachedRecord {
+                at_utc_ns: 1_763_712_000_000_000_001,
+                seed: 7,
+                digest: 0xe306_9283,
+            }),
+        }
+    }
+
     fn volume() -> VolumeRecord {
         VolumeRecord {
             name: "data".to_owned(),
@@ -412,6 +445,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/job-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), job());
         assert_eq!(encode(&job()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/snapshots-v1.json");
+        assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), snapshots());
+        assert_eq!(encode(&snapshots()).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/job-queue-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), with_settings());
         assert_eq!(encode(&with_settings()).unwrap(), golden);

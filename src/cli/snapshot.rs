@@ -1,0 +1,169 @@
+//! `tidemark snapshot`: its dispatch and its reports.
+
+use serde::Serialize;
+
+use super::confirm::confirmed;
+use super::output::Output;
+use super::progress::observer;
+use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
+use super::resolve::{reject_dash, volume_name};
+use super::signals::{interrupt, stop_on_signals};
+use super::snapshot_args::{CreateArgs, SnapshotArgs, SnapshotCommand};
+use crate::base::{ChunkSize, Result};
+use crate::op::request::Hooks;
+use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, Created};
+use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
+use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
+use crate::op::snapshot::mount::{self, Mounted};
+use crate::op::snapshot::set::parse_name;
+
+/// Executes the command.
+///
+/// # Errors
+/// The error that ends it.
+pub fn run(args: &SnapshotArgs, output: Output) -> Result<()> {
+    match &args.command {
+        SnapshotCommand::Create(args) => create(args, output),
+        SnapshotCommand::List(args) => {
+            let volume = args.volume.as_deref().map(volume_name).transpose()?;
+            output.print_result("snapshot list", &SnapshotList(list::list(volume)?))
+        }
+        SnapshotCommand::Show(args) => {
+            parse_name(&args.snapshot)?;
+            stop_on_signals(output)?;
+            output.print_result("snapshot show", &list::show(&args.snapshot, &interrupt)?)
+        }
+        SnapshotCommand::Mount(args) => {
+            parse_name(&args.snapshot)?;
+            reject_dash(&args.directory, "the directory")?;
+            output.report("snapshot mount", &mount::mount(&args.snapshot, &args.directory)?)
+        }
+        SnapshotCommand::Delete(args) => {
+            let plan = delete::plan(&args.snapshots)?;
+            let destroys = format!("{} will be deleted", plan.snapshots.join(", "));
+            if !confirmed(output, "snapshot delete", args.consent, Some(&destroys), &plan)? {
+                return Ok(());
+            }
+            stop_on_signals(output)?;
+            output.report("snapshot delete", &delete::run(&plan, &interrupt)?)
+        }
+    }
+}
+
+fn create(args: &CreateArgs, output: Output) -> Result<()> {
+    reject_dash(&args.volume, "the volume")?;
+    let plan = create::plan(&CreateRequest {
+        volume: args.volume.clone(),
+        name: args.name.clone(),
+        store: args.store.clone(),
+        store_size: args.store_size,
+        chunk: args.chunk.map(ChunkSize::new).transpose()?,
+        freeze_budget: args.freeze_budget,
+        hooks: Hooks {
+            before: args.hook_before.clone(),
+            frozen: args.hook_frozen.clone(),
+            after: args.hook_after.clone(),
+        },
+    })?;
+    if args.dry_run {
+        return output.plan("snapshot create", &plan);
+    }
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let created = create::run(&plan, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("snapshot create", &created)
+}
+
+/// The list, as a report.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct SnapshotList(Vec<SnapshotView>);
+
+impl Human for SnapshotList {
+    fn human(&self) -> String {
+        if self.0.is_empty() { "no snapshots\n".to_owned() } else { snapshot_rows(&self.0) }
+    }
+}
+
+impl Human for SnapshotDetails {
+    fn human(&self) -> String {
+        let view = &self.view;
+        let count = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), |count| count.to_string());
+        let path = view.path.as_ref().map_or_else(|| "-".to_owned(), |path| path.display().to_string());
+        let lines = [
+            ("snapshot", view.snapshot.clone()),
+            ("state", state_text(&view.state).to_owned()),
+            ("lost", view.lost.clone().unwrap_or_else(|| "-".to_owned())),
+            ("instant", view.instant.clone().unwrap_or_else(|| "-".to_owned())),
+            ("age", age_text(view.age_seconds)),
+            ("device", path),
+            ("store", view.store.display().to_string()),
+            ("used", format!("{} of {}", size_text(view.used), size_text(view.total))),
+            ("chunk", self.chunk.to_string()),
+            ("chunks", count(self.chunks_changed)),
+            ("unique", size_text(self.unique)),
+            ("shared", size_text(self.shared)),
+            ("receives", if view.receives { "yes" } else { "no" }.to_owned()),
+        ];
+        lines.iter().map(|(name, value)| format!("{:9} {value}\n", format!("{name}:"))).collect()
+    }
+}
+
+impl Human for CreatePlan {
+    fn human(&self) -> String {
+        let frozen: Vec<String> = self.filesystems.iter().map(|path| path.display().to_string()).collect();
+        let frozen = if frozen.is_empty() { "nothing".to_owned() } else { frozen.join(", ") };
+        format!(
+            "snapshot: {}@{}\nstore:    {} in {}, chunks of {}\nfreezes:  {frozen}\n",
+            self.volume,
+            self.name,
+            self.store_bytes,
+            self.directory.display(),
+            self.chunk
+        )
+    }
+}
+
+impl Human for Created {
+    fn human(&self) -> String {
+        format!(
+            "created:   {} as {}\ninstant:   {}\nstore:     {} ({})\nfrozen:    {} ms\nsuspended: {} ms\nnext:      {}\n",
+            self.snapshot,
+            self.path.display(),
+            self.instant.as_deref().unwrap_or("unknown"),
+            self.store.display(),
+            self.store_bytes,
+            self.frozen_ms,
+            self.suspended_ms,
+            self.next
+        )
+    }
+}
+
+impl Human for DeletePlan {
+    fn human(&self) -> String {
+        self.snapshots.iter().map(|snapshot| format!("deletes: {snapshot}\n")).collect()
+    }
+}
+
+impl Human for Deleted {
+    fn human(&self) -> String {
+        let mut text: String = self.done.iter().map(|done| format!("done: {done}\n")).collect();
+        text.extend(self.snapshots.iter().map(|snapshot| format!("deleted: {snapshot}\n")));
+        for retired in &self.retired {
+            text.push_str(&format!(
+                "note: the store of {retired} still receives originals for older snapshots; its space is freed with the \
+                 next snapshot, or with theirs\n"
+            ));
+        }
+        text
+    }
+}
+
+impl Human for Mounted {
+    fn human(&self) -> String {
+        let directory = self.directory.display();
+        format!("mounted: {} at {directory} ({}, {})\n", self.snapshot, self.filesystem, self.options)
+    }
+}

@@ -1,0 +1,125 @@
+//! The arguments of `tidemark snapshot`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueHint};
+
+use super::options::{Consent, parse_time};
+use crate::base::Bytes;
+
+/// `tidemark snapshot`.
+#[derive(Clone, Debug, Args)]
+#[command(subcommand_required = true, arg_required_else_help = false)]
+#[command(after_help = "Examples:
+  tidemark snapshot create data --name monday
+  tidemark snapshot list
+  tidemark snapshot mount data@monday /mnt/monday
+  tidemark snapshot delete data@monday")]
+pub struct SnapshotArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: SnapshotCommand,
+}
+
+/// The commands of `tidemark snapshot`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Keep what an attached volume holds now, as /dev/mapper/VOLUME@NAME
+    Create(CreateArgs),
+    /// List snapshots, the oldest first
+    List(ListArgs),
+    /// Show one snapshot, and how much of its store is its own
+    Show(ShowArgs),
+    /// Mount a snapshot read-only, with the options that its filesystem needs
+    Mount(MountArgs),
+    /// Delete snapshots of one volume
+    Delete(DeleteArgs),
+}
+
+/// `tidemark snapshot create`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot create data
+  tidemark snapshot create data --name monday --store /mnt/fast --store-size 20GiB
+  tidemark snapshot create data --dry-run")]
+pub struct CreateArgs {
+    /// The name of an attached volume
+    #[arg(value_name = "VOLUME")]
+    pub volume: PathBuf,
+    /// The snapshot's name [default: the next free number]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Directory for the file of its COW store, on another filesystem [default: /var/lib/tidemark]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
+    pub store: Option<PathBuf>,
+    /// Size of the COW store [default: a fifth of the volume]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub store_size: Option<Bytes>,
+    /// Unit of copy-on-write, a power of two from 4KiB; all snapshots of a volume have the same [default: 4KiB]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub chunk: Option<Bytes>,
+    /// Longest time for which filesystems may be frozen and the volume suspended
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
+    pub freeze_budget: Duration,
+    /// Command to run before anything is frozen; if it fails, no snapshot is created
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_before: Option<String>,
+    /// Command to run at the instant
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_frozen: Option<String>,
+    /// Command to run after the thaw; if it fails, that is reported and the snapshot stays
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_after: Option<String>,
+    /// Show the plan, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `tidemark snapshot list`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot list
+  tidemark snapshot list data --json")]
+pub struct ListArgs {
+    /// The volume's name [default: every volume]
+    #[arg(value_name = "VOLUME")]
+    pub volume: Option<String>,
+}
+
+/// `tidemark snapshot show`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot show data@monday")]
+pub struct ShowArgs {
+    /// The snapshot
+    #[arg(value_name = "VOLUME@NAME")]
+    pub snapshot: String,
+}
+
+/// `tidemark snapshot mount`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot mount data@monday /mnt/monday")]
+pub struct MountArgs {
+    /// The snapshot
+    #[arg(value_name = "VOLUME@NAME")]
+    pub snapshot: String,
+    /// An existing directory
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub directory: PathBuf,
+}
+
+/// `tidemark snapshot delete`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot delete data@monday
+  tidemark snapshot delete data@1 data@2 --yes")]
+pub struct DeleteArgs {
+    /// The snapshots
+    #[arg(value_name = "VOLUME@NAME", required = true)]
+    pub snapshots: Vec<String>,
+    /// Confirmation.
+    #[command(flatten)]
+    pub consent: Consent,
+}

@@ -1,0 +1,98 @@
+//! The record of the snapshots that are kept of a volume.
+
+use serde::{Deserialize, Serialize};
+
+use super::Record;
+
+/// The snapshots of one volume: what its devices are made from, by whichever command or boot makes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotSetRecord {
+    /// Its id, as in the UUIDs of the devices below the volume.
+    pub id: String,
+    /// The volume's name.
+    pub volume: String,
+    /// The volume's size in bytes.
+    pub size_bytes: u64,
+    /// Unit of copy-on-write of every store, bytes.
+    pub chunk_bytes: u64,
+    /// The oldest first.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// What the volume held when it was detached; None while it is attached, and after a crash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detached: Option<DetachedRecord>,
+}
+
+/// One snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Its name: /dev/mapper/VOLUME@NAME.
+    pub name: String,
+    /// Its id, as in the UUIDs of its devices: 32 hexadecimal digits.
+    pub id: String,
+    /// The instant, UTC, in nanoseconds since 1970; 0 before it.
+    pub instant_utc_ns: u64,
+    /// The file with its COW store.
+    pub store: String,
+    /// Largest size of that file, bytes.
+    pub store_bytes_max: u64,
+    /// How far its creation or deletion has got.
+    pub state: SnapshotState,
+    /// Why it no longer shows its instant; None while it does, as far as the record knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
+}
+
+/// How far the creation or the deletion of a snapshot has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotState {
+    /// Its instant has not been recorded. A crash ends its creation.
+    Creating,
+    /// In use.
+    Kept,
+    /// Deleted, but the newest: its store still receives originals for the older ones.
+    Retired,
+    /// To be deleted: older ones may still read through it.
+    Deleting,
+    /// No other one reads through it. Only its store and its devices are left.
+    Unlinked,
+    /// Lost: it is no longer below the volume, and only its store is left.
+    Detached,
+}
+
+/// What a volume held when it was detached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DetachedRecord {
+    /// When, UTC, in nanoseconds since 1970.
+    pub at_utc_ns: u64,
+    /// Seed of the sample's positions.
+    pub seed: u64,
+    /// CRC-32C of the parts that were read.
+    pub digest: u32,
+}
+
+impl SnapshotSetRecord {
+    /// The snapshot of this name that is neither deleted nor about to be.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Option<&SnapshotRecord> {
+        self.snapshots.iter().find(|snapshot| snapshot.name == name && snapshot.state.is_visible())
+    }
+}
+
+impl SnapshotState {
+    /// True if users see it.
+    #[must_use]
+    pub fn is_visible(self) -> bool {
+        matches!(self, Self::Kept | Self::Detached)
+    }
+
+    /// True if originals are in its store that older ones, or its own users, may need.
+    #[must_use]
+    pub fn is_linked(self) -> bool {
+        matches!(self, Self::Kept | Self::Retired | Self::Deleting)
+    }
+}
+
+impl Record for SnapshotSetRecord {
+    const KIND: &'static str = "snapshots";
+}

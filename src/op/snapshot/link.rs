@@ -1,0 +1,309 @@
+//! Takes a volume with snapshots apart, and puts it together again.
+//!
+//! A snapshot shows its instant only if every write to the volume since then has gone through it. So the layers are made
+//! before the volume, and nothing writes to the device in between: `data` holds it exclusively. Whether anything wrote
+//! to it while it was detached is found by what is on it:
+//! - `detach --keep-snapshots` records a digest of the first and the last MiB, of the filesystem's log, and of a random
+//!   sample. A mount changes ext4's superblock or the log of XFS; any other write is found if it hits the sample;
+//! - after a crash there is no such digest. Then the snapshots are lost, unless their devices still exist.
+//!
+//! Order of taking apart, the crash argument: the volume's device goes first; then the digest is recorded; then the other
+//! devices go. Until the digest is recorded, they exist and hold the device. Order of putting together: devices, then
+//! the record without digest, then the volume.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::thread;
+
+use super::set::{SnapshotSet, find_existing, read_all};
+use super::settle::Settlement;
+use crate::base::checksum::crc32c_append;
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
+use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
+use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
+use crate::extent::Extent;
+use crate::format::filesystem_log;
+use crate::format::state::{DetachedRecord, SnapshotState};
+use crate::stack::change::NoIntents;
+use crate::sys::aligned::AlignedBuffer;
+use crate::sys::process::crash_point;
+
+use super::delete::in_use;
+
+/// Bytes at either end that the digest contains.
+const ENDS: Bytes = Bytes::mib(1);
+
+/// Most bytes of the filesystem's log that the digest contains.
+const LOG_BYTES_MAX: Bytes = Bytes::mib(256);
+
+/// Blocks of the sample. A change of one in a hundred of all blocks is missed with a probability of 0.99^1024 = 0.00003.
+const SAMPLE: u64 = 1024;
+
+/// Threads that read.
+const READERS: usize = 32;
+
+/// Size of a block of the sample.
+const BLOCK: Bytes = Bytes::kib(4);
+
+/// True if `table`, of volume `name`, leads to `device` through the layers of its snapshots.
+#[must_use]
+pub fn leads_to(dm: &Dm, name: &str, table: &Table, device: DeviceNumber) -> bool {
+    let sets = read_all().unwrap_or_default();
+    sets.into_iter().flatten().filter(|set| set.volume == name).any(|set| {
+        let names = set.volume_names();
+        let is_led = |keep: DeviceNumber| table.maps_to(keep);
+        let is_on = |data: Option<Table>| data.is_some_and(|table| table.maps_to(device));
+        let keep = dm.info(names.keep.as_str()).ok().flatten().map(|info| info.number);
+        keep.is_some_and(is_led) && is_on(dm.table(names.data.as_str(), Slot::Active).ok().flatten())
+    })
+}
+
+/// True if the layers of the snapshots of volume `name` exist without it, and hold `device`.
+///
+/// # Errors
+/// The kernel's; I/O errors.
+pub fn is_held_by_layers(dm: &Dm, name: &str, device: DeviceNumber) -> Result<bool> {
+    for set in read_all()?.into_iter().flatten().filter(|set| set.volume == name) {
+        let data = set.volume_names().data;
+        if let Some(info) = dm.info(data.as_str())?
+            && info.has_active
+            && dm.table(data.as_str(), Slot::Active)?.is_some_and(|table| table.maps_to(device))
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the layers of volume `name`, whose own table is `own`. Returns the table that leads through them; None for a
+/// volume without snapshots, or without any that still shows its instant.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the snapshots are those of another device; the kernel's;
+/// I/O errors. Nothing is left then, and the snapshots are as they were.
+pub fn assemble(dm: &Dm, name: &str, own: &Table) -> Result<Option<Table>> {
+    let Some(mut set) = SnapshotSet::find(name, &|| Ok(()))? else { return Ok(None) };
+    if set.record().linked().is_empty() {
+        return Ok(None);
+    }
+    if set.record().length()? != own.length() {
+        return Err(Error::refused(format!(
+            "the snapshots of {name} are those of a device of {} bytes, and this one has {}",
+            set.record().size_bytes,
+            own.length().bytes().get()
+        ))
+        .state("nothing was changed")
+        .next(format!(
+            "choose another --name, or delete the snapshots first ('tidemark snapshot list {name}')"
+        )));
+    }
+    let names = set.record().volume_names();
+    let is_held = is_held(dm, &names, own)?;
+    if !is_held {
+        remove_layers(dm, &set)?;
+    }
+    create(dm, &set, &names.data, ROLE_DATA, own)?;
+    if !is_held && let Some(why) = find_change(dm, &set)? {
+        tracing::warn!("the snapshots of {name} are lost: {why}");
+        remove_layers(dm, &set)?;
+        set.change(|record| {
+            for snapshot in record.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked()) {
+                snapshot.lost.get_or_insert_with(|| why.clone());
+                let is_kept = snapshot.state == SnapshotState::Kept;
+                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
+            }
+            record.detached = None;
+        })?;
+        return Ok(None);
+    }
+    let mut settlement =
+        Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() };
+    settlement.assemble(true)?;
+    let mut set = settlement.set;
+    let data = dm.info_of(names.data.as_str())?.number;
+    let over = Table::single(own.length(), Target::SnapshotOrigin { device: data })?;
+    create(dm, &set, &names.keep, ROLE_KEEP, &over)?;
+    crash_point("snapshot.attach.assembled");
+    // From here on the volume may be written.
+    set.change(|record| record.detached = None)?;
+    let keep = dm.info_of(names.keep.as_str())?.number;
+    Table::single(own.length(), Target::Linear { device: keep, offset: Sectors::ZERO }).map(Some)
+}
+
+/// True if the layers have held the device, whose table is `own`, since the volume was last in use.
+fn is_held(dm: &Dm, names: &VolumeNames, own: &Table) -> Result<bool> {
+    let table = |name: &str| match dm.info(name)? {
+        Some(info) if info.has_active => dm.table(name, Slot::Active),
+        _ => Ok(None),
+    };
+    Ok(table(&names.data)?.as_ref() == Some(own) && table(&names.keep)?.is_some())
+}
+
+fn create(dm: &Dm, set: &SnapshotSet, name: &str, role: &str, table: &Table) -> Result<()> {
+    if dm.info(name)?.is_some_and(|info| info.has_active) {
+        return Ok(());
+    }
+    let uuid = DeviceIdentity::new(&set.record().volume, role, &set.record().id).uuid();
+    dm.create_active(name, &uuid, table, Udev::Internal).map(drop)
+}
+
+/// Removes the devices of all snapshots, the oldest first, and those below the volume.
+fn remove_layers(dm: &Dm, set: &SnapshotSet) -> Result<()> {
+    let record = set.record();
+    let remove = |name: &str| match dm.info(name)? {
+        Some(info) if DeviceIdentity::parse(&info.uuid).is_some() => dm.remove(name, Udev::Internal),
+        _ => Ok(()),
+    };
+    let names = record.volume_names();
+    remove(&names.keep)?;
+    for snapshot in &record.snapshots {
+        let names = record.names(snapshot);
+        for name in [&names.snapshot, &names.view, &names.alias] {
+            remove(name)?;
+        }
+        record.store(snapshot)?.hide(dm)?;
+    }
+    remove(&names.data)
+}
+
+/// Why it cannot be proven that nothing has written to the device; None if it is proven.
+fn find_change(dm: &Dm, set: &SnapshotSet) -> Result<Option<String>> {
+    let record = set.record();
+    let Some(detached) = &record.detached else {
+        return Ok(Some(
+            "the volume was not detached in order, so nothing proves that its device was not written without them"
+                .to_owned(),
+        ));
+    };
+    let digest = digest(dm, &record.volume_names().data, detached.seed)?;
+    Ok((digest != detached.digest).then(|| "the device was written while the volume was detached".to_owned()))
+}
+
+/// The snapshots of a volume that is about to be detached.
+pub struct Snapshots {
+    set: SnapshotSet,
+}
+
+/// Finds the snapshots of volume `name`. None if it has none.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it has some, and `keep` was not asked for, or one is in
+/// use; the kernel's.
+pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapshots>> {
+    let Some(set) = SnapshotSet::find(name, &|| Ok(()))? else { return Ok(None) };
+    let linked = set.record().linked();
+    if linked.is_empty() {
+        return Ok(None);
+    }
+    if !keep {
+        return Err(Error::refused(format!("{name} has {} snapshots", linked.len()))
+            .state("nothing was changed")
+            .next(format!(
+                "delete them ('tidemark snapshot list {name}'), or add --keep-snapshots: then attach the device again \
+                 before anything writes to it"
+            )));
+    }
+    // What a command that died has left is completed first.
+    Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()?;
+    let set = find_existing(name, &|| Ok(()))?;
+    for snapshot in &set.record().snapshots {
+        let shown = set.record().names(snapshot).snapshot;
+        if let Some(info) = dm.info(shown.as_str())?.filter(|info| info.open_count > 0) {
+            return Err(in_use(&shown, &info)?);
+        }
+    }
+    Ok(Some(Snapshots { set }))
+}
+
+impl Snapshots {
+    /// Records what the device holds, then removes the devices. The volume's own is gone already.
+    ///
+    /// # Errors
+    /// I/O errors; the kernel's. Attaching the device again puts the snapshots together.
+    pub fn take_down(mut self, dm: &Dm) -> Result<()> {
+        let names = self.set.record().volume_names();
+        let seed = clock::utc_now_ns();
+        crash_point("snapshot.detach.removed");
+        let digest = digest(dm, &names.data, seed)?;
+        let detached = DetachedRecord { at_utc_ns: clock::utc_now_ns(), seed, digest };
+        self.set.change(|record| record.detached = Some(detached))?;
+        crash_point("snapshot.detach.recorded");
+        remove_layers(dm, &self.set).map_err(|error| {
+            error
+                .state("the volume is detached; devices of its snapshots are left, and hold the device")
+                .next("attach it again, and detach it once the users of the snapshots have ended")
+        })
+    }
+}
+
+/// The digest of what a device holds.
+fn digest(dm: &Dm, name: &str, seed: u64) -> Result<u32> {
+    let number = dm.info_of(name)?.number;
+    let device = dm.open_device(number, false, libc::O_DIRECT)?;
+    let size = dm.active_table(name)?.length().bytes();
+    let what = || format!("reading {name}");
+    let mut read = |at: Bytes, length: usize| {
+        let start = at.align_down(BLOCK);
+        let end = (at + Bytes::from_len(length)).align_up(BLOCK).min(size);
+        let mut buffer = AlignedBuffer::zeroed((end - start).as_len());
+        device.read_exact_at(&mut buffer, start.get()).ok()?;
+        let from = (at - start).as_len();
+        buffer.get(from..from + length).map(<[u8]>::to_vec)
+    };
+    let logs = filesystem_log::find(&mut read);
+    let mut extents =
+        vec![Extent::new(Bytes::ZERO, ENDS.min(size)), Extent::new(size.saturating_sub(ENDS), size)];
+    let mut left = LOG_BYTES_MAX;
+    for log in logs {
+        let log = Extent::new(log.start().align_down(BLOCK), log.end().align_up(BLOCK).min(size));
+        if let Some(log) = log.filter(|log| log.length() <= left) {
+            left -= log.length();
+            extents.push(Some(log));
+        }
+    }
+    extents.extend(positions(seed, size).map(|at| Extent::with_length(at, BLOCK)));
+    let extents: Vec<Extent> = extents.into_iter().flatten().collect();
+    // Read in parallel: the sample costs a seek for each block.
+    let share = extents.len().div_ceil(READERS).max(1);
+    let parts = thread::scope(|scope| {
+        let readers = extents
+            .chunks(share)
+            .map(|part| scope.spawn(|| part.iter().map(|it| checksum(&device, *it)).collect()));
+        let readers: Vec<thread::ScopedJoinHandle<'_, io::Result<Vec<u32>>>> = readers.collect();
+        readers
+            .into_iter()
+            .map(|reader| reader.join().expect("a reader does not panic"))
+            .collect::<io::Result<Vec<_>>>()
+    });
+    let parts = parts.io_context(what)?;
+    Ok(parts.into_iter().flatten().fold(0, |crc, part| crc32c_append(crc, &part.to_le_bytes())))
+}
+
+/// The CRC-32C of an extent of `device`.
+fn checksum(device: &File, extent: Extent) -> io::Result<u32> {
+    let mut buffer = AlignedBuffer::zeroed(ENDS.min(extent.length()).as_len());
+    let (mut at, mut crc) = (extent.start(), 0);
+    while at < extent.end() {
+        let length = ENDS.min(extent.end() - at);
+        let part = &mut buffer[..length.as_len()];
+        device.read_exact_at(part, at.get())?;
+        crc = crc32c_append(crc, part);
+        at += length;
+    }
+    Ok(crc)
+}
+
+/// Offsets of the sample's blocks, which follow from `seed` (SplitMix64).
+fn positions(seed: u64, size: Bytes) -> impl Iterator<Item = Bytes> {
+    let blocks = (size.get() / BLOCK.get()).max(1);
+    let mut state = seed;
+    std::iter::repeat_with(move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        BLOCK * ((mixed ^ (mixed >> 31)) % blocks)
+    })
+    .take(Bytes(SAMPLE.min(blocks)).as_len())
+}

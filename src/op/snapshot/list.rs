@@ -1,0 +1,210 @@
+//! `tidemark snapshot list` and `show`. Change nothing.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::set::{self, no_snapshot, parse_name};
+use crate::base::{Bytes, Result, clock};
+use crate::dm::{Dm, SnapshotStatus, node};
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
+use crate::store::Overlap;
+use crate::sys::privilege::require_root;
+
+/// The state of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It shows its instant.
+    Valid,
+    /// Its store was full: it is lost.
+    Overflow,
+    /// Its store failed, or it was lost in another way.
+    Invalid,
+    /// A newer snapshot that it is read through is lost.
+    NeedsLost,
+    /// Its volume is not attached now.
+    NotAttached,
+    /// It is being created, or a command that created it died.
+    Creating,
+    /// It is being deleted, or a command that deleted it died.
+    Deleting,
+    /// It is deleted; its store still receives originals for older ones.
+    Retired,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotView {
+    /// VOLUME@NAME.
+    pub snapshot: String,
+    /// Its state.
+    pub state: State,
+    /// Why it is lost.
+    pub lost: Option<String>,
+    /// Its instant.
+    pub instant: Option<String>,
+    /// Seconds since then.
+    pub age_seconds: Option<u64>,
+    /// Its device, if it has one.
+    pub path: Option<PathBuf>,
+    /// The file with its store.
+    pub store: PathBuf,
+    /// Bytes in use in the store.
+    pub used: Option<Bytes>,
+    /// The size of the store.
+    pub total: Option<Bytes>,
+    /// True if originals of new writes go to its store.
+    pub receives: bool,
+}
+
+/// What a snapshot holds.
+#[derive(Clone, Debug, Serialize)]
+pub struct SnapshotDetails {
+    /// The facts of the list.
+    #[serde(flatten)]
+    pub view: SnapshotView,
+    /// Unit of copy-on-write.
+    pub chunk: Bytes,
+    /// Chunks of the volume that were changed from its instant to that of the next newer snapshot, or until now.
+    pub chunks_changed: Option<u64>,
+    /// Bytes of originals that only this snapshot needs: its deletion frees them.
+    pub unique: Option<Bytes>,
+    /// Bytes of originals that an older snapshot needs as well.
+    pub shared: Option<Bytes>,
+}
+
+/// All snapshots of `volume`, or of every volume, the oldest first.
+///
+/// # Errors
+/// I/O errors; the kernel's.
+pub fn list(volume: Option<&str>) -> Result<Vec<SnapshotView>> {
+    require_root("examining device-mapper")?;
+    let dm = Dm::open()?;
+    let mut views = Vec::new();
+    for record in set::read_all()? {
+        let record = record?;
+        if volume.is_none_or(|volume| record.volume == volume) {
+            views.extend(views_of(&dm, &record)?);
+        }
+    }
+    Ok(views)
+}
+
+/// The views of one set, the oldest first.
+///
+/// # Errors
+/// The kernel's.
+pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>> {
+    let newest = record.linked().last().map(|newest| newest.id.clone());
+    let mut views = Vec::new();
+    let mut is_newer_lost = false;
+    for snapshot in record.snapshots.iter().rev() {
+        let status = set::status(dm, record, snapshot)?;
+        let state = state_of(snapshot, status.as_ref(), is_newer_lost);
+        is_newer_lost |=
+            snapshot.state.is_linked() && status.as_ref().is_some_and(|status| !status.is_usable());
+        let device = record.names(snapshot).snapshot;
+        let (used, total) = match &status {
+            Some(SnapshotStatus::Active { used, total, .. }) => (Some(used.bytes()), Some(total.bytes())),
+            _ => (None, record.store(snapshot)?.file_bytes().ok()),
+        };
+        let has_device = dm.info(device.as_str())?.is_some_and(|info| info.has_active);
+        let age = clock::utc_now_ns().checked_sub(snapshot.instant_utc_ns).map(|age| age / 1_000_000_000);
+        views.push(SnapshotView {
+            snapshot: format!("{}@{}", record.volume, snapshot.name),
+            state,
+            lost: snapshot.lost.clone(),
+            instant: clock::utc_text(snapshot.instant_utc_ns).filter(|_| snapshot.instant_utc_ns > 0),
+            age_seconds: age.filter(|_| snapshot.instant_utc_ns > 0),
+            path: has_device.then(|| node::mapper_path(&device)),
+            store: PathBuf::from(&snapshot.store),
+            used,
+            total,
+            receives: status.is_some() && newest.as_ref() == Some(&snapshot.id),
+        });
+    }
+    views.reverse();
+    Ok(views)
+}
+
+fn state_of(snapshot: &SnapshotRecord, status: Option<&SnapshotStatus>, is_newer_lost: bool) -> State {
+    match (snapshot.state, status) {
+        (SnapshotState::Creating, _) => State::Creating,
+        (SnapshotState::Deleting | SnapshotState::Unlinked, _) => State::Deleting,
+        (SnapshotState::Retired, _) => State::Retired,
+        (SnapshotState::Detached, _) => State::Invalid,
+        (SnapshotState::Kept, _) if snapshot.lost.is_some() => State::Invalid,
+        (SnapshotState::Kept, None) => State::NotAttached,
+        (SnapshotState::Kept, Some(SnapshotStatus::Overflow)) => State::Overflow,
+        (SnapshotState::Kept, Some(status)) if !status.is_usable() => State::Invalid,
+        (SnapshotState::Kept, Some(_)) if is_newer_lost => State::NeedsLost,
+        (SnapshotState::Kept, Some(_)) => State::Valid,
+    }
+}
+
+/// One snapshot with what it holds. Reads the metadata of two stores.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it does not exist; as [`list`].
+pub fn show(name: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotDetails> {
+    require_root("examining device-mapper")?;
+    let (volume, _) = parse_name(name)?;
+    let dm = Dm::open()?;
+    let none = || no_snapshot(&format!("there is no snapshot {name}"));
+    let record = set::read_all()?.into_iter().flatten().find(|set| set.volume == volume).ok_or_else(none)?;
+    let view = views_of(&dm, &record)?.into_iter().find(|view| view.snapshot == name).ok_or_else(none)?;
+    let linked = record.linked();
+    let at = linked.iter().position(|snapshot| format!("{volume}@{}", snapshot.name) == name);
+    let overlap: Option<Overlap> = match at {
+        Some(at) if matches!(view.state, State::Valid | State::Retired | State::NeedsLost) => {
+            let status = set::status(&dm, &record, &linked[at])?.filter(|_| at + 1 == linked.len());
+            let older = at.checked_sub(1).map(|at| record.store(&linked[at])).transpose()?;
+            Some(record.store(&linked[at])?.overlap(&dm, status.as_ref(), older.as_ref(), interrupt)?)
+        }
+        _ => None,
+    };
+    let chunk = record.chunk()?.bytes();
+    // A chunk that the next older store has as well is of no use to older snapshots.
+    let needed = |overlap: &Overlap| if at == Some(0) { 0 } else { overlap.chunks - overlap.shared };
+    Ok(SnapshotDetails {
+        view,
+        chunk,
+        chunks_changed: overlap.map(|overlap| overlap.chunks),
+        unique: overlap.map(|overlap| chunk * (overlap.chunks - needed(&overlap))),
+        shared: overlap.map(|overlap| chunk * needed(&overlap)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_snapshot_is_never_shown_as_valid() {
+        let snapshot = |state, lost: Option<&str>| SnapshotRecord {
+            name: "a".to_owned(),
+            id: "0".repeat(32),
+            instant_utc_ns: 1,
+            store: "/x".to_owned(),
+            store_bytes_max: 1,
+            state,
+            lost: lost.map(str::to_owned),
+        };
+        let kept = |lost| snapshot(SnapshotState::Kept, lost);
+        let active = SnapshotStatus::parse("16/2048 16");
+        assert_eq!(state_of(&kept(None), Some(&active), false), State::Valid);
+        assert_eq!(state_of(&kept(None), Some(&active), true), State::NeedsLost);
+        assert_eq!(state_of(&kept(Some("why")), Some(&active), false), State::Invalid);
+        assert_eq!(state_of(&kept(None), None, false), State::NotAttached);
+        for text in ["Invalid", "Unknown", "Merge failed", "nonsense"] {
+            assert_eq!(
+                state_of(&kept(None), Some(&SnapshotStatus::parse(text)), false),
+                State::Invalid,
+                "{text}"
+            );
+        }
+        assert_eq!(state_of(&kept(None), Some(&SnapshotStatus::Overflow), false), State::Overflow);
+        assert_eq!(state_of(&snapshot(SnapshotState::Detached, None), Some(&active), false), State::Invalid);
+    }
+}

@@ -1,0 +1,14 @@
+//! Snapshots that are kept: created, shown, mounted, deleted, and put together again.
+//!
+//! The record of a volume's snapshots ([`set`]) says what there should be. [`settle`] makes the devices agree with it,
+//! whatever they are now. So a command changes the record first, durably, and then settles; after a crash, settling
+//! again completes it. The one exception is the instant, which no record can bring about: [`create`] records the
+//! snapshot as unfinished, takes the instant, and records it as kept; a crash in between ends it.
+
+pub mod create;
+pub mod delete;
+pub mod link;
+pub mod list;
+pub mod mount;
+pub mod set;
+pub mod settle;

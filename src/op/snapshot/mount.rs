@@ -1,0 +1,108 @@
+//! `tidemark snapshot mount`: mounts a snapshot read-only, with the options that its filesystem needs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::Serialize;
+
+use super::list::{State, list};
+use super::set::{no_snapshot, parse_name};
+use crate::base::{Error, ErrorKind, Result, ResultExt as _};
+use crate::sys::privilege::require_root;
+
+/// A mounted snapshot.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mounted {
+    /// VOLUME@NAME.
+    pub snapshot: String,
+    /// The directory.
+    pub directory: PathBuf,
+    /// The type of the filesystem.
+    pub filesystem: String,
+    /// The mount options.
+    pub options: String,
+}
+
+/// Mounts snapshot `name` at `directory`.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a snapshot that does not show its instant, and for a filesystem that cannot be mounted
+/// beside its origin; [`ErrorKind::External`] if mount(8) fails.
+pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
+    require_root("mounting a snapshot")?;
+    let (volume, _) = parse_name(name)?;
+    let view = list(Some(volume))?.into_iter().find(|view| view.snapshot == name);
+    let view = view.ok_or_else(|| no_snapshot(&format!("there is no snapshot {name}")))?;
+    let Some(device) = view.path.filter(|_| view.state == State::Valid) else {
+        return Err(Error::refused(format!("{name} does not show its instant"))
+            .state("nothing was changed")
+            .next(format!("'tidemark snapshot show {name}' says why")));
+    };
+    if !fs::metadata(directory).io_context(|| format!("examining {}", directory.display()))?.is_dir() {
+        return Err(Error::usage(format!("{} is not a directory", directory.display())));
+    }
+    let filesystem = filesystem_on(&device)?;
+    let options = options_for(&filesystem, name)?;
+    let status = Command::new("mount")
+        .args(["-t", &filesystem, "-o", options])
+        .arg(&device)
+        .arg(directory)
+        .status()
+        .map_err(|source| Error::new(ErrorKind::External, "starting mount(8)").with_source(source))?;
+    if !status.success() {
+        return Err(Error::new(ErrorKind::External, format!("mount(8) of {name} failed: {status}"))
+            .state("nothing was mounted"));
+    }
+    Ok(Mounted {
+        snapshot: name.to_owned(),
+        directory: directory.to_owned(),
+        filesystem,
+        options: options.to_owned(),
+    })
+}
+
+/// The options for a read-only mount of a filesystem whose origin may be mounted.
+fn options_for(filesystem: &str, name: &str) -> Result<&'static str> {
+    Ok(match filesystem {
+        // The log was emptied by the freeze; a journal cannot be replayed on a read-only device.
+        "ext3" | "ext4" => "ro,noload",
+        // The origin has the same UUID.
+        "xfs" => "ro,nouuid,norecovery",
+        "btrfs" => {
+            return Err(Error::refused(format!(
+                "{name} is a btrfs: the kernel takes it for a part of its origin, as both have the same UUID"
+            ))
+            .state("nothing was mounted")
+            .next("copy the snapshot's device to another machine, or mount it there"));
+        }
+        _ => "ro",
+    })
+}
+
+/// The type of the filesystem on `device`, from blkid(8). Our devices are skipped by a scan, not by this.
+fn filesystem_on(device: &Path) -> Result<String> {
+    let output = Command::new("blkid")
+        .args(["-p", "-o", "value", "-s", "TYPE"])
+        .arg(device)
+        .output()
+        .map_err(|source| Error::new(ErrorKind::External, "starting blkid(8)").with_source(source))?;
+    let found = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if found.is_empty() {
+        return Err(Error::refused(format!("{} has no filesystem that blkid(8) knows", device.display()))
+            .state("nothing was mounted"));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_filesystem_has_its_options_and_btrfs_is_refused() {
+        assert_eq!(options_for("ext4", "a@1").unwrap(), "ro,noload");
+        assert!(options_for("xfs", "a@1").unwrap().contains("nouuid"));
+        assert_eq!(options_for("btrfs", "a@1").unwrap_err().kind(), ErrorKind::Refused);
+    }
+}

@@ -1,0 +1,284 @@
+//! The record of a volume's snapshots, held by one process at a time.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use crate::base::clock::Stopwatch;
+use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
+use crate::dm::naming::{ROLE_STORE, SnapshotNames, VolumeNames, new_id};
+use crate::dm::{DeviceIdentity, Dm, SnapshotStatus};
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
+use crate::record::{self, FoundRecord, LockedRecord};
+use crate::store::PersistentStore;
+
+/// The directory of the records. It outlives a boot.
+pub const SET_DIR: &str = "/var/lib/tidemark/snapshots";
+
+/// Longest wait for another command that changes the snapshots of the same volume.
+const OTHER_COMMAND_MAX: Duration = Duration::from_secs(60);
+
+/// Interval between two attempts.
+const OTHER_COMMAND_PAUSE: Duration = Duration::from_millis(50);
+
+/// Longest name of a snapshot: "VOLUME@NAME#store" fits the kernel's 127 bytes.
+const NAME_BYTES_MAX: usize = 32;
+
+/// The snapshots of one volume, which no other process can change meanwhile.
+#[derive(Debug)]
+pub struct SnapshotSet {
+    record: LockedRecord<SnapshotSetRecord>,
+}
+
+impl SnapshotSet {
+    /// The set of `volume`; None if it has no snapshots. Waits for another command that changes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if that command does not end; `interrupt`'s;
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a record that cannot be read; I/O errors.
+    pub fn find(volume: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<Option<Self>> {
+        let Some(id) = read_all()?.into_iter().flatten().find(|set| set.volume == volume).map(|set| set.id)
+        else {
+            return Ok(None);
+        };
+        let watch = Stopwatch::start();
+        loop {
+            match record::find::<SnapshotSetRecord>(Path::new(SET_DIR), &id)? {
+                None => return Ok(None),
+                Some(found) if found.lock.is_some() => return Self::of(found).map(Some),
+                Some(_) => {}
+            }
+            interrupt()?;
+            if watch.elapsed() >= OTHER_COMMAND_MAX {
+                return Err(Error::refused(format!("another command is changing the snapshots of {volume}"))
+                    .state("nothing was changed")
+                    .next("wait for its end ('tidemark status' shows it)"));
+            }
+            thread::sleep(OTHER_COMMAND_PAUSE);
+        }
+    }
+
+    /// The sets that no other process holds.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn find_all() -> Result<Vec<Result<Self>>> {
+        let mut found = Vec::new();
+        for id in record::ids(Path::new(SET_DIR))? {
+            match record::find::<SnapshotSetRecord>(Path::new(SET_DIR), &id) {
+                Ok(Some(set)) if set.lock.is_some() => found.push(Self::of(set)),
+                Ok(_) => {}
+                Err(error) => found.push(Err(error)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn of(found: FoundRecord<SnapshotSetRecord>) -> Result<Self> {
+        if found.is_newer {
+            return Err(Error::refused(format!(
+                "the record of snapshots {} was written by a newer version of Tidemark",
+                found.id
+            ))
+            .state("nothing was changed")
+            .next("use that version"));
+        }
+        Ok(Self { record: found.take_over()? })
+    }
+
+    /// A set without snapshots.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn create(volume: &str, size: Bytes, chunk: ChunkSize) -> Result<Self> {
+        let id = new_id();
+        let record = SnapshotSetRecord {
+            id: id.clone(),
+            volume: volume.to_owned(),
+            size_bytes: size.get(),
+            chunk_bytes: chunk.bytes().get(),
+            snapshots: Vec::new(),
+            detached: None,
+        };
+        Ok(Self { record: LockedRecord::create(Path::new(SET_DIR), &id, record)? })
+    }
+
+    /// The record.
+    #[must_use]
+    pub fn record(&self) -> &SnapshotSetRecord {
+        self.record.record()
+    }
+
+    /// Changes the record, and returns once the change is on stable storage.
+    ///
+    /// # Errors
+    /// I/O errors; the record on disk is the old or the new one.
+    pub fn change(&mut self, change: impl FnOnce(&mut SnapshotSetRecord)) -> Result<()> {
+        change(self.record.record_mut());
+        self.record.save()
+    }
+
+    /// Changes the snapshot `id`, as [`SnapshotSet::change`].
+    ///
+    /// # Errors
+    /// As [`SnapshotSet::change`].
+    pub fn change_one(&mut self, id: &str, change: impl FnOnce(&mut SnapshotRecord)) -> Result<()> {
+        self.change(|record| {
+            if let Some(snapshot) = record.snapshots.iter_mut().find(|snapshot| snapshot.id == id) {
+                change(snapshot);
+            }
+        })
+    }
+
+    /// Removes the record of a set that has no snapshots.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn remove(self) -> Result<()> {
+        debug_assert!(self.record().snapshots.is_empty(), "a set with snapshots has a record");
+        self.record.remove(&[])
+    }
+}
+
+/// What follows from a record.
+impl SnapshotSetRecord {
+    /// Unit of copy-on-write.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a record with an impossible one.
+    pub fn chunk(&self) -> Result<ChunkSize> {
+        ChunkSize::new(Bytes(self.chunk_bytes))
+    }
+
+    /// The volume's size.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if it is not a whole number of sectors.
+    pub fn length(&self) -> Result<Sectors> {
+        Bytes(self.size_bytes).to_sectors("the volume")
+    }
+
+    /// The devices below the volume.
+    #[must_use]
+    pub fn volume_names(&self) -> VolumeNames {
+        VolumeNames::new(&self.volume, &self.id)
+    }
+
+    /// The devices of `snapshot`.
+    #[must_use]
+    pub fn names(&self, snapshot: &SnapshotRecord) -> SnapshotNames {
+        SnapshotNames::new(&self.volume, &snapshot.name, &snapshot.id)
+    }
+
+    /// The identity of the device of `snapshot` with this role.
+    #[must_use]
+    pub fn identity(&self, role: &str, snapshot: &SnapshotRecord) -> DeviceIdentity {
+        DeviceIdentity::new(&self.volume, role, &snapshot.id)
+    }
+
+    /// The store of `snapshot`.
+    ///
+    /// # Errors
+    /// As [`SnapshotSetRecord::chunk`].
+    pub fn store(&self, snapshot: &SnapshotRecord) -> Result<PersistentStore> {
+        Ok(PersistentStore {
+            device: self.names(snapshot).store,
+            identity: self.identity(ROLE_STORE, snapshot),
+            path: PathBuf::from(&snapshot.store),
+            chunk: self.chunk()?,
+            origin_bytes: Bytes(self.size_bytes),
+        })
+    }
+
+    /// The snapshots that are below the volume, the oldest first.
+    #[must_use]
+    pub fn linked(&self) -> Vec<SnapshotRecord> {
+        self.snapshots.iter().filter(|snapshot| snapshot.state.is_linked()).cloned().collect()
+    }
+}
+
+/// The kernel's status of a snapshot; None if it has no device.
+///
+/// # Errors
+/// The kernel's.
+pub fn status(
+    dm: &Dm,
+    record: &SnapshotSetRecord,
+    snapshot: &SnapshotRecord,
+) -> Result<Option<SnapshotStatus>> {
+    let view = record.names(snapshot).view;
+    match dm.info(view.as_str())? {
+        Some(info) if info.has_active => dm.snapshot_status(&view).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// All records, without a lock: for display.
+///
+/// # Errors
+/// I/O errors of reading the directory.
+pub fn read_all() -> Result<Vec<Result<SnapshotSetRecord>>> {
+    let directory = Path::new(SET_DIR);
+    let ids = record::ids(directory)?;
+    let read = |id: &String| record::read::<SnapshotSetRecord>(&record::path_of(directory, id));
+    // One that was removed meanwhile is left out.
+    Ok(ids.iter().map(read).filter(|read| !is_gone(read)).collect())
+}
+
+fn is_gone(read: &Result<SnapshotSetRecord>) -> bool {
+    read.as_ref().is_err_and(|error| error.errno() == Some(libc::ENOENT))
+}
+
+/// Splits VOLUME@NAME.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else.
+pub fn parse_name(text: &str) -> Result<(&str, &str)> {
+    match text.rsplit_once('@') {
+        Some((volume, name)) if !volume.is_empty() && check_name(name).is_ok() => Ok((volume, name)),
+        _ => Err(Error::usage(format!("'{text}' is not the name of a snapshot"))
+            .next("write VOLUME@NAME; 'tidemark snapshot list' shows them")),
+    }
+}
+
+/// Allows letters, digits and `_.-`, with no dot or dash first.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for any other name.
+pub fn check_name(name: &str) -> Result<()> {
+    let is_word = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if (1..=NAME_BYTES_MAX).contains(&name.len()) && is_word && !name.starts_with(['.', '-']) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("'{name}' cannot be a snapshot's name"))
+        .next(format!("use 1 to {NAME_BYTES_MAX} letters, digits, '_', '.' and '-', such as --name monday")))
+}
+
+/// The set of `volume`, for a command that needs one.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if there is none; as [`SnapshotSet::find`].
+pub fn find_existing(volume: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotSet> {
+    SnapshotSet::find(volume, interrupt)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))
+}
+
+/// The refusal for a snapshot that does not exist.
+pub fn no_snapshot(what: &str) -> Error {
+    Error::refused(what.to_owned()).state("nothing was changed").next("'tidemark snapshot list' shows them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_snapshots_are_split_and_checked() {
+        assert_eq!(parse_name("data@monday").unwrap(), ("data", "monday"));
+        assert_eq!(parse_name("a@b@1").unwrap(), ("a@b", "1"));
+        for bad in
+            ["data", "@x", "data@", "data@-x", "data@a b", "data@.x", &format!("data@{}", "x".repeat(33))]
+        {
+            assert!(parse_name(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,477 @@
+//! Makes the devices of a volume's snapshots agree with their record.
+//!
+//! Runs at the end of every command that has changed the record, when the volume is attached, and in `recover`. Each
+//! part looks at what there is, so it can be repeated after a crash at any point:
+//! 1. a snapshot whose instant was not recorded is removed;
+//! 2. every other one gets its store, its view and, unless it is deleted, the device that users see, from the newest
+//!    to the oldest. A view that reads through another device than it should is led to the right one;
+//! 3. deletions are completed;
+//! 4. a volume without snapshots gets its own table back.
+//!
+//! # How a view is led to another device
+//!
+//! A view that still receives originals must not simply get a new table: the kernel reads the store's metadata when the
+//! table is loaded, and what arrives until it is active would be missing. So it is led to an alias of the new device
+//! first, which ends the receiving, and then to the device itself, when the store is as it finally is. (Without the
+//! alias the kernel would hand the old table's exceptions over to the new one, which is for other cases.) What the old
+//! table still appends meanwhile is in the newer store as well, so every view is right at every moment.
+//!
+//! # How a snapshot in the middle is deleted
+//!
+//! What its store holds and the next older store does not is written through the older view onto itself, which gives
+//! that store originals of its own (copy-up), and is flushed. Then the older view is led past the deleted one, and only
+//! then the record stops naming it as a part of the chain. After a crash at any point, the older view is right in both
+//! ways.
+
+use std::time::Duration;
+
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors};
+use crate::dm::naming::{ROLE_ALIAS, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, SnapshotNames};
+use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
+use crate::stack::change::{IntentLog, NoIntents};
+use crate::stack::kept;
+use crate::store::persistent::rewrite;
+use crate::store::size;
+use crate::sys::aligned::AlignedBuffer;
+use crate::sys::process::crash_point;
+
+use super::set::{self, SnapshotSet};
+
+/// Longest time that the volume may be suspended while its own table is put back.
+const RESTORE_BUDGET: Duration = Duration::from_secs(2);
+
+/// Most bytes that are copied up at once.
+const COPY_UP_BYTES: Bytes = Bytes::mib(1);
+
+/// A volume's snapshots while their devices are changed.
+pub struct Settlement<'a> {
+    /// Device-mapper.
+    pub dm: &'a Dm,
+    /// The record.
+    pub set: SnapshotSet,
+    /// Records the change of the volume's table.
+    pub journal: &'a mut dyn IntentLog,
+    /// Polled while originals are copied up; an error ends that, and the rest is left for the next time.
+    pub interrupt: &'a dyn Fn() -> Result<()>,
+    /// What was done, in words.
+    pub done: Vec<String>,
+}
+
+impl Settlement<'_> {
+    /// Settles; afterwards devices and record agree. Returns what was done.
+    ///
+    /// # Errors
+    /// The first failure: the volume stays in use, every view is right, and settling again continues.
+    pub fn settle(mut self) -> Result<Vec<String>> {
+        let what = format!("the snapshots of {}", self.set.record().volume);
+        let result = self.steps().map_err(|error| {
+            error.context(what).next("run 'tidemark recover', which continues once the cause is mended")
+        });
+        result?;
+        if self.set.record().snapshots.is_empty() {
+            self.set.remove()?;
+        }
+        Ok(self.done)
+    }
+
+    fn steps(&mut self) -> Result<()> {
+        self.drop_unfinished()?;
+        if self.is_in_place()? {
+            self.assemble(false)?;
+            self.drop_lost()?;
+        }
+        self.finish_deletions()?;
+        self.dissolve_if_empty()
+    }
+
+    /// True if the layers below the volume exist.
+    fn is_in_place(&self) -> Result<bool> {
+        let names = self.set.record().volume_names();
+        let is_active =
+            |name: &str| Ok::<bool, Error>(self.dm.info(name)?.is_some_and(|info| info.has_active));
+        Ok(is_active(&names.data)? && is_active(&names.keep)?)
+    }
+
+    fn number(&self, name: &str) -> Result<Option<DeviceNumber>> {
+        Ok(self.dm.info(name)?.map(|info| info.number))
+    }
+
+    fn needed(&self, name: &str) -> Result<DeviceNumber> {
+        Ok(self.dm.info_of(name)?.number)
+    }
+
+    /// Step 1. Such a snapshot is the newest one, and nothing reads through it.
+    fn drop_unfinished(&mut self) -> Result<()> {
+        let unfinished: Vec<SnapshotRecord> = self.in_state(SnapshotState::Creating);
+        if unfinished.is_empty() {
+            return Ok(());
+        }
+        // The first snapshot's instant may have led the volume to it.
+        if self.set.record().linked().is_empty() {
+            self.dissolve()?;
+        }
+        for snapshot in unfinished {
+            self.discard(&snapshot)?;
+        }
+        Ok(())
+    }
+
+    fn in_state(&self, state: SnapshotState) -> Vec<SnapshotRecord> {
+        self.set.record().snapshots.iter().filter(|snapshot| snapshot.state == state).cloned().collect()
+    }
+
+    /// Removes the devices and the store of a snapshot that nothing reads through, then its record.
+    fn discard(&mut self, snapshot: &SnapshotRecord) -> Result<()> {
+        let record = self.set.record();
+        let (names, store) = (record.names(snapshot), record.store(snapshot)?);
+        self.remove(&names.snapshot, ROLE_SNAPSHOT, snapshot)?;
+        self.remove(&names.view, ROLE_VIEW, snapshot)?;
+        self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+        crash_point("snapshot.discard.devices");
+        store.remove(self.dm)?;
+        crash_point("snapshot.discard.store");
+        self.done.push(format!("remove {}", names.snapshot));
+        self.set.change(|record| record.snapshots.retain(|other| other.id != snapshot.id))
+    }
+
+    /// Removes one of our devices, if it exists.
+    fn remove(&self, name: &str, role: &str, snapshot: &SnapshotRecord) -> Result<()> {
+        let is_ours = self.set.record().identity(role, snapshot).uuid();
+        match self.dm.info(name)? {
+            Some(info) if info.uuid == is_ours => self.dm.remove(name, Udev::Internal),
+            _ => Ok(()),
+        }
+    }
+
+    /// Step 2. `is_building`: the volume is not attached yet, so a view that is missing has missed nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) if the newest view was removed while the volume
+    /// was in use; the kernel's; I/O errors.
+    pub fn assemble(&mut self, is_building: bool) -> Result<()> {
+        let record = self.set.record().clone();
+        let length = record.length()?;
+        let mut upper = self.needed(&record.volume_names().data)?;
+        let linked = record.linked();
+        for (at, snapshot) in linked.iter().enumerate().rev() {
+            let names = record.names(snapshot);
+            let store = record.store(snapshot)?.show(self.dm)?;
+            let table = kept::view_table(length, upper, store, record.chunk()?)?;
+            let is_newest = at + 1 == linked.len();
+            self.drop_loaded(&names.view)?;
+            match self.dm.table(names.view.as_str(), Slot::Active).ok().flatten() {
+                Some(found) if found == table => {}
+                Some(_) => self.lead(&record, snapshot, upper, &table)?,
+                None if is_newest && !is_building => return Err(self.lose_all(&linked)),
+                None => self.make_view(&record, snapshot, &table)?,
+            }
+            self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+            upper = self.needed(&names.view)?;
+            if snapshot.state == SnapshotState::Kept {
+                self.show(&record, snapshot, length, upper)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops a table that a command that died has loaded into a view: it may hold an alias.
+    fn drop_loaded(&self, view: &str) -> Result<()> {
+        let has_loaded = self.dm.info(view)?.is_some_and(|info| info.has_active && info.has_inactive);
+        if has_loaded { self.dm.clear(view) } else { Ok(()) }
+    }
+
+    fn make_view(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        table: &Table,
+    ) -> Result<()> {
+        let name = record.names(snapshot).view;
+        // One without a table was left by a creation that was not completed.
+        self.remove(&name, ROLE_VIEW, snapshot)?;
+        let uuid = record.identity(ROLE_VIEW, snapshot).uuid();
+        self.dm.create_active(&name, &uuid, table, Udev::Internal)?;
+        self.done.push(format!("make {name}"));
+        Ok(())
+    }
+
+    /// The newest view is gone, so originals were not preserved: no snapshot shows its instant any more.
+    fn lose_all(&mut self, linked: &[SnapshotRecord]) -> Error {
+        let why = "its device was removed while the volume was in use";
+        let lost: Vec<String> = linked.iter().map(|snapshot| snapshot.id.clone()).collect();
+        let noted = self.set.change(|record| {
+            record.snapshots.iter_mut().filter(|snapshot| lost.contains(&snapshot.id)).for_each(|snapshot| {
+                snapshot.lost.get_or_insert_with(|| why.to_owned());
+            });
+        });
+        let error = Error::new(
+            crate::base::ErrorKind::StoreInvalid,
+            format!(
+                "the snapshots of {} are lost: the device of the newest was removed",
+                self.set.record().volume
+            ),
+        )
+        .next("delete them: 'tidemark snapshot delete'");
+        error.after_undo(noted)
+    }
+
+    /// Leads the view of `snapshot` to `upper`, in two steps.
+    fn lead(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        upper: DeviceNumber,
+        table: &Table,
+    ) -> Result<()> {
+        let names = record.names(snapshot);
+        if !self.is_on_alias(&names)? {
+            self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+            let over =
+                Table::single(table.length(), Target::Linear { device: upper, offset: Sectors::ZERO })?;
+            let uuid = record.identity(ROLE_ALIAS, snapshot).uuid();
+            let alias = self.dm.create_active(&names.alias, &uuid, &over, Udev::Internal)?;
+            crash_point("snapshot.lead.alias");
+            let store = self.needed(&names.store)?;
+            self.swap(&names.view, &kept::view_table(table.length(), alias, store, record.chunk()?)?)?;
+            crash_point("snapshot.lead.first");
+        }
+        self.swap(&names.view, table)?;
+        crash_point("snapshot.lead.second");
+        self.remove(&names.alias, ROLE_ALIAS, snapshot)
+    }
+
+    /// True if a command that died has led the view to its alias: it receives nothing any more.
+    fn is_on_alias(&self, names: &SnapshotNames) -> Result<bool> {
+        let Some(alias) = self.number(&names.alias)? else { return Ok(false) };
+        Ok(self.dm.table(names.view.as_str(), Slot::Active)?.is_some_and(|table| table.maps_to(alias)))
+    }
+
+    fn swap(&self, view: &str, table: &Table) -> Result<()> {
+        self.dm.load(view, table)?;
+        crash_point("snapshot.lead.loaded");
+        self.dm.swap_loaded(view).map(drop)
+    }
+
+    /// Makes the device that users see.
+    fn show(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        length: Sectors,
+        view: DeviceNumber,
+    ) -> Result<()> {
+        let name = record.names(snapshot).snapshot;
+        let info = self.dm.info(name.as_str())?;
+        if info.is_some_and(|info| info.has_active) {
+            return Ok(());
+        }
+        self.remove(&name, ROLE_SNAPSHOT, snapshot)?;
+        let table = Table::single(length, Target::Linear { device: view, offset: Sectors::ZERO })?;
+        let uuid = record.identity(ROLE_SNAPSHOT, snapshot).uuid();
+        self.dm.create_read_only(&name, &uuid, &table, Udev::Internal)?;
+        crash_point("snapshot.show");
+        Ok(())
+    }
+
+    /// A store that has failed is needed by all older snapshots. When one of these is deleted, all are taken out: the
+    /// originals that the others would need do not exist.
+    fn drop_lost(&mut self) -> Result<()> {
+        let record = self.set.record().clone();
+        let linked = record.linked();
+        let mut last = None;
+        for (at, snapshot) in linked.iter().enumerate() {
+            if set::status(self.dm, &record, snapshot)?.is_some_and(|status| !status.is_usable()) {
+                last = Some((
+                    at,
+                    format!("the store of {}@{} failed or was full", record.volume, snapshot.name),
+                ));
+            }
+        }
+        let Some((last, why)) = last else { return Ok(()) };
+        let lost = &linked[..=last];
+        if lost.iter().all(|snapshot| snapshot.state == SnapshotState::Kept) {
+            return Ok(());
+        }
+        // Refused by the kernel while one is mounted; then everything stays as it is.
+        lost.iter().try_for_each(|snapshot| self.hide(snapshot))?;
+        if last + 1 == linked.len() {
+            self.dissolve()?;
+        }
+        for snapshot in lost {
+            let names = record.names(snapshot);
+            self.remove(&names.view, ROLE_VIEW, snapshot)?;
+            record.store(snapshot)?.hide(self.dm)?;
+        }
+        crash_point("snapshot.lost");
+        self.set.change(|record| {
+            for snapshot in
+                record.snapshots.iter_mut().filter(|one| lost.iter().any(|lost| lost.id == one.id))
+            {
+                snapshot.lost.get_or_insert_with(|| why.clone());
+                let is_kept = snapshot.state == SnapshotState::Kept;
+                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
+            }
+        })
+    }
+
+    /// Step 3.
+    fn finish_deletions(&mut self) -> Result<()> {
+        loop {
+            for snapshot in self.in_state(SnapshotState::Unlinked) {
+                self.discard(&snapshot)?;
+            }
+            let linked = self.set.record().linked();
+            let newest = linked.len().saturating_sub(1);
+            let is_due = |(at, snapshot): &(usize, &SnapshotRecord)| match snapshot.state {
+                SnapshotState::Deleting => true,
+                SnapshotState::Retired => *at != newest || *at == 0,
+                _ => false,
+            };
+            let Some((at, snapshot)) = linked.iter().enumerate().find(is_due) else { return Ok(()) };
+            self.hide(snapshot)?;
+            match at {
+                // Nothing reads through the oldest. If it is the only one, it still receives.
+                0 => {
+                    if newest == 0 {
+                        self.dissolve()?;
+                    }
+                    self.set.change_one(&snapshot.id, |it| it.state = SnapshotState::Unlinked)?;
+                }
+                at if at == newest => {
+                    self.set.change_one(&snapshot.id, |it| it.state = SnapshotState::Retired)?;
+                }
+                at => self.take_out(&linked, at)?,
+            }
+            crash_point("snapshot.delete.step");
+        }
+    }
+
+    /// Removes the device that users see.
+    fn hide(&self, snapshot: &SnapshotRecord) -> Result<()> {
+        self.remove(&self.set.record().names(snapshot).snapshot, ROLE_SNAPSHOT, snapshot)
+    }
+
+    /// Takes a snapshot out of the middle of the chain.
+    fn take_out(&mut self, linked: &[SnapshotRecord], at: usize) -> Result<()> {
+        let (older, snapshot, newer) = (&linked[at - 1], &linked[at], &linked[at + 1]);
+        let record = self.set.record().clone();
+        self.copy_up(&record, snapshot, older)?;
+        crash_point("snapshot.delete.copied");
+        let upper = self.needed(&record.names(newer).view)?;
+        let store = self.needed(&record.names(older).store)?;
+        let table = kept::view_table(record.length()?, upper, store, record.chunk()?)?;
+        self.lead(&record, older, upper, &table)?;
+        crash_point("snapshot.delete.led");
+        self.set.change_one(&snapshot.id, |it| it.state = SnapshotState::Unlinked)
+    }
+
+    /// Gives `older` every original that it reads through `snapshot`.
+    fn copy_up(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        older: &SnapshotRecord,
+    ) -> Result<()> {
+        let (from, to) = (record.store(snapshot)?, record.store(older)?);
+        let overlap = from.overlap(self.dm, None, Some(&to), self.interrupt)?;
+        let missing = overlap.chunks - overlap.shared;
+        if missing == 0 {
+            return Ok(());
+        }
+        self.make_room(record, older, missing)?;
+        let view = record.names(older).view;
+        let number = self.needed(&view)?;
+        let device = self.dm.open_device(number, true, libc::O_DIRECT)?;
+        let longest = COPY_UP_BYTES.max(record.chunk()?.bytes());
+        let mut buffer = AlignedBuffer::zeroed(longest.as_len());
+        from.missing(self.dm, &to, longest, self.interrupt, &mut |extent| {
+            rewrite(&device, extent, &mut buffer)?;
+            crash_point("snapshot.delete.copying");
+            (self.interrupt)()
+        })?;
+        device.sync_all().io_context(|| format!("flushing {view}"))?;
+        let status = self.dm.snapshot_status(&view)?;
+        if status.is_usable() {
+            self.done.push(format!("copy {missing} originals of {} to {}", snapshot.name, older.name));
+            return Ok(());
+        }
+        Err(Error::new(
+            crate::base::ErrorKind::StoreInvalid,
+            format!("the store of {}@{} failed while originals were added to it", record.volume, older.name),
+        ))
+    }
+
+    /// Enlarges the store of `snapshot` for `chunks` more originals.
+    fn make_room(&self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord, chunks: u64) -> Result<()> {
+        let store = record.store(snapshot)?;
+        let status = set::status(self.dm, record, snapshot)?;
+        let Some(crate::dm::SnapshotStatus::Active { used, .. }) = status else {
+            return Err(set::no_snapshot(&format!("{}@{} is lost", record.volume, snapshot.name)));
+        };
+        let wanted = used.bytes() + size::worst_case(record.chunk()?.bytes() * chunks, record.chunk()?)?;
+        if wanted > store.file_bytes()? { store.enlarge(self.dm, wanted) } else { Ok(()) }
+    }
+
+    /// Step 4.
+    fn dissolve_if_empty(&mut self) -> Result<()> {
+        let is_empty =
+            self.set.record().linked().is_empty() && self.in_state(SnapshotState::Unlinked).is_empty();
+        if is_empty { self.dissolve() } else { Ok(()) }
+    }
+
+    /// Gives the volume its own table back, and removes the devices below it. Nothing is preserved from then on.
+    fn dissolve(&mut self) -> Result<()> {
+        let record = self.set.record();
+        let (names, volume) = (record.volume_names(), record.volume.clone());
+        if let Some(keep) = self.number(&names.keep)? {
+            let table = self.dm.table(volume.as_str(), Slot::Active).ok().flatten();
+            if table.is_some_and(|table| kept::leads_to(&table, keep)) {
+                crash_point("snapshot.dissolve.before");
+                kept::restore(self.dm, &volume, &names, RESTORE_BUDGET, self.journal)?;
+                crash_point("snapshot.dissolve.restored");
+                self.done.push(format!("put back the table of {volume}"));
+            }
+        }
+        self.remove_of_volume(&names.keep, ROLE_KEEP)?;
+        // Views are on `data`.
+        for snapshot in &self.set.record().snapshots {
+            let names = self.set.record().names(snapshot);
+            self.remove(&names.snapshot, ROLE_SNAPSHOT, snapshot)?;
+            self.remove(&names.view, ROLE_VIEW, snapshot)?;
+        }
+        self.remove_of_volume(&names.data, crate::dm::naming::ROLE_DATA)
+    }
+
+    fn remove_of_volume(&self, name: &str, role: &str) -> Result<()> {
+        let record = self.set.record();
+        let uuid = DeviceIdentity::new(&record.volume, role, &record.id).uuid();
+        match self.dm.info(name)? {
+            Some(info) if info.uuid == uuid => self.dm.remove(name, Udev::Internal),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Settles every set of snapshots that no other command is changing, and whose volume is not being copied. Returns what
+/// was done.
+///
+/// # Errors
+/// The first failure, with the others as failed undos.
+pub fn settle_all(dm: &Dm) -> Result<Vec<String>> {
+    let (mut done, mut errors) = (Vec::new(), Vec::new());
+    for set in SnapshotSet::find_all()? {
+        let settled = set.and_then(|set| {
+            let volume = dm.info(set.record().volume.as_str())?.map(|info| info.number);
+            if volume.is_some_and(|number| crate::job::refuse_held_origin(number).is_err()) {
+                return Ok(Vec::new());
+            }
+            Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()
+        });
+        match settled {
+            Ok(settled) => done.extend(settled),
+            Err(error) => errors.push(error),
+        }
+    }
+    Error::first_of(errors).map(|()| done)
+}

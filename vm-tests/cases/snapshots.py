@@ -1,0 +1,353 @@
+"""A random program of snapshots over a volume that is being written, against an oracle that knows every instant.
+
+Usage: snapshots.py SEED STEPS DEVICE STORE-DIRECTORY
+
+The volume is an array of blocks of 4 KiB. A thread writes numbered blocks, one after the other, each durable before the
+next. So an image is right if and only if it is the state after the first m writes, for an m between those that were
+done before the instant and those that had been begun after it. Everything that a snapshot may show follows from that:
+the oracle finds m from the image itself once, and from then on the snapshot must show exactly that state, whatever is
+written, created, deleted, killed, or taken apart.
+"""
+
+import collections
+import json
+import mmap
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+BLOCK = 4096
+SEED, STEPS, DEVICE, STORES = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+VOLUME = "data"
+PATH = f"/dev/mapper/{VOLUME}"
+# Every point at which a command of snapshots can be killed.
+POINTS = """
+capture.create-view.after capture.load-view.after capture.guard.after capture.freeze.after capture.suspend.after
+capture.activate.after capture.instant.after capture.resume.after capture.unguard.after capture.create-data.after
+capture.resume-keep.after capture.load-volume.after capture.switch.after
+snapshot.create.recorded snapshot.store.named snapshot.create.file snapshot.create.store snapshot.create.taken
+snapshot.create.kept snapshot.lead.alias snapshot.lead.loaded snapshot.lead.loaded:2 snapshot.lead.first
+snapshot.lead.second snapshot.show snapshot.delete.recorded snapshot.delete.copying snapshot.delete.copying:5
+snapshot.delete.copied snapshot.delete.led snapshot.delete.step snapshot.discard.devices snapshot.discard.store
+snapshot.store.hidden snapshot.store.allocated snapshot.dissolve.before snapshot.dissolve.restored restore.switch.after
+restore.suspend.after
+""".split()
+DETACH_POINTS = ["snapshot.detach.removed", "snapshot.detach.recorded"]
+ATTACH_POINTS = ["snapshot.attach.assembled", "snapshot.show"]
+SNAPSHOTS_MAX = 8
+
+rng = random.Random(SEED)
+
+
+class Failure(Exception):
+    pass
+
+
+def block_of(index, number):
+    return struct.pack("<QQ", index, number) * (BLOCK // 16)
+
+
+class Writer(threading.Thread):
+    """Writes the volume. `begun` and `done` count the writes; `log` has the block of each."""
+
+    def __init__(self, blocks):
+        super().__init__(daemon=True)
+        self.blocks, self.log = blocks, []
+        self.begun = self.done = 0
+        self.rng = random.Random(SEED + 1)
+        self.paused, self.is_idle = threading.Event(), threading.Event()
+        self.error = None
+        self.hot = [self.rng.randrange(blocks) for _ in range(16)]
+
+    def run(self):
+        try:
+            self.write()
+        except OSError as error:
+            self.error = error
+            self.is_idle.set()
+
+    def write(self):
+        buffer = mmap.mmap(-1, BLOCK)
+        file = None
+        while True:
+            if self.paused.is_set():
+                if file is not None:
+                    os.close(file)
+                    file = None
+                self.is_idle.set()
+                threading.Event().wait(0.002)
+                continue
+            if file is None:
+                file = os.open(PATH, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC)
+            index = self.rng.choice(self.hot) if self.rng.random() < 0.5 else self.rng.randrange(self.blocks)
+            self.log.append(index)
+            self.begun += 1
+            buffer[:] = block_of(index, self.begun)
+            if os.pwritev(file, [buffer], index * BLOCK) != BLOCK:
+                raise OSError("a short write")
+            self.done = self.begun
+            if self.rng.random() < 0.05:
+                threading.Event().wait(self.rng.random() * 0.01)
+
+    def pause(self):
+        self.is_idle.clear()
+        self.paused.set()
+        self.is_idle.wait()
+        self.check()
+
+    def go_on(self):
+        self.is_idle.clear()
+        self.paused.clear()
+
+    def check(self):
+        if self.error is not None:
+            raise Failure(f"a write to the volume failed: {self.error}")
+
+
+def read_image(path):
+    """The number in each block; a block must be whole."""
+    numbers = []
+    buffer = mmap.mmap(-1, 256 * BLOCK)
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        at = 0
+        while True:
+            count = os.preadv(file, [buffer], at)
+            if count == 0:
+                return numbers
+            for offset in range(0, count, BLOCK):
+                content = buffer[offset : offset + BLOCK]
+                index, number = struct.unpack_from("<QQ", content)
+                if number == 0 and content == bytes(BLOCK):
+                    numbers.append(0)
+                    continue
+                if index != (at + offset) // BLOCK or content != block_of(index, number):
+                    raise Failure(f"block {(at + offset) // BLOCK} of {path} holds something else")
+                numbers.append(number)
+            at += count
+    finally:
+        os.close(file)
+
+
+class Oracle:
+    def __init__(self, writer):
+        self.writer = writer
+        self.known = {}  # name -> the numbers of its blocks
+        self.windows = {}  # name -> (done before, begun after) of one that was not read yet
+        self.lost = set()  # names of those whose store, or that of a newer one, was full
+        self.small = set()  # names of those whose store can fill
+
+    def state_after(self, count):
+        numbers = [0] * self.writer.blocks
+        for number, index in enumerate(self.writer.log[:count], 1):
+            numbers[index] = number
+        return numbers
+
+    def verify(self, name):
+        found = read_image(f"/dev/mapper/{VOLUME}@{name}")
+        expected = self.known.get(name)
+        if expected is None:
+            first, last = self.windows[name]
+            count = max(max(found), first)
+            if count > last:
+                raise Failure(f"{name} shows write {count}, which began after its instant ({first}..{last})")
+            expected = self.state_after(count)
+            self.known[name] = expected
+        if found != expected:
+            wrong = [at for at, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]]
+            sample = [(at, found[at], expected[at]) for at in wrong[:5]]
+            raise Failure(f"{name} is wrong in {len(wrong)} blocks: (block, found, expected) {sample}")
+
+
+counts = collections.Counter()
+
+
+def run(*words, point=None, expect=0):
+    environment = dict(os.environ)
+    if point is not None:
+        environment["TIDEMARK_CRASH_AT"] = point
+    done = subprocess.run(
+        ["tidemark", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    if done.returncode == -9 and point is not None:
+        print(f"    killed at {point}: {' '.join(words)}", flush=True)
+        return None
+    if expect is not None and done.returncode != expect:
+        raise Failure(f"{words} returned {done.returncode}: {done.stderr}")
+    return done
+
+
+def listed():
+    done = run("snapshot", "list", VOLUME, "--json")
+    found = []
+    for line in done.stdout.splitlines():
+        found.extend(json.loads(line)["report"])
+    return {view["snapshot"].split("@")[1]: view for view in found}
+
+
+class Program:
+    def __init__(self, writer):
+        self.writer, self.oracle = writer, Oracle(writer)
+        self.next = 1
+
+    def names(self):
+        return sorted(set(self.oracle.known) | set(self.oracle.windows))
+
+    def order(self, name):
+        return int(name[1:])
+
+    def note_lost(self, listed):
+        """A store that was full takes its snapshot and the older ones with it, and no newer one."""
+        full = [name for name, view in listed.items() if view["state"] in ("overflow", "invalid")]
+        for name in full:
+            newer = [other for other in self.oracle.small if self.order(other) >= self.order(name)]
+            if name not in self.oracle.lost and not newer:
+                raise Failure(f"{name} is lost, and no store could have filled: {listed[name]}")
+        for name, view in listed.items():
+            if view["state"] in ("overflow", "invalid", "needs-lost") and name not in self.oracle.lost:
+                newest = max(map(self.order, full), default=-1)
+                if self.order(name) > newest:
+                    raise Failure(f"{name} is lost, although no newer store failed: {listed}")
+                self.oracle.known.pop(name, None)
+                self.oracle.windows.pop(name, None)
+                self.oracle.lost.add(name)
+                counts["lost: a store was full"] += 1
+
+    def forget(self, name):
+        self.oracle.lost.discard(name)
+        self.oracle.known.pop(name, None)
+        self.oracle.windows.pop(name, None)
+
+    def point(self, points):
+        return rng.choice(points) if rng.random() < 0.4 else None
+
+    def recover(self):
+        counts["kill"] += 1
+        # The watchdog may still be at work.
+        run("recover")
+
+    def create(self):
+        if len(self.names()) + len(self.oracle.lost) >= SNAPSHOTS_MAX:
+            return self.delete()
+        name = f"s{self.next}"
+        self.next += 1
+        before, point = self.writer.done, self.point(POINTS)
+        is_small = rng.random() < 0.15
+        size = "4MiB" if is_small else "32MiB"
+        if is_small:
+            self.oracle.small.add(name)
+        done = run("snapshot", "create", VOLUME, "--name", name, "--store", STORES, "--store-size", size, point=point)
+        window = (before, self.writer.begun)
+        if done is None:
+            self.recover()
+            view = listed().get(name)
+            if view is None:
+                counts["create, killed: gone"] += 1
+                return None
+            counts["create, killed: kept"] += 1
+            window = (before, self.writer.begun)
+        self.oracle.windows[name] = window
+        counts["create"] += 1
+        return name
+
+    def delete(self):
+        there = self.names() + sorted(self.oracle.lost)
+        if not there:
+            return None
+        names = rng.sample(there, min(len(there), rng.choice([1, 1, 1, 2])))
+        point = self.point(POINTS)
+        done = run("snapshot", "delete", *[f"{VOLUME}@{name}" for name in names], "--yes", point=point)
+        if done is None:
+            self.recover()
+            left = listed()
+            gone = (None, "deleting", "retired")
+            names = [name for name in names if left.get(name, {}).get("state") in gone]
+            counts["delete, killed"] += 1
+        for name in names:
+            self.forget(name)
+        counts["delete"] += len(names)
+        return names
+
+    def take_apart(self):
+        """Detaches the volume and attaches it again."""
+        self.writer.pause()
+        try:
+            point = self.point(DETACH_POINTS)
+            done = run("detach", VOLUME, "--keep-snapshots", point=point)
+            if done is None:
+                counts["detach, killed"] += 1
+            point = self.point(ATTACH_POINTS)
+            if run("attach", DEVICE, "--name", VOLUME, point=point) is None:
+                counts["attach, killed"] += 1
+                run("attach", DEVICE, "--name", VOLUME)
+            run("recover")
+        finally:
+            self.writer.go_on()
+        counts["detach and attach"] += 1
+
+    def copy(self):
+        run("copy", VOLUME, f"{STORES}/copy", "--yes", "--format", "raw", "--store", STORES, "--impact", "none")
+        found = read_image(f"{STORES}/copy")
+        count = max(found)
+        if found != self.oracle.state_after(count):
+            raise Failure("a copy of the volume shows no instant")
+        os.unlink(f"{STORES}/copy")
+        counts["copy"] += 1
+
+    def verify(self):
+        for name in self.names():
+            self.note_lost(listed())
+            try:
+                if name in self.names():
+                    self.oracle.verify(name)
+            except OSError:
+                # It may have been lost since it was listed.
+                self.note_lost(listed())
+                if name in self.names():
+                    raise
+        found = listed()
+        self.note_lost(found)
+        visible = {name for name, view in found.items() if view["state"] == "valid"}
+        if visible != set(self.names()):
+            raise Failure(f"listed as valid: {sorted(visible)}, and there should be: {self.names()}")
+        self.writer.check()
+        counts["verify"] += 1
+
+    def step(self):
+        deeds = [self.create] * 4 + [self.delete] * 3 + [self.take_apart, self.copy]
+        deed = rng.choice(deeds)
+        began = time.monotonic()
+        done = deed()
+        took = time.monotonic() - began
+        snapshots = f"{len(self.names())} snapshots, {self.writer.done} writes"
+        print(f"  {took:5.1f} s {deed.__name__} {done or ''}: {snapshots}", flush=True)
+        threading.Event().wait(rng.random() * 0.3)
+        self.verify()
+
+
+def main():
+    size = int(subprocess.run(["blockdev", "--getsize64", PATH], capture_output=True, text=True, check=True).stdout)
+    writer = Writer(size // BLOCK)
+    writer.start()
+    program = Program(writer)
+    try:
+        for _ in range(STEPS):
+            program.step()
+        for name in program.names() + sorted(program.oracle.lost):
+            run("snapshot", "delete", f"{VOLUME}@{name}", "--yes")
+            program.forget(name)
+        writer.pause()
+        if read_image(PATH) != program.oracle.state_after(writer.done):
+            raise Failure("the volume does not hold what was written")
+    except Failure as failure:
+        print(f"seed {SEED}: {failure}", flush=True)
+        sys.exit(1)
+    for what, count in sorted(counts.items()):
+        print(f"    {what:24} {count:5}")
+
+
+main()
