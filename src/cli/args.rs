@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use super::options::{Consent, parse_time};
-use super::snapshot_args::SnapshotArgs;
+use super::snapshot_args::{MonitorArgs, SnapshotArgs};
 use crate::base::Bytes;
 use crate::copy::Impact;
 
@@ -76,7 +76,9 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Show the contents of an archive
     Inspect(InspectArgs),
-    /// Show volumes, copies and restores in progress, and leftovers
+    /// Enlarge the stores of snapshots before they fill, and warn; runs until it is stopped
+    Monitor(MonitorArgs),
+    /// Show volumes, snapshots, copies and restores in progress, and leftovers
     Status(StatusArgs),
     /// Undo what a killed run left in place
     #[command(after_help = "Examples:
@@ -304,6 +306,9 @@ impl From<ImpactArg> for Impact {
   tidemark status --watch
   tidemark status --watch --interval 10s --count 6 --json")]
 pub struct StatusArgs {
+    /// Exit with status 1 if a snapshot is lost, if its store is nearly full, or if stores are not monitored
+    #[arg(long, conflicts_with = "watch")]
+    pub check: bool,
     /// Repeat until interrupted
     #[arg(long)]
     pub watch: bool,

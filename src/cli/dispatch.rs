@@ -44,8 +44,13 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
+        Command::Monitor(args) => snapshot::monitor(args, output),
         Command::Status(args) => match resolve::status(args)? {
-            None => output.print_result("status", &op::status::status()?),
+            None => {
+                let status = op::status::status()?;
+                output.print_result("status", &status)?;
+                if args.check { status.verdict() } else { Ok(()) }
+            }
             Some(settings) => watch::watch(settings, output),
         },
         Command::Recover => recover(output),

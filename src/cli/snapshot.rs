@@ -8,14 +8,17 @@ use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
 use super::resolve::{reject_dash, volume_name};
 use super::signals::{interrupt, stop_on_signals};
-use super::snapshot_args::{CreateArgs, SnapshotArgs, SnapshotCommand};
+use super::snapshot_args::{AutoDeleteArg, CreateArgs, MonitorArgs, SnapshotArgs, SnapshotCommand};
 use crate::base::{ChunkSize, Result};
 use crate::op::request::Hooks;
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, Created};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
 use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
+use crate::op::snapshot::monitor::{self, MonitorRequest};
 use crate::op::snapshot::mount::{self, Mounted};
 use crate::op::snapshot::set::parse_name;
+use crate::op::unit;
+use crate::sys::privilege::require_root;
 
 /// Executes the command.
 ///
@@ -48,6 +51,21 @@ pub fn run(args: &SnapshotArgs, output: Output) -> Result<()> {
             output.report("snapshot delete", &delete::run(&plan, &interrupt)?)
         }
     }
+}
+
+/// `tidemark monitor`.
+///
+/// # Errors
+/// The error that ends it.
+pub fn monitor(args: &MonitorArgs, output: Output) -> Result<()> {
+    let auto_delete = args.auto_delete == Some(AutoDeleteArg::Oldest);
+    if args.install_unit {
+        require_root("writing a unit")?;
+        return output.result_text(&format!("{}\n", unit::write_monitor(auto_delete)?.display()));
+    }
+    stop_on_signals(output)?;
+    let request = MonitorRequest { auto_delete, hook: args.hook.clone() };
+    monitor::run(&request, &interrupt, &|text| output.note(text))
 }
 
 fn create(args: &CreateArgs, output: Output) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueHint};
+use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
 use super::options::{Consent, parse_time};
 use crate::base::Bytes;
@@ -122,4 +122,30 @@ pub struct DeleteArgs {
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,
+}
+
+/// `tidemark monitor`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark monitor --install-unit && systemctl daemon-reload && systemctl enable --now tidemark-monitor
+  tidemark monitor --auto-delete oldest
+  tidemark monitor --hook 'logger -p daemon.crit \"$TIDEMARK_MESSAGE\"'")]
+pub struct MonitorArgs {
+    /// What may be deleted if the store of a volume's newest snapshot would fill otherwise
+    #[arg(long, value_enum, value_name = "WHICH")]
+    pub auto_delete: Option<AutoDeleteArg>,
+    /// Command to run when a store is enlarged or nearly full, and when a snapshot is lost or deleted to make room:
+    /// TIDEMARK_EVENT is grown, nearly-full, lost or deleted; TIDEMARK_SNAPSHOT and TIDEMARK_MESSAGE say which and why
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString)]
+    pub hook: Option<String>,
+    /// Write the systemd unit tidemark-monitor.service, and do nothing else
+    #[arg(long, conflicts_with = "hook")]
+    pub install_unit: bool,
+}
+
+/// `--auto-delete`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AutoDeleteArg {
+    /// The volume's oldest snapshot that is not in use, but never its newest
+    Oldest,
 }

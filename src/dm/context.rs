@@ -5,10 +5,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
 use crate::base::clock::Stopwatch;
@@ -122,6 +125,26 @@ impl Dm {
         // The kernel takes the name in the field for a device name.
         let arguments = CallArguments { device: Some(kind.into()), ..CallArguments::default() };
         dm_ioctl::call(&self.control, Call::GetTargetVersion, &arguments).is_ok()
+    }
+
+    /// Waits until a device has had an event (a snapshot was lost, for example) since the last call, at most `limit`.
+    /// Kernels before 4.13 report no events: then it waits for `limit`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Interrupted`] if a signal ended the wait; the kernel's.
+    pub fn wait_for_event(&self, limit: Duration) -> Result<()> {
+        let what = || "waiting for an event of device-mapper".to_owned();
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let mut files = [PollFd::new(self.control.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut files, timeout) {
+            Err(Errno::EINTR) => return Err(Error::new(ErrorKind::Interrupted, what())),
+            polled => polled.map_err(io::Error::from).io_context(what)?,
+        };
+        // The events so far count as seen.
+        match dm_ioctl::call(&self.control, Call::ArmPoll, &CallArguments::default()) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOTTY) => Err(error).io_context(what),
+            _ => Ok(()),
+        }
     }
 
     /// All devices: name and number.

@@ -7,9 +7,9 @@
 //!
 //! A crash between the two leaves a record without a device. Attaching again replaces it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -22,14 +22,13 @@ use crate::topology::Topology;
 use crate::volume::{self, OriginKind};
 
 use super::snapshot::link;
+use super::unit;
 use crate::job::Job;
 use crate::record;
 use crate::sys::privilege;
 
 /// The directory of volume records.
 pub const VOLUME_DIR: &str = "/var/lib/tidemark/volumes";
-/// The systemd directory for an administrator's units.
-const UNIT_DIR: &str = "/etc/systemd/system";
 /// Maximum length of a volume's name: with the suffixes of a stack ("#preserve") it fits the kernel's 127 bytes.
 const NAME_BYTES_MAX: usize = 64;
 
@@ -274,21 +273,7 @@ pub fn unit_name(name: &str) -> String {
 
 /// Writes the unit that attaches the volume at every boot, before local filesystems are mounted.
 fn write_unit(name: &str, device: &Path) -> Result<PathBuf> {
-    let program = std::env::current_exe().io_context(|| "finding this program's own path".to_owned())?;
-    let path = Path::new(UNIT_DIR).join(unit_name(name));
-    let what = || format!("writing {}", path.display());
-    fs::create_dir_all(UNIT_DIR).io_context(what)?;
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        .open(&path)
-        .io_context(what)?;
-    file.write_all(unit_text(name, device, &program).as_bytes()).io_context(what)?;
-    file.sync_all().io_context(what)?;
-    File::open(UNIT_DIR).and_then(|directory| directory.sync_all()).io_context(what)?;
-    Ok(path)
+    unit::write(&unit_name(name), |program| unit_text(name, device, program))
 }
 
 fn unit_text(name: &str, device: &Path, program: &Path) -> String {

@@ -19,4 +19,5 @@ pub mod resume;
 pub mod snapshot;
 pub mod status;
 pub mod targets;
+pub mod unit;
 pub mod verify;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::base::{Bytes, DeviceNumber, Result, clock, escape};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, clock, escape};
 use crate::dm::naming::{ROLE_PRESERVE, ROLE_REAL, ROLE_SNAP, ROLE_VOLUME, is_lasting};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table, node};
 use crate::format::state::ProgressView;
@@ -17,6 +17,7 @@ use crate::volume::lvm_lock::LvmScope;
 use super::attach::recorded_volumes;
 use super::request::CopyRequest;
 use super::snapshot::list::{SnapshotView, State, views_of};
+use super::snapshot::monitor::{self, NEARLY_FULL_PERCENT};
 use super::snapshot::set::read_all;
 use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};
@@ -181,6 +182,11 @@ fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
             Err(error) => status.warnings.push(error.to_string()),
         }
     }
+    if status.snapshots.iter().any(|view| view.receives) && !monitor::is_running() {
+        status.warnings.push(
+            "no monitor is running, so the stores of snapshots do not grow: 'tidemark monitor --install-unit'".to_owned(),
+        );
+    }
     for view in &status.snapshots {
         let name = &view.snapshot;
         let warning = match (&view.state, view.used, view.total) {
@@ -200,9 +206,35 @@ fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
     Ok(())
 }
 
-/// True from four fifths on.
 fn is_nearly_full(used: Bytes, total: Bytes) -> bool {
-    used.get() > total.get() / 5 * 4
+    used.get() / NEARLY_FULL_PERCENT * 100 >= total.get()
+}
+
+impl Status {
+    /// Fails if a snapshot needs attention.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StoreInvalid`] with the first reason.
+    pub fn verdict(&self) -> Result<()> {
+        let is_lost =
+            |view: &&SnapshotView| matches!(view.state, State::Overflow | State::Invalid | State::NeedsLost);
+        let is_full = |view: &&SnapshotView| {
+            view.receives
+                && view.used.zip(view.total).is_some_and(|(used, total)| is_nearly_full(used, total))
+        };
+        let is_receiving = self.snapshots.iter().any(|view| view.receives);
+        let why = if let Some(view) = self.snapshots.iter().find(is_lost) {
+            format!("the snapshot {} is lost", view.snapshot)
+        } else if let Some(view) = self.snapshots.iter().find(is_full) {
+            format!("the store of {} is nearly full", view.snapshot)
+        } else if is_receiving && !monitor::is_running() {
+            "no monitor is running, so the stores of snapshots do not grow".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::StoreInvalid, why)
+            .next("'tidemark snapshot list' shows the snapshots; 'tidemark monitor' enlarges their stores"))
+    }
 }
 
 /// An origin that writes through a stack.

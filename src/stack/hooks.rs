@@ -35,6 +35,8 @@ pub struct Hook<'a> {
     pub below: Option<&'a Path>,
     /// When to kill the hook.
     pub deadline: Option<Instant>,
+    /// Further variables of its environment.
+    pub variables: &'a [(&'static str, &'a str)],
 }
 
 impl Hook<'_> {
@@ -72,6 +74,7 @@ impl Hook<'_> {
             .io_context(|| "duplicating standard error for a hook".to_owned())?;
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(self.command).env("TIDEMARK_ORIGIN", self.origin);
+        command.envs(self.variables.iter().copied());
         if let Some(below) = self.below {
             command.env("TIDEMARK_ORIGIN_BELOW", below);
         }
@@ -120,6 +123,7 @@ mod tests {
             origin: Path::new("/dev/x"),
             below: Some(Path::new("/dev/y")),
             deadline,
+            variables: &[],
         }
         .run(&|| Ok(()))
     }
@@ -157,6 +161,7 @@ mod tests {
             origin: Path::new("x"),
             below: None,
             deadline: None,
+            variables: &[],
         };
         let error = hook.run(&|| Err(Error::new(ErrorKind::Interrupted, "signal"))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Interrupted);

@@ -77,6 +77,7 @@ pub enum Call {
     DevStatus = 7,
     TableLoad = 9,
     TableStatus = 12,
+    ArmPoll = 16,
     GetTargetVersion = 17,
 }
 
@@ -279,6 +280,7 @@ pub fn call(control: &File, call: Call, arguments: &CallArguments<'_>) -> io::Re
         Call::DevStatus => code(7),
         Call::TableLoad => code(9),
         Call::TableStatus => code(12),
+        Call::ArmPoll => code(16),
         Call::GetTargetVersion => code(17),
     };
     let mut size = (HEADER_BYTES + arguments.payload.len()).max(REPLY_BYTES_FIRST);

@@ -23,6 +23,7 @@ const COMMANDS: &[Row] = &[
     Row { name: "detach", required: &["tidemark-test-no-such-volume"], missing_input: None },
     Row { name: "copy", required: &["ORIGIN", "SECONDARY"], missing_input: Some(&["MISSING", "OUT"]) },
     Row { name: "snapshot", required: &["show", "tidemark-test-none@1"], missing_input: None },
+    Row { name: "monitor", required: &[], missing_input: None },
     Row { name: "resume", required: &[], missing_input: None },
     Row { name: "restore", required: &["ARCHIVE", "TARGET"], missing_input: Some(&["MISSING", "OUT"]) },
     Row { name: "verify", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },

@@ -37,6 +37,12 @@ fn what_needs_root_is_refused_with_advice() {
     for arguments in [
         vec!["attach", "/dev/null", "--name", "x"],
         vec!["detach", "x"],
+        vec!["snapshot", "create", "x"],
+        vec!["snapshot", "list"],
+        vec!["snapshot", "show", "x@1"],
+        vec!["snapshot", "mount", "x@1", "/mnt"],
+        vec!["snapshot", "delete", "x@1", "--yes"],
+        vec!["monitor"],
         vec!["status"],
         vec!["status", "--watch"],
         vec!["recover"],
@@ -55,6 +61,9 @@ fn usage_errors_come_before_that() {
         vec!["attach", "/dev/null"],
         vec!["attach", "/dev/null", "--name", "a/b"],
         vec!["detach", "-x"],
+        vec!["snapshot", "show", "x"],
+        vec!["snapshot", "mount", "x@1"],
+        vec!["monitor", "--auto-delete", "newest"],
         vec!["status", "surplus"],
         vec!["recover", "--no-such-option"],
     ] {

@@ -110,6 +110,7 @@ impl Live {
                 origin: &plan.origin.path,
                 below: instant.below.first().map(PathBuf::as_path),
                 deadline: Some(instant.deadline),
+                variables: &[],
             }
             .run(interrupt),
         };

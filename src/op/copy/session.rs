@@ -198,7 +198,7 @@ impl<'a> Session<'a> {
     }
 
     fn hook<'h>(&'h self, option: &'static str, command: &'h str) -> Hook<'h> {
-        Hook { option, command, origin: &self.plan.origin.path, below: None, deadline: None }
+        Hook { option, command, origin: &self.plan.origin.path, below: None, deadline: None, variables: &[] }
     }
 
     /// Holds the live origin: creates the store and inserts the stack. When this returns, the instant is over.

@@ -59,6 +59,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
             origin: &path,
             below: context.below.first().map(PathBuf::as_path),
             deadline: Some(context.deadline),
+            variables: &[],
         }
         .run(&interrupt)
     };

@@ -358,5 +358,12 @@ fn take(
 }
 
 fn hook<'a>(plan: &'a CreatePlan, option: &'static str, command: &'a str) -> Hook<'a> {
-    Hook { option, command, origin: Path::new(&plan.origin.path), below: None, deadline: None }
+    Hook {
+        option,
+        command,
+        origin: Path::new(&plan.origin.path),
+        below: None,
+        deadline: None,
+        variables: &[],
+    }
 }

@@ -9,6 +9,7 @@ pub mod create;
 pub mod delete;
 pub mod link;
 pub mod list;
+pub mod monitor;
 pub mod mount;
 pub mod set;
 pub mod settle;

@@ -356,7 +356,11 @@ impl Settlement<'_> {
     fn take_out(&mut self, linked: &[SnapshotRecord], at: usize) -> Result<()> {
         let (older, snapshot, newer) = (&linked[at - 1], &linked[at], &linked[at + 1]);
         let record = self.set.record().clone();
-        self.copy_up(&record, snapshot, older)?;
+        // A lost one needs nothing any more, and neither do those that are read through it.
+        let is_older_lost = set::status(self.dm, &record, older)?.is_some_and(|status| !status.is_usable());
+        if !is_older_lost {
+            self.copy_up(&record, snapshot, older)?;
+        }
         crash_point("snapshot.delete.copied");
         let upper = self.needed(&record.names(newer).view)?;
         let store = self.needed(&record.names(older).store)?;
