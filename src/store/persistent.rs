@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use nix::sys::statvfs::fstatvfs;
 
 use crate::base::limits::{DIRECT_IO_ALIGN, EXCEPTION_BATCH_MAX};
+use crate::base::units::SECTOR_BYTES;
 use crate::base::{
     Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors, directory_of,
 };
@@ -33,6 +34,10 @@ use super::tail::{allocate, attach};
 
 /// Chunks of an origin whose exceptions are compared at once: one bit each, 32 MiB, 1 TiB with chunks of 4 KiB.
 const WINDOW_CHUNKS: u64 = 1 << 28;
+
+/// Logical block of the loop device. A snapshot's device has the largest block of those below it, and a filesystem whose
+/// sectors are smaller than that cannot be mounted from it.
+const BLOCK: Bytes = Bytes(SECTOR_BYTES);
 
 /// The file of a store, and the device that shows it.
 #[derive(Clone, Debug)]
@@ -106,7 +111,7 @@ impl PersistentStore {
             dm.remove(&self.device, Udev::Internal)?;
         }
         let file = self.open_file()?;
-        let (device, number) = attach(&file, &self.path.display().to_string(), &mut Vec::new())?;
+        let (device, number) = attach(&file, BLOCK, &self.path.display().to_string(), &mut Vec::new())?;
         let table = table_of(number)?;
         let made = dm.create_active(&self.device, &self.identity.uuid(), &table, Udev::Internal);
         // From here on the device-mapper device keeps it attached.

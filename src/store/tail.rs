@@ -140,7 +140,7 @@ impl Tail {
             return Err(Error::new(ErrorKind::NoSpace, format!("{}: only {free} is free", what())));
         }
         allocate(&file, Bytes::ZERO, bytes).io_context(what)?;
-        let (device, number) = attach(&file, &description, warnings)?;
+        let (device, number) = attach(&file, DIRECT_IO_ALIGN, &description, warnings)?;
         Ok(Self { number, bytes, backing: Backing::File { file, name, device }, description })
     }
 
@@ -373,9 +373,11 @@ pub(super) fn allocate(file: &File, from: Bytes, to: Bytes) -> io::Result<()> {
     Ok(())
 }
 
-/// Attaches `file` to a loop device that goes with its last user. Adds warnings for the user to `warnings`.
+/// Attaches `file` to a loop device that goes with its last user. `block`: its logical block; all devices on it have
+/// blocks at least as large. Adds warnings for the user to `warnings`.
 pub(super) fn attach(
     file: &File,
+    block: Bytes,
     description: &str,
     warnings: &mut Vec<String>,
 ) -> Result<(LoopDevice, DeviceNumber)> {
@@ -383,7 +385,7 @@ pub(super) fn attach(
     if fstatfs(file).is_ok_and(|status| status.filesystem_type() == TMPFS_MAGIC) {
         warnings.push(format!("the store's tail in {description} is on a tmpfs: it takes memory"));
     }
-    let block = u32::try_from(DIRECT_IO_ALIGN.get()).expect("4096 fits u32");
+    let block = u32::try_from(block.get()).expect("a block fits u32");
     let attach_direct = || LoopDevice::attach(file, block, true);
     let device = attach_direct().or_else(|error| match error.raw_os_error() {
         Some(libc::ENOENT) if load_module("loop", &[]) => attach_direct(),

@@ -105,6 +105,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_circles", A, F, F, ""),
     ("dead_server", A, F, F, ""),
     ("snapshot_chain", A, F, F, ""),
+    ("snapshot_use", A, F, F, ""),
+    ("snapshot_filesystems", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
     ("soak_lvm", A, N, N, "many short copies while LVM works"),

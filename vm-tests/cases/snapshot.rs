@@ -4,13 +4,29 @@ use crate::harness::Case;
 
 /// The cases of kept snapshots.
 pub fn cases() -> Vec<Case> {
-    vec![case("snapshot_chain", "snapshot_chain.sh").limit_seconds(900)]
+    vec![
+        case("snapshot_chain", "snapshot_chain.sh").disk_mib(16).disk_mib(600).limit_seconds(900),
+        case("snapshot_use", "snapshot_use.sh")
+            .commands(&["pvcreate", "vgcreate", "lvcreate", "vgchange", "vgremove", "wipefs", "blkid"])
+            .disk_mib(40)
+            .disk_mib(300)
+            .disk_mib(40)
+            .limit_seconds(300),
+        case("snapshot_filesystems", "snapshot_filesystems.sh")
+            .modules(&["xfs"])
+            .commands(&["mkfs.xfs", "fio", "wipefs"])
+            .disk_mib(64)
+            .disk_mib(600)
+            .limit_seconds(300),
+    ]
 }
 
 fn case(name: &str, script: &str) -> Case {
-    Case::new(name, script)
-        .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
-        .commands(&["dmsetup", "losetup", "mkfs.ext4", "python3", "e2fsck"])
-        .disk_mib(16)
-        .disk_mib(600)
+    Case::new(name, script).modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"]).commands(&[
+        "dmsetup",
+        "losetup",
+        "mkfs.ext4",
+        "python3",
+        "e2fsck",
+    ])
 }

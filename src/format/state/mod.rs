@@ -414,7 +414,7 @@ mod tests {
             detached: Some(DetachedRecord {
                 at_utc_ns: 1_763_712_000_000_000_001,
                 seed: 7,
-                digest: 0xe306_9283,
+                digest: "5e".repeat(32),
             }),
         }
     }

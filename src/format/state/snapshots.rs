@@ -67,8 +67,8 @@ pub struct DetachedRecord {
     pub at_utc_ns: u64,
     /// Seed of the sample's positions.
     pub seed: u64,
-    /// CRC-32C of the parts that were read.
-    pub digest: u32,
+    /// SHA-256 of the parts that were read, in hexadecimal digits.
+    pub digest: String,
 }
 
 impl SnapshotSetRecord {

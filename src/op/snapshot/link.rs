@@ -16,9 +16,10 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::thread;
 
+use sha2::{Digest as _, Sha256};
+
 use super::set::{SnapshotSet, find_existing, read_all};
 use super::settle::Settlement;
-use crate::base::checksum::crc32c_append;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
@@ -238,7 +239,7 @@ impl Snapshots {
 }
 
 /// The digest of what a device holds.
-fn digest(dm: &Dm, name: &str, seed: u64) -> Result<u32> {
+fn digest(dm: &Dm, name: &str, seed: u64) -> Result<String> {
     let number = dm.info_of(name)?.number;
     let device = dm.open_device(number, false, libc::O_DIRECT)?;
     let size = dm.active_table(name)?.length().bytes();
@@ -269,29 +270,32 @@ fn digest(dm: &Dm, name: &str, seed: u64) -> Result<u32> {
     let parts = thread::scope(|scope| {
         let readers = extents
             .chunks(share)
-            .map(|part| scope.spawn(|| part.iter().map(|it| checksum(&device, *it)).collect()));
-        let readers: Vec<thread::ScopedJoinHandle<'_, io::Result<Vec<u32>>>> = readers.collect();
-        readers
-            .into_iter()
-            .map(|reader| reader.join().expect("a reader does not panic"))
-            .collect::<io::Result<Vec<_>>>()
+            .map(|part| scope.spawn(|| part.iter().map(|extent| hash(&device, *extent)).collect()));
+        let readers: Vec<thread::ScopedJoinHandle<'_, io::Result<Vec<Hash>>>> = readers.collect();
+        let results = readers.into_iter().map(|reader| reader.join().expect("a reader does not panic"));
+        results.collect::<io::Result<Vec<_>>>()
     });
     let parts = parts.io_context(what)?;
-    Ok(parts.into_iter().flatten().fold(0, |crc, part| crc32c_append(crc, &part.to_le_bytes())))
+    let mut all = Sha256::new();
+    parts.iter().flatten().for_each(|part| all.update(part));
+    Ok(all.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The CRC-32C of an extent of `device`.
-fn checksum(device: &File, extent: Extent) -> io::Result<u32> {
+type Hash = [u8; 32];
+
+/// The SHA-256 of an extent of `device`. No CRC would do: ext4 ends its superblock with its own CRC-32C, and the CRC-32C of
+/// a block that ends so is the same whatever the block holds.
+fn hash(device: &File, extent: Extent) -> io::Result<Hash> {
     let mut buffer = AlignedBuffer::zeroed(ENDS.min(extent.length()).as_len());
-    let (mut at, mut crc) = (extent.start(), 0);
+    let (mut at, mut hash) = (extent.start(), Sha256::new());
     while at < extent.end() {
         let length = ENDS.min(extent.end() - at);
         let part = &mut buffer[..length.as_len()];
         device.read_exact_at(part, at.get())?;
-        crc = crc32c_append(crc, part);
+        hash.update(&*part);
         at += length;
     }
-    Ok(crc)
+    Ok(hash.finalize().into())
 }
 
 /// Offsets of the sample's blocks, which follow from `seed` (SplitMix64).

@@ -1,6 +1,7 @@
 //! `tidemark snapshot mount`: mounts a snapshot read-only, with the options that its filesystem needs.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -43,9 +44,9 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
         return Err(Error::usage(format!("{} is not a directory", directory.display())));
     }
     let filesystem = filesystem_on(&device)?;
-    let options = options_for(&filesystem, name)?;
+    let options = options_for(filesystem, name)?;
     let status = Command::new("mount")
-        .args(["-t", &filesystem, "-o", options])
+        .args(["-t", filesystem, "-o", options])
         .arg(&device)
         .arg(directory)
         .status()
@@ -57,7 +58,7 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
     Ok(Mounted {
         snapshot: name.to_owned(),
         directory: directory.to_owned(),
-        filesystem,
+        filesystem: filesystem.to_owned(),
         options: options.to_owned(),
     })
 }
@@ -66,7 +67,7 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
 fn options_for(filesystem: &str, name: &str) -> Result<&'static str> {
     Ok(match filesystem {
         // The log was emptied by the freeze; a journal cannot be replayed on a read-only device.
-        "ext3" | "ext4" => "ro,noload",
+        "ext4" => "ro,noload",
         // The origin has the same UUID.
         "xfs" => "ro,nouuid,norecovery",
         "btrfs" => {
@@ -80,19 +81,24 @@ fn options_for(filesystem: &str, name: &str) -> Result<&'static str> {
     })
 }
 
-/// The type of the filesystem on `device`, from blkid(8). Our devices are skipped by a scan, not by this.
-fn filesystem_on(device: &Path) -> Result<String> {
-    let output = Command::new("blkid")
-        .args(["-p", "-o", "value", "-s", "TYPE"])
-        .arg(device)
-        .output()
-        .map_err(|source| Error::new(ErrorKind::External, "starting blkid(8)").with_source(source))?;
-    let found = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    if found.is_empty() {
-        return Err(Error::refused(format!("{} has no filesystem that blkid(8) knows", device.display()))
-            .state("nothing was mounted"));
-    }
-    Ok(found)
+/// The type of the filesystem on `device`; "auto" for one that needs no options of its own. blkid(8) does not look at
+/// our devices, so that no other tool takes one for its origin.
+fn filesystem_on(device: &Path) -> Result<&'static str> {
+    let what = || format!("reading {}", device.display());
+    let file = File::open(device).io_context(what)?;
+    let is_at = |at: u64, magic: &[u8]| {
+        let mut found = [0u8; 8];
+        let found = &mut found[..magic.len()];
+        // A device that is too short has no such filesystem.
+        file.read_exact_at(found, at).is_ok_and(|()| found == magic)
+    };
+    // The superblocks' magic numbers: fs/ext4/ext4.h, fs/xfs/libxfs/xfs_format.h, fs/btrfs/ctree.h.
+    Ok(match () {
+        () if is_at(0x438, &[0x53, 0xef]) => "ext4",
+        () if is_at(0, b"XFSB") => "xfs",
+        () if is_at(0x10040, b"_BHRfS_M") => "btrfs",
+        () => "auto",
+    })
 }
 
 #[cfg(test)]
