@@ -349,6 +349,9 @@ pub struct DetachArgs {
     /// device meanwhile
     #[arg(long)]
     pub keep_snapshots: bool,
+    /// Leave the systemd unit in place: for its own ExecStop
+    #[arg(long)]
+    pub keep_unit: bool,
 }
 
 /// `tidemark restore`.

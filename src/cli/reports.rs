@@ -421,7 +421,6 @@ impl Human for Status {
 pub fn state_text(state: &State) -> &'static str {
     match state {
         State::Valid => "valid",
-        State::Overflow => "LOST: store full",
         State::Invalid => "LOST",
         State::NeedsLost => "LOST with a newer one",
         State::NotAttached => "not attached",

@@ -239,7 +239,11 @@ pub fn attach(args: &AttachArgs) -> Result<AttachRequest> {
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a bad name.
 pub fn detach(args: &DetachArgs) -> Result<DetachRequest> {
     let name = volume_name(&args.name)?;
-    Ok(DetachRequest { name: name.to_owned(), keep_snapshots: args.keep_snapshots })
+    Ok(DetachRequest {
+        name: name.to_owned(),
+        keep_snapshots: args.keep_snapshots,
+        keep_unit: args.keep_unit,
+    })
 }
 
 /// A volume's name, typed with or without /dev/mapper/.
@@ -379,7 +383,9 @@ mod tests {
             assert_eq!(attach(&args).unwrap_err().kind(), ErrorKind::Usage, "{name}");
         }
         assert_eq!(
-            detach(&DetachArgs { name: "/dev/mapper/data".into(), keep_snapshots: false }).unwrap().name,
+            detach(&DetachArgs { name: "/dev/mapper/data".into(), keep_snapshots: false, keep_unit: false })
+                .unwrap()
+                .name,
             "data"
         );
     }

@@ -489,6 +489,17 @@ impl Dm {
         }
     }
 
+    /// As [`Dm::swap_loaded`]. If the tables cannot be swapped, drops the loaded one, and resumes the device, which the
+    /// kernel then leaves suspended.
+    ///
+    /// # Errors
+    /// As [`Dm::swap_loaded`]; the device keeps the table that it had.
+    pub fn swap_or_resume<'a>(&self, device: impl Into<Key<'a>>) -> Result<()> {
+        let device = device.into();
+        let Err(error) = self.swap_loaded(device) else { return Ok(()) };
+        Err(error.after_undo(self.clear(device).and_then(|()| self.resume_if_suspended(device))))
+    }
+
     /// Creates /dev/mapper/NAME if udevd does not run (see [`node`]).
     pub fn create_mapper_link(&self, name: &str) {
         if let Ok(Some(info)) = self.info(name) {

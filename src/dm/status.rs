@@ -17,9 +17,10 @@ pub enum SnapshotStatus {
         /// The part of `used` that is header and metadata areas.
         metadata: Sectors,
     },
-    /// The store failed, or was full and the table has no "O": the snapshot is lost.
+    /// The store failed, or was full when an original should have been preserved: the snapshot is lost.
     Invalid,
-    /// The store was full: the snapshot is lost.
+    /// The store was full when the snapshot itself was written, and the table has "O": nothing is lost, but further
+    /// writes to the snapshot fail.
     Overflow,
     /// A merge failed (we never start one).
     MergeFailed,

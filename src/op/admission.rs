@@ -20,6 +20,7 @@ use std::time::Duration;
 use crate::sys::lock::{LockedFile, try_lock};
 
 use super::request::{CopyRequest, OnFull};
+use super::snapshot::set::SET_DIR;
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _, directory_of};
 use crate::dm::{CONTROL_PATH, Dm};
@@ -152,6 +153,23 @@ impl Question {
         match &request.secondary {
             SecondaryTarget::Path(path) => self.check_secondary(path, request.on_full),
             SecondaryTarget::Pipe => Ok(()),
+        }
+    }
+
+    /// Refuses records of snapshots that are on the volume itself: they are needed before it is attached.
+    ///
+    /// # Errors
+    /// As [`Question::check_place`].
+    pub fn check_snapshot_records(&self) -> Result<()> {
+        let place = TailPlace::Directory(SET_DIR.into()).anchor();
+        let answer = self.graph.may_wait(&self.graph.at(&place)?, self.origin, &[Node::Memory]);
+        match answer {
+            Answer::Yes(_) => refusal(&self.graph, SET_DIR, &answer, true).map_or(Ok(()), |error| {
+                Err(error.next(
+                    "snapshots of a volume that holds /var/lib/tidemark cannot be put together at boot",
+                ))
+            }),
+            _ => Ok(()),
         }
     }
 

@@ -127,7 +127,7 @@ fn create_as(
     let uuid = DeviceIdentity::new(name, ROLE_VOLUME, id).uuid();
     // device-mapper itself opens the device exclusively.
     drop(exclusive);
-    let table = match link::assemble(dm, name, &own) {
+    let table = match link::assemble(dm, name, stable, &own) {
         Ok(table) => table.unwrap_or(own),
         Err(error) => return Err(error.after_undo(forget(name))),
     };
@@ -142,14 +142,17 @@ fn finish(name: &str, stable: &Path, size: Bytes, install_unit: bool) -> Result<
     let path = node::mapper_path(name);
     let mut next = vec![format!("mount {} MOUNT-POINT", path.display())];
     let unit = if install_unit {
-        let unit = write_unit(name, stable)?;
-        next.push(format!("systemctl daemon-reload && systemctl enable {}", unit_name(name)));
+        let unit = unit::write_volume(name, stable, &[])?;
+        next.push(format!("systemctl daemon-reload && systemctl enable {}", unit::volume_unit(name)));
         Some(unit)
     } else {
         None
     };
-    let fstab =
-        format!("{} MOUNT-POINT auto defaults,x-systemd.requires={} 0 2", path.display(), unit_name(name));
+    let fstab = format!(
+        "{} MOUNT-POINT auto defaults,x-systemd.requires={} 0 2",
+        path.display(),
+        unit::volume_unit(name)
+    );
     next.push(format!("in /etc/fstab, replace the device's line by: {fstab}"));
     Ok(Attached { name: name.to_owned(), path, device: stable.to_owned(), size, fstab, unit, next })
 }
@@ -265,56 +268,6 @@ pub(super) fn forget(name: &str) -> Result<()> {
     }
 }
 
-/// The unit of volume `name`.
-#[must_use]
-pub fn unit_name(name: &str) -> String {
-    format!("tidemark-volume-{name}.service")
-}
-
-/// Writes the unit that attaches the volume at every boot, before local filesystems are mounted.
-fn write_unit(name: &str, device: &Path) -> Result<PathBuf> {
-    unit::write(&unit_name(name), |program| unit_text(name, device, program))
-}
-
-fn unit_text(name: &str, device: &Path, program: &Path) -> String {
-    let device_unit = escape_unit(device);
-    format!(
-        "[Unit]\n\
-         Description=Tidemark volume {name}\n\
-         DefaultDependencies=no\n\
-         BindsTo={device_unit}.device\n\
-         After={device_unit}.device\n\
-         Before=local-fs-pre.target local-fs.target shutdown.target\n\
-         Conflicts=shutdown.target\n\
-         \n\
-         [Service]\n\
-         Type=oneshot\n\
-         RemainAfterExit=yes\n\
-         ExecStart={} attach {} --name {name}\n\
-         \n\
-         [Install]\n\
-         RequiredBy=local-fs-pre.target\n",
-        program.display(),
-        device.display()
-    )
-}
-
-/// Escapes a path for a systemd unit name: '/' becomes '-'; any character except letters, digits, ':', '_' and '.'
-/// becomes `\xNN` (systemd.unit(5)).
-fn escape_unit(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let mut name = String::new();
-    for (index, byte) in text.trim_matches('/').bytes().enumerate() {
-        match byte {
-            b'/' => name.push('-'),
-            b'.' if index > 0 => name.push('.'),
-            byte if byte.is_ascii_alphanumeric() || b":_".contains(&byte) => name.push(char::from(byte)),
-            byte => name.push_str(&format!("\\x{byte:02x}")),
-        }
-    }
-    name
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -328,15 +281,5 @@ mod tests {
         for bad in ["", ".", "-x", "a/b", "a b", "control", "ä", "a\n", long.as_str()] {
             assert_eq!(check_name(bad).unwrap_err().kind(), ErrorKind::Usage, "{bad}");
         }
-    }
-
-    #[test]
-    fn unit_names_are_escaped_as_systemd_does() {
-        // The output of systemd-escape --path.
-        assert_eq!(escape_unit(Path::new("/dev/disk/by-id/wwn-0x5000")), "dev-disk-by\\x2did-wwn\\x2d0x5000");
-        assert_eq!(escape_unit(Path::new("/dev/sdb1")), "dev-sdb1");
-        let text = unit_text("data", Path::new("/dev/sdb1"), Path::new("/usr/bin/tidemark"));
-        assert!(text.contains("ExecStart=/usr/bin/tidemark attach /dev/sdb1 --name data\n"));
-        assert!(text.contains("BindsTo=dev-sdb1.device\n"));
     }
 }

@@ -16,9 +16,10 @@ use crate::dm::{DeviceIdentity, Dm, Udev};
 use crate::sys::privilege;
 use crate::topology::Topology;
 
-use super::attach::{forget, record_path, recorded_volumes, unit_name};
+use super::attach::{forget, record_path, recorded_volumes};
 use super::request::DetachRequest;
 use super::snapshot::link;
+use super::unit::{UNIT_DIR, volume_unit};
 
 /// The result of a detach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,11 +60,23 @@ pub fn detach(request: &DetachRequest) -> Result<Detached> {
                 snapshots.take_down(&dm)?;
             }
         }
-        None if record_path(name).exists() => {}
-        None => {
-            return Err(Error::refused(format!("there is no volume {name}"))
-                .next("'tidemark status' lists the volumes"));
-        }
+        None => match link::find_layers(&dm, name)? {
+            // The layers of its snapshots were left by a detach that was killed.
+            Some(snapshots) if request.keep_snapshots => snapshots.take_down(&dm)?,
+            Some(_) => {
+                return Err(Error::refused(format!("the layers of the snapshots of {name} still exist"))
+                    .state("nothing was changed")
+                    .next(format!("tidemark detach {name} --keep-snapshots")));
+            }
+            None if record_path(name).exists() => {}
+            None => {
+                return Err(Error::refused(format!("there is no volume {name}"))
+                    .next("'tidemark status' lists the volumes"));
+            }
+        },
+    }
+    if request.keep_unit {
+        return Ok(Detached { name: name.to_owned(), unit: None, next: Vec::new() });
     }
     let unit = remove_unit(&recorded)?;
     forget(&recorded)?;
@@ -95,8 +108,8 @@ fn refuse(dm: &Dm, name: &str, open_count: u32) -> Result<()> {
 }
 
 fn remove_unit(name: &str) -> Result<Option<PathBuf>> {
-    let path = Path::new("/etc/systemd/system").join(unit_name(name));
-    let link = Path::new("/etc/systemd/system/local-fs-pre.target.requires").join(unit_name(name));
+    let path = Path::new(UNIT_DIR).join(volume_unit(name));
+    let link = Path::new(UNIT_DIR).join("local-fs-pre.target.requires").join(volume_unit(name));
     let mut removed = None;
     for file in [&link, &path] {
         match fs::remove_file(file) {

@@ -119,6 +119,13 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
             find(only)?
         }
     };
+    // Without the locks of lvm2: it may have to copy originals.
+    if only.is_none() && Dm::is_available() {
+        match Dm::open().and_then(|dm| settle::settle_all(&dm)) {
+            Ok(done) => report.done.extend(done),
+            Err(error) => failures.push(error),
+        }
+    }
     let is_all = give_up(jobs, &mut report, &mut failures);
     if is_all && failures.len() == 1 && !Dm::is_available() {
         // Without device-mapper there can be no device of ours.
@@ -163,7 +170,6 @@ fn put_back(dm: &Dm, only: Option<&str>, report: &mut RecoverReport) -> Result<V
     report.done.extend(recover_devices(&mut machine).map_err(tell_gone_disks)?);
     put_back_settings(dm, &scene.dead)?;
     report.done.extend(crate::store::release_leftovers()?);
-    report.done.extend(settle::settle_all(dm)?);
     Ok(machine.jobs)
 }
 

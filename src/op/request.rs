@@ -122,6 +122,8 @@ pub struct DetachRequest {
     pub name: String,
     /// Its snapshots stay recorded.
     pub keep_snapshots: bool,
+    /// Its unit and its record stay.
+    pub keep_unit: bool,
 }
 
 /// The arguments of `tidemark restore`.

@@ -190,13 +190,13 @@ fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
     for view in &status.snapshots {
         let name = &view.snapshot;
         let warning = match (&view.state, view.used, view.total) {
-            (State::Overflow | State::Invalid | State::NeedsLost, _, _) => {
+            (State::Invalid | State::NeedsLost, _, _) => {
                 Some(format!("the snapshot {name} is lost: 'tidemark snapshot show {name}' says why"))
             }
             (State::Creating | State::Deleting, _, _) => Some(format!(
                 "{name} is being created or deleted; if no command is running: 'tidemark recover'"
             )),
-            (_, Some(used), Some(total)) if view.receives && is_nearly_full(used, total) => {
+            (_, Some(used), Some(total)) if view.receives && view.can_fill && is_nearly_full(used, total) => {
                 Some(format!("the store of {name} is nearly full: {used} of {total} are used"))
             }
             _ => None,
@@ -216,10 +216,10 @@ impl Status {
     /// # Errors
     /// [`ErrorKind::StoreInvalid`] with the first reason.
     pub fn verdict(&self) -> Result<()> {
-        let is_lost =
-            |view: &&SnapshotView| matches!(view.state, State::Overflow | State::Invalid | State::NeedsLost);
+        let is_lost = |view: &&SnapshotView| matches!(view.state, State::Invalid | State::NeedsLost);
         let is_full = |view: &&SnapshotView| {
             view.receives
+                && view.can_fill
                 && view.used.zip(view.total).is_some_and(|(used, total)| is_nearly_full(used, total))
         };
         let is_receiving = self.snapshots.iter().any(|view| view.receives);

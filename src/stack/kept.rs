@@ -213,8 +213,9 @@ pub fn run(
     let number = dm.info_of(request.volume.as_str())?.number;
     let table = own_table(dm, &request.volume)?;
     let names = VolumeNames::new(&request.volume, &request.set);
-    let keep = dm.info(names.keep.as_str())?.map(|info| info.number);
-    let is_first = !keep.is_some_and(|keep| leads_to(&table, keep));
+    let uuid = DeviceIdentity::new(&request.volume, ROLE_KEEP, &request.set).uuid();
+    let keep = dm.info(names.keep.as_str())?.filter(|info| info.uuid == uuid);
+    let is_first = !keep.is_some_and(|keep| leads_to(&table, keep.number));
     let frozen = request.planned.recheck(&[number], "since the snapshot was planned")?;
     let request = &Capture {
         lock_filesystem: frozen.frozen_by_suspension.contains(&number),

@@ -25,12 +25,13 @@ use crate::base::{
 use crate::dm::{DeviceIdentity, Dm, SnapshotStatus, Table, Target, Udev};
 use crate::extent::Extent;
 use crate::sys::aligned::AlignedBuffer;
+use crate::sys::loop_device;
 use crate::sys::process::crash_point;
 
 use super::exceptions::{ExceptionReader, StoreDevice, StoreWriter};
 use super::place::{device_bytes, free_beyond_reserve};
 use super::size;
-use super::tail::{allocate, attach};
+use super::tail::{allocate, attach, loop_path, refresh_loop};
 
 /// Chunks of an origin whose exceptions are compared at once: one bit each, 32 MiB, 1 TiB with chunks of 4 KiB.
 const WINDOW_CHUNKS: u64 = 1 << 28;
@@ -133,24 +134,49 @@ impl PersistentStore {
         Ok(Bytes(fs::metadata(&self.path).io_context(what)?.len()))
     }
 
+    /// What its filesystem has free beyond the reserve.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn free_beyond_reserve(&self) -> Result<Bytes> {
+        let what = || format!("examining the filesystem of {}", self.path.display());
+        Ok(free_beyond_reserve(&fstatvfs(&self.open_file()?).io_context(what)?))
+    }
+
+    /// The number of its filesystem.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn filesystem(&self) -> Result<DeviceNumber> {
+        let what = || format!("examining the store {}", self.path.display());
+        Ok(DeviceNumber::from_dev(fs::metadata(&self.path).io_context(what)?.dev()))
+    }
+
+    /// The error of an enlargement for which there is no space.
+    #[must_use]
+    pub fn no_space(&self) -> Error {
+        Error::new(
+            ErrorKind::NoSpace,
+            format!("the filesystem of the store {} has no space beyond its reserve", self.path.display()),
+        )
+        .state("the store keeps its size")
+        .next("make space there, or delete the oldest snapshot")
+    }
+
     /// Enlarges file and device to at least `wanted` bytes, in whole units.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`]: nothing has changed; I/O errors; the kernel's.
     pub fn enlarge(&self, dm: &Dm, wanted: Bytes) -> Result<()> {
         let what = || format!("enlarging the store {} to {wanted}", self.path.display());
-        let file = self.open_file()?;
+        // Another process must not replace the device's table by one for an earlier size.
+        let (file, loop_number) = self.lock(dm)?;
         let from = Bytes(file.metadata().io_context(what)?.size());
         let to = wanted.align_up(size::STORE_UNIT);
         if to > from {
             let space = fstatvfs(&file).io_context(what)?;
             if free_beyond_reserve(&space) < to - from {
-                return Err(Error::new(
-                    ErrorKind::NoSpace,
-                    format!("{}: its filesystem has no space beyond its reserve", what()),
-                )
-                .state("the store keeps its size")
-                .next("make space there, or delete the oldest snapshot"));
+                return Err(self.no_space().context(what()));
             }
             if let Err(error) = allocate(&file, from, to) {
                 let error = Error::io(what(), error);
@@ -161,17 +187,40 @@ impl PersistentStore {
             file.sync_all().io_context(what)?;
         }
         crash_point("snapshot.store.allocated");
-        let Some(table) = dm.table(self.device.as_str(), crate::dm::Slot::Active)? else { return Ok(()) };
+        refresh_loop(loop_number).io_context(what)?;
+        if device_bytes(loop_number)? < to {
+            return Err(Error::new(ErrorKind::Kernel, format!("{}: its loop device did not grow", what())));
+        }
+        let table = table_of(loop_number)?;
+        dm.load(self.device.as_str(), &table)?;
+        dm.swap_or_resume(self.device.as_str())
+    }
+
+    /// Opens and locks the file, which must be the one that the device shows. Returns the loop device's number too.
+    fn lock(&self, dm: &Dm) -> Result<(File, DeviceNumber)> {
+        let what = || format!("locking the store {}", self.path.display());
+        let file = self.open_file()?;
+        file.lock().io_context(what)?;
+        let table = dm.active_table(&self.device)?;
         let [number] = table.devices()[..] else {
             return Err(Error::refused(format!(
                 "the device {} does not have the store's table",
                 self.device
             )));
         };
-        super::tail::refresh_loop(number).io_context(what)?;
-        let table = table_of(number)?;
-        dm.load(self.device.as_str(), &table)?;
-        dm.swap_loaded(self.device.as_str()).map(drop)
+        let shown = loop_device::status(&loop_path(number)?).io_context(what)?;
+        let metadata = file.metadata().io_context(what)?;
+        let is_shown = shown.is_some_and(|shown| {
+            (shown.backing_dev, shown.backing_inode) == (metadata.dev(), metadata.ino())
+        });
+        if !is_shown {
+            return Err(Error::refused(format!(
+                "{} was replaced: it is not the store's file",
+                self.path.display()
+            ))
+            .state("the store keeps its size"));
+        }
+        Ok((file, number))
     }
 
     /// Removes the device, if there is one, and then the file.
@@ -181,11 +230,13 @@ impl PersistentStore {
     pub fn remove(&self, dm: &Dm) -> Result<()> {
         self.hide(dm)?;
         crash_point("snapshot.store.hidden");
+        let what = || format!("removing the store {}", self.path.display());
         match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).io_context(|| format!("removing the store {}", self.path.display()))
+            // Not mounted is not removed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::metadata(directory_of(&self.path)).io_context(what).map(drop)
             }
-            _ => Ok(()),
+            removed => removed.io_context(what),
         }
     }
 
@@ -218,9 +269,10 @@ impl PersistentStore {
 
     /// Returns once every write in flight is done: a table is replaced only then.
     fn settle(&self, dm: &Dm) -> Result<()> {
+        let _lock = self.lock(dm)?;
         let table = dm.active_table(&self.device)?;
         dm.load(self.device.as_str(), &table)?;
-        dm.swap_loaded(self.device.as_str()).map(drop)
+        dm.swap_or_resume(self.device.as_str())
     }
 
     /// Counts the exceptions, and those that `other`, which is at rest, has too.

@@ -56,6 +56,10 @@ pub const HEAD_ALONE_MIN: Bytes = Bytes::mib(64);
 pub const GROWTH_LEAD: Duration = Duration::from_secs(15);
 /// Free space kept in an idle store: a sudden burst must not fill it before the next sample.
 pub const FREE_FLOOR: Bytes = Bytes::mib(64);
+/// The same two for the store of a kept snapshot.
+pub const KEPT_LEAD: Duration = Duration::from_secs(30);
+/// Free space kept in it, if its filesystem has that much.
+pub const KEPT_FREE_FLOOR: Bytes = Bytes::gib(1);
 /// Smallest growth: each one pauses the store's writes for milliseconds.
 pub const GROWTH_STEP_MIN: Bytes = Bytes::mib(128);
 
@@ -200,6 +204,20 @@ pub fn next_total(total: Bytes, used: Bytes, total_max: Bytes, rate: &FillRate) 
 }
 
 /// A store of `total` bytes that cannot grow is short if less than this is free.
+/// As [`next_total`], for a store whose writers cannot be held: much more free space, so that no burst between two looks
+/// fills it.
+#[must_use]
+pub fn next_kept_total(total: Bytes, used: Bytes, total_max: Bytes, rate: &FillRate) -> Option<Bytes> {
+    let ahead = rate.over(KEPT_LEAD).max(KEPT_FREE_FLOOR);
+    if total >= total_max || total.saturating_sub(used) >= ahead {
+        return None;
+    }
+    let wanted =
+        Bytes(used.get().saturating_add(ahead.get()).saturating_add(ahead.get() / 2).min(total_max.get()));
+    let next = wanted.align_down(STORE_UNIT);
+    (next > total).then_some(next)
+}
+
 fn short_below(total: Bytes, chunk: ChunkSize, rate: &FillRate) -> Bytes {
     let floor = (chunk.bytes() * SHORT_CHUNKS).min(Bytes(total.get() / SHORT_SHARE));
     rate.over(SHORT_LEAD).max(floor)

@@ -291,7 +291,7 @@ fn filesystem_of(file: &File, description: &str) -> Result<DeviceNumber> {
 }
 
 /// The path of the loop device with this number.
-fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
+pub(super) fn loop_path(number: DeviceNumber) -> Result<PathBuf> {
     let link = format!("/sys/dev/block/{number}");
     let target = fs::read_link(&link).io_context(|| format!("reading {link}"))?;
     match target.file_name().and_then(|name| name.to_str()).filter(|name| name.starts_with("loop")) {

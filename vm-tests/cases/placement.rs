@@ -105,6 +105,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("store_circles", A, F, F, ""),
     ("dead_server", A, F, F, ""),
     ("snapshot_chain", A, F, F, ""),
+    ("snapshot_kills", A, F, F, "a kill at each point"),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_filesystems", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),

@@ -5,7 +5,8 @@ use crate::harness::Case;
 /// The cases of kept snapshots.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("snapshot_chain", "snapshot_chain.sh").disk_mib(16).disk_mib(600).limit_seconds(900),
+        chain("snapshot_chain", "random"),
+        chain("snapshot_kills", "each"),
         case("snapshot_use", "snapshot_use.sh")
             .commands(&["pvcreate", "vgcreate", "lvcreate", "vgchange", "vgremove", "wipefs", "blkid"])
             .disk_mib(40)
@@ -19,6 +20,15 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(600)
             .limit_seconds(300),
     ]
+}
+
+/// A program of snapshots against the oracle.
+fn chain(name: &str, program: &str) -> Case {
+    case(name, "snapshot_chain.sh")
+        .variable("SNAPSHOT_PROGRAM", program)
+        .disk_mib(16)
+        .disk_mib(600)
+        .limit_seconds(900)
 }
 
 fn case(name: &str, script: &str) -> Case {

@@ -1,12 +1,14 @@
-# A random program of kept snapshots over a volume that is being written: created, deleted in any order, killed at random
+# A program of kept snapshots over a volume that is being written, random or with a kill at each point: created, deleted in any order, killed at random
 # steps, taken apart and put together, with copies in between. Every snapshot shows its instant at any time.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
 make_filesystem ext4 "$(disk 1)" /mnt/stores
 tidemark attach "$(disk 0)" --name data
-steps=24
-[ "$DEPTH" = routine ] || steps=100
+case "$SNAPSHOT_PROGRAM" in
+    each) steps=each ;;
+    *) if [ "$DEPTH" = routine ]; then steps=24; else steps=100; fi ;;
+esac
 timeout -s KILL 500 python3 "$REPO/vm-tests/cases/snapshots.py" "$SEED" "$steps" "$(disk 0)" /mnt/stores ||
     fail "the program of snapshots"
 assert_same "the volume's table afterwards" "$(dmsetup table data | cut -d' ' -f3)" linear

@@ -143,13 +143,16 @@ tidemark monitor --auto-delete oldest --hook 'echo "$TIDEMARK_EVENT $TIDEMARK_SN
 monitor=$!
 create --name old --store-size 24MiB
 # The file system keeps a twentieth of its size as a reserve; beyond it there are 5 MiB.
-read -r free size < <(stat -f -c '%a %b' /mnt/stores | awk -v b="$(stat -f -c %S /mnt/stores)" '{ print int($1*b/1048576), int($2*b/1048576) }')
+block=$(stat -f -c %S /mnt/stores)
+free=$(($(stat -f -c %a /mnt/stores) * block / 1048576))
+size=$(($(stat -f -c %b /mnt/stores) * block / 1048576))
 fallocate -l $((free - size / 20 - 5))M /mnt/stores/filler
 create --name new --store-size 4MiB
-for i in 1 2 3 4 5 6 7 8; do
-    dd if=/dev/urandom of=/mnt/data/big bs=512k count=1 seek=$i conv=notrunc oflag=direct status=none
+for i in $(seq 1 18); do
+    dd if=/dev/urandom of=/mnt/data/big bs=256k count=1 seek=$i conv=notrunc oflag=direct status=none
     sleep 0.5
 done
+sed "s/^/monitor: /" /run/events /run/monitor.err
 assert_same "the oldest" "$(state data@old)" gone
 assert_same "the newest" "$(state data@new)" valid
 grep -q 'deleted data@old' /run/events || fail "no event: $(cat /run/events /run/monitor.err)"

@@ -401,6 +401,7 @@ mod tests {
         SnapshotSetRecord {
             id: "0123456789abcdef0123456789abcdef".to_owned(),
             volume: "data".to_owned(),
+            device: "/dev/disk/by-id/wwn-0x5000c500a1b2c3d4".to_owned(),
             size_bytes: 1 << 30,
             chunk_bytes: 4096,
             snapshots: vec![

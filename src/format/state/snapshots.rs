@@ -11,6 +11,8 @@ pub struct SnapshotSetRecord {
     pub id: String,
     /// The volume's name.
     pub volume: String,
+    /// The device below, by a path that stays the same from boot to boot.
+    pub device: String,
     /// The volume's size in bytes.
     pub size_bytes: u64,
     /// Unit of copy-on-write of every store, bytes.

@@ -10,21 +10,25 @@
 //! After a crash before 4, the snapshot is removed, and the former newest one has missed nothing. After one between 4
 //! and 5, both receive, and settling continues.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::set::{self, SnapshotSet, check_name};
+use super::layers::refuse_other_set;
+use super::set::{SnapshotSet, check_name, read_of};
 use super::settle::Settlement;
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, clock};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, clock, directory_of};
 use crate::dm::naming::{ROLE_VOLUME, new_id};
 use crate::dm::{DeviceIdentity, Dm};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::job::{self, Job};
 use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
+use crate::op::attach::recorded_volumes;
 use crate::op::request::Hooks;
+use crate::op::unit;
 use crate::progress::{Event, Observer};
 use crate::stack::InstantContext;
 use crate::stack::hooks::Hook;
@@ -78,6 +82,8 @@ pub struct CreatePlan {
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
     #[serde(skip)]
+    device: String,
+    #[serde(skip)]
     origin: Origin,
     #[serde(skip)]
     number: DeviceNumber,
@@ -123,7 +129,8 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
         ))
         .state("nothing was changed"));
     }
-    let record = set::read_all()?.into_iter().flatten().find(|set| set.volume == volume);
+    let record = read_of(&volume)?;
+    refuse_other_set(&dm, &volume, record.as_ref())?;
     let name = choose_name(record.as_ref(), request.name.as_deref(), &volume)?;
     let chunk = choose_chunk(record.as_ref(), request.chunk, &volume)?;
     let place = TailPlace::resolve(request.store.as_deref())?;
@@ -132,7 +139,9 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
             .state("nothing was changed")
             .next("name an existing directory on another filesystem: the store of a snapshot is a file"));
     };
-    Question::of(&dm, number)?.check_place(&place)?;
+    let question = Question::of(&dm, number)?;
+    question.check_place(&place)?;
+    question.check_snapshot_records()?;
     let most = size::worst_case(origin.size, chunk)?;
     let least = size::smallest(chunk).align_up(size::STORE_UNIT);
     let share = Bytes(origin.size.get() / STORE_SHARE).align_up(size::STORE_UNIT);
@@ -145,6 +154,7 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
         store_bytes,
         filesystems: origin.filesystems.clone(),
         chunk,
+        device: recorded_device(&volume)?,
         volume,
         origin,
         number,
@@ -170,6 +180,16 @@ fn attached_volume(dm: &Dm, origin: &Origin) -> Result<String> {
              together again at boot"
         ))),
     }
+}
+
+/// The device below an attached volume.
+fn recorded_device(volume: &str) -> Result<String> {
+    let record = recorded_volumes()?.into_iter().flatten().find(|record| record.name == volume);
+    record.map(|record| record.device).ok_or_else(|| {
+        Error::refused(format!("{volume} has no record of how it was attached"))
+            .state("nothing was changed")
+            .next(format!("attach it again under the same name: 'tidemark attach DEVICE --name {volume}'"))
+    })
 }
 
 fn choose_name(record: Option<&SnapshotSetRecord>, wanted: Option<&str>, volume: &str) -> Result<String> {
@@ -240,6 +260,7 @@ fn create(
     let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
     let admission = Admission::enter(&|| note(WAITING_FOR_OTHERS), interrupt)?;
     Question::of(dm, plan.number)?.check_place(&TailPlace::Directory(plan.directory.clone()))?;
+    refuse_other_set(dm, &plan.volume, read_of(&plan.volume)?.as_ref())?;
     let set = match SnapshotSet::find(&plan.volume, interrupt)? {
         // What a command that died has left is completed first.
         Some(set) => {
@@ -250,7 +271,7 @@ fn create(
     };
     let mut set = match set {
         Some(set) => set,
-        None => SnapshotSet::create(&plan.volume, plan.origin.size, plan.chunk)?,
+        None => SnapshotSet::create(&plan.volume, &plan.device, plan.origin.size, plan.chunk)?,
     };
     let id = new_id();
     let taken = take(dm, &mut set, plan, &id, job, interrupt);
@@ -272,6 +293,9 @@ fn create(
     if let Some(Err(error)) = after {
         observer.event(&Event::Warning { text: error.to_string() });
     }
+    if let Err(error) = refresh_unit(set.record()) {
+        observer.event(&Event::Warning { text: error.to_string() });
+    }
     let store =
         set.record().named(&plan.name).map(|snapshot| PathBuf::from(&snapshot.store)).unwrap_or_default();
     Settlement { dm, set, journal: job, interrupt: &|| Ok(()), done: Vec::new() }
@@ -289,6 +313,17 @@ fn create(
         next: format!("tidemark snapshot mount {snapshot} DIR"),
         snapshot,
     })
+}
+
+/// The volume's unit, if it is installed, has to wait for all stores at boot.
+fn refresh_unit(record: &SnapshotSetRecord) -> Result<()> {
+    let directories: BTreeSet<PathBuf> =
+        record.snapshots.iter().map(|snapshot| directory_of(Path::new(&snapshot.store)).to_owned()).collect();
+    let directories: Vec<PathBuf> = directories.into_iter().collect();
+    if let Some(unit) = unit::rewrite_volume(&record.volume, Path::new(&record.device), &directories)? {
+        tracing::info!("{} was written again: run 'systemctl daemon-reload'", unit.display());
+    }
+    Ok(())
 }
 
 /// Steps 1 to 4 at the head of this module.
@@ -319,7 +354,11 @@ fn take(
         lost: None,
     };
     let store = set.record().store(&snapshot)?;
-    set.change(|record| record.snapshots.push(snapshot))?;
+    set.change(|record| {
+        record.snapshots.push(snapshot);
+        // What the device held when it was detached proves nothing from here on.
+        record.detached = None;
+    })?;
     crash_point("snapshot.create.recorded");
     let standby = Standby::start(job.id());
     store.create_file(plan.store_bytes)?;

@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use super::set::{self, find_existing, no_snapshot, parse_name};
+use super::layers;
+use super::set::{find_existing, no_snapshot, parse_name, read_of};
 use super::settle::Settlement;
 use crate::base::{Error, Result};
 use crate::dm::{DeviceInfo, Dm};
@@ -54,8 +55,7 @@ pub fn plan(snapshots: &[String]) -> Result<DeletePlan> {
             Error::usage("the snapshots are of different volumes").next("delete those of each volume apart")
         );
     };
-    let record = set::read_all()?.into_iter().flatten().find(|set| set.volume == *volume);
-    let record = record.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
+    let record = read_of(volume)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
     check(&Dm::open()?, &record, &names)?;
     Ok(DeletePlan { volume: volume.clone(), snapshots: snapshots.to_vec(), names })
 }
@@ -106,7 +106,7 @@ pub fn run(plan: &DeletePlan, interrupt: &dyn Fn() -> Result<()>) -> Result<Dele
 fn delete(dm: &Dm, plan: &DeletePlan, job: &mut Job, interrupt: &dyn Fn() -> Result<()>) -> Result<Deleted> {
     let mut set = find_existing(&plan.volume, interrupt)?;
     check(dm, set.record(), &plan.names)?;
-    let is_attached = dm.info(set.record().volume_names().keep.as_str())?.is_some();
+    let is_attached = layers::keep(dm, set.record())?.is_some();
     let of_plan = |name: &String| plan.names.contains(name);
     if !is_attached
         && set.record().linked().iter().any(|snapshot| of_plan(&snapshot.name))
@@ -133,7 +133,7 @@ fn delete(dm: &Dm, plan: &DeletePlan, job: &mut Job, interrupt: &dyn Fn() -> Res
     let done = settlement.settle().map_err(|error| {
         error.state("the deletion is recorded and not complete; the other snapshots are right")
     })?;
-    let left = set::read_all()?.into_iter().flatten().find(|set| set.volume == plan.volume);
+    let left = read_of(&plan.volume)?;
     let retired =
         left.iter().flat_map(|set| &set.snapshots).filter(|one| one.state == SnapshotState::Retired);
     let retired = retired.map(|snapshot| format!("{}@{}", plan.volume, snapshot.name)).collect();

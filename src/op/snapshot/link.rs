@@ -3,8 +3,10 @@
 //! A snapshot shows its instant only if every write to the volume since then has gone through it. So the layers are made
 //! before the volume, and nothing writes to the device in between: `data` holds it exclusively. Whether anything wrote
 //! to it while it was detached is found by what is on it:
-//! - `detach --keep-snapshots` records a digest of the first and the last MiB, of the filesystem's log, and of a random
-//!   sample. A mount changes ext4's superblock or the log of XFS; any other write is found if it hits the sample;
+//! - `detach --keep-snapshots` records a digest. If an ext4 or XFS covers the device, it is of the first and the last MiB,
+//!   of the filesystem's log, and of a random sample: a mount changes ext4's superblock or the log of XFS; any other write
+//!   is found if it hits the sample. For anything else (a partition table, LUKS, LVM, a database) it is of the whole
+//!   device;
 //! - after a crash there is no such digest. Then the snapshots are lost, unless their devices still exist.
 //!
 //! Order of taking apart, the crash argument: the volume's device goes first; then the digest is recorded; then the other
@@ -14,11 +16,13 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::thread;
 
 use sha2::{Digest as _, Sha256};
 
-use super::set::{SnapshotSet, find_existing, read_all};
+use super::layers;
+use super::set::{SnapshotSet, find_existing, read_of};
 use super::settle::Settlement;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
@@ -41,6 +45,9 @@ const LOG_BYTES_MAX: Bytes = Bytes::mib(256);
 /// Blocks of the sample. A change of one in a hundred of all blocks is missed with a probability of 0.99^1024 = 0.00003.
 const SAMPLE: u64 = 1024;
 
+/// Unit in which a device is read whole.
+const STEP: Bytes = Bytes::mib(4);
+
 /// Threads that read.
 const READERS: usize = 32;
 
@@ -50,8 +57,7 @@ const BLOCK: Bytes = Bytes::kib(4);
 /// True if `table`, of volume `name`, leads to `device` through the layers of its snapshots.
 #[must_use]
 pub fn leads_to(dm: &Dm, name: &str, table: &Table, device: DeviceNumber) -> bool {
-    let sets = read_all().unwrap_or_default();
-    sets.into_iter().flatten().filter(|set| set.volume == name).any(|set| {
+    read_of(name).ok().flatten().is_some_and(|set| {
         let names = set.volume_names();
         let is_led = |keep: DeviceNumber| table.maps_to(keep);
         let is_on = |data: Option<Table>| data.is_some_and(|table| table.maps_to(device));
@@ -65,16 +71,9 @@ pub fn leads_to(dm: &Dm, name: &str, table: &Table, device: DeviceNumber) -> boo
 /// # Errors
 /// The kernel's; I/O errors.
 pub fn is_held_by_layers(dm: &Dm, name: &str, device: DeviceNumber) -> Result<bool> {
-    for set in read_all()?.into_iter().flatten().filter(|set| set.volume == name) {
-        let data = set.volume_names().data;
-        if let Some(info) = dm.info(data.as_str())?
-            && info.has_active
-            && dm.table(data.as_str(), Slot::Active)?.is_some_and(|table| table.maps_to(device))
-        {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    let Some(set) = read_of(name)? else { return Ok(false) };
+    let Some(data) = layers::data(dm, &set)?.filter(|data| data.has_active) else { return Ok(false) };
+    Ok(dm.table(data.number, Slot::Active)?.is_some_and(|table| table.maps_to(device)))
 }
 
 /// Makes the layers of volume `name`, whose own table is `own`. Returns the table that leads through them; None for a
@@ -83,9 +82,11 @@ pub fn is_held_by_layers(dm: &Dm, name: &str, device: DeviceNumber) -> Result<bo
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if the snapshots are those of another device; the kernel's;
 /// I/O errors. Nothing is left then, and the snapshots are as they were.
-pub fn assemble(dm: &Dm, name: &str, own: &Table) -> Result<Option<Table>> {
+pub fn assemble(dm: &Dm, name: &str, device: &Path, own: &Table) -> Result<Option<Table>> {
     let Some(mut set) = SnapshotSet::find(name, &|| Ok(()))? else { return Ok(None) };
     if set.record().linked().is_empty() {
+        // What the device held proves nothing once the volume is in use.
+        set.change(|record| record.detached = None)?;
         return Ok(None);
     }
     if set.record().length()? != own.length() {
@@ -106,6 +107,18 @@ pub fn assemble(dm: &Dm, name: &str, own: &Table) -> Result<Option<Table>> {
     }
     create(dm, &set, &names.data, ROLE_DATA, own)?;
     if !is_held && let Some(why) = find_change(dm, &set)? {
+        if Path::new(&set.record().device) != device {
+            remove_layers(dm, &set)?;
+            return Err(Error::refused(format!(
+                "the snapshots of {name} are those of {}, and {} holds something else",
+                set.record().device,
+                device.display()
+            ))
+            .state("nothing was changed")
+            .next(format!(
+                "attach that device, or choose another --name, or delete the snapshots of {name} first"
+            )));
+        }
         tracing::warn!("the snapshots of {name} are lost: {why}");
         remove_layers(dm, &set)?;
         set.change(|record| {
@@ -120,16 +133,24 @@ pub fn assemble(dm: &Dm, name: &str, own: &Table) -> Result<Option<Table>> {
     }
     let mut settlement =
         Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() };
-    settlement.assemble(true)?;
-    let mut set = settlement.set;
+    let built = settlement.assemble(true).and_then(|()| build_keep(dm, &mut settlement.set, own));
+    built.map(Some).map_err(|error| {
+        let undo = if is_held { Ok(()) } else { remove_layers(dm, &settlement.set) };
+        error.after_undo(undo).state("the volume was not attached, and its snapshots are as they were")
+    })
+}
+
+/// Makes the device that preserves originals. Returns the volume's table.
+fn build_keep(dm: &Dm, set: &mut SnapshotSet, own: &Table) -> Result<Table> {
+    let names = set.record().volume_names();
     let data = dm.info_of(names.data.as_str())?.number;
     let over = Table::single(own.length(), Target::SnapshotOrigin { device: data })?;
-    create(dm, &set, &names.keep, ROLE_KEEP, &over)?;
+    create(dm, set, &names.keep, ROLE_KEEP, &over)?;
     crash_point("snapshot.attach.assembled");
     // From here on the volume may be written.
     set.change(|record| record.detached = None)?;
     let keep = dm.info_of(names.keep.as_str())?.number;
-    Table::single(own.length(), Target::Linear { device: keep, offset: Sectors::ZERO }).map(Some)
+    Table::single(own.length(), Target::Linear { device: keep, offset: Sectors::ZERO })
 }
 
 /// True if the layers have held the device, whose table is `own`, since the volume was last in use.
@@ -192,6 +213,7 @@ pub struct Snapshots {
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it has some, and `keep` was not asked for, or one is in
 /// use; the kernel's.
 pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapshots>> {
+    layers::refuse_other_set(dm, name, read_of(name)?.as_ref())?;
     let Some(set) = SnapshotSet::find(name, &|| Ok(()))? else { return Ok(None) };
     let linked = set.record().linked();
     if linked.is_empty() {
@@ -215,6 +237,17 @@ pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapsho
         }
     }
     Ok(Some(Snapshots { set }))
+}
+
+/// The layers of volume `name`, which does not exist any more: a detach that was killed has left them. None if there are
+/// none.
+///
+/// # Errors
+/// The kernel's; I/O errors.
+pub fn find_layers(dm: &Dm, name: &str) -> Result<Option<Snapshots>> {
+    let Some(set) = SnapshotSet::find(name, &|| Ok(()))? else { return Ok(None) };
+    let data = layers::data(dm, set.record())?;
+    Ok(data.map(|_| Snapshots { set }))
 }
 
 impl Snapshots {
@@ -252,6 +285,7 @@ fn digest(dm: &Dm, name: &str, seed: u64) -> Result<String> {
         let from = (at - start).as_len();
         buffer.get(from..from + length).map(<[u8]>::to_vec)
     };
+    let is_whole = read(Bytes::ZERO, filesystem_log::HEAD_BYTES).is_none_or(|head| !is_mount_seen(&head));
     let logs = filesystem_log::find(&mut read);
     let mut extents =
         vec![Extent::new(Bytes::ZERO, ENDS.min(size)), Extent::new(size.saturating_sub(ENDS), size)];
@@ -263,7 +297,11 @@ fn digest(dm: &Dm, name: &str, seed: u64) -> Result<String> {
             extents.push(Some(log));
         }
     }
-    extents.extend(positions(seed, size).map(|at| Extent::with_length(at, BLOCK)));
+    if is_whole {
+        extents = steps(size).collect();
+    } else {
+        extents.extend(positions(seed, size).map(|at| Extent::with_length(at, BLOCK)));
+    }
     let extents: Vec<Extent> = extents.into_iter().flatten().collect();
     // Read in parallel: the sample costs a seek for each block.
     let share = extents.len().div_ceil(READERS).max(1);
@@ -296,6 +334,17 @@ fn hash(device: &File, extent: Extent) -> io::Result<Hash> {
         at += length;
     }
     Ok(hash.finalize().into())
+}
+
+/// True for ext4 and XFS, which write their superblock or log at every mount.
+fn is_mount_seen(head: &[u8]) -> bool {
+    head.starts_with(b"XFSB") || head.get(0x438..0x43a) == Some(&[0x53, 0xef])
+}
+
+/// The whole device, in parts.
+fn steps(size: Bytes) -> impl Iterator<Item = Option<Extent>> {
+    let count = size.get().div_ceil(STEP.get());
+    (0..count).map(move |step| Extent::new(STEP * step, size.min(STEP * (step + 1))))
 }
 
 /// Offsets of the sample's blocks, which follow from `seed` (SplitMix64).

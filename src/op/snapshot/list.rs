@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::set::{self, no_snapshot, parse_name};
+use super::layers::{self, Place};
+use super::set::{no_snapshot, parse_name, read_all, read_of};
 use crate::base::{Bytes, Result, clock};
 use crate::dm::{Dm, SnapshotStatus, node};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
@@ -17,9 +18,7 @@ use crate::sys::privilege::require_root;
 pub enum State {
     /// It shows its instant.
     Valid,
-    /// Its store was full: it is lost.
-    Overflow,
-    /// Its store failed, or it was lost in another way.
+    /// Its store was full or failed, or it was lost in another way.
     Invalid,
     /// A newer snapshot that it is read through is lost.
     NeedsLost,
@@ -56,6 +55,8 @@ pub struct SnapshotView {
     pub total: Option<Bytes>,
     /// True if originals of new writes go to its store.
     pub receives: bool,
+    /// True if its store is smaller than what the volume can need.
+    pub can_fill: bool,
 }
 
 /// What a snapshot holds.
@@ -82,7 +83,7 @@ pub fn list(volume: Option<&str>) -> Result<Vec<SnapshotView>> {
     require_root("examining device-mapper")?;
     let dm = Dm::open()?;
     let mut views = Vec::new();
-    for record in set::read_all()? {
+    for record in read_all()? {
         let record = record?;
         if volume.is_none_or(|volume| record.volume == volume) {
             views.extend(views_of(&dm, &record)?);
@@ -99,11 +100,15 @@ pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>
     let newest = record.linked().last().map(|newest| newest.id.clone());
     let mut views = Vec::new();
     let mut is_newer_lost = false;
+    // Devices alone prove nothing: the volume has to lead to them.
+    let place = layers::place(dm, record)?;
     for snapshot in record.snapshots.iter().rev() {
-        let status = set::status(dm, record, snapshot)?;
-        let state = state_of(snapshot, status.as_ref(), is_newer_lost);
-        is_newer_lost |=
-            snapshot.state.is_linked() && status.as_ref().is_some_and(|status| !status.is_usable());
+        let status = layers::status(dm, record, snapshot)?.filter(|_| place == Place::Led);
+        let state = match state_of(snapshot, status.as_ref(), is_newer_lost) {
+            State::NotAttached if place == Place::Bypassed => State::Invalid,
+            state => state,
+        };
+        is_newer_lost |= snapshot.state.is_linked() && status.as_ref().is_some_and(layers::is_lost);
         let device = record.names(snapshot).snapshot;
         let (used, total) = match &status {
             Some(SnapshotStatus::Active { used, total, .. }) => (Some(used.bytes()), Some(total.bytes())),
@@ -122,6 +127,7 @@ pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>
             used,
             total,
             receives: status.is_some() && newest.as_ref() == Some(&snapshot.id),
+            can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
         });
     }
     views.reverse();
@@ -136,8 +142,7 @@ fn state_of(snapshot: &SnapshotRecord, status: Option<&SnapshotStatus>, is_newer
         (SnapshotState::Detached, _) => State::Invalid,
         (SnapshotState::Kept, _) if snapshot.lost.is_some() => State::Invalid,
         (SnapshotState::Kept, None) => State::NotAttached,
-        (SnapshotState::Kept, Some(SnapshotStatus::Overflow)) => State::Overflow,
-        (SnapshotState::Kept, Some(status)) if !status.is_usable() => State::Invalid,
+        (SnapshotState::Kept, Some(status)) if layers::is_lost(status) => State::Invalid,
         (SnapshotState::Kept, Some(_)) if is_newer_lost => State::NeedsLost,
         (SnapshotState::Kept, Some(_)) => State::Valid,
     }
@@ -152,13 +157,13 @@ pub fn show(name: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotDe
     let (volume, _) = parse_name(name)?;
     let dm = Dm::open()?;
     let none = || no_snapshot(&format!("there is no snapshot {name}"));
-    let record = set::read_all()?.into_iter().flatten().find(|set| set.volume == volume).ok_or_else(none)?;
+    let record = read_of(volume)?.ok_or_else(none)?;
     let view = views_of(&dm, &record)?.into_iter().find(|view| view.snapshot == name).ok_or_else(none)?;
     let linked = record.linked();
     let at = linked.iter().position(|snapshot| format!("{volume}@{}", snapshot.name) == name);
     let overlap: Option<Overlap> = match at {
         Some(at) if matches!(view.state, State::Valid | State::Retired | State::NeedsLost) => {
-            let status = set::status(&dm, &record, &linked[at])?.filter(|_| at + 1 == linked.len());
+            let status = layers::status(&dm, &record, &linked[at])?.filter(|_| at + 1 == linked.len());
             let older = at.checked_sub(1).map(|at| record.store(&linked[at])).transpose()?;
             Some(record.store(&linked[at])?.overlap(&dm, status.as_ref(), older.as_ref(), interrupt)?)
         }
@@ -204,7 +209,8 @@ mod tests {
                 "{text}"
             );
         }
-        assert_eq!(state_of(&kept(None), Some(&SnapshotStatus::Overflow), false), State::Overflow);
+        // The kernel's word for a snapshot that cannot be written any more. Ours are not.
+        assert_eq!(state_of(&kept(None), Some(&SnapshotStatus::Overflow), false), State::Valid);
         assert_eq!(state_of(&snapshot(SnapshotState::Detached, None), Some(&active), false), State::Invalid);
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod create;
 pub mod delete;
+mod layers;
 pub mod link;
 pub mod list;
 pub mod monitor;

@@ -1,24 +1,28 @@
 //! `tidemark monitor`: enlarges the stores of kept snapshots before they fill, and warns.
 //!
-//! It looks at the newest snapshot of each volume, the only one that receives: whenever device-mapper reports an event,
-//! and as often as the store's fill rate requires. Invariants:
+//! It looks at every snapshot that receives, which is the newest of each volume, and after a crash for a moment the one
+//! before it too: whenever device-mapper reports an event, and as often as the store's fill rate requires. Invariants:
 //! - writers never wait for it: an enlargement replaces the table of a store, for milliseconds;
 //! - it takes no lock for an enlargement, since a deletion may hold the lock for as long as it copies originals up. A
 //!   store that is removed meanwhile fails to be enlarged, and nothing else happens;
 //! - a warning is given once, until its cause is gone;
-//! - it deletes nothing unless it was told to.
+//! - it deletes nothing unless it was told to, and then only the oldest snapshot of the volume whose store would fill, if
+//!   that frees space where it is needed;
+//! - hooks and deletions run in threads of their own, and delay no enlargement.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::delete;
-use super::set::{self, read_all};
+use super::layers;
+use super::set::read_all;
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
-use crate::dm::{Dm, SnapshotStatus, node};
+use crate::dm::{Dm, Slot, SnapshotStatus, node};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::job::RUN_DIR;
 use crate::stack::hooks::Hook;
@@ -27,10 +31,10 @@ use crate::sys::lock::{LockedFile, try_lock, try_lock_shared};
 use crate::sys::privilege::require_root;
 
 /// Longest interval between two looks.
-const POLL_MAX: Duration = Duration::from_millis(500);
+const POLL_MAX: Duration = Duration::from_millis(200);
 
 /// Shortest interval.
-const POLL_MIN: Duration = Duration::from_millis(50);
+const POLL_MIN: Duration = Duration::from_millis(20);
 
 /// The interval is the time in which the free space would be used up, divided by this.
 const POLL_SHARE: u64 = 8;
@@ -77,17 +81,18 @@ impl Cause {
 #[derive(Default)]
 struct Watched {
     rate: FillRate,
-    warned: BTreeMap<Cause, ()>,
+    warned: BTreeSet<Cause>,
     retry_at: Option<Instant>,
 }
 
 struct Monitor<'a> {
     dm: Dm,
     request: &'a MonitorRequest,
-    interrupt: &'a dyn Fn() -> Result<()>,
     notice: &'a dyn Fn(&str),
     clock: Stopwatch,
     watched: BTreeMap<String, Watched>,
+    /// A deletion in progress: the snapshot's name, and its result.
+    deletion: Option<(String, JoinHandle<Result<()>>)>,
 }
 
 /// Monitors until `interrupt` returns an error, which is no failure of the monitor. `notice` reports a line.
@@ -104,12 +109,12 @@ pub fn run(
     let mut monitor = Monitor {
         dm: Dm::open()?,
         request,
-        interrupt,
         notice,
         clock: Stopwatch::start(),
         watched: BTreeMap::new(),
+        deletion: None,
     };
-    // Without a service manager there is nobody to tell.
+    // Without a service manager there is nothing to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     loop {
         let pause = monitor.look()?;
@@ -120,6 +125,7 @@ pub fn run(
         }
         if interrupt().is_err() {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            // A deletion that has begun is completed by the next command, if it does not end now.
             return Ok(());
         }
     }
@@ -152,132 +158,177 @@ pub fn is_running() -> bool {
 impl Monitor<'_> {
     /// Looks at every volume. Returns when to look again.
     fn look(&mut self) -> Result<Duration> {
+        self.end_deletion();
         let mut pause = POLL_MAX;
         let records = read_all()?;
-        let known: Vec<&str> = records
-            .iter()
-            .flatten()
-            .flat_map(|record| record.snapshots.iter().map(|snapshot| snapshot.id.as_str()))
-            .collect();
-        self.watched.retain(|id, _| known.contains(&id.as_str()));
+        let is_known = |id: &String| {
+            records.iter().flatten().flat_map(|record| &record.snapshots).any(|snapshot| snapshot.id == *id)
+        };
+        self.watched.retain(|id, _| is_known(id));
         for record in records.iter().flatten() {
-            let Some(newest) = record.linked().pop() else { continue };
-            match self.look_at(record, &newest) {
+            match self.look_at_volume(record) {
                 Ok(next) => pause = pause.min(next),
-                // It may have been deleted since the record was read.
+                // A snapshot may have been deleted since the record was read.
                 Err(error) => tracing::debug!("{error}"),
             }
         }
         Ok(pause)
     }
 
-    fn look_at(&mut self, record: &SnapshotSetRecord, newest: &SnapshotRecord) -> Result<Duration> {
-        let name = format!("{}@{}", record.volume, newest.name);
-        let (used, total) = match set::status(&self.dm, record, newest)? {
-            None => return Ok(POLL_MAX),
+    fn look_at_volume(&mut self, record: &SnapshotSetRecord) -> Result<Duration> {
+        let mut pause = POLL_MAX;
+        let Some(data) = layers::data(&self.dm, record)? else { return Ok(pause) };
+        for snapshot in record.linked() {
+            let Some(view) = layers::view(&self.dm, record, &snapshot)?.filter(|view| view.has_active) else {
+                continue;
+            };
+            if self.dm.table(view.number, Slot::Active)?.is_some_and(|table| table.maps_to(data.number)) {
+                pause = pause.min(self.look_at(record, &snapshot)?);
+            }
+        }
+        Ok(pause)
+    }
+
+    /// Looks at a snapshot that receives.
+    fn look_at(&mut self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord) -> Result<Duration> {
+        let name = format!("{}@{}", record.volume, snapshot.name);
+        let (used, total) = match layers::status(&self.dm, record, snapshot)? {
             Some(SnapshotStatus::Active { used, total, .. }) => (used.bytes(), total.bytes()),
-            Some(_) => {
+            Some(status) if layers::is_lost(&status) => {
                 self.warn(
-                    newest,
+                    snapshot,
                     Cause::Lost,
                     &name,
                     &format!("{name} is lost: its store failed or was full"),
                 );
                 return Ok(POLL_MAX);
             }
+            _ => return Ok(POLL_MAX),
         };
         let now = self.clock.elapsed();
-        let watched = self.watched.entry(newest.id.clone()).or_default();
+        let watched = self.watched.entry(snapshot.id.clone()).or_default();
         watched.rate.observe(now, used);
         let rate = watched.rate;
         let may_try = watched.retry_at.is_none_or(|at| Instant::now() >= at);
-        let largest = Bytes(newest.store_bytes_max);
-        if let Some(next) = size::next_total(total, used, largest, &rate).filter(|_| may_try) {
-            match record.store(newest)?.enlarge(&self.dm, next) {
-                Ok(()) => {
-                    let watched = self.watched.entry(newest.id.clone()).or_default();
-                    watched.warned.remove(&Cause::NearlyFull);
-                    watched.retry_at = None;
-                    self.report(
-                        Cause::Grown,
-                        &name,
-                        &format!("the store of {name} was enlarged from {total} to {next}"),
-                    );
-                }
-                Err(error) => self.cannot_grow(record, newest, (used, total), &error)?,
-            }
+        let largest = Bytes(snapshot.store_bytes_max);
+        if let Some(next) = size::next_kept_total(total, used, largest, &rate).filter(|_| may_try) {
+            self.enlarge(record, snapshot, (used, total), next)?;
         }
         let free = total.saturating_sub(used).get();
-        let seconds = free.checked_div(rate.per_second()).unwrap_or(u64::MAX) / POLL_SHARE;
-        Ok(Duration::from_secs(seconds.min(POLL_MAX.as_secs() + 1)).clamp(POLL_MIN, POLL_MAX))
+        let millis =
+            free.saturating_mul(1000).checked_div(rate.per_second()).unwrap_or(u64::MAX) / POLL_SHARE;
+        Ok(Duration::from_millis(millis).clamp(POLL_MIN, POLL_MAX))
     }
 
-    /// Makes room, if the user allowed it; warns if the store is nearly full.
+    /// Enlarges the store to `next`, or by as much as its filesystem has.
+    fn enlarge(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        (used, total): (Bytes, Bytes),
+        next: Bytes,
+    ) -> Result<()> {
+        let name = format!("{}@{}", record.volume, snapshot.name);
+        let store = record.store(snapshot)?;
+        let possible = total + store.free_beyond_reserve()?;
+        let to = next.min(possible.align_down(size::STORE_UNIT));
+        let grown = if to > total { store.enlarge(&self.dm, to) } else { Err(store.no_space()) };
+        let watched = self.watched.entry(snapshot.id.clone()).or_default();
+        match grown {
+            Ok(()) => {
+                watched.warned.remove(&Cause::NearlyFull);
+                watched.retry_at = None;
+                self.report(
+                    Cause::Grown,
+                    &name,
+                    &format!("the store of {name} was enlarged from {total} to {to}"),
+                );
+                Ok(())
+            }
+            Err(error) => {
+                watched.retry_at = Some(Instant::now() + RETRY);
+                self.cannot_grow(record, snapshot, (used, total), &error)
+            }
+        }
+    }
+
+    /// Warns if the store is nearly full, and makes room if the user allowed it.
     fn cannot_grow(
         &mut self,
         record: &SnapshotSetRecord,
-        newest: &SnapshotRecord,
+        snapshot: &SnapshotRecord,
         (used, total): (Bytes, Bytes),
         error: &Error,
     ) -> Result<()> {
-        let name = format!("{}@{}", record.volume, newest.name);
-        self.watched.entry(newest.id.clone()).or_default().retry_at = Some(Instant::now() + RETRY);
         if used.get() / NEARLY_FULL_PERCENT * 100 < total.get() {
             return Ok(());
         }
-        self.warn(
-            newest,
-            Cause::NearlyFull,
-            &name,
-            &format!("the store of {name} is nearly full ({used} of {total} are used) and cannot be enlarged: {error}"),
+        let name = format!("{}@{}", record.volume, snapshot.name);
+        let text = format!(
+            "the store of {name} is nearly full ({used} of {total} are used) and cannot be enlarged: {error}"
         );
-        if self.request.auto_delete { self.make_room(record, newest) } else { Ok(()) }
-    }
-
-    /// Deletes the oldest snapshot of the volume that is not in use, but never the newest.
-    fn make_room(&mut self, record: &SnapshotSetRecord, newest: &SnapshotRecord) -> Result<()> {
-        let older = record.snapshots.iter().filter(|snapshot| snapshot.id != newest.id);
-        for snapshot in older.filter(|snapshot| snapshot.state == SnapshotState::Kept) {
-            let name = format!("{}@{}", record.volume, snapshot.name);
-            let deleted =
-                delete::plan(std::slice::from_ref(&name)).and_then(|plan| delete::run(&plan, self.interrupt));
-            match deleted {
-                Ok(_) => {
-                    self.watched.entry(newest.id.clone()).or_default().retry_at = None;
-                    self.report(Cause::Deleted, &name, &format!("{name} was deleted to make room"));
-                    return Ok(());
-                }
-                Err(error) => tracing::warn!("{error}"),
-            }
+        self.warn(snapshot, Cause::NearlyFull, &name, &text);
+        if self.request.auto_delete && error.kind() == ErrorKind::NoSpace && self.deletion.is_none() {
+            self.make_room(record, snapshot)?;
         }
         Ok(())
     }
 
+    /// Deletes the oldest snapshot of the volume, if its store is on the filesystem that needs space. Nothing reads
+    /// through the oldest, so no original has to be copied first.
+    fn make_room(&mut self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord) -> Result<()> {
+        let linked = record.linked();
+        let Some(oldest) = linked.first().filter(|oldest| oldest.id != snapshot.id) else { return Ok(()) };
+        let is_there = record.store(oldest)?.filesystem()? == record.store(snapshot)?.filesystem()?;
+        if oldest.state != SnapshotState::Kept || !is_there {
+            return Ok(());
+        }
+        let name = format!("{}@{}", record.volume, oldest.name);
+        let deleted = name.clone();
+        let delete = move || delete::run(&delete::plan(&[deleted])?, &|| Ok(())).map(drop);
+        self.deletion = Some((name, thread::spawn(delete)));
+        Ok(())
+    }
+
+    fn end_deletion(&mut self) {
+        let Some((name, thread)) = self.deletion.take_if(|(_, thread)| thread.is_finished()) else { return };
+        match thread.join() {
+            Ok(Ok(())) => {
+                self.watched.values_mut().for_each(|watched| watched.retry_at = None);
+                self.report(Cause::Deleted, &name, &format!("{name} was deleted to make room"));
+            }
+            Ok(Err(error)) => tracing::warn!("{error}"),
+            Err(_) => tracing::warn!("deleting {name} failed"),
+        }
+    }
+
     fn warn(&mut self, snapshot: &SnapshotRecord, cause: Cause, name: &str, text: &str) {
         let watched = self.watched.entry(snapshot.id.clone()).or_default();
-        if watched.warned.insert(cause, ()).is_none() {
+        if watched.warned.insert(cause) {
             self.report(cause, name, text);
         }
     }
 
     fn report(&self, cause: Cause, name: &str, text: &str) {
         (self.notice)(text);
-        let Some(command) = &self.request.hook else { return };
-        let path = node::mapper_path(name);
-        let hook = Hook {
-            option: "--hook",
-            command,
-            origin: &path,
-            below: None,
-            deadline: Some(Instant::now() + HOOK_MAX),
-            variables: &[
-                ("TIDEMARK_EVENT", cause.word()),
-                ("TIDEMARK_SNAPSHOT", name),
-                ("TIDEMARK_MESSAGE", text),
-            ],
-        };
-        if let Err(error) = hook.run(self.interrupt) {
-            tracing::warn!("{error}");
-        }
+        let Some(command) = self.request.hook.clone() else { return };
+        let (name, text) = (name.to_owned(), text.to_owned());
+        thread::spawn(move || {
+            let hook = Hook {
+                option: "--hook",
+                command: &command,
+                origin: &node::mapper_path(&name),
+                below: None,
+                deadline: Some(Instant::now() + HOOK_MAX),
+                variables: &[
+                    ("TIDEMARK_EVENT", cause.word()),
+                    ("TIDEMARK_SNAPSHOT", &name),
+                    ("TIDEMARK_MESSAGE", &text),
+                ],
+            };
+            if let Err(error) = hook.run(&|| Ok(())) {
+                tracing::warn!("{error}");
+            }
+        });
     }
 }

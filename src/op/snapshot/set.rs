@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
+use crate::dm::DeviceIdentity;
 use crate::dm::naming::{ROLE_STORE, SnapshotNames, VolumeNames, new_id};
-use crate::dm::{DeviceIdentity, Dm, SnapshotStatus};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
 use crate::record::{self, FoundRecord, LockedRecord};
 use crate::store::PersistentStore;
@@ -37,10 +37,7 @@ impl SnapshotSet {
     /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if that command does not end; `interrupt`'s;
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a record that cannot be read; I/O errors.
     pub fn find(volume: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<Option<Self>> {
-        let Some(id) = read_all()?.into_iter().flatten().find(|set| set.volume == volume).map(|set| set.id)
-        else {
-            return Ok(None);
-        };
+        let Some(id) = read_of(volume)?.map(|set| set.id) else { return Ok(None) };
         let watch = Stopwatch::start();
         loop {
             match record::find::<SnapshotSetRecord>(Path::new(SET_DIR), &id)? {
@@ -90,11 +87,12 @@ impl SnapshotSet {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn create(volume: &str, size: Bytes, chunk: ChunkSize) -> Result<Self> {
+    pub fn create(volume: &str, device: &str, size: Bytes, chunk: ChunkSize) -> Result<Self> {
         let id = new_id();
         let record = SnapshotSetRecord {
             id: id.clone(),
             volume: volume.to_owned(),
+            device: device.to_owned(),
             size_bytes: size.get(),
             chunk_bytes: chunk.bytes().get(),
             snapshots: Vec::new(),
@@ -114,8 +112,13 @@ impl SnapshotSet {
     /// # Errors
     /// I/O errors; the record on disk is the old or the new one.
     pub fn change(&mut self, change: impl FnOnce(&mut SnapshotSetRecord)) -> Result<()> {
+        let before = self.record.record().clone();
         change(self.record.record_mut());
-        self.record.save()
+        self.record.save().inspect_err(|_| {
+            // Whatever is done next must follow from what is on disk.
+            let path = record::path_of(Path::new(SET_DIR), &before.id);
+            *self.record.record_mut() = record::read(&path).unwrap_or(before);
+        })
     }
 
     /// Changes the snapshot `id`, as [`SnapshotSet::change`].
@@ -197,22 +200,6 @@ impl SnapshotSetRecord {
     }
 }
 
-/// The kernel's status of a snapshot; None if it has no device.
-///
-/// # Errors
-/// The kernel's.
-pub fn status(
-    dm: &Dm,
-    record: &SnapshotSetRecord,
-    snapshot: &SnapshotRecord,
-) -> Result<Option<SnapshotStatus>> {
-    let view = record.names(snapshot).view;
-    match dm.info(view.as_str())? {
-        Some(info) if info.has_active => dm.snapshot_status(&view).map(Some),
-        _ => Ok(None),
-    }
-}
-
 /// All records, without a lock: for display.
 ///
 /// # Errors
@@ -223,6 +210,15 @@ pub fn read_all() -> Result<Vec<Result<SnapshotSetRecord>>> {
     let read = |id: &String| record::read::<SnapshotSetRecord>(&record::path_of(directory, id));
     // One that was removed meanwhile is left out.
     Ok(ids.iter().map(read).filter(|read| !is_gone(read)).collect())
+}
+
+/// The record of `volume`, without a lock; None if it has no snapshots.
+///
+/// # Errors
+/// I/O errors; also for a record that cannot be read, as it may be that of the volume.
+pub fn read_of(volume: &str) -> Result<Option<SnapshotSetRecord>> {
+    let records = read_all()?.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(records.into_iter().find(|record| record.volume == volume))
 }
 
 fn is_gone(read: &Result<SnapshotSetRecord>) -> bool {

@@ -26,7 +26,7 @@
 use std::time::Duration;
 
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors};
-use crate::dm::naming::{ROLE_ALIAS, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, SnapshotNames};
+use crate::dm::naming::{ROLE_ALIAS, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::stack::change::{IntentLog, NoIntents};
@@ -36,6 +36,7 @@ use crate::store::size;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
+use super::layers::{self, Place};
 use super::set::{self, SnapshotSet};
 
 /// Longest time that the volume may be suspended while its own table is put back.
@@ -76,25 +77,41 @@ impl Settlement<'_> {
     }
 
     fn steps(&mut self) -> Result<()> {
+        self.resume_suspended()?;
         self.drop_unfinished()?;
-        if self.is_in_place()? {
-            self.assemble(false)?;
-            self.drop_lost()?;
+        match layers::place(self.dm, self.set.record())? {
+            Place::Led => {
+                self.note_lost()?;
+                self.assemble(false)?;
+                self.note_lost()?;
+                self.drop_lost()?;
+            }
+            Place::Bypassed => self.lose_all("the volume was in use without its snapshots")?,
+            Place::Absent => {}
         }
         self.finish_deletions()?;
         self.dissolve_if_empty()
     }
 
-    /// True if the layers below the volume exist.
-    fn is_in_place(&self) -> Result<bool> {
-        let names = self.set.record().volume_names();
-        let is_active =
-            |name: &str| Ok::<bool, Error>(self.dm.info(name)?.is_some_and(|info| info.has_active));
-        Ok(is_active(&names.data)? && is_active(&names.keep)?)
-    }
-
-    fn number(&self, name: &str) -> Result<Option<DeviceNumber>> {
-        Ok(self.dm.info(name)?.map(|info| info.number))
+    /// Resumes devices of the set that a command left suspended: a table that could not be swapped leaves one so, and
+    /// writers may wait for it. Either of its tables is valid.
+    fn resume_suspended(&self) -> Result<()> {
+        let record = self.set.record();
+        let is_of_set = |uuid: &str| {
+            DeviceIdentity::parse(uuid).is_some_and(|identity| {
+                identity.role != ROLE_VOLUME
+                    && (identity.id == record.id || record.snapshots.iter().any(|one| one.id == identity.id))
+            })
+        };
+        for device in self.dm.list_ours()?.iter().filter(|device| is_of_set(&device.uuid)) {
+            if device.suspended && device.has_active {
+                if device.has_inactive {
+                    self.dm.clear(device.number)?;
+                }
+                self.dm.resume_if_suspended(device.number)?;
+            }
+        }
+        Ok(())
     }
 
     fn needed(&self, name: &str) -> Result<DeviceNumber> {
@@ -152,7 +169,8 @@ impl Settlement<'_> {
     pub fn assemble(&mut self, is_building: bool) -> Result<()> {
         let record = self.set.record().clone();
         let length = record.length()?;
-        let mut upper = self.needed(&record.volume_names().data)?;
+        let missing = || Error::refused(format!("the device {} is missing", record.volume_names().data));
+        let mut upper = layers::data(self.dm, &record)?.ok_or_else(missing)?.number;
         let linked = record.linked();
         for (at, snapshot) in linked.iter().enumerate().rev() {
             let names = record.names(snapshot);
@@ -160,10 +178,14 @@ impl Settlement<'_> {
             let table = kept::view_table(length, upper, store, record.chunk()?)?;
             let is_newest = at + 1 == linked.len();
             self.drop_loaded(&names.view)?;
-            match self.dm.table(names.view.as_str(), Slot::Active).ok().flatten() {
+            let view = layers::view(self.dm, &record, snapshot)?.filter(|view| view.has_active);
+            let found = view.map(|view| self.dm.table(view.number, Slot::Active)).transpose()?.flatten();
+            match found {
                 Some(found) if found == table => {}
                 Some(_) => self.lead(&record, snapshot, upper, &table)?,
-                None if is_newest && !is_building => return Err(self.lose_all(&linked)),
+                None if is_newest && !is_building => {
+                    return self.lose_all("the device of the newest was removed while the volume was in use");
+                }
                 None => self.make_view(&record, snapshot, &table)?,
             }
             self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
@@ -196,24 +218,74 @@ impl Settlement<'_> {
         Ok(())
     }
 
-    /// The newest view is gone, so originals were not preserved: no snapshot shows its instant any more.
-    fn lose_all(&mut self, linked: &[SnapshotRecord]) -> Error {
-        let why = "its device was removed while the volume was in use";
-        let lost: Vec<String> = linked.iter().map(|snapshot| snapshot.id.clone()).collect();
-        let noted = self.set.change(|record| {
-            record.snapshots.iter_mut().filter(|snapshot| lost.contains(&snapshot.id)).for_each(|snapshot| {
+    /// Originals were not preserved, so no snapshot shows its instant any more. The volume gets its own table back.
+    fn lose_all(&mut self, why: &str) -> Result<()> {
+        let linked = self.set.record().linked();
+        if linked.is_empty() {
+            return Ok(());
+        }
+        self.set.change(|record| {
+            record.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked()).for_each(|snapshot| {
                 snapshot.lost.get_or_insert_with(|| why.to_owned());
             });
-        });
-        let error = Error::new(
-            crate::base::ErrorKind::StoreInvalid,
-            format!(
-                "the snapshots of {} are lost: the device of the newest was removed",
-                self.set.record().volume
-            ),
-        )
-        .next("delete them: 'tidemark snapshot delete'");
-        error.after_undo(noted)
+        })?;
+        tracing::warn!("the snapshots of {} are lost: {why}", self.set.record().volume);
+        crash_point("snapshot.lost.noted");
+        self.take_out_lost(&linked)
+    }
+
+    /// Takes the oldest snapshots of the chain, which are lost, out of it.
+    fn take_out_lost(&mut self, lost: &[SnapshotRecord]) -> Result<()> {
+        let record = self.set.record().clone();
+        // Refused by the kernel while one is mounted; then everything stays as it is.
+        lost.iter().try_for_each(|snapshot| self.hide(snapshot))?;
+        if lost.len() == record.linked().len() {
+            self.dissolve()?;
+        }
+        for snapshot in lost {
+            let names = record.names(snapshot);
+            self.remove(&names.view, ROLE_VIEW, snapshot)?;
+            self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+            record.store(snapshot)?.hide(self.dm)?;
+        }
+        crash_point("snapshot.lost");
+        self.set.change(|record| {
+            for snapshot in
+                record.snapshots.iter_mut().filter(|one| lost.iter().any(|lost| lost.id == one.id))
+            {
+                let is_kept = snapshot.state == SnapshotState::Kept;
+                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
+            }
+        })
+    }
+
+    /// Records which snapshots are lost because a store has failed or was full: that one's, and all that are read through
+    /// it. The kernel may be unable to note it in the store, and a table that is loaded again would take the store for
+    /// whole.
+    fn note_lost(&mut self) -> Result<()> {
+        let record = self.set.record().clone();
+        let mut why = None;
+        let mut lost = Vec::new();
+        for snapshot in record.linked().iter().rev() {
+            if let Some(status) = layers::status(self.dm, &record, snapshot)?
+                && layers::is_lost(&status)
+            {
+                why = Some(format!("the store of {}@{} failed or was full", record.volume, snapshot.name));
+            }
+            if let Some(why) = why.as_ref().filter(|_| snapshot.lost.is_none()) {
+                lost.push((snapshot.id.clone(), why.clone()));
+            }
+        }
+        if lost.is_empty() {
+            return Ok(());
+        }
+        self.set.change(|record| {
+            for (id, why) in lost {
+                if let Some(snapshot) = record.snapshots.iter_mut().find(|snapshot| snapshot.id == id) {
+                    snapshot.lost = Some(why);
+                }
+            }
+        })
     }
 
     /// Leads the view of `snapshot` to `upper`, in two steps.
@@ -243,14 +315,16 @@ impl Settlement<'_> {
 
     /// True if a command that died has led the view to its alias: it receives nothing any more.
     fn is_on_alias(&self, names: &SnapshotNames) -> Result<bool> {
-        let Some(alias) = self.number(&names.alias)? else { return Ok(false) };
+        let Some(alias) = self.dm.info(names.alias.as_str())?.map(|info| info.number) else {
+            return Ok(false);
+        };
         Ok(self.dm.table(names.view.as_str(), Slot::Active)?.is_some_and(|table| table.maps_to(alias)))
     }
 
     fn swap(&self, view: &str, table: &Table) -> Result<()> {
         self.dm.load(view, table)?;
         crash_point("snapshot.lead.loaded");
-        self.dm.swap_loaded(view).map(drop)
+        self.dm.swap_or_resume(view)
     }
 
     /// Makes the device that users see.
@@ -277,42 +351,13 @@ impl Settlement<'_> {
     /// A store that has failed is needed by all older snapshots. When one of these is deleted, all are taken out: the
     /// originals that the others would need do not exist.
     fn drop_lost(&mut self) -> Result<()> {
-        let record = self.set.record().clone();
-        let linked = record.linked();
-        let mut last = None;
-        for (at, snapshot) in linked.iter().enumerate() {
-            if set::status(self.dm, &record, snapshot)?.is_some_and(|status| !status.is_usable()) {
-                last = Some((
-                    at,
-                    format!("the store of {}@{} failed or was full", record.volume, snapshot.name),
-                ));
-            }
-        }
-        let Some((last, why)) = last else { return Ok(()) };
+        let linked = self.set.record().linked();
+        let Some(last) = linked.iter().rposition(|snapshot| snapshot.lost.is_some()) else { return Ok(()) };
         let lost = &linked[..=last];
         if lost.iter().all(|snapshot| snapshot.state == SnapshotState::Kept) {
             return Ok(());
         }
-        // Refused by the kernel while one is mounted; then everything stays as it is.
-        lost.iter().try_for_each(|snapshot| self.hide(snapshot))?;
-        if last + 1 == linked.len() {
-            self.dissolve()?;
-        }
-        for snapshot in lost {
-            let names = record.names(snapshot);
-            self.remove(&names.view, ROLE_VIEW, snapshot)?;
-            record.store(snapshot)?.hide(self.dm)?;
-        }
-        crash_point("snapshot.lost");
-        self.set.change(|record| {
-            for snapshot in
-                record.snapshots.iter_mut().filter(|one| lost.iter().any(|lost| lost.id == one.id))
-            {
-                snapshot.lost.get_or_insert_with(|| why.clone());
-                let is_kept = snapshot.state == SnapshotState::Kept;
-                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
-            }
-        })
+        self.take_out_lost(lost)
     }
 
     /// Step 3.
@@ -357,8 +402,7 @@ impl Settlement<'_> {
         let (older, snapshot, newer) = (&linked[at - 1], &linked[at], &linked[at + 1]);
         let record = self.set.record().clone();
         // A lost one needs nothing any more, and neither do those that are read through it.
-        let is_older_lost = set::status(self.dm, &record, older)?.is_some_and(|status| !status.is_usable());
-        if !is_older_lost {
+        if older.lost.is_none() {
             self.copy_up(&record, snapshot, older)?;
         }
         crash_point("snapshot.delete.copied");
@@ -395,8 +439,7 @@ impl Settlement<'_> {
             (self.interrupt)()
         })?;
         device.sync_all().io_context(|| format!("flushing {view}"))?;
-        let status = self.dm.snapshot_status(&view)?;
-        if status.is_usable() {
+        if self.dm.snapshot_status(&view)?.is_usable() {
             self.done.push(format!("copy {missing} originals of {} to {}", snapshot.name, older.name));
             return Ok(());
         }
@@ -409,7 +452,7 @@ impl Settlement<'_> {
     /// Enlarges the store of `snapshot` for `chunks` more originals.
     fn make_room(&self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord, chunks: u64) -> Result<()> {
         let store = record.store(snapshot)?;
-        let status = set::status(self.dm, record, snapshot)?;
+        let status = layers::status(self.dm, record, snapshot)?;
         let Some(crate::dm::SnapshotStatus::Active { used, .. }) = status else {
             return Err(set::no_snapshot(&format!("{}@{} is lost", record.volume, snapshot.name)));
         };
@@ -428,9 +471,10 @@ impl Settlement<'_> {
     fn dissolve(&mut self) -> Result<()> {
         let record = self.set.record();
         let (names, volume) = (record.volume_names(), record.volume.clone());
-        if let Some(keep) = self.number(&names.keep)? {
-            let table = self.dm.table(volume.as_str(), Slot::Active).ok().flatten();
-            if table.is_some_and(|table| kept::leads_to(&table, keep)) {
+        if let Some(keep) = layers::keep(self.dm, record)? {
+            let is_there = self.dm.info(volume.as_str())?.is_some();
+            let table = if is_there { self.dm.table(volume.as_str(), Slot::Active)? } else { None };
+            if table.is_some_and(|table| kept::leads_to(&table, keep.number)) {
                 crash_point("snapshot.dissolve.before");
                 kept::restore(self.dm, &volume, &names, RESTORE_BUDGET, self.journal)?;
                 crash_point("snapshot.dissolve.restored");
