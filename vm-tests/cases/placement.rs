@@ -110,6 +110,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("snapshot_filesystems", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
+    ("soak_snapshots", A, N, N, "random programs, killed and taken apart"),
     ("soak_lvm", A, N, N, "many short copies while LVM works"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),
     ("bench_ssd", A, N, N, "a measurement at native speed"),

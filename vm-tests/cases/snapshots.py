@@ -383,6 +383,7 @@ def main():
         sys.exit(1)
     for what, count in sorted(counts.items()):
         print(f"    {what:24} {count:5}")
+    print("counts " + json.dumps(counts))
 
 
 main()

@@ -16,6 +16,9 @@ const LAST_SEED_SECONDS: u64 = 330;
 /// Distance between the first seeds of two guests in a run.
 const SEEDS_APART: u64 = 1000;
 
+/// Time in which a test run begins new programs of snapshots, in seconds.
+const SNAPSHOT_SECONDS: u64 = 45;
+
 /// Seeds with LVM at work: the first, and how many. They cover most of LVM's deeds, and killed copies.
 const LVM_FIRST: u64 = 130;
 const LVM_SEEDS: u64 = 3;
@@ -35,7 +38,24 @@ pub fn cases() -> Vec<Case> {
             .variable("SOAK_LVM", "1")
             .variable("SOAK_OFFSET", LVM_FIRST.to_string()),
     );
+    let guests = number("TIDEMARK_SOAK_SNAPSHOTS").unwrap_or(1);
+    cases.extend((0..guests).map(snapshots));
     cases
+}
+
+/// A guest that plays programs of kept snapshots: in a test run the same ones every time.
+fn snapshots(index: usize) -> Case {
+    let chosen = |name: &str| std::env::var(name).unwrap_or_default();
+    Case::new(format!("soak_snapshots_{index}"), "snapshot_soak.sh")
+        .modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"])
+        .commands(&["dmsetup", "losetup", "mkfs.ext4", "python3", "e2fsck"])
+        .disk_mib(16)
+        .disk_mib(600)
+        .variable("SOAK_FIRST", chosen("TIDEMARK_SOAK_FIRST"))
+        .variable("SOAK_LAST", chosen("TIDEMARK_SOAK_LAST"))
+        .variable("SOAK_SECONDS", number("TIDEMARK_SOAK_SECONDS").unwrap_or(SNAPSHOT_SECONDS).to_string())
+        .variable("SOAK_STEPS", "24")
+        .limit_seconds(SECONDS + LAST_SEED_SECONDS + 240)
 }
 
 fn guest(index: usize) -> Case {

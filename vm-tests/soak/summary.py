@@ -14,6 +14,10 @@ def table(results):
     rows += [("events", sum(events.values()))]
     rows += [(f"  {name}", count) for name, count in sorted(events.items(), key=lambda pair: -pair[1])]
     rows += [("  too late", sum(copy["late"] for copy in copies))]
+    deeds = collections.Counter()
+    for result in results:
+        deeds.update(result.get("counts", {}))
+    rows += [(f"  {name}", count) for name, count in sorted(deeds.items())]
     for key in ("beside", "beside, refused"):
         deeds = collections.Counter()
         for copy in copies:
