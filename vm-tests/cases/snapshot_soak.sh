@@ -6,6 +6,7 @@ make_filesystem ext4 "$(disk 1)" /mnt/stores
 first=${SOAK_FIRST:-1} last=${SOAK_LAST:-1000}
 for seed in $(seq "$first" "$last"); do
     [ "$SECONDS" -lt "$SOAK_SECONDS" ] || break
+    dd if=/dev/zero of="$(disk 0)" bs=1M oflag=direct status=none 2>/dev/null || true
     tidemark attach "$(disk 0)" --name data >/dev/null
     echo "{\"seed\": $seed, \"origin\": \"data\"}"
     if ! timeout -s KILL 300 python3 "$REPO/vm-tests/cases/snapshots.py" "$seed" "$SOAK_STEPS" "$(disk 0)" /mnt/stores >/run/program; then
