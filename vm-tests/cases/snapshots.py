@@ -204,13 +204,15 @@ class Program:
 
     def note_lost(self, listed):
         """A store that was full takes its snapshot and the older ones with it, and no newer one."""
-        full = [name for name, view in listed.items() if view["state"] in ("overflow", "invalid")]
+        # One that is deleted and still receives loses the older ones as well.
+        is_full = lambda view: view["state"] == "invalid" or view["state"] == "retired" and view["used"] is None
+        full = [name for name, view in listed.items() if is_full(view)]
         for name in full:
             newer = [other for other in self.oracle.small if self.order(other) >= self.order(name)]
             if name not in self.oracle.lost and not newer:
                 raise Failure(f"{name} is lost, and no store could have filled: {listed[name]}")
         for name, view in listed.items():
-            if view["state"] in ("overflow", "invalid", "needs-lost") and name not in self.oracle.lost:
+            if view["state"] in ("invalid", "needs-lost") and name not in self.oracle.lost:
                 newest = max(map(self.order, full), default=-1)
                 if self.order(name) > newest:
                     raise Failure(f"{name} is lost, although no newer store failed: {listed}")

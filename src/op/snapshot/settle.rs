@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors};
 use crate::dm::naming::{ROLE_ALIAS, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames};
-use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
+use crate::dm::{DeviceIdentity, Dm, Slot, SnapshotStatus, Table, Target, Udev};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::stack::change::{IntentLog, NoIntents};
 use crate::stack::kept;
@@ -427,7 +427,7 @@ impl Settlement<'_> {
         if missing == 0 {
             return Ok(());
         }
-        self.make_room(record, older, missing)?;
+        self.make_room(record, (older, snapshot), missing)?;
         let view = record.names(older).view;
         let number = self.needed(&view)?;
         let device = self.dm.open_device(number, true, libc::O_DIRECT)?;
@@ -449,15 +449,29 @@ impl Settlement<'_> {
         ))
     }
 
-    /// Enlarges the store of `snapshot` for `chunks` more originals.
-    fn make_room(&self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord, chunks: u64) -> Result<()> {
-        let store = record.store(snapshot)?;
-        let status = layers::status(self.dm, record, snapshot)?;
-        let Some(crate::dm::SnapshotStatus::Active { used, .. }) = status else {
-            return Err(set::no_snapshot(&format!("{}@{} is lost", record.volume, snapshot.name)));
+    /// Enlarges the store of `snapshot`, which reads through `upper`, for `chunks` more originals.
+    fn make_room(
+        &mut self,
+        record: &SnapshotSetRecord,
+        (snapshot, upper): (&SnapshotRecord, &SnapshotRecord),
+        chunks: u64,
+    ) -> Result<()> {
+        let chunk = record.chunk()?;
+        let lost = || set::no_snapshot(&format!("{}@{} is lost", record.volume, snapshot.name));
+        if layers::status(self.dm, record, snapshot)? == Some(SnapshotStatus::Overflow) {
+            // An earlier attempt found no space. The kernel takes no more writes until the store is read again.
+            let upper = self.needed(&record.names(upper).view)?;
+            let store = self.needed(&record.names(snapshot).store)?;
+            let table = kept::view_table(record.length()?, upper, store, chunk)?;
+            self.lead(record, snapshot, upper, &table)?;
+        }
+        let Some(SnapshotStatus::Active { used, total, .. }) = layers::status(self.dm, record, snapshot)?
+        else {
+            return Err(lost());
         };
-        let wanted = used.bytes() + size::worst_case(record.chunk()?.bytes() * chunks, record.chunk()?)?;
-        if wanted > store.file_bytes()? { store.enlarge(self.dm, wanted) } else { Ok(()) }
+        let wanted = used.bytes() + size::worst_case(chunk.bytes() * chunks, chunk)?;
+        // By the device: an enlargement that was killed may have reached the file only.
+        if wanted > total.bytes() { record.store(snapshot)?.enlarge(self.dm, wanted) } else { Ok(()) }
     }
 
     /// Step 4.
