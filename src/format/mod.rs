@@ -6,6 +6,7 @@ mod bytes;
 pub mod exception_store;
 pub mod filesystem_id;
 pub mod filesystem_log;
+pub mod filesystem_mount;
 mod secondary;
 pub mod segment_log;
 pub mod state;

@@ -1,12 +1,20 @@
 //! Snapshots that are kept.
 
 use crate::harness::Case;
+use crate::harness::case::{Cache, Disk};
 
 /// The cases of kept snapshots.
 pub fn cases() -> Vec<Case> {
     vec![
         chain("snapshot_chain", "random"),
         chain("snapshot_kills", "each"),
+        case("snapshot_power_cut", "snapshot_cut_before.sh")
+            .commands(&["fio"])
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(64) })
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(500) })
+            .power_cut_at("busy", 500)
+            .then("snapshot_cut_after.sh")
+            .limit_seconds(400),
         case("snapshot_use", "snapshot_use.sh")
             .commands(&["pvcreate", "vgcreate", "lvcreate", "vgchange", "vgremove", "wipefs", "blkid"])
             .disk_mib(40)

@@ -82,6 +82,33 @@ refused 'not attached' tidemark snapshot delete data@one --yes
 assert_same "its state meanwhile" "$(state data@one)" not-attached
 tidemark attach "$raw" --name data
 assert_same "its state afterwards" "$(state data@one)" valid
+# What a reboot leaves: the records and the files, and nothing in the kernel.
+forget() { dmsetup remove data && dmsetup ls | awk '/^data[@#]/ { print $1 }' | grep -v '[#]\(view\|store\|data\)$' | xargs -r -n 1 dmsetup remove &&
+    for pass in 1 2 3 4 5; do dmsetup ls | awk '/^data[@#]/ { print $1 }' | xargs -r -n 1 dmsetup remove 2>/dev/null || true; done; }
+note "without an order: what ext4 notes of its mounts decides"
+forget
+assert_same "devices left" "$(dmsetup ls | grep -c '^data' || true)" 0
+tidemark attach "$raw" --name data
+assert_same "its state after a crash" "$(state data@one)" valid
+mount /dev/mapper/data /mnt/data
+tidemark monitor 2>/dev/null &
+monitor=$!
+sleep 1
+kill "$monitor"
+wait "$monitor"
+echo more >/mnt/data/file
+umount /mnt/data
+mount /dev/mapper/data /mnt/data
+umount /mnt/data
+cp /var/lib/tidemark/snapshots/*.json /run/stale.json
+tidemark monitor 2>/dev/null &
+monitor=$!
+sleep 1
+kill "$monitor"
+wait "$monitor"
+forget
+tidemark attach "$raw" --name data
+assert_same "its state after mounts that the monitor saw" "$(state data@one)" valid
 tidemark detach data --keep-snapshots
 mount "$raw" /mnt/data
 umount /mnt/data

@@ -412,6 +412,7 @@ mod tests {
                 snapshot("e", "e", SnapshotState::Retired, None),
                 snapshot("f", "f", SnapshotState::Creating, None),
             ],
+            mounts: Some("ext4 0 mounts 7 last 1763712000 dirty 1".to_owned()),
             detached: Some(DetachedRecord {
                 at_utc_ns: 1_763_712_000_000_000_001,
                 seed: 7,

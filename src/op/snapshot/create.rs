@@ -17,6 +17,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::layers::refuse_other_set;
+use super::link;
 use super::set::{SnapshotSet, check_name, read_of};
 use super::settle::Settlement;
 use crate::base::limits::DIRECT_IO_ALIGN;
@@ -293,7 +294,7 @@ fn create(
     if let Some(Err(error)) = after {
         observer.event(&Event::Warning { text: error.to_string() });
     }
-    if let Err(error) = refresh_unit(set.record()) {
+    if let Err(error) = link::note_mounts(dm, &mut set).and_then(|()| refresh_unit(set.record())) {
         observer.event(&Event::Warning { text: error.to_string() });
     }
     let store =

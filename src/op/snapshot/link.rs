@@ -7,7 +7,10 @@
 //!   of the filesystem's log, and of a random sample: a mount changes ext4's superblock or the log of XFS; any other write
 //!   is found if it hits the sample. For anything else (a partition table, LUKS, LVM, a database) it is of the whole
 //!   device;
-//! - after a crash there is no such digest. Then the snapshots are lost, unless their devices still exist.
+//! - after a crash there is no such digest. An ext4 counts its mounts, and marks its journal as one that has to be
+//!   replayed while it is mounted ([`filesystem_mount`]). What was last seen of that is in the record: from `snapshot
+//!   create`, and within seconds of a mount from the monitor. If it is still so, no other boot or host has mounted the
+//!   filesystem. For anything but ext4 the snapshots are lost, unless their devices still exist.
 //!
 //! Order of taking apart, the crash argument: the volume's device goes first; then the digest is recorded; then the other
 //! devices go. Until the digest is recorded, they exist and hold the device. Order of putting together: devices, then
@@ -21,15 +24,15 @@ use std::thread;
 
 use sha2::{Digest as _, Sha256};
 
-use super::layers;
+use super::layers::{self, Place};
 use super::set::{SnapshotSet, find_existing, read_of};
 use super::settle::Settlement;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
-use crate::format::filesystem_log;
-use crate::format::state::{DetachedRecord, SnapshotState};
+use crate::format::state::{DetachedRecord, SnapshotSetRecord, SnapshotState};
+use crate::format::{filesystem_log, filesystem_mount};
 use crate::stack::change::NoIntents;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
@@ -148,7 +151,11 @@ fn build_keep(dm: &Dm, set: &mut SnapshotSet, own: &Table) -> Result<Table> {
     create(dm, set, &names.keep, ROLE_KEEP, &over)?;
     crash_point("snapshot.attach.assembled");
     // From here on the volume may be written.
-    set.change(|record| record.detached = None)?;
+    let found = mounts(dm, set.record())?;
+    set.change(|record| {
+        record.mounts = found;
+        record.detached = None;
+    })?;
     let keep = dm.info_of(names.keep.as_str())?.number;
     Table::single(own.length(), Target::Linear { device: keep, offset: Sectors::ZERO })
 }
@@ -193,13 +200,40 @@ fn remove_layers(dm: &Dm, set: &SnapshotSet) -> Result<()> {
 fn find_change(dm: &Dm, set: &SnapshotSet) -> Result<Option<String>> {
     let record = set.record();
     let Some(detached) = &record.detached else {
-        return Ok(Some(
-            "the volume was not detached in order, so nothing proves that its device was not written without them"
-                .to_owned(),
-        ));
+        // A crash. Its journal tells whether the filesystem was mounted since.
+        let found = mounts(dm, record)?;
+        let is_proven = found.is_some() && found == record.mounts;
+        return Ok((!is_proven).then(|| {
+            "the volume was not detached in order, and nothing proves that its device was not written without them"
+                .to_owned()
+        }));
     };
     let digest = digest(dm, &record.volume_names().data, detached.seed)?;
     Ok((digest != detached.digest).then(|| "the device was written while the volume was detached".to_owned()))
+}
+
+/// The trace of mounts on the device of a volume with snapshots; None if its filesystem leaves none.
+///
+/// # Errors
+/// The kernel's; I/O errors.
+pub fn mounts(dm: &Dm, record: &SnapshotSetRecord) -> Result<Option<String>> {
+    let Some(data) = layers::data(dm, record)?.filter(|data| data.has_active) else { return Ok(None) };
+    let device = dm.open_device(data.number, false, libc::O_DIRECT)?;
+    let mut head = AlignedBuffer::zeroed(filesystem_mount::HEAD_BYTES);
+    device.read_exact_at(&mut head, 0).io_context(|| format!("reading {}", data.name))?;
+    Ok(filesystem_mount::trace(&head))
+}
+
+/// Notes the trace of mounts in the record, if it has changed. Only while the volume leads to its snapshots.
+///
+/// # Errors
+/// As [`mounts`]; I/O errors.
+pub fn note_mounts(dm: &Dm, set: &mut SnapshotSet) -> Result<()> {
+    if layers::place(dm, set.record())? != Place::Led {
+        return Ok(());
+    }
+    let found = mounts(dm, set.record())?;
+    if found == set.record().mounts { Ok(()) } else { set.change(|record| record.mounts = found) }
 }
 
 /// The snapshots of a volume that is about to be detached.

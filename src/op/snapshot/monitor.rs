@@ -18,8 +18,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::delete;
-use super::layers;
-use super::set::read_all;
+use super::set::{SnapshotSet, read_all};
+use super::{layers, link};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{Dm, Slot, SnapshotStatus, node};
@@ -44,6 +44,9 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A store that cannot be enlarged is nearly full from this share of its size on, in per cent.
 pub const NEARLY_FULL_PERCENT: u64 = 80;
+
+/// Interval between two looks at the mounts of a volume.
+const MOUNTS_PAUSE: Duration = Duration::from_secs(2);
 
 /// Longest time for a hook.
 const HOOK_MAX: Duration = Duration::from_secs(30);
@@ -91,6 +94,8 @@ struct Monitor<'a> {
     notice: &'a dyn Fn(&str),
     clock: Stopwatch,
     watched: BTreeMap<String, Watched>,
+    /// When to look at the mounts of each set again.
+    mounts_at: BTreeMap<String, Instant>,
     /// A deletion in progress: the snapshot's name, and its result.
     deletion: Option<(String, JoinHandle<Result<()>>)>,
 }
@@ -112,6 +117,7 @@ pub fn run(
         notice,
         clock: Stopwatch::start(),
         watched: BTreeMap::new(),
+        mounts_at: BTreeMap::new(),
         deletion: None,
     };
     // Without a service manager there is nothing to tell.
@@ -178,6 +184,7 @@ impl Monitor<'_> {
     fn look_at_volume(&mut self, record: &SnapshotSetRecord) -> Result<Duration> {
         let mut pause = POLL_MAX;
         let Some(data) = layers::data(&self.dm, record)? else { return Ok(pause) };
+        self.note_mounts(record)?;
         for snapshot in record.linked() {
             let Some(view) = layers::view(&self.dm, record, &snapshot)?.filter(|view| view.has_active) else {
                 continue;
@@ -187,6 +194,22 @@ impl Monitor<'_> {
             }
         }
         Ok(pause)
+    }
+
+    /// Notes whether the filesystem was mounted or unmounted since the last look.
+    fn note_mounts(&mut self, record: &SnapshotSetRecord) -> Result<()> {
+        let now = Instant::now();
+        if self.mounts_at.get(&record.id).is_some_and(|at| now < *at) {
+            return Ok(());
+        }
+        self.mounts_at.insert(record.id.clone(), now + MOUNTS_PAUSE);
+        if link::mounts(&self.dm, record)? == record.mounts {
+            return Ok(());
+        }
+        match SnapshotSet::find_idle(&record.id)? {
+            Some(mut set) => link::note_mounts(&self.dm, &mut set),
+            None => Ok(()),
+        }
     }
 
     /// Looks at a snapshot that receives.

@@ -55,6 +55,15 @@ impl SnapshotSet {
         }
     }
 
+    /// As [`SnapshotSet::find`], but does not wait: None also if another command changes the set.
+    ///
+    /// # Errors
+    /// As [`SnapshotSet::find`].
+    pub fn find_idle(id: &str) -> Result<Option<Self>> {
+        let found = record::find::<SnapshotSetRecord>(Path::new(SET_DIR), id)?;
+        found.filter(|found| found.lock.is_some()).map(Self::of).transpose()
+    }
+
     /// The sets that no other process holds.
     ///
     /// # Errors
@@ -96,6 +105,7 @@ impl SnapshotSet {
             size_bytes: size.get(),
             chunk_bytes: chunk.bytes().get(),
             snapshots: Vec::new(),
+            mounts: None,
             detached: None,
         };
         Ok(Self { record: LockedRecord::create(Path::new(SET_DIR), &id, record)? })
