@@ -25,7 +25,7 @@ use std::thread;
 use sha2::{Digest as _, Sha256};
 
 use super::layers::{self, Place};
-use super::set::{SnapshotSet, find_existing, read_of};
+use super::set::{SnapshotSet, read_of};
 use super::settle::Settlement;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
@@ -263,7 +263,9 @@ pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapsho
     }
     // What a command that died has left is completed first.
     Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()?;
-    let set = find_existing(name, &|| Ok(()))?;
+    // That may have been the last of them.
+    let set = SnapshotSet::find(name, &|| Ok(()))?.filter(|set| !set.record().linked().is_empty());
+    let Some(set) = set else { return Ok(None) };
     for snapshot in &set.record().snapshots {
         let shown = set.record().names(snapshot).snapshot;
         if let Some(info) = dm.info(shown.as_str())?.filter(|info| info.open_count > 0) {
