@@ -18,7 +18,8 @@ pub fn completions(shell: Shell) -> String {
     String::from_utf8(script).expect("generated from UTF-8 names and help")
 }
 
-/// The pages as file name and roff text: `tidemark.1` first, then one for each visible command.
+/// The pages as file name and roff text: `tidemark.1` first, then one for each visible command, and for each command of
+/// a command.
 ///
 /// # Errors
 /// None in practice: the pages are written to memory.
@@ -27,7 +28,11 @@ pub fn man_pages() -> Result<Vec<(String, String)>> {
     root.build();
     let mut pages = vec![page(&root, "tidemark".to_owned())?];
     for command in root.get_subcommands().filter(|command| !command.is_hide_set()) {
-        pages.push(page(command, format!("tidemark-{}", command.get_name()))?);
+        let name = format!("tidemark-{}", command.get_name());
+        pages.push(page(command, name.clone())?);
+        for inner in command.get_subcommands() {
+            pages.push(page(inner, format!("{name}-{}", inner.get_name()))?);
+        }
     }
     Ok(pages)
 }
@@ -97,8 +102,16 @@ mod tests {
         let mut root = Cli::command();
         root.build();
         let pages = man_pages().unwrap();
-        for command in root.get_subcommands().filter(|command| !command.is_hide_set()) {
-            let name = format!("tidemark-{}.1", command.get_name());
+        let outer = root.get_subcommands().filter(|command| !command.is_hide_set());
+        let named = outer.flat_map(|command| {
+            let name = format!("tidemark-{}", command.get_name());
+            let inner = command.get_subcommands().map({
+                let name = name.clone();
+                move |inner| (format!("{name}-{}.1", inner.get_name()), inner)
+            });
+            std::iter::once((format!("{name}.1"), command)).chain(inner).collect::<Vec<_>>()
+        });
+        for (name, command) in named {
             let text = plain(&pages.iter().find(|page| page.0 == name).expect(&name).1);
             assert!(text.contains("EXAMPLES") && text.contains("EXIT STATUS"), "{name} shows an example");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {

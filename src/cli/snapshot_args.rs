@@ -10,7 +10,7 @@ use crate::base::Bytes;
 
 /// `tidemark snapshot`.
 #[derive(Clone, Debug, Args)]
-#[command(subcommand_required = true, arg_required_else_help = false)]
+#[command(subcommand_required = true, arg_required_else_help = false, disable_help_subcommand = true)]
 #[command(after_help = "Examples:
   tidemark snapshot create data --name monday
   tidemark snapshot list

@@ -19,7 +19,8 @@ const MAGIC: u16 = 0xef53;
 /// `EXT4_FEATURE_INCOMPAT_RECOVER`.
 const RECOVER: u32 = 4;
 
-/// The trace of mounts, as text: equal if no mount for writing and no replay came in between. None for anything but ext4.
+/// The trace of mounts, as text: equal if no mount for writing and no replay came in between. None for anything but
+/// ext4.
 #[must_use]
 pub fn trace(head: &[u8]) -> Option<String> {
     let head = head.get(..HEAD_BYTES)?;

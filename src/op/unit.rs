@@ -55,8 +55,9 @@ pub fn rewrite_volume(name: &str, device: &Path, stores: &[PathBuf]) -> Result<O
     is_installed.then(|| write_volume(name, device, stores)).transpose()
 }
 
-/// A volume with snapshots is attached once their records and stores can be read, so it cannot be ordered before all local
-/// mounts. Its own mount waits for it (`x-systemd.requires` in /etc/fstab). When it stops, it is detached in order.
+/// A volume with snapshots is attached once their records and stores can be read, so it cannot be ordered before all
+/// local mounts. Its own mount waits for it (`x-systemd.requires` in /etc/fstab). When it stops, it is detached in
+/// order.
 fn volume_text(name: &str, device: &Path, program: &Path, stores: &[PathBuf]) -> String {
     let device_unit = escape(device);
     let (before, needs, stop) = if stores.is_empty() {

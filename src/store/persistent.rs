@@ -7,7 +7,8 @@
 //! - The loop device has the autoclear flag, so it ends with the device-mapper device.
 //! - A file is created only under a name that is recorded already, and never replaces another file.
 //!
-//! Exceptions are read by [`exceptions`](super::exceptions). A store that no snapshot receives into any more is at rest.
+//! Exceptions are read by [`exceptions`](super::exceptions). A store that no snapshot receives into any more is at
+//! rest.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -36,8 +37,8 @@ use super::tail::{allocate, attach, loop_path, refresh_loop};
 /// Chunks of an origin whose exceptions are compared at once: one bit each, 32 MiB, 1 TiB with chunks of 4 KiB.
 const WINDOW_CHUNKS: u64 = 1 << 28;
 
-/// Logical block of the loop device. A snapshot's device has the largest block of those below it, and a filesystem whose
-/// sectors are smaller than that cannot be mounted from it.
+/// Logical block of the loop device. A snapshot's device has the largest block of those below it, and a filesystem
+/// whose sectors are smaller than that cannot be mounted from it.
 const BLOCK: Bytes = Bytes(SECTOR_BYTES);
 
 /// The file of a store, and the device that shows it.

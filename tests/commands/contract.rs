@@ -50,6 +50,33 @@ fn help_goes_to_standard_output_and_has_examples() {
 }
 
 #[test]
+fn the_commands_of_snapshot_keep_the_contract() {
+    for (name, required) in [
+        ("create", &["tidemark-test-none"][..]),
+        ("list", &[]),
+        ("show", &["tidemark-test-none@1"]),
+        ("mount", &["tidemark-test-none@1", "/mnt"]),
+        ("delete", &["tidemark-test-none@1"]),
+    ] {
+        let ran = run(&["snapshot", name, "--help"]);
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{name}");
+        assert!(ran.stdout.contains("Examples:") && ran.stdout.contains("--json"), "{name}:\n{}", ran.stdout);
+        let mut arguments = vec!["snapshot", name];
+        arguments.extend(required);
+        arguments.push("--no-such-option");
+        let ran = run(&arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{name}");
+        assert!(ran.stderr.contains("--no-such-option"), "{name}: {}", ran.stderr);
+        if !required.is_empty() {
+            assert_eq!(run(&["snapshot", name]).code, Some(2), "{name}");
+        }
+    }
+    for bad in ["no-at-sign", "x@", "@1", "x@a b"] {
+        assert_eq!(run(&["snapshot", "show", bad]).code, Some(2), "{bad}");
+    }
+}
+
+#[test]
 fn the_table_holds_every_command() {
     let ran = run(&["--help"]);
     assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));

@@ -1,5 +1,6 @@
-# A program of kept snapshots over a volume that is being written, random or with a kill at each point: created, deleted in any order, killed at random
-# steps, taken apart and put together, with copies in between. Every snapshot shows its instant at any time.
+# A program of kept snapshots over a volume that is being written, random or with a kill at each point: created, deleted
+# in any order, killed, taken apart and put together, with copies in between. Every snapshot shows its instant at any
+# time.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 

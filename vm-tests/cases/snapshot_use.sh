@@ -44,7 +44,8 @@ refused 'no snapshot' tidemark snapshot show data@none
 
 note "what a snapshot shows while its filesystem goes on"
 echo before >/mnt/data/file
-create --name one --hook-before 'echo before >>/run/hooks' --hook-frozen 'echo frozen >>/run/hooks' --hook-after 'echo after >>/run/hooks'
+create --name one --hook-before 'echo before >>/run/hooks' \
+    --hook-frozen 'echo frozen >>/run/hooks' --hook-after 'echo after >>/run/hooks'
 assert_same "the hooks" "$(xargs </run/hooks)" "before frozen after"
 echo between >/mnt/data/file
 create --name two
@@ -72,7 +73,8 @@ e2fsck -fn /dev/mapper/data@one >/run/fsck 2>&1 || fail "fsck of a snapshot: $(c
 
 note "internal devices are not found by their contents"
 uuid=$(blkid -s UUID -o value "$raw")
-assert_same "devices with this UUID" "$(blkid -t UUID="$uuid" -o device | grep -c 'data' || true)" "$(blkid -t UUID="$uuid" -o device | grep -cx '/dev/mapper/data' || true)"
+found=$(blkid -t UUID="$uuid" -o device)
+assert_same "devices with this UUID" "$(grep -c data <<<"$found" || true)" "$(grep -cx /dev/mapper/data <<<"$found" || true)"
 
 note "the snapshots of a volume that was detached, in order and not"
 umount /mnt/data
@@ -83,27 +85,26 @@ assert_same "its state meanwhile" "$(state data@one)" not-attached
 tidemark attach "$raw" --name data
 assert_same "its state afterwards" "$(state data@one)" valid
 # What a reboot leaves: the records and the files, and nothing in the kernel.
-forget() { dmsetup remove data && dmsetup ls | awk '/^data[@#]/ { print $1 }' | grep -v '[#]\(view\|store\|data\)$' | xargs -r -n 1 dmsetup remove &&
-    for pass in 1 2 3 4 5; do dmsetup ls | awk '/^data[@#]/ { print $1 }' | xargs -r -n 1 dmsetup remove 2>/dev/null || true; done; }
+forget() {
+    dmsetup remove data
+    # A device that another one uses goes in a later pass.
+    for _ in 1 2 3 4 5 6; do
+        dmsetup ls | awk '/^data[@#]/ { print $1 }' | xargs -r -n 1 dmsetup remove 2>/dev/null || true
+    done
+}
 note "without an order: what ext4 notes of its mounts decides"
 forget
 assert_same "devices left" "$(dmsetup ls | grep -c '^data' || true)" 0
 tidemark attach "$raw" --name data
 assert_same "its state after a crash" "$(state data@one)" valid
-mount /dev/mapper/data /mnt/data
 tidemark monitor 2>/dev/null &
 monitor=$!
-sleep 1
-kill "$monitor"
-wait "$monitor"
+recorded() { grep -q "dirty $1" /var/lib/tidemark/snapshots/*.json; }
+mount /dev/mapper/data /mnt/data
+wait_until 20 recorded 1
 echo more >/mnt/data/file
 umount /mnt/data
-mount /dev/mapper/data /mnt/data
-umount /mnt/data
-cp /var/lib/tidemark/snapshots/*.json /run/stale.json
-tidemark monitor 2>/dev/null &
-monitor=$!
-sleep 1
+wait_until 20 recorded 0
 kill "$monitor"
 wait "$monitor"
 forget
@@ -150,7 +151,7 @@ assert_no_snapshot_devices
 note "the monitor enlarges a store in time, and says when it cannot"
 tidemark monitor --hook 'echo "$TIDEMARK_EVENT $TIDEMARK_SNAPSHOT" >>/run/events' 2>/run/monitor.err &
 monitor=$!
-sleep 0.5
+sleep 1
 refused 'another monitor' tidemark monitor
 create --name d --store-size 4MiB
 tidemark status --check >/run/check || { cat /run/check; fail "status --check with a monitor"; }
@@ -169,6 +170,7 @@ note "the monitor deletes the oldest to make room, if it may"
 tidemark monitor --auto-delete oldest --hook 'echo "$TIDEMARK_EVENT $TIDEMARK_SNAPSHOT" >>/run/events' 2>/run/monitor.err &
 monitor=$!
 create --name old --store-size 24MiB
+wait_until 20 grep -q 'grown data@old' /run/events
 # The file system keeps a twentieth of its size as a reserve; beyond it there are 5 MiB.
 block=$(stat -f -c %S /mnt/stores)
 free=$(($(stat -f -c %a /mnt/stores) * block / 1048576))
@@ -177,7 +179,8 @@ fallocate -l $((free - size / 20 - 5))M /mnt/stores/filler
 create --name new --store-size 4MiB
 for i in $(seq 1 18); do
     dd if=/dev/urandom of=/mnt/data/big bs=256k count=1 seek=$i conv=notrunc oflag=direct status=none
-    sleep 0.5
+    sleep 0.8
+    if grep -q 'grown data@new' /run/events; then break; fi
 done
 sed "s/^/monitor: /" /run/events /run/monitor.err
 assert_same "the oldest" "$(state data@old)" gone

@@ -1,7 +1,7 @@
 """A random program of snapshots over a volume that is being written, against an oracle that knows every instant.
 
-Usage: snapshots.py SEED STEPS DEVICE STORE-DIRECTORY, or "each" instead of a number of steps: then commands are killed at
-every point, one after the other.
+Usage: snapshots.py SEED STEPS DEVICE STORE-DIRECTORY, or "each" instead of a number of steps: then commands are
+killed at every point, one after the other.
 
 The volume is an array of blocks of 4 KiB. A thread writes numbered blocks, one after the other, each durable before the
 next. So an image is right if and only if it is the state after the first m writes, for an m between those that were

@@ -19,7 +19,8 @@ pub struct SnapshotSetRecord {
     pub chunk_bytes: u64,
     /// The oldest first.
     pub snapshots: Vec<SnapshotRecord>,
-    /// The trace of mounts that was last seen on the device while the volume led to its snapshots; None if none was seen.
+    /// The trace of mounts that was last seen on the device while the volume led to its snapshots; None if none was
+    /// seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounts: Option<String>,
     /// What the volume held when it was detached; None while it is attached, and after a crash.

@@ -115,7 +115,8 @@ pub struct Created {
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a volume that was not attached, is being copied, or
-/// cannot have snapshots; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not fit; the kernel's.
+/// cannot have snapshots; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not fit; the
+/// kernel's.
 pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
     require_root("creating a snapshot")?;
     let origin = volume::resolve(&request.volume)?;

@@ -1,7 +1,7 @@
 //! What the kernel has of a set of snapshots. Changes nothing.
 //!
-//! A device counts only if name *and* UUID are those of the set: another set, of a volume that had the name before or is
-//! seen in another mount namespace, has devices of the same names.
+//! A device counts only if name *and* UUID are those of the set: another set, of a volume that had the name before or
+//! is seen in another mount namespace, has devices of the same names.
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, ROLE_VIEW, ROLE_VOLUME};
@@ -137,8 +137,8 @@ pub fn status(
     }
 }
 
-/// True if the store has failed or was full when an original should have been preserved. "Overflow" is no such state: the
-/// kernel reports it when a write *to the snapshot* finds no space, which loses no original (`__origin_write` and
+/// True if the store has failed or was full when an original should have been preserved. "Overflow" is no such state:
+/// the kernel reports it when a write *to the snapshot* finds no space, which loses no original (`__origin_write` and
 /// `snapshot_map` in Linux `drivers/md/dm-snap.c`).
 #[must_use]
 pub fn is_lost(status: &SnapshotStatus) -> bool {

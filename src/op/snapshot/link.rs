@@ -1,20 +1,20 @@
 //! Takes a volume with snapshots apart, and puts it together again.
 //!
-//! A snapshot shows its instant only if every write to the volume since then has gone through it. So the layers are made
-//! before the volume, and nothing writes to the device in between: `data` holds it exclusively. Whether anything wrote
-//! to it while it was detached is found by what is on it:
-//! - `detach --keep-snapshots` records a digest. If an ext4 or XFS covers the device, it is of the first and the last MiB,
-//!   of the filesystem's log, and of a random sample: a mount changes ext4's superblock or the log of XFS; any other write
-//!   is found if it hits the sample. For anything else (a partition table, LUKS, LVM, a database) it is of the whole
-//!   device;
+//! A snapshot shows its instant only if every write to the volume since then has gone through it. So the layers are
+//! made before the volume, and nothing writes to the device in between: `data` holds it exclusively. Whether anything
+//! wrote to it while it was detached is found by what is on it:
+//! - `detach --keep-snapshots` records a digest. If an ext4 or XFS covers the device, it is of the first and the last
+//!   MiB, of the filesystem's log, and of a random sample: a mount changes ext4's superblock or the log of XFS; any
+//!   other write is found if it hits the sample. For anything else (a partition table, LUKS, LVM, a database) it is
+//!   of the whole device;
 //! - after a crash there is no such digest. An ext4 counts its mounts, and marks its journal as one that has to be
 //!   replayed while it is mounted ([`filesystem_mount`]). What was last seen of that is in the record: from `snapshot
 //!   create`, and within seconds of a mount from the monitor. If it is still so, no other boot or host has mounted the
 //!   filesystem. For anything but ext4 the snapshots are lost, unless their devices still exist.
 //!
-//! Order of taking apart, the crash argument: the volume's device goes first; then the digest is recorded; then the other
-//! devices go. Until the digest is recorded, they exist and hold the device. Order of putting together: devices, then
-//! the record without digest, then the volume.
+//! Order of taking apart, the crash argument: the volume's device goes first; then the digest is recorded; then the
+//! other devices go. Until the digest is recorded, they exist and hold the device. Order of putting together:
+//! devices, then the record without digest, then the volume.
 
 use std::fs::File;
 use std::io;
@@ -45,7 +45,8 @@ const ENDS: Bytes = Bytes::mib(1);
 /// Most bytes of the filesystem's log that the digest contains.
 const LOG_BYTES_MAX: Bytes = Bytes::mib(256);
 
-/// Blocks of the sample. A change of one in a hundred of all blocks is missed with a probability of 0.99^1024 = 0.00003.
+/// Blocks of the sample. A change of one in a hundred of all blocks is missed with a probability of 0.99^1024 =
+/// 0.00003.
 const SAMPLE: u64 = 1024;
 
 /// Unit in which a device is read whole.
@@ -275,8 +276,8 @@ pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapsho
     Ok(Some(Snapshots { set }))
 }
 
-/// The layers of volume `name`, which does not exist any more: a detach that was killed has left them. None if there are
-/// none.
+/// The layers of volume `name`, which does not exist any more: a detach that was killed has left them. None if there
+/// are none.
 ///
 /// # Errors
 /// The kernel's; I/O errors.
@@ -357,8 +358,8 @@ fn digest(dm: &Dm, name: &str, seed: u64) -> Result<String> {
 
 type Hash = [u8; 32];
 
-/// The SHA-256 of an extent of `device`. No CRC would do: ext4 ends its superblock with its own CRC-32C, and the CRC-32C of
-/// a block that ends so is the same whatever the block holds.
+/// The SHA-256 of an extent of `device`. No CRC would do: ext4 ends its superblock with its own CRC-32C, and the
+/// CRC-32C of a block that ends so is the same whatever the block holds.
 fn hash(device: &File, extent: Extent) -> io::Result<Hash> {
     let mut buffer = AlignedBuffer::zeroed(ENDS.min(extent.length()).as_len());
     let (mut at, mut hash) = (extent.start(), Sha256::new());

@@ -6,8 +6,8 @@
 //! - it takes no lock for an enlargement, since a deletion may hold the lock for as long as it copies originals up. A
 //!   store that is removed meanwhile fails to be enlarged, and nothing else happens;
 //! - a warning is given once, until its cause is gone;
-//! - it deletes nothing unless it was told to, and then only the oldest snapshot of the volume whose store would fill, if
-//!   that frees space where it is needed;
+//! - it deletes nothing unless it was told to, and then only the oldest snapshot of the volume whose store would
+//!   fill, if that frees space where it is needed;
 //! - hooks and deletions run in threads of their own, and delay no enlargement.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -164,8 +164,8 @@ impl Settlement<'_> {
     /// Step 2. `is_building`: the volume is not attached yet, so a view that is missing has missed nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) if the newest view was removed while the volume
-    /// was in use; the kernel's; I/O errors.
+    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) if the newest view was removed while the
+    /// volume was in use; the kernel's; I/O errors.
     pub fn assemble(&mut self, is_building: bool) -> Result<()> {
         let record = self.set.record().clone();
         let length = record.length()?;
@@ -259,9 +259,9 @@ impl Settlement<'_> {
         })
     }
 
-    /// Records which snapshots are lost because a store has failed or was full: that one's, and all that are read through
-    /// it. The kernel may be unable to note it in the store, and a table that is loaded again would take the store for
-    /// whole.
+    /// Records which snapshots are lost because a store has failed or was full: that one's, and all that are read
+    /// through it. The kernel may be unable to note it in the store, and a table that is loaded again would take the
+    /// store for whole.
     fn note_lost(&mut self) -> Result<()> {
         let record = self.set.record().clone();
         let mut why = None;
