@@ -1,7 +1,8 @@
 //! What ext4 notes on its device at every mount: any other host or boot that mounts it leaves a trace there.
 //!
 //! A mount for writing increments a count and writes its time. While it is mounted for writing, a flag says that its
-//! journal has to be replayed; a replay, also by a mount that is read-only, clears it.
+//! journal has to be replayed; a replay, also by a mount that is read-only, clears it. Programs such as e2fsck and
+//! tune2fs write the time of the superblock's last change, which counts while the filesystem is not mounted.
 //!
 //! Pure: the caller reads. Decoding never panics.
 //!
@@ -29,10 +30,17 @@ pub fn trace(head: &[u8]) -> Option<String> {
         return None;
     }
     let uuid: String = get::<16>(block, 0x68).iter().map(|byte| format!("{byte:02x}")).collect();
-    let [time_high] = get::<1>(block, 0x275);
-    let time = (u64::from(time_high) << 32) | u64::from(get_u32(block, 0x2c));
-    let is_dirty = u8::from(get_u32(block, 0x60) & RECOVER != 0);
-    Some(format!("ext4 {uuid} mounts {} last {time} dirty {is_dirty}", get_u16(block, 0x34)))
+    let time = |low: usize, high: usize| {
+        let [high] = get::<1>(block, high);
+        (u64::from(high) << 32) | u64::from(get_u32(block, low))
+    };
+    let (mounted, written) = (time(0x2c, 0x275), time(0x30, 0x274));
+    let state = match get_u32(block, 0x60) & RECOVER {
+        // It is not mounted for writing, so the time of its last change stays.
+        0 => format!("dirty 0 written {written}"),
+        _ => "dirty 1".to_owned(),
+    };
+    Some(format!("ext4 {uuid} mounts {} last {mounted} {state}", get_u16(block, 0x34)))
 }
 
 #[cfg(test)]
@@ -46,11 +54,11 @@ mod tests {
         head[SUPER + 0x38..SUPER + 0x3a].copy_from_slice(&MAGIC.to_le_bytes());
         head[SUPER + 0x34] = 7;
         let first = trace(&head).unwrap();
-        assert_eq!(first, format!("ext4 {} mounts 7 last 0 dirty 0", "0".repeat(32)));
+        assert_eq!(first, format!("ext4 {} mounts 7 last 0 dirty 0 written 0", "0".repeat(32)));
         for at in 0..HEAD_BYTES {
             let mut other = head.clone();
             other[at] ^= 4;
-            let is_mark = [0x2c..0x30, 0x34..0x36, 0x68..0x78, 0x275..0x276, 0x60..0x61]
+            let is_mark = [0x2c..0x36, 0x68..0x78, 0x274..0x276, 0x60..0x61]
                 .iter()
                 .any(|marks| at >= SUPER && marks.contains(&(at - SUPER)));
             let is_magic = (SUPER + 0x38..SUPER + 0x3a).contains(&at);
