@@ -415,6 +415,17 @@ impl Dm {
         Ok(())
     }
 
+    /// Removes the internal device `name` if it has this UUID. Another device of that name, or none, is no error.
+    ///
+    /// # Errors
+    /// As [`Dm::remove`].
+    pub fn remove_if_it_is(&self, name: &str, identity: &DeviceIdentity) -> Result<()> {
+        match self.info(name)? {
+            Some(info) if info.uuid == identity.uuid() => self.remove(name, Udev::Internal),
+            _ => Ok(()),
+        }
+    }
+
     /// Creates a device and activates its table; removes it again if a step fails.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use crate::volume::lvm_lock::LvmScope;
 use super::attach::recorded_volumes;
 use super::request::CopyRequest;
 use super::snapshot::list::{SnapshotView, State, views_of};
-use super::snapshot::monitor::{self, NEARLY_FULL_PERCENT};
+use super::snapshot::monitor::{self, is_nearly_full};
 use super::snapshot::set::read_all;
 use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};
@@ -204,10 +204,6 @@ fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
         status.warnings.extend(warning);
     }
     Ok(())
-}
-
-fn is_nearly_full(used: Bytes, total: Bytes) -> bool {
-    used.get() / NEARLY_FULL_PERCENT * 100 >= total.get()
 }
 
 impl Status {

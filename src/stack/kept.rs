@@ -34,7 +34,7 @@ use crate::volume::FreezeSet;
 use super::change::{Action, Change, IntentLog, Step};
 use super::member::Member;
 use super::model::{AtInstant, HoldTimes, StackRequest};
-use super::plan::{guard, own, restoration, resume, resume_with_own_table, suspend};
+use super::plan::{own, restoration, resume, resume_with_own_table, suspend, undo_by_reload};
 use super::runner::Runner;
 use super::watchdog::Standby;
 use super::{RESTORE_ATTEMPTS, RESTORE_BUDGET_FACTOR, form, own_table, refuse_own_record};
@@ -167,15 +167,8 @@ impl Plan<'_> {
         let change = self.freeze(self.layer(change, ROLE_KEEP, keep, true));
         let through = Template::new(format!("0 {length} linear {{{}}} 0", self.names.keep));
         let load = Action::Load { device: volume.clone(), table: through };
-        // The undo of the switch reloads the own table under another watchdog, as that of an insertion does.
-        let switch = Step::new("switch", resume(volume))
-            .undo(Action::Thaw { filesystems: self.capture.filesystems.clone() })
-            .undo(Action::Dismiss)
-            .undo(guard(volume))
-            .undo(Action::Load { device: volume.clone(), table: self.own_table.into() })
-            .undo(suspend(volume, false, false))
-            .undo(resume(volume))
-            .undo(Action::Dismiss);
+        let switch = Step::new("switch", resume(volume));
+        let switch = undo_by_reload(switch, volume, self.own_table, &self.capture.filesystems);
         let change = change
             .then(Step::new("load-volume", load).undo(Action::Clear { device: volume.clone() }))
             .then(self.suspend())

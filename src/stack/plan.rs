@@ -120,17 +120,21 @@ impl<'a> PlannedOrigin<'a> {
     fn switch(&self, held: &[String], filesystems: &[PathBuf]) -> Step {
         let origin = self.origin();
         let step = self.step("switch", resume(origin));
-        held.iter()
-            .flat_map(|held| resume_with_own_table(held))
-            .fold(step, Step::undo)
-            .undo(Action::Thaw { filesystems: filesystems.to_vec() })
-            .undo(Action::Dismiss)
-            .undo(guard(origin))
-            .undo(Action::Load { device: origin.to_owned(), table: self.own_table.into() })
-            .undo(suspend(origin, false, false))
-            .undo(resume(origin))
-            .undo(Action::Dismiss)
+        let step = held.iter().flat_map(|held| resume_with_own_table(held)).fold(step, Step::undo);
+        undo_by_reload(step, origin, self.own_table, filesystems)
     }
+}
+
+/// Adds the undo of a step after which `origin` uses the new table: a thaw, then a reload of `own_table` under a
+/// watchdog of its own.
+pub(super) fn undo_by_reload(step: Step, origin: &str, own_table: &Table, filesystems: &[PathBuf]) -> Step {
+    step.undo(Action::Thaw { filesystems: filesystems.to_vec() })
+        .undo(Action::Dismiss)
+        .undo(guard(origin))
+        .undo(Action::Load { device: origin.to_owned(), table: own_table.into() })
+        .undo(suspend(origin, false, false))
+        .undo(resume(origin))
+        .undo(Action::Dismiss)
 }
 
 /// The plan of restoring the origin's own table, if its active table is `current`.
@@ -164,7 +168,7 @@ pub(super) fn own(origin: &str, table: impl Into<Template>) -> Action {
     Action::Own { device: origin.to_owned(), table: table.into() }
 }
 
-pub(super) fn guard(origin: &str) -> Action {
+fn guard(origin: &str) -> Action {
     Action::Guard { devices: vec![origin.to_owned()], filesystems: Vec::new() }
 }
 

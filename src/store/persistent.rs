@@ -32,7 +32,7 @@ use crate::sys::process::crash_point;
 use super::exceptions::{ExceptionReader, StoreDevice, StoreWriter};
 use super::place::{device_bytes, free_beyond_reserve};
 use super::size;
-use super::tail::{allocate, attach, loop_path, refresh_loop};
+use super::tail::{allocate, attach, extend, loop_path, refresh_loop};
 
 /// Chunks of an origin whose exceptions are compared at once: one bit each, 32 MiB, 1 TiB with chunks of 4 KiB.
 const WINDOW_CHUNKS: u64 = 1 << 28;
@@ -179,12 +179,7 @@ impl PersistentStore {
             if free_beyond_reserve(&space) < to - from {
                 return Err(self.no_space().context(what()));
             }
-            if let Err(error) = allocate(&file, from, to) {
-                let error = Error::io(what(), error);
-                return Err(error.after_undo(
-                    file.set_len(from.get()).io_context(|| "releasing a part of it".to_owned()),
-                ));
-            }
+            extend(&file, from, to, what)?;
             file.sync_all().io_context(what)?;
         }
         crash_point("snapshot.store.allocated");
@@ -246,10 +241,7 @@ impl PersistentStore {
     /// # Errors
     /// The kernel's.
     pub fn hide(&self, dm: &Dm) -> Result<()> {
-        match dm.info(self.device.as_str())? {
-            Some(info) if info.uuid == self.identity.uuid() => dm.remove(&self.device, Udev::Internal),
-            _ => Ok(()),
-        }
+        dm.remove_if_it_is(&self.device, &self.identity)
     }
 
     /// Reads the exceptions. `status`: that of the snapshot that receives into the store; None if it is at rest.

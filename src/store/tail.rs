@@ -243,14 +243,7 @@ impl Tail {
         if target <= self.bytes {
             return Err(no_space(&what()));
         }
-        if let Err(error) = allocate(file, self.bytes, target) {
-            // The loop device still shows the old size, so nothing uses the new space.
-            let error = Error::io(what(), error);
-            return Err(match file.set_len(self.bytes.get()) {
-                Ok(()) => error,
-                Err(undo) => error.with_failed_undo(Error::io("releasing a part of it", undo)),
-            });
-        }
+        extend(file, self.bytes, target, what)?;
         device.refresh_size().io_context(what)?;
         self.bytes = target;
         Ok(target)
@@ -353,6 +346,13 @@ fn create_nameless(directory: &Path, record: &mut Record) -> Result<File> {
     fs::remove_file(&path).io_context(what)?;
     record.note_file(None)?;
     Ok(file)
+}
+
+/// Allocates `from..to` after the present end of `file`, or leaves it as it is. The loop device still shows the old
+/// size, so nothing uses the new space yet.
+pub(super) fn extend(file: &File, from: Bytes, to: Bytes, what: impl Fn() -> String) -> Result<()> {
+    let undo = || file.set_len(from.get()).io_context(|| "releasing a part of it".to_owned());
+    allocate(file, from, to).map_err(|error| Error::io(what(), error).after_undo(undo()))
 }
 
 /// Allocates `from..to`, by writing zeros if the filesystem cannot allocate.

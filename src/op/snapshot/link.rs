@@ -61,16 +61,12 @@ const BLOCK: Bytes = Bytes::kib(4);
 /// True if `table`, of volume `name`, leads to `device` through the layers of its snapshots.
 #[must_use]
 pub fn leads_to(dm: &Dm, name: &str, table: &Table, device: DeviceNumber) -> bool {
-    read_of(name).ok().flatten().is_some_and(|set| {
-        let names = set.volume_names();
-        let is_led = |keep: DeviceNumber| table.maps_to(keep);
-        let is_on = |data: Option<Table>| data.is_some_and(|table| table.maps_to(device));
-        let keep = dm.info(names.keep.as_str()).ok().flatten().map(|info| info.number);
-        keep.is_some_and(is_led) && is_on(dm.table(names.data.as_str(), Slot::Active).ok().flatten())
-    })
+    let keep = read_of(name).ok().flatten().and_then(|set| layers::keep(dm, &set).ok().flatten());
+    keep.is_some_and(|keep| table.maps_to(keep.number))
+        && is_held_by_layers(dm, name, device).unwrap_or(false)
 }
 
-/// True if the layers of the snapshots of volume `name` exist without it, and hold `device`.
+/// True if the layers of the snapshots of volume `name` exist and hold `device`.
 ///
 /// # Errors
 /// The kernel's; I/O errors.

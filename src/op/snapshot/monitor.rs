@@ -43,7 +43,7 @@ const POLL_SHARE: u64 = 8;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A store that cannot be enlarged is nearly full from this share of its size on, in per cent.
-pub const NEARLY_FULL_PERCENT: u64 = 80;
+const NEARLY_FULL_PERCENT: u64 = 80;
 
 /// Interval between two looks at the mounts of a volume.
 const MOUNTS_PAUSE: Duration = Duration::from_secs(2);
@@ -152,6 +152,12 @@ fn lock() -> Result<LockedFile> {
             .state("nothing was changed")
             .next("systemctl status tidemark-monitor")
     })
+}
+
+/// True if a store that cannot be enlarged is about to fill.
+#[must_use]
+pub fn is_nearly_full(used: Bytes, total: Bytes) -> bool {
+    used.get() / NEARLY_FULL_PERCENT * 100 >= total.get()
 }
 
 /// True if a monitor runs on this host.
@@ -283,7 +289,7 @@ impl Monitor<'_> {
         (used, total): (Bytes, Bytes),
         error: &Error,
     ) -> Result<()> {
-        if used.get() / NEARLY_FULL_PERCENT * 100 < total.get() {
+        if !is_nearly_full(used, total) {
             return Ok(());
         }
         let name = format!("{}@{}", record.volume, snapshot.name);

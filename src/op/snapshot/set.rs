@@ -69,15 +69,8 @@ impl SnapshotSet {
     /// # Errors
     /// I/O errors.
     pub fn find_all() -> Result<Vec<Result<Self>>> {
-        let mut found = Vec::new();
-        for id in record::ids(Path::new(SET_DIR))? {
-            match record::find::<SnapshotSetRecord>(Path::new(SET_DIR), &id) {
-                Ok(Some(set)) if set.lock.is_some() => found.push(Self::of(set)),
-                Ok(_) => {}
-                Err(error) => found.push(Err(error)),
-            }
-        }
-        Ok(found)
+        let ids = record::ids(Path::new(SET_DIR))?;
+        Ok(ids.iter().filter_map(|id| Self::find_idle(id).transpose()).collect())
     }
 
     fn of(found: FoundRecord<SnapshotSetRecord>) -> Result<Self> {

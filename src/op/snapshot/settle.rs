@@ -154,11 +154,7 @@ impl Settlement<'_> {
 
     /// Removes one of our devices, if it exists.
     fn remove(&self, name: &str, role: &str, snapshot: &SnapshotRecord) -> Result<()> {
-        let is_ours = self.set.record().identity(role, snapshot).uuid();
-        match self.dm.info(name)? {
-            Some(info) if info.uuid == is_ours => self.dm.remove(name, Udev::Internal),
-            _ => Ok(()),
-        }
+        self.dm.remove_if_it_is(name, &self.set.record().identity(role, snapshot))
     }
 
     /// Step 2. `is_building`: the volume is not attached yet, so a view that is missing has missed nothing.
@@ -507,11 +503,7 @@ impl Settlement<'_> {
 
     fn remove_of_volume(&self, name: &str, role: &str) -> Result<()> {
         let record = self.set.record();
-        let uuid = DeviceIdentity::new(&record.volume, role, &record.id).uuid();
-        match self.dm.info(name)? {
-            Some(info) if info.uuid == uuid => self.dm.remove(name, Udev::Internal),
-            _ => Ok(()),
-        }
+        self.dm.remove_if_it_is(name, &DeviceIdentity::new(&record.volume, role, &record.id))
     }
 }
 
