@@ -423,6 +423,7 @@ pub fn state_text(state: &State) -> &'static str {
         State::Valid => "valid",
         State::Invalid => "LOST",
         State::NeedsLost => "LOST with a newer one",
+        State::Full => "FULL",
         State::NotAttached => "not attached",
         State::Creating => "being created",
         State::Deleting => "being deleted",
@@ -445,8 +446,14 @@ pub fn snapshot_rows(views: &[SnapshotView]) -> String {
     let mut rows = vec![row(&["KEPT SNAPSHOT", "STATE", "INSTANT", "AGE", "USED", "STORE"])];
     rows.extend(views.iter().map(|view| {
         vec![
-            view.snapshot.clone(),
-            state_text(&view.state).to_owned(),
+            match &view.clone_of {
+                Some(snapshot) => format!("{} (clone of {snapshot})", view.snapshot),
+                None => view.snapshot.clone(),
+            },
+            match view.rollback_percent {
+                Some(percent) => format!("{}, rolling back {percent} %", state_text(&view.state)),
+                None => state_text(&view.state).to_owned(),
+            },
             view.instant.clone().unwrap_or_else(|| "-".to_owned()),
             age_text(view.age_seconds),
             size_text(view.used),

@@ -8,14 +8,18 @@ use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
 use super::resolve::{reject_dash, volume_name};
 use super::signals::{interrupt, stop_on_signals};
-use super::snapshot_args::{AutoDeleteArg, CreateArgs, MonitorArgs, SnapshotArgs, SnapshotCommand};
+use super::snapshot_args::{
+    AutoDeleteArg, CloneArgs, CreateArgs, MonitorArgs, RollbackArgs, SnapshotArgs, SnapshotCommand,
+};
 use crate::base::{ChunkSize, Result};
 use crate::op::request::Hooks;
+use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, Created};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
 use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
 use crate::op::snapshot::monitor::{self, MonitorRequest};
 use crate::op::snapshot::mount::{self, Mounted};
+use crate::op::snapshot::rollback::{self, RollbackPlan, RollbackRequest, RolledBack};
 use crate::op::snapshot::set::parse_name;
 use crate::op::unit;
 use crate::sys::privilege::require_root;
@@ -41,6 +45,8 @@ pub fn run(args: &SnapshotArgs, output: Output) -> Result<()> {
             reject_dash(&args.directory, "the directory")?;
             output.report("snapshot mount", &mount::mount(&args.snapshot, &args.directory)?)
         }
+        SnapshotCommand::Clone(args) => clone(args, output),
+        SnapshotCommand::Rollback(args) => rollback(args, output),
         SnapshotCommand::Delete(args) => {
             let plan = delete::plan(&args.snapshots)?;
             let destroys = format!("{} will be deleted", plan.snapshots.join(", "));
@@ -93,6 +99,41 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
     output.report("snapshot create", &created)
 }
 
+fn clone(args: &CloneArgs, output: Output) -> Result<()> {
+    parse_name(&args.snapshot)?;
+    let plan = clone::plan(&CloneRequest {
+        snapshot: args.snapshot.clone(),
+        name: args.name.clone(),
+        store: args.store.clone(),
+        store_size: args.store_size,
+    })?;
+    if args.dry_run {
+        return output.plan("snapshot clone", &plan);
+    }
+    stop_on_signals(output)?;
+    output.report("snapshot clone", &clone::run(&plan, &|text| output.note(text), &interrupt)?)
+}
+
+fn rollback(args: &RollbackArgs, output: Output) -> Result<()> {
+    parse_name(&args.snapshot)?;
+    if args.cancel {
+        return output.report("snapshot rollback", &rollback::cancel(&args.snapshot, &interrupt)?);
+    }
+    let plan = rollback::plan(&RollbackRequest {
+        snapshot: args.snapshot.clone(),
+        at_attach: args.at_attach,
+        reserve: args.reserve,
+        store: args.store.clone(),
+        no_wait: args.no_wait,
+    })?;
+    let destroys = format!("what was written to {} since {} will be replaced", plan.volume, args.snapshot);
+    if !confirmed(output, "snapshot rollback", args.consent, Some(&destroys), &plan)? {
+        return Ok(());
+    }
+    stop_on_signals(output)?;
+    output.report("snapshot rollback", &rollback::run(&plan, &|text| output.note(text), &interrupt)?)
+}
+
 /// The list, as a report.
 #[derive(Serialize)]
 #[serde(transparent)]
@@ -111,6 +152,8 @@ impl Human for SnapshotDetails {
         let path = view.path.as_ref().map_or_else(|| "-".to_owned(), |path| path.display().to_string());
         let lines = [
             ("snapshot", view.snapshot.clone()),
+            ("clone of", view.clone_of.clone().unwrap_or_else(|| "-".to_owned())),
+            ("clones", if view.clones.is_empty() { "-".to_owned() } else { view.clones.join(", ") }),
             ("state", state_text(&view.state).to_owned()),
             ("lost", view.lost.clone().unwrap_or_else(|| "-".to_owned())),
             ("instant", view.instant.clone().unwrap_or_else(|| "-".to_owned())),
@@ -156,6 +199,56 @@ impl Human for Created {
             self.suspended_ms,
             self.next
         )
+    }
+}
+
+impl Human for ClonePlan {
+    fn human(&self) -> String {
+        format!(
+            "clone:    {} of {}\nstore:    {} in {}\n",
+            self.clone,
+            self.request.snapshot,
+            self.store_bytes,
+            self.directory.display()
+        )
+    }
+}
+
+impl Human for Cloned {
+    fn human(&self) -> String {
+        format!(
+            "created: {} of {}, as {}\nstore:   {} ({})\nnext:    {}\n",
+            self.clone,
+            self.snapshot,
+            self.path.display(),
+            self.store.display(),
+            self.store_bytes,
+            self.next
+        )
+    }
+}
+
+impl Human for RollbackPlan {
+    fn human(&self) -> String {
+        let instant = self.instant.as_deref().unwrap_or("unknown");
+        format!(
+            "volume:   {}\nshows:    {}, of {instant}\nfiles in: {}\n",
+            self.volume,
+            self.request.snapshot,
+            self.directory.display()
+        )
+    }
+}
+
+impl Human for RolledBack {
+    fn human(&self) -> String {
+        let Self { snapshot, path, complete, next } = self;
+        let state = if *complete { "rolled back" } else { "rollback" };
+        let mut text = format!("{state}: {} to {snapshot}\n", path.display());
+        if let Some(next) = next {
+            text.push_str(&format!("next: {next}\n"));
+        }
+        text
     }
 }
 

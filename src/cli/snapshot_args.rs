@@ -31,9 +31,13 @@ pub enum SnapshotCommand {
     List(ListArgs),
     /// Show one snapshot, and how much of its store is its own
     Show(ShowArgs),
-    /// Mount a snapshot read-only, with the options that its filesystem needs
+    /// Mount a snapshot read-only, or a clone, with the options that its filesystem needs
     Mount(MountArgs),
-    /// Delete snapshots of one volume
+    /// Make a writable image of a snapshot, as /dev/mapper/VOLUME@NAME
+    Clone(CloneArgs),
+    /// Let a volume show a snapshot again, and go on from there; its other snapshots stay
+    Rollback(RollbackArgs),
+    /// Delete snapshots and clones of one volume
     Delete(DeleteArgs),
 }
 
@@ -108,6 +112,59 @@ pub struct MountArgs {
     /// An existing directory
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub directory: PathBuf,
+}
+
+/// `tidemark snapshot clone`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark snapshot clone data@monday --name test
+  tidemark snapshot mount data@test /mnt/test")]
+pub struct CloneArgs {
+    /// The snapshot
+    #[arg(value_name = "VOLUME@NAME")]
+    pub snapshot: String,
+    /// The clone's name [default: the next free number]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Directory for the file of its store, on another filesystem than the volume's [default: /var/lib/tidemark]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
+    pub store: Option<PathBuf>,
+    /// Size of the store [default: a fifth of the volume]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub store_size: Option<Bytes>,
+    /// Show the plan, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `tidemark snapshot rollback`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  umount /srv && tidemark snapshot rollback data@monday --yes && mount /srv
+  tidemark snapshot rollback root@before-upgrade --at-attach --yes && reboot")]
+pub struct RollbackArgs {
+    /// The snapshot
+    #[arg(value_name = "VOLUME@NAME")]
+    pub snapshot: String,
+    /// Roll back when the volume is attached next, at boot: for a volume that cannot be unmounted
+    #[arg(long, conflicts_with = "no_wait")]
+    pub at_attach: bool,
+    /// Cancel a rollback that was planned with --at-attach
+    #[arg(long, conflicts_with_all = ["at_attach", "no_wait", "reserve", "store", "dry_run", "yes"])]
+    pub cancel: bool,
+    /// What may be written to the volume while the snapshot is merged [default: anything, for which the newest
+    /// snapshot's store gets all the space that it can need]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub reserve: Option<Bytes>,
+    /// Directory for the files of the rollback [default: that of the snapshot's store]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
+    pub store: Option<PathBuf>,
+    /// Return as soon as the volume can be used; the kernel goes on merging
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Confirmation.
+    #[command(flatten)]
+    pub consent: Consent,
 }
 
 /// `tidemark snapshot delete`.

@@ -46,20 +46,37 @@ pub const ROLE_KEPT: &str = "kept";
 pub const ROLE_DATA: &str = "data";
 /// Preserves originals for kept snapshots: `snapshot-origin` over [`ROLE_DATA`].
 pub const ROLE_KEEP: &str = "keep";
+/// Merges a snapshot into the volume that is rolled back to it.
+pub const ROLE_MERGE: &str = "merge";
+/// The log of such a merge.
+pub const ROLE_LOG: &str = "log";
 /// The COW store of a kept snapshot.
 pub const ROLE_STORE: &str = "store";
 /// The kernel's snapshot target of a kept snapshot.
 pub const ROLE_VIEW: &str = "view";
 /// What users see of a kept snapshot: read-only, over its [`ROLE_VIEW`].
 pub const ROLE_SNAPSHOT: &str = "snapshot";
+/// What users see of a clone of a kept snapshot: writable, over its [`ROLE_VIEW`].
+pub const ROLE_CLONE: &str = "clone";
 /// A second name for the device that a view is about to read through.
 pub const ROLE_ALIAS: &str = "alias";
 
 /// True for the role of a device that stays when the command that created it ends.
 #[must_use]
 pub fn is_lasting(role: &str) -> bool {
-    const LASTING: [&str; 8] =
-        [ROLE_VOLUME, ROLE_KEPT, ROLE_DATA, ROLE_KEEP, ROLE_STORE, ROLE_VIEW, ROLE_SNAPSHOT, ROLE_ALIAS];
+    const LASTING: [&str; 11] = [
+        ROLE_VOLUME,
+        ROLE_KEPT,
+        ROLE_DATA,
+        ROLE_KEEP,
+        ROLE_MERGE,
+        ROLE_LOG,
+        ROLE_STORE,
+        ROLE_VIEW,
+        ROLE_SNAPSHOT,
+        ROLE_CLONE,
+        ROLE_ALIAS,
+    ];
     LASTING.contains(&role)
 }
 
@@ -171,6 +188,10 @@ pub struct VolumeNames {
     pub data: String,
     /// Has the role [`ROLE_KEEP`].
     pub keep: String,
+    /// Has the role [`ROLE_MERGE`].
+    pub merge: String,
+    /// Has the role [`ROLE_LOG`].
+    pub log: String,
 }
 
 impl VolumeNames {
@@ -180,6 +201,8 @@ impl VolumeNames {
         Self {
             data: stack_device_name(volume, ROLE_DATA, set),
             keep: stack_device_name(volume, ROLE_KEEP, set),
+            merge: stack_device_name(volume, ROLE_MERGE, set),
+            log: stack_device_name(volume, ROLE_LOG, set),
         }
     }
 }

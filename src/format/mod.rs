@@ -7,6 +7,7 @@ pub mod exception_store;
 pub mod filesystem_id;
 pub mod filesystem_log;
 pub mod filesystem_mount;
+pub mod mirror_log;
 mod secondary;
 pub mod segment_log;
 pub mod state;

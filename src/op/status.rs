@@ -193,6 +193,9 @@ fn snapshots(dm: &Dm, status: &mut Status) -> Result<()> {
             (State::Invalid | State::NeedsLost, _, _) => {
                 Some(format!("the snapshot {name} is lost: 'tidemark snapshot show {name}' says why"))
             }
+            (State::Full, _, _) => Some(format!(
+                "the store of the clone {name} is full: it takes no writes until there is space for it"
+            )),
             (State::Creating | State::Deleting, _, _) => Some(format!(
                 "{name} is being created or deleted; if no command is running: 'tidemark recover'"
             )),
@@ -214,9 +217,11 @@ impl Status {
     pub fn verdict(&self) -> Result<()> {
         let is_lost = |view: &&SnapshotView| matches!(view.state, State::Invalid | State::NeedsLost);
         let is_full = |view: &&SnapshotView| {
-            view.receives
-                && view.can_fill
-                && view.used.zip(view.total).is_some_and(|(used, total)| is_nearly_full(used, total))
+            let is_full = view.state == State::Full;
+            is_full
+                || view.receives
+                    && view.can_fill
+                    && view.used.zip(view.total).is_some_and(|(used, total)| is_nearly_full(used, total))
         };
         let is_receiving = self.snapshots.iter().any(|view| view.receives);
         let why = if let Some(view) = self.snapshots.iter().find(is_lost) {

@@ -254,18 +254,25 @@ pub fn restore(
     budget: Duration,
     journal: &mut dyn IntentLog,
 ) -> Result<()> {
+    lead(dm, volume, &dm.active_table(&names.data)?, budget, journal)
+}
+
+/// Gives the volume the table `to`, which shows the same as the one that it has.
+///
+/// # Errors
+/// As [`restore`].
+pub fn lead(dm: &Dm, volume: &str, to: &Table, budget: Duration, journal: &mut dyn IntentLog) -> Result<()> {
     let current = dm.active_table(volume)?;
-    let own = dm.active_table(&names.data)?;
     let mut budget = budget;
     let mut attempt = 1;
     loop {
         let mut runner = Runner::new(dm, budget, &|| Ok(()));
-        match restoration(volume, &current, &own).run(&mut runner, journal) {
+        match restoration(volume, &current, to).run(&mut runner, journal) {
             Ok(()) => return Ok(()),
             Err(error) if attempt >= RESTORE_ATTEMPTS => {
                 return Err(error
-                    .context(format!("putting back the table of {volume}"))
-                    .state(format!("{volume} stays in use, and still preserves originals")));
+                    .context(format!("replacing the table of {volume}"))
+                    .state(format!("{volume} stays in use as it was")));
             }
             Err(error) => tracing::warn!("{error}; trying again"),
         }

@@ -281,14 +281,8 @@ impl PersistentStore {
     ) -> Result<Overlap> {
         let mut overlap = Overlap::default();
         let Some(other) = other else {
-            let mut reader = self.exceptions(dm, status)?;
-            loop {
-                interrupt()?;
-                match reader.next_batch(EXCEPTION_BATCH_MAX)?.len() {
-                    0 => return Ok(overlap),
-                    count => overlap.chunks += Bytes::from_len(count).get(),
-                }
-            }
+            self.each(dm, status, interrupt, &mut |_| overlap.chunks += 1)?;
+            return Ok(overlap);
         };
         self.each_window(dm, (status, other), interrupt, &mut |_, is_shared| {
             overlap.chunks += 1;
@@ -296,6 +290,28 @@ impl PersistentStore {
             Ok(())
         })?;
         Ok(overlap)
+    }
+
+    /// Calls `each` for the extent of each exception, in no order.
+    ///
+    /// # Errors
+    /// As [`PersistentStore::missing`].
+    pub fn each(
+        &self,
+        dm: &Dm,
+        status: Option<&SnapshotStatus>,
+        interrupt: &dyn Fn() -> Result<()>,
+        each: &mut dyn FnMut(Extent),
+    ) -> Result<()> {
+        let mut reader = self.exceptions(dm, status)?;
+        loop {
+            interrupt()?;
+            let batch = reader.next_batch(EXCEPTION_BATCH_MAX)?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            batch.iter().for_each(|original| each(original.extent));
+        }
     }
 
     /// The extents that this store has and `other` has not, sorted within each window of the volume, merged up to
@@ -339,20 +355,13 @@ impl PersistentStore {
             let place = |chunk: u64| {
                 (Bytes((chunk - window.start) / 64).as_len(), 1u64 << ((chunk - window.start) % 64))
             };
-            let mut reader = other.exceptions(dm, None)?;
-            loop {
-                interrupt()?;
-                let batch = reader.next_batch(EXCEPTION_BATCH_MAX)?;
-                if batch.is_empty() {
-                    break;
+            other.each(dm, None, interrupt, &mut |extent| {
+                let chunk = chunk_of(extent);
+                if window.contains(&chunk) {
+                    let (word, bit) = place(chunk);
+                    bits[word] |= bit;
                 }
-                for chunk in batch.iter().map(|original| chunk_of(original.extent)) {
-                    if window.contains(&chunk) {
-                        let (word, bit) = place(chunk);
-                        bits[word] |= bit;
-                    }
-                }
-            }
+            })?;
             let mut reader = self.exceptions(dm, status)?;
             loop {
                 interrupt()?;

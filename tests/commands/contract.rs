@@ -56,6 +56,8 @@ fn the_commands_of_snapshot_keep_the_contract() {
         ("list", &[]),
         ("show", &["tidemark-test-none@1"]),
         ("mount", &["tidemark-test-none@1", "/mnt"]),
+        ("clone", &["tidemark-test-none@1"]),
+        ("rollback", &["tidemark-test-none@1"]),
         ("delete", &["tidemark-test-none@1"]),
     ] {
         let ran = run(&["snapshot", name, "--help"]);

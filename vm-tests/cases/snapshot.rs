@@ -40,11 +40,7 @@ fn chain(name: &str, program: &str) -> Case {
 }
 
 fn case(name: &str, script: &str) -> Case {
-    Case::new(name, script).modules(&["dm-snapshot", "dm-switch", "loop", "zram", "ext4"]).commands(&[
-        "dmsetup",
-        "losetup",
-        "mkfs.ext4",
-        "python3",
-        "e2fsck",
-    ])
+    Case::new(name, script)
+        .modules(&["dm-snapshot", "dm-mirror", "dm-switch", "loop", "zram", "ext4"])
+        .commands(&["dmsetup", "losetup", "mkfs.ext4", "python3", "e2fsck"])
 }

@@ -35,11 +35,18 @@ snapshot.create.kept snapshot.lead.alias snapshot.lead.loaded snapshot.lead.load
 snapshot.lead.second snapshot.show snapshot.delete.recorded snapshot.delete.copying snapshot.delete.copying:5
 snapshot.delete.copied snapshot.delete.led snapshot.delete.step snapshot.discard.devices snapshot.discard.store
 snapshot.store.hidden snapshot.store.allocated snapshot.dissolve.before snapshot.dissolve.restored restore.switch.after
-restore.suspend.after
+restore.suspend.after snapshot.clone.recorded snapshot.clone.file snapshot.clone.kept
 """.split()
 DETACH_POINTS = ["snapshot.detach.removed", "snapshot.detach.recorded"]
 ATTACH_POINTS = ["snapshot.attach.assembled", "snapshot.show"]
-SNAPSHOTS_MAX = 8
+ROLLBACK_POINTS = """
+snapshot.rollback.removed snapshot.rollback.recorded snapshot.store.named snapshot.rollback.files snapshot.rollback.begun
+snapshot.rollback.merge snapshot.rollback.made snapshot.rollback.merged restore.suspend.after restore.switch.after
+snapshot.rollback.led snapshot.rollback.unmade snapshot.discard.devices snapshot.discard.store
+""".split()
+SNAPSHOTS_MAX, CLONES_MAX = 8, 3
+# Numbers of the blocks that are written to clones.
+CLONE_NUMBERS = 1 << 40
 
 rng = random.Random(SEED)
 
@@ -59,6 +66,7 @@ class Writer(threading.Thread):
         super().__init__(daemon=True)
         self.blocks, self.log = blocks, []
         self.begun = self.done = 0
+        self.resets = {}  # number of a write -> all blocks: a rollback, which counts as one write
         self.rng = random.Random(SEED + 1)
         self.paused, self.is_idle = threading.Event(), threading.Event()
         self.error = None
@@ -93,6 +101,13 @@ class Writer(threading.Thread):
             self.done = self.begun
             if self.rng.random() < 0.05:
                 threading.Event().wait(self.rng.random() * 0.01)
+
+    def reset(self, numbers):
+        """The volume was rolled back. Only while the writer is paused."""
+        self.log.append(None)
+        self.begun += 1
+        self.resets[self.begun] = list(numbers)
+        self.done = self.begun
 
     def pause(self):
         self.is_idle.clear()
@@ -141,16 +156,37 @@ class Oracle:
         self.windows = {}  # name -> (done before, begun after) of one that was not read yet
         self.lost = set()  # names of those whose store, or that of a newer one, was full
         self.small = set()  # names of those whose store can fill
+        self.clones = {}  # name -> [its snapshot, the numbers of its blocks]
+        self.written = CLONE_NUMBERS
 
     def state_after(self, count):
         numbers = [0] * self.writer.blocks
         for number, index in enumerate(self.writer.log[:count], 1):
-            numbers[index] = number
+            if index is None:
+                numbers = list(self.writer.resets[number])
+            else:
+                numbers[index] = number
         return numbers
+
+    def clones_of(self, names):
+        return sorted(clone for clone, (snapshot, _) in self.clones.items() if snapshot in names)
+
+    def write_to(self, clone):
+        numbers, buffer = self.clones[clone][1], mmap.mmap(-1, BLOCK)
+        file = os.open(f"/dev/mapper/{VOLUME}@{clone}", os.O_WRONLY | os.O_DIRECT | os.O_DSYNC)
+        try:
+            for _ in range(rng.randrange(1, 40)):
+                self.written += 1
+                index = rng.randrange(self.writer.blocks)
+                buffer[:] = block_of(index, self.written)
+                os.pwritev(file, [buffer], index * BLOCK)
+                numbers[index] = self.written
+        finally:
+            os.close(file)
 
     def verify(self, name):
         found = read_image(f"/dev/mapper/{VOLUME}@{name}")
-        expected = self.known.get(name)
+        expected = self.clones[name][1] if name in self.clones else self.known.get(name)
         if expected is None:
             first, last = self.windows[name]
             count = max(max(found), first)
@@ -206,13 +242,21 @@ class Program:
         """A store that was full takes its snapshot and the older ones with it, and no newer one."""
         # One that is deleted and still receives loses the older ones as well.
         is_full = lambda view: view["state"] == "invalid" or view["state"] == "retired" and view["used"] is None
-        full = [name for name, view in listed.items() if is_full(view)]
+        full = [name for name, view in listed.items() if is_full(view) and name not in self.oracle.clones]
         for name in full:
             newer = [other for other in self.oracle.small if self.order(other) >= self.order(name)]
             if name not in self.oracle.lost and not newer:
                 raise Failure(f"{name} is lost, and no store could have filled: {listed[name]}")
         for name, view in listed.items():
-            if view["state"] in ("invalid", "needs-lost") and name not in self.oracle.lost:
+            if view["state"] not in ("invalid", "needs-lost") or name in self.oracle.lost:
+                continue
+            snapshot, _ = self.oracle.clones.get(name, (name, None))
+            if name in self.oracle.clones:
+                if listed[f"{snapshot}"]["state"] not in ("invalid", "needs-lost"):
+                    raise Failure(f"the clone {name} is lost, and its snapshot is not: {listed}")
+                self.oracle.lost.add(name)
+                counts["lost: a clone with its snapshot"] += 1
+            else:
                 newest = max(map(self.order, full), default=-1)
                 if self.order(name) > newest:
                     raise Failure(f"{name} is lost, although no newer store failed: {listed}")
@@ -225,6 +269,10 @@ class Program:
         self.oracle.lost.discard(name)
         self.oracle.known.pop(name, None)
         self.oracle.windows.pop(name, None)
+        self.oracle.clones.pop(name, None)
+
+    def live_clones(self):
+        return sorted(set(self.oracle.clones) - self.oracle.lost)
 
     def point(self, points):
         if STEPS == "each":
@@ -239,7 +287,20 @@ class Program:
         run("recover")
 
     def each_point(self):
-        """Kills the creation of the first and of a further snapshot, and the deletion of each, at every point."""
+        """Kills a rollback, the creation of the first and of a further snapshot, and the deletion of each, at every point."""
+        for at in ROLLBACK_POINTS:
+            while len(self.names()) < 3:
+                self.create()
+                self.verify()
+            self.forced, hit = at, counts["rollback, killed"]
+            self.rollback()
+            self.forced = None
+            self.verify()
+            self.end_rollback()
+            self.verify()
+            print(f"  {at}: killed {counts['rollback, killed'] - hit} times", flush=True)
+        for name in self.names():
+            self.delete([name])
         for at in POINTS:
             self.forced = at
             hit = counts["kill"]
@@ -249,6 +310,12 @@ class Program:
             while len(self.names()) < 4:
                 self.create()
                 self.verify()
+            self.forced = at
+            self.clone()
+            if self.live_clones():
+                self.delete(self.live_clones())
+            self.forced = None
+            self.verify()
             for pick in (1, 0, -1, 0, 0):
                 names = sorted(self.names(), key=self.order)
                 if names:
@@ -259,7 +326,7 @@ class Program:
             print(f"  {at}: killed {counts['kill'] - hit} times", flush=True)
             if counts["kill"] == hit:
                 self.unreached.append(at)
-            for name in self.names():
+            for name in self.live_clones() + self.names():
                 self.delete([name])
         if self.unreached != ["snapshot.store.allocated"]:  # needs a small store; the random program has those
             raise Failure(f"no command passes {self.unreached}")
@@ -267,6 +334,7 @@ class Program:
     def create(self):
         if len(self.names()) + len(self.oracle.lost) >= SNAPSHOTS_MAX:
             return self.delete()
+        self.end_rollback()
         name = f"s{self.next}"
         self.next += 1
         before, point = self.writer.done, self.point(POINTS)
@@ -288,11 +356,45 @@ class Program:
         counts["create"] += 1
         return name
 
+    def clone(self):
+        """Clones a snapshot, or writes to a clone."""
+        clones = self.live_clones()
+        if clones and (len(clones) >= CLONES_MAX or rng.random() < 0.5):
+            clone = rng.choice(clones)
+            self.oracle.write_to(clone)
+            return f"{clone} written"
+        if not self.oracle.known:
+            return None
+        snapshot, name = rng.choice(sorted(self.oracle.known)), f"c{self.next}"
+        self.next += 1
+        point = self.point(POINTS)
+        words = ["snapshot", "clone", f"{VOLUME}@{snapshot}", "--name", name, "--store", STORES, "--store-size", "32MiB"]
+        # It may have been lost since it was read.
+        done = run(*words, point=point, expect=None)
+        if done is None:
+            self.recover()
+        elif done.returncode != 0:
+            self.note_lost(listed())
+            if snapshot in self.oracle.known:
+                raise Failure(f"cloning {snapshot} failed: {done.stderr}")
+        if name not in listed():
+            return None
+        self.oracle.clones[name] = [snapshot, list(self.oracle.known[snapshot])]
+        counts["clone"] += 1
+        self.oracle.write_to(name)
+        return f"{name} of {snapshot}"
+
     def delete(self, names=None):
-        there = self.names() + sorted(self.oracle.lost)
+        there = self.names() + sorted(self.oracle.lost) + sorted(self.oracle.clones)
         if not there:
             return None
         names = names or rng.sample(there, min(len(there), rng.choice([1, 1, 1, 2])))
+        clones = [clone for clone in self.oracle.clones_of(names) if clone not in names]
+        if clones and rng.random() < 0.2:
+            run("snapshot", "delete", *[f"{VOLUME}@{name}" for name in names], "--yes", expect=3)
+            counts["delete, refused: has clones"] += 1
+        names = sorted(set(names) | set(clones))
+        self.end_rollback()
         point = self.point(POINTS)
         done = run("snapshot", "delete", *[f"{VOLUME}@{name}" for name in names], "--yes", point=point)
         if done is None:
@@ -305,6 +407,56 @@ class Program:
             self.forget(name)
         counts["delete"] += len(names)
         return names
+
+    def attach(self):
+        run("attach", DEVICE, "--name", VOLUME)
+        run("recover")
+
+    def end_rollback(self):
+        """Waits for the end of a merge. A store of it that is full is enlarged by `recover`."""
+        limit = time.monotonic() + 60
+        while any(view["rollback_percent"] is not None for view in listed().values()):
+            if time.monotonic() > limit:
+                raise Failure(f"a rollback does not end: {listed()}")
+            run("recover", point=rng.choice(ROLLBACK_POINTS[-7:]) if rng.random() < 0.2 else None)
+            time.sleep(0.05)
+
+    def rollback(self):
+        self.end_rollback()
+        self.note_lost(listed())
+        if not self.oracle.known:
+            return None
+        name, point = rng.choice(sorted(self.oracle.known)), self.point(ROLLBACK_POINTS)
+        self.writer.pause()
+        before, expected = self.oracle.state_after(self.writer.done), self.oracle.known[name]
+        how = [] if self.forced else rng.choice([[], ["--no-wait"], ["--at-attach"]])
+        words = ["snapshot", "rollback", f"{VOLUME}@{name}", "--yes", *how]
+        done = run(*words, point=point, expect=None)
+        if done is not None and done.returncode != 0:
+            self.note_lost(listed())
+            if name in self.oracle.known:
+                raise Failure(f"{words} failed: {done.stderr}")
+            self.writer.go_on()
+            return None
+        if done is None:
+            counts["rollback, killed"] += 1
+            time.sleep(0.1)
+            self.attach()
+        elif "--at-attach" in words:
+            run("detach", VOLUME, "--keep-snapshots")
+            self.attach()
+        found = read_image(PATH)
+        if found == expected:
+            counts["rollback"] += 1
+            self.writer.reset(expected)
+        elif done is None and found == before:
+            counts["rollback, killed: not begun"] += 1
+            run("snapshot", "rollback", f"{VOLUME}@{name}", "--cancel", expect=None)
+        else:
+            wrong = [at for at, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]]
+            raise Failure(f"rolled back to {name}, the volume is wrong in {len(wrong)} blocks: {wrong[:5]}")
+        self.writer.go_on()
+        return " ".join(words[2:])
 
     def take_apart(self):
         """Detaches the volume and attaches it again."""
@@ -333,31 +485,32 @@ class Program:
         counts["copy"] += 1
 
     def verify(self):
-        for name in self.names():
+        there = lambda: self.names() + self.live_clones()
+        for name in there():
             self.note_lost(listed())
             try:
-                if name in self.names():
+                if name in there():
                     self.oracle.verify(name)
             except OSError:
                 # It may have been lost since it was listed.
                 self.note_lost(listed())
-                if name in self.names():
+                if name in there():
                     raise
         found = listed()
         self.note_lost(found)
         visible = {name for name, view in found.items() if view["state"] == "valid"}
-        if visible != set(self.names()):
-            raise Failure(f"listed as valid: {sorted(visible)}, and there should be: {self.names()}")
+        if visible != set(there()):
+            raise Failure(f"listed as valid: {sorted(visible)}, and there should be: {there()}")
         self.writer.check()
         counts["verify"] += 1
 
     def step(self):
-        deeds = [self.create] * 4 + [self.delete] * 3 + [self.take_apart, self.copy]
+        deeds = [self.create] * 4 + [self.delete] * 3 + [self.clone] * 2 + [self.rollback] * 2 + [self.take_apart, self.copy]
         deed = rng.choice(deeds)
         began = time.monotonic()
         done = deed()
         took = time.monotonic() - began
-        snapshots = f"{len(self.names())} snapshots, {self.writer.done} writes"
+        snapshots = f"{len(self.names())} snapshots, {len(self.live_clones())} clones, {self.writer.done} writes"
         print(f"  {took:5.1f} s {deed.__name__} {done or ''}: {snapshots}", flush=True)
         threading.Event().wait(rng.random() * 0.3)
         self.verify()
@@ -374,9 +527,11 @@ def main():
         else:
             for _ in range(int(STEPS)):
                 program.step()
-        for name in program.names() + sorted(program.oracle.lost):
-            run("snapshot", "delete", f"{VOLUME}@{name}", "--yes")
+        for name in sorted(program.oracle.clones) + program.names() + sorted(program.oracle.lost):
+            if name in listed():
+                run("snapshot", "delete", f"{VOLUME}@{name}", "--yes")
             program.forget(name)
+        program.end_rollback()
         writer.pause()
         if read_image(PATH) != program.oracle.state_after(writer.done):
             raise Failure("the volume does not hold what was written")

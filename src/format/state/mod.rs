@@ -9,7 +9,10 @@
 mod snapshots;
 mod view;
 
-pub use snapshots::{DetachedRecord, SnapshotRecord, SnapshotSetRecord, SnapshotState};
+pub use snapshots::{
+    DetachedRecord, ROLLBACK_NAME, RollbackRecord, RollbackState, SnapshotRecord, SnapshotSetRecord,
+    SnapshotState,
+};
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
 use std::collections::BTreeMap;
@@ -397,6 +400,7 @@ mod tests {
             store_bytes_max: 1 << 31,
             state,
             lost: lost.map(str::to_owned),
+            clone_of: None,
         };
         SnapshotSetRecord {
             id: "0123456789abcdef0123456789abcdef".to_owned(),
@@ -412,6 +416,7 @@ mod tests {
                 snapshot("e", "e", SnapshotState::Retired, None),
                 snapshot("f", "f", SnapshotState::Creating, None),
             ],
+            rollback: None,
             mounts: Some("ext4 0 mounts 7 last 1763712000 dirty 1".to_owned()),
             detached: Some(DetachedRecord {
                 at_utc_ns: 1_763_712_000_000_000_001,
@@ -442,6 +447,27 @@ mod tests {
         assert_eq!(encode_padded(&job(), 0).unwrap(), encode(&job()).unwrap());
     }
 
+    /// A set with a clone, and a rollback in progress.
+    fn with_rollback() -> SnapshotSetRecord {
+        let mut set = snapshots();
+        let clone = |name: &str, id: &str| SnapshotRecord {
+            name: name.to_owned(),
+            id: id.repeat(32),
+            clone_of: Some("b".repeat(32)),
+            ..set.snapshots[1].clone()
+        };
+        let clones = [clone("test", "1"), clone(ROLLBACK_NAME, "2")];
+        set.snapshots.extend(clones);
+        set.rollback = Some(RollbackRecord {
+            snapshot: "b".repeat(32),
+            state: RollbackState::Merging,
+            reserve_bytes: Some(1 << 30),
+            directory: "/var/lib/tidemark".to_owned(),
+        });
+        set.detached = None;
+        set
+    }
+
     #[test]
     fn golden_files_of_version_1_are_read_and_written_the_same() {
         let golden: &[u8] = include_bytes!("golden/job-v1.json");
@@ -450,6 +476,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/snapshots-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), snapshots());
         assert_eq!(encode(&snapshots()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/snapshots-rollback-v1.json");
+        assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_rollback());
+        assert_eq!(encode(&with_rollback()).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/job-queue-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), with_settings());
         assert_eq!(encode(&with_settings()).unwrap(), golden);

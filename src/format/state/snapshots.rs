@@ -23,12 +23,15 @@ pub struct SnapshotSetRecord {
     /// seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounts: Option<String>,
+    /// The rollback that is planned or in progress.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<RollbackRecord>,
     /// What the volume held when it was detached; None while it is attached, and after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detached: Option<DetachedRecord>,
 }
 
-/// One snapshot.
+/// One snapshot, or a clone of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotRecord {
     /// Its name: /dev/mapper/VOLUME@NAME.
@@ -46,6 +49,9 @@ pub struct SnapshotRecord {
     /// Why it no longer shows its instant; None while it does, as far as the record knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<String>,
+    /// The id of the snapshot of which it is a writable clone; None for a snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<String>,
 }
 
 /// How far the creation or the deletion of a snapshot has got.
@@ -66,6 +72,33 @@ pub enum SnapshotState {
     Detached,
 }
 
+/// A rollback of the whole volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollbackRecord {
+    /// The id of the snapshot.
+    pub snapshot: String,
+    /// How far it has got.
+    pub state: RollbackState,
+    /// Bytes of originals for which the newest store must have room before the merge begins; None: all that the volume
+    /// can need.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve_bytes: Option<u64>,
+    /// The directory for the files of the rollback.
+    pub directory: String,
+}
+
+/// How far a rollback has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RollbackState {
+    /// It begins when the volume is attached next.
+    Planned,
+    /// The volume shows the snapshot and what was written since, and its device is being merged.
+    Merging,
+    /// Its device holds everything.
+    Merged,
+}
+
 /// What a volume held when it was detached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DetachedRecord {
@@ -78,10 +111,53 @@ pub struct DetachedRecord {
 }
 
 impl SnapshotSetRecord {
-    /// The snapshot of this name that is neither deleted nor about to be.
+    /// The snapshot or clone of this name that is neither deleted nor about to be.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<&SnapshotRecord> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name && snapshot.state.is_visible())
+    }
+
+    /// The clones of the snapshot with this id, whatever their state.
+    pub fn clones_of<'a>(&'a self, id: &'a str) -> impl Iterator<Item = &'a SnapshotRecord> {
+        self.snapshots.iter().filter(move |clone| clone.clone_of.as_deref() == Some(id))
+    }
+
+    /// Notes that nothing below the volume, and no clone, shows its instant any more.
+    pub fn lose_all(&mut self, why: &str) {
+        self.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked()).for_each(|snapshot| {
+            snapshot.lost.get_or_insert_with(|| why.to_owned());
+        });
+    }
+
+    /// The rollback, if it has begun.
+    #[must_use]
+    pub fn rolling_back(&self) -> Option<&RollbackRecord> {
+        self.rollback.as_ref().filter(|rollback| rollback.state != RollbackState::Planned)
+    }
+
+    /// All snapshots and clones, each before those that it is read through.
+    #[must_use]
+    pub fn top_down(&self) -> Vec<SnapshotRecord> {
+        let (clones, snapshots): (Vec<_>, Vec<_>) =
+            self.snapshots.iter().cloned().partition(|snapshot| snapshot.clone_of.is_some());
+        clones.into_iter().chain(snapshots).collect()
+    }
+}
+
+/// The name of the clone that a volume shows while it is rolled back; no user can choose it.
+pub const ROLLBACK_NAME: &str = ".rollback";
+
+impl SnapshotRecord {
+    /// True for the clone that a volume shows while it is rolled back.
+    #[must_use]
+    pub fn is_of_rollback(&self) -> bool {
+        self.clone_of.is_some() && self.name == ROLLBACK_NAME
+    }
+
+    /// A lost one that has no devices any more: it is listed until it is deleted.
+    pub fn unlink_lost(&mut self) {
+        let is_kept = self.state == SnapshotState::Kept;
+        self.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
     }
 }
 

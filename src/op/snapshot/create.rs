@@ -10,7 +10,6 @@
 //! After a crash before 4, the snapshot is removed, and the former newest one has missed nothing. After one between 4
 //! and 5, both receive, and settling continues.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,10 +17,11 @@ use serde::Serialize;
 
 use super::layers::refuse_other_set;
 use super::link;
+use super::placement::{choose_place, choose_size, refresh_unit, store_path};
 use super::set::{SnapshotSet, check_name, read_of};
-use super::settle::Settlement;
+use super::settle::{Settlement, settle_first};
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, clock, directory_of};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, clock};
 use crate::dm::naming::{ROLE_VOLUME, new_id};
 use crate::dm::{DeviceIdentity, Dm};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
@@ -29,7 +29,6 @@ use crate::job::{self, Job};
 use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use crate::op::attach::recorded_volumes;
 use crate::op::request::Hooks;
-use crate::op::unit;
 use crate::progress::{Event, Observer};
 use crate::stack::InstantContext;
 use crate::stack::hooks::Hook;
@@ -42,9 +41,6 @@ use crate::volume::{self, Origin, OriginKind};
 
 /// Most snapshots of one volume: each older one is read through all newer ones.
 pub const SNAPSHOTS_MAX: usize = 64;
-
-/// A store's size by default, as a share of the volume.
-const STORE_SHARE: u64 = 5;
 
 /// The arguments of `tidemark snapshot create`.
 #[derive(Clone, Debug, Serialize)]
@@ -133,26 +129,17 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
     }
     let record = read_of(&volume)?;
     refuse_other_set(&dm, &volume, record.as_ref())?;
+    record.as_ref().map_or(Ok(()), SnapshotSetRecord::refuse_rollback)?;
     let name = choose_name(record.as_ref(), request.name.as_deref(), &volume)?;
     let chunk = choose_chunk(record.as_ref(), request.chunk, &volume)?;
-    let place = TailPlace::resolve(request.store.as_deref())?;
-    let TailPlace::Directory(directory) = &place else {
-        return Err(Error::usage(format!("--store {}: not a directory", place.path().display()))
-            .state("nothing was changed")
-            .next("name an existing directory on another filesystem: the store of a snapshot is a file"));
-    };
     let question = Question::of(&dm, number)?;
-    question.check_place(&place)?;
+    let directory = choose_place(&question, request.store.as_deref())?;
     question.check_snapshot_records()?;
-    let most = size::worst_case(origin.size, chunk)?;
-    let least = size::smallest(chunk).align_up(size::STORE_UNIT);
-    let share = Bytes(origin.size.get() / STORE_SHARE).align_up(size::STORE_UNIT);
-    let wanted = request.store_size.unwrap_or(share).align_up(size::STORE_UNIT);
-    let store_bytes = wanted.max(least).min(most);
+    let store_bytes = choose_size(request.store_size, origin.size, chunk)?;
     Ok(CreatePlan {
         request: request.clone(),
         name,
-        directory: directory.clone(),
+        directory,
         store_bytes,
         filesystems: origin.filesystems.clone(),
         chunk,
@@ -194,7 +181,11 @@ fn recorded_device(volume: &str) -> Result<String> {
     })
 }
 
-fn choose_name(record: Option<&SnapshotSetRecord>, wanted: Option<&str>, volume: &str) -> Result<String> {
+pub(super) fn choose_name(
+    record: Option<&SnapshotSetRecord>,
+    wanted: Option<&str>,
+    volume: &str,
+) -> Result<String> {
     let taken = |name: &str| {
         record.is_some_and(|record| record.snapshots.iter().any(|snapshot| snapshot.name == name))
     };
@@ -265,10 +256,7 @@ fn create(
     refuse_other_set(dm, &plan.volume, read_of(&plan.volume)?.as_ref())?;
     let set = match SnapshotSet::find(&plan.volume, interrupt)? {
         // What a command that died has left is completed first.
-        Some(set) => {
-            Settlement { dm, set, journal: job, interrupt, done: Vec::new() }.settle()?;
-            SnapshotSet::find(&plan.volume, interrupt)?
-        }
+        Some(set) => settle_first(dm, set, job, interrupt)?,
         None => None,
     };
     let mut set = match set {
@@ -317,17 +305,6 @@ fn create(
     })
 }
 
-/// The volume's unit, if it is installed, has to wait for all stores at boot.
-fn refresh_unit(record: &SnapshotSetRecord) -> Result<()> {
-    let directories: BTreeSet<PathBuf> =
-        record.snapshots.iter().map(|snapshot| directory_of(Path::new(&snapshot.store)).to_owned()).collect();
-    let directories: Vec<PathBuf> = directories.into_iter().collect();
-    if let Some(unit) = unit::rewrite_volume(&record.volume, Path::new(&record.device), &directories)? {
-        tracing::info!("{} was written again: run 'systemctl daemon-reload'", unit.display());
-    }
-    Ok(())
-}
-
 /// Steps 1 to 4 at the head of this module.
 fn take(
     dm: &Dm,
@@ -338,6 +315,7 @@ fn take(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<crate::stack::HoldTimes> {
     // Checked again: another command may have taken the name since the plan was made.
+    set.record().refuse_rollback()?;
     choose_name(Some(set.record()), Some(&plan.name), &plan.volume)?;
     choose_chunk(Some(set.record()), Some(plan.chunk), &plan.volume)?;
     if Bytes(set.record().size_bytes) != plan.origin.size {
@@ -345,15 +323,15 @@ fn take(
             .state("nothing was changed")
             .next("delete the snapshots of its former size first"));
     }
-    let file = format!("{}@{}-{id}.store", plan.volume, plan.name);
     let snapshot = SnapshotRecord {
         name: plan.name.clone(),
         id: id.to_owned(),
         instant_utc_ns: 0,
-        store: plan.directory.join(file).display().to_string(),
+        store: store_path(&plan.directory, (&plan.volume, &plan.name), id),
         store_bytes_max: size::worst_case(plan.origin.size, plan.chunk)?.get(),
         state: SnapshotState::Creating,
         lost: None,
+        clone_of: None,
     };
     let store = set.record().store(&snapshot)?;
     set.change(|record| {

@@ -7,7 +7,7 @@ use super::set::{find_existing, no_snapshot, parse_name, read_of};
 use super::settle::Settlement;
 use crate::base::{Error, Result};
 use crate::dm::{DeviceInfo, Dm};
-use crate::format::state::{SnapshotSetRecord, SnapshotState};
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::job::Job;
 use crate::sys::privilege::require_root;
 use crate::sys::process::crash_point;
@@ -70,6 +70,26 @@ fn check(dm: &Dm, record: &SnapshotSetRecord, names: &[String]) -> Result<()> {
         if let Some(info) = dm.info(device.as_str())?.filter(|info| info.open_count > 0) {
             return Err(in_use(&shown, &info)?);
         }
+        if let Some(rollback) = &record.rollback {
+            // Older ones are not needed for it.
+            let place = |id: &str| record.snapshots.iter().position(|snapshot| snapshot.id == id);
+            if snapshot.clone_of.is_none() && place(&snapshot.id) >= place(&rollback.snapshot) {
+                let cancel =
+                    "a rollback that is only planned is cancelled by 'tidemark snapshot rollback --cancel'";
+                return record.refuse_rollback().and(Err(Error::refused(format!(
+                    "a rollback of {} that needs {shown} is planned",
+                    record.volume
+                ))
+                .state("nothing was changed")
+                .next(cancel)));
+            }
+        }
+        let left = |clone: &&SnapshotRecord| clone.state.is_visible() && !names.contains(&clone.name);
+        if let Some(clone) = record.clones_of(&snapshot.id).find(left) {
+            return Err(Error::refused(format!("{shown} has the clone {}@{}", record.volume, clone.name))
+                .state("nothing was changed")
+                .next("delete the clone first, or both with one command"));
+        }
     }
     Ok(())
 }
@@ -122,7 +142,8 @@ fn delete(dm: &Dm, plan: &DeletePlan, job: &mut Job, interrupt: &dyn Fn() -> Res
     set.change(|record| {
         for snapshot in record.snapshots.iter_mut().filter(|snapshot| of_plan(&snapshot.name)) {
             snapshot.state = match snapshot.state {
-                SnapshotState::Kept if is_attached => SnapshotState::Deleting,
+                // Nothing is read through a clone.
+                SnapshotState::Kept if is_attached && snapshot.clone_of.is_none() => SnapshotState::Deleting,
                 SnapshotState::Kept | SnapshotState::Detached => SnapshotState::Unlinked,
                 state => state,
             };

@@ -3,10 +3,15 @@
 //! A device counts only if name *and* UUID are those of the set: another set, of a volume that had the name before or
 //! is seen in another mount namespace, has devices of the same names.
 
+use std::time::Duration;
+
 use crate::base::{DeviceNumber, Error, ErrorKind, Result};
-use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, ROLE_VIEW, ROLE_VOLUME};
+use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, ROLE_MERGE, ROLE_VIEW, ROLE_VOLUME};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, SnapshotStatus, Table};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
+
+/// Longest time that the volume may be suspended while its table is replaced by one that shows the same.
+pub const RESTORE_BUDGET: Duration = Duration::from_secs(2);
 
 /// How a volume relates to the layers of its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +46,14 @@ pub fn keep(dm: &Dm, record: &SnapshotSetRecord) -> Result<Option<DeviceInfo>> {
     find(dm, &record.volume, (&record.volume_names().keep, ROLE_KEEP, &record.id))
 }
 
+/// The device that merges a snapshot into the volume while it is rolled back.
+///
+/// # Errors
+/// As [`find`].
+pub fn merge(dm: &Dm, record: &SnapshotSetRecord) -> Result<Option<DeviceInfo>> {
+    find(dm, &record.volume, (&record.volume_names().merge, ROLE_MERGE, &record.id))
+}
+
 /// The device with the volume's own table.
 ///
 /// # Errors
@@ -62,19 +75,23 @@ pub fn view(dm: &Dm, record: &SnapshotSetRecord, snapshot: &SnapshotRecord) -> R
 /// # Errors
 /// The kernel's.
 pub fn place(dm: &Dm, record: &SnapshotSetRecord) -> Result<Place> {
-    if let Some(keep) = keep(dm, record)?.filter(|keep| keep.has_active)
-        && is_used(dm, keep.number)?
-    {
-        return Ok(Place::Led);
+    let merge = merge(dm, record)?.map(|merge| merge.number);
+    for layer in [merge, keep(dm, record)?.filter(|keep| keep.has_active).map(|keep| keep.number)] {
+        if let Some(layer) = layer
+            && is_used(dm, layer, merge)?
+        {
+            return Ok(Place::Led);
+        }
     }
     let is_volume =
         |info: DeviceInfo| DeviceIdentity::parse(&info.uuid).is_some_and(|it| it.role == ROLE_VOLUME);
     Ok(if dm.info(record.volume.as_str())?.is_some_and(is_volume) { Place::Bypassed } else { Place::Absent })
 }
 
-/// True if an active table maps to `device`.
-fn is_used(dm: &Dm, device: DeviceNumber) -> Result<bool> {
-    for (_, number) in dm.list()? {
+/// True if an active table maps to `device`, other than that of `merge`, which does so whether or not the volume leads
+/// to it.
+fn is_used(dm: &Dm, device: DeviceNumber, merge: Option<DeviceNumber>) -> Result<bool> {
+    for (_, number) in dm.list()?.into_iter().filter(|(_, number)| Some(*number) != merge) {
         // Skip a device that disappears, or whose table we cannot read.
         if let Ok(Some(table)) = dm.table(number, Slot::Active)
             && table.maps_to(device)
@@ -92,7 +109,7 @@ fn is_used(dm: &Dm, device: DeviceNumber) -> Result<bool> {
 pub fn set_under(dm: &Dm, table: &Table) -> Result<Option<String>> {
     for ours in dm.list_ours()?.into_iter().filter(|ours| table.maps_to(ours.number)) {
         if let Some(identity) =
-            DeviceIdentity::parse(&ours.uuid).filter(|identity| identity.role == ROLE_KEEP)
+            DeviceIdentity::parse(&ours.uuid).filter(|it| it.role == ROLE_KEEP || it.role == ROLE_MERGE)
         {
             return Ok(Some(identity.id));
         }

@@ -25,13 +25,14 @@ use std::thread;
 use sha2::{Digest as _, Sha256};
 
 use super::layers::{self, Place};
+use super::merge;
 use super::set::{SnapshotSet, read_of};
-use super::settle::Settlement;
+use super::settle::{Settlement, settle_first};
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
-use crate::dm::{DeviceIdentity, Dm, Slot, Table, Target, Udev};
+use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
-use crate::format::state::{DetachedRecord, SnapshotSetRecord, SnapshotState};
+use crate::format::state::{DetachedRecord, SnapshotRecord, SnapshotSetRecord};
 use crate::format::{filesystem_log, filesystem_mount};
 use crate::stack::change::NoIntents;
 use crate::sys::aligned::AlignedBuffer;
@@ -61,9 +62,12 @@ const BLOCK: Bytes = Bytes::kib(4);
 /// True if `table`, of volume `name`, leads to `device` through the layers of its snapshots.
 #[must_use]
 pub fn leads_to(dm: &Dm, name: &str, table: &Table, device: DeviceNumber) -> bool {
-    let keep = read_of(name).ok().flatten().and_then(|set| layers::keep(dm, &set).ok().flatten());
-    keep.is_some_and(|keep| table.maps_to(keep.number))
-        && is_held_by_layers(dm, name, device).unwrap_or(false)
+    let set = read_of(name).ok().flatten();
+    let layer = |find: fn(&Dm, &SnapshotSetRecord) -> Result<Option<DeviceInfo>>| {
+        set.as_ref().and_then(|set| find(dm, set).ok().flatten())
+    };
+    let mut tops = [layer(layers::keep), layer(layers::merge)].into_iter().flatten();
+    tops.any(|top| table.maps_to(top.number)) && is_held_by_layers(dm, name, device).unwrap_or(false)
 }
 
 /// True if the layers of the snapshots of volume `name` exist and hold `device`.
@@ -120,21 +124,35 @@ pub fn assemble(dm: &Dm, name: &str, device: &Path, own: &Table) -> Result<Optio
             )));
         }
         tracing::warn!("the snapshots of {name} are lost: {why}");
+        if set.record().rolling_back().is_some() {
+            // Without them its device is of no use: it holds a mixture.
+            set.change(|record| record.lose_all(&why))?;
+            return build(dm, set, own, is_held).map(Some);
+        }
         remove_layers(dm, &set)?;
         set.change(|record| {
-            for snapshot in record.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked()) {
-                snapshot.lost.get_or_insert_with(|| why.clone());
-                let is_kept = snapshot.state == SnapshotState::Kept;
-                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
-            }
+            record.lose_all(&why);
+            let linked = record.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked());
+            linked.for_each(SnapshotRecord::unlink_lost);
             record.detached = None;
         })?;
         return Ok(None);
     }
+    build(dm, set, own, is_held).map(Some)
+}
+
+/// Makes the layers over `data`. Returns the volume's table.
+fn build(dm: &Dm, set: SnapshotSet, own: &Table, is_held: bool) -> Result<Table> {
     let mut settlement =
         Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() };
-    let built = settlement.assemble(true).and_then(|()| build_keep(dm, &mut settlement.set, own));
-    built.map(Some).map_err(|error| {
+    let built = settlement.assemble(true).and_then(|()| {
+        let table = build_keep(dm, &mut settlement.set, own)?;
+        if merge::begin_planned(dm, &mut settlement.set)? {
+            settlement.assemble(true)?;
+        }
+        Ok(merge::make(dm, settlement.set.record())?.unwrap_or(table))
+    });
+    built.map_err(|error| {
         let undo = if is_held { Ok(()) } else { remove_layers(dm, &settlement.set) };
         error.after_undo(undo).state("the volume was not attached, and its snapshots are as they were")
     })
@@ -182,8 +200,10 @@ fn remove_layers(dm: &Dm, set: &SnapshotSet) -> Result<()> {
         _ => Ok(()),
     };
     let names = record.volume_names();
+    remove(&names.merge)?;
+    remove(&names.log)?;
     remove(&names.keep)?;
-    for snapshot in &record.snapshots {
+    for snapshot in &record.top_down() {
         let names = record.names(snapshot);
         for name in [&names.snapshot, &names.view, &names.alias] {
             remove(name)?;
@@ -259,9 +279,9 @@ pub fn find_for_detach(dm: &Dm, name: &str, keep: bool) -> Result<Option<Snapsho
             )));
     }
     // What a command that died has left is completed first.
-    Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()?;
+    let set = settle_first(dm, set, &mut NoIntents, &|| Ok(()))?;
     // That may have been the last of them.
-    let set = SnapshotSet::find(name, &|| Ok(()))?.filter(|set| !set.record().linked().is_empty());
+    let set = set.filter(|set| !set.record().linked().is_empty());
     let Some(set) = set else { return Ok(None) };
     for snapshot in &set.record().snapshots {
         let shown = set.record().names(snapshot).snapshot;

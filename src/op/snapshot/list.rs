@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::layers::{self, Place};
+use super::merge;
 use super::set::{no_snapshot, parse_name, read_all, read_of};
 use crate::base::{Bytes, Result, clock};
 use crate::dm::{Dm, SnapshotStatus, node};
@@ -20,8 +21,10 @@ pub enum State {
     Valid,
     /// Its store was full or failed, or it was lost in another way.
     Invalid,
-    /// A newer snapshot that it is read through is lost.
+    /// A snapshot that it is read through is lost.
     NeedsLost,
+    /// A clone whose store is full: it can be read, and written again once the store is larger.
+    Full,
     /// Its volume is not attached now.
     NotAttached,
     /// It is being created, or a command that created it died.
@@ -37,6 +40,12 @@ pub enum State {
 pub struct SnapshotView {
     /// VOLUME@NAME.
     pub snapshot: String,
+    /// The snapshot of which it is a writable clone, as VOLUME@NAME; None for a snapshot.
+    pub clone_of: Option<String>,
+    /// Its clones, as VOLUME@NAME.
+    pub clones: Vec<String>,
+    /// How far the volume has been rolled back to it, in per cent; 0 also if that is planned. None if it is not.
+    pub rollback_percent: Option<u64>,
     /// Its state.
     pub state: State,
     /// Why it is lost.
@@ -53,7 +62,7 @@ pub struct SnapshotView {
     pub used: Option<Bytes>,
     /// The size of the store.
     pub total: Option<Bytes>,
-    /// True if originals of new writes go to its store.
+    /// True if its store takes new data: originals, or what is written to the clone.
     pub receives: bool,
     /// True if its store is smaller than what the volume can need.
     pub can_fill: bool,
@@ -67,7 +76,8 @@ pub struct SnapshotDetails {
     pub view: SnapshotView,
     /// Unit of copy-on-write.
     pub chunk: Bytes,
-    /// Chunks of the volume that were changed from its instant to that of the next newer snapshot, or until now.
+    /// Chunks of the volume that were changed from its instant to that of the next newer snapshot, or until now; those
+    /// of a clone that were written.
     pub chunks_changed: Option<u64>,
     /// Bytes of originals that only this snapshot needs: its deletion frees them.
     pub unique: Option<Bytes>,
@@ -97,41 +107,65 @@ pub fn list(volume: Option<&str>) -> Result<Vec<SnapshotView>> {
 /// # Errors
 /// The kernel's.
 pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>> {
-    let newest = record.linked().last().map(|newest| newest.id.clone());
     let mut views = Vec::new();
     let mut is_newer_lost = false;
     // Devices alone prove nothing: the volume has to lead to them.
     let place = layers::place(dm, record)?;
-    for snapshot in record.snapshots.iter().rev() {
+    for snapshot in record.snapshots.iter().filter(|snapshot| snapshot.clone_of.is_none()).rev() {
         let status = layers::status(dm, record, snapshot)?.filter(|_| place == Place::Led);
-        let state = match state_of(snapshot, status.as_ref(), is_newer_lost) {
-            State::NotAttached if place == Place::Bypassed => State::Invalid,
-            state => state,
-        };
         is_newer_lost |= snapshot.state.is_linked() && status.as_ref().is_some_and(layers::is_lost);
-        let device = record.names(snapshot).snapshot;
-        let (used, total) = match &status {
-            Some(SnapshotStatus::Active { used, total, .. }) => (Some(used.bytes()), Some(total.bytes())),
-            _ => (None, record.store(snapshot)?.file_bytes().ok()),
-        };
-        let has_device = dm.info(device.as_str())?.is_some_and(|info| info.has_active);
-        let age = clock::utc_now_ns().checked_sub(snapshot.instant_utc_ns).map(|age| age / 1_000_000_000);
-        views.push(SnapshotView {
-            snapshot: format!("{}@{}", record.volume, snapshot.name),
-            state,
-            lost: snapshot.lost.clone(),
-            instant: clock::utc_text(snapshot.instant_utc_ns).filter(|_| snapshot.instant_utc_ns > 0),
-            age_seconds: age.filter(|_| snapshot.instant_utc_ns > 0),
-            path: has_device.then(|| node::mapper_path(&device)),
-            store: PathBuf::from(&snapshot.store),
-            used,
-            total,
-            receives: status.is_some() && newest.as_ref() == Some(&snapshot.id),
-            can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
-        });
+        let clones = record.clones_of(&snapshot.id).filter(|clone| !clone.is_of_rollback());
+        for clone in clones.collect::<Vec<_>>().into_iter().rev() {
+            views.push(view_of(dm, record, clone, (place, is_newer_lost))?);
+        }
+        views.push(view_of(dm, record, snapshot, (place, is_newer_lost))?);
     }
     views.reverse();
     Ok(views)
+}
+
+/// The view of one. `is_needed_lost`: it is read through a lost one, or is that itself.
+fn view_of(
+    dm: &Dm,
+    record: &SnapshotSetRecord,
+    snapshot: &SnapshotRecord,
+    (place, is_needed_lost): (Place, bool),
+) -> Result<SnapshotView> {
+    let shown = |snapshot: &SnapshotRecord| format!("{}@{}", record.volume, snapshot.name);
+    let status = layers::status(dm, record, snapshot)?.filter(|_| place == Place::Led);
+    let state = match state_of(snapshot, status.as_ref(), is_needed_lost) {
+        State::NotAttached if place == Place::Bypassed => State::Invalid,
+        state => state,
+    };
+    let receives = match &snapshot.clone_of {
+        Some(_) => matches!(status, Some(SnapshotStatus::Active { .. } | SnapshotStatus::Overflow)),
+        None => status.is_some() && record.linked().last().is_some_and(|newest| newest.id == snapshot.id),
+    };
+    let clones = record.clones_of(&snapshot.id).filter(|clone| !clone.is_of_rollback());
+    let clone_of = record.snapshots.iter().find(|other| snapshot.clone_of.as_ref() == Some(&other.id));
+    let device = record.names(snapshot).snapshot;
+    let (used, total) = match &status {
+        Some(SnapshotStatus::Active { used, total, .. }) => (Some(used.bytes()), Some(total.bytes())),
+        _ => (None, record.store(snapshot)?.file_bytes().ok()),
+    };
+    let has_device = dm.info(device.as_str())?.is_some_and(|info| info.has_active);
+    let age = clock::utc_now_ns().checked_sub(snapshot.instant_utc_ns).map(|age| age / 1_000_000_000);
+    Ok(SnapshotView {
+        snapshot: shown(snapshot),
+        clone_of: clone_of.map(shown),
+        clones: clones.map(shown).collect(),
+        rollback_percent: merge::percent(dm, record, snapshot)?,
+        state,
+        lost: snapshot.lost.clone(),
+        instant: clock::utc_text(snapshot.instant_utc_ns).filter(|_| snapshot.instant_utc_ns > 0),
+        age_seconds: age.filter(|_| snapshot.instant_utc_ns > 0),
+        path: has_device.then(|| node::mapper_path(&device)),
+        store: PathBuf::from(&snapshot.store),
+        used,
+        total,
+        receives,
+        can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
+    })
 }
 
 fn state_of(snapshot: &SnapshotRecord, status: Option<&SnapshotStatus>, is_newer_lost: bool) -> State {
@@ -144,6 +178,7 @@ fn state_of(snapshot: &SnapshotRecord, status: Option<&SnapshotStatus>, is_newer
         (SnapshotState::Kept, None) => State::NotAttached,
         (SnapshotState::Kept, Some(status)) if layers::is_lost(status) => State::Invalid,
         (SnapshotState::Kept, Some(_)) if is_newer_lost => State::NeedsLost,
+        (SnapshotState::Kept, Some(SnapshotStatus::Overflow)) if snapshot.clone_of.is_some() => State::Full,
         (SnapshotState::Kept, Some(_)) => State::Valid,
     }
 }
@@ -159,19 +194,21 @@ pub fn show(name: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotDe
     let none = || no_snapshot(&format!("there is no snapshot {name}"));
     let record = read_of(volume)?.ok_or_else(none)?;
     let view = views_of(&dm, &record)?.into_iter().find(|view| view.snapshot == name).ok_or_else(none)?;
+    let is_shown = |snapshot: &&SnapshotRecord| format!("{volume}@{}", snapshot.name) == name;
+    let snapshot = record.snapshots.iter().find(is_shown).ok_or_else(none)?;
     let linked = record.linked();
-    let at = linked.iter().position(|snapshot| format!("{volume}@{}", snapshot.name) == name);
-    let overlap: Option<Overlap> = match at {
-        Some(at) if matches!(view.state, State::Valid | State::Retired | State::NeedsLost) => {
-            let status = layers::status(&dm, &record, &linked[at])?.filter(|_| at + 1 == linked.len());
-            let older = at.checked_sub(1).map(|at| record.store(&linked[at])).transpose()?;
-            Some(record.store(&linked[at])?.overlap(&dm, status.as_ref(), older.as_ref(), interrupt)?)
+    let older = linked.iter().position(|other| other.id == snapshot.id).and_then(|at| at.checked_sub(1));
+    let older = older.map(|at| record.store(&linked[at])).transpose()?;
+    let overlap: Option<Overlap> = match view.state {
+        State::Valid | State::Full | State::Retired | State::NeedsLost => {
+            let status = layers::status(&dm, &record, snapshot)?.filter(|_| view.receives);
+            Some(record.store(snapshot)?.overlap(&dm, status.as_ref(), older.as_ref(), interrupt)?)
         }
         _ => None,
     };
     let chunk = record.chunk()?.bytes();
     // A chunk that the next older store has as well is of no use to older snapshots.
-    let needed = |overlap: &Overlap| if at == Some(0) { 0 } else { overlap.chunks - overlap.shared };
+    let needed = |overlap: &Overlap| if older.is_none() { 0 } else { overlap.chunks - overlap.shared };
     Ok(SnapshotDetails {
         view,
         chunk,
@@ -195,6 +232,7 @@ mod tests {
             store_bytes_max: 1,
             state,
             lost: lost.map(str::to_owned),
+            clone_of: None,
         };
         let kept = |lost| snapshot(SnapshotState::Kept, lost);
         let active = SnapshotStatus::parse("16/2048 16");
@@ -211,6 +249,9 @@ mod tests {
         }
         // The kernel's word for a snapshot that cannot be written any more. Ours are not.
         assert_eq!(state_of(&kept(None), Some(&SnapshotStatus::Overflow), false), State::Valid);
+        let clone = SnapshotRecord { clone_of: Some("1".repeat(32)), ..kept(None) };
+        assert_eq!(state_of(&clone, Some(&SnapshotStatus::Overflow), false), State::Full);
+        assert_eq!(state_of(&clone, Some(&active), true), State::NeedsLost);
         assert_eq!(state_of(&snapshot(SnapshotState::Detached, None), Some(&active), false), State::Invalid);
     }
 }

@@ -5,12 +5,16 @@
 //! again completes it. The one exception is the instant, which no record can bring about: [`create`] records the
 //! snapshot as unfinished, takes the instant, and records it as kept; a crash in between ends it.
 
+pub mod clone;
 pub mod create;
 pub mod delete;
 mod layers;
 pub mod link;
 pub mod list;
+mod merge;
 pub mod monitor;
 pub mod mount;
+mod placement;
+pub mod rollback;
 pub mod set;
 pub mod settle;

@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 
 use super::delete;
 use super::set::{SnapshotSet, read_all};
-use super::{layers, link};
+use super::settle::settle_idle;
+use super::{layers, link, merge};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{Dm, Slot, SnapshotStatus, node};
@@ -191,6 +192,11 @@ impl Monitor<'_> {
         let mut pause = POLL_MAX;
         let Some(data) = layers::data(&self.dm, record)? else { return Ok(pause) };
         self.note_mounts(record)?;
+        if merge::needs_attention(&self.dm, record)?
+            && let Some(set) = SnapshotSet::find_idle(&record.id)?
+        {
+            settle_idle(&self.dm, set)?;
+        }
         for snapshot in record.linked() {
             let Some(view) = layers::view(&self.dm, record, &snapshot)?.filter(|view| view.has_active) else {
                 continue;
@@ -198,6 +204,9 @@ impl Monitor<'_> {
             if self.dm.table(view.number, Slot::Active)?.is_some_and(|table| table.maps_to(data.number)) {
                 pause = pause.min(self.look_at(record, &snapshot)?);
             }
+        }
+        for clone in record.clones() {
+            pause = pause.min(self.look_at(record, &clone)?);
         }
         Ok(pause)
     }
@@ -232,6 +241,10 @@ impl Monitor<'_> {
                 );
                 return Ok(POLL_MAX);
             }
+            Some(SnapshotStatus::Overflow) if snapshot.clone_of.is_some() => {
+                self.reopen(record, snapshot, &name)?;
+                return Ok(POLL_MAX);
+            }
             _ => return Ok(POLL_MAX),
         };
         let now = self.clock.elapsed();
@@ -247,6 +260,22 @@ impl Monitor<'_> {
         let millis =
             free.saturating_mul(1000).checked_div(rate.per_second()).unwrap_or(u64::MAX) / POLL_SHARE;
         Ok(Duration::from_millis(millis).clamp(POLL_MIN, POLL_MAX))
+    }
+
+    /// Enlarges the store of a clone that was full, and lets it take writes again.
+    fn reopen(&mut self, record: &SnapshotSetRecord, clone: &SnapshotRecord, name: &str) -> Result<()> {
+        let text =
+            format!("the store of {name} is full: the clone takes no writes until there is space for it");
+        self.warn(clone, Cause::NearlyFull, name, &text);
+        let watched = self.watched.entry(clone.id.clone()).or_default();
+        if watched.retry_at.is_some_and(|at| Instant::now() < at) {
+            return Ok(());
+        }
+        watched.retry_at = Some(Instant::now() + RETRY);
+        match SnapshotSet::find_idle(&record.id)? {
+            Some(set) => settle_idle(&self.dm, set).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Enlarges the store to `next`, or by as much as its filesystem has.
@@ -303,13 +332,14 @@ impl Monitor<'_> {
         Ok(())
     }
 
-    /// Deletes the oldest snapshot of the volume, if its store is on the filesystem that needs space. Nothing reads
+    /// Deletes the oldest snapshot of the volume, if it has no clones and its store is on the filesystem that needs space. Nothing reads
     /// through the oldest, so no original has to be copied first.
     fn make_room(&mut self, record: &SnapshotSetRecord, snapshot: &SnapshotRecord) -> Result<()> {
         let linked = record.linked();
         let Some(oldest) = linked.first().filter(|oldest| oldest.id != snapshot.id) else { return Ok(()) };
         let is_there = record.store(oldest)?.filesystem()? == record.store(snapshot)?.filesystem()?;
-        if oldest.state != SnapshotState::Kept || !is_there {
+        let has_clones = record.clones_of(&oldest.id).next().is_some();
+        if oldest.state != SnapshotState::Kept || !is_there || has_clones {
             return Ok(());
         }
         let name = format!("{}@{}", record.volume, oldest.name);

@@ -1,4 +1,4 @@
-//! `tidemark snapshot mount`: mounts a snapshot read-only, with the options that its filesystem needs.
+//! `tidemark snapshot mount`: mounts a snapshot read-only, or a clone, with the options that its filesystem needs.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -44,7 +44,7 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
         return Err(Error::usage(format!("{} is not a directory", directory.display())));
     }
     let filesystem = filesystem_on(&device)?;
-    let options = options_for(filesystem, name)?;
+    let options = options_for(filesystem, name, view.clone_of.is_some())?;
     let status = Command::new("mount")
         .args(["-t", filesystem, "-o", options])
         .arg(&device)
@@ -63,21 +63,23 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
     })
 }
 
-/// The options for a read-only mount of a filesystem whose origin may be mounted.
-fn options_for(filesystem: &str, name: &str) -> Result<&'static str> {
-    Ok(match filesystem {
+/// The options for a mount of a filesystem whose origin may be mounted.
+fn options_for(filesystem: &str, name: &str, is_clone: bool) -> Result<&'static str> {
+    Ok(match (filesystem, is_clone) {
         // The log was emptied by the freeze; a journal cannot be replayed on a read-only device.
-        "ext4" => "ro,noload",
+        ("ext4", false) => "ro,noload",
         // The origin has the same UUID.
-        "xfs" => "ro,nouuid,norecovery",
-        "btrfs" => {
+        ("xfs", false) => "ro,nouuid,norecovery",
+        ("xfs", true) => "rw,nouuid",
+        ("btrfs", _) => {
             return Err(Error::refused(format!(
                 "{name} is a btrfs: the kernel takes it for a part of its origin, as both have the same UUID"
             ))
             .state("nothing was mounted")
             .next("copy the snapshot's device to another machine, or mount it there"));
         }
-        _ => "ro",
+        (_, false) => "ro",
+        (_, true) => "rw",
     })
 }
 
@@ -107,8 +109,11 @@ mod tests {
 
     #[test]
     fn each_filesystem_has_its_options_and_btrfs_is_refused() {
-        assert_eq!(options_for("ext4", "a@1").unwrap(), "ro,noload");
-        assert!(options_for("xfs", "a@1").unwrap().contains("nouuid"));
-        assert_eq!(options_for("btrfs", "a@1").unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(options_for("ext4", "a@1", false).unwrap(), "ro,noload");
+        assert_eq!(options_for("ext4", "a@1", true).unwrap(), "rw");
+        for is_clone in [false, true] {
+            assert!(options_for("xfs", "a@1", is_clone).unwrap().contains("nouuid"));
+            assert_eq!(options_for("btrfs", "a@1", is_clone).unwrap_err().kind(), ErrorKind::Refused);
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
 use crate::dm::DeviceIdentity;
-use crate::dm::naming::{ROLE_STORE, SnapshotNames, VolumeNames, new_id};
+use crate::dm::naming::{ROLE_LOG, ROLE_STORE, SnapshotNames, VolumeNames, new_id};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
 use crate::record::{self, FoundRecord, LockedRecord};
 use crate::store::PersistentStore;
@@ -99,6 +99,7 @@ impl SnapshotSet {
             chunk_bytes: chunk.bytes().get(),
             snapshots: Vec::new(),
             mounts: None,
+            rollback: None,
             detached: None,
         };
         Ok(Self { record: LockedRecord::create(Path::new(SET_DIR), &id, record)? })
@@ -196,10 +197,55 @@ impl SnapshotSetRecord {
         })
     }
 
+    /// The log of the merge for which the clone `clone` was made: a file beside its store.
+    ///
+    /// # Errors
+    /// As [`SnapshotSetRecord::chunk`].
+    pub fn log(&self, clone: &SnapshotRecord) -> Result<PersistentStore> {
+        Ok(PersistentStore {
+            device: self.volume_names().log,
+            identity: DeviceIdentity::new(&self.volume, ROLE_LOG, &self.id),
+            path: PathBuf::from(&clone.store).with_extension("log"),
+            ..self.store(clone)?
+        })
+    }
+
+    /// Refuses while the volume is being rolled back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
+    pub fn refuse_rollback(&self) -> Result<()> {
+        if self.rolling_back().is_none() {
+            return Ok(());
+        }
+        Err(Error::refused(format!("{} is being rolled back", self.volume))
+            .state("nothing was changed")
+            .next(format!("wait for its end: 'tidemark snapshot list {}' shows how far it is", self.volume)))
+    }
+
     /// The snapshots that are below the volume, the oldest first.
     #[must_use]
     pub fn linked(&self) -> Vec<SnapshotRecord> {
-        self.snapshots.iter().filter(|snapshot| snapshot.state.is_linked()).cloned().collect()
+        let is_linked =
+            |snapshot: &&SnapshotRecord| snapshot.clone_of.is_none() && snapshot.state.is_linked();
+        self.snapshots.iter().filter(is_linked).cloned().collect()
+    }
+
+    /// The clones that have devices while the volume is attached.
+    #[must_use]
+    pub fn clones(&self) -> Vec<SnapshotRecord> {
+        let is_in_use =
+            |snapshot: &&SnapshotRecord| snapshot.clone_of.is_some() && snapshot.state.is_linked();
+        self.snapshots.iter().filter(is_in_use).cloned().collect()
+    }
+
+    /// `snapshots` and their clones, each before those that it is read through.
+    #[must_use]
+    pub fn with_clones(&self, snapshots: &[SnapshotRecord]) -> Vec<SnapshotRecord> {
+        let mut all: Vec<SnapshotRecord> =
+            snapshots.iter().flat_map(|snapshot| self.clones_of(&snapshot.id)).cloned().collect();
+        all.extend_from_slice(snapshots);
+        all
     }
 }
 

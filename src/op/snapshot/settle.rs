@@ -5,6 +5,7 @@
 //! 1. a snapshot whose instant was not recorded is removed;
 //! 2. every other one gets its store, its view and, unless it is deleted, the device that users see, from the newest
 //!    to the oldest. A view that reads through another device than it should is led to the right one;
+//!    Then every clone gets the same;
 //! 3. deletions are completed;
 //! 4. a volume without snapshots gets its own table back.
 //!
@@ -23,10 +24,10 @@
 //! then the record stops naming it as a part of the chain. After a crash at any point, the older view is right in both
 //! ways.
 
-use std::time::Duration;
-
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors};
-use crate::dm::naming::{ROLE_ALIAS, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
+use crate::dm::naming::{
+    ROLE_ALIAS, ROLE_CLONE, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames,
+};
 use crate::dm::{DeviceIdentity, Dm, Slot, SnapshotStatus, Table, Target, Udev};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::stack::change::{IntentLog, NoIntents};
@@ -36,11 +37,9 @@ use crate::store::size;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
-use super::layers::{self, Place};
+use super::layers::{self, Place, RESTORE_BUDGET};
+use super::merge;
 use super::set::{self, SnapshotSet};
-
-/// Longest time that the volume may be suspended while its own table is put back.
-const RESTORE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Most bytes that are copied up at once.
 const COPY_UP_BYTES: Bytes = Bytes::mib(1);
@@ -84,6 +83,7 @@ impl Settlement<'_> {
                 self.note_lost()?;
                 self.assemble(false)?;
                 self.note_lost()?;
+                self.done.extend(merge::tend(self.dm, &mut self.set, self.journal)?);
                 self.drop_lost()?;
             }
             Place::Bypassed => self.lose_all("the volume was in use without its snapshots")?,
@@ -118,7 +118,7 @@ impl Settlement<'_> {
         Ok(self.dm.info_of(name)?.number)
     }
 
-    /// Step 1. Such a snapshot is the newest one, and nothing reads through it.
+    /// Step 1. Such a snapshot is the newest one, or a clone, and nothing reads through it.
     fn drop_unfinished(&mut self) -> Result<()> {
         let unfinished: Vec<SnapshotRecord> = self.in_state(SnapshotState::Creating);
         if unfinished.is_empty() {
@@ -142,11 +142,14 @@ impl Settlement<'_> {
     fn discard(&mut self, snapshot: &SnapshotRecord) -> Result<()> {
         let record = self.set.record();
         let (names, store) = (record.names(snapshot), record.store(snapshot)?);
-        self.remove(&names.snapshot, ROLE_SNAPSHOT, snapshot)?;
+        self.hide(snapshot)?;
         self.remove(&names.view, ROLE_VIEW, snapshot)?;
         self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
         crash_point("snapshot.discard.devices");
         store.remove(self.dm)?;
+        if snapshot.is_of_rollback() {
+            record.log(snapshot)?.remove(self.dm)?;
+        }
         crash_point("snapshot.discard.store");
         self.done.push(format!("remove {}", names.snapshot));
         self.set.change(|record| record.snapshots.retain(|other| other.id != snapshot.id))
@@ -190,6 +193,61 @@ impl Settlement<'_> {
                 self.show(&record, snapshot, length, upper)?;
             }
         }
+        record.clones().iter().try_for_each(|clone| self.assemble_clone(&record, clone))
+    }
+
+    /// Makes the devices of a clone, whose snapshot has its own. All that was written to it is in its store, so a view
+    /// that is missing has missed nothing.
+    fn assemble_clone(&mut self, record: &SnapshotSetRecord, clone: &SnapshotRecord) -> Result<()> {
+        let length = record.length()?;
+        let names = record.names(clone);
+        let linked = record.linked();
+        let origin = linked.iter().find(|snapshot| Some(&snapshot.id) == clone.clone_of.as_ref());
+        // Those of a lost snapshot are taken out with it; a lost store must not be read again as if it were whole.
+        let is_lost = |one: &SnapshotRecord| one.lost.is_some();
+        let is_merged = clone.is_of_rollback();
+        let is_usable = |origin: &&SnapshotRecord| is_merged || !is_lost(origin) && !is_lost(clone);
+        let Some(origin) = origin.filter(is_usable) else { return Ok(()) };
+        let upper = self.needed(&record.names(origin).view)?;
+        let store = record.store(clone)?.show(self.dm)?;
+        let table = kept::view_table(length, upper, store, record.chunk()?)?;
+        self.drop_loaded(&names.view)?;
+        let view = layers::view(self.dm, record, clone)?.filter(|view| view.has_active);
+        let found = view.map(|view| self.dm.table(view.number, Slot::Active)).transpose()?.flatten();
+        match found {
+            None => self.make_view(record, clone, &table)?,
+            Some(found) if found != table => self.lead(record, clone, upper, &table)?,
+            Some(_) => self.reopen_full(record, clone, upper, &table)?,
+        }
+        self.remove(&names.alias, ROLE_ALIAS, clone)?;
+        if is_merged {
+            return Ok(());
+        }
+        let view = self.needed(&names.view)?;
+        self.show(record, clone, length, view)
+    }
+
+    /// A clone whose store was full takes no more writes until the store is larger and has been read again.
+    fn reopen_full(
+        &mut self,
+        record: &SnapshotSetRecord,
+        clone: &SnapshotRecord,
+        upper: DeviceNumber,
+        table: &Table,
+    ) -> Result<()> {
+        if layers::status(self.dm, record, clone)? != Some(SnapshotStatus::Overflow) {
+            return Ok(());
+        }
+        let store = record.store(clone)?;
+        let total = store.file_bytes()?;
+        let room = store.free_beyond_reserve()?.min(total).align_down(size::STORE_UNIT);
+        if room == Bytes::ZERO {
+            // It can still be read. The monitor warns, and tries again.
+            return Ok(());
+        }
+        store.enlarge(self.dm, total + room)?;
+        self.lead(record, clone, upper, table)?;
+        self.done.push(format!("enlarge the store of {}", record.names(clone).snapshot));
         Ok(())
     }
 
@@ -220,25 +278,29 @@ impl Settlement<'_> {
         if linked.is_empty() {
             return Ok(());
         }
-        self.set.change(|record| {
-            record.snapshots.iter_mut().filter(|snapshot| snapshot.state.is_linked()).for_each(|snapshot| {
-                snapshot.lost.get_or_insert_with(|| why.to_owned());
-            });
-        })?;
+        if self.set.record().rolling_back().is_some() {
+            // Its device holds a mixture until the merge is complete, and must not be used alone.
+            return Err(Error::new(
+                ErrorKind::StoreInvalid,
+                format!("{} cannot be rolled back any further: {why}", self.set.record().volume),
+            ));
+        }
+        self.set.change(|record| record.lose_all(why))?;
         tracing::warn!("the snapshots of {} are lost: {why}", self.set.record().volume);
         crash_point("snapshot.lost.noted");
         self.take_out_lost(&linked)
     }
 
-    /// Takes the oldest snapshots of the chain, which are lost, out of it.
-    fn take_out_lost(&mut self, lost: &[SnapshotRecord]) -> Result<()> {
+    /// Takes the oldest snapshots of the chain, which are lost, out of it, and their clones with them.
+    fn take_out_lost(&mut self, oldest: &[SnapshotRecord]) -> Result<()> {
         let record = self.set.record().clone();
+        let lost = record.with_clones(oldest);
         // Refused by the kernel while one is mounted; then everything stays as it is.
         lost.iter().try_for_each(|snapshot| self.hide(snapshot))?;
-        if lost.len() == record.linked().len() {
+        if oldest.len() == record.linked().len() {
             self.dissolve()?;
         }
-        for snapshot in lost {
+        for snapshot in &lost {
             let names = record.names(snapshot);
             self.remove(&names.view, ROLE_VIEW, snapshot)?;
             self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
@@ -246,12 +308,8 @@ impl Settlement<'_> {
         }
         crash_point("snapshot.lost");
         self.set.change(|record| {
-            for snapshot in
-                record.snapshots.iter_mut().filter(|one| lost.iter().any(|lost| lost.id == one.id))
-            {
-                let is_kept = snapshot.state == SnapshotState::Kept;
-                snapshot.state = if is_kept { SnapshotState::Detached } else { SnapshotState::Unlinked };
-            }
+            let is_lost = |one: &&mut SnapshotRecord| lost.iter().any(|lost| lost.id == one.id);
+            record.snapshots.iter_mut().filter(is_lost).for_each(SnapshotRecord::unlink_lost);
         })
     }
 
@@ -262,14 +320,17 @@ impl Settlement<'_> {
         let record = self.set.record().clone();
         let mut why = None;
         let mut lost = Vec::new();
+        let failed = |snapshot: &SnapshotRecord| -> Result<Option<String>> {
+            let status = layers::status(self.dm, &record, snapshot)?.filter(layers::is_lost);
+            Ok(status.map(|_| format!("the store of {}@{} failed or was full", record.volume, snapshot.name)))
+        };
         for snapshot in record.linked().iter().rev() {
-            if let Some(status) = layers::status(self.dm, &record, snapshot)?
-                && layers::is_lost(&status)
-            {
-                why = Some(format!("the store of {}@{} failed or was full", record.volume, snapshot.name));
-            }
-            if let Some(why) = why.as_ref().filter(|_| snapshot.lost.is_none()) {
-                lost.push((snapshot.id.clone(), why.clone()));
+            why = failed(snapshot)?.or(why);
+            for one in record.clones_of(&snapshot.id).chain([snapshot]) {
+                let why = if one.id == snapshot.id { why.clone() } else { why.clone().or(failed(one)?) };
+                if let Some(why) = why.filter(|_| one.lost.is_none()) {
+                    lost.push((one.id.clone(), why));
+                }
             }
         }
         if lost.is_empty() {
@@ -323,7 +384,7 @@ impl Settlement<'_> {
         self.dm.swap_or_resume(view)
     }
 
-    /// Makes the device that users see.
+    /// Makes the device that users see: read-only, unless it is that of a clone.
     fn show(
         &mut self,
         record: &SnapshotSetRecord,
@@ -336,10 +397,14 @@ impl Settlement<'_> {
         if info.is_some_and(|info| info.has_active) {
             return Ok(());
         }
-        self.remove(&name, ROLE_SNAPSHOT, snapshot)?;
+        self.hide(snapshot)?;
         let table = Table::single(length, Target::Linear { device: view, offset: Sectors::ZERO })?;
-        let uuid = record.identity(ROLE_SNAPSHOT, snapshot).uuid();
-        self.dm.create_read_only(&name, &uuid, &table, Udev::Internal)?;
+        let uuid = record.identity(shown_role(snapshot), snapshot).uuid();
+        if snapshot.clone_of.is_some() {
+            self.dm.create_active(&name, &uuid, &table, Udev::Internal)?;
+        } else {
+            self.dm.create_read_only(&name, &uuid, &table, Udev::Internal)?;
+        }
         crash_point("snapshot.show");
         Ok(())
     }
@@ -348,6 +413,9 @@ impl Settlement<'_> {
     /// originals that the others would need do not exist.
     fn drop_lost(&mut self) -> Result<()> {
         let linked = self.set.record().linked();
+        if self.set.record().rolling_back().is_some() {
+            return Ok(());
+        }
         let Some(last) = linked.iter().rposition(|snapshot| snapshot.lost.is_some()) else { return Ok(()) };
         let lost = &linked[..=last];
         if lost.iter().all(|snapshot| snapshot.state == SnapshotState::Kept) {
@@ -390,7 +458,7 @@ impl Settlement<'_> {
 
     /// Removes the device that users see.
     fn hide(&self, snapshot: &SnapshotRecord) -> Result<()> {
-        self.remove(&self.set.record().names(snapshot).snapshot, ROLE_SNAPSHOT, snapshot)
+        self.remove(&self.set.record().names(snapshot).snapshot, shown_role(snapshot), snapshot)
     }
 
     /// Takes a snapshot out of the middle of the chain.
@@ -440,7 +508,7 @@ impl Settlement<'_> {
             return Ok(());
         }
         Err(Error::new(
-            crate::base::ErrorKind::StoreInvalid,
+            ErrorKind::StoreInvalid,
             format!("the store of {}@{} failed while originals were added to it", record.volume, older.name),
         ))
     }
@@ -493,10 +561,9 @@ impl Settlement<'_> {
         }
         self.remove_of_volume(&names.keep, ROLE_KEEP)?;
         // Views are on `data`.
-        for snapshot in &self.set.record().snapshots {
-            let names = self.set.record().names(snapshot);
-            self.remove(&names.snapshot, ROLE_SNAPSHOT, snapshot)?;
-            self.remove(&names.view, ROLE_VIEW, snapshot)?;
+        for snapshot in &self.set.record().top_down() {
+            self.hide(snapshot)?;
+            self.remove(&self.set.record().names(snapshot).view, ROLE_VIEW, snapshot)?;
         }
         self.remove_of_volume(&names.data, crate::dm::naming::ROLE_DATA)
     }
@@ -507,6 +574,38 @@ impl Settlement<'_> {
     }
 }
 
+/// Completes what a command that died has left. Returns the set; None if it had no snapshots any more.
+///
+/// # Errors
+/// As [`Settlement::settle`] and [`SnapshotSet::find`].
+pub fn settle_first(
+    dm: &Dm,
+    set: SnapshotSet,
+    journal: &mut dyn IntentLog,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Option<SnapshotSet>> {
+    let volume = set.record().volume.clone();
+    Settlement { dm, set, journal, interrupt, done: Vec::new() }.settle()?;
+    SnapshotSet::find(&volume, interrupt)
+}
+
+/// The role of the device that users see.
+fn shown_role(snapshot: &SnapshotRecord) -> &'static str {
+    if snapshot.clone_of.is_some() { ROLE_CLONE } else { ROLE_SNAPSHOT }
+}
+
+/// Settles a set, unless its volume is being copied. Returns what was done.
+///
+/// # Errors
+/// As [`Settlement::settle`].
+pub fn settle_idle(dm: &Dm, set: SnapshotSet) -> Result<Vec<String>> {
+    let volume = dm.info(set.record().volume.as_str())?.map(|info| info.number);
+    if volume.is_some_and(|number| crate::job::refuse_held_origin(number).is_err()) {
+        return Ok(Vec::new());
+    }
+    Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()
+}
+
 /// Settles every set of snapshots that no other command is changing, and whose volume is not being copied. Returns what
 /// was done.
 ///
@@ -515,14 +614,7 @@ impl Settlement<'_> {
 pub fn settle_all(dm: &Dm) -> Result<Vec<String>> {
     let (mut done, mut errors) = (Vec::new(), Vec::new());
     for set in SnapshotSet::find_all()? {
-        let settled = set.and_then(|set| {
-            let volume = dm.info(set.record().volume.as_str())?.map(|info| info.number);
-            if volume.is_some_and(|number| crate::job::refuse_held_origin(number).is_err()) {
-                return Ok(Vec::new());
-            }
-            Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()
-        });
-        match settled {
+        match set.and_then(|set| settle_idle(dm, set)) {
             Ok(settled) => done.extend(settled),
             Err(error) => errors.push(error),
         }
