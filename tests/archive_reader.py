@@ -8,6 +8,7 @@
 Standard library only, no code shared with Tidemark. Exit code 0: whole; 4: bad; 2: usage.
 """
 
+import operator
 import struct
 import sys
 
@@ -65,6 +66,112 @@ def crc32c(data):
 
 assert crc32c(b"123456789") == 0xE3069283
 
+M32, M64 = (1 << 32) - 1, (1 << 64) - 1
+P32_1, P32_2, P32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+P64_1, P64_2, P64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+P64_4, P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+MIX_1, MIX_2 = 0x165667919E3779F9, 0x9FB21C651E98DF25
+SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
+    "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
+    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364"
+    "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
+    "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+
+
+def xxh3_64(data):
+    """XXH3-64 with seed 0 and the default secret, after xxhash_spec.md of the xxHash project."""
+    length = len(data)
+    if length <= 16:
+        return xxh3_small(data, length)
+    if length <= 240:
+        return xxh3_medium(data, length)
+    return xxh3_long(data, length)
+
+
+def s64(at):
+    return u64(SECRET, at)
+
+
+def fold(first, second):
+    product = first * second
+    return (product & M64) ^ (product >> 64)
+
+
+def avalanche(value):
+    value &= M64
+    value = (value ^ (value >> 37)) * MIX_1 & M64
+    return value ^ (value >> 32)
+
+
+def avalanche_xxh64(value):
+    value = (value ^ (value >> 33)) * P64_2 & M64
+    value = (value ^ (value >> 29)) * P64_3 & M64
+    return value ^ (value >> 32)
+
+
+def rotate(value, count):
+    return (value << count | value >> (64 - count)) & M64
+
+
+def xxh3_small(data, length):
+    if length == 0:
+        return avalanche_xxh64(s64(56) ^ s64(64))
+    if length <= 3:
+        combined = data[0] << 16 | data[length >> 1] << 24 | data[-1] | length << 8
+        return avalanche_xxh64(combined ^ u32(SECRET, 0) ^ u32(SECRET, 4))
+    if length <= 8:
+        value = (u32(data, length - 4) + (u32(data, 0) << 32)) ^ s64(8) ^ s64(16)
+        value = (value ^ rotate(value, 49) ^ rotate(value, 24)) * MIX_2 & M64
+        value = (value ^ ((value >> 35) + length)) * MIX_2 & M64
+        return value ^ (value >> 28)
+    low = u64(data, 0) ^ s64(24) ^ s64(32)
+    high = u64(data, length - 8) ^ s64(40) ^ s64(48)
+    swapped = int.from_bytes(low.to_bytes(8, "little"), "big")
+    return avalanche(length + swapped + high + fold(low, high))
+
+
+def xxh3_medium(data, length):
+    def mix(at, secret):
+        return fold(u64(data, at) ^ s64(secret), u64(data, at + 8) ^ s64(secret + 8))
+
+    total = length * P64_1
+    if length <= 128:
+        for pair in range((length - 1) // 32 + 1):
+            total += mix(16 * pair, 32 * pair) + mix(length - 16 * (pair + 1), 32 * pair + 16)
+        return avalanche(total)
+    total = avalanche(total + sum(mix(16 * at, 16 * at) for at in range(8)))
+    total += sum(mix(16 * at, 16 * (at - 8) + 3) for at in range(8, length // 16))
+    return avalanche(total + mix(length - 16, 136 - 17))
+
+
+def xxh3_long(data, length):
+    lanes = [P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1]
+    keys = [s64(8 * (stripe + lane)) for stripe in range(16) for lane in range(8)]
+
+    def accumulate(values, keys):
+        mixed = list(map(operator.xor, values, keys))
+        for lane in range(8):
+            products = sum((value & M32) * (value >> 32) for value in mixed[lane::8])
+            lanes[lane] = (lanes[lane] + products + sum(values[lane ^ 1 :: 8])) & M64
+
+    blocks = (length - 1) // 1024
+    for values in struct.iter_unpack("<128Q", data[: blocks * 1024]):
+        accumulate(values, keys)
+        for lane in range(8):
+            value = lanes[lane]
+            lanes[lane] = (value ^ (value >> 47) ^ s64(128 + 8 * lane)) * P32_1 & M64
+    count = (length - 1 - blocks * 1024) // 64 * 8
+    accumulate(struct.unpack_from("<%dQ" % count, data, blocks * 1024), keys[:count])
+    last = 192 - 64 - 7
+    accumulate(struct.unpack_from("<8Q", data, length - 64), [s64(last + 8 * lane) for lane in range(8)])
+    pairs = range(0, 8, 2)
+    merged_lanes = sum(fold(lanes[at] ^ s64(11 + 8 * at), lanes[at + 1] ^ s64(19 + 8 * at)) for at in pairs)
+    return avalanche(length * P64_1 + merged_lanes)
+
+
 
 def is_zero(data):
     return not any(data) if len(data) < 64 else data.count(0) == len(data)
@@ -76,6 +183,9 @@ def u32(block, at):
 
 def u64(block, at):
     return struct.unpack_from("<Q", block, at)[0]
+
+
+assert xxh3_64(b"123456789") == 0x72DCB18B67A17DFF
 
 
 def check_crc(block, salt, what):
@@ -103,7 +213,8 @@ class Superblock:
         need(len(block) == BLOCK, what + ": cut off")
         need(block[:8] == SUPER_MAGIC, what + ": magic")
         check_crc(block, "tidemark superblock " + name, what)
-        need(u32(block, 8) == 1, what + ": version")
+        self.version = u32(block, 8)
+        need(self.version in (1, 2), what + ": version")
         need(u32(block, 12) == role, what + ": role")
         self.archive = bytes(block[16:32])
         need(not any(block[32:48]), what + ": parent")
@@ -124,7 +235,7 @@ class Superblock:
         self.tool = text(block, 192, 64, what + ": program")
         self.name = text(block, 256, 256, what + ": name")
         self.path = text(block, 512, 1024, what + ": path")
-        self.shared = bytes(block[16:80]) + bytes(block[144:4092])
+        self.shared = bytes(block[8:12]) + bytes(block[16:80]) + bytes(block[144:4092])
 
 
 class Frame:
@@ -142,16 +253,26 @@ class Frame:
             need(block[16:32] == superblock.archive, what + ": of another archive")
             need(u64(block, 32) == sequence, what + ": in the wrong place")
         need(head[12:4092] == tail[12:4092], what + ": torn")
-        self.offset, length, crc, count = u64(head, 40), u64(head, 48), u32(head, 56), u32(head, 60)
+        self.offset, length, count = u64(head, 40), u64(head, 48), u32(head, 60)
         need(self.offset < superblock.size, what + ": origin offset")
         need(1 <= length <= segment, what + ": payload length")
         need(count <= 500, what + ": extent count")
-        need(is_zero(head[64 + 8 * count : 4092]), what + ": padding")
+        need(is_zero(head[64 + 8 * count : 4064]), what + ": padding")
+        need(is_zero(head[4072:4092]), what + ": padding")
         self.payload = payload[:length]
-        need(crc32c(self.payload) == crc, what + ": payload CRC")
+        self.check_payload(superblock.version, head, what)
         need(is_zero(payload[length:]), what + ": payload padding")
         self.extents = self.read_extents(superblock, head, count, what)
         self.check_kind(superblock, what)
+
+    def check_payload(self, version, head, what):
+        crc, xxh3 = u32(head, 56), u64(head, 4064)
+        if version == 1:
+            need(crc32c(self.payload) == crc, what + ": payload CRC")
+            need(xxh3 == 0, what + ": padding")
+        else:
+            need(xxh3_64(self.payload) == xxh3, what + ": payload checksum")
+            need(crc == 0, what + ": padding")
 
     def read_extents(self, superblock, head, count, what):
         extents, end = [], self.offset

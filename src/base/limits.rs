@@ -25,7 +25,7 @@ pub const COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(32);
 /// tenth of a second in an emulated guest.
 pub const LIVE_COPY_BUFFER_BYTES_MAX: Bytes = Bytes::mib(16);
 
-/// Segments in one copy: the archive's index and the verifier's checksums take 4 bytes for each. A larger
+/// Segments in one copy: the archive's index takes 4 bytes for each, the verifier's checksums 8. A larger
 /// device gets larger segments by default (16 TiB: 4 MiB).
 pub const SEGMENT_COUNT_MAX: u64 = 4 * 1024 * 1024;
 

@@ -1,16 +1,16 @@
-//! The CRC-32C of every segment's payload as the secondary received it: four bytes for each, kept if the copy
+//! The XXH3-64 of every segment's payload as the secondary received it: eight bytes for each, kept if the copy
 //! is verified.
 
 use super::ports::ResumePoint;
-use crate::base::checksum::crc32c;
+use crate::base::checksum::xxh3_64;
 use crate::base::{Bytes, SegmentIx};
 
 /// The checksums of a copy's segments.
 #[derive(Debug)]
 pub struct Checksums {
-    kept: Option<Vec<u32>>,
+    kept: Option<Vec<u64>>,
     /// The length of a whole segment, and the checksum of its zeros.
-    zero: (Bytes, u32),
+    zero: (Bytes, u64),
     /// Segments that may hold originals which their checksum does not cover, because a process died while it
     /// applied originals to them: true until this process has written them again.
     may_hold_originals: Vec<bool>,
@@ -22,7 +22,7 @@ impl Checksums {
         let count = usize::try_from(count).expect("segments are counted within SEGMENT_COUNT_MAX");
         Self {
             kept: kept.then(|| vec![0; count]),
-            zero: (segment, zero_crc(segment)),
+            zero: (segment, zero_checksum(segment)),
             may_hold_originals: Vec::new(),
         }
     }
@@ -34,8 +34,10 @@ impl Checksums {
             self.may_hold_originals = vec![true; kept.len()];
         }
         for segment in &point.placed {
-            if let (Some(entry), Some(crc)) = (kept.get_mut(Bytes(segment.ix.get()).as_len()), segment.crc) {
-                *entry = crc;
+            if let (Some(entry), Some(checksum)) =
+                (kept.get_mut(Bytes(segment.ix.get()).as_len()), segment.checksum)
+            {
+                *entry = checksum;
             }
         }
     }
@@ -43,7 +45,7 @@ impl Checksums {
     /// The checksum that a segment must have when it is read back before originals are applied to it. None
     /// also if a process died while it applied originals: the segment may hold some of them already, and
     /// all of them are applied to it again.
-    pub(super) fn before_overlay(&self, ix: SegmentIx) -> Option<u32> {
+    pub(super) fn before_overlay(&self, ix: SegmentIx) -> Option<u64> {
         let may_hold_originals =
             self.may_hold_originals.get(Bytes(ix.get()).as_len()).copied().unwrap_or(false);
         self.get(ix).filter(|_| !may_hold_originals)
@@ -54,13 +56,13 @@ impl Checksums {
     }
 
     /// The checksum of a payload; `zero`: it is known to be all zero.
-    pub(super) fn of(&self, payload: &[u8], zero: bool) -> u32 {
-        if zero && Bytes::from_len(payload.len()) == self.zero.0 { self.zero.1 } else { crc32c(payload) }
+    pub(super) fn of(&self, payload: &[u8], zero: bool) -> u64 {
+        if zero && Bytes::from_len(payload.len()) == self.zero.0 { self.zero.1 } else { xxh3_64(payload) }
     }
 
-    pub(super) fn set(&mut self, ix: SegmentIx, crc: u32) {
+    pub(super) fn set(&mut self, ix: SegmentIx, checksum: u64) {
         if let Some(kept) = &mut self.kept {
-            kept[Bytes(ix.get()).as_len()] = crc;
+            kept[Bytes(ix.get()).as_len()] = checksum;
         }
         if let Some(may_hold_originals) = self.may_hold_originals.get_mut(Bytes(ix.get()).as_len()) {
             *may_hold_originals = false;
@@ -68,11 +70,11 @@ impl Checksums {
     }
 
     /// The checksum that was set, if checksums are kept.
-    pub(super) fn get(&self, ix: SegmentIx) -> Option<u32> {
+    pub(super) fn get(&self, ix: SegmentIx) -> Option<u64> {
         self.kept.as_ref().map(|kept| kept[Bytes(ix.get()).as_len()])
     }
 }
 
-fn zero_crc(length: Bytes) -> u32 {
-    crc32c(&vec![0u8; length.as_len()])
+fn zero_checksum(length: Bytes) -> u64 {
+    xxh3_64(&vec![0u8; length.as_len()])
 }

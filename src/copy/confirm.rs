@@ -253,7 +253,7 @@ fn read_back(
         {
             let (work, placed) = listed.next().expect("it was seen");
             zero_gaps(&work, &mut buffer);
-            match secondary.stored(&segment(&work, placed.crc)) {
+            match secondary.stored(&segment(&work, placed.checksum)) {
                 Some(pieces) => {
                     let token = confirm.driver.read(file, buffer, pieces)?;
                     confirm.reads.insert(token, (work, placed));
@@ -279,9 +279,9 @@ impl Confirm<'_, '_> {
         let buffer = completion.buffer.expect("a read gives its buffer back");
         let data = payload(&work, &buffer);
         let zero = is_zero(data);
-        let is_same = placed.crc == Some(self.checksums.of(data, zero));
+        let is_same = placed.checksum == Some(self.checksums.of(data, zero));
         let is_overlaid = self.overlaid.contains(&work.ix);
-        let framed = self.secondary.check_stored(&segment(&work, placed.crc), &buffer, is_overlaid);
+        let framed = self.secondary.check_stored(&segment(&work, placed.checksum), &buffer, is_overlaid);
         match framed.is_ok() && (is_same || is_overlaid) {
             true if !is_same => self.found.unverifiable += 1,
             true => self.found.proofs += u64::from(!zero),
@@ -293,8 +293,8 @@ impl Confirm<'_, '_> {
     }
 }
 
-fn segment(work: &Work, crc: Option<u32>) -> Segment<'_> {
-    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero: false }
+fn segment(work: &Work, checksum: Option<u64>) -> Segment<'_> {
+    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, checksum, zero: false }
 }
 
 #[cfg(test)]
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn a_sample_is_spread_over_all_and_has_both_ends() {
-        let placed = |ix| PlacedSegment { ix: SegmentIx(ix), frame: None, crc: Some(1), zero: false };
+        let placed = |ix| PlacedSegment { ix: SegmentIx(ix), frame: None, checksum: Some(1), zero: false };
         for count in [1u64, 2, 63, 64, 65, 1000, 4096] {
             let all: Vec<PlacedSegment> = (0..count).rev().map(placed).collect();
             let sample: Vec<u64> = sample(&all).iter().map(|segment| segment.ix.get()).collect();

@@ -244,21 +244,21 @@ impl Fuzzy<'_, '_, '_> {
         let data = payload(&work, &buffer);
         let zero = is_zero(data);
         // A process that resumes the copy may have to compare what the secondary still holds.
-        let needs_crc =
+        let needs_checksum =
             self.checksums.is_kept() || self.secondary.is_framed() || self.plan.placements.is_some();
-        let crc = needs_crc.then(|| self.checksums.of(data, zero));
-        if let Some(crc) = crc {
-            self.checksums.set(work.ix, crc);
+        let checksum = needs_checksum.then(|| self.checksums.of(data, zero));
+        if let Some(checksum) = checksum {
+            self.checksums.set(work.ix, checksum);
         }
         self.stats.read += bytes;
         self.stats.segments += 1;
         if zero {
             self.stats.zero += bytes;
         }
-        let segment = Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero };
+        let segment = Segment { ix: work.ix, extent: work.extent, valid: &work.valid, checksum, zero };
         let placement = self.secondary.place(&segment, &mut buffer)?;
         let frame = self.secondary.frame_number(work.ix);
-        self.placing.insert(work.ix, PlacedSegment { ix: work.ix, frame, crc, zero });
+        self.placing.insert(work.ix, PlacedSegment { ix: work.ix, frame, checksum, zero });
         self.sink.put_segment(self.driver, buffer, placement, work.ix)?;
         self.driver.advance(bytes);
         // A segment of zeros may have landed without a write.

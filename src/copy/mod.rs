@@ -19,6 +19,8 @@ mod overlay;
 mod placed;
 mod ports;
 pub mod regions;
+#[cfg(test)]
+mod resume_tests;
 pub mod schedule;
 mod sink;
 #[cfg(test)]

@@ -176,8 +176,8 @@ impl Overlay<'_, '_> {
         }
     }
 
-    fn segment<'w>(work: &'w Work, crc: Option<u32>, zero: bool) -> Segment<'w> {
-        Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero }
+    fn segment<'w>(work: &'w Work, checksum: Option<u64>, zero: bool) -> Segment<'w> {
+        Segment { ix: work.ix, extent: work.extent, valid: &work.valid, checksum, zero }
     }
 
     /// True if the buffer must hold the whole segment.
@@ -236,24 +236,24 @@ impl Overlay<'_, '_> {
     fn check(&self, work: &Work, memory: &[u8]) -> Result<()> {
         let expected = self.checksums.before_overlay(work.ix);
         self.secondary.check_stored(&Self::segment(work, expected, false), memory, true)?;
-        check_crc(self.checksums, expected, work, memory, self.secondary.description())
+        check_payload(self.checksums, expected, work, memory, self.secondary.description())
     }
 
     fn apply(&mut self, group: &Group, mut buffer: Buffer) -> Result<()> {
         // The last original was read to a whole block; zero the payload past the origin's end.
         zero_padding(&mut buffer, payload_position(group.work.extent.start(), group.work.extent.end()));
         let changed = merged(group.originals.iter().map(|original| original.extent));
-        let (mut crc, mut zero) = (None, false);
+        let (mut checksum, mut zero) = (None, false);
         if self.is_whole() {
             let data = payload(&group.work, &buffer);
             zero = is_zero(data);
             let value = self.checksums.of(data, zero);
             self.checksums.set(group.work.ix, value);
-            crc = Some(value);
+            checksum = Some(value);
         }
         let bytes = changed.iter().map(|extent| extent.length()).sum();
         let placement =
-            self.secondary.overlay(&Self::segment(&group.work, crc, zero), &changed, &mut buffer)?;
+            self.secondary.overlay(&Self::segment(&group.work, checksum, zero), &changed, &mut buffer)?;
         self.sink.put(self.driver, buffer, placement)?;
         self.driver.advance(bytes);
         Ok(())
@@ -261,9 +261,9 @@ impl Overlay<'_, '_> {
 }
 
 /// Compares a payload that was read back with the checksum that it must have, if known.
-pub(super) fn check_crc(
+pub(super) fn check_payload(
     checksums: &Checksums,
-    expected: Option<u32>,
+    expected: Option<u64>,
     work: &Work,
     memory: &[u8],
     secondary: &str,
@@ -275,8 +275,8 @@ pub(super) fn check_crc(
         return Ok(());
     }
     Err(Error::bad_data(format!(
-        "{secondary} does not hold what was written to it: the segment at {} of the origin has CRC-32C \
-         {found:08x} instead of {expected:08x}",
+        "{secondary} does not hold what was written to it: the segment at {} of the origin has XXH3-64 \
+         {found:016x} instead of {expected:016x}",
         work.extent
     ))
     .next("do not use this copy: check the secondary's medium and its cabling, and copy again"))

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,46 +13,42 @@ use proptest::prelude::*;
 use super::chaos::{ChaosEngine, Fault, Rng, World, WorldProvider, WorldReleases};
 use super::schedule::Schedule;
 use super::{
-    CopyJob, CopyOptions, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, PlacementLog,
-    Releases, ResumePoint, run,
+    CopyJob, CopyOptions, CopyReport, Impact, ImpactWatch, LatencyProbe, LatencySample, Order, Releases,
+    ResumePoint, run,
 };
 use crate::base::{Bytes, ChunkSize, Error, ErrorKind, Result, SegmentSize};
-use crate::extent::{Extent, ExtentSet};
+use crate::extent::Extent;
 use crate::format::SecondaryForm;
 use crate::format::archive::map::MapCursor;
 use crate::format::archive::{FrameKind, MapState, Superblock, Totals, frame, frame_offset};
-use crate::format::state::TargetRecord;
 use crate::io::engine::EngineConfig;
 use crate::progress::{Event, Observer, Phase, Silent};
 use crate::secondary::archive::Archive;
 use crate::secondary::engine_config;
-use crate::secondary::{
-    OriginIdentity, OriginalsMode, PlacedSegment, Resumed, Secondary, SecondaryRequest, SecondaryTarget,
-    open, reopen,
-};
+use crate::secondary::{OriginIdentity, OriginalsMode, Secondary, SecondaryRequest, SecondaryTarget, open};
 
 /// UTC, nanoseconds.
-const INSTANT: u64 = 1_700_000_000_000_000_000;
+pub(super) const INSTANT: u64 = 1_700_000_000_000_000_000;
 
 /// One copy with random parameters.
 #[derive(Clone, Debug)]
-struct Case {
-    size: Bytes,
-    chunk: Bytes,
-    segment: Bytes,
-    buffers: u16,
-    batch_max: usize,
-    busy: u64,
+pub(super) struct Case {
+    pub(super) size: Bytes,
+    pub(super) chunk: Bytes,
+    pub(super) segment: Bytes,
+    pub(super) buffers: u16,
+    pub(super) batch_max: usize,
+    pub(super) busy: u64,
     /// Segments of a region; None: nothing is released.
-    region: Option<u64>,
-    hot: bool,
+    pub(super) region: Option<u64>,
+    pub(super) hot: bool,
     /// Percent of releases that are slow.
-    slow: u64,
-    verify: bool,
-    seed: u64,
+    pub(super) slow: u64,
+    pub(super) verify: bool,
+    pub(super) seed: u64,
 }
 
-fn cases() -> impl Strategy<Value = Case> {
+pub(super) fn cases() -> impl Strategy<Value = Case> {
     let sizes = (1u64..1_500_000, 12u32..17, 16u32..20, 2u16..9);
     let order = (prop::option::of(1u64..5), any::<bool>(), 0u64..100);
     (sizes, order, 1usize..200, 0u64..95, any::<bool>(), any::<u64>()).prop_map(
@@ -72,7 +69,7 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 /// A copy of all of a world's origin, without its originals.
-fn job<'a>(
+pub(super) fn job<'a>(
     engine: &'a mut ChaosEngine,
     origin: fs::File,
     case: &Case,
@@ -89,18 +86,18 @@ fn job<'a>(
     CopyJob::new(engine, origin.into(), case.size, options, secondary)
 }
 
-struct Setup {
-    directory: tempfile::TempDir,
-    world: Rc<RefCell<World>>,
-    engine: ChaosEngine,
-    case: Case,
-    rate: Option<Bytes>,
-    impact: Option<ImpactWatch>,
-    block_list: Vec<Extent>,
+pub(super) struct Setup {
+    pub(super) directory: tempfile::TempDir,
+    pub(super) world: Rc<RefCell<World>>,
+    pub(super) engine: ChaosEngine,
+    pub(super) case: Case,
+    pub(super) rate: Option<Bytes>,
+    pub(super) impact: Option<ImpactWatch>,
+    pub(super) block_list: Vec<Extent>,
 }
 
 impl Setup {
-    fn new(case: &Case) -> Self {
+    pub(super) fn new(case: &Case) -> Self {
         let world = World::new(case.size, case.chunk, case.seed, case.busy);
         let config = EngineConfig { buffer_count: case.buffers, buffer_bytes: case.segment + Bytes(8192) };
         Self {
@@ -115,7 +112,7 @@ impl Setup {
     }
 
     /// Lists only parts of the origin. The rest is free: most of it is not preserved.
-    fn with_gaps(case: &Case) -> Self {
+    pub(super) fn with_gaps(case: &Case) -> Self {
         let mut this = Self::new(case);
         let mut rng = Rng(case.seed);
         let mut block_list: Vec<Extent> = Vec::new();
@@ -141,7 +138,7 @@ impl Setup {
     }
 
     /// The listed parts of the image at the instant, zeros elsewhere.
-    fn expected(&self) -> Vec<u8> {
+    pub(super) fn expected(&self) -> Vec<u8> {
         let mut expected = vec![0u8; self.case.size.as_len()];
         for extent in &self.block_list {
             let range = extent.start().as_len()..extent.end().as_len();
@@ -150,7 +147,12 @@ impl Setup {
         expected
     }
 
-    fn request(&self, name: &str, form: SecondaryForm, originals: OriginalsMode) -> SecondaryRequest {
+    pub(super) fn request(
+        &self,
+        name: &str,
+        form: SecondaryForm,
+        originals: OriginalsMode,
+    ) -> SecondaryRequest {
         SecondaryRequest {
             target: SecondaryTarget::Path(self.directory.path().join(name)),
             form,
@@ -178,7 +180,7 @@ impl Setup {
         self.copy_watched(secondary, interrupt, invalid, &Silent)
     }
 
-    fn copy_watched(
+    pub(super) fn copy_watched(
         &mut self,
         mut secondary: Box<dyn Secondary>,
         interrupt: &dyn Fn() -> Result<()>,
@@ -213,22 +215,22 @@ impl Setup {
     }
 
     /// The bytes of "out", which must be the only file.
-    fn only_file(&self) -> Vec<u8> {
+    pub(super) fn only_file(&self) -> Vec<u8> {
         assert_eq!(self.names(), ["out"]);
         fs::read(self.directory.path().join("out")).unwrap()
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(super) fn names(&self) -> Vec<String> {
         names(self.directory.path())
     }
 }
 
-fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// Equality without printing megabytes.
-fn assert_same(found: &[u8], expected: &[u8]) {
+pub(super) fn assert_same(found: &[u8], expected: &[u8]) {
     assert_eq!(found.len(), expected.len());
     if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
         panic!("first difference at byte {at}: {} instead of {}", found[at], expected[at]);
@@ -242,12 +244,16 @@ struct Flip {
     phase: Phase,
 }
 
+/// The only file in `directory`.
+pub(super) fn open_secondary(directory: &Path) -> fs::File {
+    let path = directory.join(names(directory).remove(0));
+    fs::OpenOptions::new().read(true).write(true).open(path).unwrap()
+}
+
 impl Observer for Flip {
     fn event(&self, event: &Event) {
-        use std::os::unix::fs::FileExt as _;
         if matches!(event, Event::Phase { phase, .. } if *phase == self.phase) {
-            let path = self.directory.join(names(&self.directory).remove(0));
-            let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+            let file = open_secondary(&self.directory);
             let mut byte = [0u8];
             file.read_exact_at(&mut byte, self.at).unwrap();
             file.write_all_at(&[byte[0] ^ 1], self.at).unwrap();
@@ -255,7 +261,7 @@ impl Observer for Flip {
     }
 }
 
-fn never_fails() -> Result<()> {
+pub(super) fn never_fails() -> Result<()> {
     Ok(())
 }
 
@@ -278,14 +284,14 @@ proptest! {
 }
 
 /// An archive's bytes, extracted as FORMAT.md specifies, every block checked; nothing is absent.
-fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
+pub(super) fn extract(bytes: &[u8]) -> (Vec<u8>, Totals) {
     let (image, totals, absent) = extract_parts(bytes);
     assert!(absent.is_empty(), "{absent:?}");
     (image, totals)
 }
 
 /// As [`extract`]; returns the absent extents, too.
-fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
+pub(super) fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
     let head = Superblock::decode_head(&bytes[..4096]).unwrap();
     let (tail, totals) = Superblock::decode_tail(&bytes[bytes.len() - 4096..]).unwrap();
     assert_eq!(head, tail);
@@ -493,7 +499,7 @@ fn an_archive_that_another_process_changes_is_detected() {
     }
 }
 
-fn busy_case(verify: bool) -> Case {
+pub(super) fn busy_case(verify: bool) -> Case {
     Case {
         size: Bytes(2_000_000),
         chunk: Bytes(4096),
@@ -692,267 +698,4 @@ fn buffers_stay_within_their_limit() {
         assert!(config.buffer_count >= 2);
         assert!(total <= COPY_BUFFER_BYTES_MAX + Bytes(8192) * 2, "{segment}: {total}");
     }
-}
-
-/// The forms of secondary for which a killed copy can be resumed.
-const FORMS: [(SecondaryForm, OriginalsMode); 3] = [
-    (SecondaryForm::Raw, OriginalsMode::Overlay),
-    (SecondaryForm::Archive, OriginalsMode::Overlay),
-    (SecondaryForm::Archive, OriginalsMode::Append),
-];
-
-/// What outlives the copying process.
-#[derive(Default)]
-struct Survives {
-    placed: Vec<PlacedSegment>,
-    originals_begun: bool,
-}
-
-/// Records what is placed, and dies after a number of records.
-struct Mortal<'a> {
-    survives: &'a mut Survives,
-    left: usize,
-}
-
-impl Mortal<'_> {
-    fn live(&mut self) -> Result<()> {
-        if self.left == 0 {
-            return Err(Error::new(ErrorKind::External, "killed"));
-        }
-        self.left -= 1;
-        Ok(())
-    }
-}
-
-impl PlacementLog for Mortal<'_> {
-    fn placed(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        for segment in segments {
-            self.live()?;
-            assert!(self.survives.placed.iter().all(|other| other.ix != segment.ix), "placed twice");
-            self.survives.placed.push(*segment);
-        }
-        Ok(())
-    }
-    fn rewrite(&mut self, segments: &[PlacedSegment]) -> Result<()> {
-        self.live()?;
-        self.survives.placed = segments.to_vec();
-        Ok(())
-    }
-    fn originals_begun(&mut self) -> Result<()> {
-        self.live()?;
-        self.survives.originals_begun = true;
-        Ok(())
-    }
-}
-
-/// What the secondary loses when a process is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Loss {
-    Nothing,
-    /// All or some of what was not synced.
-    Unsynced,
-    /// The same, and the secondary was visibly detached.
-    Unplugged,
-    /// Anything, and the secondary was visibly detached.
-    Lying,
-}
-
-impl Loss {
-    /// A lie in a segment to which originals were being applied cannot be detected.
-    fn unless_unverifiable(self, is_unverifiable: bool) -> Self {
-        if self == Self::Lying && is_unverifiable { Self::Unplugged } else { self }
-    }
-
-    /// The engine of a new process: it keeps nothing of the last one's engine or memory.
-    fn engine(self, setup: &Setup, seed: u64) -> ChaosEngine {
-        let buffer_bytes = setup.case.segment + Bytes(8192);
-        let config = EngineConfig { buffer_count: setup.case.buffers, buffer_bytes };
-        let mut engine = ChaosEngine::new(config, seed, Some(setup.world.clone()));
-        engine.volatile = (self != Self::Nothing).then_some("out");
-        engine
-    }
-
-    /// Applies the loss to the partial file of a process that used `engine` and recorded `target`.
-    fn happen(
-        self,
-        engine: &mut ChaosEngine,
-        partial: &Path,
-        target: &mut Option<TargetRecord>,
-        rng: &mut Rng,
-    ) {
-        use std::os::unix::fs::FileExt as _;
-        let file = fs::OpenOptions::new().read(true).write(true).open(partial).unwrap();
-        if self != Self::Nothing {
-            engine.lose_power(&file);
-        }
-        if self == Self::Lying {
-            let at = rng.below(file.metadata().unwrap().len());
-            file.write_all_at(&rng.next().to_le_bytes()[..1], at).unwrap();
-        }
-        if matches!(self, Self::Unplugged | Self::Lying) {
-            target.as_mut().unwrap().file.as_mut().unwrap().mount += 1;
-        }
-    }
-}
-
-/// How a process is killed: after a number of records, or in the middle of a write.
-fn death(engine: &mut ChaosEngine, rng: &mut Rng) -> usize {
-    if rng.chance(50) {
-        return rng.index(20);
-    }
-    let after = rng.below(60);
-    engine.faults.push(Fault { file: "out", write: true, after, errno: libc::EIO, torn: true });
-    usize::MAX
-}
-
-/// Copies, is killed repeatedly, after a number of segments or in the middle of a write, and resumes each
-/// time. Returns how often it was killed.
-fn copy_with_deaths(setup: &mut Setup, form: SecondaryForm, originals: OriginalsMode, deaths: u64) -> u64 {
-    copy_with_losses(setup, form, originals, deaths, Loss::Nothing).unwrap()
-}
-
-/// As [`copy_with_deaths`], with `loss` each time. An error is that of a process that was not killed.
-fn copy_with_losses(
-    setup: &mut Setup,
-    form: SecondaryForm,
-    originals: OriginalsMode,
-    deaths: u64,
-    loss: Loss,
-) -> Result<u64> {
-    let mut rng = Rng(setup.case.seed ^ 0xdead);
-    let mut survives = Survives::default();
-    let request = setup.request("out", form, originals);
-    let mut secondary = open(&request).unwrap();
-    secondary.set_instant(INSTANT);
-    let partial = secondary.partial_path().unwrap().to_owned();
-    let archive = secondary.archive_id();
-    let mut target = secondary.target().cloned();
-    let saved = setup.directory.path().join("saved");
-    for killed in 0.. {
-        let mut engine = loss.engine(setup, rng.next());
-        let left = if killed < deaths { death(&mut engine, &mut rng) } else { usize::MAX };
-        let point = ResumePoint {
-            placed: survives.placed.clone(),
-            originals_begun: survives.originals_begun,
-            released: setup.world.borrow().released(),
-        };
-        let mut mortal = Mortal { survives: &mut survives, left };
-        let mut provider =
-            WorldProvider { world: setup.world.clone(), batch_max: setup.case.batch_max, invalid: false };
-        let mut releases = WorldReleases { world: setup.world.clone(), slow: setup.case.slow };
-        let origin = setup.world.borrow().origin.try_clone().unwrap();
-        fs::hard_link(&partial, &saved).unwrap();
-        let outcome = run(CopyJob {
-            block_list: setup.block_list.clone(),
-            originals: Some(&mut provider),
-            releases: Some(&mut releases),
-            placements: Some(&mut mortal),
-            resumed: (killed > 0).then_some(point),
-            ..job(&mut engine, origin, &setup.case, secondary)
-        });
-        let Err(error) = outcome else {
-            fs::remove_file(&saved).unwrap();
-            return Ok(killed);
-        };
-        if loss != Loss::Nothing && error.kind() == ErrorKind::BadData {
-            fs::remove_file(&saved).unwrap();
-            assert!(loss == Loss::Lying, "{error}");
-            return Err(error);
-        }
-        assert!(killed < deaths, "the last process was not killed: {error}");
-        // Killed, not failed: the partial file stays. A rename to another name of the same file does nothing.
-        let _ = fs::remove_file(&partial);
-        fs::rename(&saved, &partial).unwrap();
-        let is_unverifiable = survives.originals_begun && originals == OriginalsMode::Overlay;
-        loss.unless_unverifiable(is_unverifiable).happen(&mut engine, &partial, &mut target, &mut rng);
-        drop(engine);
-        setup.world.borrow_mut().copier_died();
-        let state = Resumed {
-            instant_ns: INSTANT,
-            archive,
-            partial: Some(partial.clone()),
-            target: target.clone(),
-            placed: survives.placed.clone(),
-            originals_begun: survives.originals_begun,
-        };
-        secondary = reopen(&request, &state).unwrap();
-    }
-    unreachable!("the last process lives")
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-
-    #[test]
-    fn lost_data_of_the_secondary_is_never_trusted(
-        case in cases(), deaths in 1u64..5, form in 0..FORMS.len(), loss in 0usize..3
-    ) {
-        let mut setup = Setup::new(&case);
-        let (form, originals) = FORMS[form];
-        let loss = [Loss::Unsynced, Loss::Unplugged, Loss::Lying][loss];
-        if copy_with_losses(&mut setup, form, originals, deaths, loss).is_err() {
-            // Detected before anything was written, so the partial file stays.
-            prop_assert!(setup.names().iter().all(|name| name.starts_with(".out.tidemark-partial.")));
-            return Ok(());
-        }
-        let found = setup.only_file();
-        let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
-        assert_same(&found, &setup.world.borrow().image);
-    }
-
-    #[test]
-    fn a_resumed_copy_is_the_image_at_the_instant(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
-        let mut setup = Setup::new(&case);
-        let (form, originals) = FORMS[form];
-        copy_with_deaths(&mut setup, form, originals, deaths);
-        let found = setup.only_file();
-        let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
-        assert_same(&found, &setup.world.borrow().image);
-    }
-
-    #[test]
-    fn a_resumed_copy_of_parts_is_these_parts(case in cases(), deaths in 0u64..5, form in 0..FORMS.len()) {
-        let mut setup = Setup::with_gaps(&case);
-        let (form, originals) = FORMS[form];
-        copy_with_deaths(&mut setup, form, originals, deaths);
-        let found = setup.only_file();
-        if form == SecondaryForm::Raw {
-            assert_same(&found, &setup.expected());
-            return Ok(());
-        }
-        let (image, _, absent) = extract_parts(&found);
-        assert_same(&image, &setup.expected());
-        let listed: ExtentSet = setup.block_list.iter().copied().collect();
-        let gaps: Vec<Extent> = listed.gaps_in(Extent::new(Bytes(0), case.size).unwrap()).collect();
-        prop_assert_eq!(absent.iter().copied().collect::<ExtentSet>(), gaps.into_iter().collect::<ExtentSet>());
-    }
-}
-
-#[test]
-fn copies_are_killed_in_every_phase() {
-    let mut killed = 0;
-    for seed in 0..6 {
-        let case = Case { seed, region: Some(1), ..busy_case(seed % 2 == 0) };
-        let mut setup = Setup::new(&case);
-        killed += copy_with_deaths(&mut setup, SecondaryForm::Archive, OriginalsMode::Overlay, 4);
-        let found = fs::read(setup.directory.path().join("out")).unwrap();
-        assert_same(&extract(&found).0, &setup.world.borrow().image);
-    }
-    assert!(killed >= 12, "killed {killed} times: this proves little");
-}
-
-#[test]
-fn originals_applied_before_a_disk_was_detached_are_no_loss() {
-    let mut killed = 0;
-    for seed in 0..6 {
-        for form in [SecondaryForm::Raw, SecondaryForm::Archive] {
-            let case = Case { seed, region: Some(1), ..busy_case(seed % 2 == 0) };
-            let mut setup = Setup::new(&case);
-            killed += copy_with_losses(&mut setup, form, OriginalsMode::Overlay, 4, Loss::Unplugged).unwrap();
-            let found = setup.only_file();
-            let found = if form == SecondaryForm::Raw { found } else { extract(&found).0 };
-            assert_same(&found, &setup.world.borrow().image);
-        }
-    }
-    assert!(killed >= 24, "killed {killed} times: this proves little");
 }

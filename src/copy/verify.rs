@@ -1,4 +1,4 @@
-//! Checks whether the secondary holds what was written to it: re-reads every segment and compares its CRC-32C
+//! Checks whether the secondary holds what was written to it: re-reads every segment and compares its checksum
 //! with the one computed when it was written; an archive's own blocks are decoded as well.
 //!
 //! Reads past the page cache with direct I/O. If a filesystem does not support that, the cache was dropped after
@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use super::checksums::Checksums;
 use super::origin::{payload, zero_gaps};
-use super::overlay::check_crc;
+use super::overlay::check_payload;
 use super::schedule::{Schedule, Work};
 use crate::base::{Bytes, Result};
 use crate::io::Driver;
@@ -102,8 +102,8 @@ impl Verify<'_, '_> {
         let buffer = completion.buffer.expect("a read gives its buffer back");
         match read {
             Read::Segment(work) => {
-                let crc = self.checksums.get(work.ix);
-                self.secondary.check_stored(&segment(&work, crc), &buffer, false)?;
+                let checksum = self.checksums.get(work.ix);
+                self.secondary.check_stored(&segment(&work, checksum), &buffer, false)?;
                 self.compare(&work, &buffer)?;
             }
             Read::Extra(unit) => self.secondary.check_extra(unit, &buffer)?,
@@ -113,13 +113,19 @@ impl Verify<'_, '_> {
     }
 
     fn compare(&mut self, work: &Work, memory: &[u8]) -> Result<()> {
-        check_crc(self.checksums, self.checksums.get(work.ix), work, memory, self.secondary.description())?;
+        check_payload(
+            self.checksums,
+            self.checksums.get(work.ix),
+            work,
+            memory,
+            self.secondary.description(),
+        )?;
         self.bytes += Bytes::from_len(payload(work, memory).len());
         self.driver.advance(work.valid_bytes());
         Ok(())
     }
 }
 
-fn segment(work: &Work, crc: Option<u32>) -> Segment<'_> {
-    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, crc, zero: false }
+fn segment(work: &Work, checksum: Option<u64>) -> Segment<'_> {
+    Segment { ix: work.ix, extent: work.extent, valid: &work.valid, checksum, zero: false }
 }

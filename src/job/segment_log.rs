@@ -323,8 +323,8 @@ mod tests {
         }
     }
 
-    fn segment(ix: u64, crc: u32) -> PlacedSegment {
-        PlacedSegment { ix: SegmentIx(ix), frame: Some(ix), crc: Some(crc), zero: false }
+    fn segment(ix: u64, checksum: u64) -> PlacedSegment {
+        PlacedSegment { ix: SegmentIx(ix), frame: Some(ix), checksum: Some(checksum), zero: false }
     }
 
     fn place() -> (tempfile::TempDir, PathBuf) {
@@ -400,6 +400,15 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), bytes, "what is refused is not changed");
         fs::write(&path, b"").unwrap();
         assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::BadData);
+        // The log of a copy that an older program began, and left when it was killed.
+        let older = include_bytes!("../../tests/golden/segment_log/v1.segments");
+        fs::write(&path, older).unwrap();
+        for error in [read(&path).unwrap_err(), SegmentLog::open(&path).unwrap_err()] {
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("0123.segments: its version is 1"), "{error}");
+            assert!(error.next_step().unwrap().contains("tidemark recover"));
+        }
+        assert_eq!(fs::read(&path).unwrap(), older);
     }
 
     #[test]
@@ -440,7 +449,7 @@ mod tests {
             let mut journal = SegmentLog::create(&path, &header()).unwrap();
             let mut model = BTreeMap::new();
             for batch in batches {
-                let batch: Vec<PlacedSegment> = batch.into_iter().map(|(ix, crc)| segment(ix, crc)).collect();
+                let batch: Vec<PlacedSegment> = batch.into_iter().map(|(ix, checksum)| segment(ix, u64::from(checksum))).collect();
                 model.extend(batch.iter().map(|segment| (segment.ix, *segment)));
                 journal.append(&batch).unwrap();
             }

@@ -78,7 +78,7 @@ pub fn run(
     Ok(InspectReport {
         archive: archive.path().display().to_string(),
         archive_bytes: archive.length(),
-        version: crate::format::archive::VERSION,
+        version: superblock.version.number(),
         instant: utc_text(superblock.instant_utc_ns),
         segments: superblock.segment.count_for(superblock.origin_size),
         totals,

@@ -540,12 +540,27 @@ fn golden_content() -> Vec<u8> {
     content
 }
 
+/// The golden archives: version, name, and XXH3-64 of the file.
+const GOLDEN: [(u32, &str, u64); 2] =
+    [(1, "v1.tdm", 0xdc02_a621_952f_657f), (2, "v2.tdm", 0x1e46_7354_6464_22ce)];
+
+fn golden_path(name: &str) -> PathBuf {
+    repository("tests/golden/archive").join(name)
+}
+
 #[test]
-fn the_golden_archive_is_read() {
-    let golden = repository("tests/golden/archive/v1.tdm");
-    let bytes = fs::read(&golden).unwrap();
-    assert_eq!(bytes.len(), 303_104);
-    assert_eq!(crate::base::checksum::crc32c(&bytes), 0x8e9c_d0e7, "a golden file is never regenerated");
+fn the_golden_archives_are_read() {
+    for (version, name, checksum) in GOLDEN {
+        let bytes = fs::read(golden_path(name)).unwrap();
+        assert_eq!(bytes.len(), 303_104);
+        let found = crate::base::checksum::xxh3_64(&bytes);
+        assert_eq!(found, checksum, "a golden file is never regenerated: {name}");
+        read_golden(version, &golden_path(name));
+    }
+}
+
+fn read_golden(version: u32, golden: &Path) {
+    let golden = golden.to_owned();
     let place = Place::new();
     let out = place.path("out");
     let report = restore_file(&golden, &out).unwrap();
@@ -554,6 +569,7 @@ fn the_golden_archive_is_read() {
     assert_eq!(report.superblock.instant_utc_ns, 1_700_000_000_123_456_789);
     let inspected = inspect::run(&InspectRequest { archive: golden.clone() }, &Silent, &|| Ok(())).unwrap();
     assert_eq!((inspected.totals.data_frames, inspected.totals.originals_frames), (2, 1));
+    assert_eq!((inspected.version, inspected.superblock.version.number()), (version, version));
     assert_eq!(inspected.map.absent_bytes, Bytes(8192));
     assert_eq!(inspected.map.zero_bytes, Bytes(SEGMENT));
     verify_file(&golden, Some(&out)).unwrap();
@@ -579,7 +595,8 @@ fn a_reader_written_from_the_format_alone_agrees() {
     padded.block_list =
         vec![extent(0, 12288), extent(20480, 3 * SEGMENT), extent(3 * SEGMENT + 512, 4 * SEGMENT + 5001)];
     let cases = [
-        (fs::read(repository("tests/golden/archive/v1.tdm")).unwrap(), golden_content()),
+        (fs::read(golden_path("v1.tdm")).unwrap(), golden_content()),
+        (fs::read(golden_path("v2.tdm")).unwrap(), golden_content()),
         (sample().build(), sample().content()),
         (padded.build(), padded.content()),
         (Sample::new(Vec::new()).build(), Vec::new()),

@@ -230,7 +230,7 @@ impl Writer<'_> {
         }
         memory[position(at)..position(extent.end())].fill(0);
         let ix = self.layout.segment.index_of(extent.start());
-        let segment = Segment { ix, extent, valid: &[extent], crc: None, zero: false };
+        let segment = Segment { ix, extent, valid: &[extent], checksum: None, zero: false };
         Ok((self.target.place(&segment, memory)?, extent))
     }
 

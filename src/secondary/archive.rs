@@ -32,11 +32,10 @@ use super::raw::forget_cache;
 use super::{
     OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget, Segment,
 };
-use crate::base::checksum::crc32c;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx, directory_of};
 use crate::extent::Extent;
 use crate::format::archive::{
-    ArchiveError, BLOCK, Block, FrameFacts, FrameKind, Layout, Superblock, Totals, control, frame,
+    ArchiveError, BLOCK, Block, FrameFacts, FrameKind, Layout, Superblock, Totals, Version, control, frame,
     frame_offset, map,
 };
 use crate::format::state::TargetRecord;
@@ -111,6 +110,7 @@ impl Archive {
 
     fn new(out: Out, description: String, request: &SecondaryRequest) -> Self {
         let superblock = Superblock {
+            version: Version::CURRENT,
             archive: Uuid::new_v4(),
             parent: Uuid::nil(),
             origin_name: request.origin.name.clone(),
@@ -249,18 +249,19 @@ impl Archive {
         kind: FrameKind,
         sequence: u64,
         extents: &[Extent],
-        facts: (Bytes, Bytes, u32),
+        facts: (Bytes, Bytes, u64),
         memory: &mut [u8],
     ) -> Result<Placement> {
-        let (origin_offset, payload_length, payload_crc) = facts;
-        let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_crc };
+        let (origin_offset, payload_length, payload_checksum) = facts;
+        let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_checksum };
         frame::seal(&self.layout, &facts, extents, memory).map_err(|error| self.unfit(error))?;
         Ok(Placement { pieces: vec![self.frame_piece(sequence)], zeros: vec![] })
     }
 
     fn data_frame(&self, sequence: u64, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
-        let crc = segment.crc.expect("an archive says that it is framed: checksums are computed for it");
-        let facts = (segment.extent.start(), segment.extent.length(), crc);
+        let checksum =
+            segment.checksum.expect("an archive says that it is framed: checksums are computed for it");
+        let facts = (segment.extent.start(), segment.extent.length(), checksum);
         self.frame(FrameKind::Data, sequence, segment.valid, facts, memory)
     }
 
@@ -282,9 +283,9 @@ impl Archive {
             return Ok(None);
         };
         drop(entries);
-        let crc = crc32c(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
+        let checksum = self.layout.version.payload_checksum(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
         let sequence = self.totals().sequence_end();
-        let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, crc), memory)?;
+        let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, checksum), memory)?;
         self.other_totals.map_frames += 1;
         self.closing = Closing::Map(skip + used.as_len() / map::ENTRY_BYTES);
         Ok(Some(placement))
@@ -507,9 +508,10 @@ impl Secondary for Archive {
         self.check_data_is_whole()?;
         let bytes: Bytes = originals.iter().map(|extent| extent.length()).sum();
         let start = originals.first().expect("a frame of originals holds one at least").start();
-        let crc = crc32c(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
+        let checksum = self.layout.version.payload_checksum(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
         let sequence = self.totals().first_map();
-        let placement = self.frame(FrameKind::Originals, sequence, originals, (start, bytes, crc), memory)?;
+        let placement =
+            self.frame(FrameKind::Originals, sequence, originals, (start, bytes, checksum), memory)?;
         self.other_totals.originals_frames += 1;
         self.other_totals.originals_bytes += bytes;
         Ok(placement)

@@ -135,7 +135,7 @@ mod tests {
     use crate::base::ErrorKind;
 
     fn placed(ix: u64, frame: Option<u64>, zero: bool) -> PlacedSegment {
-        PlacedSegment { ix: SegmentIx(ix), frame, crc: None, zero }
+        PlacedSegment { ix: SegmentIx(ix), frame, checksum: None, zero }
     }
 
     #[test]

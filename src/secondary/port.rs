@@ -83,8 +83,8 @@ pub struct Segment<'a> {
     /// The parts of it that are copied; sorted, disjoint, within `extent`. The bytes between them are zero in
     /// the buffer and have no meaning.
     pub valid: &'a [Extent],
-    /// CRC-32C of the payload (`extent.length()` bytes), if checksums are kept.
-    pub crc: Option<u32>,
+    /// XXH3-64 of the payload (`extent.length()` bytes), if checksums are kept.
+    pub checksum: Option<u64>,
     /// The payload is known to be all zero.
     pub zero: bool,
 }
@@ -209,7 +209,7 @@ pub trait Secondary: Send {
         Ok(())
     }
     /// Places a segment to which originals were applied; `changed` are the originals' extents, sorted and
-    /// merged. For a framed secondary, or if `segment.crc` is given, `memory` holds the whole payload;
+    /// merged. For a framed secondary, or if `segment.checksum` is given, `memory` holds the whole payload;
     /// otherwise only the changed extents.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::archive_read::FrameChecker;
 use super::*;
-use crate::base::checksum::crc32c;
+use crate::base::checksum::xxh3_64;
 use crate::base::{Bytes, ChunkSize, ErrorKind, SegmentIx, SegmentSize};
 use crate::extent::{Extent, ExtentSet};
 use crate::format::archive::{BLOCK_BYTES, FrameKind, Superblock};
@@ -233,9 +233,9 @@ impl World {
                 memory[at..at + part.length().as_len()].copy_from_slice(&self.now[range(*part)]);
             }
             let payload = memory[PAYLOAD_OFFSET..][..extent.length().as_len()].to_vec();
-            let (crc, zero) = (crc32c(&payload), is_zero(&payload));
+            let (checksum, zero) = (xxh3_64(&payload), is_zero(&payload));
             let ix = SegmentIx(ix);
-            let segment = Segment { ix, extent, valid: &valid, crc: Some(crc), zero };
+            let segment = Segment { ix, extent, valid: &valid, checksum: Some(checksum), zero };
             let placement = secondary.place(&segment, &mut memory).unwrap();
             // What is in flight when the process dies may be torn, and is not recorded.
             let in_flight = steps < 4 && self.rng.below(2) == 0;
@@ -252,7 +252,7 @@ impl World {
                     ix.get()
                 );
                 let frame = secondary.frame_number(ix);
-                self.placed.push(PlacedSegment { ix, frame, crc: Some(crc), zero });
+                self.placed.push(PlacedSegment { ix, frame, checksum: Some(checksum), zero });
             }
             match steps.checked_sub(1) {
                 Some(left) => steps = left,
@@ -296,7 +296,8 @@ impl World {
         for (ix, changed) in batches.into_iter().flatten() {
             let extent = self.extent(ix);
             let valid = self.valid(extent);
-            let mut segment = Segment { ix: SegmentIx(ix), extent, valid: &valid, crc: None, zero: false };
+            let mut segment =
+                Segment { ix: SegmentIx(ix), extent, valid: &valid, checksum: None, zero: false };
             let mut memory = Self::memory();
             if secondary.is_framed()
                 && let Some(pieces) = secondary.stored(&segment)
@@ -310,7 +311,7 @@ impl World {
             }
             let payload = &memory[PAYLOAD_OFFSET..][..extent.length().as_len()];
             if secondary.is_framed() {
-                (segment.crc, segment.zero) = (Some(crc32c(payload)), is_zero(payload));
+                (segment.checksum, segment.zero) = (Some(xxh3_64(payload)), is_zero(payload));
             }
             let placement = secondary.overlay(&segment, &changed, &mut memory).unwrap();
             let in_flight = steps < 4 && self.rng.below(2) == 0;
@@ -524,7 +525,7 @@ fn a_segment_that_became_zero_is_zero_on_a_raw_file_after_a_kill() {
         world.target = secondary.target().cloned();
         let mut memory = World::memory();
         memory.fill(byte);
-        let segment = Segment { ix: SegmentIx::ZERO, extent, valid: &valid, crc: None, zero: byte == 0 };
+        let segment = Segment { ix: SegmentIx::ZERO, extent, valid: &valid, checksum: None, zero: byte == 0 };
         let placement = secondary.place(&segment, &mut memory).unwrap();
         world.write(&placement, &memory, false);
         die(secondary);
@@ -563,14 +564,14 @@ fn only_what_an_overlay_may_have_torn_is_accepted() {
     let ix = world.placed.iter().find(|placed| placed.frame.is_some()).unwrap().ix;
     let extent = world.extent(ix.get());
     let valid = [extent];
-    let segment = Segment { ix, extent, valid: &valid, crc: None, zero: false };
+    let segment = Segment { ix, extent, valid: &valid, checksum: None, zero: false };
     let check_as = |originals, state: &Resumed, at: usize, flip: u8, rewritten: bool, has_originals: bool| {
         let request = SecondaryRequest { originals, ..world.request() };
         let mut secondary = reopen(&request, state).unwrap();
         let mut memory = World::memory();
         world.read(&secondary.stored(&segment).unwrap(), &mut memory);
         if rewritten {
-            let segment = Segment { crc: Some(0), ..segment };
+            let segment = Segment { checksum: Some(0), ..segment };
             secondary.overlay(&segment, &[extent], &mut World::memory()).unwrap();
         }
         memory[at] ^= flip;

@@ -32,7 +32,7 @@ kill_copy() {
 }
 
 # Number of segments in the copy's segment log.
-placed() { find /run/tidemark -name '*.segments' -printf '%s\n' | awk '{ n += ($1 - 128) / 16 } END { print n + 0 }'; }
+placed() { find /run/tidemark -name '*.segments' -printf '%s\n' | awk '{ n += int(($1 - 128) / 20) } END { print n + 0 }'; }
 has_placed() { [ "$(placed)" -gt "$1" ]; }
 is_gone() { ! kill -0 "$process" 2>/dev/null; }
 is_back() { [ "$(dmsetup table "$origin")" = "$TABLE_BEFORE" ]; }

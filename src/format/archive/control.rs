@@ -6,7 +6,7 @@
 use uuid::Uuid;
 
 use super::map::ENTRY_BYTES;
-use super::{ArchiveError, FrameKind, Layout, Side};
+use super::{ArchiveError, FrameKind, Layout, Side, Version};
 use crate::base::checksum::crc32c_salted;
 use crate::base::units::SECTOR_BYTES;
 use crate::base::{Bytes, Extent};
@@ -17,6 +17,9 @@ const SIDE_AT: usize = 8;
 const FACTS_AT: usize = 12;
 const EXTENTS_AT: usize = 64;
 const EXTENTS_END: usize = EXTENTS_AT + EXTENTS_MAX * 8;
+/// Of the payload's checksum in version 1 (4 bytes), and in version 2 (8 bytes).
+const CHECKSUM_V1_AT: usize = 56;
+const CHECKSUM_V2_AT: usize = EXTENTS_END;
 const CRC_AT: usize = BLOCK_BYTES - 4;
 
 /// Most extents in one control block.
@@ -41,8 +44,8 @@ pub struct FrameFacts {
     pub origin_offset: Bytes,
     /// Bytes of the payload in use; zeros follow up to the segment size.
     pub payload_length: Bytes,
-    /// CRC-32C of those bytes.
-    pub payload_crc: u32,
+    /// The checksum of those bytes: [`Version::payload_checksum`].
+    pub payload_checksum: u64,
 }
 
 /// A decoded control block; its extents stay in the block's memory.
@@ -116,7 +119,7 @@ pub fn encode(
     put_u64(block, 32, facts.sequence);
     put_u64(block, 40, facts.origin_offset.get());
     put_u64(block, 48, facts.payload_length.get());
-    put_u32(block, 56, facts.payload_crc);
+    put_payload_checksum(layout.version, block, facts.payload_checksum)?;
     put_u32(block, 60, u32::try_from(count).expect("bounded by EXTENTS_MAX"));
     for (index, extent) in extents.iter().enumerate() {
         let packed =
@@ -169,7 +172,7 @@ fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Con
         },
         origin_offset: Bytes(get_u64(block, 40)),
         payload_length: Bytes(get_u64(block, 48)),
-        payload_crc: get_u32(block, 56),
+        payload_checksum: get_payload_checksum(layout.version, block)?,
     };
     check_facts(layout, &facts)?;
     let count = usize::try_from(get_u32(block, 60)).expect("32 bits fit usize on Linux");
@@ -177,13 +180,40 @@ fn decode_checked<'a>(layout: &Layout, code: u32, block: &'a [u8]) -> Result<Con
         return Err(ArchiveError::ExtentCount { count });
     }
     let (extents, rest) = block[EXTENTS_AT..EXTENTS_END].split_at(count * 8);
-    if !is_zero(rest) || !is_zero(&block[EXTENTS_END..CRC_AT]) {
-        return Err(ArchiveError::Padding { what: "the reserved part of a control block" });
+    if !is_zero(rest) || !is_zero(&block[CHECKSUM_V2_AT + 8..CRC_AT]) {
+        return Err(RESERVED);
     }
     let base = facts.origin_offset.get();
     let unpacked = extents.chunks_exact(8).map(|entry| unpack(get_u64(entry, 0), base, layout.origin_size));
     check_extents(layout, &facts, unpacked)?;
     Ok(Control { facts, extents, base, size: layout.origin_size })
+}
+
+const RESERVED: ArchiveError = ArchiveError::Padding { what: "the reserved part of a control block" };
+
+/// # Errors
+/// A checksum that the version has no room for.
+fn put_payload_checksum(version: Version, block: &mut [u8], checksum: u64) -> Result<(), ArchiveError> {
+    match version {
+        Version::V1 => {
+            let narrow = u32::try_from(checksum);
+            let wide = |_| ArchiveError::Field { field: "the payload's CRC-32C", value: checksum };
+            put_u32(block, CHECKSUM_V1_AT, narrow.map_err(wide)?);
+        }
+        Version::V2 => put_u64(block, CHECKSUM_V2_AT, checksum),
+    }
+    Ok(())
+}
+
+/// # Errors
+/// [`ArchiveError::Padding`] if the field of the other version is not zero.
+fn get_payload_checksum(version: Version, block: &[u8]) -> Result<u64, ArchiveError> {
+    let (narrow, wide) = (u64::from(get_u32(block, CHECKSUM_V1_AT)), get_u64(block, CHECKSUM_V2_AT));
+    let (checksum, other) = match version {
+        Version::V1 => (narrow, wide),
+        Version::V2 => (wide, narrow),
+    };
+    if other == 0 { Ok(checksum) } else { Err(RESERVED) }
 }
 
 /// True if `block` begins with the magic number of a control block. A reader of a pipe uses this to distinguish a

@@ -42,7 +42,7 @@ pub enum ArchiveError {
     #[error("{what} has CRC-32C {found:08x}, computed {computed:08x}")]
     BlockChecksum { what: &'static str, found: u32, computed: u32 },
     /// The archive has a later format version.
-    #[error("the format version is {found}; this program reads version 1")]
+    #[error("the format version is {found}; this program reads versions 1 and 2")]
     Version { found: u32 },
     /// A field is out of its bounds.
     #[error("{field} is {value}, which is invalid")]
@@ -64,9 +64,15 @@ pub enum ArchiveError {
     Torn,
     /// The payload's checksum is wrong.
     #[error(
-        "the {kind} payload for origin offset {origin_offset} has CRC-32C {computed:08x}, its control block says {expected:08x}"
+        "the {kind} payload for origin offset {origin_offset} has {algorithm} {computed:x}, its control block says {expected:x}"
     )]
-    PayloadChecksum { kind: FrameKind, origin_offset: u64, computed: u32, expected: u32 },
+    PayloadChecksum {
+        algorithm: &'static str,
+        kind: FrameKind,
+        origin_offset: u64,
+        computed: u64,
+        expected: u64,
+    },
     /// An extent is empty, out of order, or out of bounds.
     #[error("extent {index} is empty, out of order or out of bounds")]
     Extent { index: usize },

@@ -3,7 +3,6 @@
 use super::control::{decode, encode, same_facts};
 use super::{ArchiveError, Control, FrameFacts, Layout, PAYLOAD_OFFSET, Side};
 use crate::base::Extent;
-use crate::base::checksum::crc32c;
 use crate::format::bytes::{BLOCK_BYTES, is_zero};
 
 /// A frame that has been checked.
@@ -16,7 +15,7 @@ pub struct Frame<'a> {
 }
 
 /// Adds both control blocks around a payload at [`PAYLOAD_OFFSET`] of `memory`, and zeros after the payload
-/// up to the segment size. The caller computes `facts.payload_crc`.
+/// up to the segment size. The caller computes `facts.payload_checksum`.
 ///
 /// # Errors
 /// As [`encode`]; [`ArchiveError::Truncated`] if `memory` is shorter than a frame.
@@ -40,7 +39,8 @@ pub fn seal(
 /// Checks and decodes the frame in `memory`, whose sequence must be `sequence`.
 ///
 /// # Errors
-/// The first fault found. Any byte of the frame that was changed is detected.
+/// The first fault found. Any change of the frame is detected, except in version 1 one of the payload that leaves
+/// its CRC-32C the same.
 pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Frame<'a>, ArchiveError> {
     let expected = layout.frame_bytes().as_len();
     let found = memory.len();
@@ -54,13 +54,14 @@ pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Fram
     }
     let facts = &control.facts;
     let (payload, padding) = payload.split_at(facts.payload_length.as_len());
-    let computed = crc32c(payload);
-    if computed != facts.payload_crc {
+    let computed = layout.version.payload_checksum(payload);
+    if computed != facts.payload_checksum {
         return Err(ArchiveError::PayloadChecksum {
+            algorithm: layout.version.checksum_name(),
             kind: facts.kind,
             origin_offset: facts.origin_offset.get(),
             computed,
-            expected: facts.payload_crc,
+            expected: facts.payload_checksum,
         });
     }
     if !is_zero(padding) {

@@ -1,13 +1,63 @@
 //! Offsets and lengths of everything in an archive.
 
+use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
 use super::ArchiveError;
+use crate::base::checksum::{crc32c, xxh3_64};
 use crate::base::{Bytes, SegmentSize};
 use crate::format::bytes::BLOCK_BYTES;
 
-/// The version written, and the only one read.
-pub const VERSION: u32 = 1;
+/// A version of the format. They differ only in the checksum of payloads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// Payloads have a CRC-32C. It misses a change that is within a block which ends with its own CRC-32C, such as
+    /// ext4's superblock. Read, never written.
+    V1,
+    /// Payloads have an XXH3-64.
+    V2,
+}
+
+impl Version {
+    /// The version that is written.
+    pub const CURRENT: Self = Self::V2;
+
+    /// The number in a superblock.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 => 2,
+        }
+    }
+
+    pub(super) fn from_number(number: u32) -> Option<Self> {
+        [Self::V1, Self::V2].into_iter().find(|version| version.number() == number)
+    }
+
+    /// The checksum of a payload: CRC-32C in the lower 32 bits, or XXH3-64.
+    #[must_use]
+    pub fn payload_checksum(self, payload: &[u8]) -> u64 {
+        match self {
+            Self::V1 => u64::from(crc32c(payload)),
+            Self::V2 => xxh3_64(payload),
+        }
+    }
+
+    /// The checksum's name.
+    pub(super) fn checksum_name(self) -> &'static str {
+        match self {
+            Self::V1 => "CRC-32C",
+            Self::V2 => "XXH3-64",
+        }
+    }
+}
+
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(self.number())
+    }
+}
 
 /// Bytes of a superblock, and of a control block.
 pub const BLOCK: Bytes = Bytes::kib(4);
@@ -15,9 +65,11 @@ pub const BLOCK: Bytes = Bytes::kib(4);
 /// Offset of the payload in a frame.
 pub const PAYLOAD_OFFSET: usize = BLOCK_BYTES;
 
-/// The facts that determine all offsets in one archive.
+/// The facts that determine all offsets in one archive, and how its frames are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
+    /// The format's version.
+    pub version: Version,
     /// The archive's identity, repeated in each control block.
     pub archive: Uuid,
     /// Size of the origin.

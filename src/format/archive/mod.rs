@@ -27,6 +27,6 @@ pub use control::{Control, EXTENTS_MAX, FrameFacts};
 pub use error::{ArchiveError, Block};
 pub use frame::Frame;
 pub use kind::{FrameKind, Side};
-pub use layout::{BLOCK, Layout, PAYLOAD_OFFSET, VERSION, frame_bytes, frame_offset};
+pub use layout::{BLOCK, Layout, PAYLOAD_OFFSET, Version, frame_bytes, frame_offset};
 pub use map::{MapEntry, MapState};
 pub use superblock::{OriginalsMode, Superblock, Totals};

@@ -4,9 +4,9 @@ use uuid::Uuid;
 
 use super::map::{entries, entries_per_frame, fill};
 use super::{
-    BLOCK_BYTES, FrameFacts, FrameKind, Layout, OriginalsMode, PAYLOAD_OFFSET, Superblock, Totals, frame, map,
+    BLOCK_BYTES, FrameFacts, FrameKind, Layout, OriginalsMode, PAYLOAD_OFFSET, Superblock, Totals, Version,
+    frame, map,
 };
-use crate::base::checksum::crc32c;
 use crate::base::{Bytes, ChunkSize, Extent, SegmentIx, SegmentSize};
 
 /// The content of a sample archive.
@@ -32,6 +32,7 @@ impl Sample {
     pub fn new(content: Vec<u8>) -> Self {
         let size = Bytes::from_len(content.len());
         let superblock = Superblock {
+            version: Version::CURRENT,
             archive: Uuid::from_u128(0x7465_7374_0000_4000_8000_0000_0000_0001),
             parent: Uuid::nil(),
             origin_name: "sample".to_owned(),
@@ -166,6 +167,7 @@ fn push(
     out.resize(begin + layout.frame_bytes().as_len(), 0xdd);
     out[begin + PAYLOAD_OFFSET..][..payload.len()].copy_from_slice(payload);
     let payload_length = Bytes::from_len(payload.len());
-    let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_crc: crc32c(payload) };
+    let payload_checksum = layout.version.payload_checksum(payload);
+    let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_checksum };
     frame::seal(layout, &facts, extents, &mut out[begin..]).unwrap();
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{ArchiveError, Layout, VERSION};
+use super::{ArchiveError, Layout, Version};
 use crate::base::checksum::crc32c_salted;
 use crate::base::limits::SEGMENT_COUNT_MAX;
 use crate::base::{Bytes, ChunkSize, SegmentSize};
@@ -85,9 +85,11 @@ impl OriginalsMode {
 /// The facts that both superblocks carry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Superblock {
+    /// The format's version.
+    pub version: Version,
     /// The archive's own identity.
     pub archive: Uuid,
-    /// The archive that this one continues: always nil, since version 1 has whole copies only. A reader that
+    /// The archive that this one continues: always nil, since versions 1 and 2 have whole copies only. A reader that
     /// took an increment for a whole copy would restore only half of the data.
     pub parent: Uuid,
     /// The origin's name, cut to [`NAME_MAX`] bytes.
@@ -145,7 +147,12 @@ impl Superblock {
     /// The facts that determine all offsets in the archive.
     #[must_use]
     pub fn layout(&self) -> Layout {
-        Layout { archive: self.archive, origin_size: self.origin_size, segment: self.segment }
+        Layout {
+            version: self.version,
+            archive: self.archive,
+            origin_size: self.origin_size,
+            segment: self.segment,
+        }
     }
 
     /// Encodes the head superblock into the first [`BLOCK_BYTES`] of `block`.
@@ -212,7 +219,7 @@ impl Superblock {
         check_origin_size(self.origin_size, self.segment)?;
         block.fill(0);
         put(block, 0, &MAGIC);
-        put_u32(block, 8, VERSION);
+        put_u32(block, 8, self.version.number());
         put_u32(block, 12, role.code());
         put(block, 16, self.archive.as_bytes());
         put(block, 32, self.parent.as_bytes());
@@ -228,10 +235,8 @@ impl Superblock {
     }
 
     fn decode_facts(block: &[u8]) -> Result<Self, ArchiveError> {
-        let version = get_u32(block, 8);
-        if version != VERSION {
-            return Err(ArchiveError::Version { found: version });
-        }
+        let found = get_u32(block, 8);
+        let version = Version::from_number(found).ok_or(ArchiveError::Version { found })?;
         let reserved = [&block[76..TOTALS_AT], &block[TOTALS_END..TOOL.0], &block[RESERVED_AT..CRC_AT]];
         if !reserved.into_iter().all(is_zero) {
             return Err(ArchiveError::Padding { what: "the reserved part of a superblock" });
@@ -246,6 +251,7 @@ impl Superblock {
         let origin_size = Bytes(get_u64(block, 48));
         check_origin_size(origin_size, segment)?;
         Ok(Self {
+            version,
             archive: Uuid::from_bytes(get(block, 16)),
             parent: Uuid::from_bytes(get(block, 32)),
             origin_name: get_text(block, NAME)?,

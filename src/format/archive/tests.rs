@@ -6,7 +6,6 @@ use uuid::Uuid;
 use super::control::{decode, encode};
 use super::map::{MapCursor, entries, entries_per_frame, fill};
 use super::*;
-use crate::base::checksum::crc32c;
 use crate::base::{Bytes, ChunkSize, Extent, SegmentIx, SegmentSize};
 
 const SEGMENT: u64 = 64 * 1024;
@@ -16,11 +15,17 @@ fn segment() -> SegmentSize {
 }
 
 fn layout(origin_size: u64) -> Layout {
-    Layout { archive: Uuid::from_u128(7), origin_size: Bytes(origin_size), segment: segment() }
+    Layout {
+        version: Version::CURRENT,
+        archive: Uuid::from_u128(7),
+        origin_size: Bytes(origin_size),
+        segment: segment(),
+    }
 }
 
 fn superblock(name: &str) -> Superblock {
     Superblock {
+        version: Version::CURRENT,
         archive: Uuid::from_u128(7),
         parent: Uuid::nil(),
         origin_name: name.to_owned(),
@@ -96,10 +101,10 @@ fn every_corrupted_byte_of_a_superblock_is_found() {
 fn a_future_version_is_named() {
     let mut block = [0u8; BLOCK_BYTES];
     superblock("x").encode_head(&mut block).unwrap();
-    block[8] = 2;
+    block[8] = 3;
     let crc = crate::base::checksum::crc32c_salted(b"tidemark superblock head", &block[..4092]);
     block[4092..].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(Superblock::decode_head(&block), Err(ArchiveError::Version { found: 2 }));
+    assert_eq!(Superblock::decode_head(&block), Err(ArchiveError::Version { found: 3 }));
 }
 
 fn data_facts(layout: &Layout, ix: u64, payload: &[u8]) -> FrameFacts {
@@ -111,30 +116,65 @@ fn data_facts(layout: &Layout, ix: u64, payload: &[u8]) -> FrameFacts {
         kind: FrameKind::Data,
         origin_offset,
         payload_length,
-        payload_crc: crc32c(payload),
+        payload_checksum: layout.version.payload_checksum(payload),
     }
 }
 
 #[test]
 fn every_corrupted_byte_of_a_frame_is_found() {
-    let layout = layout(SEGMENT + 5000);
+    for version in [Version::V1, Version::V2] {
+        corrupt_every_byte(&Layout { version, ..layout(SEGMENT + 5000) });
+    }
+}
+
+fn corrupt_every_byte(layout: &Layout) {
     let payload = vec![0x5a; 5000];
-    let facts = data_facts(&layout, 1, &payload);
+    let facts = data_facts(layout, 1, &payload);
     let mut memory = vec![0xee; layout.frame_bytes().as_len()];
     memory[PAYLOAD_OFFSET..PAYLOAD_OFFSET + 5000].copy_from_slice(&payload);
-    frame::seal(&layout, &facts, &[extent(SEGMENT, SEGMENT + 5000)], &mut memory).unwrap();
-    let opened = frame::open(&layout, 4, &memory).unwrap();
+    frame::seal(layout, &facts, &[extent(SEGMENT, SEGMENT + 5000)], &mut memory).unwrap();
+    let opened = frame::open(layout, 4, &memory).unwrap();
     assert_eq!(opened.control.facts, facts);
     assert_eq!(opened.payload, payload);
     assert_eq!(opened.control.extents().collect::<Vec<_>>(), [extent(SEGMENT, SEGMENT + 5000)]);
-    assert_eq!(frame::open(&layout, 5, &memory).unwrap_err(), ArchiveError::Sequence { found: 4 });
-    let foreign = Layout { archive: Uuid::from_u128(8), ..layout };
+    assert_eq!(frame::open(layout, 5, &memory).unwrap_err(), ArchiveError::Sequence { found: 4 });
+    let foreign = Layout { archive: Uuid::from_u128(8), ..*layout };
     assert!(matches!(frame::open(&foreign, 4, &memory), Err(ArchiveError::Foreign { .. })));
     for at in 0..memory.len() {
         memory[at] ^= 0x10;
-        assert!(frame::open(&layout, 4, &memory).is_err(), "byte {at}");
+        assert!(frame::open(layout, 4, &memory).is_err(), "byte {at}");
         memory[at] ^= 0x10;
     }
+}
+
+#[test]
+fn a_stale_superblock_of_ext4_in_a_frame_is_found() {
+    use crate::base::checksum::with_ext4_superblock;
+    let (old, new) = (with_ext4_superblock(65536, 1), with_ext4_superblock(65536, 2));
+    let stale = |version| {
+        let layout = Layout { version, ..layout(SEGMENT) };
+        let mut memory = vec![0; layout.frame_bytes().as_len()];
+        frame::seal(&layout, &data_facts(&layout, 0, &new), &[extent(0, SEGMENT)], &mut memory).unwrap();
+        memory[PAYLOAD_OFFSET..][..old.len()].copy_from_slice(&old);
+        frame::open(&layout, 4, &memory).map(|_| ())
+    };
+    assert_eq!(stale(Version::V1), Ok(()), "why there is a version 2");
+    assert!(matches!(stale(Version::V2), Err(ArchiveError::PayloadChecksum { algorithm: "XXH3-64", .. })));
+}
+
+#[test]
+fn a_checksum_in_the_field_of_the_other_version_is_refused() {
+    let (old, new) = (Layout { version: Version::V1, ..layout(SEGMENT) }, layout(SEGMENT));
+    let payload = vec![1; Bytes(SEGMENT).as_len()];
+    for (written, read) in [(old, new), (new, old)] {
+        let mut block = [0u8; BLOCK_BYTES];
+        let facts = data_facts(&written, 0, &payload);
+        encode(&written, &facts, &[extent(0, SEGMENT)], Side::Head, &mut block).unwrap();
+        let error = decode(&read, Side::Head, &block).unwrap_err();
+        assert_eq!(error, ArchiveError::Padding { what: "the reserved part of a control block" });
+    }
+    let wide = FrameFacts { payload_checksum: 1 << 32, ..data_facts(&old, 0, &payload) };
+    assert!(encode(&old, &wide, &[extent(0, SEGMENT)], Side::Head, &mut [0u8; BLOCK_BYTES]).is_err());
 }
 
 #[test]
@@ -209,8 +249,9 @@ fn runs(pages: &[bool], size: u64) -> Vec<Extent> {
 
 proptest! {
     #[test]
-    fn superblocks_round_trip(name in ".{0,80}", ns: u64, size in 0u64..1 << 38, path in ".{0,200}", data in 0u64..5, originals in 0u64..9, map in 0u64..9) {
+    fn superblocks_round_trip(old: bool, name in ".{0,80}", ns: u64, size in 0u64..1 << 38, path in ".{0,200}", data in 0u64..5, originals in 0u64..9, map in 0u64..9) {
         let mut facts = superblock("x");
+        facts.version = if old { Version::V1 } else { Version::V2 };
         facts.origin_name = name;
         facts.origin_path = path;
         facts.instant_utc_ns = ns;
@@ -233,7 +274,7 @@ proptest! {
     #[test]
     fn control_blocks_round_trip(
         cuts in prop::collection::btree_set(0u64..1 << 31, 2..400),
-        crc: u32, sequence: u64, tail in 1u64..512,
+        checksum: u64, old: bool, sequence: u64, tail in 1u64..512,
     ) {
         // The origin ends in the middle of a sector, with the last extent.
         let mut cuts: Vec<u64> = cuts.into_iter().map(|cut| cut * 512).collect();
@@ -241,7 +282,9 @@ proptest! {
         let size = *cuts.last().unwrap() - 512 + tail;
         *cuts.last_mut().unwrap() = size;
         let segment = SegmentSize::new(SegmentSize::MAX).unwrap();
-        let layout = Layout { archive: Uuid::from_u128(9), origin_size: Bytes(size), segment };
+        let version = if old { Version::V1 } else { Version::V2 };
+        let layout = Layout { version, archive: Uuid::from_u128(9), origin_size: Bytes(size), segment };
+        let checksum = if old { checksum & 0xffff_ffff } else { checksum };
         let mut extents: Vec<Extent> = cuts.chunks(2)
             .map(|cut| extent(cut[0], cut[1].min(cut[0] + 32768)))
             .collect();
@@ -251,7 +294,7 @@ proptest! {
         prop_assume!(!extents.is_empty());
         let facts = FrameFacts {
             sequence, kind: FrameKind::Originals, origin_offset: extents[0].start(),
-            payload_length: extents.iter().map(|extent| extent.length()).sum(), payload_crc: crc,
+            payload_length: extents.iter().map(|extent| extent.length()).sum(), payload_checksum: checksum,
         };
         let mut block = [0x11u8; BLOCK_BYTES];
         for side in [Side::Head, Side::Tail] {

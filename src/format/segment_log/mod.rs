@@ -16,17 +16,18 @@ use crate::base::checksum::{crc32c, crc32c_append, crc32c_salted};
 use crate::base::limits::SEGMENT_COUNT_MAX;
 use crate::base::{Bytes, Error, Result, SegmentIx, SegmentSize};
 
-/// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+/// The version that is written, and the only one that is read. Version 1 had CRC-32C as the payloads' checksum, which
+/// does not show whether a filesystem's metadata is old: a copy must not be resumed from it.
+pub const VERSION: u32 = 2;
 
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 128;
 
 /// Bytes of a record.
-pub const RECORD_BYTES: usize = 16;
+pub const RECORD_BYTES: usize = 20;
 
 /// Most records in one file. A copy may be killed and resumed, and place its last segments again each time.
-/// Four times the largest count of segments is 256 MiB, which no copy comes near.
+/// Four times the largest count of segments is 320 MiB, which no copy comes near.
 pub const RECORD_COUNT_MAX: u64 = 4 * SEGMENT_COUNT_MAX;
 
 const MAGIC: [u8; 8] = *b"TDMPROGR";
@@ -40,7 +41,7 @@ const NUMBER_MAX: u32 = (1 << 24) - 1;
 const _: () = assert!(SEGMENT_COUNT_MAX <= 1 << 24);
 
 const FLAG_FRAME: u32 = 1;
-const FLAG_CRC: u32 = 2;
+const FLAG_CHECKSUM: u32 = 2;
 
 const KIND_DATA: u32 = 1;
 const KIND_ZERO: u32 = 2;
@@ -79,14 +80,23 @@ pub struct PlacedSegment {
     pub ix: SegmentIx,
     /// Its data frame's sequence; None if it has none (a raw secondary, a segment of zeros).
     pub frame: Option<u64>,
-    /// CRC-32C of its payload, if one was kept.
-    pub crc: Option<u32>,
+    /// XXH3-64 of its payload, if one was kept.
+    pub checksum: Option<u64>,
     /// The payload was all zero.
     pub zero: bool,
 }
 
 fn bad(what: impl std::fmt::Display) -> Error {
     Error::bad_data(format!("not a segment log: {what}"))
+}
+
+/// Why a log of version 1 is refused, although it could be read: a record with a CRC-32C does not show that its segment
+/// lost a write of a filesystem's metadata.
+fn made_by_an_older_program() -> Error {
+    Error::refused(
+        "its version is 1: an older Tidemark made this copy, with checksums (CRC-32C) that do not show whether its \
+         target has lost a write of ext4's metadata",
+    )
 }
 
 impl Header {
@@ -135,6 +145,7 @@ impl Header {
     /// The header in `bytes`.
     ///
     /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for version 1;
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) naming the first fault.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let Some(block) = bytes.get(..HEADER_BYTES) else {
@@ -148,6 +159,7 @@ impl Header {
         }
         match get_u32(block, 8) {
             VERSION => {}
+            1 => return Err(made_by_an_older_program()),
             other => return Err(bad(format!("its version is {other}; this program reads {VERSION}"))),
         }
         if !is_zero(&block[68..HEADER_CRC_AT]) {
@@ -183,11 +195,11 @@ impl Header {
                 self.check_placed(placed)?;
                 let kind = if placed.zero { KIND_ZERO } else { KIND_DATA };
                 let flags = if placed.frame.is_some() { FLAG_FRAME } else { 0 }
-                    | if placed.crc.is_some() { FLAG_CRC } else { 0 };
+                    | if placed.checksum.is_some() { FLAG_CHECKSUM } else { 0 };
                 let bits = |value: u64| u32::try_from(value).expect("it is below SEGMENT_COUNT_MAX");
                 put_u32(&mut block, 0, bits(placed.ix.get()) | kind << 24);
                 put_u32(&mut block, 4, bits(placed.frame.unwrap_or(0)) | flags << 24);
-                put_u32(&mut block, 8, placed.crc.unwrap_or(0));
+                put_u64(&mut block, 8, placed.checksum.unwrap_or(0));
             }
         }
         let check = self.record_check(number, &block);
@@ -218,10 +230,10 @@ impl Header {
 
     /// The record in `block`, whose check has been found right.
     fn decode_checked(&self, block: &[u8; RECORD_BYTES]) -> Result<Record> {
-        let (first, second, crc) = (get_u32(block, 0), get_u32(block, 4), get_u32(block, 8));
+        let (first, second, checksum) = (get_u32(block, 0), get_u32(block, 4), get_u64(block, 8));
         let (kind, flags) = (first >> 24, second >> 24);
         if kind == KIND_ORIGINALS {
-            let clear = first & NUMBER_MAX == 0 && second == 0 && crc == 0;
+            let clear = first & NUMBER_MAX == 0 && second == 0 && checksum == 0;
             return if clear {
                 Ok(Record::OriginalsBegun)
             } else {
@@ -231,17 +243,17 @@ impl Header {
         if kind != KIND_DATA && kind != KIND_ZERO {
             return Err(bad(format!("a record of kind {kind}")));
         }
-        let (has_frame, has_crc) = (flags & FLAG_FRAME != 0, flags & FLAG_CRC != 0);
-        if flags & !(FLAG_FRAME | FLAG_CRC) != 0
+        let (has_frame, has_checksum) = (flags & FLAG_FRAME != 0, flags & FLAG_CHECKSUM != 0);
+        if flags & !(FLAG_FRAME | FLAG_CHECKSUM) != 0
             || (!has_frame && second & NUMBER_MAX != 0)
-            || (!has_crc && crc != 0)
+            || (!has_checksum && checksum != 0)
         {
             return Err(bad(format!("flags {flags} of a record")));
         }
         let placed = PlacedSegment {
             ix: SegmentIx(u64::from(first & NUMBER_MAX)),
             frame: has_frame.then_some(u64::from(second & NUMBER_MAX)),
-            crc: has_crc.then_some(crc),
+            checksum: has_checksum.then_some(checksum),
             zero: kind == KIND_ZERO,
         };
         self.check_placed(&placed)?;
@@ -329,7 +341,7 @@ impl<'a> Follower<'a> {
 /// A whole file: its header, its good records, and how many bytes they take. Bytes past those are torn.
 ///
 /// # Errors
-/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
+/// As [`Header::decode`] and [`Follower::take`].
 pub fn decode(bytes: &[u8]) -> Result<(Header, Vec<Record>, usize)> {
     let header = Header::decode(bytes)?;
     let mut follower = Follower::new(&header);

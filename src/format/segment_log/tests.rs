@@ -3,7 +3,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::base::ErrorKind;
 
-const GOLDEN: &[u8] = include_bytes!("../../../tests/golden/segment_log/v1.segments");
+const GOLDEN: &[u8] = include_bytes!("../../../tests/golden/segment_log/v2.segments");
+const GOLDEN_V1: &[u8] = include_bytes!("../../../tests/golden/segment_log/v1.segments");
 
 fn header(form: SecondaryForm) -> Header {
     Header {
@@ -17,17 +18,17 @@ fn header(form: SecondaryForm) -> Header {
     }
 }
 
-fn placed(ix: u64, frame: Option<u64>, crc: Option<u32>, zero: bool) -> Record {
-    Record::Placed(PlacedSegment { ix: SegmentIx(ix), frame, crc, zero })
+fn placed(ix: u64, frame: Option<u64>, checksum: Option<u64>, zero: bool) -> Record {
+    Record::Placed(PlacedSegment { ix: SegmentIx(ix), frame, checksum, zero })
 }
 
 /// The content that tests/golden/segment_log/README.md describes.
 fn sample() -> (Header, Vec<Record>) {
     let records = vec![
-        placed(3, Some(0), Some(0xe306_9283), false),
+        placed(3, Some(0), Some(0x72dc_b18b_67a1_7dff), false),
         placed(0, Some(2), Some(1), false),
         placed(5, None, None, true),
-        placed(1, Some(1), Some(0xffff_ffff), true),
+        placed(1, Some(1), Some(u64::MAX), true),
         placed(0, Some(2), Some(2), false),
         Record::OriginalsBegun,
         Record::OriginalsBegun,
@@ -44,11 +45,19 @@ fn encode(header: &Header, records: &[Record]) -> Vec<u8> {
 }
 
 #[test]
-fn the_golden_file_of_version_1_is_read_and_written_the_same() {
+fn the_golden_file_of_version_2_is_read_and_written_the_same() {
     let (header, records) = sample();
-    assert_eq!(crate::base::checksum::crc32c(GOLDEN), 0x58bf_71b0, "a golden file is never regenerated");
+    assert_eq!(crate::base::checksum::crc32c(GOLDEN), 0x8982_7673, "a golden file is never regenerated");
     assert_eq!(decode(GOLDEN).unwrap(), (header.clone(), records.clone(), GOLDEN.len()));
     assert_eq!(encode(&header, &records), GOLDEN);
+}
+
+#[test]
+fn a_log_of_version_1_is_refused_by_name() {
+    assert_eq!(crate::base::checksum::crc32c(GOLDEN_V1), 0x58bf_71b0, "a golden file is never regenerated");
+    let error = decode(GOLDEN_V1).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.to_string().contains("an older Tidemark"), "{error}");
 }
 
 #[test]
@@ -116,7 +125,7 @@ fn records_of_another_place_or_job_are_bad() {
 }
 
 /// A record with these words and a right check: only the bounds can refuse it.
-fn signed(header: &Header, words: [u32; 3]) -> Vec<u8> {
+fn signed(header: &Header, words: [u32; 4]) -> Vec<u8> {
     let mut block = [0; RECORD_BYTES];
     for (at, word) in words.into_iter().enumerate() {
         put_u32(&mut block, at * 4, word);
@@ -130,27 +139,29 @@ fn signed(header: &Header, words: [u32; 3]) -> Vec<u8> {
 fn every_field_is_bounded() {
     let archive = header(SecondaryForm::Archive);
     let (data, zero, mark) = (1u32 << 24, 2u32 << 24, 3u32 << 24);
-    let (frame, crc) = (1u32 << 24, 2u32 << 24);
-    assert!(decode(&signed(&archive, [data | 5, frame | 5, 0])).is_ok());
+    let (frame, checksum) = (1u32 << 24, 2u32 << 24);
+    assert!(decode(&signed(&archive, [data | 5, frame | 5, 0, 0])).is_ok());
     for words in [
-        [data | 6, frame, 0],
-        [data, frame | 6, 0],
-        [data, 0, 0],
-        [data, frame | 4 << 24, 0],
-        [zero, 1, 0],
-        [zero, 0, 1],
-        [mark | 1, 0, 0],
-        [mark, 1, 0],
-        [mark, crc, 0],
-        [mark, 0, 1],
-        [0, 0, 0],
-        [4 << 24, 0, 0],
+        [data | 6, frame, 0, 0],
+        [data, frame | 6, 0, 0],
+        [data, 0, 0, 0],
+        [data, frame | 4 << 24, 0, 0],
+        [zero, 1, 0, 0],
+        [zero, 0, 1, 0],
+        [zero, 0, 0, 1],
+        [mark | 1, 0, 0, 0],
+        [mark, 1, 0, 0],
+        [mark, checksum, 0, 0],
+        [mark, 0, 1, 0],
+        [mark, 0, 0, 1],
+        [0, 0, 0, 0],
+        [4 << 24, 0, 0, 0],
     ] {
         assert_eq!(decode(&signed(&archive, words)).unwrap_err().kind(), ErrorKind::BadData, "{words:x?}");
     }
     let raw = header(SecondaryForm::Raw);
-    assert!(decode(&signed(&raw, [data, crc, 7])).is_ok());
-    assert!(decode(&signed(&raw, [data, frame, 0])).is_err());
+    assert!(decode(&signed(&raw, [data, checksum, 7, 7])).is_ok());
+    assert!(decode(&signed(&raw, [data, frame, 0, 0])).is_err());
     for wrong in [
         Header { archive: None, ..archive.clone() },
         Header { archive: Some(Uuid::nil()), ..archive.clone() },
@@ -165,8 +176,10 @@ fn every_field_is_bounded() {
 }
 
 fn records() -> impl Strategy<Value = Vec<Record>> {
-    let record = (0u64..6, prop::option::of(0u64..6), any::<Option<u32>>(), any::<bool>()).prop_map(
-        |(ix, frame, crc, zero)| placed(ix, if zero { frame } else { frame.or(Some(ix)) }, crc, zero),
+    let record = (0u64..6, prop::option::of(0u64..6), any::<Option<u64>>(), any::<bool>()).prop_map(
+        |(ix, frame, checksum, zero)| {
+            placed(ix, if zero { frame } else { frame.or(Some(ix)) }, checksum, zero)
+        },
     );
     (prop::collection::vec(record, 0..60), any::<bool>()).prop_map(|(mut records, begun)| {
         records.extend(begun.then_some(Record::OriginalsBegun));

@@ -1,4 +1,4 @@
-//! The golden archive with some bytes changed, through the reader that restore and verify use: a changed archive is
+//! A golden archive with some bytes changed, through the reader that restore and verify use: a changed archive is
 //! refused; never a panic.
 #![no_main]
 
@@ -6,7 +6,8 @@ use libfuzzer_sys::fuzz_target;
 use tidemark::format::archive::{BLOCK_BYTES, Superblock};
 use tidemark::FrameChecker;
 
-static GOLDEN: &[u8] = include_bytes!("../../golden/archive/v1.tdm");
+static GOLDEN: [&[u8]; 2] =
+    [include_bytes!("../../golden/archive/v1.tdm"), include_bytes!("../../golden/archive/v2.tdm")];
 
 fn is_whole(bytes: &[u8]) -> bool {
     let Ok(head) = Superblock::decode_head(bytes) else { return false };
@@ -22,11 +23,13 @@ fn is_whole(bytes: &[u8]) -> bool {
     checker.finish(rest).is_ok()
 }
 
-fuzz_target!(|edits: Vec<(u32, u8)>| {
-    let mut bytes = GOLDEN.to_vec();
+fuzz_target!(|input: (bool, Vec<(u32, u8)>)| {
+    let (newer, edits) = input;
+    let golden = GOLDEN[usize::from(newer)];
+    let mut bytes = golden.to_vec();
     for (at, value) in edits {
         let at = usize::try_from(at).expect("32 bits fit") % bytes.len();
         bytes[at] = value;
     }
-    assert_eq!(is_whole(&bytes), bytes == GOLDEN);
+    assert_eq!(is_whole(&bytes), bytes == golden);
 });

@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use tidemark::base::checksum::crc32c_salted;
 use tidemark::format::segment_log::{HEADER_BYTES, Header, RECORD_BYTES, Record, decode};
 
-static GOLDEN: &[u8] = include_bytes!("../../golden/segment_log/v1.segments");
+static GOLDEN: &[u8] = include_bytes!("../../golden/segment_log/v2.segments");
 
 fuzz_target!(|input: (bool, &[u8])| {
     let (golden_header, data) = input;
@@ -19,7 +19,7 @@ fuzz_target!(|input: (bool, &[u8])| {
         bytes.resize(HEADER_BYTES, 0);
     }
     bytes[..8].copy_from_slice(b"TDMPROGR");
-    bytes[8..12].copy_from_slice(&1u32.to_le_bytes());
+    bytes[8..12].copy_from_slice(&2u32.to_le_bytes());
     let crc = crc32c_salted(b"tidemark progress header", &bytes[..HEADER_BYTES - 4]);
     bytes[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
     let job: [u8; 16] = bytes[16..32].try_into().expect("the slice has 16 bytes");
