@@ -8,7 +8,7 @@
 //! The result is valid only for the moment: mounts can come, go or move. So it is computed again right before
 //! and right after the freeze ([`FreezeSet::recheck`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -32,6 +32,11 @@ pub struct FreezeSet {
     pub points: Vec<PathBuf>,
     /// The `st_dev` of each, in the same order.
     pub devices: Vec<DeviceNumber>,
+    /// How many devices each is above the lowest origin, in the same order: by the longest path, so none lies on another
+    /// of the same height.
+    pub heights: Vec<usize>,
+    /// The height of each origin, counted in the same way. One that lies on no other has 0.
+    pub origins: BTreeMap<DeviceNumber, usize>,
     /// Origins whose own filesystem, if any, has no mount that we can reach (it is in another namespace, or
     /// under another mount): the suspension must freeze it through the device. Never an origin whose
     /// filesystem has a mount point in the list, as Linux 6.1 refuses to freeze it twice.
@@ -85,6 +90,12 @@ impl FreezeSet {
             .next("copy again"))
     }
 
+    /// The height of the filesystem at `point`; None if it is not one of these.
+    #[must_use]
+    pub fn height_of(&self, point: &Path) -> Option<usize> {
+        self.points.iter().position(|known| known == point).map(|at| self.heights[at])
+    }
+
     fn list(&self) -> String {
         let all: Vec<String> = self.points.iter().map(|point| point.display().to_string()).collect();
         if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
@@ -105,6 +116,9 @@ pub fn filesystems_on(origins: &[DeviceNumber], topology: &Topology) -> Result<F
     // The topmost first; at the same height the latest mount first.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
     for (device, height) in topology.heights_above(origins) {
+        if origins.contains(&device) {
+            found.origins.insert(device, height);
+        }
         refuse_unfrozen(device, topology, mounts)?;
         let of_device: Vec<&Mount> = mounts
             .iter()
@@ -128,10 +142,11 @@ pub fn filesystems_on(origins: &[DeviceNumber], topology: &Topology) -> Result<F
         }
     }
     points.sort_by(|one, other| other.cmp(one));
-    for (_, _, point, device) in points {
+    for (height, _, point, device) in points {
         if !found.devices.contains(&device) {
             found.points.push(point);
             found.devices.push(device);
+            found.heights.push(height);
         }
     }
     Ok(found)

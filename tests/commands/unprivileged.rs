@@ -38,6 +38,7 @@ fn what_needs_root_is_refused_with_advice() {
         vec!["attach", "/dev/null", "--name", "x"],
         vec!["detach", "x"],
         vec!["snapshot", "create", "x"],
+        vec!["snapshot", "create", "x", "y", "--name", "monday"],
         vec!["snapshot", "list"],
         vec!["snapshot", "show", "x@1"],
         vec!["snapshot", "mount", "x@1", "/mnt"],

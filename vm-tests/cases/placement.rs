@@ -106,6 +106,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("dead_server", A, F, F, ""),
     ("snapshot_chain", A, F, F, ""),
     ("snapshot_kills", A, F, F, "a kill at each point"),
+    ("snapshot_group", A, F, F, ""),
+    ("snapshot_group_kills", A, F, F, "a kill at each point"),
     ("snapshot_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_filesystems", A, F, F, ""),

@@ -53,6 +53,8 @@ pub struct SnapshotView {
     pub used: Option<Bytes>,
     /// The size of the store.
     pub total: Option<Bytes>,
+    /// The id of its group, if it was created with those of other volumes at one instant.
+    pub group: Option<String>,
     /// True if originals of new writes go to its store.
     pub receives: bool,
     /// True if its store is smaller than what the volume can need.
@@ -65,6 +67,8 @@ pub struct SnapshotDetails {
     /// The facts of the list.
     #[serde(flatten)]
     pub view: SnapshotView,
+    /// The snapshots of its group that still exist, itself among them, as VOLUME@NAME.
+    pub group_snapshots: Vec<String>,
     /// Unit of copy-on-write.
     pub chunk: Bytes,
     /// Chunks of the volume that were changed from its instant to that of the next newer snapshot, or until now.
@@ -126,6 +130,7 @@ pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>
             store: PathBuf::from(&snapshot.store),
             used,
             total,
+            group: snapshot.group.clone(),
             receives: status.is_some() && newest.as_ref() == Some(&snapshot.id),
             can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
         });
@@ -173,12 +178,26 @@ pub fn show(name: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotDe
     // A chunk that the next older store has as well is of no use to older snapshots.
     let needed = |overlap: &Overlap| if at == Some(0) { 0 } else { overlap.chunks - overlap.shared };
     Ok(SnapshotDetails {
+        group_snapshots: view.group.as_deref().map(members).transpose()?.unwrap_or_default(),
         view,
         chunk,
         chunks_changed: overlap.map(|overlap| overlap.chunks),
         unique: overlap.map(|overlap| chunk * (overlap.chunks - needed(&overlap))),
         shared: overlap.map(|overlap| chunk * needed(&overlap)),
     })
+}
+
+/// The snapshots of a group that still exist, as VOLUME@NAME.
+fn members(group: &str) -> Result<Vec<String>> {
+    let mut members = Vec::new();
+    for record in read_all()? {
+        let record = record?;
+        let of_group = record.snapshots.iter().filter(|one| one.group.as_deref() == Some(group));
+        let shown = of_group.filter(|one| one.state.is_visible() || one.state == SnapshotState::Creating);
+        members.extend(shown.map(|one| format!("{}@{}", record.volume, one.name)));
+    }
+    members.sort();
+    Ok(members)
 }
 
 #[cfg(test)]
@@ -195,6 +214,7 @@ mod tests {
             store_bytes_max: 1,
             state,
             lost: lost.map(str::to_owned),
+            group: None,
         };
         let kept = |lost| snapshot(SnapshotState::Kept, lost);
         let active = SnapshotStatus::parse("16/2048 16");

@@ -7,6 +7,7 @@
 
 pub mod create;
 pub mod delete;
+pub mod group;
 mod layers;
 pub mod link;
 pub mod list;
@@ -14,3 +15,4 @@ pub mod monitor;
 pub mod mount;
 pub mod set;
 pub mod settle;
+pub mod take;
