@@ -116,6 +116,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("soak_snapshots", A, N, N, "random programs, killed and taken apart"),
     ("soak_lvm", A, N, N, "many short copies while LVM works"),
     ("bench_snapshots", A, N, N, "a measurement at native speed"),
+    ("bench_group", A, N, N, "a measurement at native speed"),
     ("bench_fixed", A, N, N, "a measurement at native speed"),
     ("bench_ssd", A, N, N, "a measurement at native speed"),
     ("bench_rotating", A, N, N, "a measurement at native speed"),
