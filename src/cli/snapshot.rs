@@ -1,10 +1,12 @@
 //! `tidemark snapshot`: its dispatch and its reports.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::confirm::confirmed;
+use super::groups::{self, Group};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
@@ -22,6 +24,9 @@ use crate::op::snapshot::set::parse_name;
 use crate::op::snapshot::take::{self, CreateReport, Created, CreatedGroup};
 use crate::op::unit;
 use crate::sys::privilege::require_root;
+
+/// Longest time of a freeze, if neither the command line nor the group says otherwise.
+const FREEZE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Executes the command.
 ///
@@ -74,20 +79,25 @@ pub fn monitor(args: &MonitorArgs, output: Output) -> Result<()> {
 fn create(args: &CreateArgs, output: Output) -> Result<()> {
     args.volumes.iter().try_for_each(|volume| reject_dash(volume, "the volume"))?;
     let chunk = args.chunk.map(ChunkSize::new).transpose()?;
+    let group = match &args.group {
+        Some(name) => groups::find(name)?,
+        None => Group { volumes: args.volumes.clone(), ..Group::default() },
+    };
+    let hooks = Hooks {
+        before: args.hook_before.clone().or(group.hooks.before),
+        frozen: args.hook_frozen.clone().or(group.hooks.frozen),
+        after: args.hook_after.clone().or(group.hooks.after),
+    };
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),
         name: args.name.clone(),
         store: args.store.clone(),
         store_size: args.store_size,
         chunk,
-        freeze_budget: args.freeze_budget,
-        hooks: Hooks {
-            before: args.hook_before.clone(),
-            frozen: args.hook_frozen.clone(),
-            after: args.hook_after.clone(),
-        },
+        freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
+        hooks: hooks.clone(),
     };
-    let requests: Vec<CreateRequest> = args.volumes.iter().map(request).collect();
+    let requests: Vec<CreateRequest> = group.volumes.iter().map(request).collect();
     let plan = create::plan(&requests)?;
     if args.dry_run {
         return output.plan("snapshot create", &plan);

@@ -43,6 +43,7 @@ pub enum SnapshotCommand {
 #[command(after_help = "Examples:
   tidemark snapshot create data
   tidemark snapshot create data wal --name monday
+  tidemark snapshot create --group mail
   tidemark snapshot create data --name monday --store /mnt/fast --store-size 20GiB
   tidemark snapshot create data --dry-run
 
@@ -56,11 +57,23 @@ separated by spaces.
 With --json, the report of one volume is an object with 'snapshot'. That of
 several has 'group' (the id that they share), 'instant', 'frozen_ms',
 'suspended_ms', and 'snapshots', an array of such objects. The plan of several
-(--dry-run) has 'snapshots' and 'filesystems'.")]
+(--dry-run) has 'snapshots' and 'filesystems'.
+
+A group that has a name is a table of /etc/tidemark/groups.toml, which only
+root may be able to write. All but 'volumes' may be absent:
+  [group.mail]
+  volumes = [\"data\", \"wal\"]
+  freeze-budget = \"5s\"
+  hook-before = \"CMD\"
+  hook-frozen = \"CMD\"
+  hook-after = \"CMD\"")]
 pub struct CreateArgs {
     /// The names of attached volumes: the snapshots of several have one instant, and all exist or none
-    #[arg(value_name = "VOLUME", required = true)]
+    #[arg(value_name = "VOLUME", required_unless_present = "group")]
     pub volumes: Vec<PathBuf>,
+    /// The volumes, hooks and freeze budget of this group in /etc/tidemark/groups.toml; options given here come first
+    #[arg(long, value_name = "NAME", conflicts_with = "volumes")]
+    pub group: Option<String>,
     /// The snapshot's name, the same for all volumes [default: the first number that is free]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -73,9 +86,9 @@ pub struct CreateArgs {
     /// Unit of copy-on-write, a power of two from 4KiB; all snapshots of a volume have the same [default: 4KiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub chunk: Option<Bytes>,
-    /// Longest time for which filesystems may be frozen and volumes suspended, from the first to the last
-    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
-    pub freeze_budget: Duration,
+    /// Longest time for which filesystems may be frozen and volumes suspended, from the first to the last [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub freeze_budget: Option<Duration>,
     /// Command to run before anything is frozen; if it fails, no snapshot is created
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_before: Option<String>,

@@ -110,6 +110,14 @@ assert_same "exit status" "$status" 1
 answers "a hook past the budget"
 no_snapshots "a hook past the budget"
 
+note "a hook that fails at the instant"
+status=0
+tidemark snapshot create wal data raw --store /mnt/stores --store-size 4MiB --freeze-budget 60s \
+    --hook-frozen 'exit 7' >/run/out 2>&1 || status=$?
+assert_same "exit status" "$status" 1
+answers "a hook that fails"
+no_snapshots "a hook that fails"
+
 note "the hooks of a group"
 create data wal --name hooks --hook-before 'echo "before $TIDEMARK_ORIGIN $TIDEMARK_ORIGINS" >>/run/hooks' \
     --hook-frozen 'echo frozen >>/run/hooks' --hook-after 'echo after >>/run/hooks'
@@ -117,6 +125,34 @@ assert_same "the hooks" "$(xargs </run/hooks)" \
     "before /dev/mapper/data /dev/mapper/data /dev/mapper/wal frozen after"
 tidemark snapshot delete data@hooks --yes
 tidemark snapshot delete wal@hooks --yes
+
+note "a group of the configuration"
+refused 'no file /etc/tidemark/groups.toml' tidemark snapshot create --group mail --store /mnt/stores
+mkdir -p /etc/tidemark
+cat >/etc/tidemark/groups.toml <<'END'
+[group.mail]
+volumes = ["wal", "data"]
+freeze-budget = "1s"
+hook-before = "echo group >>/run/named"
+hook-frozen = "sleep 2"
+END
+refused "no group 'web'" tidemark snapshot create --group web --store /mnt/stores
+# The hook and the budget are those of the file: the hook takes too long.
+assert_status 1 tidemark snapshot create --group mail --store /mnt/stores --store-size 4MiB
+no_snapshots "a group whose hook takes too long"
+# Options come before the file.
+create --group mail --name named --hook-frozen true
+assert_same "the hook of the file" "$(xargs </run/named)" "group group"
+assert_same "snapshots" "$(tidemark snapshot list --quiet | awk '/@/ { print $1 }' | sort | xargs)" "data@named wal@named"
+for volume in data wal; do tidemark snapshot delete $volume@named --yes; done
+echo 'hook-forzen = "x"' >>/etc/tidemark/groups.toml
+status=0
+tidemark snapshot create --group mail --store /mnt/stores 2>/run/out || status=$?
+assert_same "exit status" "$status" 4
+grep -q 'groups.toml, line 6: .*hook-forzen' /run/out || fail "no line is named: $(cat /run/out)"
+chmod o+w /etc/tidemark/groups.toml
+refused 'written by others' tidemark snapshot create --group mail --store /mnt/stores
+no_snapshots "a bad file"
 
 note "a volume in a file of another one of the group: with a filesystem, and written directly"
 truncate -s 6M /mnt/data/image
