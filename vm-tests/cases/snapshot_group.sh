@@ -111,10 +111,12 @@ answers "a hook past the budget"
 no_snapshots "a hook past the budget"
 
 note "a hook that fails at the instant"
-status=0
+status=0 began=$SECONDS
 tidemark snapshot create wal data raw --store /mnt/stores --store-size 4MiB --freeze-budget 60s \
     --hook-frozen 'exit 7' >/run/out 2>&1 || status=$?
 assert_same "exit status" "$status" 1
+# By the undo, and not by the watchdog at the end of the budget.
+[ $((SECONDS - began)) -lt 30 ] || fail "the volumes were released after $((SECONDS - began)) s"
 answers "a hook that fails"
 no_snapshots "a hook that fails"
 
