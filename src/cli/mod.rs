@@ -6,6 +6,7 @@
 pub mod args;
 pub mod confirm;
 pub mod dispatch;
+mod groups;
 pub mod log;
 pub mod meter;
 pub mod options;

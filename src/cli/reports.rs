@@ -431,6 +431,9 @@ pub fn state_text(state: &State) -> &'static str {
     }
 }
 
+/// Digits of a group's id in a table: enough to see which snapshots share it.
+const GROUP_DIGITS: usize = 8;
+
 /// A size, or a dash.
 pub fn size_text(size: Option<Bytes>) -> String {
     size.map_or_else(|| "-".to_owned(), |size| size.to_string())
@@ -441,7 +444,8 @@ pub fn age_text(seconds: Option<u64>) -> String {
     seconds.map_or_else(|| "-".to_owned(), |seconds| duration_text(Duration::from_secs(seconds)))
 }
 
-/// The table of snapshots that are kept; nothing if there are none.
+/// The table of snapshots that are kept; nothing if there are none. It has a column with the first digits of the group's
+/// id if there is a group.
 pub fn snapshot_rows(views: &[SnapshotView]) -> String {
     let mut rows = vec![row(&["KEPT SNAPSHOT", "STATE", "INSTANT", "AGE", "USED", "STORE"])];
     rows.extend(views.iter().map(|view| {
@@ -460,6 +464,13 @@ pub fn snapshot_rows(views: &[SnapshotView]) -> String {
             size_text(view.total),
         ]
     }));
+    if views.iter().any(|view| view.group.is_some()) {
+        let short = |view: &SnapshotView| {
+            view.group.as_ref().map_or_else(|| "-".to_owned(), |id| id.chars().take(GROUP_DIGITS).collect())
+        };
+        let column = std::iter::once("GROUP".to_owned()).chain(views.iter().map(short));
+        rows.iter_mut().zip(column).for_each(|(row, cell)| row.push(cell));
+    }
     section(&rows)
 }
 

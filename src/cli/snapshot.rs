@@ -1,8 +1,12 @@
 //! `tidemark snapshot`: its dispatch and its reports.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::confirm::confirmed;
+use super::groups::{self, Group};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
@@ -14,15 +18,19 @@ use super::snapshot_args::{
 use crate::base::{ChunkSize, Result};
 use crate::op::request::Hooks;
 use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
-use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, Created};
+use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, GroupPlan};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
 use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
 use crate::op::snapshot::monitor::{self, MonitorRequest};
 use crate::op::snapshot::mount::{self, Mounted};
 use crate::op::snapshot::rollback::{self, RollbackPlan, RollbackRequest, RolledBack};
 use crate::op::snapshot::set::parse_name;
+use crate::op::snapshot::take::{self, CreateReport, Created, CreatedGroup};
 use crate::op::unit;
 use crate::sys::privilege::require_root;
+
+/// Longest time of a freeze, if neither the command line nor the group says otherwise.
+const FREEZE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Executes the command.
 ///
@@ -75,26 +83,34 @@ pub fn monitor(args: &MonitorArgs, output: Output) -> Result<()> {
 }
 
 fn create(args: &CreateArgs, output: Output) -> Result<()> {
-    reject_dash(&args.volume, "the volume")?;
-    let plan = create::plan(&CreateRequest {
-        volume: args.volume.clone(),
+    args.volumes.iter().try_for_each(|volume| reject_dash(volume, "the volume"))?;
+    let chunk = args.chunk.map(ChunkSize::new).transpose()?;
+    let group = match &args.group {
+        Some(name) => groups::find(name)?,
+        None => Group { volumes: args.volumes.clone(), ..Group::default() },
+    };
+    let hooks = Hooks {
+        before: args.hook_before.clone().or(group.hooks.before),
+        frozen: args.hook_frozen.clone().or(group.hooks.frozen),
+        after: args.hook_after.clone().or(group.hooks.after),
+    };
+    let request = |volume: &PathBuf| CreateRequest {
+        volume: volume.clone(),
         name: args.name.clone(),
         store: args.store.clone(),
         store_size: args.store_size,
-        chunk: args.chunk.map(ChunkSize::new).transpose()?,
-        freeze_budget: args.freeze_budget,
-        hooks: Hooks {
-            before: args.hook_before.clone(),
-            frozen: args.hook_frozen.clone(),
-            after: args.hook_after.clone(),
-        },
-    })?;
+        chunk,
+        freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
+        hooks: hooks.clone(),
+    };
+    let requests: Vec<CreateRequest> = group.volumes.iter().map(request).collect();
+    let plan = create::plan(&requests)?;
     if args.dry_run {
         return output.plan("snapshot create", &plan);
     }
     stop_on_signals(output)?;
     let observer = observer(output);
-    let created = create::run(&plan, observer.as_ref(), &interrupt)?;
+    let created = take::run(&plan, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("snapshot create", &created)
 }
@@ -166,39 +182,27 @@ impl Human for SnapshotDetails {
             ("unique", size_text(self.unique)),
             ("shared", size_text(self.shared)),
             ("receives", if view.receives { "yes" } else { "no" }.to_owned()),
+            ("group", self.group_text()),
         ];
         lines.iter().map(|(name, value)| format!("{:9} {value}\n", format!("{name}:"))).collect()
     }
 }
 
-impl Human for CreatePlan {
-    fn human(&self) -> String {
-        let frozen: Vec<String> = self.filesystems.iter().map(|path| path.display().to_string()).collect();
-        let frozen = if frozen.is_empty() { "nothing".to_owned() } else { frozen.join(", ") };
-        format!(
-            "snapshot: {}@{}\nstore:    {} in {}, chunks of {}\nfreezes:  {frozen}\n",
-            self.volume,
-            self.name,
-            self.store_bytes,
-            self.directory.display(),
-            self.chunk
-        )
+impl SnapshotDetails {
+    /// The group's id with its snapshots, or a dash.
+    fn group_text(&self) -> String {
+        let Some(group) = &self.view.group else { return "-".to_owned() };
+        format!("{group} ({})", self.group_snapshots.join(", "))
     }
 }
 
-impl Human for Created {
+impl Human for GroupPlan {
     fn human(&self) -> String {
-        format!(
-            "created:   {} as {}\ninstant:   {}\nstore:     {} ({})\nfrozen:    {} ms\nsuspended: {} ms\nnext:      {}\n",
-            self.snapshot,
-            self.path.display(),
-            self.instant.as_deref().unwrap_or("unknown"),
-            self.store.display(),
-            self.store_bytes,
-            self.frozen_ms,
-            self.suspended_ms,
-            self.next
-        )
+        let mut text: String = self.snapshots.iter().map(plan_text).collect();
+        let frozen: Vec<String> = self.filesystems().iter().map(|path| path.display().to_string()).collect();
+        let frozen = if frozen.is_empty() { "nothing".to_owned() } else { frozen.join(", ") };
+        text.push_str(&format!("freezes:  {frozen}\n"));
+        text
     }
 }
 
@@ -250,6 +254,53 @@ impl Human for RolledBack {
         }
         text
     }
+}
+
+fn plan_text(plan: &CreatePlan) -> String {
+    format!(
+        "snapshot: {}@{}\nstore:    {} in {}, chunks of {}\n",
+        plan.volume,
+        plan.name,
+        plan.store_bytes,
+        plan.directory.display(),
+        plan.chunk
+    )
+}
+
+impl Human for CreateReport {
+    fn human(&self) -> String {
+        match self {
+            Self::One(created) => created_text(
+                created,
+                &held_text(created.instant.as_deref(), created.frozen_ms, created.suspended_ms),
+            ),
+            Self::Group(group) => group_text(group),
+        }
+    }
+}
+
+fn group_text(group: &CreatedGroup) -> String {
+    let mut text = format!("group:     {}\n", group.group);
+    text.push_str(&held_text(group.instant.as_deref(), group.frozen_ms, group.suspended_ms));
+    text.extend(group.snapshots.iter().map(|created| created_text(created, "")));
+    text
+}
+
+fn held_text(instant: Option<&str>, frozen_ms: u64, suspended_ms: u64) -> String {
+    let instant = instant.unwrap_or("unknown");
+    format!("instant:   {instant}\nfrozen:    {frozen_ms} ms\nsuspended: {suspended_ms} ms\n")
+}
+
+/// `held`: the lines about its instant.
+fn created_text(created: &Created, held: &str) -> String {
+    format!(
+        "created:   {} as {}\n{held}store:     {} ({})\nnext:      {}\n",
+        created.snapshot,
+        created.path.display(),
+        created.store.display(),
+        created.store_bytes,
+        created.next
+    )
 }
 
 impl Human for DeletePlan {

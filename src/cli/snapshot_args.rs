@@ -13,6 +13,7 @@ use crate::base::Bytes;
 #[command(subcommand_required = true, arg_required_else_help = false, disable_help_subcommand = true)]
 #[command(after_help = "Examples:
   tidemark snapshot create data --name monday
+  tidemark snapshot create data wal --name tuesday
   tidemark snapshot list
   tidemark snapshot mount data@monday /mnt/monday
   tidemark snapshot delete data@monday")]
@@ -25,7 +26,7 @@ pub struct SnapshotArgs {
 /// The commands of `tidemark snapshot`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum SnapshotCommand {
-    /// Keep what an attached volume holds now, as /dev/mapper/VOLUME@NAME
+    /// Keep what attached volumes hold at one instant, as /dev/mapper/VOLUME@NAME
     Create(CreateArgs),
     /// List snapshots, the oldest first
     List(ListArgs),
@@ -45,27 +46,53 @@ pub enum SnapshotCommand {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "Examples:
   tidemark snapshot create data
+  tidemark snapshot create data wal --name monday
+  tidemark snapshot create --group mail
   tidemark snapshot create data --name monday --store /mnt/fast --store-size 20GiB
-  tidemark snapshot create data --dry-run")]
+  tidemark snapshot create data --dry-run
+
+Snapshots of several volumes have one instant: every filesystem is frozen and
+every volume suspended before the first is released. All of them are created,
+or none, even if the command is killed or the power fails. They share a name;
+each is deleted by itself. --store-size and --chunk apply to each store. Hooks
+run once: TIDEMARK_ORIGIN is the first volume, TIDEMARK_ORIGINS all of them,
+separated by spaces.
+
+With --json, the report of one volume is an object with 'snapshot'. That of
+several has 'group' (the id that they share), 'instant', 'frozen_ms',
+'suspended_ms', and 'snapshots', an array of such objects. The plan of several
+(--dry-run) has 'snapshots' and 'filesystems'.
+
+A group that has a name is a table of /etc/tidemark/groups.toml, which only
+root may be able to write. All but 'volumes' may be absent:
+  [group.mail]
+  volumes = [\"data\", \"wal\"]
+  freeze-budget = \"5s\"
+  hook-before = \"CMD\"
+  hook-frozen = \"CMD\"
+  hook-after = \"CMD\"")]
 pub struct CreateArgs {
-    /// The name of an attached volume
-    #[arg(value_name = "VOLUME")]
-    pub volume: PathBuf,
-    /// The snapshot's name [default: the next free number]
+    /// The names of attached volumes: the snapshots of several have one instant, and all exist or none
+    #[arg(value_name = "VOLUME", required_unless_present = "group")]
+    pub volumes: Vec<PathBuf>,
+    /// The volumes, hooks and freeze budget of this group in /etc/tidemark/groups.toml; options given here come first
+    #[arg(long, value_name = "NAME", conflicts_with = "volumes")]
+    pub group: Option<String>,
+    /// The snapshot's name, the same for all volumes [default: the first number that is free]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
     /// Directory for the file of its COW store, on another filesystem [default: /var/lib/tidemark]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
-    /// Size of the COW store [default: a fifth of the volume]
+    /// Size of each COW store [default: a fifth of the volume]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub store_size: Option<Bytes>,
     /// Unit of copy-on-write, a power of two from 4KiB; all snapshots of a volume have the same [default: 4KiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub chunk: Option<Bytes>,
-    /// Longest time for which filesystems may be frozen and the volume suspended
-    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
-    pub freeze_budget: Duration,
+    /// Longest time for which filesystems may be frozen and volumes suspended, from the first to the last [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub freeze_budget: Option<Duration>,
     /// Command to run before anything is frozen; if it fails, no snapshot is created
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_before: Option<String>,

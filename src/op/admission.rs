@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::sys::lock::{LockedFile, try_lock};
 
 use super::request::{CopyRequest, OnFull};
-use super::snapshot::set::SET_DIR;
+use super::snapshot::group::SET_DIR;
 use crate::base::clock::Stopwatch;
 use crate::base::{DeviceNumber, Error, Result, ResultExt as _, directory_of};
 use crate::dm::{CONTROL_PATH, Dm};

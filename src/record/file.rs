@@ -24,6 +24,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use crate::base::{Bytes, ErrorKind, Result, ResultExt as _};
 use crate::format::state::{RECORD_BYTES_MAX, Record, decode, encode, encode_padded};
+use crate::sys::process::crash_point;
 
 /// Initial size of the files, and the step in which they grow: a record has some KiB.
 const STEP_BYTES: usize = 32 << 10;
@@ -118,6 +119,7 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn write<R: Record>(path: &Path, record: &R) -> Result<()> {
     let new = temporary(path);
     write_in_place(&new, &encode(record)?)?;
+    crash_point("record.written");
     fs::rename(&new, path)
         .and_then(|()| sync_directory(path))
         .io_context(|| format!("writing {}", path.display()))

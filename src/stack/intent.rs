@@ -46,7 +46,11 @@ fn held_at(steps: &[Step], index: usize, undo: bool) -> (Vec<String>, Vec<String
                     frozen.extend(filesystems.iter().map(|path| path.display().to_string()));
                 }
                 Action::Suspend { device, .. } => suspended.push(device.clone()),
-                Action::Thaw { .. } if at < index => frozen.clear(),
+                Action::Thaw { filesystems } if at < index => {
+                    frozen.retain(|path| {
+                        !filesystems.iter().any(|thawed| thawed.display().to_string() == *path)
+                    });
+                }
                 Action::Resume { device, .. } if at < index => suspended.retain(|other| other != device),
                 _ => {}
             }

@@ -17,27 +17,42 @@
 //! suspended: from then on it receives. The former newest view still receives as well, until [`op::snapshot`] lets it
 //! read through the new one. That costs time, but is never wrong.
 //!
+//! Snapshots of several volumes have one instant: all volumes are suspended at it, and none is resumed before it. One
+//! watchdog with one budget guards all of them. If one cannot be held, the others are released, and no view receives.
+//!
 //! [`op::snapshot`]: crate::op::snapshot
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::base::{ChunkSize, DeviceNumber, Result, Sectors};
+use crate::base::{ChunkSize, DeviceNumber, Error, Result, Sectors};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, ROLE_VIEW, SnapshotNames, VolumeNames};
 use crate::dm::target::Persistence;
 use crate::dm::{DeviceIdentity, Dm, Table, Target, Template, Udev};
 use crate::format::state::OriginRecord;
 use crate::job::Job;
 use crate::sys::queue::QueueSettings;
+use crate::topology::Topology;
 use crate::volume::FreezeSet;
 
 use super::change::{Action, Change, IntentLog, Step};
-use super::member::Member;
+use super::hold_order::{Held, hold_order};
 use super::model::{AtInstant, HoldTimes, StackRequest};
-use super::plan::{own, restoration, resume, resume_with_own_table, suspend, undo_by_reload};
+use super::plan::{numbered, own, restoration, resume, resume_with_own_table, suspend, undo_by_reload};
 use super::runner::Runner;
 use super::watchdog::Standby;
-use super::{RESTORE_ATTEMPTS, RESTORE_BUDGET_FACTOR, form, own_table, refuse_own_record};
+use super::{RESTORE_ATTEMPTS, RESTORE_BUDGET_FACTOR, filesystems_above, form, own_table, refuse_own_record};
+
+/// Snapshots to be created at one instant.
+#[derive(Clone, Debug)]
+pub struct CaptureRequest {
+    /// One for each volume.
+    pub captures: Vec<Capture>,
+    /// The filesystems on the volumes as found by the plan, checked again before anything is done.
+    pub planned: FreezeSet,
+    /// Longest time that anything may be frozen or suspended.
+    pub budget: Duration,
+}
 
 /// A snapshot to be created.
 #[derive(Clone, Debug)]
@@ -54,14 +69,17 @@ pub struct Capture {
     pub store: DeviceNumber,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
-    /// Mount points of the filesystems on the volume, in the order of freezing.
-    pub filesystems: Vec<PathBuf>,
-    /// The filesystems as found by the plan, checked again before anything is done.
-    pub planned: FreezeSet,
-    /// Let the suspension freeze what is mounted on the volume itself.
-    pub lock_filesystem: bool,
-    /// Longest time that anything may be frozen or suspended.
-    pub budget: Duration,
+}
+
+/// A volume as it is right before the instant.
+#[derive(Clone, Debug)]
+pub struct FoundVolume {
+    /// Its number.
+    pub number: DeviceNumber,
+    /// Its active table.
+    pub table: Table,
+    /// The table does not lead to `keep` yet.
+    pub is_first: bool,
 }
 
 /// The table of a view that reads through `upper`.
@@ -89,29 +107,96 @@ pub fn leads_to(table: &Table, keep: DeviceNumber) -> bool {
     matches!(table.lines(), [line] if line.target == Target::Linear { device: keep, offset: Sectors::ZERO })
 }
 
-/// The plan of a capture: the value that [`run`] executes. `own_table` is the volume's active table; `is_first`: it
-/// does not lead to `keep` yet.
+/// The plan of a capture: the value that [`run`] executes. `found` has the volumes in the order of the request. The name
+/// of a step that is done for each volume has a number from the second one on: `suspend`, `suspend-2`.
 #[must_use]
-pub fn capture(capture: &Capture, own_table: &Table, is_first: bool) -> Change {
-    let plan = Plan { capture, own_table, names: VolumeNames::new(&capture.volume, &capture.set) };
-    let change = Change::new("capture").then(Step::new("own", own(&capture.volume, own_table)));
-    let change = if is_first { plan.layer(change, ROLE_DATA, own_table.into(), true) } else { change };
-    let length = own_table.length().get();
-    let chunk = capture.chunk.sectors().get();
-    let view = format!("0 {length} snapshot {{{}}} {} PO {chunk}", plan.names.data, capture.store);
-    let change = plan.layer(change, ROLE_VIEW, Template::new(view), is_first);
-    if is_first { plan.first(change) } else { plan.further(change) }
+pub fn capture(request: &CaptureRequest, found: &[FoundVolume]) -> Change {
+    let members: Vec<Member> = request.captures.iter().zip(found).enumerate().map(Member::new).collect();
+    let points = || request.planned.points.clone();
+    let each = |change, add: &dyn Fn(&Member, Change) -> Change| {
+        members.iter().fold(change, |change, member| add(member, change))
+    };
+    let change = each(Change::new("capture"), &|member, change| {
+        change.then(member.step("own", own(member.volume(), &member.found.table)))
+    });
+    let change = each(change, &|member, change| member.make_layers(change));
+    let volumes = members.iter().map(|member| member.volume().to_owned()).collect();
+    let guard = Action::Guard { devices: volumes, filesystems: points() };
+    let change = change.then(Step::new("guard", guard).undo(Action::Dismiss));
+    let mut change = each(change, &|member, change| member.load(change));
+    let numbers: Vec<DeviceNumber> = found.iter().map(|found| found.number).collect();
+    let mut frozen_count = 0;
+    let mut suspended: Vec<&Member> = Vec::new();
+    for held in hold_order(&request.planned, &numbers) {
+        let step = match held {
+            Held::Filesystems(filesystems) => {
+                frozen_count += 1;
+                let undo = Action::Thaw { filesystems: filesystems.clone() };
+                Step::new(&numbered("freeze", frozen_count), Action::Freeze { filesystems }).undo(undo)
+            }
+            Held::Member(index) => {
+                suspended.push(&members[index]);
+                let is_frozen_by_it = request.planned.frozen_by_suspension.contains(&numbers[index]);
+                members[index].suspend(is_frozen_by_it)
+            }
+        };
+        change = change.then(step);
+    }
+    let change =
+        each(change, &|member, change| member.activate(change)).then(Step::new("instant", Action::Instant));
+    // In the reverse order, so that each is resumed after what it is on.
+    let change = (0..suspended.len()).rev().fold(change, |change, at| {
+        let still_held: Vec<&str> = suspended[..at].iter().map(|member| member.volume()).collect();
+        change.then(suspended[at].resume(&still_held, &request.planned.points))
+    });
+    let change = change
+        .then(Step::new("thaw", Action::Thaw { filesystems: points() }))
+        .then(Step::new("unguard", Action::Unguard));
+    each(change, &|member, change| {
+        change.then(member.step("expect", Action::ExpectOver { device: member.volume().to_owned() }))
+    })
 }
 
-struct Plan<'a> {
+/// One volume of a capture.
+struct Member<'a> {
+    index: usize,
     capture: &'a Capture,
-    own_table: &'a Table,
+    found: &'a FoundVolume,
     names: VolumeNames,
 }
 
-impl Plan<'_> {
+impl<'a> Member<'a> {
+    fn new((index, (capture, found)): (usize, (&'a Capture, &'a FoundVolume))) -> Self {
+        Self { index, capture, found, names: VolumeNames::new(&capture.volume, &capture.set) }
+    }
+
+    fn volume(&self) -> &str {
+        &self.capture.volume
+    }
+
+    fn step(&self, name: &str, action: Action) -> Step {
+        Step::new(&numbered(name, self.index + 1), action)
+    }
+
     fn view(&self) -> String {
         SnapshotNames::new(&self.capture.volume, &self.capture.snapshot, &self.capture.id).view
+    }
+
+    fn length(&self) -> u64 {
+        self.found.table.length().get()
+    }
+
+    /// Creates the devices. The view of a further snapshot is not resumed: it receives from then on.
+    fn make_layers(&self, change: Change) -> Change {
+        let (length, chunk) = (self.length(), self.capture.chunk.sectors().get());
+        let view = format!("0 {length} snapshot {{{}}} {} PO {chunk}", self.names.data, self.capture.store);
+        if !self.found.is_first {
+            return self.layer(change, ROLE_VIEW, Template::new(view), false);
+        }
+        let keep = format!("0 {length} snapshot-origin {{{}}}", self.names.data);
+        let change = self.layer(change, ROLE_DATA, (&self.found.table).into(), true);
+        let change = self.layer(change, ROLE_VIEW, Template::new(view), true);
+        self.layer(change, ROLE_KEEP, Template::new(keep), true)
     }
 
     /// Creates a device and loads its table; resumes it if `is_resumed`.
@@ -123,124 +208,138 @@ impl Plan<'_> {
         };
         let uuid = DeviceIdentity::new(&self.capture.volume, role, id).uuid();
         let remove = Action::Remove { device: device.clone(), udev: Udev::Internal };
+        let create = Action::Create { device: device.clone(), uuid };
         let change = change
-            .then(
-                Step::new(&format!("create-{role}"), Action::Create { device: device.clone(), uuid })
-                    .undo(remove),
-            )
-            .then(Step::new(&format!("load-{role}"), Action::Load { device: device.clone(), table }));
+            .then(self.step(&format!("create-{role}"), create).undo(remove))
+            .then(self.step(&format!("load-{role}"), Action::Load { device: device.clone(), table }));
         if is_resumed {
             let resume = Action::Resume { device, udev: Udev::Internal };
-            change.then(Step::new(&format!("resume-{role}"), resume))
+            change.then(self.step(&format!("resume-{role}"), resume))
         } else {
             change
         }
     }
 
-    fn freeze(&self, change: Change) -> Change {
-        let filesystems = || self.capture.filesystems.clone();
-        let guard = Action::Guard { devices: vec![self.capture.volume.clone()], filesystems: filesystems() };
-        change.then(Step::new("guard", guard).undo(Action::Dismiss)).then(
-            Step::new("freeze", Action::Freeze { filesystems: filesystems() })
-                .undo(Action::Thaw { filesystems: filesystems() }),
-        )
+    /// Loads the table that leads the volume to its first snapshot.
+    fn load(&self, change: Change) -> Change {
+        if !self.found.is_first {
+            return change;
+        }
+        let device = self.volume().to_owned();
+        let table = Template::new(format!("0 {} linear {{{}}} 0", self.length(), self.names.keep));
+        let clear = Action::Clear { device: device.clone() };
+        change.then(self.step("load-volume", Action::Load { device, table }).undo(clear))
     }
 
-    fn thaw(&self, change: Change) -> Change {
-        let volume = || self.capture.volume.clone();
-        change
-            .then(Step::new("thaw", Action::Thaw { filesystems: self.capture.filesystems.clone() }))
-            .then(Step::new("unguard", Action::Unguard))
-            .then(Step::new("expect", Action::ExpectOver { device: volume() }))
+    fn suspend(&self, lock_filesystem: bool) -> Step {
+        let action = suspend(self.volume(), true, lock_filesystem);
+        resume_with_own_table(self.volume()).into_iter().fold(self.step("suspend", action), Step::undo)
     }
 
-    fn suspend(&self) -> Step {
-        let volume = &self.capture.volume;
-        let action = suspend(volume, true, self.capture.lock_filesystem);
-        resume_with_own_table(volume).into_iter().fold(Step::new("suspend", action), Step::undo)
+    /// Lets the view of a further snapshot receive. Without a cookie: nothing may wait for udev while a volume is suspended.
+    fn activate(&self, change: Change) -> Change {
+        if self.found.is_first {
+            return change;
+        }
+        change.then(self.step("activate", Action::Resume { device: self.view(), udev: Udev::None }))
     }
 
-    fn first(&self, change: Change) -> Change {
-        let volume = &self.capture.volume;
-        let length = self.own_table.length().get();
-        let keep = Template::new(format!("0 {length} snapshot-origin {{{}}}", self.names.data));
-        let change = self.freeze(self.layer(change, ROLE_KEEP, keep, true));
-        let through = Template::new(format!("0 {length} linear {{{}}} 0", self.names.keep));
-        let load = Action::Load { device: volume.clone(), table: through };
-        let switch = Step::new("switch", resume(volume));
-        let switch = undo_by_reload(switch, volume, self.own_table, &self.capture.filesystems);
-        let change = change
-            .then(Step::new("load-volume", load).undo(Action::Clear { device: volume.clone() }))
-            .then(self.suspend())
-            .then(Step::new("instant", Action::Instant))
-            .then(switch);
-        self.thaw(change)
-    }
-
-    fn further(&self, change: Change) -> Change {
-        // Without a cookie: nothing may wait for udev while the volume is suspended.
-        let activate = Action::Resume { device: self.view(), udev: Udev::None };
-        let change = self
-            .freeze(change)
-            .then(self.suspend())
-            .then(Step::new("activate", activate))
-            .then(Step::new("instant", Action::Instant))
-            .then(Step::new("resume", resume(&self.capture.volume)));
-        self.thaw(change)
+    /// Ends the suspension, while the volumes `still_held` are suspended.
+    fn resume(&self, still_held: &[&str], filesystems: &[PathBuf]) -> Step {
+        if !self.found.is_first {
+            return self.step("resume", resume(self.volume()));
+        }
+        let step = self.step("switch", resume(self.volume()));
+        let step = still_held.iter().flat_map(|held| resume_with_own_table(held)).fold(step, Step::undo);
+        undo_by_reload(step, self.volume(), &self.found.table, filesystems)
     }
 }
 
-/// Takes the instant: afterwards the snapshot's view receives originals. Returns how long the volume was held.
+/// Takes the instant: afterwards the view of each snapshot receives originals. Returns how long the volumes were held.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`](crate::base::ErrorKind::Timeout) if the budget runs out, refusals, those of `at_instant` and
-/// `interrupt`, the kernel's. After an error everything was put back.
+/// `interrupt`, the kernel's. After an error everything was put back, for all volumes.
 pub fn run(
     dm: &Dm,
     job: &mut Job,
-    request: &Capture,
+    request: &CaptureRequest,
     standby: &Standby,
     at_instant: AtInstant<'_>,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<HoldTimes> {
-    let number = dm.info_of(request.volume.as_str())?.number;
-    let table = own_table(dm, &request.volume)?;
-    let names = VolumeNames::new(&request.volume, &request.set);
-    let uuid = DeviceIdentity::new(&request.volume, ROLE_KEEP, &request.set).uuid();
-    let keep = dm.info(names.keep.as_str())?.filter(|info| info.uuid == uuid);
-    let is_first = !keep.is_some_and(|keep| leads_to(&table, keep.number));
-    let frozen = request.planned.recheck(&[number], "since the snapshot was planned")?;
-    let request = &Capture {
-        lock_filesystem: frozen.frozen_by_suspension.contains(&number),
-        filesystems: frozen.points.clone(),
-        planned: frozen,
-        ..request.clone()
+    let found = request.captures.iter().map(|capture| find(dm, capture)).collect::<Result<Vec<_>>>()?;
+    let numbers: Vec<DeviceNumber> = found.iter().map(|found| found.number).collect();
+    refuse_circle(&request.captures, &numbers)?;
+    let frozen = request.planned.recheck(&numbers, "since the snapshot was planned")?;
+    let request = &CaptureRequest { planned: frozen, ..request.clone() };
+    refuse_own_record(job, &request.planned.points)?;
+    let record = |(capture, found): (&Capture, &FoundVolume)| OriginRecord {
+        device: capture.volume.clone(),
+        number: found.number,
+        table: found.table.to_string(),
+        queue: QueueSettings::read(found.number).to_record(),
     };
-    refuse_own_record(job, &request.filesystems)?;
-    job.set_origins(vec![OriginRecord {
-        device: request.volume.clone(),
-        number,
-        table: table.to_string(),
-        queue: QueueSettings::read(number).to_record(),
-    }])?;
+    job.set_origins(request.captures.iter().zip(&found).map(record).collect())?;
     job.note_expedited();
-    let change = capture(request, &table, is_first);
+    let change = capture(request, &found);
     let mut runner = Runner::new(dm, request.budget, interrupt);
     runner.standby = standby.clone();
     runner.at_instant = Some(at_instant);
     runner.frozen = Some(request.planned.clone());
-    let member = StackRequest {
-        origin: request.volume.clone(),
-        cow: request.store,
-        chunk: request.chunk,
-        lock_filesystem: request.lock_filesystem,
-        all: true,
-        planned_table: None,
-    };
-    runner.members.push(Member::new(&member, (number, table), &request.filesystems, form(dm, number))?);
+    for (capture, found) in request.captures.iter().zip(found) {
+        let number = found.number;
+        let stack = StackRequest {
+            origin: capture.volume.clone(),
+            cow: capture.store,
+            chunk: capture.chunk,
+            lock_filesystem: request.planned.frozen_by_suspension.contains(&number),
+            all: true,
+            planned_table: None,
+        };
+        let filesystems = filesystems_above(&request.planned.points, number, request.captures.len() == 1);
+        runner.members.push(super::member::Member::new(
+            &stack,
+            (number, found.table),
+            &filesystems,
+            form(dm, number),
+        )?);
+    }
     change.run(&mut runner, job)?;
     runner.report();
     Ok(runner.times)
+}
+
+fn find(dm: &Dm, capture: &Capture) -> Result<FoundVolume> {
+    let number = dm.info_of(capture.volume.as_str())?.number;
+    let table = own_table(dm, &capture.volume)?;
+    let names = VolumeNames::new(&capture.volume, &capture.set);
+    let uuid = DeviceIdentity::new(&capture.volume, ROLE_KEEP, &capture.set).uuid();
+    let keep = dm.info(names.keep.as_str())?.filter(|info| info.uuid == uuid);
+    let is_first = !keep.is_some_and(|keep| leads_to(&table, keep.number));
+    Ok(FoundVolume { number, table, is_first })
+}
+
+/// Refuses volumes that lie on each other in a circle: there is no order in which they could be held.
+fn refuse_circle(captures: &[Capture], numbers: &[DeviceNumber]) -> Result<()> {
+    if captures.len() == 1 {
+        return Ok(());
+    }
+    let topology = Topology::default();
+    let above: Vec<_> = numbers.iter().map(|number| topology.above(*number)).collect();
+    for (at, number) in numbers.iter().enumerate() {
+        let other =
+            (0..at).find(|other| above[*other].contains(number) && above[at].contains(&numbers[*other]));
+        if let Some(other) = other {
+            return Err(Error::refused(format!(
+                "{} and {} lie on each other: neither can be held first",
+                captures[other].volume, captures[at].volume
+            ))
+            .state("nothing was frozen")
+            .next("end that circle: one of them has to be on another device"));
+        }
+    }
+    Ok(())
 }
 
 /// Gives the volume its own table back, which `data` carries. Nothing preserves originals any more then.
@@ -278,5 +377,143 @@ pub fn lead(dm: &Dm, volume: &str, to: &Table, budget: Duration, journal: &mut d
         }
         attempt += 1;
         budget = budget.saturating_mul(RESTORE_BUDGET_FACTOR);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cmp::Reverse;
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::dm::naming::new_id;
+
+    /// Volumes by name, whether the snapshot is their first, and how high they are. A filesystem is mounted on each, at its
+    /// name below /.
+    type Volumes<'a> = &'a [(&'a str, bool, usize)];
+
+    const GROUPS: &[Volumes<'_>] = &[
+        &[("a", true, 0)],
+        &[("a", false, 0)],
+        &[("a", true, 0), ("b", false, 0), ("c", true, 0)],
+        &[("a", false, 0), ("b", false, 0), ("c", false, 0)],
+        &[("a", true, 0), ("b", true, 2)],
+        &[("a", false, 4), ("b", true, 2), ("c", true, 0)],
+    ];
+
+    fn plan(volumes: Volumes<'_>) -> Change {
+        let number = |index: usize| DeviceNumber { major: 253, minor: u32::try_from(index).unwrap() };
+        let mut by_height = volumes.to_vec();
+        by_height.sort_by_key(|(_, _, height)| Reverse(*height));
+        let captures = volumes.iter().map(|(volume, _, _)| Capture {
+            volume: (*volume).to_owned(),
+            set: new_id(),
+            snapshot: "monday".to_owned(),
+            id: new_id(),
+            store: number(99),
+            chunk: ChunkSize::default(),
+        });
+        let heights = volumes.iter().enumerate().map(|(at, (_, _, height))| (number(at), *height));
+        let request = CaptureRequest {
+            captures: captures.collect(),
+            planned: FreezeSet {
+                points: by_height.iter().map(|(volume, _, _)| format!("/{volume}").into()).collect(),
+                devices: by_height.iter().map(|_| number(98)).collect(),
+                heights: by_height.iter().map(|(_, _, height)| *height).collect(),
+                origins: heights.collect(),
+                ..FreezeSet::default()
+            },
+            budget: Duration::from_secs(2),
+        };
+        let found = volumes.iter().enumerate().map(|(index, (_, is_first, _))| FoundVolume {
+            number: number(index),
+            table: "0 8192 linear 8:16 2048".parse().unwrap(),
+            is_first: *is_first,
+        });
+        capture(&request, &found.collect::<Vec<_>>())
+    }
+
+    fn names(change: &Change) -> Vec<&str> {
+        change.steps.iter().map(|step| step.name.as_str()).collect()
+    }
+
+    #[test]
+    fn the_steps_of_one_volume_are_these_in_this_order() {
+        let first = "own create-data load-data resume-data create-view load-view resume-view create-keep load-keep \
+                     resume-keep guard load-volume freeze suspend instant switch thaw unguard expect";
+        assert_eq!(names(&plan(&[("a", true, 0)])).join(" "), first);
+        let further =
+            "own create-view load-view guard freeze suspend activate instant resume thaw unguard expect";
+        assert_eq!(names(&plan(&[("a", false, 0)])).join(" "), further);
+    }
+
+    #[test]
+    fn an_upper_volume_is_held_before_and_released_after_the_lower_one() {
+        let change = plan(&[("a", false, 0), ("b", false, 2)]);
+        let steps = names(&change).join(" ");
+        let held =
+            "freeze suspend-2 freeze-2 suspend activate activate-2 instant resume resume-2 thaw unguard";
+        assert!(steps.contains(held), "{steps}");
+    }
+
+    #[test]
+    fn all_volumes_are_suspended_at_the_instant_and_every_step_has_its_own_name() {
+        for group in GROUPS {
+            let change = plan(group);
+            let (mut suspended, mut active) = (Vec::new(), Vec::new());
+            for step in &change.steps {
+                match &step.action {
+                    Action::Suspend { device, .. } => suspended.push(device.as_str()),
+                    Action::Resume { device, .. } if group.iter().any(|(name, _, _)| name == device) => {
+                        suspended.retain(|held| held != device);
+                    }
+                    Action::Resume { device, udev } => {
+                        active.push(device.as_str());
+                        assert!(suspended.is_empty() || *udev == Udev::None, "{group:?}: waits for udev");
+                    }
+                    Action::Instant => {
+                        assert_eq!(suspended.len(), group.len(), "{group:?}");
+                        let views = active.iter().filter(|device| device.ends_with("#view")).count();
+                        assert_eq!(views, group.len(), "{group:?}: {active:?}");
+                    }
+                    Action::Create { .. } | Action::Load { .. } => assert!(suspended.is_empty(), "{group:?}"),
+                    _ => {}
+                }
+            }
+            assert!(suspended.is_empty(), "{group:?}");
+            let distinct: BTreeSet<&str> = names(&change).into_iter().collect();
+            assert_eq!(distinct.len(), change.steps.len(), "{group:?}");
+        }
+    }
+
+    /// A thaw writes to the volume of the filesystem, and to those below it.
+    #[test]
+    fn nothing_is_thawed_above_a_suspended_volume_and_an_undo_leaves_nothing_held() {
+        for group in GROUPS {
+            let steps = plan(group).steps;
+            let height = |volume: &str| group.iter().find(|(name, _, _)| *name == volume).unwrap().2;
+            for failed in 0..=steps.len() {
+                let (mut suspended, mut frozen) = (Vec::new(), Vec::new());
+                let mut act = |action: &'_ Action| match action {
+                    Action::Suspend { device, .. } => suspended.push(device.clone()),
+                    Action::Resume { device, .. } => suspended.retain(|held| held != device),
+                    Action::Freeze { filesystems } => frozen.extend(filesystems.clone()),
+                    Action::Thaw { filesystems } => {
+                        for point in filesystems.iter().filter(|point| frozen.contains(point)) {
+                            let at = height(point.to_str().unwrap().trim_start_matches('/'));
+                            let is_below = |held: &String| height(held) <= at;
+                            let below: Vec<&String> =
+                                suspended.iter().filter(|held| is_below(held)).collect();
+                            assert!(below.is_empty(), "{group:?}, step {failed}: {point:?} over {below:?}");
+                        }
+                        frozen.retain(|point| !filesystems.contains(point));
+                    }
+                    _ => {}
+                };
+                steps[..failed].iter().for_each(|step| act(&step.action));
+                steps[..failed].iter().rev().flat_map(|step| &step.undo).for_each(act);
+                assert_eq!((suspended.len(), frozen.len()), (0, 0), "{group:?}, step {failed}");
+            }
+        }
     }
 }

@@ -46,7 +46,9 @@ use watchdog::Standby;
 
 pub mod change;
 mod freeze_estimate;
+mod freezing;
 pub mod gate;
+mod hold_order;
 pub mod hooks;
 mod intent;
 mod isolation;
@@ -174,7 +176,8 @@ impl Stack {
         runner.at_instant = Some(at_instant);
         runner.frozen.clone_from(&request.planned);
         for (stack, found) in request.stacks.iter().zip(found) {
-            let filesystems = filesystems_of(request, found.0);
+            let is_only = request.stacks.len() == 1;
+            let filesystems = filesystems_above(&request.filesystems, found.0, is_only);
             let form = form(dm, found.0);
             runner.members.push(Member::new(stack, found, &filesystems, form)?);
         }
@@ -729,17 +732,17 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
     Ok(table)
 }
 
-/// The filesystems of `request` that are on the origin `number`.
-fn filesystems_of(request: &InsertRequest, number: DeviceNumber) -> Vec<PathBuf> {
-    if request.stacks.len() == 1 {
-        return request.filesystems.clone();
+/// Those of `filesystems`, mount points, that are on the origin `number`: all if it is the only one.
+fn filesystems_above(filesystems: &[PathBuf], number: DeviceNumber, is_only: bool) -> Vec<PathBuf> {
+    if is_only {
+        return filesystems.to_vec();
     }
     let above = Topology::default().above(number);
     // A path that cannot be examined is not lost: the freeze, which opens it, reports that.
     let is_above = |path: &&PathBuf| {
         std::fs::metadata(path).is_ok_and(|meta| above.contains(&DeviceNumber::from_dev(meta.dev())))
     };
-    request.filesystems.iter().filter(is_above).cloned().collect()
+    filesystems.iter().filter(is_above).cloned().collect()
 }
 
 /// Origins that cannot be held at one instant.

@@ -72,10 +72,7 @@ impl<'a> PlannedOrigin<'a> {
     }
 
     fn step(&self, name: &str, action: Action) -> Step {
-        match self.index {
-            0 => Step::new(name, action),
-            index => Step::new(&format!("{name}-{}", index + 1), action),
-        }
+        Step::new(&numbered(name, self.index + 1), action)
     }
 
     /// Creates each device, loads its table and resumes it.
@@ -123,6 +120,11 @@ impl<'a> PlannedOrigin<'a> {
         let step = held.iter().flat_map(|held| resume_with_own_table(held)).fold(step, Step::undo);
         undo_by_reload(step, origin, self.own_table, filesystems)
     }
+}
+
+/// The name of a step that is done `count` times: it has a number from the second time on.
+pub(super) fn numbered(name: &str, count: usize) -> String {
+    if count == 1 { name.to_owned() } else { format!("{name}-{count}") }
 }
 
 /// Adds the undo of a step after which `origin` uses the new table: a thaw, then a reload of `own_table` under a

@@ -2,7 +2,7 @@
 //! free-space map and instant.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
@@ -14,12 +14,13 @@ use crate::stack::write_back::write_back;
 use crate::stack::{Action, Executor, Owner};
 use crate::sys::dm_ioctl::SuspendFlags;
 use crate::sys::nudge::Nudge;
+use crate::sys::process;
 use crate::sys::process::LockedMemory;
 use crate::sys::rcu::Expedite;
-use crate::sys::{freeze, process};
 use crate::volume::{FreezeSet, open_in_other_namespace};
 
 use super::freeze_estimate;
+use super::freezing::Filesystems;
 use super::member::Member;
 use super::model::{AtInstant, HoldTimes, InstantContext};
 
@@ -46,9 +47,7 @@ pub struct Runner<'a> {
     watchdog: Option<Watchdog>,
     /// Expedites RCU while writers wait.
     expedite: Option<Expedite>,
-    files: Vec<(PathBuf, File)>,
-    /// All of `files` were thawed since the last freeze.
-    is_thawed: bool,
+    filesystems: Filesystems,
     /// Memory, locked while something is guarded. Other code of this process may keep it locked for longer.
     locked: Option<LockedMemory>,
     /// Interrupts a suspension that takes longer than the budget.
@@ -88,8 +87,7 @@ impl<'a> Runner<'a> {
             standby: Standby::default(),
             watchdog: None,
             expedite: None,
-            files: Vec::new(),
-            is_thawed: false,
+            filesystems: Filesystems::default(),
             locked: None,
             nudge: None,
             armed_since: None,
@@ -127,7 +125,7 @@ impl<'a> Runner<'a> {
     /// Does everything that takes time before anything is held. Dirty data is written back last, so that the
     /// freeze, which writes back what has become dirty since, is short.
     fn guard(&mut self, devices: &[String], filesystems: &[PathBuf]) -> Result<()> {
-        self.files.clear();
+        self.filesystems.clear();
         for path in filesystems {
             let file = File::open(path).io_context(|| format!("opening {}", path.display()))?;
             if let Some(frozen) = &self.frozen {
@@ -136,7 +134,8 @@ impl<'a> Runner<'a> {
             for mapper in self.members.iter().filter_map(Member::mapper) {
                 mapper.check_same(path, &file)?;
             }
-            self.files.push((path.clone(), file));
+            let height = self.frozen.as_ref().and_then(|frozen| frozen.height_of(path));
+            self.filesystems.add(path, file, height);
         }
         self.expedite = Expedite::open_if_off();
         let numbers = devices.iter().map(|device| Ok(self.dm.info_of(device.as_str())?.number));
@@ -144,7 +143,7 @@ impl<'a> Runner<'a> {
             devices: numbers.collect::<Result<_>>()?,
             // Names these open files, whatever is mounted at their paths by the time that the watchdog opens
             // them.
-            filesystems: self.files.iter().map(|(_, file)| process::path_of(file)).collect(),
+            filesystems: self.filesystems.files().map(|(_, file)| process::path_of(file)).collect(),
             budget_ms: u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX),
             is_expedited: self.expedite.is_some(),
         };
@@ -178,7 +177,7 @@ impl<'a> Runner<'a> {
             return Ok(());
         }
         let mut targets: Vec<(String, &File)> =
-            self.files.iter().map(|(path, file)| (path.display().to_string(), file)).collect();
+            self.filesystems.files().map(|(path, file)| (path.display().to_string(), file)).collect();
         // A filesystem mounted in another namespace, and writes to the device itself, also count.
         let locked = self.members.iter().filter(|member| member.lock_filesystem);
         let hidden = locked.map(|member| open_in_other_namespace(member.number));
@@ -240,22 +239,12 @@ impl<'a> Runner<'a> {
         if self.is_undoing { Ok(()) } else { (self.interrupt)() }
     }
 
-    fn freeze(&mut self) -> Result<()> {
+    /// Freezes the filesystems at `points`, all or none: a step that fails is not undone by the change.
+    fn freeze(&mut self, points: &[PathBuf]) -> Result<()> {
         self.check(true)?;
         let start = Instant::now();
-        self.frozen_since = Some(start);
-        self.is_thawed = false;
-        let mut result = Ok(());
-        let mut count = 0;
-        for (path, file) in &self.files {
-            match freeze::freeze(file) {
-                Ok(()) => count += 1,
-                Err(source) => {
-                    result = Err(freeze_error(path, source));
-                    break;
-                }
-            }
-        }
+        self.frozen_since.get_or_insert(start);
+        let result = self.filesystems.freeze(points);
         let took = start.elapsed();
         let result = result.and_then(|()| self.check(true)).and_then(|()| self.check_frozen());
         let result = match result {
@@ -263,19 +252,27 @@ impl<'a> Runner<'a> {
             Err(error) if error.kind() == ErrorKind::Timeout && took > self.budget => Err(overran(took)),
             result => result,
         };
-        // All or none: a step that fails is not undone by the change.
         if result.is_err() {
-            for (_, file) in self.files.iter().take(count).rev() {
-                let _ = freeze::thaw(file);
-            }
-            self.frozen_since = None;
+            let _ = self.filesystems.thaw(points);
+            self.note_thaw();
         }
         result
     }
 
+    /// Ends the time of the freeze if nothing is frozen any more.
+    fn note_thaw(&mut self) {
+        if !self.filesystems.is_any_frozen()
+            && let Some(since) = self.frozen_since.take()
+        {
+            self.times.frozen = since.elapsed();
+        }
+    }
+
     /// A filesystem mounted meanwhile would accept writes, so the filesystems must still be the same.
     fn check_frozen(&self) -> Result<()> {
-        let Some(frozen) = &self.frozen else { return Ok(()) };
+        let Some(frozen) = self.frozen.as_ref().filter(|_| self.filesystems.are_frozen()) else {
+            return Ok(());
+        };
         frozen.recheck(&self.numbers(), "while it was being frozen").map(drop)
     }
 
@@ -302,16 +299,13 @@ impl<'a> Runner<'a> {
         found.expect("only an insertion leads an origin over a stack, and it knows its origins")
     }
 
-    fn thaw(&mut self, filesystems: &[PathBuf]) -> Result<()> {
-        // The undo of each origin's switch begins with a thaw.
-        if self.is_thawed {
-            return Ok(());
-        }
-        if self.files.is_empty() {
+    /// Thaws those of `points` that are still frozen: the undo of each origin's switch begins with a thaw of all.
+    fn thaw(&mut self, points: &[PathBuf]) -> Result<()> {
+        if self.filesystems.is_empty() {
             // Frozen by a job that died, not by this process. Opening a directory writes nothing.
-            for path in filesystems {
+            for path in points {
                 match File::open(path) {
-                    Ok(file) => self.files.push((path.clone(), file)),
+                    Ok(file) => self.filesystems.add_frozen(path, file),
                     // Unmounted since, so it is not frozen.
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                     Err(error) => return Err(error).io_context(|| format!("opening {}", path.display())),
@@ -323,27 +317,21 @@ impl<'a> Runner<'a> {
         let maps = self.members.iter_mut().map(|member| std::mem::take(&mut member.map_in_force));
         let map_in_force = maps.fold(false, |any, in_force| any | in_force) && !self.is_undoing;
         let mut early = None;
-        for (path, file) in self.files.iter().rev() {
-            match freeze::thaw(file) {
-                Ok(()) => {}
+        for (path, source) in self.filesystems.thaw(points) {
+            match source.raw_os_error() {
                 // The watchdog, or another process, was faster. What was free when the map was read may have
                 // been in use at the instant.
-                Err(source) if source.raw_os_error() == Some(libc::EINVAL) && map_in_force => {
-                    early = Some((path.clone(), source));
-                }
-                Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
+                Some(libc::EINVAL) if map_in_force => early = Some((path, source)),
+                Some(libc::EINVAL) => {
                     self.notes.push(format!("another process thawed {}", path.display()));
                 }
-                Err(source) => {
+                _ => {
                     result = Err(Error::io(format!("thawing {}", path.display()), source)
                         .next(format!("run 'fsfreeze -u {}'", path.display())));
                 }
             }
         }
-        self.is_thawed = result.is_ok();
-        if let Some(since) = self.frozen_since.take() {
-            self.times.frozen = since.elapsed();
-        }
+        self.note_thaw();
         if let (Some((path, source)), Ok(())) = (early, &result) {
             // If it was the watchdog, its own error is reported.
             self.check(false)?;
@@ -529,7 +517,7 @@ impl Executor for Runner<'_> {
                 self.claims.retain(|(claimed, _)| claimed != device);
                 Ok(())
             }
-            Action::Freeze { .. } => self.freeze(),
+            Action::Freeze { filesystems } => self.freeze(filesystems),
             Action::Thaw { filesystems } => self.thaw(filesystems),
             Action::Own { device, table } => self.own(device, self.dm.resolve(table)?),
             Action::Load { device, table } => self.load(action, device, table),
@@ -570,21 +558,4 @@ fn overran(took: Duration) -> Error {
         ),
     )
     .next("copy again while there is less load, or when the disk is faster; a larger --freeze-budget allows it")
-}
-
-fn freeze_error(path: &Path, source: std::io::Error) -> Error {
-    let error = |what: &str| Error::refused(format!("freezing {}: {what}", path.display()));
-    match source.raw_os_error() {
-        Some(libc::EBUSY) => error("it is already frozen")
-            .with_source(source)
-            .next(format!(
-                "if a device beneath it is suspended ('dmsetup info'), resume that device: 'cryptsetup luksResume' or \
-                 'dmsetup resume'; else thaw the filesystem: 'fsfreeze -u {}'",
-                path.display()
-            )),
-        Some(libc::EOPNOTSUPP) => {
-            error("its filesystem cannot be frozen").with_source(source).next("unmount it, then copy it")
-        }
-        _ => Error::io(format!("freezing {}", path.display()), source),
-    }
 }

@@ -94,12 +94,30 @@ impl View {
     /// # Errors
     /// The errno of statx(2); [`io::ErrorKind::TimedOut`].
     pub fn stat(&self, path: &Path) -> io::Result<Found> {
+        let at = self.path(path);
+        if self.is_local(path) { Found::at(&at) } else { Found::with_timeout(&at) }
+    }
+
+    /// As [`View::stat`], for several paths: one child process looks up all that need one.
+    #[must_use]
+    pub fn stat_all(&self, paths: &[&Path]) -> Vec<io::Result<Found>> {
+        let remote: Vec<PathBuf> =
+            paths.iter().filter(|path| !self.is_local(path)).map(|path| self.path(path)).collect();
+        let remote: Vec<&Path> = remote.iter().map(PathBuf::as_path).collect();
+        let mut answers = Found::all_with_timeout(&remote).into_iter();
+        let local = |path: &&Path| Found::at(&self.path(path));
+        let none = || Err(io::ErrorKind::Other.into());
+        let of_one = |path: &&Path| {
+            if self.is_local(path) { local(path) } else { answers.next().unwrap_or_else(none) }
+        };
+        paths.iter().map(of_one).collect()
+    }
+
+    /// True if no mount on the way to `path` has to ask a server.
+    fn is_local(&self, path: &Path) -> bool {
         let mut on_the_way = self.mounts.iter().filter(|mount| path.starts_with(&mount.point)).peekable();
         // There is none if the process's root directory is within a mount.
-        let is_local =
-            on_the_way.peek().is_some() && on_the_way.all(|mount| BackingKind::answers_locally(&mount.kind));
-        let path = self.path(path);
-        if is_local { Found::at(&path) } else { Found::with_timeout(&path) }
+        on_the_way.peek().is_some() && on_the_way.all(|mount| BackingKind::answers_locally(&mount.kind))
     }
 }
 

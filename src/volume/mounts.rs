@@ -8,7 +8,7 @@
 //! The result is valid only for the moment: mounts can come, go or move. So it is computed again right before
 //! and right after the freeze ([`FreezeSet::recheck`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -32,6 +32,11 @@ pub struct FreezeSet {
     pub points: Vec<PathBuf>,
     /// The `st_dev` of each, in the same order.
     pub devices: Vec<DeviceNumber>,
+    /// How many devices each is above the lowest origin, in the same order: by the longest path, so none lies on another
+    /// of the same height.
+    pub heights: Vec<usize>,
+    /// The height of each origin, counted in the same way. One that lies on no other has 0.
+    pub origins: BTreeMap<DeviceNumber, usize>,
     /// Origins whose own filesystem, if any, has no mount that we can reach (it is in another namespace, or
     /// under another mount): the suspension must freeze it through the device. Never an origin whose
     /// filesystem has a mount point in the list, as Linux 6.1 refuses to freeze it twice.
@@ -85,6 +90,12 @@ impl FreezeSet {
             .next("copy again"))
     }
 
+    /// The height of the filesystem at `point`; None if it is not one of these.
+    #[must_use]
+    pub fn height_of(&self, point: &Path) -> Option<usize> {
+        self.points.iter().position(|known| known == point).map(|at| self.heights[at])
+    }
+
     fn list(&self) -> String {
         let all: Vec<String> = self.points.iter().map(|point| point.display().to_string()).collect();
         if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
@@ -98,21 +109,24 @@ impl FreezeSet {
 /// I/O errors of reading mountinfo and swaps.
 pub fn filesystems_on(origins: &[DeviceNumber], topology: &Topology) -> Result<FreezeSet> {
     let own = topology.own_view()?;
-    let mounts = &own.mounts;
+    let mounts: Vec<PlacedMount<'_>> = own.mounts.iter().map(PlacedMount::new).collect();
     let mut other_namespaces = OtherNamespaces { topology, table: None };
     let mut found = FreezeSet::default();
     let swaps: Vec<(PathBuf, DeviceNumber)> = swap_devices(&own, topology.swaps()?);
     // The topmost first; at the same height the latest mount first.
     let mut points: Vec<(usize, usize, PathBuf, DeviceNumber)> = Vec::new();
-    for (device, height) in topology.heights_above(origins) {
-        refuse_unfrozen(device, topology, mounts)?;
-        let of_device: Vec<&Mount> = mounts
-            .iter()
-            .filter(|mount| mount.is_of(device) && !NEVER_WRITTEN.contains(&mount.kind.as_str()))
-            .collect();
-        let reachable = of_device.iter().find(|mount| is_reachable(mount, &own));
-        if let Some(mount) = reachable {
-            let order = mounts.iter().position(|other| other.point == mount.point).unwrap_or_default();
+    let heights = topology.heights_above(origins);
+    let reachable = reachable(&own, heights.keys().flat_map(|device| of_device(&mounts, *device)));
+    for (device, height) in heights {
+        if origins.contains(&device) {
+            found.origins.insert(device, height);
+        }
+        refuse_unfrozen(device, topology, &mounts)?;
+        let of_device = of_device(&mounts, device);
+        let of_device: Vec<&Mount> =
+            of_device.filter(|mount| !NEVER_WRITTEN.contains(&mount.kind.as_str())).collect();
+        if let Some(mount) = of_device.iter().find(|mount| reachable.contains(&mount.id)) {
+            let order = own.mounts.iter().position(|other| other.point == mount.point).unwrap_or_default();
             points.push((height, order, mount.point.clone(), mount.device));
         } else if origins.contains(&device) {
             found.frozen_by_suspension.insert(device);
@@ -128,20 +142,40 @@ pub fn filesystems_on(origins: &[DeviceNumber], topology: &Topology) -> Result<F
         }
     }
     points.sort_by(|one, other| other.cmp(one));
-    for (_, _, point, device) in points {
+    for (height, _, point, device) in points {
         if !found.devices.contains(&device) {
             found.points.push(point);
             found.devices.push(device);
+            found.heights.push(height);
         }
     }
     Ok(found)
 }
 
+/// A mount with the device that its source names. That is looked up once for all devices: it costs a system call, and
+/// writers may wait meanwhile.
+struct PlacedMount<'a> {
+    mount: &'a Mount,
+    source: Option<DeviceNumber>,
+}
+
+impl<'a> PlacedMount<'a> {
+    fn new(mount: &'a Mount) -> Self {
+        Self { mount, source: mount.source_device() }
+    }
+}
+
+/// The mounts whose filesystem is on `device`, as [`Mount::is_of`].
+fn of_device<'a>(mounts: &[PlacedMount<'a>], device: DeviceNumber) -> impl Iterator<Item = &'a Mount> {
+    let is_of =
+        move |placed: &&PlacedMount<'a>| placed.mount.device == device || placed.source == Some(device);
+    mounts.iter().filter(is_of).map(|placed| placed.mount)
+}
+
 /// Refuses filesystems that use several devices, that cannot be frozen through one of them, or that other
 /// machines write: a copy of one device cannot show one instant of these.
-fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) -> Result<()> {
-    let mut of_device = mounts.iter().filter(|mount| mount.is_of(device));
-    if let Some(mount) = of_device.find(|mount| SHARED.contains(&mount.kind.as_str())) {
+fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[PlacedMount<'_>]) -> Result<()> {
+    if let Some(mount) = of_device(mounts, device).find(|mount| SHARED.contains(&mount.kind.as_str())) {
         return Err(Error::refused(format!(
             "{} holds a mounted {}, a filesystem that other machines may write: their writes do not pass \
              through this one, and no copy would be exact",
@@ -151,8 +185,7 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
         .state("nothing was changed")
         .next("unmount it on all machines, then copy it"));
     }
-    let mounted =
-        mounts.iter().find(|mount| mount.is_of(device) && NEVER_FROZEN.contains(&mount.kind.as_str()));
+    let mounted = of_device(mounts, device).find(|mount| NEVER_FROZEN.contains(&mount.kind.as_str()));
     let kind = match mounted {
         Some(mount) => mount.kind.as_str(),
         None if !topology.btrfs_devices(device).is_empty() => "btrfs",
@@ -166,9 +199,13 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[Mount]) 
     .next(format!("unmount it for the copy, or use {kind}'s own snapshots and send")))
 }
 
-/// True if the mount point leads to this filesystem: nothing is mounted over it.
-fn is_reachable(mount: &Mount, own: &View) -> bool {
-    own.stat(&mount.point).is_ok_and(|found| found.dev == mount.device)
+/// The ids of those of `mounts` whose mount point leads to their filesystem: nothing is mounted over it.
+fn reachable<'a>(own: &View, mounts: impl Iterator<Item = &'a Mount>) -> BTreeSet<u64> {
+    let mounts: Vec<&Mount> = mounts.collect();
+    let points: Vec<&Path> = mounts.iter().map(|mount| mount.point.as_path()).collect();
+    let found = mounts.iter().zip(own.stat_all(&points));
+    let found = found.filter(|(mount, found)| found.as_ref().is_ok_and(|found| found.dev == mount.device));
+    found.map(|(mount, _)| mount.id).collect()
 }
 
 fn swap_devices(own: &View, swaps: Vec<PathBuf>) -> Vec<(PathBuf, DeviceNumber)> {

@@ -75,17 +75,8 @@ pub fn cases() -> Vec<Case> {
             .commands(&["python3", "mkfs.ext4", "fio"])
             .disk_mib(64)
             .disk_mib(400),
-        Case::new("bench_snapshots", "bench_snapshots.sh")
-            .bench()
-            .modules(&["dm-snapshot", "loop", "ext4"])
-            .commands(&["python3", "mkfs.ext4", "fio", "lvcreate"])
-            .memory_mib(3072)
-            .variable("TIDEMARK_BENCH_MODEL", SSD)
-            .variable(
-                "TIDEMARK_BENCH_ROUNDS",
-                std::env::var("TIDEMARK_BENCH_ROUNDS").unwrap_or_else(|_| "5".to_owned()),
-            )
-            .limit_seconds(1200),
+        kept("bench_snapshots").commands(&["fio", "lvcreate"]),
+        kept("bench_group"),
         live("bench_ssd", SSD),
         live("bench_rotating", ROTATING),
         emulated("bench_normal").variable("TIDEMARK_BENCH_FLUSH_MS", "0"),
@@ -93,6 +84,19 @@ pub fn cases() -> Vec<Case> {
             .variable("TIDEMARK_BENCH_FLUSH_MS", SLOW_FLUSH_MS.to_string())
             .modules(&["dm-delay"]),
     ]
+}
+
+/// A measurement of kept snapshots.
+fn kept(name: &str) -> Case {
+    let rounds = std::env::var("TIDEMARK_BENCH_ROUNDS").unwrap_or_else(|_| "5".to_owned());
+    Case::new(name, format!("{name}.sh"))
+        .bench()
+        .modules(&["dm-snapshot", "loop", "ext4"])
+        .commands(&["python3", "mkfs.ext4"])
+        .memory_mib(3072)
+        .variable("TIDEMARK_BENCH_MODEL", SSD)
+        .variable("TIDEMARK_BENCH_ROUNDS", rounds)
+        .limit_seconds(1200)
 }
 
 fn live(name: &str, model: &str) -> Case {

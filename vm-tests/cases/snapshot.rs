@@ -8,6 +8,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         chain("snapshot_chain", "random"),
         chain("snapshot_kills", "each"),
+        group("snapshot_group", "snapshot_group.sh"),
+        group("snapshot_group_kills", "snapshot_group_kills.sh"),
         case("snapshot_power_cut", "snapshot_cut_before.sh")
             .commands(&["fio"])
             .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(64) })
@@ -28,6 +30,12 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(600)
             .limit_seconds(300),
     ]
+}
+
+/// Four volumes, and a disk for their stores.
+fn group(name: &str, script: &str) -> Case {
+    let volumes = (0..4).fold(case(name, script), |case, _| case.disk_mib(16));
+    volumes.disk_mib(400).commands(&["fsfreeze", "setsid"]).limit_seconds(900)
 }
 
 /// A program of snapshots against the oracle.

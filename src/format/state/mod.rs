@@ -10,8 +10,8 @@ mod snapshots;
 mod view;
 
 pub use snapshots::{
-    DetachedRecord, ROLLBACK_NAME, RollbackRecord, RollbackState, SnapshotRecord, SnapshotSetRecord,
-    SnapshotState,
+    DetachedRecord, ROLLBACK_NAME, RollbackRecord, RollbackState, SnapshotGroupRecord, SnapshotRecord,
+    SnapshotSetRecord, SnapshotState,
 };
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
@@ -401,6 +401,7 @@ mod tests {
             state,
             lost: lost.map(str::to_owned),
             clone_of: None,
+            group: None,
         };
         SnapshotSetRecord {
             id: "0123456789abcdef0123456789abcdef".to_owned(),
@@ -424,6 +425,18 @@ mod tests {
                 digest: "5e".repeat(32),
             }),
         }
+    }
+
+    /// One of a group, and the record that makes the group exist.
+    fn of_a_snapshot_group() -> (SnapshotSetRecord, SnapshotGroupRecord) {
+        let mut set = snapshots();
+        set.snapshots.last_mut().unwrap().group = Some("9".repeat(32));
+        let group = SnapshotGroupRecord {
+            id: "9".repeat(32),
+            instant_utc_ns: 1_763_712_000_000_000_000,
+            snapshots: vec!["data@f".to_owned(), "wal@f".to_owned()],
+        };
+        (set, group)
     }
 
     fn volume() -> VolumeRecord {
@@ -479,6 +492,13 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/snapshots-rollback-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_rollback());
         assert_eq!(encode(&with_rollback()).unwrap(), golden);
+        let (set, group) = of_a_snapshot_group();
+        let golden: &[u8] = include_bytes!("golden/snapshots-group-v1.json");
+        assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), set);
+        assert_eq!(encode(&set).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/snapshot-group-v1.json");
+        assert_eq!(decode::<SnapshotGroupRecord>(golden).unwrap(), group);
+        assert_eq!(encode(&group).unwrap(), golden);
         let golden: &[u8] = include_bytes!("golden/job-queue-v1.json");
         assert_eq!(decode::<JobRecord>(golden).unwrap(), with_settings());
         assert_eq!(encode(&with_settings()).unwrap(), golden);

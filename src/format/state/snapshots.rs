@@ -52,6 +52,9 @@ pub struct SnapshotRecord {
     /// The id of the snapshot of which it is a writable clone; None for a snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_of: Option<String>,
+    /// The id of its group: snapshots of several volumes with one instant. None if it was created alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
 }
 
 /// How far the creation or the deletion of a snapshot has got.
@@ -97,6 +100,18 @@ pub enum RollbackState {
     Merging,
     /// Its device holds everything.
     Merged,
+}
+
+/// Snapshots of several volumes with one instant. While this record exists, all of them do, whatever the records of the
+/// volumes say of their creation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotGroupRecord {
+    /// Its id, as in the records of its snapshots: 32 hexadecimal digits.
+    pub id: String,
+    /// The instant, UTC, in nanoseconds since 1970.
+    pub instant_utc_ns: u64,
+    /// The snapshots, as VOLUME@NAME; for people.
+    pub snapshots: Vec<String>,
 }
 
 /// What a volume held when it was detached.
@@ -177,4 +192,8 @@ impl SnapshotState {
 
 impl Record for SnapshotSetRecord {
     const KIND: &'static str = "snapshots";
+}
+
+impl Record for SnapshotGroupRecord {
+    const KIND: &'static str = "snapshot-group";
 }

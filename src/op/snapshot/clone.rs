@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::create::choose_name;
+use super::create::{check_free, choose_free};
 use super::layers::{self, Place};
 use super::list::{State, views_of};
 use super::placement::{choose_place, choose_size, refresh_unit, store_path};
@@ -85,7 +85,7 @@ pub fn plan(request: &CloneRequest) -> Result<ClonePlan> {
     let (volume, _) = parse_name(&request.snapshot)?;
     let record = read_of(volume)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
     check(&dm, &record, &request.snapshot)?;
-    let name = choose_name(Some(&record), request.name.as_deref(), volume)?;
+    let name = choose_free(&[(volume, Some(&record))], request.name.as_deref())?;
     let question = Question::of(&dm, dm.info_of(volume)?.number)?;
     let directory = choose_place(&question, request.store.as_deref())?;
     Ok(ClonePlan {
@@ -148,7 +148,7 @@ fn clone(
     let mut set = set.ok_or_else(|| no_snapshot(&format!("{} has no snapshots", plan.volume)))?;
     // Checked again: another command may have deleted the snapshot or taken the name since the plan was made.
     let snapshot = check(dm, set.record(), &plan.request.snapshot)?;
-    choose_name(Some(set.record()), Some(&plan.name), &plan.volume)?;
+    check_free(Some(set.record()), &plan.name, &plan.volume)?;
     let id = new_id();
     let made = make(&mut set, plan, &snapshot, &id);
     drop(admission);
@@ -184,6 +184,7 @@ fn make(set: &mut SnapshotSet, plan: &ClonePlan, snapshot: &SnapshotRecord, id: 
         state: SnapshotState::Creating,
         lost: None,
         clone_of: Some(snapshot.id.clone()),
+        group: None,
     };
     let store = set.record().store(&clone)?;
     set.change(|record| record.snapshots.push(clone))?;

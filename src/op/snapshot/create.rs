@@ -1,43 +1,27 @@
-//! `tidemark snapshot create`: keeps what a volume holds at one instant.
-//!
-//! Order, the crash argument:
-//! 1. the record has the snapshot as unfinished, with the name of its store;
-//! 2. the store is created, with all its space;
-//! 3. the instant: the new view receives originals from then on ([`kept`]), and so does the former newest one;
-//! 4. the record has the snapshot as kept, with its instant;
-//! 5. only then the former newest view is led to the new one, which ends its receiving ([`settle`](super::settle)).
-//!
-//! After a crash before 4, the snapshot is removed, and the former newest one has missed nothing. After one between 4
-//! and 5, both receive, and settling continues.
+//! `tidemark snapshot create`: what is to be kept of which volumes. [`take`](super::take) executes the plan.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::layers::refuse_other_set;
-use super::link;
-use super::placement::{choose_place, choose_size, refresh_unit, store_path};
-use super::set::{SnapshotSet, check_name, read_of};
-use super::settle::{Settlement, settle_first};
+use super::placement::{choose_size, resolve_directory};
+use super::set::{check_name, read_of};
 use crate::base::limits::DIRECT_IO_ALIGN;
-use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, clock};
-use crate::dm::naming::{ROLE_VOLUME, new_id};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, directory_of, escape};
+use crate::dm::naming::ROLE_VOLUME;
 use crate::dm::{DeviceIdentity, Dm};
-use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
-use crate::job::{self, Job};
-use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
+use crate::format::state::SnapshotSetRecord;
+use crate::job;
+use crate::op::admission::Question;
 use crate::op::attach::recorded_volumes;
 use crate::op::request::Hooks;
-use crate::progress::{Event, Observer};
-use crate::stack::InstantContext;
-use crate::stack::hooks::Hook;
-use crate::stack::kept::{self, Capture};
-use crate::stack::watchdog::Standby;
-use crate::store::{TailPlace, size};
+use crate::stack::ORIGINS_MAX;
+use crate::store::TailPlace;
 use crate::sys::privilege::require_root;
-use crate::sys::process::crash_point;
-use crate::volume::{self, Origin, OriginKind};
+use crate::topology::Topology;
+use crate::volume::{self, FreezeSet, Origin, OriginKind, filesystems_on};
 
 /// Most snapshots of one volume: each older one is read through all newer ones.
 pub const SNAPSHOTS_MAX: usize = 64;
@@ -55,13 +39,50 @@ pub struct CreateRequest {
     pub store_size: Option<Bytes>,
     /// Unit of copy-on-write; None: that of the volume's other snapshots, or the default.
     pub chunk: Option<ChunkSize>,
-    /// Longest time for which filesystems may be frozen or the volume suspended.
+    /// Longest time for which filesystems may be frozen or volumes suspended.
     pub freeze_budget: Duration,
     /// The hooks.
     pub hooks: Hooks,
 }
 
-/// The plan of a snapshot. Serialized for `--dry-run --json`.
+/// The plan of snapshots with one instant. Serialized for `--dry-run --json`: of one volume as its own plan.
+#[derive(Clone, Debug)]
+pub struct GroupPlan {
+    /// One for each volume, in the order of the command line.
+    pub snapshots: Vec<CreatePlan>,
+    /// The filesystems on all volumes, as found.
+    pub(super) frozen: FreezeSet,
+}
+
+impl Serialize for GroupPlan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Group<'a> {
+            snapshots: &'a [CreatePlan],
+            #[serde(serialize_with = "escape::paths")]
+            filesystems: &'a [PathBuf],
+        }
+        match &self.snapshots[..] {
+            [one] => one.serialize(serializer),
+            all => Group { snapshots: all, filesystems: &self.frozen.points }.serialize(serializer),
+        }
+    }
+}
+
+impl GroupPlan {
+    /// The hooks, which run once for all volumes.
+    pub(super) fn hooks(&self) -> &Hooks {
+        &self.snapshots[0].request.hooks
+    }
+
+    /// The filesystems that are frozen, in this order.
+    #[must_use]
+    pub fn filesystems(&self) -> &[PathBuf] {
+        &self.frozen.points
+    }
+}
+
+/// The plan of a snapshot.
 #[derive(Clone, Debug, Serialize)]
 pub struct CreatePlan {
     /// The user's request.
@@ -79,75 +100,124 @@ pub struct CreatePlan {
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
     #[serde(skip)]
-    device: String,
+    pub(super) device: String,
     #[serde(skip)]
-    origin: Origin,
+    pub(super) origin: Origin,
     #[serde(skip)]
-    number: DeviceNumber,
+    pub(super) number: DeviceNumber,
 }
 
-/// A snapshot that was created.
-#[derive(Clone, Debug, Serialize)]
-pub struct Created {
-    /// VOLUME@NAME.
-    pub snapshot: String,
-    /// Its device.
-    pub path: PathBuf,
-    /// Its instant.
-    pub instant: Option<String>,
-    /// The file with its store.
-    pub store: PathBuf,
-    /// The size of the store.
-    pub store_bytes: Bytes,
-    /// Milliseconds for which the filesystems were frozen.
-    pub frozen_ms: u64,
-    /// Milliseconds for which the volume was suspended.
-    pub suspended_ms: u64,
-    /// The command that mounts it.
-    pub next: String,
-}
-
-/// Makes the plan. Changes nothing.
+/// Makes the plan of snapshots with one instant and one name. The requests differ only in their volume. Changes nothing.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a volume that was not attached, is being copied, or
-/// cannot have snapshots; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not fit; the
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a volume that was not attached, is being copied, is named
+/// twice, or cannot have snapshots; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not fit; the
 /// kernel's.
-pub fn plan(request: &CreateRequest) -> Result<CreatePlan> {
+///
+/// # Panics
+/// If there is no request: a broken invariant.
+pub fn plan(requests: &[CreateRequest]) -> Result<GroupPlan> {
+    assert!(!requests.is_empty(), "a snapshot is of a volume");
     require_root("creating a snapshot")?;
-    let origin = volume::resolve(&request.volume)?;
-    let dm = Dm::open()?;
-    let volume = attached_volume(&dm, &origin)?;
-    let number = dm.info_of(volume.as_str())?.number;
-    job::refuse_held_origin(number)?;
-    if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
+    if requests.len() > ORIGINS_MAX {
         return Err(Error::refused(format!(
-            "{volume} has {} bytes, which is not a multiple of {DIRECT_IO_ALIGN}: the kernel cannot make a snapshot of it",
-            origin.size.get()
+            "{} volumes at once: {ORIGINS_MAX} are possible",
+            requests.len()
         ))
-        .state("nothing was changed"));
+        .state("nothing was changed")
+        .next("create the snapshots in several groups"));
     }
-    let record = read_of(&volume)?;
-    refuse_other_set(&dm, &volume, record.as_ref())?;
-    record.as_ref().map_or(Ok(()), SnapshotSetRecord::refuse_rollback)?;
-    let name = choose_name(record.as_ref(), request.name.as_deref(), &volume)?;
-    let chunk = choose_chunk(record.as_ref(), request.chunk, &volume)?;
-    let question = Question::of(&dm, number)?;
-    let directory = choose_place(&question, request.store.as_deref())?;
-    question.check_snapshot_records()?;
-    let store_bytes = choose_size(request.store_size, origin.size, chunk)?;
-    Ok(CreatePlan {
-        request: request.clone(),
-        name,
-        directory,
-        store_bytes,
-        filesystems: origin.filesystems.clone(),
-        chunk,
-        device: recorded_device(&volume)?,
-        volume,
-        origin,
-        number,
-    })
+    let dm = Dm::open()?;
+    let mut volumes: Vec<Volume> = Vec::new();
+    for request in requests {
+        let volume = Volume::find(&dm, request)?;
+        if volumes.iter().any(|other| other.number == volume.number) {
+            return Err(Error::refused(format!("{} is named twice", volume.name))
+                .state("nothing was changed")
+                .next("name each volume once"));
+        }
+        volumes.push(volume);
+    }
+    let records: Vec<_> =
+        volumes.iter().map(|volume| (volume.name.as_str(), volume.record.as_ref())).collect();
+    let name = choose_free(&records, requests[0].name.as_deref())?;
+    let plans = volumes.into_iter().zip(requests).map(|(volume, request)| volume.plan(request, &name));
+    let snapshots = plans.collect::<Result<Vec<_>>>()?;
+    check_places(&dm, &snapshots)?;
+    let frozen = match &snapshots[..] {
+        [one] => one.origin.frozen.clone(),
+        all => filesystems_on(&all.iter().map(|one| one.number).collect::<Vec<_>>(), &Topology::default())?,
+    };
+    Ok(GroupPlan { snapshots, frozen })
+}
+
+/// Refuses a store that may wait for one of the volumes: they are held together. The stores of older snapshots count too.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with the chain of devices; I/O errors.
+pub(super) fn check_places(dm: &Dm, snapshots: &[CreatePlan]) -> Result<()> {
+    let mut places = Vec::new();
+    for snapshot in snapshots {
+        places.push(snapshot.directory.clone());
+        if snapshots.len() > 1 {
+            let linked = read_of(&snapshot.volume)?.map(|record| record.linked()).unwrap_or_default();
+            places.extend(linked.iter().map(|older| directory_of(Path::new(&older.store)).to_owned()));
+        }
+    }
+    places.sort();
+    places.dedup();
+    for snapshot in snapshots {
+        let question = Question::of(dm, snapshot.number)?;
+        for place in &places {
+            question.check_place(&TailPlace::Directory(place.clone()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A volume of which a snapshot is to be created.
+struct Volume {
+    name: String,
+    origin: Origin,
+    number: DeviceNumber,
+    record: Option<SnapshotSetRecord>,
+}
+
+impl Volume {
+    fn find(dm: &Dm, request: &CreateRequest) -> Result<Self> {
+        let origin = volume::resolve(&request.volume)?;
+        let name = attached_volume(dm, &origin)?;
+        let number = dm.info_of(name.as_str())?.number;
+        job::refuse_held_origin(number)?;
+        if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
+            return Err(Error::refused(format!(
+                "{name} has {} bytes, which is not a multiple of {DIRECT_IO_ALIGN}: the kernel cannot make a snapshot of it",
+                origin.size.get()
+            ))
+            .state("nothing was changed"));
+        }
+        let record = read_of(&name)?;
+        refuse_other_set(dm, &name, record.as_ref())?;
+        record.as_ref().map_or(Ok(()), SnapshotSetRecord::refuse_rollback)?;
+        Question::of(dm, number)?.check_snapshot_records()?;
+        Ok(Self { name, origin, number, record })
+    }
+
+    fn plan(self, request: &CreateRequest, name: &str) -> Result<CreatePlan> {
+        let chunk = choose_chunk(self.record.as_ref(), request.chunk, &self.name)?;
+        Ok(CreatePlan {
+            request: request.clone(),
+            name: name.to_owned(),
+            directory: resolve_directory(request.store.as_deref())?,
+            store_bytes: choose_size(request.store_size, self.origin.size, chunk)?,
+            filesystems: self.origin.filesystems.clone(),
+            chunk,
+            device: recorded_device(&self.name)?,
+            volume: self.name,
+            origin: self.origin,
+            number: self.number,
+        })
+    }
 }
 
 /// The name of the attached volume that `origin` is.
@@ -181,34 +251,49 @@ fn recorded_device(volume: &str) -> Result<String> {
     })
 }
 
-pub(super) fn choose_name(
-    record: Option<&SnapshotSetRecord>,
+/// A name that all `volumes` have free: `wanted`, or the first number.
+///
+/// # Errors
+/// As [`check_free`]; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for a name that cannot be one.
+pub(super) fn choose_free(
+    volumes: &[(&str, Option<&SnapshotSetRecord>)],
     wanted: Option<&str>,
-    volume: &str,
 ) -> Result<String> {
-    let taken = |name: &str| {
-        record.is_some_and(|record| record.snapshots.iter().any(|snapshot| snapshot.name == name))
-    };
-    if let Some(record) = record
-        && record.snapshots.len() >= SNAPSHOTS_MAX
-    {
+    let free = |name: &str| volumes.iter().try_for_each(|(volume, record)| check_free(*record, name, volume));
+    if let Some(wanted) = wanted {
+        check_name(wanted)?;
+        return free(wanted).map(|()| wanted.to_owned());
+    }
+    // Each volume has at most so many.
+    let most = SNAPSHOTS_MAX * volumes.len() + 1;
+    let mut numbers = (1..=most).map(|number| number.to_string());
+    numbers.find(|name| free(name).is_ok()).map_or_else(|| free("1").map(|()| "1".to_owned()), Ok)
+}
+
+/// Refuses a name that `volume` has in use, and a further snapshot if it has the most that are possible.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused).
+pub(super) fn check_free(record: Option<&SnapshotSetRecord>, name: &str, volume: &str) -> Result<()> {
+    let Some(record) = record else { return Ok(()) };
+    if record.snapshots.len() >= SNAPSHOTS_MAX {
         return Err(Error::refused(format!("{volume} has {SNAPSHOTS_MAX} snapshots, which is the most"))
             .state("nothing was changed")
             .next("delete one: 'tidemark snapshot delete'"));
     }
-    let Some(wanted) = wanted else {
-        return Ok((1u64..).map(|number| number.to_string()).find(|name| !taken(name)).expect("one is free"));
-    };
-    check_name(wanted)?;
-    if taken(wanted) {
-        return Err(Error::refused(format!("{volume}@{wanted} exists already"))
+    if record.snapshots.iter().any(|snapshot| snapshot.name == name) {
+        return Err(Error::refused(format!("{volume}@{name} exists already"))
             .state("nothing was changed")
             .next("choose another --name ('tidemark snapshot list' shows those that exist, and those being deleted)"));
     }
-    Ok(wanted.to_owned())
+    Ok(())
 }
 
-fn choose_chunk(
+/// The unit of copy-on-write: `wanted`, or that of the volume's other snapshots.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) if these have another.
+pub(super) fn choose_chunk(
     record: Option<&SnapshotSetRecord>,
     wanted: Option<ChunkSize>,
     volume: &str,
@@ -224,165 +309,5 @@ fn choose_chunk(
                 .next("omit --chunk"))
         }
         _ => Ok(chunk),
-    }
-}
-
-/// Executes the plan.
-///
-/// # Errors
-/// The first failure; then there is no snapshot, and the volume is as it was.
-pub fn run(
-    plan: &CreatePlan,
-    observer: &dyn Observer,
-    interrupt: &dyn Fn() -> Result<()>,
-) -> Result<Created> {
-    let dm = Dm::open()?;
-    let mut job = Job::begin_for_origins("snapshot create", &[plan.number])
-        .map_err(|error| error.state("nothing was changed"))?;
-    let result = create(&dm, plan, &mut job, observer, interrupt);
-    job.conclude(result)
-}
-
-fn create(
-    dm: &Dm,
-    plan: &CreatePlan,
-    job: &mut Job,
-    observer: &dyn Observer,
-    interrupt: &dyn Fn() -> Result<()>,
-) -> Result<Created> {
-    let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
-    let admission = Admission::enter(&|| note(WAITING_FOR_OTHERS), interrupt)?;
-    Question::of(dm, plan.number)?.check_place(&TailPlace::Directory(plan.directory.clone()))?;
-    refuse_other_set(dm, &plan.volume, read_of(&plan.volume)?.as_ref())?;
-    let set = match SnapshotSet::find(&plan.volume, interrupt)? {
-        // What a command that died has left is completed first.
-        Some(set) => settle_first(dm, set, job, interrupt)?,
-        None => None,
-    };
-    let mut set = match set {
-        Some(set) => set,
-        None => SnapshotSet::create(&plan.volume, &plan.device, plan.origin.size, plan.chunk)?,
-    };
-    let id = new_id();
-    let taken = take(dm, &mut set, plan, &id, job, interrupt);
-    drop(admission);
-    let times = match taken {
-        Ok(times) => times,
-        Err(error) => {
-            let undo = Settlement { dm, set, journal: job, interrupt: &|| Ok(()), done: Vec::new() }.settle();
-            return Err(error.after_undo(undo.map(drop)));
-        }
-    };
-    observer.event(&Event::Instant {
-        utc_ns: times.instant_utc_ns,
-        frozen: times.frozen,
-        suspended: times.suspended,
-    });
-    let after =
-        plan.request.hooks.after.as_deref().map(|command| hook(plan, "--hook-after", command).run(interrupt));
-    if let Some(Err(error)) = after {
-        observer.event(&Event::Warning { text: error.to_string() });
-    }
-    if let Err(error) = link::note_mounts(dm, &mut set).and_then(|()| refresh_unit(set.record())) {
-        observer.event(&Event::Warning { text: error.to_string() });
-    }
-    let store =
-        set.record().named(&plan.name).map(|snapshot| PathBuf::from(&snapshot.store)).unwrap_or_default();
-    Settlement { dm, set, journal: job, interrupt: &|| Ok(()), done: Vec::new() }
-        .settle()
-        .map_err(|error| error.state(format!("{}@{} exists and is valid", plan.volume, plan.name)))?;
-    let snapshot = format!("{}@{}", plan.volume, plan.name);
-    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    Ok(Created {
-        path: crate::dm::node::mapper_path(&snapshot),
-        instant: clock::utc_text(times.instant_utc_ns),
-        store,
-        store_bytes: plan.store_bytes,
-        frozen_ms: millis(times.frozen),
-        suspended_ms: millis(times.suspended),
-        next: format!("tidemark snapshot mount {snapshot} DIR"),
-        snapshot,
-    })
-}
-
-/// Steps 1 to 4 at the head of this module.
-fn take(
-    dm: &Dm,
-    set: &mut SnapshotSet,
-    plan: &CreatePlan,
-    id: &str,
-    job: &mut Job,
-    interrupt: &dyn Fn() -> Result<()>,
-) -> Result<crate::stack::HoldTimes> {
-    // Checked again: another command may have taken the name since the plan was made.
-    set.record().refuse_rollback()?;
-    choose_name(Some(set.record()), Some(&plan.name), &plan.volume)?;
-    choose_chunk(Some(set.record()), Some(plan.chunk), &plan.volume)?;
-    if Bytes(set.record().size_bytes) != plan.origin.size {
-        return Err(Error::refused(format!("{} was resized since its snapshots were created", plan.volume))
-            .state("nothing was changed")
-            .next("delete the snapshots of its former size first"));
-    }
-    let snapshot = SnapshotRecord {
-        name: plan.name.clone(),
-        id: id.to_owned(),
-        instant_utc_ns: 0,
-        store: store_path(&plan.directory, (&plan.volume, &plan.name), id),
-        store_bytes_max: size::worst_case(plan.origin.size, plan.chunk)?.get(),
-        state: SnapshotState::Creating,
-        lost: None,
-        clone_of: None,
-    };
-    let store = set.record().store(&snapshot)?;
-    set.change(|record| {
-        record.snapshots.push(snapshot);
-        // What the device held when it was detached proves nothing from here on.
-        record.detached = None;
-    })?;
-    crash_point("snapshot.create.recorded");
-    let standby = Standby::start(job.id());
-    store.create_file(plan.store_bytes)?;
-    crash_point("snapshot.create.file");
-    let number = store.show(dm)?;
-    crash_point("snapshot.create.store");
-    if let Some(command) = &plan.request.hooks.before {
-        hook(plan, "--hook-before", command).run(interrupt)?;
-    }
-    let request = Capture {
-        volume: plan.volume.clone(),
-        set: set.record().id.clone(),
-        snapshot: plan.name.clone(),
-        id: id.to_owned(),
-        store: number,
-        chunk: plan.chunk,
-        filesystems: plan.filesystems.clone(),
-        planned: plan.origin.frozen.clone(),
-        lock_filesystem: plan.origin.lock_filesystem,
-        budget: plan.request.freeze_budget,
-    };
-    let mut at_instant = |instant: &InstantContext<'_>| match &plan.request.hooks.frozen {
-        None => Ok(()),
-        Some(command) => {
-            Hook { deadline: Some(instant.deadline), ..hook(plan, "--hook-frozen", command) }.run(interrupt)
-        }
-    };
-    let times = kept::run(dm, job, &request, &standby, &mut at_instant, interrupt)?;
-    crash_point("snapshot.create.taken");
-    set.change_one(id, |snapshot| {
-        snapshot.instant_utc_ns = times.instant_utc_ns;
-        snapshot.state = SnapshotState::Kept;
-    })?;
-    crash_point("snapshot.create.kept");
-    Ok(times)
-}
-
-fn hook<'a>(plan: &'a CreatePlan, option: &'static str, command: &'a str) -> Hook<'a> {
-    Hook {
-        option,
-        command,
-        origin: Path::new(&plan.origin.path),
-        below: None,
-        deadline: None,
-        variables: &[],
     }
 }

@@ -62,6 +62,8 @@ pub struct SnapshotView {
     pub used: Option<Bytes>,
     /// The size of the store.
     pub total: Option<Bytes>,
+    /// The id of its group, if it was created with those of other volumes at one instant.
+    pub group: Option<String>,
     /// True if its store takes new data: originals, or what is written to the clone.
     pub receives: bool,
     /// True if its store is smaller than what the volume can need.
@@ -74,6 +76,8 @@ pub struct SnapshotDetails {
     /// The facts of the list.
     #[serde(flatten)]
     pub view: SnapshotView,
+    /// The snapshots of its group that still exist, itself among them, as VOLUME@NAME.
+    pub group_snapshots: Vec<String>,
     /// Unit of copy-on-write.
     pub chunk: Bytes,
     /// Chunks of the volume that were changed from its instant to that of the next newer snapshot, or until now; those
@@ -163,6 +167,7 @@ fn view_of(
         store: PathBuf::from(&snapshot.store),
         used,
         total,
+        group: snapshot.group.clone(),
         receives,
         can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
     })
@@ -210,12 +215,26 @@ pub fn show(name: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotDe
     // A chunk that the next older store has as well is of no use to older snapshots.
     let needed = |overlap: &Overlap| if older.is_none() { 0 } else { overlap.chunks - overlap.shared };
     Ok(SnapshotDetails {
+        group_snapshots: view.group.as_deref().map(members).transpose()?.unwrap_or_default(),
         view,
         chunk,
         chunks_changed: overlap.map(|overlap| overlap.chunks),
         unique: overlap.map(|overlap| chunk * (overlap.chunks - needed(&overlap))),
         shared: overlap.map(|overlap| chunk * needed(&overlap)),
     })
+}
+
+/// The snapshots of a group that still exist, as VOLUME@NAME.
+fn members(group: &str) -> Result<Vec<String>> {
+    let mut members = Vec::new();
+    for record in read_all()? {
+        let record = record?;
+        let of_group = record.snapshots.iter().filter(|one| one.group.as_deref() == Some(group));
+        let shown = of_group.filter(|one| one.state.is_visible() || one.state == SnapshotState::Creating);
+        members.extend(shown.map(|one| format!("{}@{}", record.volume, one.name)));
+    }
+    members.sort();
+    Ok(members)
 }
 
 #[cfg(test)]
@@ -233,6 +252,7 @@ mod tests {
             state,
             lost: lost.map(str::to_owned),
             clone_of: None,
+            group: None,
         };
         let kept = |lost| snapshot(SnapshotState::Kept, lost);
         let active = SnapshotStatus::parse("16/2048 16");

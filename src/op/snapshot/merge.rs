@@ -80,6 +80,7 @@ pub fn begin(
         state: SnapshotState::Creating,
         lost: None,
         clone_of: Some(beginning.snapshot.clone()),
+        group: None,
     };
     set.change(|record| record.snapshots.push(clone.clone()))?;
     crash_point("snapshot.rollback.recorded");

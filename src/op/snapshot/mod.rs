@@ -8,6 +8,7 @@
 pub mod clone;
 pub mod create;
 pub mod delete;
+pub mod group;
 mod layers;
 pub mod link;
 pub mod list;
@@ -18,3 +19,4 @@ mod placement;
 pub mod rollback;
 pub mod set;
 pub mod settle;
+pub mod take;

@@ -15,17 +15,24 @@ const STORE_SHARE: u64 = 5;
 /// The directory for the file of a store.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for one that depends on the volume,
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything but a directory.
-pub fn choose_place(question: &Question, wanted: Option<&Path>) -> Result<PathBuf> {
-    let place = TailPlace::resolve(wanted)?;
-    question.check_place(&place)?;
-    match place {
+pub fn resolve_directory(wanted: Option<&Path>) -> Result<PathBuf> {
+    match TailPlace::resolve(wanted)? {
         TailPlace::Directory(directory) => Ok(directory),
-        _ => Err(Error::usage(format!("--store {}: not a directory", place.path().display()))
+        place => Err(Error::usage(format!("--store {}: not a directory", place.path().display()))
             .state("nothing was changed")
             .next("name an existing directory on another filesystem: the store of a snapshot is a file")),
     }
+}
+
+/// As [`resolve_directory`], if no file there can depend on the volume.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) otherwise; as [`resolve_directory`].
+pub fn choose_place(question: &Question, wanted: Option<&Path>) -> Result<PathBuf> {
+    let directory = resolve_directory(wanted)?;
+    question.check_place(&TailPlace::Directory(directory.clone()))?;
+    Ok(directory)
 }
 
 /// The size of a store for a volume of `volume` bytes.

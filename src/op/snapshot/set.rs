@@ -4,16 +4,14 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use super::group::{self, SET_DIR};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
 use crate::dm::DeviceIdentity;
 use crate::dm::naming::{ROLE_LOG, ROLE_STORE, SnapshotNames, VolumeNames, new_id};
-use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::record::{self, FoundRecord, LockedRecord};
 use crate::store::PersistentStore;
-
-/// The directory of the records. It outlives a boot.
-pub const SET_DIR: &str = "/var/lib/tidemark/snapshots";
 
 /// Longest wait for another command that changes the snapshots of the same volume.
 const OTHER_COMMAND_MAX: Duration = Duration::from_secs(60);
@@ -82,7 +80,28 @@ impl SnapshotSet {
             .state("nothing was changed")
             .next("use that version"));
         }
-        Ok(Self { record: found.take_over()? })
+        let mut set = Self { record: found.take_over()? };
+        set.accept_committed()?;
+        Ok(set)
+    }
+
+    /// Records snapshots as kept whose group was committed by a command that then died: see [`group`].
+    ///
+    /// # Errors
+    /// I/O errors; then it is not decided whether they exist, and nothing may be done with them.
+    pub fn accept_committed(&mut self) -> Result<()> {
+        let committed = group::committed(self.record())?;
+        if committed.is_empty() {
+            return Ok(());
+        }
+        self.change(|record| {
+            for snapshot in &mut record.snapshots {
+                if let Some((_, instant)) = committed.iter().find(|(id, _)| *id == snapshot.id) {
+                    snapshot.instant_utc_ns = *instant;
+                    snapshot.state = SnapshotState::Kept;
+                }
+            }
+        })
     }
 
     /// A set without snapshots.

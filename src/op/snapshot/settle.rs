@@ -2,7 +2,7 @@
 //!
 //! Runs at the end of every command that has changed the record, when the volume is attached, and in `recover`. Each
 //! part looks at what there is, so it can be repeated after a crash at any point:
-//! 1. a snapshot whose instant was not recorded is removed;
+//! 1. a snapshot whose instant was not recorded is removed, unless its group was committed;
 //! 2. every other one gets its store, its view and, unless it is deleted, the device that users see, from the newest
 //!    to the oldest. A view that reads through another device than it should is led to the right one;
 //!    Then every clone gets the same;
@@ -37,6 +37,7 @@ use crate::store::size;
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
+use super::group;
 use super::layers::{self, Place, RESTORE_BUDGET};
 use super::merge;
 use super::set::{self, SnapshotSet};
@@ -120,6 +121,7 @@ impl Settlement<'_> {
 
     /// Step 1. Such a snapshot is the newest one, or a clone, and nothing reads through it.
     fn drop_unfinished(&mut self) -> Result<()> {
+        self.set.accept_committed()?;
         let unfinished: Vec<SnapshotRecord> = self.in_state(SnapshotState::Creating);
         if unfinished.is_empty() {
             return Ok(());
@@ -619,5 +621,8 @@ pub fn settle_all(dm: &Dm) -> Result<Vec<String>> {
             Err(error) => errors.push(error),
         }
     }
+    // In this order: the record of a group is written after those of its volumes.
+    let groups = group::all()?;
+    group::forget(&groups, &set::read_all()?)?;
     Error::first_of(errors).map(|()| done)
 }

@@ -1,0 +1,400 @@
+//! Creates the snapshots of a plan: executes what [`create`](super::create) has planned.
+//!
+//! Order, the crash argument; each step is done for every volume before the next begins:
+//! 1. the record has the snapshot as unfinished, with the name of its store;
+//! 2. the store is created, with all its space;
+//! 3. the instant, one for all volumes: the new view receives originals from then on ([`kept`]), and so does the former
+//!    newest one;
+//! 4. the record has the snapshot as kept, with its instant;
+//! 5. only then the former newest view is led to the new one, which ends its receiving ([`settle`](super::settle)).
+//!
+//! After a crash before 4, the snapshot is removed, and the former newest one has missed nothing. After one between 4
+//! and 5, both receive, and settling continues.
+//!
+//! With several volumes, 4 is a step for each of their records, and a crash between two of them must not leave a snapshot
+//! of one volume and none of the other. So the record of the group comes between 3 and 4, and decides for all: see
+//! [`group`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::create::{CreatePlan, GroupPlan, check_free, check_places, choose_chunk};
+use super::group::{self, Uncommitted};
+use super::layers::refuse_other_set;
+use super::link;
+use super::placement::{refresh_unit, store_path};
+use super::set::{SnapshotSet, read_of};
+use super::settle::{Settlement, settle_first};
+use crate::base::{Bytes, DeviceNumber, Error, Result, clock};
+use crate::dm::Dm;
+use crate::dm::naming::new_id;
+use crate::format::state::{SnapshotGroupRecord, SnapshotRecord, SnapshotState};
+use crate::job::Job;
+use crate::op::admission::{Admission, WAITING_FOR_OTHERS};
+use crate::progress::{Event, Observer};
+use crate::stack::hooks::Hook;
+use crate::stack::kept::{self, Capture, CaptureRequest};
+use crate::stack::watchdog::Standby;
+use crate::stack::{HoldTimes, InstantContext};
+use crate::store::size;
+use crate::sys::process::crash_point;
+
+/// What was created. Serialized for `--json`: one snapshot as itself, several as a group.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum CreateReport {
+    /// The snapshot of one volume.
+    One(Created),
+    /// The snapshots of several volumes.
+    Group(CreatedGroup),
+}
+
+/// Snapshots of several volumes with one instant.
+#[derive(Clone, Debug, Serialize)]
+pub struct CreatedGroup {
+    /// The id that they share, as `snapshot list` shows it.
+    pub group: String,
+    /// The instant.
+    pub instant: Option<String>,
+    /// Milliseconds from the first freeze to the last thaw.
+    pub frozen_ms: u64,
+    /// Milliseconds from the first suspension to the last resume.
+    pub suspended_ms: u64,
+    /// One for each volume, in the order of the command line.
+    pub snapshots: Vec<Created>,
+}
+
+/// A snapshot that was created.
+#[derive(Clone, Debug, Serialize)]
+pub struct Created {
+    /// VOLUME@NAME.
+    pub snapshot: String,
+    /// Its device.
+    pub path: PathBuf,
+    /// Its instant.
+    pub instant: Option<String>,
+    /// The file with its store.
+    pub store: PathBuf,
+    /// The size of the store.
+    pub store_bytes: Bytes,
+    /// Milliseconds for which the filesystems were frozen.
+    pub frozen_ms: u64,
+    /// Milliseconds for which the volume was suspended.
+    pub suspended_ms: u64,
+    /// The command that mounts it.
+    pub next: String,
+}
+
+/// One volume of the plan while its snapshot is created.
+struct Member<'a> {
+    plan: &'a CreatePlan,
+    /// Locked until the end.
+    set: SnapshotSet,
+    /// The snapshot's id.
+    id: String,
+}
+
+/// What was not created, and what that leaves.
+enum Stop {
+    /// Everything is to be put back.
+    Undo(Error),
+    /// The snapshots exist, or it is not known whether they do: the next command decides.
+    Leave(Error),
+}
+
+/// Executes the plan.
+///
+/// # Errors
+/// The first failure; then there is no snapshot of any volume, and the volumes are as they were, unless the error says
+/// that the snapshots exist.
+pub fn run(
+    plan: &GroupPlan,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<CreateReport> {
+    let dm = Dm::open()?;
+    let numbers: Vec<DeviceNumber> = plan.snapshots.iter().map(|one| one.number).collect();
+    let mut job = Job::begin_for_origins("snapshot create", &numbers)
+        .map_err(|error| error.state("nothing was changed"))?;
+    let result = create(&dm, plan, &mut job, observer, interrupt);
+    job.conclude(result)
+}
+
+fn create(
+    dm: &Dm,
+    plan: &GroupPlan,
+    job: &mut Job,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<CreateReport> {
+    let note = |text: &str| observer.event(&Event::Note { text: text.to_owned() });
+    let admission = Admission::enter(&|| note(WAITING_FOR_OTHERS), interrupt)?;
+    check_places(dm, &plan.snapshots)?;
+    let group = (plan.snapshots.len() > 1).then(new_id);
+    let mut members = Vec::new();
+    let taken = open(dm, plan, &mut members, job, interrupt)
+        .and_then(|()| take(dm, plan, &mut members, group.as_deref(), job, interrupt))
+        .map_err(Stop::Undo)
+        .and_then(|times| commit(&mut members, group.as_deref(), times).map(|()| times));
+    drop(admission);
+    let times = match taken {
+        Ok(times) => times,
+        Err(Stop::Leave(error)) => return Err(error),
+        Err(Stop::Undo(error)) => {
+            let settle = |error: Error, member: Member<'_>| {
+                let undo = Settlement {
+                    dm,
+                    set: member.set,
+                    journal: &mut *job,
+                    interrupt: &|| Ok(()),
+                    done: Vec::new(),
+                };
+                error.after_undo(undo.settle().map(drop))
+            };
+            return Err(members.into_iter().fold(error, settle));
+        }
+    };
+    observer.event(&Event::Instant {
+        utc_ns: times.instant_utc_ns,
+        frozen: times.frozen,
+        suspended: times.suspended,
+    });
+    let after =
+        plan.hooks().after.as_deref().map(|command| run_hook(plan, "--hook-after", command, None, interrupt));
+    if let Some(Err(error)) = after {
+        observer.event(&Event::Warning { text: error.to_string() });
+    }
+    let mut snapshots = Vec::new();
+    let mut failures = Vec::new();
+    for mut member in members {
+        if let Err(error) =
+            link::note_mounts(dm, &mut member.set).and_then(|()| refresh_unit(member.set.record()))
+        {
+            observer.event(&Event::Warning { text: error.to_string() });
+        }
+        snapshots.push(member.created(times));
+        let settlement =
+            Settlement { dm, set: member.set, journal: &mut *job, interrupt: &|| Ok(()), done: Vec::new() };
+        failures.extend(settlement.settle().err());
+    }
+    Error::first_of(failures).map_err(|error| error.state(format!("{} and valid", exist(plan))))?;
+    Ok(match group {
+        None => CreateReport::One(snapshots.remove(0)),
+        Some(group) => CreateReport::Group(CreatedGroup {
+            group,
+            instant: clock::utc_text(times.instant_utc_ns),
+            frozen_ms: millis(times.frozen),
+            suspended_ms: millis(times.suspended),
+            snapshots,
+        }),
+    })
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// "data@1 exists", "data@1, wal@1 exist".
+fn exist(plan: &GroupPlan) -> String {
+    let names: Vec<String> =
+        plan.snapshots.iter().map(|plan| format!("{}@{}", plan.volume, plan.name)).collect();
+    format!("{} {}", names.join(", "), if names.len() == 1 { "exists" } else { "exist" })
+}
+
+/// Finds or creates the set of each volume, and checks what another command may have changed since the plan was made.
+fn open<'a>(
+    dm: &Dm,
+    plan: &'a GroupPlan,
+    members: &mut Vec<Member<'a>>,
+    job: &mut Job,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    for plan in &plan.snapshots {
+        refuse_other_set(dm, &plan.volume, read_of(&plan.volume)?.as_ref())?;
+        let set = match SnapshotSet::find(&plan.volume, interrupt)? {
+            // What a command that died has left is completed first.
+            Some(set) => settle_first(dm, set, &mut *job, interrupt)?,
+            None => None,
+        };
+        let set = match set {
+            Some(set) => set,
+            None => SnapshotSet::create(&plan.volume, &plan.device, plan.origin.size, plan.chunk)?,
+        };
+        members.push(Member { plan, set, id: new_id() });
+    }
+    for Member { plan, set, .. } in members.iter() {
+        set.record().refuse_rollback()?;
+        check_free(Some(set.record()), &plan.name, &plan.volume)?;
+        choose_chunk(Some(set.record()), Some(plan.chunk), &plan.volume)?;
+        if Bytes(set.record().size_bytes) != plan.origin.size {
+            return Err(Error::refused(format!(
+                "{} was resized since its snapshots were created",
+                plan.volume
+            ))
+            .state("nothing was changed")
+            .next("delete the snapshots of its former size first"));
+        }
+    }
+    Ok(())
+}
+
+/// Steps 1 to 3 at the head of this module.
+fn take(
+    dm: &Dm,
+    plan: &GroupPlan,
+    members: &mut [Member<'_>],
+    group: Option<&str>,
+    job: &mut Job,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<HoldTimes> {
+    for member in members.iter_mut() {
+        member.record_unfinished(group)?;
+        crash_point("snapshot.create.recorded");
+    }
+    let standby = Standby::start(job.id());
+    let mut captures = Vec::new();
+    for member in members.iter() {
+        captures.push(member.create_store(dm)?);
+    }
+    if let Some(command) = &plan.hooks().before {
+        run_hook(plan, "--hook-before", command, None, interrupt)?;
+    }
+    let request = CaptureRequest {
+        captures,
+        planned: plan.frozen.clone(),
+        budget: plan.snapshots[0].request.freeze_budget,
+    };
+    let mut at_instant = |instant: &InstantContext<'_>| match &plan.hooks().frozen {
+        None => Ok(()),
+        Some(command) => run_hook(plan, "--hook-frozen", command, Some(instant), interrupt),
+    };
+    let times = kept::run(dm, job, &request, &standby, &mut at_instant, interrupt)?;
+    crash_point("snapshot.create.taken");
+    Ok(times)
+}
+
+/// Step 4 at the head of this module.
+fn commit(members: &mut [Member<'_>], group: Option<&str>, times: HoldTimes) -> Result<(), Stop> {
+    let Some(group) = group else {
+        return members.iter_mut().try_for_each(|member| member.record_kept(times)).map_err(Stop::Undo);
+    };
+    let record = SnapshotGroupRecord {
+        id: group.to_owned(),
+        instant_utc_ns: times.instant_utc_ns,
+        snapshots: members.iter().map(Member::name).collect(),
+    };
+    let names = record.snapshots.join(", ");
+    group::commit(&record).map_err(|uncommitted| match uncommitted {
+        Uncommitted::No(error) => Stop::Undo(error),
+        Uncommitted::Unknown(error) => Stop::Leave(
+            error.state(format!("it is not known whether {names} exist: all of them do, or none does")).next(
+                "mend the filesystem of /var/lib/tidemark, then run 'tidemark recover', which decides it",
+            ),
+        ),
+    })?;
+    crash_point("snapshot.group.committed");
+    let recorded = members.iter_mut().try_for_each(|member| member.record_kept(times));
+    recorded.map_err(|error| {
+        Stop::Leave(
+            error
+                .state(format!("{names} exist, and are not in use yet"))
+                .next("run 'tidemark recover', which completes them"),
+        )
+    })?;
+    if let Err(error) = group::close(group) {
+        tracing::warn!("{error}; 'tidemark recover' removes this record, which is not needed any more");
+    }
+    crash_point("snapshot.group.closed");
+    Ok(())
+}
+
+impl Member<'_> {
+    fn name(&self) -> String {
+        format!("{}@{}", self.plan.volume, self.plan.name)
+    }
+
+    /// Step 1.
+    fn record_unfinished(&mut self, group: Option<&str>) -> Result<()> {
+        let snapshot = SnapshotRecord {
+            name: self.plan.name.clone(),
+            id: self.id.clone(),
+            instant_utc_ns: 0,
+            store: store_path(&self.plan.directory, (&self.plan.volume, &self.plan.name), &self.id),
+            store_bytes_max: size::worst_case(self.plan.origin.size, self.plan.chunk)?.get(),
+            state: SnapshotState::Creating,
+            lost: None,
+            clone_of: None,
+            group: group.map(str::to_owned),
+        };
+        self.set.change(|record| {
+            record.snapshots.push(snapshot);
+            // What the device held when it was detached proves nothing from here on.
+            record.detached = None;
+        })
+    }
+
+    /// Step 2. Returns what the instant needs.
+    fn create_store(&self, dm: &Dm) -> Result<Capture> {
+        let record = self.set.record();
+        let snapshot = record.snapshots.iter().find(|snapshot| snapshot.id == self.id);
+        let store = record.store(snapshot.expect("it was recorded in step 1"))?;
+        store.create_file(self.plan.store_bytes)?;
+        crash_point("snapshot.create.file");
+        let number = store.show(dm)?;
+        crash_point("snapshot.create.store");
+        Ok(Capture {
+            volume: self.plan.volume.clone(),
+            set: record.id.clone(),
+            snapshot: self.plan.name.clone(),
+            id: self.id.clone(),
+            store: number,
+            chunk: self.plan.chunk,
+        })
+    }
+
+    fn record_kept(&mut self, times: HoldTimes) -> Result<()> {
+        self.set.change_one(&self.id, |snapshot| {
+            snapshot.instant_utc_ns = times.instant_utc_ns;
+            snapshot.state = SnapshotState::Kept;
+        })?;
+        crash_point("snapshot.create.kept");
+        Ok(())
+    }
+
+    fn created(&self, times: HoldTimes) -> Created {
+        let snapshot = self.name();
+        let store = self.set.record().named(&self.plan.name).map(|snapshot| PathBuf::from(&snapshot.store));
+        Created {
+            path: crate::dm::node::mapper_path(&snapshot),
+            instant: clock::utc_text(times.instant_utc_ns),
+            store: store.unwrap_or_default(),
+            store_bytes: self.plan.store_bytes,
+            frozen_ms: millis(times.frozen),
+            suspended_ms: millis(times.suspended),
+            next: format!("tidemark snapshot mount {snapshot} DIR"),
+            snapshot,
+        }
+    }
+}
+
+/// Runs a hook once for all volumes: TIDEMARK_ORIGIN is the first one, TIDEMARK_ORIGINS has all, separated by spaces.
+fn run_hook(
+    plan: &GroupPlan,
+    option: &'static str,
+    command: &str,
+    instant: Option<&InstantContext<'_>>,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    let paths: Vec<String> = plan.snapshots.iter().map(|one| one.origin.path.display().to_string()).collect();
+    Hook {
+        option,
+        command,
+        origin: &plan.snapshots[0].origin.path,
+        below: None,
+        deadline: instant.map(|instant| instant.deadline),
+        variables: &[("TIDEMARK_ORIGINS", &paths.join(" "))],
+    }
+    .run(interrupt)
+}
