@@ -97,8 +97,8 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),
         name: args.name.clone(),
-        store: args.store.clone(),
-        store_size: args.store_size,
+        store: args.store.store.clone(),
+        store_size: args.store.store_size,
         chunk,
         freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
         hooks: hooks.clone(),
@@ -120,8 +120,8 @@ fn clone(args: &CloneArgs, output: Output) -> Result<()> {
     let plan = clone::plan(&CloneRequest {
         snapshot: args.snapshot.clone(),
         name: args.name.clone(),
-        store: args.store.clone(),
-        store_size: args.store_size,
+        store: args.store.store.clone(),
+        store_size: args.store.store_size,
     })?;
     if args.dry_run {
         return output.plan("snapshot clone", &plan);

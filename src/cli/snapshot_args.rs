@@ -42,6 +42,17 @@ pub enum SnapshotCommand {
     Delete(DeleteArgs),
 }
 
+/// Where a store goes.
+#[derive(Clone, Debug, Args)]
+pub struct StoreOptions {
+    /// Directory for the file of its COW store, on another filesystem [default: /var/lib/tidemark]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
+    pub store: Option<PathBuf>,
+    /// Size of each COW store [default: a fifth of the volume]
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
+    pub store_size: Option<Bytes>,
+}
+
 /// `tidemark snapshot create`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "Examples:
@@ -81,12 +92,9 @@ pub struct CreateArgs {
     /// The snapshot's name, the same for all volumes [default: the first number that is free]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// Directory for the file of its COW store, on another filesystem [default: /var/lib/tidemark]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
-    pub store: Option<PathBuf>,
-    /// Size of each COW store [default: a fifth of the volume]
-    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
-    pub store_size: Option<Bytes>,
+    /// The store.
+    #[command(flatten)]
+    pub store: StoreOptions,
     /// Unit of copy-on-write, a power of two from 4KiB; all snapshots of a volume have the same [default: 4KiB]
     #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
     pub chunk: Option<Bytes>,
@@ -153,12 +161,9 @@ pub struct CloneArgs {
     /// The clone's name [default: the next free number]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// Directory for the file of its store, on another filesystem than the volume's [default: /var/lib/tidemark]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
-    pub store: Option<PathBuf>,
-    /// Size of the store [default: a fifth of the volume]
-    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse, help_heading = "COW store")]
-    pub store_size: Option<Bytes>,
+    /// The store.
+    #[command(flatten)]
+    pub store: StoreOptions,
     /// Show the plan, change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -12,11 +12,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::create::{check_free, choose_free};
-use super::layers::{self, Place};
-use super::list::{State, views_of};
+use super::list::check_valid;
 use super::placement::{choose_place, choose_size, refresh_unit, store_path};
-use super::set::{SnapshotSet, find_existing, no_snapshot, parse_name, read_of};
-use super::settle::{Settlement, settle_first};
+use super::set::{SnapshotSet, parse_name, read_existing};
+use super::settle::{Settlement, find_settled};
 use crate::base::{Bytes, Error, Result};
 use crate::dm::naming::new_id;
 use crate::dm::{Dm, node};
@@ -83,7 +82,7 @@ pub fn plan(request: &CloneRequest) -> Result<ClonePlan> {
     require_root("cloning a snapshot")?;
     let dm = Dm::open()?;
     let (volume, _) = parse_name(&request.snapshot)?;
-    let record = read_of(volume)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
+    let record = read_existing(volume)?;
     check(&dm, &record, &request.snapshot)?;
     let name = choose_free(&[(volume, Some(&record))], request.name.as_deref())?;
     let question = Question::of(&dm, dm.info_of(volume)?.number)?;
@@ -101,23 +100,13 @@ pub fn plan(request: &CloneRequest) -> Result<ClonePlan> {
 /// The snapshot `shown`, which must show its instant.
 fn check(dm: &Dm, record: &SnapshotSetRecord, shown: &str) -> Result<SnapshotRecord> {
     let (_, name) = parse_name(shown)?;
-    let snapshot = record.named(name).ok_or_else(|| no_snapshot(&format!("there is no snapshot {shown}")))?;
+    let snapshot = record.existing(name)?;
     if snapshot.clone_of.is_some() {
         return Err(Error::refused(format!("{shown} is itself a clone"))
             .state("nothing was changed")
             .next("clone its snapshot, or copy the clone"));
     }
-    if layers::place(dm, record)? == Place::Absent {
-        return Err(Error::refused(format!("{} is not attached", record.volume))
-            .state("nothing was changed")
-            .next(format!("attach {} first", record.volume)));
-    }
-    let view = views_of(dm, record)?.into_iter().find(|view| view.snapshot == shown);
-    if view.is_none_or(|view| view.state != State::Valid) {
-        return Err(Error::refused(format!("{shown} does not show its instant"))
-            .state("nothing was changed")
-            .next(format!("'tidemark snapshot show {shown}' says why")));
-    }
+    check_valid(dm, record, shown)?;
     Ok(snapshot.clone())
 }
 
@@ -144,24 +133,23 @@ fn clone(
     let admission = Admission::enter(&|| notice(WAITING_FOR_OTHERS), interrupt)?;
     let number = dm.info_of(plan.volume.as_str())?.number;
     Question::of(dm, number)?.check_place(&TailPlace::Directory(plan.directory.clone()))?;
-    let set = settle_first(dm, find_existing(&plan.volume, interrupt)?, job, interrupt)?;
-    let mut set = set.ok_or_else(|| no_snapshot(&format!("{} has no snapshots", plan.volume)))?;
+    let mut set = find_settled(dm, &plan.volume, job, interrupt)?;
     // Checked again: another command may have deleted the snapshot or taken the name since the plan was made.
     let snapshot = check(dm, set.record(), &plan.request.snapshot)?;
     check_free(Some(set.record()), &plan.name, &plan.volume)?;
     let id = new_id();
     let made = make(&mut set, plan, &snapshot, &id);
     drop(admission);
-    let mut undo =
+    let mut settle =
         |set| Settlement { dm, set, journal: job, interrupt: &|| Ok(()), done: Vec::new() }.settle();
-    if let Err(error) = made {
-        return Err(error.after_undo(undo(set).map(drop)));
-    }
+    let store = match made {
+        Ok(store) => store,
+        Err(error) => return Err(error.after_undo(settle(set).map(drop))),
+    };
     if let Err(error) = refresh_unit(set.record()) {
         notice(&error.to_string());
     }
-    let store = set.record().named(&plan.name).map(|clone| PathBuf::from(&clone.store)).unwrap_or_default();
-    undo(set).map_err(|error| error.state(format!("the clone {} is recorded", plan.clone)))?;
+    settle(set).map_err(|error| error.state(format!("the clone {} is recorded", plan.clone)))?;
     Ok(Cloned {
         clone: plan.clone.clone(),
         snapshot: plan.request.snapshot.clone(),
@@ -172,8 +160,8 @@ fn clone(
     })
 }
 
-/// The first three steps at the head of this module.
-fn make(set: &mut SnapshotSet, plan: &ClonePlan, snapshot: &SnapshotRecord, id: &str) -> Result<()> {
+/// The first three steps at the head of this module. Returns the path of the store.
+fn make(set: &mut SnapshotSet, plan: &ClonePlan, snapshot: &SnapshotRecord, id: &str) -> Result<PathBuf> {
     let size = Bytes(set.record().size_bytes);
     let clone = SnapshotRecord {
         name: plan.name.clone(),
@@ -193,5 +181,5 @@ fn make(set: &mut SnapshotSet, plan: &ClonePlan, snapshot: &SnapshotRecord, id: 
     crash_point("snapshot.clone.file");
     set.change_one(id, |clone| clone.state = SnapshotState::Kept)?;
     crash_point("snapshot.clone.kept");
-    Ok(())
+    Ok(store.path)
 }

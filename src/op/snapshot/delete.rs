@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::layers;
-use super::set::{find_existing, no_snapshot, parse_name, read_of};
+use super::set::{find_existing, parse_name, read_existing, read_of};
 use super::settle::Settlement;
 use crate::base::{Error, Result};
 use crate::dm::{DeviceInfo, Dm};
@@ -55,8 +55,7 @@ pub fn plan(snapshots: &[String]) -> Result<DeletePlan> {
             Error::usage("the snapshots are of different volumes").next("delete those of each volume apart")
         );
     };
-    let record = read_of(volume)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
-    check(&Dm::open()?, &record, &names)?;
+    check(&Dm::open()?, &read_existing(volume)?, &names)?;
     Ok(DeletePlan { volume: volume.clone(), snapshots: snapshots.to_vec(), names })
 }
 
@@ -64,8 +63,7 @@ pub fn plan(snapshots: &[String]) -> Result<DeletePlan> {
 fn check(dm: &Dm, record: &SnapshotSetRecord, names: &[String]) -> Result<()> {
     for name in names {
         let shown = format!("{}@{name}", record.volume);
-        let snapshot =
-            record.named(name).ok_or_else(|| no_snapshot(&format!("there is no snapshot {shown}")))?;
+        let snapshot = record.existing(name)?;
         let device = record.names(snapshot).snapshot;
         if let Some(info) = dm.info(device.as_str())?.filter(|info| info.open_count > 0) {
             return Err(in_use(&shown, &info)?);

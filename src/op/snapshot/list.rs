@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::layers::{self, Place};
 use super::merge;
 use super::set::{no_snapshot, parse_name, read_all, read_of};
-use crate::base::{Bytes, Result, clock};
+use crate::base::{Bytes, Error, Result, clock};
 use crate::dm::{Dm, SnapshotStatus, node};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::store::Overlap;
@@ -118,25 +118,50 @@ pub fn views_of(dm: &Dm, record: &SnapshotSetRecord) -> Result<Vec<SnapshotView>
     for snapshot in record.snapshots.iter().filter(|snapshot| snapshot.clone_of.is_none()).rev() {
         let status = layers::status(dm, record, snapshot)?.filter(|_| place == Place::Led);
         is_newer_lost |= snapshot.state.is_linked() && status.as_ref().is_some_and(layers::is_lost);
-        let clones = record.clones_of(&snapshot.id).filter(|clone| !clone.is_of_rollback());
-        for clone in clones.collect::<Vec<_>>().into_iter().rev() {
-            views.push(view_of(dm, record, clone, (place, is_newer_lost))?);
+        for clone in clones_of(record, snapshot).into_iter().rev() {
+            let status = layers::status(dm, record, clone)?.filter(|_| place == Place::Led);
+            views.push(view_of(dm, record, (clone, status), (place, is_newer_lost))?);
         }
-        views.push(view_of(dm, record, snapshot, (place, is_newer_lost))?);
+        views.push(view_of(dm, record, (snapshot, status), (place, is_newer_lost))?);
     }
     views.reverse();
     Ok(views)
 }
 
-/// The view of one. `is_needed_lost`: it is read through a lost one, or is that itself.
+/// The clones of `snapshot` that users see.
+fn clones_of<'a>(record: &'a SnapshotSetRecord, snapshot: &'a SnapshotRecord) -> Vec<&'a SnapshotRecord> {
+    record.clones_of(&snapshot.id).filter(|clone| !clone.is_of_rollback()).collect()
+}
+
+/// Refuses a snapshot that does not show its instant. `shown` is its name, as VOLUME@NAME.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused); as [`views_of`].
+pub fn check_valid(dm: &Dm, record: &SnapshotSetRecord, shown: &str) -> Result<SnapshotView> {
+    if dm.info(record.volume.as_str())?.is_none() {
+        return Err(Error::refused(format!("{} is not attached", record.volume))
+            .state("nothing was changed")
+            .next(format!("attach {} first", record.volume)));
+    }
+    let view = views_of(dm, record)?.into_iter().find(|view| view.snapshot == shown);
+    view.filter(|view| view.state == State::Valid).ok_or_else(|| not_valid(shown))
+}
+
+/// The refusal for a snapshot that does not show its instant.
+pub fn not_valid(shown: &str) -> Error {
+    Error::refused(format!("{shown} does not show its instant"))
+        .state("nothing was changed")
+        .next(format!("'tidemark snapshot show {shown}' says why"))
+}
+
+/// The view of one, whose devices have this status. `is_needed_lost`: it is read through a lost one, or is that itself.
 fn view_of(
     dm: &Dm,
     record: &SnapshotSetRecord,
-    snapshot: &SnapshotRecord,
+    (snapshot, status): (&SnapshotRecord, Option<SnapshotStatus>),
     (place, is_needed_lost): (Place, bool),
 ) -> Result<SnapshotView> {
     let shown = |snapshot: &SnapshotRecord| format!("{}@{}", record.volume, snapshot.name);
-    let status = layers::status(dm, record, snapshot)?.filter(|_| place == Place::Led);
     let state = match state_of(snapshot, status.as_ref(), is_needed_lost) {
         State::NotAttached if place == Place::Bypassed => State::Invalid,
         state => state,
@@ -145,7 +170,6 @@ fn view_of(
         Some(_) => matches!(status, Some(SnapshotStatus::Active { .. } | SnapshotStatus::Overflow)),
         None => status.is_some() && record.linked().last().is_some_and(|newest| newest.id == snapshot.id),
     };
-    let clones = record.clones_of(&snapshot.id).filter(|clone| !clone.is_of_rollback());
     let clone_of = record.snapshots.iter().find(|other| snapshot.clone_of.as_ref() == Some(&other.id));
     let device = record.names(snapshot).snapshot;
     let (used, total) = match &status {
@@ -157,7 +181,7 @@ fn view_of(
     Ok(SnapshotView {
         snapshot: shown(snapshot),
         clone_of: clone_of.map(shown),
-        clones: clones.map(shown).collect(),
+        clones: clones_of(record, snapshot).into_iter().map(shown).collect(),
         rollback_percent: merge::percent(dm, record, snapshot)?,
         state,
         lost: snapshot.lost.clone(),

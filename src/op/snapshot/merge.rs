@@ -23,7 +23,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::layers::{self, RESTORE_BUDGET};
 use super::placement::{choose_size, store_path};
@@ -54,6 +54,17 @@ pub struct Beginning {
     /// Bytes of originals for which the newest store must have room besides those of the merge; None: all that the
     /// volume can need.
     pub reserve: Option<Bytes>,
+}
+
+impl Beginning {
+    fn record(&self, state: RollbackState) -> RollbackRecord {
+        RollbackRecord {
+            snapshot: self.snapshot.clone(),
+            state,
+            reserve_bytes: self.reserve.map(Bytes::get),
+            directory: self.directory.display().to_string(),
+        }
+    }
 }
 
 /// Begins a rollback: afterwards the record says so. The volume does not exist; its layers do.
@@ -89,12 +100,7 @@ pub fn begin(
     let begun = files.and_then(|()| {
         crash_point("snapshot.rollback.files");
         set.change(|record| {
-            record.rollback = Some(RollbackRecord {
-                snapshot: beginning.snapshot.clone(),
-                state: RollbackState::Merging,
-                reserve_bytes: beginning.reserve.map(Bytes::get),
-                directory: beginning.directory.display().to_string(),
-            });
+            record.rollback = Some(beginning.record(RollbackState::Merging));
             record.snapshots.iter_mut().filter(|one| one.id == clone.id).for_each(|clone| {
                 clone.state = SnapshotState::Kept;
             });
@@ -114,8 +120,10 @@ pub fn begin(
 /// # Errors
 /// I/O errors of the record.
 pub fn begin_planned(dm: &Dm, set: &mut SnapshotSet) -> Result<bool> {
-    let is_planned = |rollback: &&RollbackRecord| rollback.state == RollbackState::Planned;
-    let Some(planned) = set.record().rollback.clone().filter(|it| is_planned(&it)) else { return Ok(false) };
+    let rollback = set.record().rollback.clone();
+    let Some(planned) = rollback.filter(|rollback| rollback.state == RollbackState::Planned) else {
+        return Ok(false);
+    };
     let beginning = Beginning {
         snapshot: planned.snapshot,
         directory: PathBuf::from(planned.directory),
@@ -319,13 +327,5 @@ fn finish(dm: &Dm, set: &mut SnapshotSet, journal: &mut dyn IntentLog) -> Result
 /// # Errors
 /// I/O errors.
 pub fn plan(set: &mut SnapshotSet, beginning: &Beginning) -> Result<()> {
-    let directory: &Path = &beginning.directory;
-    set.change(|record| {
-        record.rollback = Some(RollbackRecord {
-            snapshot: beginning.snapshot.clone(),
-            state: RollbackState::Planned,
-            reserve_bytes: beginning.reserve.map(Bytes::get),
-            directory: directory.display().to_string(),
-        });
-    })
+    set.change(|record| record.rollback = Some(beginning.record(RollbackState::Planned)))
 }

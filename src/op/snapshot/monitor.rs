@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::delete;
 use super::set::{SnapshotSet, read_all};
-use super::settle::settle_idle;
+use super::settle::settle_if_idle;
 use super::{layers, link, merge};
 use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
@@ -192,10 +192,8 @@ impl Monitor<'_> {
         let mut pause = POLL_MAX;
         let Some(data) = layers::data(&self.dm, record)? else { return Ok(pause) };
         self.note_mounts(record)?;
-        if merge::needs_attention(&self.dm, record)?
-            && let Some(set) = SnapshotSet::find_idle(&record.id)?
-        {
-            settle_idle(&self.dm, set)?;
+        if merge::needs_attention(&self.dm, record)? {
+            settle_if_idle(&self.dm, &record.id)?;
         }
         for snapshot in record.linked() {
             let Some(view) = layers::view(&self.dm, record, &snapshot)?.filter(|view| view.has_active) else {
@@ -272,10 +270,7 @@ impl Monitor<'_> {
             return Ok(());
         }
         watched.retry_at = Some(Instant::now() + RETRY);
-        match SnapshotSet::find_idle(&record.id)? {
-            Some(set) => settle_idle(&self.dm, set).map(drop),
-            None => Ok(()),
-        }
+        settle_if_idle(&self.dm, &record.id)
     }
 
     /// Enlarges the store to `next`, or by as much as its filesystem has.

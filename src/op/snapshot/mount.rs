@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde::Serialize;
 
-use super::list::{State, list};
+use super::list::{State, list, not_valid};
 use super::set::{no_snapshot, parse_name};
 use crate::base::{Error, ErrorKind, Result, ResultExt as _};
 use crate::sys::privilege::require_root;
@@ -36,9 +36,7 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
     let view = list(Some(volume))?.into_iter().find(|view| view.snapshot == name);
     let view = view.ok_or_else(|| no_snapshot(&format!("there is no snapshot {name}")))?;
     let Some(device) = view.path.filter(|_| view.state == State::Valid) else {
-        return Err(Error::refused(format!("{name} does not show its instant"))
-            .state("nothing was changed")
-            .next(format!("'tidemark snapshot show {name}' says why")));
+        return Err(not_valid(name));
     };
     if !fs::metadata(directory).io_context(|| format!("examining {}", directory.display()))?.is_dir() {
         return Err(Error::usage(format!("{} is not a directory", directory.display())));

@@ -15,11 +15,11 @@ use serde::Serialize;
 
 use super::delete::in_use;
 use super::link;
-use super::list::{State, views_of};
+use super::list::{SnapshotView, check_valid};
 use super::merge::{self, Beginning};
 use super::placement::choose_place;
-use super::set::{SnapshotSet, find_existing, no_snapshot, parse_name, read_of};
-use super::settle::{settle_first, settle_idle};
+use super::set::{find_existing, parse_name, read_existing, read_of};
+use super::settle::{find_settled, settle_if_idle};
 use crate::base::{Bytes, Error, Result, directory_of};
 use crate::dm::{Dm, Udev, node};
 use crate::format::state::{RollbackState, SnapshotRecord, SnapshotSetRecord};
@@ -84,8 +84,8 @@ pub fn plan(request: &RollbackRequest) -> Result<RollbackPlan> {
     require_root("rolling back a volume")?;
     let dm = Dm::open()?;
     let (volume, _) = parse_name(&request.snapshot)?;
-    let record = read_of(volume)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))?;
-    let snapshot = check(&dm, &record, &request.snapshot)?;
+    let record = read_existing(volume)?;
+    let (snapshot, view) = check(&dm, &record, &request.snapshot)?;
     let info = dm.info_of(volume)?;
     job::refuse_held_origin(info.number)?;
     if !request.at_attach && info.open_count > 0 {
@@ -93,12 +93,11 @@ pub fn plan(request: &RollbackRequest) -> Result<RollbackPlan> {
     }
     let beside = directory_of(Path::new(&snapshot.store)).to_owned();
     let directory = request.store.as_deref().unwrap_or(&beside);
-    let instant = views_of(&dm, &record)?.into_iter().find(|view| view.snapshot == request.snapshot);
     Ok(RollbackPlan {
         directory: choose_place(&Question::of(&dm, info.number)?, Some(directory))?,
         request: request.clone(),
         volume: volume.to_owned(),
-        instant: instant.and_then(|view| view.instant),
+        instant: view.instant,
     })
 }
 
@@ -110,27 +109,16 @@ fn at_attach(snapshot: &str) -> String {
 }
 
 /// The snapshot `shown`, which must show its instant. No other rollback may be planned or in progress.
-fn check(dm: &Dm, record: &SnapshotSetRecord, shown: &str) -> Result<SnapshotRecord> {
+fn check(dm: &Dm, record: &SnapshotSetRecord, shown: &str) -> Result<(SnapshotRecord, SnapshotView)> {
     record.refuse_rollback()?;
     let (_, name) = parse_name(shown)?;
-    let snapshot = record.named(name).ok_or_else(|| no_snapshot(&format!("there is no snapshot {shown}")))?;
+    let snapshot = record.existing(name)?;
     if snapshot.clone_of.is_some() {
         return Err(Error::refused(format!("{shown} is a clone: a volume is rolled back to a snapshot"))
             .state("nothing was changed")
             .next("copy the clone onto the volume instead"));
     }
-    if dm.info(record.volume.as_str())?.is_none() {
-        return Err(Error::refused(format!("{} is not attached", record.volume))
-            .state("nothing was changed")
-            .next(format!("attach {} first", record.volume)));
-    }
-    let view = views_of(dm, record)?.into_iter().find(|view| view.snapshot == shown);
-    if view.is_none_or(|view| view.state != State::Valid) {
-        return Err(Error::refused(format!("{shown} does not show its instant"))
-            .state("nothing was changed")
-            .next(format!("'tidemark snapshot show {shown}' says why")));
-    }
-    Ok(snapshot.clone())
+    Ok((snapshot.clone(), check_valid(dm, record, shown)?))
 }
 
 /// Executes the plan.
@@ -173,9 +161,8 @@ fn switch(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
     let _admission = Admission::enter(&|| notice(WAITING_FOR_OTHERS), interrupt)?;
-    let set = settle_first(dm, find_existing(&plan.volume, interrupt)?, job, interrupt)?;
-    let mut set = set.ok_or_else(|| no_snapshot(&format!("{} has no snapshots", plan.volume)))?;
-    let snapshot = check(dm, set.record(), &plan.request.snapshot)?;
+    let mut set = find_settled(dm, &plan.volume, job, interrupt)?;
+    let (snapshot, _) = check(dm, set.record(), &plan.request.snapshot)?;
     let beginning =
         Beginning { snapshot: snapshot.id, directory: plan.directory.clone(), reserve: plan.request.reserve };
     if plan.request.at_attach {
@@ -228,10 +215,8 @@ fn wait(
         let Some(record) = read_of(volume)?.filter(|record| record.rolling_back().is_some()) else {
             return Ok(true);
         };
-        if merge::needs_attention(dm, &record)?
-            && let Some(set) = SnapshotSet::find_idle(&record.id)?
-        {
-            settle_idle(dm, set)?;
+        if merge::needs_attention(dm, &record)? {
+            settle_if_idle(dm, &record.id)?;
         }
         let target = record.snapshots.iter().find(|one| format!("{volume}@{}", one.name) == snapshot);
         let percent = target.map(|target| merge::percent(dm, &record, target)).transpose()?.flatten();

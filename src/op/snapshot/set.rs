@@ -216,6 +216,14 @@ impl SnapshotSetRecord {
         })
     }
 
+    /// The snapshot or clone with this name, for a command that needs it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if there is none.
+    pub fn existing(&self, name: &str) -> Result<&SnapshotRecord> {
+        self.named(name).ok_or_else(|| no_snapshot(&format!("there is no snapshot {}@{name}", self.volume)))
+    }
+
     /// The log of the merge for which the clone `clone` was made: a file beside its store.
     ///
     /// # Errors
@@ -323,7 +331,20 @@ pub fn check_name(name: &str) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if there is none; as [`SnapshotSet::find`].
 pub fn find_existing(volume: &str, interrupt: &dyn Fn() -> Result<()>) -> Result<SnapshotSet> {
-    SnapshotSet::find(volume, interrupt)?.ok_or_else(|| no_snapshot(&format!("{volume} has no snapshots")))
+    SnapshotSet::find(volume, interrupt)?.ok_or_else(|| none_of(volume))
+}
+
+/// The record of `volume`, without a lock, for a command that needs one.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if there is none; as [`read_of`].
+pub fn read_existing(volume: &str) -> Result<SnapshotSetRecord> {
+    read_of(volume)?.ok_or_else(|| none_of(volume))
+}
+
+/// The refusal for a volume without snapshots.
+pub fn none_of(volume: &str) -> Error {
+    no_snapshot(&format!("{volume} has no snapshots"))
 }
 
 /// The refusal for a snapshot that does not exist.

@@ -591,6 +591,20 @@ pub fn settle_first(
     SnapshotSet::find(&volume, interrupt)
 }
 
+/// As [`settle_first`], for a command that needs the set of `volume`.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] if it has no snapshots; as [`settle_first`].
+pub fn find_settled(
+    dm: &Dm,
+    volume: &str,
+    journal: &mut dyn IntentLog,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<SnapshotSet> {
+    let set = settle_first(dm, set::find_existing(volume, interrupt)?, journal, interrupt)?;
+    set.ok_or_else(|| set::none_of(volume))
+}
+
 /// The role of the device that users see.
 fn shown_role(snapshot: &SnapshotRecord) -> &'static str {
     if snapshot.clone_of.is_some() { ROLE_CLONE } else { ROLE_SNAPSHOT }
@@ -600,12 +614,23 @@ fn shown_role(snapshot: &SnapshotRecord) -> &'static str {
 ///
 /// # Errors
 /// As [`Settlement::settle`].
-pub fn settle_idle(dm: &Dm, set: SnapshotSet) -> Result<Vec<String>> {
+fn settle_idle(dm: &Dm, set: SnapshotSet) -> Result<Vec<String>> {
     let volume = dm.info(set.record().volume.as_str())?.map(|info| info.number);
     if volume.is_some_and(|number| crate::job::refuse_held_origin(number).is_err()) {
         return Ok(Vec::new());
     }
     Settlement { dm, set, journal: &mut NoIntents, interrupt: &|| Ok(()), done: Vec::new() }.settle()
+}
+
+/// As [`settle_idle`], for the set with this id; does nothing while another command changes it.
+///
+/// # Errors
+/// As [`settle_idle`] and [`SnapshotSet::find_idle`].
+pub fn settle_if_idle(dm: &Dm, id: &str) -> Result<()> {
+    match SnapshotSet::find_idle(id)? {
+        Some(set) => settle_idle(dm, set).map(drop),
+        None => Ok(()),
+    }
 }
 
 /// Settles every set of snapshots that no other command is changing, and whose volume is not being copied. Returns what
