@@ -1,6 +1,6 @@
 //! `tidemark snapshot rollback`: a volume shows what it held at a snapshot's instant, and goes on from there.
 //!
-//! The volume is removed, which the kernel refuses while it is in use; the [`merge`](super::merge) is set up below it;
+//! The volume is removed, which the kernel refuses while it is in use; the [`merge`] is set up below it;
 //! and it is made again, under the same UUID. From then on it can be used, and the kernel merges in the background. The
 //! command waits for the end, but is not needed for it: the monitor, `recover`, and the next command for the volume's
 //! snapshots end the merge too.

@@ -165,7 +165,7 @@ impl Settlement<'_> {
     /// Step 2. `is_building`: the volume is not attached yet, so a view that is missing has missed nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::StoreInvalid`](crate::base::ErrorKind::StoreInvalid) if the newest view was removed while the
+    /// [`ErrorKind::StoreInvalid`] if the newest view was removed while the
     /// volume was in use; the kernel's; I/O errors.
     pub fn assemble(&mut self, is_building: bool) -> Result<()> {
         let record = self.set.record().clone();
