@@ -527,11 +527,11 @@ def main():
         else:
             for _ in range(int(STEPS)):
                 program.step()
+        program.end_rollback()
         for name in sorted(program.oracle.clones) + program.names() + sorted(program.oracle.lost):
             if name in listed():
                 run("snapshot", "delete", f"{VOLUME}@{name}", "--yes")
             program.forget(name)
-        program.end_rollback()
         writer.pause()
         if read_image(PATH) != program.oracle.state_after(writer.done):
             raise Failure("the volume does not hold what was written")
