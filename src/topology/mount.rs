@@ -113,11 +113,17 @@ impl View {
         paths.iter().map(of_one).collect()
     }
 
-    /// True if no mount on the way to `path` has to ask a server.
     fn is_local(&self, path: &Path) -> bool {
+        self.servers_on_the_way(path) == 0
+    }
+
+    /// How many mounts on the way to `path` may have to ask a server.
+    #[must_use]
+    pub fn servers_on_the_way(&self, path: &Path) -> usize {
         let mut on_the_way = self.mounts.iter().filter(|mount| path.starts_with(&mount.point)).peekable();
-        // There is none if the process's root directory is within a mount.
-        on_the_way.peek().is_some() && on_the_way.all(|mount| BackingKind::answers_locally(&mount.kind))
+        // There is none if the process's root directory is within a mount, which may be of any kind.
+        let unknown = usize::from(on_the_way.peek().is_none());
+        unknown + on_the_way.filter(|mount| !BackingKind::answers_locally(&mount.kind)).count()
     }
 }
 

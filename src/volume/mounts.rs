@@ -8,7 +8,7 @@
 //! The result is valid only for the moment: mounts can come, go or move. So it is computed again right before
 //! and right after the freeze ([`FreezeSet::recheck`]).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -199,13 +199,31 @@ fn refuse_unfrozen(device: DeviceNumber, topology: &Topology, mounts: &[PlacedMo
     .next(format!("unmount it for the copy, or use {kind}'s own snapshots and send")))
 }
 
-/// The ids of those of `mounts` whose mount point leads to their filesystem: nothing is mounted over it.
+/// The id of one mount of each filesystem of `mounts` whose mount point leads to it: nothing is mounted over that. None of
+/// a filesystem without one.
+///
+/// Writers may wait meanwhile, and a server on the way to a mount point may be gone. So points that need the fewest
+/// servers are tried first, one of each filesystem at a time, and no other one is tried after one that is found.
 fn reachable<'a>(own: &View, mounts: impl Iterator<Item = &'a Mount>) -> BTreeSet<u64> {
-    let mounts: Vec<&Mount> = mounts.collect();
-    let points: Vec<&Path> = mounts.iter().map(|mount| mount.point.as_path()).collect();
-    let found = mounts.iter().zip(own.stat_all(&points));
-    let found = found.filter(|(mount, found)| found.as_ref().is_ok_and(|found| found.dev == mount.device));
-    found.map(|(mount, _)| mount.id).collect()
+    let mut candidates: BTreeMap<DeviceNumber, VecDeque<&Mount>> = BTreeMap::new();
+    mounts.for_each(|mount| candidates.entry(mount.device).or_default().push_back(mount));
+    for of_one in candidates.values_mut() {
+        of_one.make_contiguous().sort_by_key(|mount| own.servers_on_the_way(&mount.point));
+    }
+    let mut reachable = BTreeSet::new();
+    loop {
+        let tried: Vec<&Mount> = candidates.values_mut().filter_map(VecDeque::pop_front).collect();
+        if tried.is_empty() {
+            return reachable;
+        }
+        let points: Vec<&Path> = tried.iter().map(|mount| mount.point.as_path()).collect();
+        for (mount, found) in tried.iter().zip(own.stat_all(&points)) {
+            if found.is_ok_and(|found| found.dev == mount.device) {
+                reachable.insert(mount.id);
+                candidates.remove(&mount.device);
+            }
+        }
+    }
 }
 
 fn swap_devices(own: &View, swaps: Vec<PathBuf>) -> Vec<(PathBuf, DeviceNumber)> {
