@@ -49,6 +49,17 @@ pub const FREE_EXTENTS_READ_MAX: usize = 16 * 1024;
 /// Space that no map has reported by then counts as used.
 pub const FREE_MAP_TIME_MAX: Duration = Duration::from_millis(250);
 
+/// Files that the user leaves out which are looked for while their filesystem is frozen: the largest. Each takes some
+/// microseconds.
+pub const OMITTED_FILES_MAX: usize = 65_536;
+
+/// Ranges left out of a copy because the user does not want them, in addition to free ranges: the largest. The record of
+/// a copy names all of them.
+pub const OMITTED_RANGES_MAX: usize = 16_384;
+
+/// The share of the freeze budget in which files that are left out are looked for.
+pub const OMISSION_BUDGET_SHARE: u32 = 2;
+
 /// Runs of free ranges that get lines of their own in an origin's table. The other free ranges are not copied
 /// either, but writes to them are preserved needlessly. Writers wait while a line is loaded: 0.04 ms each
 /// in an emulated guest.

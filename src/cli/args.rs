@@ -164,6 +164,13 @@ pub struct CopyArgs {
     /// Also copy and preserve the free space of mounted filesystems
     #[arg(long)]
     pub all: bool,
+    /// Of all files, copy only this file, all below this directory, all that match this pattern, or these bytes:
+    /// /PATH, '/PATH/*.db', '*.db', bytes:START+LENGTH; with metadata, so that the copy can be mounted
+    #[arg(long, value_name = "WHAT", help_heading = "Subset")]
+    pub include: Vec<String>,
+    /// Do not copy these files or bytes, named in the same way, even if they are included
+    #[arg(long, value_name = "WHAT", help_heading = "Subset")]
+    pub exclude: Vec<String>,
     /// Copy regions by their offset on the origin, or those with the most writes first; regions of the
     /// filesystems' logs always come first [default: hot; physical for an origin that is not in use]
     #[arg(long, value_enum)]

@@ -78,7 +78,7 @@ fn copy(args: &CopyArgs, output: Output) -> Result<()> {
     }
     // Planned as if consent were given, so that any other obstacle is reported first.
     request.replace = true;
-    let mut plan = op::copy::plan(&request)?;
+    let mut plan = op::copy::plan(&request, &interrupt)?;
     let destroys = plan.destroys();
     if !confirmed(output, "copy", args.consent, destroys.as_deref(), &plan)? {
         return Ok(());

@@ -1,6 +1,7 @@
 //! Plans of copies as text: what `--dry-run` shows.
 
 use super::reports::Human;
+use crate::base::Bytes;
 use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::op::copy::CopyPlan;
@@ -73,6 +74,21 @@ fn segments_text(plan: &CopyPlan) -> String {
     format!("{} of {}{rate}{verified}", plan.segment.count_for(plan.origin.size), plan.segment)
 }
 
+fn add_omitted(lines: &mut Lines, plan: &CopyPlan) {
+    let Some(omitted) = &plan.omitted else { return };
+    let mut parts = Vec::new();
+    if plan.request.subset.names_files() {
+        parts.push(format!("{} files ({})", omitted.files, omitted.file_bytes));
+    }
+    if omitted.range_bytes > Bytes::ZERO {
+        parts.push(format!("{} of ranges", omitted.range_bytes));
+    }
+    lines.add("left out", if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") });
+    for note in &omitted.notes {
+        lines.add("copied all the same", note);
+    }
+}
+
 fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     let store = &live.store;
     lines.add(
@@ -92,6 +108,7 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
     }
     let free = if plan.request.all { "copied and preserved as well" } else { "not copied where it is known" };
     lines.add("free space", free);
+    add_omitted(lines, plan);
     let region = plan.region;
     lines.add(
         "regions",

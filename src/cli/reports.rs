@@ -101,7 +101,8 @@ fn skipped_text(skipped: &SkippedReport) -> String {
     if skipped.bytes == Bytes::ZERO {
         return "copied with the rest".to_owned();
     }
-    format!("{} in {} ranges, not copied", skipped.bytes, skipped.ranges)
+    let omitted = skipped.omitted_bytes.map(|bytes| format!(" ({bytes} of it left out)")).unwrap_or_default();
+    format!("{} in {} ranges, not copied{omitted}", skipped.bytes, skipped.ranges)
 }
 
 impl Human for CopyOutcome {

@@ -21,6 +21,7 @@ use crate::op::request::{
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
 use crate::volume::lvm_lock::LvmScope;
+use crate::volume::subset::{Selector, Subset};
 
 /// The extension that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
@@ -72,6 +73,7 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
             OrderArg::Hot => Order::Hot,
         }),
         all: args.all,
+        subset: subset_of(&args.include, &args.exclude)?,
         on_full: match args.on_full {
             OnFullArg::Abort => OnFull::Abort,
             OnFullArg::Hold => OnFull::Hold,
@@ -94,6 +96,14 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
     })
     .and_then(reject_raw_pipe)
     .and_then(reject_hook_under_lock)
+}
+
+/// What of an origin `--include` and `--exclude` choose.
+pub(super) fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
+    let parse = |option: &str, texts: &[String]| -> Result<Vec<Selector>> {
+        texts.iter().map(|text| Selector::parse(text).map_err(|error| error.context(option))).collect()
+    };
+    Ok(Subset { include: parse("--include", include)?, exclude: parse("--exclude", exclude)? })
 }
 
 /// The hook's LVM commands would wait for the copy, while the copy waits for the hook.

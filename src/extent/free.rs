@@ -6,7 +6,7 @@
 //! `volume::free` does.
 
 use super::{BlockList, Extent, ExtentSet};
-use crate::base::limits::{FREE_RANGE_BYTES_MIN, FREE_RANGES_MAX};
+use crate::base::limits::{FREE_RANGE_BYTES_MIN, FREE_RANGES_MAX, OMITTED_RANGES_MAX};
 use crate::base::{Bytes, ChunkSize};
 
 /// Limits on the ranges that are left out.
@@ -25,6 +25,12 @@ impl FreeLimits {
     #[must_use]
     pub fn for_chunk(chunk: ChunkSize) -> Self {
         Self { chunk, range_min: FREE_RANGE_BYTES_MIN, count_max: FREE_RANGES_MAX }
+    }
+
+    /// As [`FreeLimits::for_chunk`], for what the user leaves out: as much as can be.
+    #[must_use]
+    pub fn omitted(chunk: ChunkSize) -> Self {
+        Self { chunk, range_min: chunk.bytes(), count_max: OMITTED_RANGES_MAX }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod hidden;
 pub mod inspect;
 mod interruptible;
 mod memory;
+pub mod omission;
 pub mod recover;
 pub mod request;
 pub mod restore;

@@ -12,6 +12,7 @@ use crate::format::SecondaryForm;
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
 use crate::volume::lvm_lock::LvmScope;
+use crate::volume::subset::Subset;
 
 /// How originals get into the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +84,9 @@ pub struct CopyRequest {
     pub order: Option<Order>,
     /// Also copy and preserve free space.
     pub all: bool,
+    /// What of the origin is copied.
+    #[serde(default)]
+    pub subset: Subset,
     /// What happens if the store is about to fill and cannot grow.
     pub on_full: OnFull,
     /// Longest total time for which the origin may be suspended because of that.

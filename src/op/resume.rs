@@ -182,6 +182,7 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
         live: None,
         forbidden: vec![number],
         target: TargetFacts::default(),
+        omitted: None,
     })
 }
 
@@ -363,7 +364,7 @@ fn skipped(copy: &CopyRecord) -> Vec<Extent> {
 fn adopted(copy: &CopyRecord, plan: &CopyPlan) -> Adopted {
     let nanos = |ns| std::time::Duration::from_nanos(ns);
     Adopted {
-        skipped: Skipped { extents: skipped(copy), notes: Vec::new() },
+        skipped: Skipped { extents: skipped(copy), ..Skipped::default() },
         budget: plan.request.freeze_budget,
         lvm_lock: plan.request.lvm_lock,
         times: HoldTimes {

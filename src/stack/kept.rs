@@ -295,6 +295,7 @@ pub fn run(
             chunk: capture.chunk,
             lock_filesystem: request.planned.frozen_by_suspension.contains(&number),
             all: true,
+            omission: None,
             planned_table: None,
         };
         let filesystems = filesystems_above(&request.planned.points, number, request.captures.len() == 1);

@@ -1,13 +1,12 @@
 //! One origin of an insertion: what the runner must know of it, and what it learns.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
-use crate::base::{DeviceNumber, Error, ErrorKind, Result};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result};
 use crate::dm::{Dm, Table};
-use crate::extent::Extent;
 use crate::extent::free::{FreeLimits, skippable};
-use crate::volume::free::{DeviceLayout, FreeMapper};
+use crate::extent::{Extent, ExtentSet};
+use crate::volume::free::{DeviceLayout, FreeMapper, FreeSpace, MapDeadlines, MapRequest};
 
 use super::model::{Skipped, StackRequest};
 use super::origin_table::{Form, LowerDevices};
@@ -49,9 +48,10 @@ impl Member {
         filesystems: &[PathBuf],
         form: Form,
     ) -> Result<Self> {
-        let mapper = FreeMapper::prepare(number, filesystems)?;
-        let (mapper, logs) =
-            if request.all { (None, mapper.into_logs()) } else { (Some(mapper), Vec::new()) };
+        let wanted = MapRequest { free: !request.all, omission: request.omission.clone() };
+        let is_needed = wanted.free || wanted.omission.is_some();
+        let mapper = FreeMapper::prepare(number, filesystems, wanted)?;
+        let (mapper, logs) = if is_needed { (Some(mapper), Vec::new()) } else { (None, mapper.into_logs()) };
         Ok(Self {
             name: request.origin.clone(),
             number,
@@ -74,7 +74,7 @@ impl Member {
     }
 
     /// The table that leads through the stack. Maps what the frozen filesystems do not use past the snapshot;
-    /// a filesystem that does not answer is preserved whole, and so is what is not read by `map_deadline`.
+    /// a filesystem that does not answer is preserved whole, and so is what is not read by `deadlines`.
     ///
     /// # Errors
     /// The kernel's; as [`LowerDevices::table`].
@@ -82,7 +82,7 @@ impl Member {
         &mut self,
         dm: &Dm,
         (real, preserve): (&str, &str),
-        map_deadline: Instant,
+        deadlines: MapDeadlines,
     ) -> Result<Table> {
         let number = |name: &str| dm.info_of(name).map(|info| info.number);
         let lower = LowerDevices {
@@ -91,10 +91,14 @@ impl Member {
             preserve: Some(number(preserve)?),
         };
         if let Some(mapper) = self.mapper.take() {
-            let (found, layout) = mapper.read(map_deadline);
+            let is_whole = mapper.is_whole();
+            let (found, layout) = mapper.read(deadlines);
+            let (extents, omitted) = left_out(&found, lower.own.length().bytes(), &self.limits);
             self.skipped = Skipped {
-                extents: skippable(&found.extents, lower.own.length().bytes(), &self.limits),
+                extents,
                 notes: found.notes,
+                omitted: (!is_whole).then_some(omitted),
+                omission_notes: found.omission_notes,
             };
             self.logs = found.logs;
             self.layout = (!self.skipped.extents.is_empty()).then_some(layout);
@@ -116,4 +120,16 @@ impl Member {
         Err(Error::new(ErrorKind::Kernel, what)
             .next("copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all"))
     }
+}
+
+/// What is neither copied nor preserved of an origin of `size` bytes, and how much of it the user leaves out.
+fn left_out(found: &FreeSpace, size: Bytes, limits: &FreeLimits) -> (Vec<Extent>, Bytes) {
+    let included: ExtentSet = found.included.iter().copied().collect();
+    let free = found.extents.iter().flat_map(|extent| included.gaps_in(*extent));
+    let free: Vec<Extent> = free.chain(found.omitted.iter().copied()).collect();
+    let mut extents: ExtentSet = skippable(&free, size, limits).into_iter().collect();
+    extents.extend(skippable(&found.omitted, size, &FreeLimits::omitted(limits.chunk)));
+    let omitted = found.omitted.iter().flat_map(|extent| extents.intersection_with(*extent));
+    let omitted = omitted.map(Extent::length).sum();
+    (extents.iter().collect(), omitted)
 }

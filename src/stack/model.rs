@@ -1,13 +1,15 @@
 //! The request for stacks, and what is known of a stack: plain values.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::base::{ChunkSize, DeviceNumber, Error, Result};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result};
 use crate::dm::Table;
 use crate::extent::Extent;
 use crate::volume::FreezeSet;
 use crate::volume::lvm_lock::LvmScope;
+use crate::volume::subset::Omission;
 
 /// Which stacks to insert at one instant.
 #[derive(Clone, Debug)]
@@ -38,6 +40,8 @@ pub struct StackRequest {
     pub lock_filesystem: bool,
     /// Preserve everything, including what filesystems do not use.
     pub all: bool,
+    /// What the user leaves out.
+    pub omission: Option<Arc<Omission>>,
     /// The origin's own table as found by the plan, checked again before anything is done; None if there was
     /// no plan.
     pub planned_table: Option<Table>,
@@ -110,13 +114,17 @@ pub struct HoldTimes {
     pub instant_utc_ns: u64,
 }
 
-/// What of an origin need not be preserved, as it was not in use at the instant.
+/// What of an origin need not be preserved, as it was not in use at the instant, or the user leaves it out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Skipped {
     /// The ranges; sorted, disjoint.
     pub extents: Vec<Extent>,
     /// Which filesystems did not report what they use, and why; as text.
     pub notes: Vec<String>,
+    /// The part of `extents` that the user leaves out; None if everything is wanted.
+    pub omitted: Option<Bytes>,
+    /// Why not more of it was left out; as text.
+    pub omission_notes: Vec<String>,
 }
 
 /// The work to do at the instant.

@@ -205,6 +205,7 @@ mod tests {
             chunk: ChunkSize::default(),
             lock_filesystem: false,
             all: false,
+            omission: None,
             planned_table: None,
         };
         let request = InsertRequest {

@@ -120,6 +120,7 @@ impl FakeKernel {
             chunk: ChunkSize::default(),
             lock_filesystem: false,
             all: false,
+            omission: None,
             planned_table: None,
         };
         InsertRequest {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::base::clock::{self, Stopwatch};
-use crate::base::limits::FREE_MAP_TIME_MAX;
+use crate::base::limits::{FREE_MAP_TIME_MAX, OMISSION_BUDGET_SHARE};
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt};
 use crate::dm::{Dm, SUSPEND_ATTEMPTS, Table, Template, Udev, node};
 use crate::stack::watchdog::{Order, Standby, Verdict, Watchdog, budget_ran_out};
@@ -17,6 +17,7 @@ use crate::sys::nudge::Nudge;
 use crate::sys::process;
 use crate::sys::process::LockedMemory;
 use crate::sys::rcu::Expedite;
+use crate::volume::free::MapDeadlines;
 use crate::volume::{FreezeSet, open_in_other_namespace};
 
 use super::freeze_estimate;
@@ -55,8 +56,8 @@ pub struct Runner<'a> {
     /// When the watchdog was armed.
     armed_since: Option<Instant>,
     frozen_since: Option<Instant>,
-    /// Until when the free space may be read.
-    map_deadline: Option<Instant>,
+    /// Until when what is not copied may be looked for.
+    map_deadlines: Option<MapDeadlines>,
     suspended_since: Option<Instant>,
     pub(super) times: HoldTimes,
     /// Messages that could not be logged while something was held.
@@ -92,7 +93,7 @@ impl<'a> Runner<'a> {
             nudge: None,
             armed_since: None,
             frozen_since: None,
-            map_deadline: None,
+            map_deadlines: None,
             suspended_since: None,
             times: HoldTimes::default(),
             notes: Vec::new(),
@@ -280,8 +281,12 @@ impl<'a> Runner<'a> {
         self.check(true)?;
         let dm = self.dm;
         // One time for all origins, whose writers wait together.
-        let map_deadline = *self.map_deadline.get_or_insert_with(|| Instant::now() + FREE_MAP_TIME_MAX);
-        let table = self.member(device).table_over(dm, (real, preserve), map_deadline)?;
+        let budget = self.budget;
+        let deadlines = *self.map_deadlines.get_or_insert_with(|| {
+            let now = Instant::now();
+            MapDeadlines { free: now + FREE_MAP_TIME_MAX, omission: now + budget / OMISSION_BUDGET_SHARE }
+        });
+        let table = self.member(device).table_over(dm, (real, preserve), deadlines)?;
         self.owner_of(device).expect("an insertion owns its origins").load(dm, &table)?;
         let member = self.member(device);
         member.map_in_force = !member.skipped.extents.is_empty();

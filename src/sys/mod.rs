@@ -9,6 +9,7 @@ pub mod aligned;
 pub mod block;
 pub mod child_probe;
 pub mod dm_ioctl;
+pub mod file_map;
 pub mod freeze;
 pub mod fsmap;
 pub mod lock;

@@ -1,4 +1,4 @@
-//! Finds the bytes of an origin that are free.
+//! Finds the bytes of an origin that are free, and those that the user leaves out ([`subset`](super::subset)).
 //!
 //! Read while the filesystems on the origin are frozen, between the freeze and the instant. A byte that is
 //! reported as free is neither copied nor preserved, so a mistake loses data silently. The argument that
@@ -40,6 +40,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -51,10 +52,12 @@ use crate::dm::{Dm, Slot, node};
 use crate::extent::free::Largest;
 use crate::extent::{Extent, ExtentSet};
 use crate::format::filesystem_log;
+use crate::sys::file_map::FileMapReader;
 use crate::sys::fsmap::FreeReader;
 use crate::topology::{LoopOver, Loops, Topology};
 
 use super::layers::{Layers, MappedDevice, View};
+use super::subset::{MappedOmission, Omission};
 
 /// The free space of an origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,6 +68,21 @@ pub struct FreeSpace {
     pub logs: Vec<Extent>,
     /// Filesystems that gave no map, with the reason, and devices that objected.
     pub notes: Vec<String>,
+    /// What the user leaves out, in bytes of the origin; sorted, no two touching; not aligned to chunks.
+    pub omitted: Vec<Extent>,
+    /// Ranges that are copied even if they are free.
+    pub included: Vec<Extent>,
+    /// Why more is copied than the user wants; as text.
+    pub omission_notes: Vec<String>,
+}
+
+/// What is to be found out while the filesystems are frozen.
+#[derive(Clone, Debug, Default)]
+pub struct MapRequest {
+    /// What is free.
+    pub free: bool,
+    /// Where that is.
+    pub omission: Option<Arc<Omission>>,
 }
 
 /// A filesystem whose map will be read.
@@ -81,6 +99,15 @@ pub struct DeviceLayout {
     layers: Layers,
 }
 
+/// Until when the maps are read.
+#[derive(Clone, Copy, Debug)]
+pub struct MapDeadlines {
+    /// What is free.
+    pub free: Instant,
+    /// Where what is left out is.
+    pub omission: Instant,
+}
+
 /// Everything that is done before the freeze. Keeps the filesystems open until the map is read.
 pub struct FreeMapper {
     layout: DeviceLayout,
@@ -89,6 +116,8 @@ pub struct FreeMapper {
     notes: Vec<String>,
     reader: FreeReader,
     largest: Largest,
+    request: MapRequest,
+    files: FileMapReader,
 }
 
 impl FreeMapper {
@@ -96,8 +125,10 @@ impl FreeMapper {
     /// Nothing is frozen yet.
     ///
     /// # Errors
-    /// If device-mapper cannot be opened. A filesystem whose map cannot be read only causes a note.
-    pub fn prepare(origin: DeviceNumber, filesystems: &[PathBuf]) -> Result<Self> {
+    /// If device-mapper cannot be opened; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for files to be left out
+    /// of a filesystem of which it is not known where on the origin it is. One whose free space is not known only causes a
+    /// note.
+    pub fn prepare(origin: DeviceNumber, filesystems: &[PathBuf], request: MapRequest) -> Result<Self> {
         let topology = Topology::default();
         let kernel = KernelView { dm: Dm::open()?, loops: topology.loops(), topology };
         let layers = Layers::observe(origin, &kernel);
@@ -108,6 +139,9 @@ impl FreeMapper {
             match open(point, &layers, &kernel.topology) {
                 Ok(source) if devices.insert(source.device) => sources.push(source),
                 Ok(_) => {}
+                Err(reason) if request.omission.as_ref().is_some_and(|omission| omission.is_at(point)) => {
+                    return Err(not_left_out(point, &reason));
+                }
                 Err(reason) => notes.push(all_is_copied(point, &reason)),
             }
         }
@@ -115,13 +149,20 @@ impl FreeMapper {
         let logs = layers.free(&logs).iter().collect();
         let (reader, largest) = (FreeReader::new(), Largest::new(FREE_EXTENTS_READ_MAX));
         let layout = DeviceLayout { origin, kernel, layers };
-        Ok(Self { layout, sources, logs, notes, reader, largest })
+        let files = FileMapReader::new();
+        Ok(Self { layout, sources, logs, notes, reader, largest, request, files })
     }
 
     /// The filesystems' logs, for a copy that does not need the free space. As [`FreeSpace::logs`].
     #[must_use]
     pub fn into_logs(self) -> Vec<Extent> {
         self.logs
+    }
+
+    /// True if the user leaves nothing out.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.request.omission.is_none()
     }
 
     /// Fails if `file`, opened at `point` to be frozen, belongs to another filesystem than the one whose map
@@ -143,13 +184,22 @@ impl FreeMapper {
     }
 
     /// Reads the map. To be called while all of the filesystems are frozen and the origin still serves reads.
-    /// Ends soon after `deadline`: what is not read by then counts as used.
+    /// Ends soon after the deadlines: what is not read by then counts as used, and is not left out.
     ///
     /// The result is valid only if the layout stays the same until the instant: check it after that, when
     /// nothing is held any more.
     #[must_use]
-    pub fn read(mut self, deadline: Instant) -> (FreeSpace, DeviceLayout) {
-        let mut notes = self.notes;
+    pub fn read(mut self, deadlines: MapDeadlines) -> (FreeSpace, DeviceLayout) {
+        let mut found = if self.request.free { self.read_free(deadlines.free) } else { FreeSpace::default() };
+        found.logs = std::mem::take(&mut self.logs);
+        if let Some(omission) = self.request.omission.take() {
+            self.read_omitted(&omission, deadlines.omission, &mut found);
+        }
+        (found, self.layout)
+    }
+
+    fn read_free(&mut self, deadline: Instant) -> FreeSpace {
+        let mut notes = std::mem::take(&mut self.notes);
         let mut reported = BTreeMap::new();
         for source in &self.sources {
             self.largest.clear();
@@ -169,7 +219,26 @@ impl FreeMapper {
             }
         }
         let extents = self.layout.layers.free(&reported).iter().collect();
-        (FreeSpace { extents, logs: self.logs, notes }, self.layout)
+        FreeSpace { extents, notes, ..FreeSpace::default() }
+    }
+
+    fn read_omitted(&mut self, omission: &Omission, deadline: Instant, found: &mut FreeSpace) {
+        let mut reported = BTreeMap::new();
+        found.omission_notes.clone_from(&omission.notes);
+        for source in &self.sources {
+            let mapped = match is_read_only(source) {
+                Ok(false) => omission.read(source.device, &mut self.files, deadline),
+                Ok(true) => MappedOmission::refused(&source.point, READ_ONLY),
+                Err(reason) => MappedOmission::refused(&source.point, &reason),
+            };
+            found.omission_notes.extend(mapped.notes);
+            reported.insert(source.device, mapped.extents);
+        }
+        let mut omitted = self.layout.layers.free(&reported);
+        omission.included.iter().for_each(|extent| omitted.remove(*extent));
+        omitted.extend(omission.ranges.iter().copied());
+        found.omitted = omitted.iter().collect();
+        found.included.clone_from(&omission.included);
     }
 }
 
@@ -183,6 +252,12 @@ impl DeviceLayout {
         self.kernel.loops.unknown().is_subset(&before.unknown())
             && Layers::observe(self.origin, &self.kernel) == self.layers
     }
+}
+
+fn not_left_out(point: &Path, reason: &str) -> Error {
+    Error::refused(format!("files on {} cannot be left out: {reason}", point.display()))
+        .state("nothing was changed")
+        .next("name files of other filesystems, or bytes: bytes:START+LENGTH")
 }
 
 fn all_is_copied(point: &Path, reason: &str) -> String {
@@ -221,6 +296,15 @@ fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, St
     Ok(Source { point: point.to_owned(), file, device })
 }
 
+/// Why a read-only filesystem has no map.
+const READ_ONLY: &str = "it is read-only, so its journal may not be empty";
+
+fn is_read_only(source: &Source) -> Result<bool, String> {
+    let found =
+        fstatvfs(&source.file).map_err(|errno| format!("checking whether it is read-only: {errno}"))?;
+    Ok(found.flags().contains(FsFlags::ST_RDONLY))
+}
+
 /// True if the whole map was read into `largest`; the error says why there is none.
 fn read_map(
     source: &Source,
@@ -228,10 +312,8 @@ fn read_map(
     largest: &mut Largest,
     deadline: Instant,
 ) -> Result<bool, String> {
-    let flags =
-        fstatvfs(&source.file).map_err(|errno| format!("checking whether it is read-only: {errno}"))?.flags();
-    if flags.contains(FsFlags::ST_RDONLY) {
-        return Err("it is read-only, so its journal may not be empty".to_owned());
+    if is_read_only(source)? {
+        return Err(READ_ONLY.to_owned());
     }
     let read = reader.read(&source.file, deadline, &mut |extent| largest.push(extent));
     read.map(|read| read.complete).map_err(|reason| reason.to_string())

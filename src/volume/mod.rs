@@ -13,6 +13,7 @@ mod layers;
 pub mod lvm_lock;
 mod mounts;
 mod shared;
+pub mod subset;
 pub mod waits;
 
 use std::fmt;

@@ -44,6 +44,11 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(700)
             .limit_seconds(600),
         without_switch("copy_files_after", "files_after.sh").disk_mib(160).disk_mib(900).limit_seconds(600),
+        main_job("copy_subset", "copy_subset.sh")
+            .commands(&["python3", "e4defrag", "xfs_fsr"])
+            .disk_mib(160)
+            .disk_mib(700)
+            .limit_seconds(600),
         main_job("copy_across_disks", "across_disks.sh")
             .disk_mib(140)
             .disk_mib(140)

@@ -74,6 +74,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_multipath", N, A, F, "the user-mode kernel has neither dm-multipath nor SCSI disks"),
     ("copy_hold", A, F, F, ""),
     ("copy_files_after", A, F, F, ""),
+    ("copy_subset", A, F, F, ""),
     ("copy_across_disks", A, F, F, ""),
     ("copy_faults", A, F, F, ""),
     ("copy_refusals", A, F, F, ""),

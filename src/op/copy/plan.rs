@@ -2,6 +2,8 @@
 //!
 //! Changes nothing. Whatever is certain to be refused is refused here.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::base::limits::DIRECT_IO_ALIGN;
@@ -11,6 +13,7 @@ use crate::dm::{Dm, naming};
 use crate::format::SecondaryForm;
 use crate::job;
 use crate::op::admission::Question;
+use crate::op::omission::OmissionPlan;
 use crate::op::request::{CopyRequest, OnFull, Originals};
 use crate::op::targets::{self, TargetFacts};
 use crate::secondary::{self, OriginIdentity, OriginalsMode, SecondaryRequest, SecondaryTarget};
@@ -40,6 +43,8 @@ pub struct CopyPlan {
     pub forbidden: Vec<DeviceNumber>,
     /// What would be lost at the secondary's path, and warnings.
     pub target: TargetFacts,
+    /// What the user leaves out; None if everything is wanted.
+    pub omitted: Option<OmissionPlan>,
 }
 
 /// The part of a plan that concerns a live origin.
@@ -64,8 +69,8 @@ pub struct LivePlan {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) with what to do instead,
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or do not suit the
-/// origin, I/O and kernel errors.
-pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
+/// origin, I/O and kernel errors, those of `interrupt`.
+pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result<CopyPlan> {
     let request = &with_names(request)?;
     // Checked before the origin is examined, because the job that uses it may be changing its table.
     if let Some(number) = device_number(&request.origin).ok().flatten() {
@@ -80,8 +85,9 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
     let region = region_size_for(origin.size, segment, request.region)?;
     check_units(segment, request.chunk)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
+    let omitted = OmissionPlan::find(&request.subset, &origin, interrupt)?;
     let live = match &origin.kind {
-        OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name)?),
+        OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref())?),
         OriginKind::ColdDevice | OriginKind::ColdFile => {
             refuse_live_options(request, &origin)?;
             None
@@ -92,7 +98,17 @@ pub fn plan(request: &CopyRequest) -> Result<CopyPlan> {
         SecondaryTarget::Pipe => TargetFacts::default(),
         SecondaryTarget::Path(path) => TargetFacts::of(path, Some(origin.size)),
     };
-    let plan = CopyPlan { request: request.clone(), origin, segment, region, order, live, forbidden, target };
+    let plan = CopyPlan {
+        request: request.clone(),
+        origin,
+        segment,
+        region,
+        order,
+        live,
+        forbidden,
+        target,
+        omitted,
+    };
     plan.check_targets()?;
     Ok(plan)
 }
@@ -174,7 +190,12 @@ fn refuse_other_text(request: &CopyRequest, origin: &Origin) -> Result<()> {
     }
 }
 
-fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LivePlan> {
+fn plan_live(
+    request: &CopyRequest,
+    origin: &Origin,
+    name: &str,
+    omitted: Option<&OmissionPlan>,
+) -> Result<LivePlan> {
     require_root("copying a live device")?;
     refuse_other_text(request, origin)?;
     if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
@@ -220,6 +241,7 @@ fn plan_live(request: &CopyRequest, origin: &Origin, name: &str) -> Result<LiveP
         chunk: request.chunk,
         lock_filesystem: origin.lock_filesystem,
         all: request.all,
+        omission: omitted.map(|omitted| Arc::clone(&omitted.omission)),
         planned_table: Some(table.clone()),
     };
     let insert = InsertRequest {

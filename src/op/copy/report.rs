@@ -81,6 +81,10 @@ pub struct SkippedReport {
     pub ranges: usize,
     /// Why nothing, or not more, was left out.
     pub notes: Vec<String>,
+    /// The part of `bytes` that the user left out; None if everything was wanted.
+    pub omitted_bytes: Option<Bytes>,
+    /// What was copied although the user left it out, and why.
+    pub omission_notes: Vec<String>,
 }
 
 impl SkippedReport {
@@ -90,6 +94,8 @@ impl SkippedReport {
             bytes: skipped.extents.iter().map(|extent| extent.length()).sum(),
             ranges: skipped.extents.len(),
             notes: skipped.notes.clone(),
+            omitted_bytes: skipped.omitted,
+            omission_notes: skipped.omission_notes.clone(),
         }
     }
 }
@@ -124,12 +130,20 @@ pub(super) fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &
     for text in &skipped.notes {
         observer.event(&Event::Note { text: format!("free space: {text}; all of it is copied") });
     }
+    let omitted = skipped.omitted_bytes.unwrap_or_default();
+    let free = skipped.bytes.saturating_sub(omitted);
     let text = if plan.request.all {
         "free space is copied and preserved as well (--all)".to_owned()
-    } else if skipped.bytes == Bytes::ZERO {
+    } else if free == Bytes::ZERO {
         "no free space is known: everything is copied".to_owned()
     } else {
-        format!("{} of free space are not copied", skipped.bytes)
+        format!("{free} of free space are not copied")
     };
     observer.event(&Event::Note { text });
+    for text in &skipped.omission_notes {
+        observer.event(&Event::Warning { text: text.clone() });
+    }
+    if skipped.omitted_bytes.is_some() {
+        observer.event(&Event::Note { text: format!("{omitted} are left out (--include, --exclude)") });
+    }
 }

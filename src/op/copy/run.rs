@@ -18,14 +18,14 @@ use crate::base::{Result, ResultExt as _};
 use crate::copy::{
     self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider as _, PlacementLog, ResumePoint,
 };
-use crate::extent::free::needed;
+use crate::extent::free::{FreeLimits, needed, skippable};
 use crate::extent::{BlockList, Extent};
 use crate::io::Engine;
 use crate::job::published::ProgressFile;
 use crate::job::segment_log::SegmentLog;
 use crate::progress::{Event, Observer};
 use crate::secondary;
-use crate::stack::HoldTimes;
+use crate::stack::{HoldTimes, Skipped};
 use crate::sys::process::crash_point;
 use crate::volume::OriginKind;
 
@@ -196,9 +196,13 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
     let Transfer { mut engine, mut secondary } =
         session.transfer.take().expect("the copier does not have it yet");
     secondary.set_instant(instant.instant_utc_ns);
+    let skipped = ranges_left_out(plan);
+    let block_list = block_list_of(plan, &skipped.extents);
+    secondary.restrict(&block_list);
     let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.options(), secondary);
     job.origin_description = plan.origin.path.display().to_string();
+    job.block_list = block_list;
     job.observer = session.observer;
     job.interrupt = session.interrupt;
     job.before_publish = &before_publish;
@@ -208,7 +212,16 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
         copy,
         store: None,
         release: None,
-        skipped: SkippedReport::default(),
+        skipped: SkippedReport::of(&skipped),
         kept: None,
     })
+}
+
+/// What the user leaves out of a cold origin, which has no files that can be looked for: whole chunks of ranges.
+fn ranges_left_out(plan: &CopyPlan) -> Skipped {
+    let Some(omitted) = &plan.omitted else { return Skipped::default() };
+    let limits = FreeLimits::omitted(plan.request.chunk);
+    let extents = skippable(&omitted.omission.ranges, plan.origin.size, &limits);
+    let bytes = extents.iter().map(|extent| extent.length()).sum();
+    Skipped { extents, omitted: Some(bytes), ..Skipped::default() }
 }

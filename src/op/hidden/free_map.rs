@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::base::limits::FREE_MAP_TIME_MAX;
 use crate::base::{Error, Result, ResultExt};
 use crate::sys::freeze;
-use crate::volume::free::FreeMapper;
+use crate::volume::free::{FreeMapper, MapDeadlines, MapRequest};
 
 /// `__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT...`: prepares, runs HOOK, freezes, reads the map of the device,
 /// writes it to REPORT ("free START END" and "log START END" in bytes, "note TEXT", "changed" if the second scan finds
@@ -26,7 +26,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         return Err(Error::usage("__free_map REPORT MAJOR:MINOR HOOK MOUNT-POINT..."));
     };
     let mounts: Vec<PathBuf> = mounts.iter().map(PathBuf::from).collect();
-    let mapper = FreeMapper::prepare(origin.parse()?, &mounts)?;
+    let mapper = FreeMapper::prepare(origin.parse()?, &mounts, MapRequest { free: true, omission: None })?;
     let hooked = Command::new("sh").args(["-ec", hook]).status().io_context(|| hook.clone())?;
     if !hooked.success() {
         return Err(Error::usage(format!("{hook}: {hooked}")));
@@ -37,7 +37,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
         freeze::freeze(file).io_context(|| "freezing".to_owned())?;
     }
     let begin = Instant::now();
-    let (free, mut layout) = mapper.read(begin + FREE_MAP_TIME_MAX);
+    let (free, mut layout) = mapper.read(MapDeadlines { free: begin + FREE_MAP_TIME_MAX, omission: begin });
     let took = begin.elapsed();
     let mut text = String::new();
     if layout.is_unchanged() {

@@ -98,6 +98,7 @@ fn request(origins: &[&str], cows: &[DeviceNumber], budget: Duration, mounts: &[
         chunk: ChunkSize::default(),
         lock_filesystem: false,
         all: false,
+        omission: None,
         planned_table: None,
     };
     InsertRequest {
