@@ -99,11 +99,16 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
 }
 
 /// What of an origin `--include` and `--exclude` choose.
-pub(super) fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
-    let parse = |option: &str, texts: &[String]| -> Result<Vec<Selector>> {
-        texts.iter().map(|text| Selector::parse(text).map_err(|error| error.context(option))).collect()
-    };
-    Ok(Subset { include: parse("--include", include)?, exclude: parse("--exclude", exclude)? })
+fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
+    Ok(Subset { include: selectors("--include", include)?, exclude: selectors("--exclude", exclude)? })
+}
+
+/// The files and bytes that `option` names.
+///
+/// # Errors
+/// As [`Selector::parse`].
+pub(super) fn selectors(option: &str, texts: &[String]) -> Result<Vec<Selector>> {
+    texts.iter().map(|text| Selector::parse(text).map_err(|error| error.context(option))).collect()
 }
 
 /// The hook's LVM commands would wait for the copy, while the copy waits for the hook.

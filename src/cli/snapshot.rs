@@ -10,12 +10,12 @@ use super::groups::{self, Group};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
-use super::resolve::{reject_dash, volume_name};
+use super::resolve::{self, reject_dash, volume_name};
 use super::signals::{interrupt, stop_on_signals};
 use super::snapshot_args::{
     AutoDeleteArg, CloneArgs, CreateArgs, MonitorArgs, RollbackArgs, SnapshotArgs, SnapshotCommand,
 };
-use crate::base::{ChunkSize, Result};
+use crate::base::{Bytes, ChunkSize, Result};
 use crate::op::request::Hooks;
 use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, GroupPlan};
@@ -23,6 +23,7 @@ use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
 use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
 use crate::op::snapshot::monitor::{self, MonitorRequest};
 use crate::op::snapshot::mount::{self, Mounted};
+use crate::op::snapshot::only::{self, OnlyPlan, OnlyRequest, PutBack};
 use crate::op::snapshot::rollback::{self, RollbackPlan, RollbackRequest, RolledBack};
 use crate::op::snapshot::set::parse_name;
 use crate::op::snapshot::take::{self, CreateReport, Created, CreatedGroup};
@@ -135,6 +136,9 @@ fn rollback(args: &RollbackArgs, output: Output) -> Result<()> {
     if args.cancel {
         return output.report("snapshot rollback", &rollback::cancel(&args.snapshot, &interrupt)?);
     }
+    if !args.only.is_empty() {
+        return rollback_only(args, output);
+    }
     let plan = rollback::plan(&RollbackRequest {
         snapshot: args.snapshot.clone(),
         at_attach: args.at_attach,
@@ -148,6 +152,19 @@ fn rollback(args: &RollbackArgs, output: Output) -> Result<()> {
     }
     stop_on_signals(output)?;
     output.report("snapshot rollback", &rollback::run(&plan, &|text| output.note(text), &interrupt)?)
+}
+
+fn rollback_only(args: &RollbackArgs, output: Output) -> Result<()> {
+    let plan = only::plan(&OnlyRequest {
+        snapshot: args.snapshot.clone(),
+        only: resolve::selectors("--only", &args.only)?,
+    })?;
+    let destroys = format!("what was written to these since {} will be replaced", args.snapshot);
+    if !confirmed(output, "snapshot rollback", args.consent, Some(&destroys), &plan)? {
+        return Ok(());
+    }
+    stop_on_signals(output)?;
+    output.report("snapshot rollback", &only::run(&plan, &|text| output.note(text), &interrupt)?)
 }
 
 /// The list, as a report.
@@ -253,6 +270,30 @@ impl Human for RolledBack {
             text.push_str(&format!("next: {next}\n"));
         }
         text
+    }
+}
+
+impl Human for OnlyPlan {
+    fn human(&self) -> String {
+        let instant = self.instant.as_deref().unwrap_or("unknown");
+        let mut text = format!("from:     {}, of {instant}\n", self.request.snapshot);
+        for target in &self.files {
+            let how = if target.exists { "replaced" } else { "created" };
+            text.push_str(&format!("{how}: {}\n", target.path.display()));
+        }
+        for range in &self.ranges {
+            let (start, length) = (range.start().get(), range.length());
+            text.push_str(&format!("replaced: {length} of {} from byte {start} on\n", self.volume));
+        }
+        text
+    }
+}
+
+impl Human for PutBack {
+    fn human(&self) -> String {
+        let files = self.files.iter().map(|path| format!("put back: {}\n", path.display()));
+        let bytes = (self.bytes > Bytes::ZERO).then(|| format!("put back: {}\n", self.bytes));
+        files.chain(bytes).collect()
     }
 }
 

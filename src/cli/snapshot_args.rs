@@ -173,7 +173,15 @@ pub struct CloneArgs {
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "Examples:
   umount /srv && tidemark snapshot rollback data@monday --yes && mount /srv
-  tidemark snapshot rollback root@before-upgrade --at-attach --yes && reboot")]
+  tidemark snapshot rollback root@before-upgrade --at-attach --yes && reboot
+  tidemark snapshot rollback data@monday --only /srv/mail/anna --only /srv/x.db
+
+With --only the volume stays mounted. A file or directory is copied out of the
+snapshot and takes the place of the present one by one rename; what was created
+in that directory since is gone. Processes that have it open keep the former
+one, and so do other hard links. The filesystem needs room for the copy. To be
+able to go back once more, create a snapshot first. Bytes are put back only if
+no filesystem and no other device uses the volume.")]
 pub struct RollbackArgs {
     /// The snapshot
     #[arg(value_name = "VOLUME@NAME")]
@@ -191,6 +199,10 @@ pub struct RollbackArgs {
     /// Directory for the files of the rollback [default: that of the snapshot's store]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "COW store")]
     pub store: Option<PathBuf>,
+    /// Only this file or directory, or these bytes (bytes:START+LENGTH), while the rest of the volume goes on; may be
+    /// repeated
+    #[arg(long, value_name = "PATH|BYTES", conflicts_with_all = ["at_attach", "cancel", "reserve", "store", "no_wait"])]
+    pub only: Vec<String>,
     /// Return as soon as the volume can be used; the kernel goes on merging
     #[arg(long)]
     pub no_wait: bool,

@@ -17,6 +17,11 @@ pub fn cases() -> Vec<Case> {
             .power_cut_at("busy", 500)
             .then("snapshot_cut_after.sh")
             .limit_seconds(400),
+        case("snapshot_only", "snapshot_only.sh")
+            .commands(&["python3"])
+            .disk_mib(96)
+            .disk_mib(600)
+            .limit_seconds(300),
         case("snapshot_use", "snapshot_use.sh")
             .commands(&["pvcreate", "vgcreate", "lvcreate", "vgchange", "vgremove", "wipefs", "blkid"])
             .disk_mib(40)

@@ -8,6 +8,7 @@
 pub mod clone;
 pub mod create;
 pub mod delete;
+mod exchange;
 pub mod group;
 mod layers;
 pub mod link;
@@ -15,6 +16,7 @@ pub mod list;
 mod merge;
 pub mod monitor;
 pub mod mount;
+pub mod only;
 mod placement;
 pub mod rollback;
 pub mod set;

@@ -62,7 +62,7 @@ pub fn mount(name: &str, directory: &Path) -> Result<Mounted> {
 }
 
 /// The options for a mount of a filesystem whose origin may be mounted.
-fn options_for(filesystem: &str, name: &str, is_clone: bool) -> Result<&'static str> {
+pub(super) fn options_for(filesystem: &str, name: &str, is_clone: bool) -> Result<&'static str> {
     Ok(match (filesystem, is_clone) {
         // The log was emptied by the freeze; a journal cannot be replayed on a read-only device.
         ("ext4", false) => "ro,noload",
@@ -83,7 +83,7 @@ fn options_for(filesystem: &str, name: &str, is_clone: bool) -> Result<&'static 
 
 /// The type of the filesystem on `device`; "auto" for one that needs no options of its own. blkid(8) does not look at
 /// our devices, so that no other tool takes one for its origin.
-fn filesystem_on(device: &Path) -> Result<&'static str> {
+pub(super) fn filesystem_on(device: &Path) -> Result<&'static str> {
     let what = || format!("reading {}", device.display());
     let file = File::open(device).io_context(what)?;
     let is_at = |at: u64, magic: &[u8]| {

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Bytes, Error, Result};
 use crate::extent::Extent;
 
-pub use omission::{MappedOmission, Omission, OmittedFiles};
+pub use omission::{MappedOmission, Omission, OmittedFiles, open_beneath};
 pub use walk::find;
 
 const RANGE_PREFIX: &str = "bytes:";

@@ -185,7 +185,10 @@ enum NotMapped {
 }
 
 /// Opens `name` below `root`, on the same mount, without following a symbolic link or waiting for anything.
-pub(super) fn open_beneath(root: &File, name: &Path, flags: OFlag) -> nix::Result<File> {
+///
+/// # Errors
+/// The errno; EXDEV beyond the mount, ELOOP for a symbolic link.
+pub fn open_beneath(root: &File, name: &Path, flags: OFlag) -> nix::Result<File> {
     let waits_not = OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
     let resolve =
         ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_NO_SYMLINKS;
