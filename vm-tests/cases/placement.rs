@@ -112,6 +112,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("snapshot_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_only", A, F, F, ""),
+    ("snapshot_postgresql", A, F, F, ""),
     ("snapshot_filesystems", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),

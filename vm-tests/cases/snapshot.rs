@@ -17,6 +17,13 @@ pub fn cases() -> Vec<Case> {
             .power_cut_at("busy", 500)
             .then("snapshot_cut_after.sh")
             .limit_seconds(400),
+        case("snapshot_postgresql", "snapshot_postgresql.sh")
+            .commands(&["pg_ctlcluster", "setpriv"])
+            .disk_mib(300)
+            .disk_mib(200)
+            .disk_mib(1200)
+            .memory_mib(1536)
+            .limit_seconds(600),
         case("snapshot_only", "snapshot_only.sh")
             .commands(&["python3"])
             .disk_mib(96)
