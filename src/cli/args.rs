@@ -201,13 +201,48 @@ pub struct CopyArgs {
     /// Command to run at the instant; TIDEMARK_ORIGIN_BELOW names the device to read
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_frozen: Option<String>,
-    /// Command to run after the thaw; if it fails, that is reported and the copy continues
+    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
+    /// and the copy continues
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_after: Option<String>,
+    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
+    /// budget)
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "5m", help_heading = "Hooks")]
+    pub hook_timeout: Duration,
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,
 }
+
+/// About hooks, for the man pages of the commands that have them.
+pub const HOOKS: &str = "\
+Each hook is run with sh -c, in a process group of its own. Its output goes to standard error.
+
+  --hook-before  before anything is frozen. If it fails, nothing is frozen or copied.
+  --hook-frozen  at the instant, while the filesystems are frozen and the origin is suspended: it must not write to
+                 them. If it fails, the instant is given up.
+  --hook-after   after the thaw. It runs whenever --hook-before was started: also if that failed or was killed, if the
+                 instant failed, and if a signal ended the command. So it must succeed if there is nothing to undo.
+                 Its failure is a warning.
+
+Time limits: --hook-before and --hook-after are killed, with all that they started, after --hook-timeout; --hook-frozen
+when the freeze budget has run out. The watchdog thaws the filesystems and resumes the origin at that time whatever
+becomes of the hook or of this command. After a signal, --hook-after has ten more seconds.
+
+If this command itself is killed (SIGKILL), --hook-after does not run, unless 'tidemark resume' continues the copy. What
+must not stay undone has to watch for that itself, as the ready-made hooks do.
+
+Environment:
+  TIDEMARK_ORIGIN        the device or file that is copied, or the volume
+  TIDEMARK_ORIGIN_BELOW  --hook-frozen of copy only: the device to read, since the origin is suspended
+  TIDEMARK_HOOK          before, frozen or after
+  TIDEMARK_PID           the process of this command
+
+Ready-made hooks are in /usr/lib/tidemark/hooks. Each explains itself at its top, and if it is run without arguments.
+They end what they began by themselves if this command is killed, and at a limit (--limit SECONDS).
+  postgresql before|after  PostgreSQL in backup mode: a checkpoint right before the instant, and the labels of a base
+                           backup (--labels DIR). A copy of all of a server's data at one instant needs neither: to
+                           PostgreSQL it is a power cut, from which it recovers by design";
 
 /// `tidemark resume`.
 #[derive(Clone, Debug, Args)]

@@ -5,6 +5,7 @@
 //! volumes = ["data", "wal"]
 //! freeze-budget = "5s"
 //! hook-frozen = "/usr/local/sbin/note-instant"
+//! hook-timeout = "1m"
 //! ```
 //!
 //! The file decides which commands run as root, so only root may be able to write it.
@@ -22,7 +23,7 @@ use toml::Spanned;
 use super::options::parse_time;
 use crate::base::{Error, ErrorKind, Result, ResultExt as _};
 use crate::op::attach::check_name;
-use crate::op::request::Hooks;
+use crate::op::request::{HOOK_TIMEOUT, Hooks};
 use crate::sys::privilege::require_root;
 
 /// The file.
@@ -54,6 +55,7 @@ struct Document {
 struct GroupTable {
     volumes: Spanned<Vec<Spanned<String>>>,
     freeze_budget: Option<Spanned<String>>,
+    hook_timeout: Option<Spanned<String>>,
     hook_before: Option<String>,
     hook_frozen: Option<String>,
     hook_after: Option<String>,
@@ -142,12 +144,19 @@ fn parse(text: &str) -> Result<BTreeMap<String, Group>, (usize, String)> {
         if volumes.is_empty() {
             return Err(bad(at, "it has no volumes".to_owned()));
         }
-        let budget = table.freeze_budget.as_ref().map(|budget| {
-            parse_time(budget.get_ref())
-                .map_err(|error| bad(budget.span().start, format!("freeze-budget: {error}")))
-        });
-        let hooks = Hooks { before: table.hook_before, frozen: table.hook_frozen, after: table.hook_after };
-        let freeze_budget = budget.transpose()?;
+        let time = |key: &str, text: Option<&Spanned<String>>| {
+            let parsed = text.map(|text| {
+                parse_time(text.get_ref()).map_err(|error| bad(text.span().start, format!("{key}: {error}")))
+            });
+            parsed.transpose()
+        };
+        let freeze_budget = time("freeze-budget", table.freeze_budget.as_ref())?;
+        let hooks = Hooks {
+            before: table.hook_before,
+            frozen: table.hook_frozen,
+            after: table.hook_after,
+            timeout: time("hook-timeout", table.hook_timeout.as_ref())?.unwrap_or(HOOK_TIMEOUT),
+        };
         Ok((name, Group { volumes, freeze_budget, hooks }))
     };
     document.group.into_iter().map(group).collect()
@@ -164,6 +173,7 @@ mod tests {
 volumes = ["data", "wal"]
 freeze-budget = "500ms"
 hook-frozen = "true"
+hook-timeout = "1m"
 
 [group.one]
 volumes = ["x"]
@@ -177,6 +187,7 @@ volumes = ["x"]
         assert_eq!(mail.volumes, [PathBuf::from("data"), PathBuf::from("wal")]);
         assert_eq!(mail.freeze_budget, Some(Duration::from_millis(500)));
         assert_eq!(mail.hooks.frozen.as_deref(), Some("true"));
+        assert_eq!(mail.hooks.timeout, Duration::from_secs(60));
         assert_eq!((groups["one"].freeze_budget, &groups["one"].hooks), (None, &Hooks::default()));
         assert!(parse("").unwrap().is_empty());
     }
@@ -188,6 +199,7 @@ volumes = ["x"]
             ("[group.a]\nvolumes = [\"x\"]\nfreeze-bugdet = \"2s\"\n", 3, "freeze-bugdet"),
             ("[group.a]\nvolumes = [\"x\"]\nfreeze-budget = 2\n", 3, "string"),
             ("[group.a]\nvolumes = [\"x\"]\nfreeze-budget = \"2\"\n", 3, "not a time"),
+            ("[group.a]\nvolumes = [\"x\"]\nhook-timeout = \"never\"\n", 3, "hook-timeout: "),
             ("[group.a]\nvolumes = [\n  \"x\",\n  \"../y\",\n]\n", 4, "cannot be a volume's name"),
             ("[group.a]\nvolumes = [\n  \"x\",\n  \"x\",\n]\n", 4, "twice"),
             ("\n[group.a]\nvolumes = []\n", 3, "no volumes"),

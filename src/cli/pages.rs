@@ -7,7 +7,7 @@ use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::args::{Cli, EXIT_CODES};
+use super::args::{Cli, EXIT_CODES, HOOKS};
 use crate::base::{Result, ResultExt};
 
 /// The completion script for `shell`.
@@ -49,6 +49,9 @@ fn page(command: &Command, name: String) -> Result<(String, String)> {
     let examples = examples.split("\n\nExit codes:").next().unwrap_or_default();
     let examples = examples.strip_prefix("Examples:\n").unwrap_or(examples);
     text.push_str(&literal_section("EXAMPLES", examples));
+    if command.get_arguments().any(|argument| argument.get_long() == Some("hook-before")) {
+        text.push_str(&literal_section("HOOKS", HOOKS));
+    }
     text.push_str(&literal_section("EXIT STATUS", EXIT_CODES));
     if name != "tidemark" {
         text.push_str(".SH SEE ALSO\n\\fBtidemark\\fR(1)\n");
@@ -114,6 +117,7 @@ mod tests {
         for (name, command) in named {
             let text = plain(&pages.iter().find(|page| page.0 == name).expect(&name).1);
             assert!(text.contains("EXAMPLES") && text.contains("EXIT STATUS"), "{name} shows an example");
+            assert_eq!(text.contains("TIDEMARK_PID"), text.contains("--hook-after"), "{name}");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
                 if let Some(long) = argument.get_long() {
                     assert!(text.contains(&format!("--{long}")), "{name} lacks --{long}:\n{text}");

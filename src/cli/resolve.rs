@@ -91,6 +91,7 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
             before: args.hook_before.clone(),
             frozen: args.hook_frozen.clone(),
             after: args.hook_after.clone(),
+            timeout: args.hook_timeout,
         },
         replace: args.consent.yes,
     })

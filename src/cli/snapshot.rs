@@ -94,6 +94,7 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
         before: args.hook_before.clone().or(group.hooks.before),
         frozen: args.hook_frozen.clone().or(group.hooks.frozen),
         after: args.hook_after.clone().or(group.hooks.after),
+        timeout: args.hook_timeout.unwrap_or(group.hooks.timeout),
     };
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),

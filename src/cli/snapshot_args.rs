@@ -81,7 +81,8 @@ root may be able to write. All but 'volumes' may be absent:
   freeze-budget = \"5s\"
   hook-before = \"CMD\"
   hook-frozen = \"CMD\"
-  hook-after = \"CMD\"")]
+  hook-after = \"CMD\"
+  hook-timeout = \"1m\"")]
 pub struct CreateArgs {
     /// The names of attached volumes: the snapshots of several have one instant, and all exist or none
     #[arg(value_name = "VOLUME", required_unless_present = "group")]
@@ -107,9 +108,14 @@ pub struct CreateArgs {
     /// Command to run at the instant
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_frozen: Option<String>,
-    /// Command to run after the thaw; if it fails, that is reported and the snapshot stays
+    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
+    /// and the snapshot stays
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
     pub hook_after: Option<String>,
+    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
+    /// budget) [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Hooks")]
+    pub hook_timeout: Option<Duration>,
     /// Show the plan, change nothing
     #[arg(long)]
     pub dry_run: bool,

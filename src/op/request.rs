@@ -1,6 +1,7 @@
 //! What the user asked for, resolved once by `cli`, as plain values.
 
-use std::path::PathBuf;
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
+use crate::stack::hooks::AroundInstant;
 use crate::volume::lvm_lock::LvmScope;
 use crate::volume::subset::Subset;
 
@@ -51,14 +53,47 @@ pub struct StoreRequest {
 }
 
 /// Commands that are run around the instant with `sh -c`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hooks {
     /// Runs before anything is frozen; a failure aborts the copy.
     pub before: Option<String>,
     /// Runs at the instant, with TIDEMARK_ORIGIN_BELOW set; killed when the freeze budget is exceeded.
     pub frozen: Option<String>,
-    /// Runs after the thaw; a failure is reported and does not undo the copy.
+    /// Runs after the thaw, and also if `before` or the instant failed; a failure is reported and does not undo the
+    /// copy.
     pub after: Option<String>,
+    /// Longest time for `before`, and for `after`.
+    #[serde(default = "hook_timeout")]
+    pub timeout: Duration,
+}
+
+/// [`Hooks::timeout`], unless the user says otherwise.
+pub const HOOK_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// For the record of a copy by a program that had no such option.
+fn hook_timeout() -> Duration {
+    HOOK_TIMEOUT
+}
+
+impl Default for Hooks {
+    fn default() -> Self {
+        Self { before: None, frozen: None, after: None, timeout: HOOK_TIMEOUT }
+    }
+}
+
+impl Hooks {
+    /// Those around an instant of `origin`.
+    #[must_use]
+    pub fn around<'a>(&'a self, origin: &'a Path) -> AroundInstant<'a> {
+        AroundInstant {
+            before: self.before.as_deref(),
+            after: self.after.as_deref(),
+            origin,
+            variables: &[],
+            timeout: self.timeout,
+            is_due: Cell::new(false),
+        }
+    }
 }
 
 /// The arguments of `tidemark copy`.

@@ -86,6 +86,13 @@ kill "$feeder" || true
 assert_status 1 tidemark copy /mnt/scratch/rest /mnt/scratch/copy.raw --hook-before false
 assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-before false
 assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" --hook-frozen false
+# --hook-after ends what was begun.
+for failing in before frozen; do
+    rm -f /run/ended
+    assert_status 1 tidemark copy "$origin" /mnt/scratch/copy.raw "${options[@]}" "--hook-$failing" false \
+        --hook-after 'echo ended >>/run/ended'
+    assert_same "--hook-after, once" "$(cat /run/ended)" ended
+done
 head -c 8M /mnt/scratch/rest.tdm >/mnt/scratch/cut.tdm
 assert_status 4 tidemark restore /mnt/scratch/cut.tdm /mnt/scratch/copy.raw
 assert_nothing_hidden "what has failed"

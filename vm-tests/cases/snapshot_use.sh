@@ -47,6 +47,14 @@ echo before >/mnt/data/file
 create --name one --hook-before 'echo before >>/run/hooks' \
     --hook-frozen 'echo frozen >>/run/hooks' --hook-after 'echo after >>/run/hooks'
 assert_same "the hooks" "$(xargs </run/hooks)" "before frozen after"
+# What was begun is ended, whatever fails.
+for failing in before frozen; do
+    rm -f /run/hooks
+    assert_status 1 tidemark snapshot create data --name not --store /mnt/stores \
+        "--hook-$failing" 'echo failed >>/run/hooks; false' --hook-after 'echo after >>/run/hooks'
+    assert_same "the end of the hooks" "$(tail -n 1 /run/hooks)" after
+done
+refused 'no snapshot' tidemark snapshot show data@not
 echo between >/mnt/data/file
 create --name two
 echo after >/mnt/data/file

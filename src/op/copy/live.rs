@@ -20,7 +20,7 @@ use crate::job::Job;
 use crate::op::admission::{Admission, Question, WAITING_FOR_OTHERS};
 use crate::op::memory;
 use crate::progress::{Event, Observer, Phase};
-use crate::stack::hooks::Hook;
+use crate::stack::hooks::{Deadline, Hook};
 use crate::stack::watchdog::Standby;
 use crate::stack::{InstantContext, Stack};
 use crate::store::{CowStore, KeptStore, StoreConfig};
@@ -109,7 +109,7 @@ impl Live {
                 command,
                 origin: &plan.origin.path,
                 below: instant.below.first().map(PathBuf::as_path),
-                deadline: Some(instant.deadline),
+                deadline: Some(Deadline { at: instant.deadline, option: "--freeze-budget" }),
                 variables: &[],
             }
             .run(interrupt),

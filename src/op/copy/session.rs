@@ -5,7 +5,6 @@
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::time::Duration;
 
 use super::live::Live;
 use super::plan::{CopyPlan, LivePlan};
@@ -20,10 +19,7 @@ use crate::op::targets::naming_job;
 use crate::op::{interruptible, memory};
 use crate::progress::{Event, Observer, Phase};
 use crate::secondary::{self, Secondary, SecondaryTarget, engine_config};
-use crate::stack::hooks::Hook;
-
-/// How long `--hook-after` may continue to run after a stop request: it undoes what `--hook-before` did.
-const HOOK_AFTER_GRACE: Duration = Duration::from_secs(10);
+use crate::stack::hooks::AroundInstant;
 
 /// The engine and the secondary.
 pub struct Transfer {
@@ -45,8 +41,7 @@ pub struct Session<'a> {
     pub(super) live: Option<Live>,
     /// None before it is opened, and after it was passed to the copier.
     pub(super) transfer: Cell<Option<Transfer>>,
-    /// --hook-before has run, --hook-after has not.
-    is_hook_due: Cell<bool>,
+    hooks: AroundInstant<'a>,
     /// What a killed copy has left cannot be verified now, so it stays as it is.
     pub(super) is_doubted: Cell<bool>,
 }
@@ -89,7 +84,7 @@ impl<'a> Session<'a> {
         let mut session = Self::new(plan, observer, interrupt);
         session.live = Some(live);
         session.transfer.set(Some(transfer));
-        session.is_hook_due.set(is_hook_due);
+        session.hooks.is_due.set(is_hook_due);
         session.ending_with(copy)
     }
 
@@ -135,7 +130,7 @@ impl<'a> Session<'a> {
             job: None,
             live: None,
             transfer: Cell::new(None),
-            is_hook_due: Cell::new(false),
+            hooks: plan.request.hooks.around(&plan.origin.path),
             is_doubted: Cell::new(false),
         }
     }
@@ -160,45 +155,20 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Runs --hook-before. Afterwards --hook-after is due.
+    /// Runs --hook-before. From now on --hook-after is due.
     ///
     /// # Errors
-    /// Those of [`Hook::run`].
+    /// Those of [`AroundInstant::before`].
     fn hook_before(&self) -> Result<()> {
-        if let Some(command) = &self.plan.request.hooks.before {
-            let hook = self.hook("--hook-before", command);
-            hook.run(self.interrupt)
-                .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
-        }
-        self.is_hook_due.set(true);
-        Ok(())
+        let run = self.hooks.before(self.interrupt);
+        run.map_err(|error| error.state("nothing was frozen, and the origin was not changed"))
     }
 
-    /// Runs --hook-after if it is due, even if the instant failed: it undoes what --hook-before did. Its failure does
-    /// not undo the copy. Once `stop` returns an error (a signal, a lost snapshot), a hook that still runs is killed
-    /// after [`HOOK_AFTER_GRACE`].
+    /// Runs --hook-after if it is due. Its failure does not undo the copy. `stop`: see [`AroundInstant::after`].
     pub fn hook_after(&self, stop: &dyn Fn() -> Result<()>) {
-        if !self.is_hook_due.replace(false) {
-            return;
-        }
-        let Some(command) = &self.plan.request.hooks.after else { return };
-        let stopped = Cell::new(None);
-        let patience = || match (stop(), stopped.get()) {
-            (Ok(()), _) => Ok(()),
-            (Err(_), None) => {
-                stopped.set(Some(Stopwatch::start()));
-                Ok(())
-            }
-            (Err(error), Some(since)) if since.elapsed() >= HOOK_AFTER_GRACE => Err(error),
-            (Err(_), Some(_)) => Ok(()),
-        };
-        if let Err(error) = self.hook("--hook-after", command).run(&patience) {
+        if let Err(error) = self.hooks.after(stop) {
             self.observer.event(&Event::Warning { text: error.to_string() });
         }
-    }
-
-    fn hook<'h>(&'h self, option: &'static str, command: &'h str) -> Hook<'h> {
-        Hook { option, command, origin: &self.plan.origin.path, below: None, deadline: None, variables: &[] }
     }
 
     /// Holds the live origin: creates the store and inserts the stack. When this returns, the instant is over.
@@ -244,11 +214,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Restores the origin after a panic, and does nothing else.
+    /// Restores the origin after a panic, runs --hook-after if it is due, and does nothing else.
     fn abort(mut self) {
         if let Some(Err(error)) = self.live.take().map(|live| live.end(false)) {
             tracing::error!("{error}; run 'tidemark recover'");
         }
+        self.hook_after(self.interrupt);
     }
 }
 

@@ -8,7 +8,7 @@ use super::report::tell;
 use crate::base::{ChunkSize, DeviceNumber, Error, ErrorKind, Result};
 use crate::dm::{Dm, Table};
 use crate::job::Job;
-use crate::stack::hooks::Hook;
+use crate::stack::hooks::{Deadline, Hook};
 use crate::stack::watchdog::Standby;
 use crate::stack::{
     InsertRequest, InstantContext, Stack, StackNames, StackRequest, dismantling, insertion, restoration,
@@ -58,7 +58,7 @@ pub fn run(report: &Path, words: &[String]) -> Result<()> {
             command: hook,
             origin: &path,
             below: context.below.first().map(PathBuf::as_path),
-            deadline: Some(context.deadline),
+            deadline: Some(Deadline { at: context.deadline, option: "--freeze-budget" }),
             variables: &[],
         }
         .run(&interrupt)

@@ -75,6 +75,13 @@ impl GroupPlan {
         &self.snapshots[0].request.hooks
     }
 
+    /// The paths of all volumes, separated by spaces, for the hooks.
+    pub(super) fn origins(&self) -> String {
+        let paths: Vec<String> =
+            self.snapshots.iter().map(|one| one.origin.path.display().to_string()).collect();
+        paths.join(" ")
+    }
+
     /// The filesystems that are frozen, in this order.
     #[must_use]
     pub fn filesystems(&self) -> &[PathBuf] {

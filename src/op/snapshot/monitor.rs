@@ -26,7 +26,7 @@ use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{Dm, Slot, SnapshotStatus, node};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::job::RUN_DIR;
-use crate::stack::hooks::Hook;
+use crate::stack::hooks::{Deadline, Hook};
 use crate::store::size::{self, FillRate};
 use crate::sys::lock::{LockedFile, try_lock, try_lock_shared};
 use crate::sys::privilege::require_root;
@@ -373,7 +373,7 @@ impl Monitor<'_> {
                 command: &command,
                 origin: &node::mapper_path(&name),
                 below: None,
-                deadline: Some(Instant::now() + HOOK_MAX),
+                deadline: Some(Deadline { at: Instant::now() + HOOK_MAX, option: "its limit of 30 seconds" }),
                 variables: &[
                     ("TIDEMARK_EVENT", cause.word()),
                     ("TIDEMARK_SNAPSHOT", &name),

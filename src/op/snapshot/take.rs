@@ -34,7 +34,7 @@ use crate::format::state::{SnapshotGroupRecord, SnapshotRecord, SnapshotState};
 use crate::job::Job;
 use crate::op::admission::{Admission, WAITING_FOR_OTHERS};
 use crate::progress::{Event, Observer};
-use crate::stack::hooks::Hook;
+use crate::stack::hooks::{AroundInstant, Deadline, Hook};
 use crate::stack::kept::{self, Capture, CaptureRequest};
 use crate::stack::watchdog::Standby;
 use crate::stack::{HoldTimes, InstantContext};
@@ -134,11 +134,20 @@ fn create(
     check_places(dm, &plan.snapshots)?;
     let group = (plan.snapshots.len() > 1).then(new_id);
     let mut members = Vec::new();
+    let origins = plan.origins();
+    let around = AroundInstant {
+        variables: &[("TIDEMARK_ORIGINS", &origins)],
+        ..plan.hooks().around(&plan.snapshots[0].origin.path)
+    };
     let taken = open(dm, plan, &mut members, job, interrupt)
-        .and_then(|()| take(dm, plan, &mut members, group.as_deref(), job, interrupt))
+        .and_then(|()| take(dm, (plan, &around), &mut members, group.as_deref(), job, interrupt))
         .map_err(Stop::Undo)
         .and_then(|times| commit(&mut members, group.as_deref(), times).map(|()| times));
     drop(admission);
+    // At once, whatever became of the instant: applications may be waiting for it.
+    if let Err(error) = around.after(interrupt) {
+        observer.event(&Event::Warning { text: error.to_string() });
+    }
     let times = match taken {
         Ok(times) => times,
         Err(Stop::Leave(error)) => return Err(error),
@@ -161,11 +170,6 @@ fn create(
         frozen: times.frozen,
         suspended: times.suspended,
     });
-    let after =
-        plan.hooks().after.as_deref().map(|command| run_hook(plan, "--hook-after", command, None, interrupt));
-    if let Some(Err(error)) = after {
-        observer.event(&Event::Warning { text: error.to_string() });
-    }
     let mut snapshots = Vec::new();
     let mut failures = Vec::new();
     for mut member in members {
@@ -243,7 +247,7 @@ fn open<'a>(
 /// Steps 1 to 3 at the head of this module.
 fn take(
     dm: &Dm,
-    plan: &GroupPlan,
+    (plan, around): (&GroupPlan, &AroundInstant<'_>),
     members: &mut [Member<'_>],
     group: Option<&str>,
     job: &mut Job,
@@ -258,9 +262,7 @@ fn take(
     for member in members.iter() {
         captures.push(member.create_store(dm)?);
     }
-    if let Some(command) = &plan.hooks().before {
-        run_hook(plan, "--hook-before", command, None, interrupt)?;
-    }
+    around.before(interrupt)?;
     let request = CaptureRequest {
         captures,
         planned: plan.frozen.clone(),
@@ -268,7 +270,15 @@ fn take(
     };
     let mut at_instant = |instant: &InstantContext<'_>| match &plan.hooks().frozen {
         None => Ok(()),
-        Some(command) => run_hook(plan, "--hook-frozen", command, Some(instant), interrupt),
+        Some(command) => Hook {
+            option: "--hook-frozen",
+            command,
+            origin: around.origin,
+            below: None,
+            deadline: Some(Deadline { at: instant.deadline, option: "--freeze-budget" }),
+            variables: around.variables,
+        }
+        .run(interrupt),
     };
     let times = kept::run(dm, job, &request, &standby, &mut at_instant, interrupt)?;
     crash_point("snapshot.create.taken");
@@ -377,24 +387,4 @@ impl Member<'_> {
             snapshot,
         }
     }
-}
-
-/// Runs a hook once for all volumes: TIDEMARK_ORIGIN is the first one, TIDEMARK_ORIGINS has all, separated by spaces.
-fn run_hook(
-    plan: &GroupPlan,
-    option: &'static str,
-    command: &str,
-    instant: Option<&InstantContext<'_>>,
-    interrupt: &dyn Fn() -> Result<()>,
-) -> Result<()> {
-    let paths: Vec<String> = plan.snapshots.iter().map(|one| one.origin.path.display().to_string()).collect();
-    Hook {
-        option,
-        command,
-        origin: &plan.snapshots[0].origin.path,
-        below: None,
-        deadline: instant.map(|instant| instant.deadline),
-        variables: &[("TIDEMARK_ORIGINS", &paths.join(" "))],
-    }
-    .run(interrupt)
 }
