@@ -7,7 +7,11 @@
 #[allow(dead_code, clippy::print_stdout)] // shared with the command contracts, which use all of it
 mod support;
 
+#[path = "hooks/mariadb.rs"]
+mod mariadb;
 #[path = "hooks/postgresql.rs"]
 mod postgresql;
+#[path = "hooks/redis.rs"]
+mod redis;
 #[path = "hooks/servers.rs"]
 mod servers;

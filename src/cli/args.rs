@@ -222,8 +222,7 @@ Each hook is run with sh -c, in a process group of its own. Its output goes to s
   --hook-frozen  at the instant, while the filesystems are frozen and the origin is suspended: it must not write to
                  them. If it fails, the instant is given up.
   --hook-after   after the thaw. It runs whenever --hook-before was started: also if that failed or was killed, if the
-                 instant failed, and if a signal ended the command. So it must succeed if there is nothing to undo.
-                 Its failure is a warning.
+                 instant failed, and if a signal ended the command. Its failure is a warning.
 
 Time limits: --hook-before and --hook-after are killed, with all that they started, after --hook-timeout; --hook-frozen
 when the freeze budget has run out. The watchdog thaws the filesystems and resumes the origin at that time whatever
@@ -233,7 +232,8 @@ If this command itself is killed (SIGKILL), --hook-after does not run, unless 't
 must not stay undone has to watch for that itself, as the ready-made hooks do.
 
 Environment:
-  TIDEMARK_ORIGIN        the device or file that is copied, or the volume
+  TIDEMARK_ORIGIN        the device or file that is copied, or the volume (of a group, the first)
+  TIDEMARK_ORIGINS       snapshot create only: all volumes, separated by spaces
   TIDEMARK_ORIGIN_BELOW  --hook-frozen of copy only: the device to read, since the origin is suspended
   TIDEMARK_HOOK          before, frozen or after
   TIDEMARK_PID           the process of this command
@@ -242,7 +242,13 @@ Ready-made hooks are in /usr/lib/tidemark/hooks. Each explains itself at its top
 They end what they began by themselves if this command is killed, and at a limit (--limit SECONDS).
   postgresql before|after  PostgreSQL in backup mode: a checkpoint right before the instant, and the labels of a base
                            backup (--labels DIR). A copy of all of a server's data at one instant needs neither: to
-                           PostgreSQL it is a power cut, from which it recovers by design";
+                           PostgreSQL it is a power cut, from which it recovers by design
+  mariadb before|after     MariaDB in BACKUP STAGE BLOCK_COMMIT: tables without transactions (MyISAM, Aria) are whole.
+                           InnoDB alone needs no hook. Commits wait from before to after
+  redis before             a fresh dump. Not needed with an append-only file
+  qemu-guest before|after  the filesystems of a virtual machine frozen by its guest agent (--socket PATH)
+  systemd-unit before|after
+                           units stopped, and those started again that were active (--unit NAME)";
 
 /// `tidemark resume`.
 #[derive(Clone, Debug, Args)]

@@ -25,23 +25,32 @@ pub trait Server {
     fn main_process(&self) -> Pid;
     /// The environment by which the hook finds it, as assignments of a shell.
     fn environment(&self) -> String;
+    /// Options of the hook.
+    fn options(&self) -> String {
+        String::new()
+    }
     /// True while it holds what the hook has begun.
     fn is_held(&self) -> bool;
 
     /// A command line that runs the hook.
     fn hook(&self, arguments: &str) -> String {
         let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks").join(Self::HOOK);
-        format!("{} {} {arguments}", self.environment(), hook.display())
+        format!("{} {} {arguments} {}", self.environment(), hook.display(), self.options())
     }
 
     /// A copy with the hook around it. `and`: what the shell does after the hook before the copy.
     fn copy(&self, before: &str, and: &str, options: &[&str]) -> Command {
+        self.copy_with("", before, and, options)
+    }
+
+    /// The same; `first` is what the shell does first.
+    fn copy_with(&self, first: &str, before: &str, and: &str, options: &[&str]) -> Command {
         let (origin, target) = (self.directory().join("origin"), self.directory().join("copy.tdm"));
         if !origin.exists() {
             fs::write(&origin, vec![7; 4 << 20]).unwrap();
         }
         let _ = fs::remove_file(&target);
-        let before = format!("{}{and}", self.hook(&format!("before {before}")));
+        let before = format!("{first}{}{and}", self.hook(&format!("before {before}")));
         let after = self.hook("after");
         let mut words = vec!["copy", origin.to_str().unwrap(), target.to_str().unwrap()];
         words.extend(["--hook-before", &before, "--hook-after", &after]);
@@ -53,12 +62,34 @@ pub trait Server {
     fn begin(&self, before: &str) -> Child {
         let mut command = self.copy(before, "", &["--rate", "64KiB", "--segment", "64KiB"]);
         let child = spawn(command.stdout(Stdio::null()).stderr(Stdio::piped()));
-        wait_for("the hook begins", || self.is_held());
+        let is_open = || state_left(Self::HOOK, child.id()).iter().any(|state| state.join("open").exists());
+        wait_for("the hook begins", is_open);
+        assert!(self.is_held());
         child
     }
 
     fn target_exists(&self) -> bool {
         self.directory().join("copy.tdm").exists()
+    }
+}
+
+/// A server's process, which is killed at the end of the test.
+pub struct Running(Child);
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self(spawn(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())))
+    }
+
+    pub fn id(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.0.id()).unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
     }
 }
 
@@ -140,11 +171,11 @@ pub fn survives_failures<S: Server>(server: &S) {
     nothing_is_left(server, S::HOOK, id);
 
     // The limit runs out.
-    let child = server.begin("--limit 1");
+    let child = server.begin("--limit 3");
     let id = child.id();
     wait_for("the limit ends it", || !server.is_held());
     let ran = stop(child);
-    assert!(ran.stderr.contains("its limit of 1 s is over"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("its limit of 3 s is over"), "{}", ran.stderr);
     assert!(ran.stderr.contains("did not last"), "{}", ran.stderr);
     nothing_is_left(server, S::HOOK, id);
 }
@@ -170,6 +201,13 @@ pub fn refuses_without_its_server<S: Server>(server: &S) {
     assert!(ran.stderr.contains("--hook-before") && ran.stderr.contains(S::HOOK), "{}", ran.stderr);
     assert!(!ran.stderr.contains("--hook-after"), "nothing was begun: {}", ran.stderr);
     assert!(!server.target_exists());
+}
+
+/// A program of a package that scripts/setup has unpacked and not installed.
+pub fn unpacked(program: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/servers").join(program);
+    assert!(path.exists(), "{} is missing: run scripts/setup", path.display());
+    path
 }
 
 /// `program` as the ordinary user `name`, if the tests run as root; else as it is.

@@ -7,6 +7,7 @@ mod free;
 mod freeze;
 mod golden;
 mod harness;
+mod hooks;
 mod placement;
 mod snapshot;
 mod soak;
@@ -26,6 +27,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(stack::cases());
     cases.extend(store::cases());
     cases.extend(snapshot::cases());
+    cases.extend(hooks::cases());
     cases.extend(soak::cases());
     cases.extend(bench::cases());
     placement::place(&mut cases);

@@ -125,6 +125,13 @@ create data wal --name hooks --hook-before 'echo "before $TIDEMARK_ORIGIN $TIDEM
     --hook-frozen 'echo frozen >>/run/hooks' --hook-after 'echo after >>/run/hooks'
 assert_same "the hooks" "$(xargs </run/hooks)" \
     "before /dev/mapper/data /dev/mapper/data /dev/mapper/wal frozen after"
+# What was begun is ended, once for all volumes, whatever fails.
+for failing in before frozen; do
+    rm -f /run/hooks
+    assert_status 1 tidemark snapshot create wal data raw --store /mnt/stores --store-size 4MiB \
+        "--hook-$failing" false --hook-after 'echo "after $TIDEMARK_ORIGINS" >>/run/hooks'
+    assert_same "the end of the hooks" "$(cat /run/hooks)" "after /dev/mapper/wal /dev/mapper/data /dev/mapper/raw"
+done
 tidemark snapshot delete data@hooks --yes
 tidemark snapshot delete wal@hooks --yes
 
@@ -137,11 +144,18 @@ volumes = ["wal", "data"]
 freeze-budget = "1s"
 hook-before = "echo group >>/run/named"
 hook-frozen = "sleep 2"
+hook-timeout = "3s"
 END
 refused "no group 'web'" tidemark snapshot create --group web --store /mnt/stores
 # The hook and the budget are those of the file: the hook takes too long.
 assert_status 1 tidemark snapshot create --group mail --store /mnt/stores --store-size 4MiB
 no_snapshots "a group whose hook takes too long"
+status=0 began=$SECONDS
+tidemark snapshot create --group mail --store /mnt/stores --store-size 4MiB --hook-before 'sleep 60' >/run/out 2>&1 \
+    || status=$?
+assert_same "exit status" "$status" 1
+grep -q 'ran past --hook-timeout' /run/out && [ $((SECONDS - began)) -lt 40 ] || fail "$(cat /run/out)"
+no_snapshots "a group whose hook hangs"
 # Options come before the file.
 create --group mail --name named --hook-frozen true
 assert_same "the hook of the file" "$(xargs </run/named)" "group group"
@@ -151,7 +165,7 @@ echo 'hook-forzen = "x"' >>/etc/tidemark/groups.toml
 status=0
 tidemark snapshot create --group mail --store /mnt/stores 2>/run/out || status=$?
 assert_same "exit status" "$status" 4
-grep -q 'groups.toml, line 6: .*hook-forzen' /run/out || fail "no line is named: $(cat /run/out)"
+grep -q 'groups.toml, line 7: .*hook-forzen' /run/out || fail "no line is named: $(cat /run/out)"
 chmod o+w /etc/tidemark/groups.toml
 refused 'written by others' tidemark snapshot create --group mail --store /mnt/stores
 no_snapshots "a bad file"
