@@ -45,6 +45,8 @@ snapshot.rollback.merge snapshot.rollback.made snapshot.rollback.merged restore.
 snapshot.rollback.led snapshot.rollback.unmade snapshot.discard.devices snapshot.discard.store
 """.split()
 SNAPSHOTS_MAX, CLONES_MAX = 8, 3
+# What is tested here is not how fast the machine is.
+PATIENT = ["--freeze-budget", "20s"]
 # Numbers of the blocks that are written to clones.
 CLONE_NUMBERS = 1 << 40
 
@@ -342,7 +344,7 @@ class Program:
         size = "4MiB" if is_small else "32MiB"
         if is_small:
             self.oracle.small.add(name)
-        done = run("snapshot", "create", VOLUME, "--name", name, "--store", STORES, "--store-size", size, point=point)
+        done = run("snapshot", "create", VOLUME, "--name", name, "--store", STORES, "--store-size", size, *PATIENT, point=point)
         window = (before, self.writer.begun)
         if done is None:
             self.recover()
@@ -476,7 +478,7 @@ class Program:
         counts["detach and attach"] += 1
 
     def copy(self):
-        run("copy", VOLUME, f"{STORES}/copy", "--yes", "--format", "raw", "--store", STORES, "--impact", "none")
+        run("copy", VOLUME, f"{STORES}/copy", "--yes", "--format", "raw", "--store", STORES, "--impact", "none", *PATIENT)
         found = read_image(f"{STORES}/copy")
         count = max(found)
         if found != self.oracle.state_after(count):
