@@ -35,7 +35,7 @@ pub trait Server {
     /// A command line that runs the hook.
     fn hook(&self, arguments: &str) -> String {
         let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks").join(Self::HOOK);
-        format!("{} {} {arguments} {}", self.environment(), hook.display(), self.options())
+        format!("{} '{}' {arguments} {}", self.environment(), hook.display(), self.options())
     }
 
     /// A copy with the hook around it. `and`: what the shell does after the hook before the copy.
