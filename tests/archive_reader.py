@@ -2,6 +2,7 @@
 """An independent reader of Tidemark archives, written from src/format/archive/FORMAT.md alone.
 
     archive_reader.py extract ARCHIVE OUT     check everything, write what the archive holds to OUT
+    archive_reader.py extract ARCHIVE OUT PARENT...     the same of an increment, with the archives that it continues
     archive_reader.py extract --data-only ARCHIVE OUT   the same, without applying the originals to the data
     archive_reader.py check ARCHIVE           check everything
 
@@ -18,7 +19,7 @@ SUPER_MAGIC = b"TIDEMARK"
 FRAME_MAGIC = b"TDMFRAME"
 KINDS = {1: "data", 2: "originals", 3: "map"}
 DATA, ORIGINALS, MAP = 1, 2, 3
-PRESENT, ZERO, ABSENT = 1, 2, 3
+PRESENT, ZERO, ABSENT, INHERITED = 1, 2, 3, 4
 SEGMENTS_MAX = 4194304
 
 
@@ -214,10 +215,15 @@ class Superblock:
         need(block[:8] == SUPER_MAGIC, what + ": magic")
         check_crc(block, "tidemark superblock " + name, what)
         self.version = u32(block, 8)
-        need(self.version in (1, 2), what + ": version")
+        need(self.version in (1, 2, 3), what + ": version")
         need(u32(block, 12) == role, what + ": role")
         self.archive = bytes(block[16:32])
-        need(not any(block[32:48]), what + ": parent")
+        self.parent, self.snapshot, self.base = (bytes(block[at : at + 16]) for at in (32, 144, 160))
+        self.map_offset = u64(block, 176)
+        self.increment = any(self.parent)
+        need(any(self.base) == self.increment, what + ": snapshot of the parent")
+        need((self.increment or any(self.snapshot)) == (self.version == 3), what + ": names")
+        need(self.map_offset == 0 or (self.increment and role == 2), what + ": offset of the map")
         self.size = u64(block, 48)
         self.instant = u64(block, 56)
         self.chunk = u32(block, 64)
@@ -225,9 +231,9 @@ class Superblock:
         self.originals = u32(block, 72)
         need(power_of_two(self.chunk, 4096, 1 << 20), what + ": chunk size")
         need(power_of_two(self.segment, 65536, 1 << 24), what + ": segment size")
-        need(self.originals <= 2, what + ": originals mode")
+        need(self.originals <= 2 and not (self.increment and self.originals == 1), what + ": originals mode")
         need(-(-self.size // self.segment) <= SEGMENTS_MAX, what + ": origin size")
-        for start, end in ((76, 80), (144, 192), (1536, 4092)):
+        for start, end in ((76, 80), (184, 192), (1536, 4092)):
             need(is_zero(block[start:end]), what + ": padding")
         if role == 1:
             need(is_zero(block[80:144]), what + ": totals")
@@ -235,14 +241,18 @@ class Superblock:
         self.tool = text(block, 192, 64, what + ": program")
         self.name = text(block, 256, 256, what + ": name")
         self.path = text(block, 512, 1024, what + ": path")
-        self.shared = bytes(block[8:12]) + bytes(block[16:80]) + bytes(block[144:4092])
+        self.shared = bytes(block[8:12]) + bytes(block[16:80]) + bytes(block[144:176]) + bytes(block[184:4092])
+
+
+def stored_payload(superblock, head):
+    return -(-u64(head, 48) // BLOCK) * BLOCK if superblock.increment else superblock.segment
 
 
 class Frame:
     def __init__(self, superblock, sequence, data):
         what = "frame %d" % sequence
-        segment = superblock.segment
-        head, payload, tail = data[:BLOCK], data[BLOCK : BLOCK + segment], data[BLOCK + segment :]
+        segment, stored = superblock.segment, stored_payload(superblock, data)
+        head, payload, tail = data[:BLOCK], data[BLOCK : BLOCK + stored], data[BLOCK + stored :]
         need(len(tail) == BLOCK, what + ": cut off")
         self.kind = u32(head, 12)
         for block, side, name in ((head, 1, "head"), (tail, 2, "tail")):
@@ -288,15 +298,17 @@ class Frame:
 
     def check_kind(self, superblock, what):
         length = len(self.payload)
-        if self.kind == DATA:
-            need(self.offset % superblock.segment == 0, what + ": origin offset")
-            need(length == min(superblock.segment, superblock.size - self.offset), what + ": payload length")
-            need(self.extents and self.extents[-1][1] <= self.offset + length, what + ": extents")
-        elif self.kind == ORIGINALS:
+        packed = self.kind == ORIGINALS or (self.kind == DATA and superblock.increment)
+        if self.kind == ORIGINALS:
             need(superblock.originals == 2, what + ": originals in an archive that has none")
+        if packed:
             need(self.offset % SECTOR == 0, what + ": origin offset")
             need(self.extents and self.extents[0][0] == self.offset, what + ": first extent")
             need(sum(end - start for start, end in self.extents) == length, what + ": payload length")
+        elif self.kind == DATA:
+            need(self.offset % superblock.segment == 0, what + ": origin offset")
+            need(length == min(superblock.segment, superblock.size - self.offset), what + ": payload length")
+            need(self.extents and self.extents[-1][1] <= self.offset + length, what + ": extents")
         else:
             need(not self.extents and length % 24 == 0, what + ": map payload")
 
@@ -305,6 +317,9 @@ class Archive:
     def __init__(self, stream, out, data_only=False):
         self.stream, self.out, self.data_only = stream, out, data_only
         self.head = Superblock(stream.read(BLOCK), 1)
+        self.packed_end = 0
+        self.map_at = 0
+        self.cleared = []
         self.counts = {DATA: 0, ORIGINALS: 0, MAP: 0}
         self.originals_bytes = 0
         self.present = {}
@@ -312,16 +327,22 @@ class Archive:
         self.map_end = 0
 
     def read(self):
-        if self.out:
+        if self.out and not self.head.increment:
             self.out.truncate(self.head.size)
-        sequence, last = 0, DATA
+        sequence, last, offset = 0, DATA, BLOCK
         while True:
             block = self.stream.read(BLOCK)
             if block[:8] != FRAME_MAGIC:
                 break
-            frame = Frame(self.head, sequence, block + self.stream.read(self.head.segment + BLOCK))
+            need(len(block) == BLOCK, "frame %d: cut off" % sequence)
+            length = stored_payload(self.head, block) + BLOCK
+            need(length <= self.head.segment + BLOCK, "frame %d: payload length" % sequence)
+            frame = Frame(self.head, sequence, block + self.stream.read(length))
             need(frame.kind >= last, "frame %d: kind out of order" % sequence)
             last = frame.kind
+            if frame.kind == MAP and self.head.increment and self.map_at == 0:
+                self.map_at = offset
+            offset += BLOCK + length
             self.counts[frame.kind] += 1
             (None, self.data, self.original, self.map_frame)[frame.kind](frame)
             sequence += 1
@@ -333,6 +354,15 @@ class Archive:
             self.out.write(data)
 
     def data(self, frame):
+        if self.head.increment:
+            need(frame.offset >= self.packed_end, "data frame at %d: out of order" % frame.offset)
+            self.present[frame.offset] = frame.extents
+            self.packed_end = frame.extents[-1][1]
+            at = 0
+            for start, end in frame.extents:
+                self.write(start, frame.payload[at : at + end - start])
+                at += end - start
+            return
         need(frame.offset not in self.present, "two data frames for %d" % frame.offset)
         self.present[frame.offset] = frame.extents
         for start, end in frame.extents:
@@ -350,7 +380,10 @@ class Archive:
         need(frame.offset == self.map_end, "map frame: offset")
         for start, end, state, reserved in struct.iter_unpack("<QQII", frame.payload):
             need(start == self.map_end and start < end <= self.head.size, "map: order")
-            need(state in (PRESENT, ZERO, ABSENT) and reserved == 0, "map: state")
+            states = (PRESENT, ZERO, ABSENT, INHERITED) if self.head.increment else (PRESENT, ZERO, ABSENT)
+            need(state in states and reserved == 0, "map: state")
+            if state in (ZERO, ABSENT):
+                self.cleared.append((start, end))
             if state == PRESENT:
                 self.map.append((start, end))
             self.map_end = end
@@ -366,6 +399,39 @@ class Archive:
         expected = (data, originals, maps, data, data + originals, data + originals + maps,
                     present, self.originals_bytes)
         need(tail.totals == expected, "totals")
+        need(tail.map_offset == self.map_at, "offset of the map")
+
+
+def continues(child, parent):
+    named = parent.archive == child.parent or (any(parent.snapshot) and parent.snapshot == child.base)
+    return named and parent.size == child.size
+
+
+def extract(path, out, parents, data_only):
+    """Writes what the archive at `path` holds, with what it continues of `parents`."""
+    with open(path, "rb") as stream:
+        head = Superblock(stream.read(BLOCK), 1)
+    if not head.increment:
+        with open(path, "rb") as stream:
+            return Archive(stream, out, data_only).read()
+    for parent in parents:
+        with open(parent, "rb") as stream:
+            found = continues(head, Superblock(stream.read(BLOCK), 1))
+        if found:
+            extract(parent, out, parents, False)
+            break
+    else:
+        raise Bad("the parent is missing")
+    # The map is at the end: a first pass checks everything and reads it.
+    with open(path, "rb") as stream:
+        checked = Archive(stream, None, data_only)
+        checked.read()
+    for start, end in checked.cleared:
+        out.seek(start)
+        out.write(bytes(end - start))
+    with open(path, "rb") as stream:
+        Archive(stream, out, data_only).read()
+    return None
 
 
 def merged(extents):
@@ -382,16 +448,16 @@ def main(arguments):
     data_only = arguments[:2] == ["extract", "--data-only"]
     if data_only:
         arguments = ["extract"] + arguments[2:]
-    extract = len(arguments) == 3 and arguments[0] == "extract"
-    if not extract and not (len(arguments) == 2 and arguments[0] == "check"):
+    extracts = len(arguments) >= 3 and arguments[0] == "extract"
+    if not extracts and not (len(arguments) == 2 and arguments[0] == "check"):
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        with open(arguments[1], "rb") as stream:
-            if extract:
-                with open(arguments[2], "wb") as out:
-                    Archive(stream, out, data_only).read()
-            else:
+        if extracts:
+            with open(arguments[2], "wb") as out:
+                extract(arguments[1], out, arguments[3:], data_only)
+        else:
+            with open(arguments[1], "rb") as stream:
                 Archive(stream, None).read()
     except Bad as error:
         print("bad archive: %s" % error, file=sys.stderr)

@@ -76,6 +76,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Show the contents of an archive
     Inspect(InspectArgs),
+    /// Work with archives: merge
+    Archive(ArchiveArgs),
     /// Enlarge the stores of snapshots before they fill, and warn; runs until it is stopped
     Monitor(MonitorArgs),
     /// Show volumes, snapshots, copies and restores in progress, and leftovers
@@ -119,7 +121,9 @@ place: repair the disk or server, and run 'tidemark recover' again.")]
   tidemark copy data /dev/sdc --yes --verify
   tidemark copy /dev/vg0/home - | ssh backup 'cat > home.tdm'
   tidemark copy data data.img --format raw --rate 100MiB --store /mnt/fast
-  tidemark copy data data.tdm --dry-run")]
+  tidemark copy data data.tdm --dry-run
+  tidemark copy data@monday monday.tdm
+  tidemark copy data@tuesday --since monday tuesday.tdm")]
 pub struct CopyArgs {
     /// A volume's name, a device, or a regular file
     #[arg(value_name = "ORIGIN", value_hint = ValueHint::AnyPath)]
@@ -188,6 +192,14 @@ pub struct CopyArgs {
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
+    /// Copy only what changed since this kept snapshot of the volume, into an archive that continues the archive of
+    /// that snapshot
+    #[arg(long, value_name = "SNAPSHOT", help_heading = "Increments")]
+    pub since: Option<String>,
+    /// The archive that is continued, or a directory in which it is looked for by its identity; may be repeated
+    /// [default: the directory of SECONDARY]
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, requires = "since", help_heading = "Increments")]
+    pub parent: Vec<PathBuf>,
     /// Longest time for which filesystems may be frozen and the origin suspended, for the instant and for
     /// restoring the origin's table
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
@@ -415,6 +427,9 @@ pub struct RestoreArgs {
     /// The block device or file to restore to
     #[arg(value_name = "DEVICE|FILE", value_hint = ValueHint::AnyPath)]
     pub target: PathBuf,
+    /// What the archive was made from
+    #[command(flatten)]
+    pub parents: ParentArgs,
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,
@@ -432,6 +447,60 @@ pub struct VerifyArgs {
     /// Also compare the archive with this device or file
     #[arg(long, value_name = "DEVICE|FILE", value_hint = ValueHint::AnyPath)]
     pub against: Option<PathBuf>,
+    /// What the archive was made from
+    #[command(flatten)]
+    pub parents: ParentArgs,
+}
+
+/// Where the parents of an increment are.
+#[derive(Clone, Debug, Args)]
+pub struct ParentArgs {
+    /// An archive that ARCHIVE, an increment, continues, or a directory in which such archives are looked for by their
+    /// identity; may be repeated [default: the directory of ARCHIVE]
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub parent: Vec<PathBuf>,
+}
+
+/// `tidemark archive`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  tidemark archive merge friday.tdm week.tdm")]
+#[command(subcommand_required = true, arg_required_else_help = false, disable_help_subcommand = true)]
+pub struct ArchiveArgs {
+    /// The command
+    #[command(subcommand)]
+    pub command: ArchiveCommand,
+}
+
+/// The commands of `tidemark archive`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ArchiveCommand {
+    /// Make one whole archive of an increment and the archives that it continues
+    #[command(after_help = "Examples:
+  tidemark archive merge friday.tdm week.tdm
+  tidemark archive merge friday.tdm week.tdm --parent /backup/old --dry-run
+
+The archives of the chain stay as they are. Increments that continue ARCHIVE
+can be restored with the new archive as well, if ARCHIVE is of a kept
+snapshot.")]
+    Merge(MergeArgs),
+}
+
+/// `tidemark archive merge`.
+#[derive(Clone, Debug, Args)]
+pub struct MergeArgs {
+    /// The increment whose content the new archive gets
+    #[arg(value_name = "ARCHIVE", value_hint = ValueHint::FilePath)]
+    pub archive: PathBuf,
+    /// The new archive
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub merged: PathBuf,
+    /// What the archive was made from
+    #[command(flatten)]
+    pub parents: ParentArgs,
+    /// Confirmation.
+    #[command(flatten)]
+    pub consent: Consent,
 }
 
 /// `tidemark inspect`.

@@ -5,7 +5,9 @@
 
 use std::io::{self, IsTerminal};
 
-use super::args::{Command, CopyArgs, InspectArgs, RestoreArgs, ResumeArgs, VerifyArgs};
+use super::args::{
+    ArchiveCommand, Command, CopyArgs, InspectArgs, MergeArgs, RestoreArgs, ResumeArgs, VerifyArgs,
+};
 use super::confirm::confirmed;
 use super::output::Output;
 use super::progress::observer;
@@ -44,6 +46,9 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
         Command::Restore(args) => restore(args, output),
         Command::Verify(args) => verify(args, output),
         Command::Inspect(args) => inspect(args, output),
+        Command::Archive(args) => match &args.command {
+            ArchiveCommand::Merge(args) => merge(args, output),
+        },
         Command::Monitor(args) => snapshot::monitor(args, output),
         Command::Status(args) => match resolve::status(args)? {
             None => {
@@ -119,6 +124,21 @@ fn restore(args: &RestoreArgs, output: Output) -> Result<()> {
     let report = op::restore::run(&plan.request, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("restore", &report)
+}
+
+fn merge(args: &MergeArgs, output: Output) -> Result<()> {
+    let mut plan = op::archive_merge::plan(&resolve::merge(args)?, &interrupt)?;
+    let destroys = plan.target.overwrites.clone();
+    if !confirmed(output, "archive merge", args.consent, destroys.as_deref(), &plan)? {
+        return Ok(());
+    }
+    // Consent covers only what was shown: a file that appears later is not replaced.
+    plan.request.replace = args.consent.yes || destroys.is_some();
+    stop_on_signals(output)?;
+    let observer = observer(output);
+    let report = op::archive_merge::run(&plan, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("archive merge", &report)
 }
 
 fn verify(args: &VerifyArgs, output: Output) -> Result<()> {

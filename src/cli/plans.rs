@@ -6,6 +6,7 @@ use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::op::copy::CopyPlan;
 use crate::op::copy::plan::LivePlan;
+use crate::op::copy::since::SincePlan;
 use crate::op::request::{OnFull, Originals};
 use crate::op::resume::ResumePlan;
 use crate::secondary::SecondaryTarget;
@@ -24,9 +25,15 @@ impl Human for CopyPlan {
             lines.add("warning", warning);
         }
         lines.add("segments", segments_text(self));
+        if let Some(since) = &self.since {
+            add_since(&mut lines, since);
+        }
         match (&self.live, &origin.kind) {
             (Some(live), _) => add_live(&mut lines, self, live),
             (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place; the resumed copy uses it"),
+            (None, OriginKind::Snapshot { .. }) => lines
+                .0
+                .push_str("the origin is a kept snapshot: it is read as it is, and nothing is frozen\n"),
             (None, _) => {
                 lines.0.push_str("the origin is not in use: it is read directly, without a snapshot\n")
             }
@@ -87,6 +94,12 @@ fn add_omitted(lines: &mut Lines, plan: &CopyPlan) {
     for note in &omitted.notes {
         lines.add("copied all the same", note);
     }
+}
+
+fn add_since(lines: &mut Lines, since: &SincePlan) {
+    lines.add("since", format!("{}, which {} holds", since.base, since.parent.display()));
+    let changed = format!("{} chunks of {} have changed", since.changed_chunks, since.chunk);
+    lines.add("changes", format!("{changed}: {} of {} to move", since.to_move, since.total));
 }
 
 fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {

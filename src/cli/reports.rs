@@ -6,6 +6,7 @@ use crate::base::{Bytes, escape};
 use crate::cli::meter::{duration_text, view_texts};
 use crate::dm::SnapshotStatus;
 use crate::format::archive::{OriginalsMode, Superblock, Totals};
+use crate::op::archive_merge::MergePlan;
 use crate::op::attach::Attached;
 use crate::op::copy::CopyOutcome;
 use crate::op::copy::report::SkippedReport;
@@ -18,6 +19,7 @@ use crate::op::snapshot::list::{SnapshotView, State};
 use crate::op::status::{JobStatus, Status, VolumeStatus};
 use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
+use crate::restore::merge::MergeReport;
 use crate::restore::writer::RestoreReport;
 
 /// A value that can be shown as text.
@@ -123,6 +125,12 @@ impl Human for CopyOutcome {
                     rate_text(copy.read_bytes, copy.data_seconds)
                 ),
             );
+        if let Some(since) = &self.since {
+            let changed = format!("{} chunks, {}", since.changed_chunks, since.changed_bytes);
+            lines
+                .add("since", format!("{}, which {} holds", since.base, since.parent.display()))
+                .add("changed", format!("{changed}; moved: {}", since.moved_bytes));
+        }
         if let Some(store) = &self.store {
             let held = &self.instant;
             lines
@@ -173,12 +181,32 @@ impl Human for InspectReport {
             .add("origin size", exact(block.origin_size))
             .add("instant", instant_text(block))
             .add("segment", format!("{}, {} of them", block.segment, self.segments))
-            .add("chunk", block.chunk)
+            .add("chunk", block.chunk);
+        add_lineage(&mut lines, self);
+        lines
             .add("originals", originals_text(block.originals, &self.totals))
             .add("present", exact(self.map.present_bytes))
             .add("zero", exact(self.map.zero_bytes))
             .add("absent", exact(self.map.absent_bytes));
+        if block.is_increment() {
+            lines.add("inherited", exact(self.map.inherited_bytes));
+        }
         lines.finish()
+    }
+}
+
+/// The snapshot that an archive shows, and what it continues.
+fn add_lineage(lines: &mut Lines, report: &InspectReport) {
+    let block = &report.superblock;
+    if !block.snapshot.is_nil() {
+        lines.add("snapshot", block.snapshot.simple());
+    }
+    if block.is_increment() {
+        let found = match &report.parent {
+            Some(path) => path.display().to_string(),
+            None => "not in this directory".to_owned(),
+        };
+        lines.add("continues", format!("{} ({found})", block.parent)).add("since", block.base.simple());
     }
 }
 
@@ -191,6 +219,9 @@ impl Human for VerifyReport {
             seconds_text(self.seconds),
             rate_text(read, self.seconds)
         );
+        for parent in &self.parents {
+            text.push_str(&format!("{parent}, which it needs: every block is good\n"));
+        }
         if let Some(against) = &self.against {
             text.push_str(&format!("{against}: equal, {} compared", self.compared_bytes));
             if self.absent_bytes > Bytes::ZERO {
@@ -209,21 +240,59 @@ impl Human for RestoreReport {
         lines
             .add("restored", format!("{} to {}", self.archive, self.target))
             .add("origin", format!("{}, {}", origin_text(block), exact(block.origin_size)))
-            .add("instant", instant_text(block))
-            .add(
-                "written",
-                format!(
-                    "{} in {}{}",
-                    self.written_bytes,
-                    seconds_text(self.seconds),
-                    rate_text(self.written_bytes, self.seconds)
-                ),
-            );
+            .add("instant", instant_text(block));
+        add_parents(&mut lines, &self.parents);
+        lines.add(
+            "written",
+            format!(
+                "{} in {}{}",
+                self.written_bytes,
+                seconds_text(self.seconds),
+                rate_text(self.written_bytes, self.seconds)
+            ),
+        );
         if self.zeroed_bytes > Bytes::ZERO {
             let how = if self.discarded_bytes > Bytes::ZERO { ", discarded" } else { "" };
             lines.add("zeroed", format!("{}{how}", self.zeroed_bytes));
         }
         lines.finish()
+    }
+}
+
+impl Human for MergePlan {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        let archives: Vec<String> = self.archives.iter().map(|path| path.display().to_string()).collect();
+        lines
+            .add("merge", archives.join(", "))
+            .add("to", self.request.merged.display())
+            .add("data", exact(self.bytes));
+        if let Some(overwrites) = &self.target.overwrites {
+            lines.add("overwrites", overwrites);
+        }
+        for warning in &self.target.warnings {
+            lines.add("warning", warning);
+        }
+        lines.finish()
+    }
+}
+
+impl Human for MergeReport {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines
+            .add("merged", self.archives.join(", "))
+            .add("to", format!("{}, {}", self.merged, exact(self.written_bytes)))
+            .add("identity", self.archive)
+            .add("data", format!("{} of {} are still needed", self.kept_bytes, self.read_bytes))
+            .add("in", seconds_text(self.seconds));
+        lines.finish()
+    }
+}
+
+fn add_parents(lines: &mut Lines, parents: &[String]) {
+    if !parents.is_empty() {
+        lines.add("with", parents.join(", "));
     }
 }
 
@@ -244,6 +313,7 @@ impl Human for RestorePlan {
                 )
                 .add("instant", instant_text(&found.superblock));
         }
+        add_parents(&mut lines, &self.parents);
         lines.add(
             "to",
             match self.target_kind {

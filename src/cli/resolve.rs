@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::{
-    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, OnFullArg, OrderArg, OriginalsArg,
-    RestoreArgs, StatusArgs, VerifyArgs,
+    AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, MergeArgs, OnFullArg, OrderArg,
+    OriginalsArg, RestoreArgs, StatusArgs, VerifyArgs,
 };
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
@@ -15,8 +15,8 @@ use crate::format::SecondaryForm;
 use crate::op::attach::check_name;
 use crate::op::copy::plan::check_units;
 use crate::op::request::{
-    AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, OnFull, Originals, RestoreRequest,
-    StoreRequest, VerifyRequest,
+    AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, MergeRequest, OnFull, Originals,
+    RestoreRequest, StoreRequest, VerifyRequest,
 };
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
@@ -93,6 +93,8 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
             after: args.hook_after.clone(),
             timeout: args.hook_timeout,
         },
+        since: args.since.clone(),
+        parents: args.parent.clone(),
         replace: args.consent.yes,
     })
     .and_then(reject_raw_pipe)
@@ -156,8 +158,15 @@ fn originals_of(args: &CopyArgs, format: SecondaryForm) -> Result<Originals> {
             Err(Error::usage("--originals overlay cannot be used with -: a pipe cannot be written again")
                 .next("use --originals append, the default for -"))
         }
+        Some(OriginalsArg::Overlay) if args.since.is_some() && format == SecondaryForm::Archive => {
+            Err(Error::usage(
+                "--originals overlay cannot be used with --since: what an increment has packed is not rewritten",
+            )
+            .next("use --originals append, the default with --since"))
+        }
         Some(OriginalsArg::Append) => Ok(Originals::Append),
         None if is_pipe(args) => Ok(Originals::Append),
+        None if args.since.is_some() && format == SecondaryForm::Archive => Ok(Originals::Append),
         Some(OriginalsArg::Overlay) | None => Ok(Originals::Overlay),
     }
 }
@@ -280,6 +289,7 @@ pub fn restore(args: &RestoreArgs) -> Result<RestoreRequest> {
     Ok(RestoreRequest {
         archive: source_of(&args.archive),
         target: args.target.clone(),
+        parents: args.parents.parent.clone(),
         replace: args.consent.yes,
     })
 }
@@ -292,7 +302,26 @@ pub fn verify(args: &VerifyArgs) -> Result<VerifyRequest> {
     if let Some(against) = &args.against {
         reject_dash(against, "--against")?;
     }
-    Ok(VerifyRequest { archive: source_of(&args.archive), against: args.against.clone() })
+    Ok(VerifyRequest {
+        archive: source_of(&args.archive),
+        against: args.against.clone(),
+        parents: args.parents.parent.clone(),
+    })
+}
+
+/// `tidemark archive merge`.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for `-`: parents are found beside a file.
+pub fn merge(args: &MergeArgs) -> Result<MergeRequest> {
+    reject_dash(&args.archive, "the archive")?;
+    reject_dash(&args.merged, "the new archive")?;
+    Ok(MergeRequest {
+        archive: args.archive.clone(),
+        merged: args.merged.clone(),
+        parents: args.parents.parent.clone(),
+        replace: args.consent.yes,
+    })
 }
 
 /// `tidemark inspect`.

@@ -71,6 +71,7 @@ proptest! {
             segment,
             chunk: ChunkSize::default(),
             block_list: block_list.clone(),
+            lineage: crate::secondary::Lineage::default(),
         })
         .unwrap();
         let mut engine = open_engine(engine_config(segment, COPY_BUFFER_BYTES_MAX), EnginePreference::Auto).unwrap();

@@ -23,9 +23,9 @@ use super::regions::Order;
 use super::schedule::Schedule;
 use super::sink::{Sink, drain};
 use super::throttle::Throttle;
-use super::{append, confirm, verify};
+use super::{append, confirm, packed, verify};
 use crate::base::{Bytes, Error, ErrorKind, Result, SegmentSize};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::io::Driver;
 use crate::io::{Engine, FileIx};
 use crate::progress::{Observer, Phase, Silent};
@@ -63,6 +63,9 @@ pub struct CopyJob<'a> {
     pub origin_size: Bytes,
     /// The parts of the origin that are copied; sorted, disjoint, multiples of 4 KiB or the origin's end.
     pub block_list: Vec<Extent>,
+    /// The parts of the origin, outside the block list, that stay as the secondary or its parent has them; sorted,
+    /// disjoint.
+    pub inherited: Vec<Extent>,
     /// The parts of the origin that are copied first; in any order.
     pub first: Vec<Extent>,
     /// The options.
@@ -115,6 +118,7 @@ impl<'a> CopyJob<'a> {
             origin_description: "the origin".to_owned(),
             origin_size,
             block_list: Extent::new(Bytes::ZERO, origin_size).into_iter().collect(),
+            inherited: Vec::new(),
             first: Vec::new(),
             options,
             secondary,
@@ -147,6 +151,8 @@ pub struct CopyReport {
     pub resumed_segment_count: u64,
     /// Bytes of the origin that are not in the block list.
     pub absent_bytes: Bytes,
+    /// Bytes of the origin that the secondary, or the parent of an increment, has already.
+    pub inherited_bytes: Bytes,
     /// Bytes read from the origin.
     pub read_bytes: Bytes,
     /// Of those, in segments that were not all zero.
@@ -201,6 +207,7 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         schedule,
         region: options.region,
         order: options.order,
+        inherited: job.inherited.into_iter().collect(),
         first: job.first,
         origin_description: job.origin_description,
         throttle: Throttle::new(options.rate, job.impact, observer),
@@ -259,6 +266,7 @@ struct Plan<'a> {
     schedule: Schedule,
     region: Bytes,
     order: Order,
+    inherited: ExtentSet,
     first: Vec<Extent>,
     origin_description: String,
     throttle: Throttle<'a>,
@@ -315,12 +323,13 @@ fn run_phases(
         secondary: secondary.description().to_owned(),
         segment_bytes: plan.schedule.segment().bytes(),
         resumed_segment_count: plan.placed.count(),
-        absent_bytes: plan.schedule.size() - plan.schedule.total(),
+        absent_bytes: plan.schedule.size() - plan.schedule.total() - plan.inherited.total(),
+        inherited_bytes: plan.inherited.total(),
         ..CopyReport::default()
     };
     write_blocks(driver, &mut sink, |memory| secondary.opening(memory))?;
     copy_and_apply_originals(driver, &mut plan, &origin, secondary, &mut sink, &mut checksums, &mut report)?;
-    zero_absent(driver, &plan.schedule, secondary, &mut sink)?;
+    zero_absent(driver, (&plan.schedule, &plan.inherited), secondary, &mut sink)?;
     // The following blocks make a stream complete: once they are written, it cannot be undone.
     before_publish()?;
     write_blocks(driver, &mut sink, |memory| secondary.closing(memory))?;
@@ -330,7 +339,11 @@ fn run_phases(
     if plan.verify {
         driver.sync(sink.file)?;
         secondary.forget_cache();
-        report.verified_bytes = Some(verify::run(driver, &plan.schedule, secondary, sink.file, &checksums)?);
+        // What is packed is read as frames, not as segments.
+        let (size, segment) = (plan.schedule.size(), plan.schedule.segment());
+        let none = Schedule::new(Vec::new(), size, segment)?;
+        let schedule = if secondary.is_packed() { &none } else { &plan.schedule };
+        report.verified_bytes = Some(verify::run(driver, schedule, secondary, sink.file, &checksums)?);
         report.verify_seconds = (driver.now() - begin).as_secs_f64();
     }
     let begin = driver.now();
@@ -368,17 +381,13 @@ fn copy_and_apply_originals(
     report: &mut CopyReport,
 ) -> Result<()> {
     let begin = driver.now();
-    let copying = fuzzy::Plan {
-        origin,
-        schedule: &plan.schedule,
-        region: plan.region,
-        order: plan.order,
-        first: &plan.first,
-        placed: &plan.placed,
-        releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
-        placements: plan.placements.as_deref_mut().map(|it| it as &mut dyn PlacementLog),
+    let stats = if secondary.is_packed() {
+        let releases = plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases);
+        let what = (origin, &plan.schedule, plan.region);
+        packed::run(driver, what, releases, secondary, sink, &mut plan.throttle)?
+    } else {
+        copy_segments(driver, plan, origin, secondary, sink, checksums)?
     };
-    let stats = fuzzy::run(driver, copying, secondary, sink, checksums, &mut plan.throttle)?;
     report.add_data(stats, driver.now() - begin);
 
     // The barrier: no read of the origin is in flight any more.
@@ -403,14 +412,36 @@ fn copy_and_apply_originals(
     Ok(())
 }
 
-/// Zeroes the secondary outside the block list, whatever it held before.
+/// The fuzzy copy, segment by segment.
+fn copy_segments(
+    driver: &mut Driver<'_>,
+    plan: &mut Plan<'_>,
+    origin: &Origin,
+    secondary: &mut dyn Secondary,
+    sink: &mut Sink,
+    checksums: &mut Checksums,
+) -> Result<FuzzyStats> {
+    let copying = fuzzy::Plan {
+        origin,
+        schedule: &plan.schedule,
+        region: plan.region,
+        order: plan.order,
+        first: &plan.first,
+        placed: &plan.placed,
+        releases: plan.releases.as_deref_mut().map(|it| it as &mut dyn Releases),
+        placements: plan.placements.as_deref_mut().map(|it| it as &mut dyn PlacementLog),
+    };
+    fuzzy::run(driver, copying, secondary, sink, checksums, &mut plan.throttle)
+}
+
+/// Zeroes the secondary outside the block list, whatever it held before, except what is inherited.
 fn zero_absent(
     driver: &mut Driver<'_>,
-    schedule: &Schedule,
+    (schedule, inherited): (&Schedule, &ExtentSet),
     secondary: &mut dyn Secondary,
     sink: &mut Sink,
 ) -> Result<()> {
-    for gap in schedule.gaps() {
+    for gap in schedule.gaps().flat_map(|gap| inherited.gaps_in(gap)) {
         for step in gap.split(ABSENT_STEP) {
             for zeros in secondary.absent(&[step]).zeros {
                 while !sink.has_room() {

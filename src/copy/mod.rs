@@ -16,6 +16,7 @@ pub mod impact;
 pub mod job;
 mod origin;
 mod overlay;
+mod packed;
 mod placed;
 mod ports;
 pub mod regions;

@@ -25,7 +25,9 @@ use crate::io::engine::EngineConfig;
 use crate::progress::{Event, Observer, Phase, Silent};
 use crate::secondary::archive::Archive;
 use crate::secondary::engine_config;
-use crate::secondary::{OriginIdentity, OriginalsMode, Secondary, SecondaryRequest, SecondaryTarget, open};
+use crate::secondary::{
+    Lineage, OriginIdentity, OriginalsMode, Secondary, SecondaryRequest, SecondaryTarget, open,
+};
 
 /// UTC, nanoseconds.
 pub(super) const INSTANT: u64 = 1_700_000_000_000_000_000;
@@ -168,6 +170,7 @@ impl Setup {
             segment: SegmentSize::new(self.case.segment).unwrap(),
             chunk: ChunkSize::new(self.case.chunk).unwrap(),
             block_list: self.block_list.clone(),
+            lineage: Lineage::default(),
         }
     }
 
@@ -301,7 +304,7 @@ pub(super) fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
     assert_eq!(frames, totals.sequence_end());
     let mut image = vec![0u8; head.origin_size.as_len()];
     let mut present = vec![false; head.origin_size.as_len().div_ceil(4096)];
-    let mut map = MapCursor::new(head.origin_size);
+    let mut map = MapCursor::new(head.origin_size, false);
     let (mut absent, mut present_bytes) = (Vec::new(), Bytes(0));
     for sequence in 0..frames {
         let at = frame_offset(sequence, head.segment).unwrap().as_len();
@@ -336,6 +339,7 @@ pub(super) fn extract_parts(bytes: &[u8]) -> (Vec<u8>, Totals, Vec<Extent>) {
                         MapState::Present => present_bytes += entry.extent.length(),
                         MapState::Absent => absent.push(entry.extent),
                         MapState::Zero => {}
+                        MapState::Inherited => panic!("a whole archive inherits nothing"),
                     }
                 })
                 .unwrap(),

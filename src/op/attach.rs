@@ -194,6 +194,11 @@ fn refuse(device: &Path, number: DeviceNumber) -> Result<()> {
             ))
             .state("nothing was changed")
             .next(format!("copy it directly: tidemark copy {} SECONDARY", device.display()))),
+            OriginKind::Snapshot { .. } => {
+                Err(Error::refused(format!("{} is a kept snapshot, which is read-only", device.display()))
+                    .state("nothing was changed")
+                    .next("make a clone of it: 'tidemark snapshot clone'"))
+            }
             OriginKind::ColdFile => Err(Error::usage(format!("{} is not a block device", device.display()))),
         },
         Err(error) if error.kind() == ErrorKind::Refused => {

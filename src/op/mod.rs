@@ -1,7 +1,10 @@
 //! The use cases, each in three steps: observe, plan, run. `--dry-run` shows the same plan that a run would execute.
 
 pub mod admission;
+pub mod archive_merge;
 pub mod attach;
+#[cfg(test)]
+mod chain_tests;
 pub mod copy;
 pub mod detach;
 pub mod doctor;

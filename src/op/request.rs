@@ -137,6 +137,12 @@ pub struct CopyRequest {
     /// How long LVM commands have to wait if the origin is an LVM volume.
     #[serde(default)]
     pub lvm_lock: LvmScope,
+    /// Copy only what changed since this kept snapshot.
+    #[serde(default)]
+    pub since: Option<String>,
+    /// Files and directories in which the parent is looked for; none: the directory of the secondary.
+    #[serde(default)]
+    pub parents: Vec<PathBuf>,
     /// The hooks.
     pub hooks: Hooks,
     /// An existing file may be replaced, a device overwritten.
@@ -172,6 +178,8 @@ pub struct RestoreRequest {
     pub archive: ArchiveSource,
     /// A block device or a file.
     pub target: PathBuf,
+    /// Files and directories in which the parents of an increment are looked for; none: the archive's directory.
+    pub parents: Vec<PathBuf>,
     /// An existing file may be replaced, a device overwritten.
     pub replace: bool,
 }
@@ -183,6 +191,21 @@ pub struct VerifyRequest {
     pub archive: ArchiveSource,
     /// A device or file whose content must equal the archive's.
     pub against: Option<PathBuf>,
+    /// Files and directories in which the parents of an increment are looked for; none: the archive's directory.
+    pub parents: Vec<PathBuf>,
+}
+
+/// The arguments of `tidemark archive merge`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MergeRequest {
+    /// The increment.
+    pub archive: PathBuf,
+    /// The new archive.
+    pub merged: PathBuf,
+    /// Files and directories in which the parents are looked for; none: the increment's directory.
+    pub parents: Vec<PathBuf>,
+    /// An existing file may be replaced.
+    pub replace: bool,
 }
 
 /// The arguments of `tidemark inspect`.

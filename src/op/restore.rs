@@ -9,7 +9,7 @@ use crate::base::{DeviceNumber, Error, Result, ResultExt as _};
 use crate::job::{Job, conclude};
 use crate::progress::{Event, Observer, Phase};
 use crate::restore::ArchiveSource;
-use crate::restore::Input;
+use crate::restore::chain::Content;
 use crate::restore::writer::{self, RestoreReport};
 use crate::secondary::Secondary as _;
 use crate::secondary::raw::{RawRequest, RawTarget};
@@ -31,32 +31,47 @@ pub fn run(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<RestoreReport> {
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
-    let input = Input::open(&request.archive, interrupt)?;
-    restore(&input, request, observer, interrupt)
+    let content = Content::open(&request.archive, &request.parents, interrupt)?;
+    restore(&content, request, observer, interrupt)
 }
 
-/// Restores the content of `input` to the request's target.
+/// Restores `content` to the request's target.
 pub(super) fn restore(
-    input: &Input,
+    content: &Content,
     request: &RestoreRequest,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<RestoreReport> {
-    let superblock = input.superblock().clone();
     let raw = RawRequest {
-        size: superblock.origin_size,
+        size: content.superblock().origin_size,
         replace: request.replace,
-        forbidden: forbidden(&request.archive, &request.target)?,
+        forbidden: forbidden_for(content, &request.archive, &request.target)?,
     };
     let target =
         RawTarget::open(&request.target, &raw).map_err(|error| naming_job(error, &request.target))?;
     let job = Job::begin_for_target("restore", target.partial_path());
-    conclude(job, writer::write(target, input, superblock, observer, interrupt))
+    let written = match content {
+        Content::Whole(input) => writer::write(target, input, observer, interrupt),
+        Content::Chain(chain) => writer::write_chain(target, chain, observer, interrupt),
+    };
+    conclude(job, written)
+}
+
+/// As [`forbidden`], for every archive that is read.
+pub(super) fn forbidden_for(
+    content: &Content,
+    archive: &ArchiveSource,
+    target: &Path,
+) -> Result<Vec<DeviceNumber>> {
+    let Content::Chain(chain) = content else { return forbidden(archive, target) };
+    let paths = chain.links.iter().map(|link| link.archive.path().to_owned());
+    let each = paths.map(|path| forbidden(&ArchiveSource::Path(path), target));
+    Ok(each.collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// The device that holds the archive: it must not be the target, because a restore must not destroy its archive.
 /// Refuses the archive itself as the target.
-pub(super) fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
+fn forbidden(archive: &ArchiveSource, target: &Path) -> Result<Vec<DeviceNumber>> {
     let ArchiveSource::Path(path) = archive else { return Ok(Vec::new()) };
     let found = std::fs::metadata(path).io_context(|| format!("examining {}", path.display()))?;
     if let Ok(other) = std::fs::metadata(target)

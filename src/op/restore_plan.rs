@@ -11,11 +11,12 @@ use serde::Serialize;
 
 use super::inspect::{self, InspectReport};
 use super::request::{InspectRequest, RestoreRequest};
-use super::restore::forbidden;
+use super::restore::forbidden_for;
 use super::targets::{self, TargetFacts};
 use crate::base::{Bytes, Error, Result};
 use crate::progress::Silent;
 use crate::restore::ArchiveSource;
+use crate::restore::chain::Content;
 use crate::secondary::raw::{RawRequest, RawTarget};
 
 /// What exists at the target's path.
@@ -41,6 +42,8 @@ pub struct RestorePlan {
     pub target: TargetFacts,
     /// The description of the archive; None for a pipe.
     pub archive: Option<InspectReport>,
+    /// The archives that it continues, the whole one first; none for a whole archive.
+    pub parents: Vec<String>,
 }
 
 /// Plans a restore.
@@ -51,11 +54,12 @@ pub struct RestorePlan {
 /// file; I/O errors; the interrupt's.
 pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Result<RestorePlan> {
     let request = RestoreRequest { target: targets::named(&request.target)?, ..request.clone() };
-    let archive = match &request.archive {
-        ArchiveSource::Pipe => None,
-        ArchiveSource::Path(path) => {
-            Some(inspect::run(&InspectRequest { archive: path.clone() }, &Silent, interrupt)?)
-        }
+    let (archive, content) = match &request.archive {
+        ArchiveSource::Pipe => (None, None),
+        ArchiveSource::Path(path) => (
+            Some(inspect::run(&InspectRequest { archive: path.clone() }, &Silent, interrupt)?),
+            Some(Content::open(&request.archive, &request.parents, interrupt)?),
+        ),
     };
     let target_kind = match fs::metadata(&request.target) {
         Ok(metadata) if metadata.file_type().is_block_device() => TargetKind::Device,
@@ -74,10 +78,16 @@ pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Res
         size: size.unwrap_or(Bytes::ZERO),
         // Consent is asked for after all other checks.
         replace: true,
-        forbidden: forbidden(&request.archive, &request.target)?,
+        forbidden: match &content {
+            Some(content) => forbidden_for(content, &request.archive, &request.target)?,
+            None => Vec::new(),
+        },
     };
     RawTarget::check(&request.target, &raw).map_err(|error| targets::naming_job(error, &request.target))?;
-    let present = archive.as_ref().map(|archive| archive.map.present_bytes);
+    let (present, parents) = match &content {
+        Some(Content::Chain(chain)) => (Some(chain.owned_bytes()), chain.parents()),
+        _ => (archive.as_ref().map(|archive| archive.map.present_bytes), Vec::new()),
+    };
     let target = TargetFacts::of(&request.target, present);
-    Ok(RestorePlan { request, target_kind, target, archive })
+    Ok(RestorePlan { request, target_kind, target, archive, parents })
 }

@@ -13,6 +13,7 @@ use crate::base::{Bytes, Error, ErrorKind, Extent, Result, SegmentSize};
 use crate::format::archive::sample::Sample;
 use crate::format::archive::{ArchiveError, BLOCK_BYTES, OriginalsMode, frame_offset};
 use crate::progress::Silent;
+use crate::restore::chain::Content;
 use crate::restore::compare::{self, VerifyReport};
 use crate::restore::writer::RestoreReport;
 use crate::restore::{ArchiveSource, Input};
@@ -73,7 +74,7 @@ impl Place {
 
 fn request(archive: &Path, target: &Path) -> RestoreRequest {
     let archive = ArchiveSource::Path(archive.to_owned());
-    RestoreRequest { archive, target: target.to_owned(), replace: false }
+    RestoreRequest { archive, target: target.to_owned(), parents: Vec::new(), replace: false }
 }
 
 fn restore_file(archive: &Path, target: &Path) -> Result<RestoreReport> {
@@ -92,8 +93,13 @@ fn pipe(bytes: Vec<u8>) -> OwnedFd {
 
 fn restore_pipe(bytes: Vec<u8>, target: &Path) -> Result<RestoreReport> {
     let input = Input::stream(pipe(bytes), "the pipe", &|| Ok(()))?;
-    let request = RestoreRequest { archive: ArchiveSource::Pipe, target: target.to_owned(), replace: false };
-    restore::restore(&input, &request, &Silent, &|| Ok(()))
+    let request = RestoreRequest {
+        archive: ArchiveSource::Pipe,
+        target: target.to_owned(),
+        parents: Vec::new(),
+        replace: false,
+    };
+    restore::restore(&Content::Whole(input), &request, &Silent, &|| Ok(()))
 }
 
 fn verify_pipe(bytes: Vec<u8>, against: Option<&Path>) -> Result<VerifyReport> {
@@ -105,6 +111,7 @@ fn verify_file(archive: &Path, against: Option<&Path>) -> Result<VerifyReport> {
     let request = crate::op::request::VerifyRequest {
         archive: ArchiveSource::Path(archive.to_owned()),
         against: against.map(Path::to_owned),
+        parents: Vec::new(),
     };
     verify::run(&request, &Silent, &|| Ok(()))
 }
@@ -491,8 +498,8 @@ proptest! {
         let report = if pipe {
             let input = Input::stream(self::pipe(bytes), "the pipe", &|| Ok(())).unwrap();
             let archive = ArchiveSource::Pipe;
-            let request = RestoreRequest { archive, target: device.path(), replace: true };
-            restore::restore(&input, &request, &Silent, &|| Ok(())).unwrap()
+            let request = RestoreRequest { archive, target: device.path(), parents: Vec::new(), replace: true };
+            restore::restore(&Content::Whole(input), &request, &Silent, &|| Ok(())).unwrap()
         } else {
             let over = RestoreRequest { replace: true, ..request(&archive, &device.path()) };
             restore::run(&over, &Silent, &|| Ok(())).unwrap()

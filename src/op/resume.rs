@@ -92,8 +92,8 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
         give_up(if record.command == "copy" {
-            "its process died before the instant was taken, its origin was not in use, or it copied to a pipe, whose \
-             reader is gone"
+            "its process died before the instant was taken, its origin was not in use, it was an increment \
+             (--since), or it copied to a pipe, whose reader is gone"
                 .to_owned()
         } else {
             format!("it is not a copy but '{}'", record.command)
@@ -180,6 +180,8 @@ fn copy_plan(copy: &CopyRecord, device: &str, number: DeviceNumber, size: Bytes)
         segment: SegmentSize::new(Bytes(copy.segment_bytes))?,
         region: Bytes(copy.region_bytes),
         live: None,
+        kept: None,
+        since: None,
         forbidden: vec![number],
         target: TargetFacts::default(),
         omitted: None,

@@ -1,9 +1,9 @@
-//! `tidemark verify`: checks whether an archive is complete, and whether it equals a device or file.
+//! `tidemark verify`: checks whether an archive, with those that it continues, is complete, and whether it equals a device or file.
 
 use super::request::VerifyRequest;
 use crate::base::Result;
 use crate::progress::{Event, Observer, Phase};
-use crate::restore::Input;
+use crate::restore::chain::Content;
 use crate::restore::compare::{self, VerifyReport};
 use crate::volume;
 
@@ -20,6 +20,8 @@ pub fn run(
 ) -> Result<VerifyReport> {
     observer.event(&Event::Phase { phase: Phase::Prepare, total: None });
     let against = request.against.as_deref().map(volume::find).transpose()?;
-    let input = Input::open(&request.archive, interrupt)?;
-    compare::verify(&input, against.as_deref(), observer, interrupt)
+    match Content::open(&request.archive, &request.parents, interrupt)? {
+        Content::Whole(input) => compare::verify(&input, against.as_deref(), observer, interrupt),
+        Content::Chain(chain) => compare::verify_chain(&chain, against.as_deref(), observer, interrupt),
+    }
 }

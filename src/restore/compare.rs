@@ -19,16 +19,17 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::chain::{Chain, Link, engine_config_for_chain};
 use super::map::read_map;
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::units::SECTOR_BYTES;
-use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx};
+use crate::base::{Bytes, Error, Extent, Result, ResultExt as _, SegmentIx, SegmentSize};
 use crate::extent::{ExtentSet, cut};
 use crate::format::archive::{FrameKind, Layout, MapEntry, MapState, OriginalsMode, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
 use crate::io::{Buffer, Completion, Driver};
 use crate::progress::{Observer, Phase};
-use crate::restore::input::{engine_config_for, too_many};
+use crate::restore::input::{engine_config_for, read_archive, too_many};
 use crate::restore::{FrameConsumer, Input};
 use crate::secondary::PAYLOAD_OFFSET;
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
@@ -49,6 +50,8 @@ pub struct VerifyReport {
     pub superblock: Superblock,
     /// Its totals: counted, and equal to those in its tail superblock.
     pub totals: Totals,
+    /// The archives that it continues, the whole one first; none for a whole archive.
+    pub parents: Vec<String>,
     /// The device or file that it was compared with.
     pub against: Option<String>,
     /// Bytes of the origin that were compared.
@@ -73,7 +76,8 @@ pub fn verify(
 ) -> Result<VerifyReport> {
     let superblock = input.superblock().clone();
     let is_stream = matches!(input, Input::Stream(_));
-    let mut against = against.map(|path| Against::open(path, &superblock, is_stream)).transpose()?;
+    let mut against =
+        against.map(|path| Against::open(path, &superblock, superblock.segment, is_stream)).transpose()?;
     let config = engine_config_for(&superblock);
     let mut engine = open_engine(config, EnginePreference::Auto)?;
     let mut io = Driver::new(engine.as_mut(), observer, interrupt);
@@ -84,8 +88,13 @@ pub fn verify(
         Input::File(archive) => Some(archive.as_ref()),
         Input::Stream(_) => None,
     };
-    let mut user =
-        Comparer { against: against.as_mut(), map, absent: Bytes::ZERO, last_kind: FrameKind::Data };
+    let mut user = Comparer {
+        against: against.as_mut(),
+        map,
+        owned: None,
+        absent: Bytes::ZERO,
+        last_kind: FrameKind::Data,
+    };
     let read = input.read_all(&mut io, &mut checker, &mut user);
     let read = read.and_then(|totals| user.finish(&mut io, checker.seen()).map(|()| totals));
     if read.is_err() {
@@ -102,6 +111,7 @@ pub fn verify(
         archive: input.description(),
         superblock,
         totals,
+        parents: Vec::new(),
         against: against.as_ref().map(|against| against.description.clone()),
         compared_bytes,
         absent_bytes,
@@ -113,10 +123,71 @@ pub fn verify(
     }
 }
 
+/// Verifies every archive of a chain, the whole one first. The content of the last one is compared.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_chain(
+    chain: &Chain,
+    against: Option<&Path>,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<VerifyReport> {
+    let superblock = chain.last().superblock().clone();
+    let longest = chain.largest_segment();
+    let mut against = against.map(|path| Against::open(path, &superblock, longest, false)).transpose()?;
+    if let Some(against) = &mut against {
+        let appends = |link: &Link| link.archive.superblock().originals == OriginalsMode::Append;
+        against.may_be_resolved = chain.links.iter().any(appends);
+    }
+    let mut engine = open_engine(engine_config_for_chain(chain), EnginePreference::Auto)?;
+    let mut io = Driver::new(engine.as_mut(), observer, interrupt);
+    let total = |link: &Link| link.archive.totals().present_bytes + link.archive.totals().originals_bytes;
+    io.begin_phase(Phase::Verify, Some(chain.links.iter().map(total).sum()));
+    // Before the originals, which may be over zeros: the later comparison of a range counts.
+    if let Some(against) = &mut against {
+        let zeros = AlignedBuffer::zeroed(longest.bytes().as_len());
+        for part in chain.zero.iter().flat_map(|extent| extent.split(longest.bytes())) {
+            io.poll()?;
+            against.compare(part, &zeros[..part.length().as_len()])?;
+        }
+    }
+    for link in &chain.links {
+        let shown = link.archive.path().display().to_string();
+        let mut checker = FrameChecker::new(link.archive.superblock().clone(), &shown);
+        let mut user = Comparer {
+            against: against.as_mut(),
+            map: None,
+            owned: Some(&link.owned),
+            absent: Bytes::ZERO,
+            last_kind: FrameKind::Data,
+        };
+        if let Err(error) = read_archive(&link.archive, &mut io, &mut checker, &mut user) {
+            io.drain(Duration::MAX, true);
+            return Err(error);
+        }
+    }
+    io.report();
+    let absent_bytes = chain.absent.total();
+    let report = VerifyReport {
+        archive: chain.last().path().display().to_string(),
+        totals: *chain.last().totals(),
+        parents: chain.parents(),
+        against: against.as_ref().map(|against| against.description.clone()),
+        compared_bytes: against.as_ref().map_or(Bytes::ZERO, |_| superblock.origin_size - absent_bytes),
+        absent_bytes,
+        superblock,
+        seconds: io.now().as_secs_f64(),
+    };
+    against.map_or(Ok(()), |against| against.judge(&report.archive)).map(|()| report)
+}
+
 struct Comparer<'a> {
     against: Option<&'a mut Against>,
     /// Set if the map can be read beforehand.
     map: Option<&'a ArchiveFile>,
+    /// Of a chain: the only parts that are compared.
+    owned: Option<&'a ExtentSet>,
     /// Bytes that the map marks as absent, so far.
     absent: Bytes,
     last_kind: FrameKind,
@@ -125,6 +196,9 @@ struct Comparer<'a> {
 impl FrameConsumer for Comparer<'_> {
     fn map(&mut self, entry: MapEntry) {
         if entry.state != MapState::Absent {
+            return;
+        }
+        if self.owned.is_some() {
             return;
         }
         self.absent += entry.extent.length();
@@ -140,19 +214,20 @@ impl FrameConsumer for Comparer<'_> {
         seen: &SegmentBits,
         buffer: Buffer,
     ) -> Result<()> {
-        if self.last_kind == FrameKind::Data && frame.facts.kind != FrameKind::Data {
+        if self.owned.is_none() && self.last_kind == FrameKind::Data && frame.facts.kind != FrameKind::Data {
             self.end_data(io, seen)?;
         }
         self.last_kind = frame.facts.kind;
-        let mut packed = PAYLOAD_OFFSET;
-        for extent in &frame.extents {
-            let at = match frame.facts.kind {
-                FrameKind::Data => PAYLOAD_OFFSET + (extent.start() - frame.facts.origin_offset).as_len(),
-                FrameKind::Originals | FrameKind::Map => packed,
-            };
-            packed += extent.length().as_len();
+        for (extent, at) in frame.parts() {
             if let Some(against) = &mut self.against {
-                against.compare(*extent, &buffer[at..at + extent.length().as_len()])?;
+                let owned: Vec<Extent> = match self.owned {
+                    Some(owned) => owned.intersection_with(extent).collect(),
+                    None => vec![extent],
+                };
+                for part in owned {
+                    let at = PAYLOAD_OFFSET + (at + (part.start() - extent.start())).as_len();
+                    against.compare(part, &buffer[at..at + part.length().as_len()])?;
+                }
             }
             io.advance(extent.length());
             io.poll()?;
@@ -217,7 +292,8 @@ struct Against {
 }
 
 impl Against {
-    fn open(path: &Path, superblock: &Superblock, is_stream: bool) -> Result<Self> {
+    /// `longest`: the longest extent that is compared at once.
+    fn open(path: &Path, superblock: &Superblock, longest: SegmentSize, is_stream: bool) -> Result<Self> {
         let shown = path.display();
         let kind = std::fs::metadata(path).io_context(|| format!("stat of {shown}"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -242,7 +318,7 @@ impl Against {
             ))
             .next("compare with the device that was copied, or that the archive was restored to"));
         }
-        let room = superblock.segment.bytes() + DIRECT_IO_ALIGN + DIRECT_IO_ALIGN;
+        let room = longest.bytes() + DIRECT_IO_ALIGN + DIRECT_IO_ALIGN;
         Ok(Self {
             file,
             description: shown.to_string(),

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::IsTerminal as _;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io::{IsTerminal as _, Seek as _, SeekFrom};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
 use nix::errno::Errno;
@@ -18,7 +18,9 @@ use serde::Serialize;
 
 use crate::base::limits::COPY_BUFFER_BYTES_MAX;
 use crate::base::{Bytes, Error, ErrorKind, Result, ResultExt as _};
-use crate::format::archive::{ArchiveError, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control};
+use crate::format::archive::{
+    ArchiveError, BLOCK, BLOCK_BYTES, Block, MapEntry, Superblock, Totals, control,
+};
 use crate::io::transfer::is_end_of_file;
 use crate::io::{Buffer, Completion, Driver, EngineConfig, POLL_INTERVAL, Piece, Place};
 use crate::secondary::archive_read::{ArchiveFile, CheckedFrame, FrameChecker, SegmentBits};
@@ -69,6 +71,8 @@ pub struct Stream {
     file: File,
     description: String,
     superblock: Superblock,
+    /// Whatever follows the tail superblock is not a part of the archive.
+    ends_with_tail: bool,
 }
 
 impl Input {
@@ -102,7 +106,8 @@ impl Input {
             Superblock::decode_head(&block)
         };
         let superblock = head.map_err(|error| error.at(Block::HeadSuperblock, Bytes::ZERO, description))?;
-        Ok(Self::Stream(Stream { file, description: description.to_owned(), superblock }))
+        let description = description.to_owned();
+        Ok(Self::Stream(Stream { file, description, superblock, ends_with_tail: false }))
     }
 
     /// The archive's head superblock.
@@ -138,10 +143,27 @@ impl Input {
         consumer: &mut dyn FrameConsumer,
     ) -> Result<Totals> {
         match self {
-            Self::File(archive) => read_file(archive, io, checker, consumer),
+            Self::File(archive) => read_archive(archive, io, checker, consumer),
             Self::Stream(stream) => stream.read(io, checker, consumer),
         }
     }
+}
+
+/// Passes every frame of an archive file to `consumer`, as [`Input::read_all`].
+///
+/// # Errors
+/// As [`Input::read_all`].
+pub fn read_archive(
+    archive: &ArchiveFile,
+    io: &mut Driver<'_>,
+    checker: &mut FrameChecker,
+    consumer: &mut dyn FrameConsumer,
+) -> Result<Totals> {
+    if archive.superblock().is_increment() {
+        // Its frames differ in length, so each is found by the one before.
+        return Stream::over(archive)?.read(io, checker, consumer);
+    }
+    read_file(archive, io, checker, consumer)
 }
 
 fn deliver(
@@ -223,7 +245,6 @@ impl Stream {
         checker: &mut FrameChecker,
         consumer: &mut dyn FrameConsumer,
     ) -> Result<Totals> {
-        let length = checker.layout().frame_bytes().as_len();
         loop {
             let mut buffer = self.free_buffer(io, consumer)?;
             let found = self.fill(&mut buffer[..BLOCK_BYTES], io)?;
@@ -232,10 +253,11 @@ impl Stream {
             }
             if !control::has_magic(&buffer) {
                 let totals = checker.finish(&buffer[..BLOCK_BYTES])?;
-                let trailing = self.fill(&mut buffer[..1], io)? > 0;
+                let trailing = !self.ends_with_tail && self.fill(&mut buffer[..1], io)? > 0;
                 io.engine.give_buffer(buffer);
                 return if trailing { Err(self.trailing(checker)) } else { Ok(totals) };
             }
+            let length = checker.next_length(&buffer)?.as_len();
             let rest = self.fill(&mut buffer[BLOCK_BYTES..length], io)?;
             if BLOCK_BYTES + rest < length {
                 return Err(checker.truncated(BLOCK_BYTES + rest));
@@ -244,14 +266,26 @@ impl Stream {
         }
     }
 
+    /// An archive file, from its first frame on.
+    fn over(archive: &ArchiveFile) -> Result<Self> {
+        let description = archive.path().display().to_string();
+        let what = || format!("open the archive {description}");
+        // A file offset of its own, and no direct I/O, which a read of any length would not suit. Through /proc, because
+        // the name may lead to another file by now.
+        let path = format!("/proc/self/fd/{}", archive.file().as_raw_fd());
+        let mut file = File::open(path).io_context(what)?;
+        file.seek(SeekFrom::Start(BLOCK.get())).io_context(what)?;
+        // A device is longer than its archive.
+        let ends_with_tail = archive.is_device();
+        Ok(Self { file, description, superblock: archive.superblock().clone(), ends_with_tail })
+    }
+
     fn fill(&self, memory: &mut [u8], io: &Driver<'_>) -> Result<usize> {
         fill(&self.file, memory, &self.description, io.interrupt)
     }
 
     fn trailing(&self, checker: &FrameChecker) -> Error {
-        let offset = crate::format::archive::frame_offset(checker.next_sequence(), checker.layout().segment)
-            .unwrap_or(Bytes(u64::MAX));
-        ArchiveError::Trailing.at(Block::TailSuperblock, offset, &self.description)
+        ArchiveError::Trailing.at(Block::TailSuperblock, checker.next_offset(), &self.description)
     }
 
     /// A buffer for the next frame, once the consumer has room. Processes completions meanwhile, so that they

@@ -2,7 +2,7 @@
 
 use crate::base::{Bytes, Result};
 use crate::format::archive::map::MapCursor;
-use crate::format::archive::{ArchiveError, Block, MapEntry, MapState, frame, frame_offset};
+use crate::format::archive::{ArchiveError, Block, MapEntry, MapState, frame};
 use crate::secondary::archive_read::ArchiveFile;
 use crate::sys::aligned::AlignedBuffer;
 
@@ -19,13 +19,13 @@ pub fn read_map(
     let layout = archive.superblock().layout();
     let totals = archive.totals();
     let shown = archive.path().display().to_string();
-    let place = |sequence| frame_offset(sequence, layout.segment).unwrap_or(Bytes(u64::MAX));
     let mut memory = AlignedBuffer::zeroed(layout.frame_bytes().as_len());
-    let mut cursor = MapCursor::new(layout.origin_size);
+    let mut cursor = MapCursor::new(layout.origin_size, layout.is_increment);
     let mut present = Bytes::ZERO;
+    let mut offset = archive.map_offset();
     for sequence in totals.first_map()..totals.sequence_end() {
         interrupt()?;
-        archive.read_frame(sequence, &mut memory)?;
+        let length = archive.read_frame(sequence, offset, &mut memory)?;
         let mut taken = Ok(());
         let read = frame::open(&layout, sequence, &memory).and_then(|frame| {
             cursor.read(frame.control.facts.origin_offset, frame.payload, |entry| {
@@ -38,13 +38,20 @@ pub fn read_map(
             })
         });
         taken?;
-        read.map_err(|error| error.at(Block::Frame(sequence), place(sequence), &shown))?;
+        read.map_err(|error| error.at(Block::Frame(sequence), offset, &shown))?;
+        offset += length;
     }
-    let end = totals.sequence_end();
     let seen = present.get();
     let agreed = cursor.finish().and_then(|()| match totals.present_bytes.get() {
         tail if tail == seen => Ok(()),
         tail => Err(ArchiveError::Totals { field: "the count of present bytes", tail, seen }),
     });
-    agreed.map_err(|error| error.at(Block::TailSuperblock, place(end), &shown))
+    let agreed = agreed.and_then(|()| match archive.tail_offset() {
+        tail if tail == offset || layout.origin_size == Bytes::ZERO => Ok(()),
+        tail => {
+            let field = "the end of the map";
+            Err(ArchiveError::Totals { field, tail: tail.get(), seen: offset.get() })
+        }
+    });
+    agreed.map_err(|error| error.at(Block::TailSuperblock, archive.tail_offset(), &shown))
 }

@@ -14,18 +14,22 @@
 //! - a byte of a frame is written only after the frame was checked;
 //! - a file gets its final name only in step 5: an archive that proves bad leaves nothing under it;
 //! - memory: the engine's buffers, and a bit for each segment.
+//!
+//! Of a chain, each archive is written like that, one after the other, as far as it owns the content.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::input::{engine_config_for, with_state};
+use super::chain::{Chain, engine_config_for_chain};
+use super::input::{engine_config_for, read_archive, with_state};
 use super::{FrameConsumer, Input};
 use crate::base::{Bytes, Extent, Result, SegmentIx};
+use crate::extent::ExtentSet;
 use crate::format::archive::{FrameFacts, FrameKind, Layout, MapEntry, Superblock, Totals};
 use crate::io::open::{EnginePreference, open_engine};
-use crate::io::{Buffer, Completion, Driver, FileIx};
+use crate::io::{Buffer, Completion, Driver, EngineConfig, FileIx};
 use crate::progress::{Observer, Phase};
 use crate::secondary::archive_read::{CheckedFrame, FrameChecker, SegmentBits};
 use crate::secondary::raw::RawTarget;
@@ -50,6 +54,8 @@ pub struct RestoreReport {
     pub superblock: Superblock,
     /// The archive's totals.
     pub totals: Totals,
+    /// The archives that it continues, the whole one first; none for a whole archive.
+    pub parents: Vec<String>,
     /// Bytes written to the target.
     pub written_bytes: Bytes,
     /// Bytes of the target zeroed by command; the holes of a new file are not counted.
@@ -67,23 +73,73 @@ pub struct RestoreReport {
 /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad archive; I/O errors; any error that the
 /// interrupt returns. Each states how the target is left.
 pub fn write(
-    mut target: RawTarget,
+    target: RawTarget,
     input: &Input,
-    superblock: Superblock,
     observer: &dyn Observer,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<RestoreReport> {
-    let config = engine_config_for(&superblock);
+    let (config, facts) = (engine_config_for(input.superblock()), Facts::of(input));
+    write_with(target, config, facts, (observer, interrupt), |io, target| write_all(input, io, target))
+}
+
+/// Writes the content of `chain` to `target`. Each byte is written once, from the archive that owns it.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_chain(
+    target: RawTarget,
+    chain: &Chain,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<RestoreReport> {
+    let (config, facts) = (engine_config_for_chain(chain), Facts::of_chain(chain));
+    write_with(target, config, facts, (observer, interrupt), |io, target| {
+        write_all_of_chain(chain, io, target).map(|amounts| (*chain.last().totals(), amounts))
+    })
+}
+
+/// What a report says of an archive.
+struct Facts {
+    archive: String,
+    superblock: Superblock,
+    parents: Vec<String>,
+}
+
+impl Facts {
+    fn of(input: &Input) -> Self {
+        let superblock = input.superblock().clone();
+        Self { archive: input.description(), superblock, parents: Vec::new() }
+    }
+
+    fn of_chain(chain: &Chain) -> Self {
+        let last = chain.last();
+        Self {
+            archive: last.path().display().to_string(),
+            superblock: last.superblock().clone(),
+            parents: chain.parents(),
+        }
+    }
+}
+
+fn write_with(
+    mut target: RawTarget,
+    config: EngineConfig,
+    facts: Facts,
+    (observer, interrupt): (&dyn Observer, &dyn Fn() -> Result<()>),
+    write: impl FnOnce(&mut Driver<'_>, &mut RawTarget) -> Result<(Totals, Amounts)>,
+) -> Result<RestoreReport> {
+    let Facts { archive, superblock, parents } = facts;
     let mut engine = open_engine(config, EnginePreference::Auto)?;
     let name = engine.name();
     let mut io = Driver::new(engine.as_mut(), observer, interrupt);
-    match write_all(input, &mut io, &mut target) {
+    match write(&mut io, &mut target) {
         Ok((totals, Amounts { written, zeroed, discarded })) => Ok(RestoreReport {
-            archive: input.description(),
+            archive,
             target: target.description().to_owned(),
             engine: name,
             superblock,
             totals,
+            parents,
             written_bytes: written,
             zeroed_bytes: zeroed,
             discarded_bytes: discarded,
@@ -110,20 +166,44 @@ fn write_all(input: &Input, io: &mut Driver<'_>, target: &mut RawTarget) -> Resu
     let file = target.attach(io.engine)?;
     let mut checker = FrameChecker::new(input.superblock().clone(), &input.description());
     io.begin_phase(Phase::Data, input.totals().map(|totals| totals.present_bytes));
-    let mut writer = Writer {
-        target,
-        file,
-        layout: *checker.layout(),
-        originals_total: input.totals().map(|totals| totals.originals_bytes),
-        last_kind: FrameKind::Data,
-        in_flight: HashMap::new(),
-        zeros_in_flight: 0,
-        written: Bytes::ZERO,
-        zeroed: Bytes::ZERO,
-    };
+    let originals_total = input.totals().map(|totals| totals.originals_bytes);
+    let mut writer = Writer::new(target, file, *checker.layout(), originals_total);
     let totals = input.read_all(io, &mut checker, &mut writer)?;
     writer.finish(io, checker.seen())?;
     let (written, zeroed) = (writer.written, writer.zeroed);
+    Ok((totals, publish(io, target, file, (written, zeroed))?))
+}
+
+/// Writes the archives of a chain, the whole one first. What a later one owns is not written twice.
+fn write_all_of_chain(chain: &Chain, io: &mut Driver<'_>, target: &mut RawTarget) -> Result<Amounts> {
+    let file = target.attach(io.engine)?;
+    io.begin_phase(Phase::Data, Some(chain.owned_bytes()));
+    let (mut written, mut zeroed) = (Bytes::ZERO, Bytes::ZERO);
+    for (number, link) in chain.links.iter().enumerate() {
+        let shown = link.archive.path().display().to_string();
+        let mut checker = FrameChecker::new(link.archive.superblock().clone(), &shown);
+        let mut writer =
+            Writer { owned: Some(&link.owned), ..Writer::new(target, file, *checker.layout(), None) };
+        // Originals may follow over zeros. A new file reads as zeros where nothing was written.
+        if number == 0 && writer.target.is_device() {
+            let zero = [&chain.zero, &chain.absent].into_iter().flat_map(|set| set.iter()).collect();
+            writer.zero_all(io, &zero)?;
+        }
+        read_archive(&link.archive, io, &mut checker, &mut writer)?;
+        writer.settle(io)?;
+        written += writer.written;
+        zeroed += writer.zeroed;
+    }
+    publish(io, target, file, (written, zeroed))
+}
+
+/// Step 5.
+fn publish(
+    io: &mut Driver<'_>,
+    target: &mut RawTarget,
+    file: FileIx,
+    (written, zeroed): (Bytes, Bytes),
+) -> Result<Amounts> {
     let discards = target.is_device() && io.engine.gives_back(file);
     let amounts = Amounts { written, zeroed, discarded: if discards { zeroed } else { Bytes::ZERO } };
     io.report();
@@ -131,7 +211,7 @@ fn write_all(input: &Input, io: &mut Driver<'_>, target: &mut RawTarget) -> Resu
     io.sync(file)?;
     target.seal()?;
     target.finish()?;
-    Ok((totals, amounts))
+    Ok(amounts)
 }
 
 /// Writes frames to the target.
@@ -139,6 +219,8 @@ struct Writer<'t> {
     target: &'t mut RawTarget,
     file: FileIx,
     layout: Layout,
+    /// Of a chain: the only parts of the origin that are written. Nothing else is zeroed then.
+    owned: Option<&'t ExtentSet>,
     originals_total: Option<Bytes>,
     /// The kind of the last frame.
     last_kind: FrameKind,
@@ -171,6 +253,17 @@ impl FrameConsumer for Writer<'_> {
         }
         self.last_kind = facts.kind;
         match facts.kind {
+            FrameKind::Data | FrameKind::Originals if self.owned.is_some() => {
+                let hull = hull(&frame.extents);
+                if self.in_flight.values().any(|other| other.hull.overlaps(hull)) {
+                    self.settle(io)?;
+                }
+                let (placement, bytes) = self.place_owned(frame, &mut buffer);
+                self.put(io, hull, placement, buffer)?;
+                if facts.kind == FrameKind::Data {
+                    io.advance(bytes);
+                }
+            }
             FrameKind::Data => {
                 let (placement, extent) = self.place_data(frame, &mut buffer)?;
                 self.put(io, extent, placement, buffer)?;
@@ -181,7 +274,7 @@ impl FrameConsumer for Writer<'_> {
                 if self.in_flight.values().any(|other| other.hull.overlaps(hull)) {
                     self.settle(io)?;
                 }
-                let placement = self.place_originals(&frame.extents, &mut buffer);
+                let (placement, _) = self.place_owned(frame, &mut buffer);
                 self.put(io, hull, placement, buffer)?;
                 io.advance(facts.payload_length);
             }
@@ -218,7 +311,22 @@ fn segment_extent(facts: &FrameFacts) -> Extent {
         .expect("a checked data frame is within the origin")
 }
 
-impl Writer<'_> {
+impl<'t> Writer<'t> {
+    fn new(target: &'t mut RawTarget, file: FileIx, layout: Layout, originals_total: Option<Bytes>) -> Self {
+        Self {
+            target,
+            file,
+            layout,
+            owned: None,
+            originals_total,
+            last_kind: FrameKind::Data,
+            in_flight: HashMap::new(),
+            zeros_in_flight: 0,
+            written: Bytes::ZERO,
+            zeroed: Bytes::ZERO,
+        }
+    }
+
     fn place_data(&mut self, frame: &CheckedFrame, memory: &mut [u8]) -> Result<(Placement, Extent)> {
         let extent = segment_extent(&frame.facts);
         // What was not copied reads as zeros, whatever the payload has there.
@@ -234,18 +342,30 @@ impl Writer<'_> {
         Ok((self.target.place(&segment, memory)?, extent))
     }
 
-    fn place_originals(&mut self, extents: &[Extent], memory: &mut [u8]) -> Placement {
-        let mut all = Placement::default();
-        let mut packed = Bytes::ZERO;
-        for extent in extents {
+    /// Places the extents of a frame, as far as they are owned; returns their bytes too.
+    fn place_owned(&mut self, frame: &CheckedFrame, memory: &mut [u8]) -> (Placement, Bytes) {
+        let (mut all, mut bytes) = (Placement::default(), Bytes::ZERO);
+        for (extent, at) in frame.parts() {
             // The extents are sorted, so each begins at or after the bytes packed before it: never negative.
-            let memory_offset = extent.start() - packed;
-            let placement = self.target.lay_out(&[*extent], memory_offset, false, memory);
+            let memory_offset = extent.start() - at;
+            let owned: Vec<Extent> = match self.owned {
+                Some(owned) => owned.intersection_with(extent).collect(),
+                None => vec![extent],
+            };
+            let placement = self.target.lay_out(&owned, memory_offset, false, memory);
             all.pieces.extend(placement.pieces);
             all.zeros.extend(placement.zeros);
-            packed += extent.length();
+            bytes += owned.iter().map(|extent| extent.length()).sum();
         }
-        all
+        (all, bytes)
+    }
+
+    /// Zeroes ranges of a device.
+    fn zero_all(&mut self, io: &mut Driver<'_>, extents: &ExtentSet) -> Result<()> {
+        for part in extents.iter().flat_map(|extent| extent.split(ZERO_BYTES_MAX)) {
+            self.zero_run(io, Some(part))?;
+        }
+        self.settle(io)
     }
 
     fn put(&mut self, io: &mut Driver<'_>, hull: Extent, placement: Placement, buffer: Buffer) -> Result<()> {
@@ -283,8 +403,8 @@ impl Writer<'_> {
     /// Step 2, between the data frames and the following ones.
     fn end_data(&mut self, io: &mut Driver<'_>, seen: &SegmentBits, next: FrameKind) -> Result<()> {
         self.settle(io)?;
-        // A new file reads as zeros where nothing was written.
-        if self.target.is_device() {
+        // A new file reads as zeros where nothing was written. What a chain holds nowhere is zeroed apart.
+        if self.target.is_device() && self.owned.is_none() {
             let segment = self.layout.segment;
             let count = segment.count_for(self.layout.origin_size);
             let mut run: Option<Extent> = None;

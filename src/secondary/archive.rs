@@ -27,10 +27,12 @@ use uuid::Uuid;
 use super::archive_read::SegmentBits;
 use super::frames::Frames;
 use super::identity::Recognition;
+use super::packed::PackedFrames;
 use super::partial::PartialFile;
 use super::raw::forget_cache;
 use super::{
-    OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget, Segment,
+    Lineage, OriginalsMode, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget,
+    Segment,
 };
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, SegmentIx, directory_of};
 use crate::extent::Extent;
@@ -67,6 +69,8 @@ pub struct Archive {
     layout: Layout,
     block_list: Vec<Extent>,
     frames: Frames,
+    /// The frames of an increment; `frames` has none then.
+    packed: Option<PackedFrames>,
     /// The totals so far, except the data frames, which `frames` counts.
     other_totals: Totals,
     /// Set if a process died while it applied originals to the data: a data frame that has originals may be
@@ -109,10 +113,13 @@ impl Archive {
     }
 
     fn new(out: Out, description: String, request: &SecondaryRequest) -> Self {
+        let lineage = request.lineage;
         let superblock = Superblock {
-            version: Version::CURRENT,
+            version: if lineage == Lineage::default() { Version::CURRENT } else { Version::NAMING },
             archive: Uuid::new_v4(),
-            parent: Uuid::nil(),
+            parent: lineage.parent,
+            snapshot: lineage.snapshot,
+            base: lineage.base,
             origin_name: request.origin.name.clone(),
             origin_path: request.origin.path.clone(),
             origin_size: request.origin.size,
@@ -130,6 +137,7 @@ impl Archive {
             superblock,
             block_list: request.block_list.clone(),
             frames: Frames::new(count),
+            packed: (!lineage.parent.is_nil()).then(PackedFrames::default),
             other_totals: Totals::default(),
             rewritten: None,
             head_written: false,
@@ -187,7 +195,8 @@ impl Archive {
 
     /// The totals so far.
     fn totals(&self) -> Totals {
-        Totals { data_frames: self.frames.end(), ..self.other_totals }
+        let data_frames = self.packed.as_ref().map_or(self.frames.end(), |packed| packed.data);
+        Totals { data_frames, ..self.other_totals }
     }
 
     /// Nothing may follow the data while a data frame is missing.
@@ -206,6 +215,9 @@ impl Archive {
     /// for all other writes, and one within it does not. [`Secondary::seal`] truncates it. A failure is
     /// ignored: a filesystem that refuses this length may still have room for what is really written.
     fn lengthen(&self, file: &File) {
+        if self.packed.is_some() {
+            return;
+        }
         let length = self.frame_at(self.frames.segment_count()) + BLOCK;
         if let Err(error) = file.set_len(length.get()) {
             tracing::debug!(%error, "the archive's file grows as it is written");
@@ -220,12 +232,17 @@ impl Archive {
     }
 
     fn frame_at(&self, sequence: u64) -> Bytes {
+        if let Some(packed) = &self.packed {
+            return packed.offset_of(sequence);
+        }
         frame_offset(sequence, self.layout.segment)
             .expect("an origin of at most SEGMENT_COUNT_MAX segments gives offsets below 2^63")
     }
 
     fn frame_piece(&self, sequence: u64) -> Piece {
-        Piece { range: 0..self.layout.frame_bytes().as_len(), place: self.place_at(self.frame_at(sequence)) }
+        let packed = self.packed.as_ref().and_then(|packed| packed.get(sequence));
+        let length = packed.map_or(self.layout.frame_bytes(), |packed| packed.length);
+        Piece { range: 0..length.as_len(), place: self.place_at(self.frame_at(sequence)) }
     }
 
     /// A block of 4 KiB at the front of a buffer.
@@ -245,7 +262,7 @@ impl Archive {
 
     /// Frames the payload in `memory`.
     fn frame(
-        &self,
+        &mut self,
         kind: FrameKind,
         sequence: u64,
         extents: &[Extent],
@@ -255,10 +272,27 @@ impl Archive {
         let (origin_offset, payload_length, payload_checksum) = facts;
         let facts = FrameFacts { sequence, kind, origin_offset, payload_length, payload_checksum };
         frame::seal(&self.layout, &facts, extents, memory).map_err(|error| self.unfit(error))?;
+        if let Some(packed) = &mut self.packed {
+            packed.add(self.layout.stored_frame(payload_length), payload_checksum);
+        }
         Ok(Placement { pieces: vec![self.frame_piece(sequence)], zeros: vec![] })
     }
 
-    fn data_frame(&self, sequence: u64, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
+    /// Frames extents that are packed one after the other; returns their bytes too.
+    fn packed_frame(
+        &mut self,
+        kind: FrameKind,
+        sequence: u64,
+        extents: &[Extent],
+        memory: &mut [u8],
+    ) -> Result<(Placement, Bytes)> {
+        let bytes: Bytes = extents.iter().map(|extent| extent.length()).sum();
+        let start = extents.first().expect("a packed frame holds one extent at least").start();
+        let checksum = self.layout.version.payload_checksum(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
+        Ok((self.frame(kind, sequence, extents, (start, bytes, checksum), memory)?, bytes))
+    }
+
+    fn data_frame(&mut self, sequence: u64, segment: &Segment<'_>, memory: &mut [u8]) -> Result<Placement> {
         let checksum =
             segment.checksum.expect("an archive says that it is framed: checksums are computed for it");
         let facts = (segment.extent.start(), segment.extent.length(), checksum);
@@ -273,18 +307,31 @@ impl Archive {
         Ok(placement)
     }
 
+    /// The first frame that [`Secondary::extra`] reads: data frames of segments are read as such.
+    fn first_extra(&self) -> u64 {
+        if self.packed.is_some() { 0 } else { self.totals().data_frames }
+    }
+
     fn map_frame(&mut self, skip: usize, memory: &mut [u8]) -> Result<Option<Placement>> {
         let payload = &mut memory[PAYLOAD_OFFSET..][..self.layout.segment.bytes().as_len()];
         // Each frame starts from the first entry again. That is cheap: a map frame holds thousands of
         // entries, so an archive has few of them.
-        let mut entries =
-            map::entries(&self.layout, &self.block_list, |ix| self.frames.get(ix).is_some()).skip(skip);
-        let Some((start, used)) = map::fill(&mut entries, payload) else {
-            return Ok(None);
+        let filled = match &self.packed {
+            Some(packed) => {
+                let (size, inherited) = (self.layout.origin_size, &packed.inherited);
+                map::fill(&mut map::increment_entries(size, &self.block_list, inherited).skip(skip), payload)
+            }
+            None => {
+                let has_frame = |ix| self.frames.get(ix).is_some();
+                map::fill(&mut map::entries(&self.layout, &self.block_list, has_frame).skip(skip), payload)
+            }
         };
-        drop(entries);
+        let Some((start, used)) = filled else { return Ok(None) };
         let checksum = self.layout.version.payload_checksum(&memory[PAYLOAD_OFFSET..][..used.as_len()]);
         let sequence = self.totals().sequence_end();
+        if self.packed.is_some() && self.other_totals.map_frames == 0 {
+            self.other_totals.map_offset = self.frame_at(sequence);
+        }
         let placement = self.frame(FrameKind::Map, sequence, &[], (start, used, checksum), memory)?;
         self.other_totals.map_frames += 1;
         self.closing = Closing::Map(skip + used.as_len() / map::ENTRY_BYTES);
@@ -420,6 +467,26 @@ impl Secondary for Archive {
         self.block_list = block_list.to_vec();
     }
 
+    fn inherit(&mut self, inherited: &[Extent]) {
+        if let Some(packed) = &mut self.packed {
+            packed.inherited = inherited.to_vec();
+        }
+    }
+
+    fn is_packed(&self) -> bool {
+        self.packed.is_some()
+    }
+
+    fn place_packed(&mut self, extents: &[Extent], memory: &mut [u8]) -> Result<Placement> {
+        let sequence = self.totals().data_frames;
+        let (placement, bytes) = self.packed_frame(FrameKind::Data, sequence, extents, memory)?;
+        if let Some(packed) = &mut self.packed {
+            packed.data += 1;
+        }
+        self.other_totals.present_bytes += bytes;
+        Ok(placement)
+    }
+
     fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
         let file = match &self.out {
             Out::File(partial) => {
@@ -506,12 +573,8 @@ impl Secondary for Archive {
 
     fn append(&mut self, originals: &[Extent], memory: &mut [u8]) -> Result<Placement> {
         self.check_data_is_whole()?;
-        let bytes: Bytes = originals.iter().map(|extent| extent.length()).sum();
-        let start = originals.first().expect("a frame of originals holds one at least").start();
-        let checksum = self.layout.version.payload_checksum(&memory[PAYLOAD_OFFSET..][..bytes.as_len()]);
         let sequence = self.totals().first_map();
-        let placement =
-            self.frame(FrameKind::Originals, sequence, originals, (start, bytes, checksum), memory)?;
+        let (placement, bytes) = self.packed_frame(FrameKind::Originals, sequence, originals, memory)?;
         self.other_totals.originals_frames += 1;
         self.other_totals.originals_bytes += bytes;
         Ok(placement)
@@ -533,12 +596,12 @@ impl Secondary for Archive {
         Ok(Some(self.block(self.frame_at(self.totals().sequence_end()))))
     }
 
-    /// The head superblock, the originals and map frames, the tail superblock.
+    /// The head superblock, the originals and map frames, the tail superblock; of an increment also the data frames.
     fn extra(&self, unit: u64) -> Option<Vec<Piece>> {
-        let frames = self.totals().originals_frames + self.totals().map_frames;
+        let frames = self.totals().sequence_end() - self.first_extra();
         match unit {
             0 => Some(self.block(Bytes::ZERO).pieces),
-            unit if unit <= frames => Some(vec![self.frame_piece(self.totals().data_frames + unit - 1)]),
+            unit if unit <= frames => Some(vec![self.frame_piece(self.first_extra() + unit - 1)]),
             unit if unit == frames + 1 => {
                 Some(self.block(self.frame_at(self.totals().sequence_end())).pieces)
             }
@@ -547,14 +610,22 @@ impl Secondary for Archive {
     }
 
     fn check_extra(&self, unit: u64, memory: &[u8]) -> Result<()> {
-        let frames = self.totals().originals_frames + self.totals().map_frames;
-        if unit == 0 || unit > frames {
+        let totals = self.totals();
+        if unit == 0 || unit > totals.sequence_end() - self.first_extra() {
             return self.check_superblock(unit > 0, memory);
         }
-        let sequence = self.totals().data_frames + unit - 1;
+        let sequence = self.first_extra() + unit - 1;
         let frame = self.check_frame(sequence, memory)?;
-        let expected =
-            if sequence < self.totals().first_map() { FrameKind::Originals } else { FrameKind::Map };
+        let found = frame.control.facts.payload_checksum;
+        let written = self.packed.as_ref().and_then(|packed| packed.get(sequence));
+        if written.is_some_and(|written| written.checksum != found) {
+            return Err(self.bad(sequence, ArchiveError::Torn));
+        }
+        let expected = match sequence {
+            sequence if sequence < totals.data_frames => FrameKind::Data,
+            sequence if sequence < totals.first_map() => FrameKind::Originals,
+            _ => FrameKind::Map,
+        };
         if frame.control.facts.kind == expected {
             return Ok(());
         }

@@ -112,6 +112,8 @@ pub struct FrameChecker {
     layout: Layout,
     description: String,
     next: u64,
+    /// Where the next frame begins.
+    offset: Bytes,
     kind: FrameKind,
     seen: SegmentBits,
     frames: Presence,
@@ -121,6 +123,9 @@ pub struct FrameChecker {
     map_segment: SegmentPresence,
     /// The segment that `map_segment` accumulates.
     map_at: SegmentIx,
+    /// Of an increment, whose data frames ascend: their extents so far, and the end of the last one.
+    packed: SegmentPresence,
+    packed_end: Bytes,
 }
 
 /// A frame that has been checked: its facts, and the extents that its payload belongs to.
@@ -131,6 +136,20 @@ pub struct CheckedFrame {
     /// Data: the parts that are present. Originals: the ranges packed into the payload, in this order. Map:
     /// none.
     pub extents: Vec<Extent>,
+    /// The payload consists of the extents, one after the other.
+    pub is_packed: bool,
+}
+
+impl CheckedFrame {
+    /// The extents, each with where its bytes begin in the payload.
+    pub fn parts(&self) -> impl Iterator<Item = (Extent, Bytes)> + '_ {
+        let mut packed = Bytes::ZERO;
+        self.extents.iter().map(move |extent| {
+            let at = if self.is_packed { packed } else { extent.start() - self.facts.origin_offset };
+            packed += extent.length();
+            (*extent, at)
+        })
+    }
 }
 
 impl FrameChecker {
@@ -142,14 +161,17 @@ impl FrameChecker {
             layout,
             description: description.to_owned(),
             next: 0,
+            offset: BLOCK,
             kind: FrameKind::Data,
             seen: SegmentBits::new(layout.segment.count_for(layout.origin_size)),
             frames: Presence::default(),
             totals: Totals::default(),
-            map: MapCursor::new(layout.origin_size),
+            map: MapCursor::new(layout.origin_size, layout.is_increment),
             map_presence: Presence::default(),
             map_segment: SegmentPresence::default(),
             map_at: SegmentIx::ZERO,
+            packed: SegmentPresence::default(),
+            packed_end: Bytes::ZERO,
             superblock,
         }
     }
@@ -166,7 +188,25 @@ impl FrameChecker {
         self.next
     }
 
-    /// The segments whose data frames have been read.
+    /// Where the next frame, or the tail superblock, begins.
+    #[must_use]
+    pub fn next_offset(&self) -> Bytes {
+        self.offset
+    }
+
+    /// Bytes of the next frame, whose head control block is `head`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
+    pub fn next_length(&self, head: &[u8]) -> Result<Bytes> {
+        if !self.layout.is_increment {
+            return Ok(self.layout.frame_bytes());
+        }
+        let control = frame::open_head(&self.layout, self.next, head).map_err(|error| self.fault(error))?;
+        Ok(self.layout.stored_frame(control.facts.payload_length))
+    }
+
+    /// The segments whose data frames have been read. None of an increment, whose frames are not of segments.
     #[must_use]
     pub fn seen(&self) -> &SegmentBits {
         &self.seen
@@ -174,8 +214,7 @@ impl FrameChecker {
 
     /// An archive error at the next frame's place.
     fn fault(&self, error: ArchiveError) -> Error {
-        let offset = frame_offset(self.next, self.layout.segment).unwrap_or(Bytes(u64::MAX));
-        error.at(Block::Frame(self.next), offset, &self.description)
+        error.at(Block::Frame(self.next), self.offset, &self.description)
     }
 
     /// The error for input that ends in the middle of the next frame, after `found` bytes of it.
@@ -192,7 +231,10 @@ impl FrameChecker {
         let opened = frame::open(&self.layout, self.next, memory).map_err(|error| self.fault(error))?;
         self.follow(&opened, map).map_err(|error| self.fault(error))?;
         self.next += 1;
-        Ok(CheckedFrame { facts: opened.control.facts, extents: opened.control.extents().collect() })
+        self.offset += self.layout.stored_frame(opened.control.facts.payload_length);
+        let facts = opened.control.facts;
+        let is_packed = self.layout.is_packed(facts.kind);
+        Ok(CheckedFrame { facts, extents: opened.control.extents().collect(), is_packed })
     }
 
     fn follow(&mut self, opened: &Frame<'_>, map: &mut dyn FnMut(MapEntry)) -> Result<(), ArchiveError> {
@@ -202,6 +244,10 @@ impl FrameChecker {
         }
         self.kind = facts.kind;
         match facts.kind {
+            FrameKind::Data if self.layout.is_increment => {
+                self.totals.data_frames += 1;
+                self.follow_packed(opened)
+            }
             FrameKind::Data => {
                 self.totals.data_frames += 1;
                 if !self.seen.set(self.layout.segment.index_of(facts.origin_offset)) {
@@ -221,10 +267,24 @@ impl FrameChecker {
                 Ok(())
             }
             FrameKind::Map => {
+                if self.layout.is_increment && self.totals.map_frames == 0 {
+                    self.totals.map_offset = self.offset;
+                }
                 self.totals.map_frames += 1;
                 self.follow_map(facts.origin_offset, opened.payload, map)
             }
         }
+    }
+
+    fn follow_packed(&mut self, opened: &Frame<'_>) -> Result<(), ArchiveError> {
+        for (index, extent) in opened.control.extents().enumerate() {
+            if extent.start() < self.packed_end {
+                return Err(ArchiveError::Extent { index });
+            }
+            self.packed_end = extent.end();
+            self.packed.add(&mut self.frames, extent);
+        }
+        Ok(())
     }
 
     fn follow_map(
@@ -247,6 +307,12 @@ impl FrameChecker {
 
     /// Adds an entry of the map, segment by segment.
     fn compare_map(&mut self, entry: MapEntry) -> Result<(), ArchiveError> {
+        if self.layout.is_increment {
+            if entry.state == MapState::Present {
+                self.map_segment.add(&mut self.map_presence, entry.extent);
+            }
+            return Ok(());
+        }
         let segment = self.layout.segment;
         let mut at = entry.extent.start();
         while at < entry.extent.end() {
@@ -279,7 +345,7 @@ impl FrameChecker {
     /// # Errors
     /// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData).
     pub fn finish(&mut self, tail: &[u8]) -> Result<Totals> {
-        let offset = frame_offset(self.next, self.layout.segment).unwrap_or(Bytes(u64::MAX));
+        let offset = self.offset;
         let fault = |error: ArchiveError| error.at(Block::TailSuperblock, offset, &self.description);
         let (superblock, totals) = Superblock::decode_tail(tail).map_err(fault)?;
         if superblock != self.superblock {
@@ -295,7 +361,10 @@ impl FrameChecker {
 
     fn finish_map(&mut self) -> Result<(), ArchiveError> {
         self.map.finish()?;
-        if self.layout.origin_size > Bytes::ZERO {
+        if self.layout.is_increment {
+            self.packed.finish(&mut self.frames);
+            self.map_segment.finish(&mut self.map_presence);
+        } else if self.layout.origin_size > Bytes::ZERO {
             self.finish_map_segment()?;
         }
         if self.map_presence.bytes != self.frames.bytes {
@@ -320,6 +389,7 @@ fn compare_totals(tail: &Totals, seen: &Totals) -> Result<(), ArchiveError> {
         ("the count of map frames", tail.map_frames, seen.map_frames),
         ("the count of present bytes", tail.present_bytes.get(), seen.present_bytes.get()),
         ("the count of originals' bytes", tail.originals_bytes.get(), seen.originals_bytes.get()),
+        ("the map's offset", tail.map_offset.get(), seen.map_offset.get()),
     ];
     match fields.into_iter().find(|(_, tail, seen)| tail != seen) {
         None => Ok(()),
@@ -336,6 +406,8 @@ pub struct ArchiveFile {
     superblock: Superblock,
     totals: Totals,
     tail: Vec<u8>,
+    tail_offset: Bytes,
+    is_device: bool,
 }
 
 impl ArchiveFile {
@@ -362,28 +434,41 @@ impl ArchiveFile {
         let superblock = Superblock::decode_head(&head)
             .map_err(|error| error.at(Block::HeadSuperblock, Bytes::ZERO, &shown))?;
         let layout = superblock.layout();
-        let frames = if kind.is_file() {
-            layout.frame_count(Bytes(length)).map_err(|error| {
-                Error::bad_data(format!("{shown} is truncated, or data was appended to it"))
-                    .with_source(error)
-                    .next("fetch the archive from its source again, or make a new copy")
-            })?
-        } else {
-            reader.count_frames(&layout)?
+        let cut = |error: ArchiveError| {
+            Error::bad_data(format!("{shown} is truncated, or data was appended to it"))
+                .with_source(error)
+                .next("fetch the archive from its source again, or make a new copy")
         };
-        let offset = frame_offset(frames, layout.segment).unwrap_or(Bytes(u64::MAX));
+        let (frames, offset) = if !kind.is_file() {
+            let (frames, offset) = reader.count_frames(&layout)?;
+            (Some(frames), offset)
+        } else if layout.is_increment {
+            // How many frames there are is known once they are read.
+            (None, layout.tail_offset(Bytes(length)).map_err(cut)?)
+        } else {
+            let frames = layout.frame_count(Bytes(length)).map_err(cut)?;
+            (Some(frames), frame_offset(frames, layout.segment).unwrap_or(Bytes(u64::MAX)))
+        };
         let tail = reader.block(offset, Block::TailSuperblock)?;
         let fault = |error: ArchiveError| error.at(Block::TailSuperblock, offset, &shown);
         let (again, totals) = Superblock::decode_tail(&tail).map_err(fault)?;
         if again != superblock {
             return Err(fault(ArchiveError::Superblocks));
         }
-        if totals.sequence_end() != frames {
+        if let Some(seen) = frames.filter(|frames| *frames != totals.sequence_end()) {
             let (field, tail) = ("the count of frames", totals.sequence_end());
-            return Err(fault(ArchiveError::Totals { field, tail, seen: frames }));
+            return Err(fault(ArchiveError::Totals { field, tail, seen }));
         }
         let tail = tail.to_vec();
-        Ok(Self { path: path.to_owned(), superblock, totals, tail, file })
+        Ok(Self {
+            path: path.to_owned(),
+            superblock,
+            totals,
+            tail,
+            tail_offset: offset,
+            is_device: !kind.is_file(),
+            file,
+        })
     }
 
     /// The superblock.
@@ -419,21 +504,56 @@ impl ArchiveFile {
     /// Length of the whole archive.
     #[must_use]
     pub fn length(&self) -> Bytes {
-        let end = frame_offset(self.totals.sequence_end(), self.superblock.segment)
-            .expect("the tail superblock was read from there");
-        end + BLOCK
+        self.tail_offset + BLOCK
     }
 
-    /// Reads frame `sequence` to the front of `memory`.
+    /// True if it is on a block device, which may be longer.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Where the tail superblock begins.
+    #[must_use]
+    pub fn tail_offset(&self) -> Bytes {
+        self.tail_offset
+    }
+
+    /// Where the first map frame begins.
+    #[must_use]
+    pub fn map_offset(&self) -> Bytes {
+        if self.superblock.is_increment() {
+            return self.totals.map_offset;
+        }
+        frame_offset(self.totals.first_map(), self.superblock.segment).unwrap_or(Bytes(u64::MAX))
+    }
+
+    /// Reads frame `sequence`, which begins at `offset`, to the front of `memory`. Returns its length; it is checked
+    /// only as far as that needs.
     ///
     /// # Errors
-    /// I/O errors, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) if the file ends.
-    pub fn read_frame(&self, sequence: u64, memory: &mut AlignedBuffer) -> Result<()> {
-        let offset = frame_offset(sequence, self.superblock.segment).unwrap_or(Bytes(u64::MAX));
-        let length = self.superblock.layout().frame_bytes().as_len();
-        self.file
-            .read_exact_at(&mut memory[..length], offset.get())
-            .io_context(|| format!("read frame {sequence} at {} of {}", offset.get(), self.path.display()))
+    /// I/O errors, and [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a bad head control block.
+    pub fn read_frame(&self, sequence: u64, offset: Bytes, memory: &mut AlignedBuffer) -> Result<Bytes> {
+        let layout = self.superblock.layout();
+        let mut read = |part: std::ops::Range<usize>| {
+            let at = offset + Bytes::from_len(part.start);
+            self.file
+                .read_exact_at(&mut memory[part], at.get())
+                .io_context(|| format!("read frame {sequence} at {} of {}", at.get(), self.path.display()))
+        };
+        if !layout.is_increment {
+            return read(0..layout.frame_bytes().as_len()).map(|()| layout.frame_bytes());
+        }
+        read(0..BLOCK_BYTES)?;
+        let head = frame::open_head(&layout, sequence, memory);
+        let head =
+            head.map_err(|error| error.at(Block::Frame(sequence), offset, &self.path.display().to_string()))?;
+        let length = layout.stored_frame(head.facts.payload_length);
+        let mut read =
+            |part: std::ops::Range<usize>| self.file.read_exact_at(&mut memory[part], (offset + BLOCK).get());
+        read(BLOCK_BYTES..length.as_len())
+            .io_context(|| format!("read frame {sequence} at {} of {}", offset.get(), self.path.display()))?;
+        Ok(length)
     }
 }
 
@@ -459,15 +579,17 @@ impl Reader<'_> {
     }
 
     /// A device is longer than its archive: follows the frames' head control blocks to the end. The device's
-    /// size bounds the walk.
-    fn count_frames(&self, layout: &Layout) -> Result<u64> {
-        let mut sequence = 0;
+    /// size bounds the walk. Returns their number and where they end.
+    fn count_frames(&self, layout: &Layout) -> Result<(u64, Bytes)> {
+        let (mut sequence, mut offset) = (0, BLOCK);
         loop {
-            let offset = frame_offset(sequence, layout.segment).unwrap_or(Bytes(u64::MAX));
             let memory = self.block(offset, Block::Frame(sequence))?;
             match frame::open_head(layout, sequence, &memory) {
-                Ok(_) => sequence += 1,
-                Err(ArchiveError::Magic { .. }) => return Ok(sequence),
+                Ok(head) => {
+                    sequence += 1;
+                    offset += layout.stored_frame(head.facts.payload_length);
+                }
+                Err(ArchiveError::Magic { .. }) => return Ok((sequence, offset)),
                 Err(error) => {
                     return Err(error.at(Block::Frame(sequence), offset, &self.path.display().to_string()));
                 }

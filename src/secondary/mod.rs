@@ -19,6 +19,7 @@ pub mod archive_read;
 mod frames;
 pub mod guard;
 pub mod identity;
+mod packed;
 pub mod partial;
 mod port;
 pub mod raw;
@@ -30,8 +31,8 @@ pub use crate::format::archive::OriginalsMode;
 /// A segment that is on the secondary: what a later process needs in order to resume the copy.
 pub use crate::format::segment_log::PlacedSegment;
 pub use port::{
-    OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, SecondaryTarget,
-    Segment, engine_config, is_zero, zero_padding,
+    Lineage, OriginIdentity, PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest,
+    SecondaryTarget, Segment, engine_config, is_zero, zero_padding,
 };
 
 /// Most extents of the block list in one segment that this form can express: see

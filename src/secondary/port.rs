@@ -60,6 +60,19 @@ pub struct SecondaryRequest {
     pub chunk: ChunkSize,
     /// Parts of the origin that are copied; sorted, disjoint.
     pub block_list: Vec<Extent>,
+    /// What the copy shows and continues.
+    pub lineage: Lineage,
+}
+
+/// The kept snapshots and the archive that a copy is related to. Ids are nil if there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// The kept snapshot that the copy shows.
+    pub snapshot: Uuid,
+    /// The kept snapshot since which changes are copied.
+    pub base: Uuid,
+    /// The archive of that snapshot.
+    pub parent: Uuid,
 }
 
 /// The facts about the origin that superblocks hold.
@@ -146,6 +159,24 @@ pub trait Secondary: Send {
     /// is written.
     fn restrict(&mut self, block_list: &[Extent]) {
         let _ = block_list;
+    }
+    /// Ranges of the origin, outside the block list, that stay as the secondary, or the parent of an increment, has
+    /// them; sorted, disjoint. Called before anything is written.
+    fn inherit(&mut self, inherited: &[Extent]) {
+        let _ = inherited;
+    }
+    /// True if data is packed into frames in ascending order: [`Secondary::place_packed`] is called instead of
+    /// [`Secondary::place`].
+    fn is_packed(&self) -> bool {
+        false
+    }
+    /// Places a frame of data, whose extents are packed one after the other from [`PAYLOAD_OFFSET`].
+    ///
+    /// # Errors
+    /// What the format cannot express.
+    fn place_packed(&mut self, extents: &[Extent], memory: &mut [u8]) -> Result<Placement> {
+        let _ = (extents, memory);
+        Err(Error::usage(format!("{} holds whole segments", self.description())))
     }
     /// Registers the file with the engine.
     ///

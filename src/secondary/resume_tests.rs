@@ -141,6 +141,7 @@ impl World {
             segment: SegmentSize::new(Bytes(SEGMENT)).unwrap(),
             chunk: ChunkSize::new(Bytes(CHUNK)).unwrap(),
             block_list: self.block_list.clone(),
+            lineage: Lineage::default(),
         }
     }
 

@@ -5,6 +5,7 @@
 //! | origin | how it is copied |
 //! |---|---|
 //! | an attached volume, or another device of linear and striped targets in use | live: a stack is inserted |
+//! | a kept snapshot | nothing is inserted, as it never changes |
 //! | a device or file that no process has open for writing | cold: nothing is inserted |
 //! | anything else | refused |
 
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, escape};
-use crate::dm::naming::ROLE_VOLUME;
+use crate::dm::naming::{ROLE_CLONE, ROLE_SNAPSHOT, ROLE_VOLUME};
 use crate::dm::{DeviceIdentity, Dm, Slot, Target};
 use crate::topology::{Topology, User, check_answers, device_number};
 
@@ -42,6 +43,11 @@ pub enum OriginKind {
         /// True for a volume created by `tidemark attach`.
         attached: bool,
     },
+    /// The device of a kept snapshot, which never changes.
+    Snapshot {
+        /// The snapshot's id.
+        id: String,
+    },
     /// A block device that is not in use.
     ColdDevice,
     /// A regular file that is not being written.
@@ -53,6 +59,7 @@ impl fmt::Display for OriginKind {
         match self {
             Self::Live { name, attached: true } => write!(f, "attached volume {name}"),
             Self::Live { name, attached: false } => write!(f, "device-mapper device {name}"),
+            Self::Snapshot { .. } => f.write_str("kept snapshot"),
             Self::ColdDevice => f.write_str("block device that is not in use"),
             Self::ColdFile => f.write_str("regular file"),
         }
@@ -222,12 +229,11 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
     let uuid = info.uuid.as_str();
     let identity = DeviceIdentity::parse(uuid);
     let attached = identity.as_ref().is_some_and(|it| it.role == ROLE_VOLUME);
-    if identity.is_some() && !attached {
-        return Err(Error::refused(format!(
-            "{} is a device that Tidemark created for a copy",
-            path.display()
-        ))
-        .next("copy the volume itself; 'tidemark status' names it, 'tidemark recover' removes leftovers"));
+    if let Some(snapshot) = identity.as_ref().filter(|it| it.role == ROLE_SNAPSHOT) {
+        return kept_snapshot(path, number, &dm, snapshot);
+    }
+    if let Some(internal) = identity.as_ref().filter(|_| !attached) {
+        return Err(internal_device(&path, internal));
     }
     if dm.stack_under(&name)?.is_some() {
         return Err(Error::refused(format!("{} is being copied, or a copy of it has died", path.display()))
@@ -280,6 +286,31 @@ fn device_mapper(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Re
         notes,
         frozen: held,
         path,
+    })
+}
+
+/// The refusal for a device that Tidemark made, and that is no volume.
+fn internal_device(path: &Path, identity: &DeviceIdentity) -> Error {
+    let shown = path.display();
+    if identity.role == ROLE_CLONE {
+        return Error::refused(format!("{shown} is a clone of a kept snapshot"))
+            .state("nothing was changed")
+            .next("copy the snapshot itself; a clone that was written can be read with other tools");
+    }
+    Error::refused(format!("{shown} is a device that Tidemark created for a copy"))
+        .next("copy the volume itself; 'tidemark status' names it, 'tidemark recover' removes leftovers")
+}
+
+/// The device of a kept snapshot: it is read-only, so it may be mounted meanwhile.
+fn kept_snapshot(path: PathBuf, number: DeviceNumber, dm: &Dm, identity: &DeviceIdentity) -> Result<Origin> {
+    let table = dm.table(number, Slot::Active)?.ok_or_else(|| {
+        Error::refused(format!("{} has no table", path.display()))
+            .next("'tidemark snapshot list' shows its state")
+    })?;
+    Ok(Origin {
+        kind: OriginKind::Snapshot { id: identity.id.clone() },
+        size: table.length().bytes(),
+        ..cold_device(path, number)
     })
 }
 
@@ -358,17 +389,22 @@ fn plain_device(path: PathBuf, number: DeviceNumber, topology: &Topology) -> Res
         )?;
     let size =
         file.seek(SeekFrom::End(0)).io_context(|| format!("finding the size of {}", path.display()))?;
-    Ok(Origin {
+    Ok(Origin { size: Bytes(size), ..cold_device(path, number) })
+}
+
+/// A device that is not held, of no size.
+fn cold_device(path: PathBuf, number: DeviceNumber) -> Origin {
+    Origin {
         path,
         kind: OriginKind::ColdDevice,
         number: Some(number),
-        size: Bytes(size),
+        size: Bytes::ZERO,
         filesystems: Vec::new(),
         lock_filesystem: false,
         not_frozen: Vec::new(),
         notes: Vec::new(),
         frozen: FreezeSet::default(),
-    })
+    }
 }
 
 /// Refuses a device in use that is no volume. Names its user, and how to make it a volume.

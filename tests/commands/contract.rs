@@ -28,6 +28,11 @@ const COMMANDS: &[Row] = &[
     Row { name: "restore", required: &["ARCHIVE", "TARGET"], missing_input: Some(&["MISSING", "OUT"]) },
     Row { name: "verify", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
     Row { name: "inspect", required: &["ARCHIVE"], missing_input: Some(&["MISSING"]) },
+    Row {
+        name: "archive",
+        required: &["merge", "ARCHIVE", "OUT"],
+        missing_input: Some(&["merge", "MISSING", "OUT"]),
+    },
     Row { name: "status", required: &[], missing_input: None },
     Row { name: "recover", required: &[], missing_input: None },
     Row { name: "doctor", required: &[], missing_input: None },

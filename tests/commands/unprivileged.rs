@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::support::{Bench, PROGRAM, Ran, is_root, output, random_seed, undisturbed};
@@ -67,6 +68,10 @@ fn usage_errors_come_before_that() {
         vec!["attach", "/dev/null", "--name", "a/b"],
         vec!["detach", "-x"],
         vec!["snapshot", "create", "x", "--group", "mail"],
+        vec!["copy", "origin", "out.tdm", "--parent", "v3.tdm"],
+        vec!["copy", "origin", "out.tdm", "--since", "x", "--originals", "overlay"],
+        vec!["archive", "merge", "-", "out.tdm"],
+        vec!["archive", "merge", "x.tdm", "-"],
         vec!["snapshot", "show", "x"],
         vec!["snapshot", "mount", "x@1"],
         vec!["snapshot", "clone", "x"],
@@ -84,12 +89,20 @@ fn usage_errors_come_before_that() {
 #[test]
 fn files_are_copied_and_restored_by_anybody() {
     let bench = bench_for_everybody(1 << 20);
+    for name in ["v3.tdm", "v3-increment.tdm"] {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/archive").join(name);
+        fs::copy(golden, bench.path(name)).unwrap();
+    }
     for arguments in [
         vec!["copy", "origin", "copy.img", "--verify"],
         vec!["copy", "origin", "copy.tdm"],
         vec!["verify", "copy.tdm", "--against", "origin"],
         vec!["inspect", "copy.tdm"],
         vec!["restore", "copy.tdm", "back.img"],
+        vec!["restore", "v3-increment.tdm", "chain.img"],
+        vec!["verify", "v3-increment.tdm", "--against", "chain.img", "--parent", "v3.tdm"],
+        vec!["archive", "merge", "v3-increment.tdm", "merged.tdm"],
+        vec!["restore", "merged.tdm", "merged.img"],
         vec!["copy", "--help"],
         vec!["man"],
         vec!["completions", "bash"],
@@ -99,6 +112,7 @@ fn files_are_copied_and_restored_by_anybody() {
     }
     assert!(bench.read("copy.img") == bench.content);
     assert!(bench.read("back.img") == bench.content);
+    assert!(bench.read("chain.img") == bench.read("merged.img"));
 }
 
 #[test]

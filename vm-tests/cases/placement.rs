@@ -117,6 +117,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("hooks_systemd", A, F, F, ""),
     ("hooks_guest", A, F, F, ""),
     ("hooks_mariadb", A, F, F, ""),
+    ("copy_since", A, F, F, "twenty generations"),
+    ("copy_since_live", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
     ("soak_snapshots", A, N, N, "random programs, killed and taken apart"),

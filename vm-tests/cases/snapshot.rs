@@ -35,6 +35,8 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(300)
             .disk_mib(40)
             .limit_seconds(300),
+        since("copy_since", "copy_since.sh"),
+        since("copy_since_live", "copy_since_live.sh"),
         case("snapshot_filesystems", "snapshot_filesystems.sh")
             .modules(&["xfs"])
             .commands(&["mkfs.xfs", "fio", "wipefs"])
@@ -57,6 +59,11 @@ fn chain(name: &str, program: &str) -> Case {
         .disk_mib(16)
         .disk_mib(600)
         .limit_seconds(900)
+}
+
+/// A volume, a disk for its stores and archives, and a larger disk to restore to.
+fn since(name: &str, script: &str) -> Case {
+    case(name, script).disk_mib(64).disk_mib(1200).disk_mib(96).limit_seconds(900)
 }
 
 fn case(name: &str, script: &str) -> Case {

@@ -17,7 +17,7 @@ const SIDE_AT: usize = 8;
 const FACTS_AT: usize = 12;
 const EXTENTS_AT: usize = 64;
 const EXTENTS_END: usize = EXTENTS_AT + EXTENTS_MAX * 8;
-/// Of the payload's checksum in version 1 (4 bytes), and in version 2 (8 bytes).
+/// Of the payload's checksum in version 1 (4 bytes), and in later ones (8 bytes).
 const CHECKSUM_V1_AT: usize = 56;
 const CHECKSUM_V2_AT: usize = EXTENTS_END;
 const CRC_AT: usize = BLOCK_BYTES - 4;
@@ -40,7 +40,8 @@ pub struct FrameFacts {
     pub sequence: u64,
     /// The kind of payload.
     pub kind: FrameKind,
-    /// Offset on the origin. Data: of the segment. Originals: of the first original. Map: of the first entry.
+    /// Offset on the origin. Data: of the segment. Originals, and data of an increment: of the first extent. Map: of
+    /// the first entry.
     pub origin_offset: Bytes,
     /// Bytes of the payload in use; zeros follow up to the segment size.
     pub payload_length: Bytes,
@@ -60,7 +61,8 @@ pub struct Control<'a> {
 
 impl<'a> Control<'a> {
     /// The valid extents on the origin; sorted, disjoint, within the origin. Data: the parts of the segment
-    /// that are present. Originals: the ranges packed into the payload, in this order. Map: none.
+    /// that are present. Originals, and data of an increment: the ranges packed into the payload, in this order.
+    /// Map: none.
     pub fn extents(&self) -> impl ExactSizeIterator<Item = Extent> + Clone + use<'a> {
         let (base, size) = (self.base, self.size);
         self.extents.chunks_exact(8).map(move |entry| {
@@ -200,7 +202,7 @@ fn put_payload_checksum(version: Version, block: &mut [u8], checksum: u64) -> Re
             let wide = |_| ArchiveError::Field { field: "the payload's CRC-32C", value: checksum };
             put_u32(block, CHECKSUM_V1_AT, narrow.map_err(wide)?);
         }
-        Version::V2 => put_u64(block, CHECKSUM_V2_AT, checksum),
+        Version::V2 | Version::V3 => put_u64(block, CHECKSUM_V2_AT, checksum),
     }
     Ok(())
 }
@@ -211,7 +213,7 @@ fn get_payload_checksum(version: Version, block: &[u8]) -> Result<u64, ArchiveEr
     let (narrow, wide) = (u64::from(get_u32(block, CHECKSUM_V1_AT)), get_u64(block, CHECKSUM_V2_AT));
     let (checksum, other) = match version {
         Version::V1 => (narrow, wide),
-        Version::V2 => (wide, narrow),
+        Version::V2 | Version::V3 => (wide, narrow),
     };
     if other == 0 { Ok(checksum) } else { Err(RESERVED) }
 }
@@ -238,11 +240,14 @@ fn check_facts(layout: &Layout, facts: &FrameFacts) -> Result<(), ArchiveError> 
         return field("the payload length", length);
     }
     match facts.kind {
+        kind if layout.is_packed(kind) && !offset.is_aligned(Bytes(SECTOR_BYTES)) => {
+            field("the origin offset", offset)
+        }
+        kind if layout.is_packed(kind) => Ok(()),
         FrameKind::Data if !offset.is_aligned(segment) => field("the origin offset", offset),
         FrameKind::Data if length != segment.min(layout.origin_size - offset) => {
             field("the payload length", length)
         }
-        FrameKind::Originals if !offset.is_aligned(Bytes(SECTOR_BYTES)) => field("the origin offset", offset),
         FrameKind::Map if !length.is_aligned(Bytes::from_len(ENTRY_BYTES)) => {
             field("the payload length", length)
         }
@@ -256,9 +261,10 @@ fn check_extents(
     facts: &FrameFacts,
     extents: impl Iterator<Item = Option<Extent>>,
 ) -> Result<(), ArchiveError> {
+    let is_packed = layout.is_packed(facts.kind);
     let limit = match facts.kind {
-        FrameKind::Data => facts.origin_offset + facts.payload_length,
-        FrameKind::Originals | FrameKind::Map => layout.origin_size,
+        FrameKind::Data if !is_packed => facts.origin_offset + facts.payload_length,
+        _ => layout.origin_size,
     };
     let mut end = facts.origin_offset;
     let (mut count, mut total) = (0usize, Bytes::ZERO);
@@ -267,7 +273,7 @@ fn check_extents(
         if extent.start() < end || extent.end() > limit {
             return Err(ArchiveError::Extent { index });
         }
-        if facts.kind == FrameKind::Originals && index == 0 && extent.start() != facts.origin_offset {
+        if is_packed && index == 0 && extent.start() != facts.origin_offset {
             return Err(ArchiveError::Extent { index });
         }
         end = extent.end();
@@ -277,7 +283,7 @@ fn check_extents(
     match facts.kind {
         FrameKind::Map if count > 0 => Err(ArchiveError::ExtentCount { count }),
         FrameKind::Data | FrameKind::Originals if count == 0 => Err(ArchiveError::ExtentCount { count }),
-        FrameKind::Originals if total != facts.payload_length => {
+        _ if is_packed && total != facts.payload_length => {
             Err(ArchiveError::Field { field: "the payload length", value: facts.payload_length.get() })
         }
         _ => Ok(()),

@@ -42,7 +42,7 @@ pub enum ArchiveError {
     #[error("{what} has CRC-32C {found:08x}, computed {computed:08x}")]
     BlockChecksum { what: &'static str, found: u32, computed: u32 },
     /// The archive has a later format version.
-    #[error("the format version is {found}; this program reads versions 1 and 2")]
+    #[error("the format version is {found}; this program reads versions 1 to 3")]
     Version { found: u32 },
     /// A field is out of its bounds.
     #[error("{field} is {value}, which is invalid")]

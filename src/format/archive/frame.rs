@@ -15,7 +15,7 @@ pub struct Frame<'a> {
 }
 
 /// Adds both control blocks around a payload at [`PAYLOAD_OFFSET`] of `memory`, and zeros after the payload
-/// up to the segment size. The caller computes `facts.payload_checksum`.
+/// up to the segment size, or in an increment to the next block. The caller computes `facts.payload_checksum`.
 ///
 /// # Errors
 /// As [`encode`]; [`ArchiveError::Truncated`] if `memory` is shorter than a frame.
@@ -25,29 +25,30 @@ pub fn seal(
     extents: &[Extent],
     memory: &mut [u8],
 ) -> Result<(), ArchiveError> {
-    let expected = layout.frame_bytes().as_len();
+    let expected = layout.stored_frame(facts.payload_length).as_len();
     let found = memory.len();
     let memory = memory.get_mut(..expected).ok_or(ArchiveError::Truncated { found, expected })?;
     let (head, rest) = memory.split_at_mut(PAYLOAD_OFFSET);
-    let (payload, tail) = rest.split_at_mut(layout.segment.bytes().as_len());
+    let (payload, tail) = rest.split_at_mut(layout.stored_payload(facts.payload_length).as_len());
     encode(layout, facts, extents, Side::Head, head)?;
     encode(layout, facts, extents, Side::Tail, tail)?;
     payload[facts.payload_length.as_len()..].fill(0);
     Ok(())
 }
 
-/// Checks and decodes the frame in `memory`, whose sequence must be `sequence`.
+/// Checks and decodes the frame at the front of `memory`, whose sequence must be `sequence`.
 ///
 /// # Errors
 /// The first fault found. Any change of the frame is detected, except in version 1 one of the payload that leaves
 /// its CRC-32C the same.
 pub fn open<'a>(layout: &Layout, sequence: u64, memory: &'a [u8]) -> Result<Frame<'a>, ArchiveError> {
-    let expected = layout.frame_bytes().as_len();
+    let control = open_head(layout, sequence, memory)?;
+    let payload_length = control.facts.payload_length;
+    let expected = layout.stored_frame(payload_length).as_len();
     let found = memory.len();
     let memory = memory.get(..expected).ok_or(ArchiveError::Truncated { found, expected })?;
     let (head, rest) = memory.split_at(PAYLOAD_OFFSET);
-    let (payload, tail) = rest.split_at(layout.segment.bytes().as_len());
-    let control = open_head(layout, sequence, head)?;
+    let (payload, tail) = rest.split_at(layout.stored_payload(payload_length).as_len());
     decode(layout, Side::Tail, tail)?;
     if !same_facts(&head[..BLOCK_BYTES], tail) {
         return Err(ArchiveError::Torn);

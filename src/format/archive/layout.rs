@@ -3,12 +3,12 @@
 use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
-use super::ArchiveError;
+use super::{ArchiveError, FrameKind};
 use crate::base::checksum::{crc32c, xxh3_64};
 use crate::base::{Bytes, SegmentSize};
 use crate::format::bytes::BLOCK_BYTES;
 
-/// A version of the format. They differ only in the checksum of payloads.
+/// A version of the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
     /// Payloads have a CRC-32C. It misses a change that is within a block which ends with its own CRC-32C, such as
@@ -16,11 +16,15 @@ pub enum Version {
     V1,
     /// Payloads have an XXH3-64.
     V2,
+    /// As version 2; the archive names the kept snapshot that it shows, or the archive that it continues, or both.
+    V3,
 }
 
 impl Version {
-    /// The version that is written.
+    /// The version of an archive that names neither a snapshot nor a parent: older programs read it.
     pub const CURRENT: Self = Self::V2;
+    /// The version of an archive that names one of them.
+    pub const NAMING: Self = Self::V3;
 
     /// The number in a superblock.
     #[must_use]
@@ -28,11 +32,12 @@ impl Version {
         match self {
             Self::V1 => 1,
             Self::V2 => 2,
+            Self::V3 => 3,
         }
     }
 
     pub(super) fn from_number(number: u32) -> Option<Self> {
-        [Self::V1, Self::V2].into_iter().find(|version| version.number() == number)
+        [Self::V1, Self::V2, Self::V3].into_iter().find(|version| version.number() == number)
     }
 
     /// The checksum of a payload: CRC-32C in the lower 32 bits, or XXH3-64.
@@ -40,7 +45,7 @@ impl Version {
     pub fn payload_checksum(self, payload: &[u8]) -> u64 {
         match self {
             Self::V1 => u64::from(crc32c(payload)),
-            Self::V2 => xxh3_64(payload),
+            Self::V2 | Self::V3 => xxh3_64(payload),
         }
     }
 
@@ -48,7 +53,7 @@ impl Version {
     pub(super) fn checksum_name(self) -> &'static str {
         match self {
             Self::V1 => "CRC-32C",
-            Self::V2 => "XXH3-64",
+            Self::V2 | Self::V3 => "XXH3-64",
         }
     }
 }
@@ -74,15 +79,35 @@ pub struct Layout {
     pub archive: Uuid,
     /// Size of the origin.
     pub origin_size: Bytes,
-    /// Bytes of a frame's payload.
+    /// Bytes of a frame's payload; of an increment the most.
     pub segment: SegmentSize,
+    /// The archive continues another one: its frames are as long as their payloads need.
+    pub is_increment: bool,
 }
 
 impl Layout {
-    /// Bytes of a whole frame: head control block, payload, tail control block.
+    /// Bytes of a whole frame: head control block, payload, tail control block. Of an increment the most.
     #[must_use]
     pub fn frame_bytes(&self) -> Bytes {
         frame_bytes(self.segment)
+    }
+
+    /// Bytes that a payload takes in the archive, with the zeros after it.
+    #[must_use]
+    pub fn stored_payload(&self, payload_length: Bytes) -> Bytes {
+        if self.is_increment { payload_length.align_up(BLOCK) } else { self.segment.bytes() }
+    }
+
+    /// Bytes of the frame of a payload.
+    #[must_use]
+    pub fn stored_frame(&self, payload_length: Bytes) -> Bytes {
+        BLOCK + self.stored_payload(payload_length) + BLOCK
+    }
+
+    /// True if the payload of this kind of frame consists of its extents, one after the other.
+    #[must_use]
+    pub fn is_packed(&self, kind: FrameKind) -> bool {
+        kind == FrameKind::Originals || (kind == FrameKind::Data && self.is_increment)
     }
 
     /// Frames in a complete archive of `length` bytes.
@@ -97,6 +122,15 @@ impl Layout {
             }
             _ => Err(bad),
         }
+    }
+
+    /// Where the tail superblock of an increment of `length` bytes begins.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Length`] if no frames give that length.
+    pub fn tail_offset(&self, length: Bytes) -> Result<Bytes, ArchiveError> {
+        let tail = length.checked_sub(BLOCK).filter(|tail| *tail >= BLOCK && tail.is_aligned(BLOCK));
+        tail.ok_or(ArchiveError::Length { length: length.get(), frame_bytes: BLOCK.get() })
     }
 }
 

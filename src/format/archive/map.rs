@@ -22,6 +22,8 @@ pub enum MapState {
     Zero,
     /// It was not copied; it reads as zeros.
     Absent,
+    /// It is as in the parent. In increments only.
+    Inherited,
 }
 
 impl MapState {
@@ -30,6 +32,7 @@ impl MapState {
             Self::Present => 1,
             Self::Zero => 2,
             Self::Absent => 3,
+            Self::Inherited => 4,
         }
     }
 
@@ -40,6 +43,7 @@ impl MapState {
             Self::Present => "present",
             Self::Zero => "zero",
             Self::Absent => "absent",
+            Self::Inherited => "inherited",
         }
     }
 }
@@ -81,13 +85,14 @@ pub fn fill(entries: &mut impl Iterator<Item = MapEntry>, payload: &mut [u8]) ->
 pub struct MapCursor {
     at: Bytes,
     size: Bytes,
+    is_increment: bool,
 }
 
 impl MapCursor {
-    /// A cursor at the beginning of the map of an origin of `size` bytes.
+    /// A cursor at the beginning of the map of an origin of `size` bytes. `is_increment`: ranges may be inherited.
     #[must_use]
-    pub fn new(size: Bytes) -> Self {
-        Self { at: Bytes::ZERO, size }
+    pub fn new(size: Bytes, is_increment: bool) -> Self {
+        Self { at: Bytes::ZERO, size, is_increment }
     }
 
     /// Reads the entries of one map frame; `origin_offset` is that of the frame.
@@ -123,6 +128,7 @@ impl MapCursor {
             1 => MapState::Present,
             2 => MapState::Zero,
             3 => MapState::Absent,
+            4 if self.is_increment => MapState::Inherited,
             other => return Err(ArchiveError::Field { field: "a map entry's state", value: other.into() }),
         };
         if get_u32(slot, 20) != 0 {
@@ -176,6 +182,31 @@ pub fn entries<'a>(
         Some(MapEntry { extent, state })
     });
     merge(parts)
+}
+
+/// The map of an increment: `present` is in its data frames, `inherited` is as in the parent, the rest is absent. Both
+/// are sorted and disjoint, also from each other, and within the origin.
+pub fn increment_entries<'a>(
+    size: Bytes,
+    present: &'a [Extent],
+    inherited: &'a [Extent],
+) -> impl Iterator<Item = MapEntry> + 'a {
+    let (mut present, mut inherited) = (present.iter().peekable(), inherited.iter().peekable());
+    let mut at = Bytes::ZERO;
+    merge(std::iter::from_fn(move || {
+        let next_of = |list: &mut std::iter::Peekable<std::slice::Iter<'a, Extent>>| {
+            list.peek().map_or(size, |extent| extent.start())
+        };
+        let (next_present, next_inherited) = (next_of(&mut present), next_of(&mut inherited));
+        let (end, state) = match at {
+            at if at == next_present && at < size => (present.next()?.end(), MapState::Present),
+            at if at == next_inherited && at < size => (inherited.next()?.end(), MapState::Inherited),
+            _ => (next_present.min(next_inherited), MapState::Absent),
+        };
+        let extent = Extent::new(at, end)?;
+        at = end;
+        Some(MapEntry { extent, state })
+    }))
 }
 
 fn merge(parts: impl Iterator<Item = MapEntry>) -> impl Iterator<Item = MapEntry> {

@@ -35,6 +35,8 @@ impl Sample {
             version: Version::CURRENT,
             archive: Uuid::from_u128(0x7465_7374_0000_4000_8000_0000_0000_0001),
             parent: Uuid::nil(),
+            snapshot: Uuid::nil(),
+            base: Uuid::nil(),
             origin_name: "sample".to_owned(),
             origin_path: "/dev/mapper/sample".to_owned(),
             origin_size: size,

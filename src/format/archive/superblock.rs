@@ -15,6 +15,10 @@ const MAGIC: [u8; 8] = *b"TIDEMARK";
 const CRC_AT: usize = BLOCK_BYTES - 4;
 const TOTALS_AT: usize = 80;
 const TOTALS_END: usize = 144;
+const SNAPSHOT_AT: usize = 144;
+const BASE_AT: usize = 160;
+const MAP_OFFSET_AT: usize = 176;
+const NAMING_END: usize = 184;
 
 /// Longest tool version, in bytes.
 pub const TOOL_MAX: usize = 62;
@@ -89,9 +93,13 @@ pub struct Superblock {
     pub version: Version,
     /// The archive's own identity.
     pub archive: Uuid,
-    /// The archive that this one continues: always nil, since versions 1 and 2 have whole copies only. A reader that
-    /// took an increment for a whole copy would restore only half of the data.
+    /// The archive that this one, an increment, continues; nil for a whole copy. Readers of versions 1 and 2, which
+    /// have whole copies only, refuse an increment by its version.
     pub parent: Uuid,
+    /// The id of the kept snapshot that the archive shows; nil if it shows none.
+    pub snapshot: Uuid,
+    /// The id of the kept snapshot that the parent of an increment shows; nil for a whole copy.
+    pub base: Uuid,
     /// The origin's name, cut to [`NAME_MAX`] bytes.
     pub origin_name: String,
     /// The origin's path, cut to [`PATH_MAX`] bytes.
@@ -123,6 +131,8 @@ pub struct Totals {
     pub present_bytes: Bytes,
     /// Bytes of originals in originals frames.
     pub originals_bytes: Bytes,
+    /// Where the first map frame of an increment begins; zero in a whole copy, where it follows from the counts.
+    pub map_offset: Bytes,
 }
 
 impl Totals {
@@ -144,6 +154,12 @@ impl Totals {
 }
 
 impl Superblock {
+    /// True if the archive continues another one, and cannot be restored without it.
+    #[must_use]
+    pub fn is_increment(&self) -> bool {
+        !self.parent.is_nil()
+    }
+
     /// The facts that determine all offsets in the archive.
     #[must_use]
     pub fn layout(&self) -> Layout {
@@ -152,6 +168,7 @@ impl Superblock {
             archive: self.archive,
             origin_size: self.origin_size,
             segment: self.segment,
+            is_increment: self.is_increment(),
         }
     }
 
@@ -185,6 +202,7 @@ impl Superblock {
         for (index, value) in fields.into_iter().enumerate() {
             put_u64(block, TOTALS_AT + index * 8, value);
         }
+        put_u64(block, MAP_OFFSET_AT, totals.map_offset.get());
         sign(Role::Tail, block);
         Ok(())
     }
@@ -195,7 +213,7 @@ impl Superblock {
     /// The first fault found.
     pub fn decode_head(block: &[u8]) -> Result<Self, ArchiveError> {
         let block = check(Role::Head, block)?;
-        if !is_zero(&block[TOTALS_AT..TOTALS_END]) {
+        if !is_zero(&block[TOTALS_AT..TOTALS_END]) || get_u64(block, MAP_OFFSET_AT) != 0 {
             return Err(ArchiveError::Padding { what: "the totals of the head superblock" });
         }
         Self::decode_facts(block)
@@ -223,6 +241,8 @@ impl Superblock {
         put_u32(block, 12, role.code());
         put(block, 16, self.archive.as_bytes());
         put(block, 32, self.parent.as_bytes());
+        put(block, SNAPSHOT_AT, self.snapshot.as_bytes());
+        put(block, BASE_AT, self.base.as_bytes());
         put_u64(block, 48, self.origin_size.get());
         put_u64(block, 56, self.instant_utc_ns);
         put_u32(block, 64, u32::try_from(u64::from(self.chunk)).expect("a chunk is at most 1 MiB"));
@@ -237,13 +257,14 @@ impl Superblock {
     fn decode_facts(block: &[u8]) -> Result<Self, ArchiveError> {
         let found = get_u32(block, 8);
         let version = Version::from_number(found).ok_or(ArchiveError::Version { found })?;
-        let reserved = [&block[76..TOTALS_AT], &block[TOTALS_END..TOOL.0], &block[RESERVED_AT..CRC_AT]];
+        let reserved = [&block[76..TOTALS_AT], &block[NAMING_END..TOOL.0], &block[RESERVED_AT..CRC_AT]];
         if !reserved.into_iter().all(is_zero) {
             return Err(ArchiveError::Padding { what: "the reserved part of a superblock" });
         }
-        if !is_zero(&get::<16>(block, 32)) {
-            return Err(ArchiveError::Padding { what: "the parent in a superblock" });
-        }
+        let parent = Uuid::from_bytes(get(block, 32));
+        let (snapshot, base) =
+            (Uuid::from_bytes(get(block, SNAPSHOT_AT)), Uuid::from_bytes(get(block, BASE_AT)));
+        check_names(version, (parent, snapshot, base), get_u64(block, MAP_OFFSET_AT))?;
         let chunk = u64::from(get_u32(block, 64));
         let segment = u64::from(get_u32(block, 68));
         let segment = SegmentSize::new(Bytes(segment))
@@ -253,7 +274,9 @@ impl Superblock {
         Ok(Self {
             version,
             archive: Uuid::from_bytes(get(block, 16)),
-            parent: Uuid::from_bytes(get(block, 32)),
+            parent,
+            snapshot,
+            base,
             origin_name: get_text(block, NAME)?,
             origin_path: get_text(block, PATH)?,
             origin_size,
@@ -263,7 +286,8 @@ impl Superblock {
             segment,
             originals: match get_u32(block, 72) {
                 0 => OriginalsMode::None,
-                1 => OriginalsMode::Overlay,
+                // They cannot be applied to packed data.
+                1 if parent.is_nil() => OriginalsMode::Overlay,
                 2 => OriginalsMode::Append,
                 other => {
                     return Err(ArchiveError::Field { field: "the originals mode", value: other.into() });
@@ -272,6 +296,28 @@ impl Superblock {
             tool: get_text(block, TOOL)?,
         })
     }
+}
+
+/// Checks that an archive names what its version permits. `map_offset` is that of the tail.
+fn check_names(
+    version: Version,
+    (parent, snapshot, base): (Uuid, Uuid, Uuid),
+    map_offset: u64,
+) -> Result<(), ArchiveError> {
+    let names_none = parent.is_nil() && snapshot.is_nil();
+    if version != Version::NAMING && !(names_none && base.is_nil()) {
+        return Err(ArchiveError::Padding { what: "the parent in a superblock" });
+    }
+    if version == Version::NAMING && names_none {
+        return Err(ArchiveError::Field { field: "the snapshot and the parent", value: 0 });
+    }
+    if parent.is_nil() != base.is_nil() {
+        return Err(ArchiveError::Field { field: "the snapshot of the parent", value: 0 });
+    }
+    if parent.is_nil() && map_offset != 0 {
+        return Err(ArchiveError::Padding { what: "the map's offset in a superblock" });
+    }
+    Ok(())
 }
 
 fn check_origin_size(size: Bytes, segment: SegmentSize) -> Result<(), ArchiveError> {
@@ -290,8 +336,9 @@ fn decode_totals(block: &[u8], facts: &Superblock) -> Result<Totals, ArchiveErro
         map_frames: field(2),
         present_bytes: Bytes(field(6)),
         originals_bytes: Bytes(field(7)),
+        map_offset: Bytes(get_u64(block, MAP_OFFSET_AT)),
     };
-    if totals.data_frames > facts.segment.count_for(facts.origin_size) {
+    if !facts.is_increment() && totals.data_frames > facts.segment.count_for(facts.origin_size) {
         return Err(ArchiveError::Field { field: "the data frame count", value: totals.data_frames });
     }
     // Bounds the other two counts: the end of the archive must have an offset.

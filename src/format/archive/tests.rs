@@ -20,6 +20,7 @@ fn layout(origin_size: u64) -> Layout {
         archive: Uuid::from_u128(7),
         origin_size: Bytes(origin_size),
         segment: segment(),
+        is_increment: false,
     }
 }
 
@@ -28,6 +29,8 @@ fn superblock(name: &str) -> Superblock {
         version: Version::CURRENT,
         archive: Uuid::from_u128(7),
         parent: Uuid::nil(),
+        snapshot: Uuid::nil(),
+        base: Uuid::nil(),
         origin_name: name.to_owned(),
         origin_path: format!("/dev/mapper/{name}"),
         origin_size: Bytes(5 * SEGMENT + 700),
@@ -69,10 +72,18 @@ fn long_texts_are_cut_at_a_character() {
 #[test]
 fn an_increment_is_not_taken_for_a_whole_copy() {
     let mut block = [0u8; BLOCK_BYTES];
-    let facts = Superblock { parent: Uuid::from_u128(3), ..superblock("data") };
+    let (parent, base) = (Uuid::from_u128(3), Uuid::from_u128(4));
+    for version in [Version::V1, Version::V2] {
+        let facts = Superblock { version, parent, base, ..superblock("data") };
+        facts.encode_head(&mut block).unwrap();
+        let error = Superblock::decode_head(&block).unwrap_err();
+        assert_eq!(error, ArchiveError::Padding { what: "the parent in a superblock" });
+    }
+    // Older programs read versions 1 and 2 only.
+    let facts = Superblock { version: Version::NAMING, parent, base, ..superblock("data") };
     facts.encode_head(&mut block).unwrap();
-    let error = Superblock::decode_head(&block).unwrap_err();
-    assert_eq!(error, ArchiveError::Padding { what: "the parent in a superblock" });
+    assert!(Superblock::decode_head(&block).unwrap().is_increment());
+    assert_eq!(block[8], 3);
 }
 
 #[test]
@@ -101,10 +112,10 @@ fn every_corrupted_byte_of_a_superblock_is_found() {
 fn a_future_version_is_named() {
     let mut block = [0u8; BLOCK_BYTES];
     superblock("x").encode_head(&mut block).unwrap();
-    block[8] = 3;
+    block[8] = 4;
     let crc = crate::base::checksum::crc32c_salted(b"tidemark superblock head", &block[..4092]);
     block[4092..].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(Superblock::decode_head(&block), Err(ArchiveError::Version { found: 3 }));
+    assert_eq!(Superblock::decode_head(&block), Err(ArchiveError::Version { found: 4 }));
 }
 
 fn data_facts(layout: &Layout, ix: u64, payload: &[u8]) -> FrameFacts {
@@ -265,7 +276,7 @@ proptest! {
         prop_assert_eq!(&decoded, &facts);
         let totals = Totals {
             data_frames: data, originals_frames: originals, map_frames: map,
-            present_bytes: Bytes(data * 512), originals_bytes: Bytes(originals),
+            present_bytes: Bytes(data * 512), originals_bytes: Bytes(originals), map_offset: Bytes::ZERO,
         };
         facts.encode_tail(&totals, &mut block).unwrap();
         prop_assert_eq!(Superblock::decode_tail(&block).unwrap(), (facts, totals));
@@ -283,7 +294,7 @@ proptest! {
         *cuts.last_mut().unwrap() = size;
         let segment = SegmentSize::new(SegmentSize::MAX).unwrap();
         let version = if old { Version::V1 } else { Version::V2 };
-        let layout = Layout { version, archive: Uuid::from_u128(9), origin_size: Bytes(size), segment };
+        let layout = Layout { version, archive: Uuid::from_u128(9), origin_size: Bytes(size), segment, is_increment: false };
         let checksum = if old { checksum & 0xffff_ffff } else { checksum };
         let mut extents: Vec<Extent> = cuts.chunks(2)
             .map(|cut| extent(cut[0], cut[1].min(cut[0] + 32768)))
@@ -317,7 +328,7 @@ proptest! {
         let _ = Superblock::decode_head(&bytes);
         let _ = Superblock::decode_tail(&bytes);
         let _ = frame::open(&layout, 0, &bytes);
-        let _ = MapCursor::new(Bytes(SEGMENT)).read(Bytes::ZERO, &bytes, |_| {});
+        let _ = MapCursor::new(Bytes(SEGMENT), false).read(Bytes::ZERO, &bytes, |_| {});
     }
 
     #[test]
@@ -330,7 +341,7 @@ proptest! {
         prop_assert_eq!(made.collect::<Vec<_>>(), expected.clone());
         // Through frames of five entries.
         let mut entries = expected.iter().copied();
-        let mut cursor = MapCursor::new(Bytes(size));
+        let mut cursor = MapCursor::new(Bytes(size), false);
         let mut back = Vec::new();
         let mut payload = [0xffu8; 5 * 24 + 23];
         while let Some((start, length)) = fill(&mut entries, &mut payload) {
@@ -352,7 +363,7 @@ fn a_map_with_a_gap_is_refused() {
         [entry(0, 4096), entry(4096, 1 << 40)],
     ] {
         let (start, length) = fill(&mut bad.into_iter(), &mut payload).unwrap();
-        let mut cursor = MapCursor::new(Bytes(1 << 20));
+        let mut cursor = MapCursor::new(Bytes(1 << 20), false);
         let read = cursor.read(start, &payload[..length.as_len()], |_| {});
         assert!(matches!(read, Err(ArchiveError::MapOrder { .. })), "{read:?}");
     }

@@ -6,6 +6,7 @@
 //! | [`mod@run`] | executes the plan, up to the report |
 //! | [`session`] | owns everything of a copy in progress, and ends it |
 //! | [`report`] | the result of a copy |
+//! | [`since`] | what has changed since a kept snapshot, and is copied |
 //! | [`workers`] | the threads that run in parallel with the copier |
 //! | [`rescue`] | restores the origin if the copier cannot |
 //! | [`cold`] | a cold origin: kept open exclusively and checked while it is read |
@@ -30,6 +31,7 @@ pub mod report;
 mod rescue;
 pub mod run;
 pub mod session;
+pub mod since;
 mod workers;
 
 pub use live::Live;

@@ -16,7 +16,7 @@ use crate::job::segment_log::SegmentLog;
 use crate::secondary::{PlacedSegment, Secondary};
 
 /// Records what another process needs to resume the copy. Returns None if it cannot be resumed, because the secondary
-/// is a pipe.
+/// is a pipe, or an increment.
 ///
 /// # Errors
 /// I/O errors.
@@ -25,7 +25,8 @@ pub(super) fn note_copy(
     live: &Live,
     secondary: &dyn Secondary,
 ) -> Result<Option<SegmentLog>> {
-    if secondary.is_stream() {
+    // What an increment has packed is not known by segment.
+    if secondary.is_stream() || secondary.is_packed() {
         return Ok(None);
     }
     let times = live.stack().times();

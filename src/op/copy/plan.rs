@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use serde::Serialize;
+use uuid::Uuid;
 
+use super::since::{self, KeptOrigin, SincePlan};
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
 use crate::copy::{CopyOptions, Order, region_size_for, segment_size_for};
@@ -16,7 +18,7 @@ use crate::op::admission::Question;
 use crate::op::omission::OmissionPlan;
 use crate::op::request::{CopyRequest, OnFull, Originals};
 use crate::op::targets::{self, TargetFacts};
-use crate::secondary::{self, OriginIdentity, OriginalsMode, SecondaryRequest, SecondaryTarget};
+use crate::secondary::{self, Lineage, OriginIdentity, OriginalsMode, SecondaryRequest, SecondaryTarget};
 use crate::stack::Change;
 use crate::stack::{self, InsertRequest, StackRequest};
 use crate::store::{StoreConfig, StorePlan, TailPlace};
@@ -39,6 +41,10 @@ pub struct CopyPlan {
     pub order: Order,
     /// The store and the stack of a live origin; None for a cold one.
     pub live: Option<LivePlan>,
+    /// The kept snapshot that is the origin.
+    pub kept: Option<KeptOrigin>,
+    /// What `--since` means.
+    pub since: Option<SincePlan>,
     /// Devices that the secondary must not be, be on or be below.
     pub forbidden: Vec<DeviceNumber>,
     /// What would be lost at the secondary's path, and warnings.
@@ -88,11 +94,13 @@ pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result
     let omitted = OmissionPlan::find(&request.subset, &origin, interrupt)?;
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref())?),
-        OriginKind::ColdDevice | OriginKind::ColdFile => {
+        OriginKind::Snapshot { .. } | OriginKind::ColdDevice | OriginKind::ColdFile => {
             refuse_live_options(request, &origin)?;
             None
         }
     };
+    let kept = since::kept_origin(&origin)?;
+    let since = since::plan(request, &origin, kept.as_ref(), interrupt)?;
     let order = order_for(request, &origin);
     let target = match &request.secondary {
         SecondaryTarget::Pipe => TargetFacts::default(),
@@ -105,6 +113,8 @@ pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result
         region,
         order,
         live,
+        kept,
+        since,
         forbidden,
         target,
         omitted,
@@ -346,6 +356,18 @@ impl CopyPlan {
         self.forbidden.iter().copied().chain([below]).collect()
     }
 
+    /// The snapshots and the archive that the copy is related to.
+    fn lineage(&self) -> Lineage {
+        if self.request.format != SecondaryForm::Archive {
+            return Lineage::default();
+        }
+        Lineage {
+            snapshot: self.kept.as_ref().map_or(Uuid::nil(), |kept| kept.id),
+            base: self.since.as_ref().map_or(Uuid::nil(), |since| since.base_id),
+            parent: self.since.as_ref().map_or(Uuid::nil(), |since| since.parent_id),
+        }
+    }
+
     /// The arguments for opening the secondary.
     pub(in crate::op) fn secondary_request(&self, forbidden: Vec<DeviceNumber>) -> SecondaryRequest {
         SecondaryRequest {
@@ -366,6 +388,7 @@ impl CopyPlan {
             segment: self.segment,
             chunk: self.request.chunk,
             block_list: whole(self.origin.size),
+            lineage: self.lineage(),
         }
     }
 }
@@ -380,7 +403,7 @@ fn is_device(path: &std::path::Path) -> bool {
 }
 
 /// True if both names refer to the same file. (Devices are compared elsewhere, by number.)
-fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
+pub(in crate::op) fn is_same_file(one: &std::path::Path, other: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let (Ok(one), Ok(other)) = (std::fs::metadata(one), std::fs::metadata(other)) else { return false };
     (one.dev(), one.ino()) == (other.dev(), other.ino())

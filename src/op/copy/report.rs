@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::plan::CopyPlan;
+use super::since::SinceReport;
 use crate::base::{Bytes, clock};
 use crate::copy::CopyReport;
 use crate::progress::{Event, Observer, StoreFill};
@@ -21,6 +22,10 @@ pub struct CopyOutcome {
     pub origin_bytes: Bytes,
     /// The instant of the copy.
     pub instant: InstantReport,
+    /// The kept snapshot that was copied, as VOLUME@NAME; None if the origin was none.
+    pub snapshot: Option<String>,
+    /// What was copied since another snapshot; None for a whole copy.
+    pub since: Option<SinceReport>,
     /// The copier's figures.
     #[serde(flatten)]
     pub copy: CopyReport,
@@ -45,6 +50,8 @@ impl CopyOutcome {
             origin: plan.origin.path.display().to_string(),
             origin_bytes: plan.origin.size,
             instant: result.instant.into(),
+            snapshot: plan.kept.as_ref().map(|kept| kept.snapshot.clone()),
+            since: result.since,
             copy: result.copy,
             store: result.store,
             release: result.release,
@@ -60,6 +67,8 @@ impl CopyOutcome {
 pub struct CopyResult {
     /// For how long the origin was held at the instant.
     pub instant: HoldTimes,
+    /// What was copied since another snapshot.
+    pub since: Option<SinceReport>,
     /// The copier's figures.
     pub copy: CopyReport,
     /// The COW store's figures; None for a cold origin.

@@ -11,6 +11,7 @@ use super::placement::note_copy;
 use super::plan::{CopyPlan, is_rotating};
 use super::report::{CopyOutcome, CopyResult, SkippedReport, tell_skipped};
 use super::session::{Session, Transfer};
+use super::since::{self, Selection};
 use super::workers::Workers;
 use crate::base::clock;
 use crate::base::limits::{LIVE_READ_BYTES, LIVE_READ_ROTATING_BYTES};
@@ -90,6 +91,7 @@ fn copy_beside_workers(
         interrupt().and_then(|()| monitor.check())
     };
     session.hook_after(&stop);
+    let selection = selection_of(plan, &live.stack().skipped().extents, &stop)?;
     let below = open_below(live)?;
     live.job().set_hook_after_done()?;
     let impact = impact_watch(plan, live);
@@ -105,12 +107,14 @@ fn copy_beside_workers(
     let on_doubt = || session.is_doubted.set(true);
     let Transfer { mut engine, mut secondary } =
         session.transfer.take().expect("the copier does not have it yet");
-    let block_list = block_list_of(plan, &live.stack().skipped().extents);
+    let Selection { needed: block_list, inherited, changed } = selection;
     secondary.restrict(&block_list);
+    secondary.inherit(&inherited);
     let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), below, plan.origin.size, plan.options(), secondary);
     job.origin_description = plan.origin.path.display().to_string();
     job.block_list = block_list;
+    job.inherited = inherited;
     job.first = live.stack().logs().to_vec();
     job.originals = Some(&mut originals);
     job.releases = Some(&mut releases);
@@ -125,9 +129,12 @@ fn copy_beside_workers(
     let report = ended(copy::run(job), engine, is_stream);
     drop((originals, releases));
     let (store, release) = workers.stop(plan, observer);
+    let report = report?;
+    let since = plan.since.as_ref().map(|since| since.report(changed, report.read_bytes));
     Ok(CopyResult {
         instant: live.stack().times(),
-        copy: report?,
+        since,
+        copy: report,
         store: Some(store),
         release: Some(release),
         skipped: SkippedReport::of(live.stack().skipped()),
@@ -171,6 +178,18 @@ pub(in crate::op) fn block_list_of(plan: &CopyPlan, skipped: &[Extent]) -> Vec<E
         .to_vec()
 }
 
+/// What is copied, and what the parent has. To be called after the instant.
+fn selection_of(
+    plan: &CopyPlan,
+    skipped: &[Extent],
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Selection> {
+    match &plan.since {
+        Some(since) => since.selection(&needed(skipped, plan.origin.size), plan.kept.as_ref(), interrupt),
+        None => Ok(Selection { needed: block_list_of(plan, skipped), ..Selection::default() }),
+    }
+}
+
 /// Opens the device below for direct reads.
 fn open_below(live: &Live) -> Result<OwnedFd> {
     let path = live.stack().below();
@@ -189,26 +208,37 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
         OriginKind::ColdFile => None,
         _ => plan.origin.number,
     };
-    let cold = ColdOrigin::open(&plan.origin.path, device)?;
+    let cold = match &plan.kept {
+        Some(_) => ColdOrigin::open_snapshot(&plan.origin.path)?,
+        None => ColdOrigin::open(&plan.origin.path, device)?,
+    };
     let origin = cold.descriptor()?;
-    let instant = HoldTimes { instant_utc_ns: clock::utc_now_ns(), ..HoldTimes::default() };
-    let before_publish = || cold.check_unchanged(device);
+    let instant_utc_ns = plan.kept.as_ref().map_or_else(clock::utc_now_ns, |kept| kept.instant_utc_ns);
+    let instant = HoldTimes { instant_utc_ns, ..HoldTimes::default() };
+    let before_publish = || {
+        plan.kept.as_ref().map_or(Ok(()), since::check_kept)?;
+        cold.check_unchanged(device)
+    };
+    let skipped = ranges_left_out(plan);
+    let selection = selection_of(plan, &skipped.extents, session.interrupt)?;
     let Transfer { mut engine, mut secondary } =
         session.transfer.take().expect("the copier does not have it yet");
     secondary.set_instant(instant.instant_utc_ns);
-    let skipped = ranges_left_out(plan);
-    let block_list = block_list_of(plan, &skipped.extents);
-    secondary.restrict(&block_list);
+    secondary.restrict(&selection.needed);
+    secondary.inherit(&selection.inherited);
     let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.options(), secondary);
     job.origin_description = plan.origin.path.display().to_string();
-    job.block_list = block_list;
+    job.block_list = selection.needed;
+    job.inherited = selection.inherited;
     job.observer = session.observer;
     job.interrupt = session.interrupt;
     job.before_publish = &before_publish;
     let copy = ended(copy::run(job), engine, is_stream)?;
+    let since = plan.since.as_ref().map(|since| since.report(selection.changed, copy.read_bytes));
     Ok(CopyResult {
         instant,
+        since,
         copy,
         store: None,
         release: None,

@@ -25,6 +25,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
+use super::changes;
 use super::layers::{self, RESTORE_BUDGET};
 use super::placement::{choose_size, store_path};
 use super::set::SnapshotSet;
@@ -150,16 +151,8 @@ fn differences(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<MirrorLog> {
     let mut log = MirrorLog::in_sync(record.length()?, REGION);
-    let linked = record.linked();
-    let newest = linked.len().saturating_sub(1);
-    let from = linked.iter().position(|one| one.id == snapshot);
-    let from = from.ok_or_else(|| Error::refused("the snapshot is not below the volume"))?;
-    for (at, one) in linked.iter().enumerate().skip(from) {
-        let status = if at == newest { layers::status(dm, record, one)? } else { None };
-        record.store(one)?.each(dm, status.as_ref(), interrupt, &mut |extent| {
-            log.differ(extent.start(), extent.end());
-        })?;
-    }
+    let mut differ = |extent: crate::extent::Extent| log.differ(extent.start(), extent.end());
+    changes::each(dm, record, (snapshot, None), interrupt, &mut differ)?;
     Ok(log)
 }
 

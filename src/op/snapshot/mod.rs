@@ -5,6 +5,7 @@
 //! again completes it. The one exception is the instant, which no record can bring about: [`create`] records the
 //! snapshot as unfinished, takes the instant, and records it as kept; a crash in between ends it.
 
+pub mod changes;
 pub mod clone;
 pub mod create;
 pub mod delete;

@@ -8,19 +8,23 @@ use tidemark::base::{Bytes, Extent, SegmentSize};
 use tidemark::format::archive::{BLOCK_BYTES, Layout, Side, Superblock, Version, control, frame};
 
 /// The golden archive's identity, with a size that ends within a sector, or a large one.
-fn layout(large: bool, version: Version) -> Layout {
+fn layout(large: bool, version: Version, is_increment: bool) -> Layout {
     static GOLDEN: &[u8] = include_bytes!("../../golden/archive/v1.tdm");
     let head = Superblock::decode_head(GOLDEN).expect("the golden archive is good");
     let segment = SegmentSize::MIN;
     let size = if large { Bytes(SegmentSize::MAX.get() << 14) } else { Bytes(3 * segment.get() + 700) };
     let segment = SegmentSize::new(segment).expect("the smallest is in range");
-    Layout { version, archive: head.archive, origin_size: size, segment }
+    Layout { version, archive: head.archive, origin_size: size, segment, is_increment }
 }
 
 fuzz_target!(|data: &[u8]| {
     let Some((first, data)) = data.split_first() else { return };
-    let version = if first & 8 != 0 { Version::V1 } else { Version::V2 };
-    let layout = layout(first & 1 != 0, version);
+    let version = match (first & 8, first & 16) {
+        (0, 0) => Version::V2,
+        (_, 0) => Version::V1,
+        _ => Version::V3,
+    };
+    let layout = layout(first & 1 != 0, version, first & 16 != 0);
     let _ = control::decode(&layout, Side::Head, data);
     let _ = frame::open(&layout, 0, data);
     let mut block = vec![0; BLOCK_BYTES];

@@ -7,7 +7,7 @@ use tidemark::format::archive::map::MapCursor;
 
 fuzz_target!(|input: (u64, &[u8])| {
     let (size, data) = input;
-    let mut cursor = MapCursor::new(Bytes(size));
+    let mut cursor = MapCursor::new(Bytes(size), size % 2 == 1);
     let mut at = Bytes::ZERO;
     let read = cursor.read(Bytes::ZERO, data, |entry| {
         assert_eq!(entry.extent.start(), at);

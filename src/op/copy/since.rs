@@ -1,0 +1,297 @@
+//! `copy --since`: only what changed since a kept snapshot is copied; and what a copy of a kept snapshot records of it.
+//!
+//! Copied is what is used now and has changed, or is not in the parent (it was free then):
+//! `needed = used AND (changed OR absent in the parent)`. The rest of what is used is inherited from the parent.
+//! What has changed is in the stores ([`changes`]). It is read after the instant: a chunk whose first write came after
+//! it may be in the stores too, and is copied in vain.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::base::{Bytes, Error, Result, directory_of};
+use crate::dm::Dm;
+use crate::extent::{Extent, ExtentSet};
+use crate::format::SecondaryForm;
+use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
+use crate::op::request::CopyRequest;
+use crate::op::snapshot::set::{SnapshotSet, none_of, read_all, read_existing};
+use crate::op::snapshot::{changes, list};
+use crate::restore::chain::{self, Chain};
+use crate::secondary::SecondaryTarget;
+use crate::volume::{Origin, OriginKind};
+
+/// A kept snapshot as the origin of a copy.
+#[derive(Clone, Debug, Serialize)]
+pub struct KeptOrigin {
+    /// VOLUME@NAME.
+    pub snapshot: String,
+    /// Its id.
+    pub id: Uuid,
+    /// Its instant, UTC, in nanoseconds since 1970.
+    pub instant_utc_ns: u64,
+    #[serde(skip)]
+    volume: String,
+}
+
+/// The plan of `--since`.
+#[derive(Clone, Debug, Serialize)]
+pub struct SincePlan {
+    /// The kept snapshot since which changes are copied, as VOLUME@NAME.
+    pub base: String,
+    /// Its id.
+    pub base_id: Uuid,
+    /// The archive that is continued.
+    pub parent: PathBuf,
+    /// Its id.
+    pub parent_id: Uuid,
+    /// Unit in which changes are known, bytes.
+    pub chunk: Bytes,
+    /// Chunks that have changed; of a volume in use, until now.
+    pub changed_chunks: u64,
+    /// Bytes to be copied, if no space is free now.
+    pub to_move: Bytes,
+    /// Bytes of the origin.
+    pub total: Bytes,
+    #[serde(skip)]
+    volume: String,
+    /// What the parent and those that it continues do not hold.
+    #[serde(skip)]
+    absent: ExtentSet,
+}
+
+/// The report of `--since`.
+#[derive(Clone, Debug, Serialize)]
+pub struct SinceReport {
+    /// The kept snapshot since which changes were copied, as VOLUME@NAME.
+    pub base: String,
+    /// The archive that is continued.
+    pub parent: PathBuf,
+    /// Chunks that have changed.
+    pub changed_chunks: u64,
+    /// Their bytes.
+    pub changed_bytes: Bytes,
+    /// Bytes that were read from the origin; its originals are not counted.
+    pub moved_bytes: Bytes,
+}
+
+/// What is copied of an origin, and what its parent has.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Selection {
+    /// Copied; sorted, disjoint.
+    pub(super) needed: Vec<Extent>,
+    /// As in the parent; sorted, disjoint.
+    pub(super) inherited: Vec<Extent>,
+    /// Bytes that have changed.
+    pub(super) changed: Bytes,
+}
+
+/// The kept snapshot that the origin is; None if it is none.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it does not show its instant; I/O errors; the kernel's.
+pub(super) fn kept_origin(origin: &Origin) -> Result<Option<KeptOrigin>> {
+    let OriginKind::Snapshot { id } = &origin.kind else { return Ok(None) };
+    for record in read_all()? {
+        let record = record?;
+        let Some(snapshot) = record.snapshots.iter().find(|one| one.id == *id) else { continue };
+        let shown = format!("{}@{}", record.volume, snapshot.name);
+        list::check_valid(&Dm::open()?, &record, &shown)?;
+        return Ok(Some(KeptOrigin {
+            id: id_of(snapshot)?,
+            instant_utc_ns: snapshot.instant_utc_ns,
+            snapshot: shown,
+            volume: record.volume.clone(),
+        }));
+    }
+    Err(Error::refused(format!("no record names the snapshot {}", origin.path.display()))
+        .state("nothing was changed")
+        .next("'tidemark snapshot list' shows the snapshots"))
+}
+
+/// Checks that the kept snapshot still shows its instant.
+///
+/// # Errors
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it does not; I/O errors; the kernel's.
+pub(super) fn check_kept(kept: &KeptOrigin) -> Result<()> {
+    list::check_valid(&Dm::open()?, &read_existing(&kept.volume)?, &kept.snapshot)
+        .map(drop)
+        .map_err(|error| error.context("what was read is of no use").state("the copy is given up"))
+}
+
+/// Makes the plan of `--since`; None if it was not asked for.
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not go together;
+/// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if what has changed is not known, or there is no parent;
+/// [`ErrorKind::BadData`](crate::base::ErrorKind::BadData) for a damaged one; I/O errors; the kernel's;
+/// `interrupt`'s.
+pub(super) fn plan(
+    request: &CopyRequest,
+    origin: &Origin,
+    kept: Option<&KeptOrigin>,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Option<SincePlan>> {
+    let Some(typed) = &request.since else { return Ok(None) };
+    if request.format == SecondaryForm::Raw {
+        return Err(Error::usage("--since makes an archive, and the secondary is raw")
+            .next("name a file that ends in .tdm, or add --format archive"));
+    }
+    let volume = match (kept, &origin.kind) {
+        (Some(kept), _) => kept.volume.clone(),
+        (None, OriginKind::Live { name, .. }) => name.clone(),
+        _ => {
+            return Err(Error::refused(format!("{} has no kept snapshots", origin.path.display()))
+                .state("nothing was changed")
+                .next("--since needs an attached volume, or one of its kept snapshots"));
+        }
+    };
+    let record = read_existing(&volume)?;
+    let base = base_of(&record, typed, kept)?;
+    let base_id = id_of(&base)?;
+    let shown = format!("{volume}@{}", base.name);
+    let dm = Dm::open()?;
+    list::check_valid(&dm, &record, &shown)?;
+    if kept.is_none() {
+        record.refuse_rollback()?;
+    }
+    let to = kept.map(|kept| kept.id.simple().to_string());
+    let changed = changes::set(&dm, &record, (&base.id, to.as_deref()), interrupt)?;
+    let places = places_of(request)?;
+    let found = chain::find_snapshot(base_id, &places, interrupt)?;
+    let parent = found.ok_or_else(|| no_parent(&shown, &places))?;
+    check_size(&parent, origin, &shown)?;
+    let chunk = record.chunk()?.bytes();
+    let mut since = SincePlan {
+        base: shown,
+        base_id,
+        parent: parent.last().path().to_owned(),
+        parent_id: parent.last().superblock().archive,
+        chunk,
+        changed_chunks: changed.total().get().div_ceil(chunk.get()),
+        to_move: Bytes::ZERO,
+        total: origin.size,
+        volume,
+        absent: parent.absent,
+    };
+    let whole: Vec<Extent> = Extent::new(Bytes::ZERO, origin.size).into_iter().collect();
+    since.to_move = since.select(&whole, &changed).needed.iter().map(|extent| extent.length()).sum();
+    Ok(Some(since))
+}
+
+/// The snapshot that `--since` names, as NAME or VOLUME@NAME.
+fn base_of(record: &SnapshotSetRecord, typed: &str, kept: Option<&KeptOrigin>) -> Result<SnapshotRecord> {
+    let name = match typed.rsplit_once('@') {
+        None => typed,
+        Some((volume, name)) if volume == record.volume => name,
+        Some((volume, _)) => {
+            return Err(Error::refused(format!(
+                "{typed} is of the volume {volume}, not of {}",
+                record.volume
+            ))
+            .state("nothing was changed")
+            .next(format!("'tidemark snapshot list {}' shows the snapshots of the volume", record.volume)));
+        }
+    };
+    let base = record.existing(name)?;
+    if base.clone_of.is_some() {
+        return Err(Error::refused(format!("{}@{name} is a clone, not a kept snapshot", record.volume))
+            .state("nothing was changed")
+            .next("name the snapshot that it is a clone of"));
+    }
+    let position = |id: &str| record.snapshots.iter().position(|one| one.id == id);
+    let newer = kept.filter(|kept| position(&base.id) >= position(&kept.id.simple().to_string()));
+    if let Some(kept) = newer {
+        return Err(Error::refused(format!("{}@{name} is not older than {}", record.volume, kept.snapshot))
+            .state("nothing was changed")
+            .next("name an older snapshot with --since"));
+    }
+    Ok(base.clone())
+}
+
+fn id_of(snapshot: &SnapshotRecord) -> Result<Uuid> {
+    Uuid::parse_str(&snapshot.id)
+        .map_err(|source| Error::bad_data("the id of a snapshot in its record").with_source(source))
+}
+
+/// Where the parent is looked for.
+fn places_of(request: &CopyRequest) -> Result<Vec<PathBuf>> {
+    match &request.secondary {
+        _ if !request.parents.is_empty() => Ok(request.parents.clone()),
+        SecondaryTarget::Path(path) => Ok(vec![directory_of(path).to_owned()]),
+        SecondaryTarget::Pipe => {
+            Err(Error::usage("with --since, an archive on standard output needs --parent")
+                .next("name the archive of the snapshot, or its directory: --parent PATH"))
+        }
+    }
+}
+
+fn no_parent(base: &str, places: &[PathBuf]) -> Error {
+    let shown: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
+    Error::refused(format!("no archive of {base} was found in {}", shown.join(", ")))
+        .state("nothing was changed")
+        .next(format!(
+            "name it, or its directory, with --parent; or make it: tidemark copy {base} FILE.tdm (a copy of the volume \
+             itself is not of this snapshot)"
+        ))
+}
+
+fn check_size(parent: &Chain, origin: &Origin, base: &str) -> Result<()> {
+    let size = parent.last().superblock().origin_size;
+    if size == origin.size {
+        return Ok(());
+    }
+    Err(Error::bad_data(format!(
+        "{} says that {base} has {} bytes, and it has {}",
+        parent.last().path().display(),
+        size.get(),
+        origin.size.get()
+    ))
+    .state("nothing was changed")
+    .next("name another archive of the snapshot with --parent"))
+}
+
+impl SincePlan {
+    /// What is copied of `used`, if `changed` is what has changed.
+    fn select(&self, used: &[Extent], changed: &ExtentSet) -> Selection {
+        let mut wanted = changed.clone();
+        wanted.extend(self.absent.iter());
+        Selection {
+            needed: used.iter().flat_map(|extent| wanted.intersection_with(*extent)).collect(),
+            inherited: used.iter().flat_map(|extent| wanted.gaps_in(*extent)).collect(),
+            changed: changed.total(),
+        }
+    }
+
+    /// What is copied of `used`, the part of the origin that is in use. To be called after the instant. No other
+    /// command changes the snapshots meanwhile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if what has changed is not known any more; I/O errors;
+    /// the kernel's; `interrupt`'s.
+    pub(super) fn selection(
+        &self,
+        used: &[Extent],
+        kept: Option<&KeptOrigin>,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Selection> {
+        let dm = Dm::open()?;
+        let set = SnapshotSet::find(&self.volume, interrupt)?.ok_or_else(|| none_of(&self.volume))?;
+        list::check_valid(&dm, set.record(), &self.base)?;
+        let (from, to) = (self.base_id.simple().to_string(), kept.map(|kept| kept.id.simple().to_string()));
+        let changed = changes::set(&dm, set.record(), (&from, to.as_deref()), interrupt)?;
+        Ok(self.select(used, &changed))
+    }
+
+    /// The report of a copy that read `moved` bytes.
+    pub(super) fn report(&self, changed: Bytes, moved: Bytes) -> SinceReport {
+        SinceReport {
+            base: self.base.clone(),
+            parent: self.parent.clone(),
+            changed_chunks: changed.get().div_ceil(self.chunk.get()),
+            changed_bytes: changed,
+            moved_bytes: moved,
+        }
+    }
+}
