@@ -1,5 +1,5 @@
-# PostgreSQL with its data and its log on two volumes, under load and checkpoints: a server on clones of the snapshots of
-# one group starts, recovers and passes pg_amcheck.
+# PostgreSQL with its data and its log on two volumes, under load and checkpoints: copies of the snapshots of one group
+# start, recover and pass pg_amcheck. So does a server on clones of them.
 # shellcheck shell=bash
 . "$REPO/vm-tests/cases/lib_load.sh"
 
@@ -30,6 +30,9 @@ check_server() { # WHAT: the server on what is mounted at /mnt/data and /mnt/wal
     assert_same "$1: balances" "$sums" "0|0"
     if grep -E 'PANIC|invalid page|could not' /run/pg/log; then fail "$1: the server complained"; fi
     server stop
+    # The server's process ends a little after it says so.
+    wait_until 20 umount /mnt/data
+    umount /mnt/wal
 }
 
 as_postgres "$bin/initdb" -D /mnt/data/pg --waldir=/mnt/wal/pg -A trust -N --data-checksums >/run/initdb.log
@@ -55,7 +58,15 @@ touch /run/stop
 wait "$checkpoints" || fail "a checkpoint failed"
 if grep -iE 'error|fatal|aborted|[1-9][0-9]* failed' /run/pgbench.log; then fail "pgbench saw an error"; fi
 server stop
-umount /mnt/data /mnt/wal
+wait_until 20 umount /mnt/data
+umount /mnt/wal
+
+note "copies of the second"
+for volume in data wal; do tidemark copy $volume@second /mnt/scratch/$volume.raw; done
+mount /mnt/scratch/data.raw /mnt/data
+mount /mnt/scratch/wal.raw /mnt/wal
+check_server "copies"
+rm /mnt/scratch/*.raw
 
 note "clones of the first"
 for volume in data wal; do
@@ -63,6 +74,5 @@ for volume in data wal; do
     tidemark snapshot mount $volume@test /mnt/$volume
 done
 check_server "clones"
-umount /mnt/data /mnt/wal
 for volume in data wal; do tidemark snapshot delete $volume@test $volume@first $volume@second --yes; done
 assert_no_tidemark_left data wal
