@@ -1,4 +1,5 @@
-//! `tidemark verify`: checks whether an archive, with those that it continues, is complete, and whether it equals a device or file.
+//! `tidemark verify`: checks whether an archive, with those that it continues, is complete, and whether it equals a
+//! device or file.
 
 use super::request::VerifyRequest;
 use crate::base::Result;

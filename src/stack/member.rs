@@ -91,15 +91,10 @@ impl Member {
             preserve: Some(number(preserve)?),
         };
         if let Some(mapper) = self.mapper.take() {
-            let is_whole = mapper.is_whole();
             let (found, layout) = mapper.read(deadlines);
             let (extents, omitted) = left_out(&found, lower.own.length().bytes(), &self.limits);
-            self.skipped = Skipped {
-                extents,
-                notes: found.notes,
-                omitted: (!is_whole).then_some(omitted),
-                omission_notes: found.omission_notes,
-            };
+            self.skipped =
+                Skipped { extents, notes: found.notes, omitted, omission_notes: found.omission_notes };
             self.logs = found.logs;
             self.layout = (!self.skipped.extents.is_empty()).then_some(layout);
         }
@@ -123,13 +118,12 @@ impl Member {
 }
 
 /// What is neither copied nor preserved of an origin of `size` bytes, and how much of it the user leaves out.
-fn left_out(found: &FreeSpace, size: Bytes, limits: &FreeLimits) -> (Vec<Extent>, Bytes) {
-    let included: ExtentSet = found.included.iter().copied().collect();
-    let free = found.extents.iter().flat_map(|extent| included.gaps_in(*extent));
-    let free: Vec<Extent> = free.chain(found.omitted.iter().copied()).collect();
-    let mut extents: ExtentSet = skippable(&free, size, limits).into_iter().collect();
-    extents.extend(skippable(&found.omitted, size, &FreeLimits::omitted(limits.chunk)));
-    let omitted = found.omitted.iter().flat_map(|extent| extents.intersection_with(*extent));
-    let omitted = omitted.map(Extent::length).sum();
+fn left_out(found: &FreeSpace, size: Bytes, limits: &FreeLimits) -> (Vec<Extent>, Option<Bytes>) {
+    let Some(omitted) = &found.omitted else { return (skippable(&found.extents, size, limits), None) };
+    let both = [found.extents.as_slice(), omitted].concat();
+    let mut extents: ExtentSet = skippable(&both, size, limits).into_iter().collect();
+    extents.extend(skippable(omitted, size, &FreeLimits::omitted(limits.chunk)));
+    let omitted = omitted.iter().flat_map(|extent| extents.intersection_with(*extent));
+    let omitted = Some(omitted.map(Extent::length).sum());
     (extents.iter().collect(), omitted)
 }

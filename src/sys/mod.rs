@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "this module is where it belongs")]
 
 pub mod aligned;
+pub mod beneath;
 pub mod block;
 pub mod child_probe;
 pub mod dm_ioctl;

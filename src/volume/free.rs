@@ -68,10 +68,9 @@ pub struct FreeSpace {
     pub logs: Vec<Extent>,
     /// Filesystems that gave no map, with the reason, and devices that objected.
     pub notes: Vec<String>,
-    /// What the user leaves out, in bytes of the origin; sorted, no two touching; not aligned to chunks.
-    pub omitted: Vec<Extent>,
-    /// Ranges that are copied even if they are free.
-    pub included: Vec<Extent>,
+    /// What the user leaves out, in bytes of the origin; sorted, no two touching; not aligned to chunks. None if
+    /// everything is wanted.
+    pub omitted: Option<Vec<Extent>>,
     /// Why more is copied than the user wants; as text.
     pub omission_notes: Vec<String>,
 }
@@ -116,8 +115,8 @@ pub struct FreeMapper {
     notes: Vec<String>,
     reader: FreeReader,
     largest: Largest,
-    request: MapRequest,
-    files: FileMapReader,
+    is_free_wanted: bool,
+    omission: Option<(Arc<Omission>, FileMapReader)>,
 }
 
 impl FreeMapper {
@@ -149,20 +148,15 @@ impl FreeMapper {
         let logs = layers.free(&logs).iter().collect();
         let (reader, largest) = (FreeReader::new(), Largest::new(FREE_EXTENTS_READ_MAX));
         let layout = DeviceLayout { origin, kernel, layers };
-        let files = FileMapReader::new();
-        Ok(Self { layout, sources, logs, notes, reader, largest, request, files })
+        let is_free_wanted = request.free;
+        let omission = request.omission.map(|omission| (omission, FileMapReader::new()));
+        Ok(Self { layout, sources, logs, notes, reader, largest, is_free_wanted, omission })
     }
 
     /// The filesystems' logs, for a copy that does not need the free space. As [`FreeSpace::logs`].
     #[must_use]
     pub fn into_logs(self) -> Vec<Extent> {
         self.logs
-    }
-
-    /// True if the user leaves nothing out.
-    #[must_use]
-    pub fn is_whole(&self) -> bool {
-        self.request.omission.is_none()
     }
 
     /// Fails if `file`, opened at `point` to be frozen, belongs to another filesystem than the one whose map
@@ -190,10 +184,11 @@ impl FreeMapper {
     /// nothing is held any more.
     #[must_use]
     pub fn read(mut self, deadlines: MapDeadlines) -> (FreeSpace, DeviceLayout) {
-        let mut found = if self.request.free { self.read_free(deadlines.free) } else { FreeSpace::default() };
+        let mut found =
+            if self.is_free_wanted { self.read_free(deadlines.free) } else { FreeSpace::default() };
         found.logs = std::mem::take(&mut self.logs);
-        if let Some(omission) = self.request.omission.take() {
-            self.read_omitted(&omission, deadlines.omission, &mut found);
+        if let Some((omission, reader)) = self.omission.take() {
+            self.read_omitted((&omission, reader), deadlines.omission, &mut found);
         }
         (found, self.layout)
     }
@@ -222,13 +217,17 @@ impl FreeMapper {
         FreeSpace { extents, notes, ..FreeSpace::default() }
     }
 
-    fn read_omitted(&mut self, omission: &Omission, deadline: Instant, found: &mut FreeSpace) {
+    fn read_omitted(
+        &self,
+        (omission, mut reader): (&Omission, FileMapReader),
+        deadline: Instant,
+        found: &mut FreeSpace,
+    ) {
         let mut reported = BTreeMap::new();
         found.omission_notes.clone_from(&omission.notes);
         for source in &self.sources {
-            let mapped = match is_read_only(source) {
-                Ok(false) => omission.read(source.device, &mut self.files, deadline),
-                Ok(true) => MappedOmission::refused(&source.point, READ_ONLY),
+            let mapped = match check_writable(source) {
+                Ok(()) => omission.read(source.device, &mut reader, deadline),
                 Err(reason) => MappedOmission::refused(&source.point, &reason),
             };
             found.omission_notes.extend(mapped.notes);
@@ -237,8 +236,9 @@ impl FreeMapper {
         let mut omitted = self.layout.layers.free(&reported);
         omission.included.iter().for_each(|extent| omitted.remove(*extent));
         omitted.extend(omission.ranges.iter().copied());
-        found.omitted = omitted.iter().collect();
-        found.included.clone_from(&omission.included);
+        found.omitted = Some(omitted.iter().collect());
+        let included: ExtentSet = omission.included.iter().copied().collect();
+        found.extents = found.extents.iter().flat_map(|extent| included.gaps_in(*extent)).collect();
     }
 }
 
@@ -296,13 +296,21 @@ fn open(point: &Path, layers: &Layers, topology: &Topology) -> Result<Source, St
     Ok(Source { point: point.to_owned(), file, device })
 }
 
-/// Why a read-only filesystem has no map.
-const READ_ONLY: &str = "it is read-only, so its journal may not be empty";
+/// True if the filesystem of `file` is read-only.
+///
+/// # Errors
+/// The errno.
+pub(super) fn is_read_only(file: &File) -> nix::Result<bool> {
+    Ok(fstatvfs(file)?.flags().contains(FsFlags::ST_RDONLY))
+}
 
-fn is_read_only(source: &Source) -> Result<bool, String> {
-    let found =
-        fstatvfs(&source.file).map_err(|errno| format!("checking whether it is read-only: {errno}"))?;
-    Ok(found.flags().contains(FsFlags::ST_RDONLY))
+/// The error says why a filesystem has no map.
+fn check_writable(source: &Source) -> Result<(), String> {
+    match is_read_only(&source.file) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err("it is read-only, so its journal may not be empty".to_owned()),
+        Err(errno) => Err(format!("checking whether it is read-only: {errno}")),
+    }
 }
 
 /// True if the whole map was read into `largest`; the error says why there is none.
@@ -312,9 +320,7 @@ fn read_map(
     largest: &mut Largest,
     deadline: Instant,
 ) -> Result<bool, String> {
-    if is_read_only(source)? {
-        return Err(READ_ONLY.to_owned());
-    }
+    check_writable(source)?;
     let read = reader.read(&source.file, deadline, &mut |extent| largest.push(extent));
     read.map(|read| read.complete).map_err(|reason| reason.to_string())
 }

@@ -99,10 +99,6 @@ impl Server for MariaDb {
         self.process.as_ref().unwrap().id()
     }
 
-    fn environment(&self) -> String {
-        String::new()
-    }
-
     fn options(&self) -> String {
         let defaults = self.directory().join("client.cnf");
         fs::write(&defaults, format!("[client]\nuser=root\nsocket={}\n", self.socket().display())).unwrap();

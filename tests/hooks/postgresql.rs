@@ -48,7 +48,7 @@ impl PostgreSql {
             &options,
             "start",
         ]);
-        // The server inherits the standard output, so nobody may wait for its end.
+        // The server inherits the standard output: a wait for the end of that would last as long as the server.
         let status = start.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
         assert!(status.success(), "{}", fs::read_to_string(log).unwrap_or_default());
     }

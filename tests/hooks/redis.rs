@@ -65,10 +65,6 @@ impl Server for Redis {
         self.process.as_ref().unwrap().id()
     }
 
-    fn environment(&self) -> String {
-        String::new()
-    }
-
     fn options(&self) -> String {
         format!("--socket {}", self.socket().display())
     }

@@ -24,7 +24,9 @@ pub trait Server {
     /// The process that answers new connections.
     fn main_process(&self) -> Pid;
     /// The environment by which the hook finds it, as assignments of a shell.
-    fn environment(&self) -> String;
+    fn environment(&self) -> String {
+        String::new()
+    }
     /// Options of the hook.
     fn options(&self) -> String {
         String::new()
@@ -136,7 +138,7 @@ fn state_left(hook: &str, tidemark: u32) -> Vec<PathBuf> {
 }
 
 fn nothing_is_left(server: &impl Server, hook: &str, tidemark: u32) {
-    wait_for("the server lets go", || !server.is_held());
+    wait_for("nothing is held any more", || !server.is_held());
     wait_for("its state is removed", || state_left(hook, tidemark).is_empty());
 }
 
@@ -155,7 +157,7 @@ pub fn survives_failures<S: Server>(server: &S) {
     assert!(!ran.stderr.contains("did not last"), "{}", ran.stderr);
     nothing_is_left(server, S::HOOK, id);
 
-    // Tidemark is killed, and nobody waits for it (a zombie).
+    // Tidemark is killed and not reaped: a zombie.
     let mut child = server.begin("");
     send(child.id(), Signal::SIGKILL);
     nothing_is_left(server, S::HOOK, child.id());
@@ -165,7 +167,7 @@ pub fn survives_failures<S: Server>(server: &S) {
     let child = server.begin("");
     let id = child.id();
     send(keeper(S::HOOK, id).expect("a keeper"), Signal::SIGKILL);
-    wait_for("the server lets go", || !server.is_held());
+    wait_for("nothing is held any more", || !server.is_held());
     let ran = stop(child);
     assert!(ran.stderr.contains("--hook-after") && ran.stderr.contains("did not last"), "{}", ran.stderr);
     nothing_is_left(server, S::HOOK, id);

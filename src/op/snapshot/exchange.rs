@@ -28,9 +28,9 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::syncfs;
 
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _, directory_of};
+use crate::sys::beneath::open_beneath;
 use crate::sys::process::{self, crash_point};
 use crate::sys::signal;
-use crate::volume::subset::open_beneath;
 
 /// The staging directory.
 const STAGING: &str = ".tidemark-rollback";

@@ -24,9 +24,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Bytes, Error, Result};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 
-pub use omission::{MappedOmission, Omission, OmittedFiles, open_beneath};
+pub use omission::{MappedOmission, Omission, OmittedFiles};
 pub use walk::find;
 
 const RANGE_PREFIX: &str = "bytes:";
@@ -75,6 +75,14 @@ impl Selector {
         })?;
         if text.starts_with('/') { Ok(Self::Path(text.into())) } else { Ok(Self::Name(text.to_owned())) }
     }
+
+    /// The bytes; None if it names files.
+    fn range(&self) -> Option<Extent> {
+        match self {
+            Self::Range(extent) => Some(*extent),
+            Self::Path(_) | Self::Name(_) => None,
+        }
+    }
 }
 
 impl TryFrom<String> for Selector {
@@ -122,13 +130,12 @@ impl Subset {
     /// True if files are named, which only a mounted filesystem has.
     #[must_use]
     pub fn names_files(&self) -> bool {
-        let is_file = |selector: &Selector| !matches!(selector, Selector::Range(_));
-        self.include.iter().chain(&self.exclude).any(is_file)
+        self.include.iter().chain(&self.exclude).any(|selector| selector.range().is_none())
     }
 
     /// True if only files that are included are wanted.
     fn is_list_of_files(&self) -> bool {
-        self.include.iter().any(|selector| !matches!(selector, Selector::Range(_)))
+        self.include.iter().any(|selector| selector.range().is_none())
     }
 
     /// The bytes of an origin of `size` bytes that ranges leave out, whatever files there are.
@@ -136,13 +143,8 @@ impl Subset {
     /// # Errors
     /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) if a range is not on the origin.
     pub fn ranges_left_out(&self, size: Bytes) -> Result<Vec<Extent>> {
-        let ranges = |selectors: &[Selector]| {
-            let ranges = selectors.iter().filter_map(|selector| match selector {
-                Selector::Range(extent) => Some(*extent),
-                _ => None,
-            });
-            ranges.collect::<crate::extent::ExtentSet>()
-        };
+        let ranges =
+            |selectors: &[Selector]| selectors.iter().filter_map(Selector::range).collect::<ExtentSet>();
         let (included, mut left_out) = (ranges(&self.include), ranges(&self.exclude));
         if let Some(beyond) = included.iter().chain(left_out.iter()).find(|extent| extent.end() > size) {
             return Err(Error::usage(format!(
@@ -165,10 +167,7 @@ impl Subset {
 
     /// The bytes that are included by ranges, also if files that are left out use them.
     fn ranges_included(&self) -> impl Iterator<Item = Extent> {
-        self.include.iter().filter_map(|selector| match selector {
-            Selector::Range(extent) => Some(*extent),
-            _ => None,
-        })
+        self.include.iter().filter_map(Selector::range)
     }
 }
 

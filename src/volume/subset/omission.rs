@@ -1,15 +1,15 @@
 //! What is left out, and where that is while the filesystems are frozen.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::OFlag;
 
 use crate::base::{Bytes, DeviceNumber};
 use crate::extent::{Extent, ExtentSet};
+use crate::sys::beneath::open_beneath;
 use crate::sys::file_map::{FileMapReader, NotOwn};
 
 /// A file that is left out.
@@ -182,16 +182,4 @@ enum NotMapped {
     Changed,
     /// Its filesystem does not tell where it is.
     Refused,
-}
-
-/// Opens `name` below `root`, on the same mount, without following a symbolic link or waiting for anything.
-///
-/// # Errors
-/// The errno; EXDEV beyond the mount, ELOOP for a symbolic link.
-pub fn open_beneath(root: &File, name: &Path, flags: OFlag) -> nix::Result<File> {
-    let waits_not = OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
-    let resolve =
-        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_NO_SYMLINKS;
-    let how = OpenHow::new().flags(flags | waits_not).resolve(resolve);
-    openat2(root, name, how).map(|file: OwnedFd| File::from(file))
 }

@@ -14,14 +14,15 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, SFlag, fstatat};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
-use nix::sys::statvfs::{FsFlags, fstatvfs};
 
-use super::omission::{OmittedFile, open_beneath};
+use super::omission::OmittedFile;
 use super::{Omission, OmittedFiles, Selector, Subset};
 use crate::base::limits::OMITTED_FILES_MAX;
 use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _};
+use crate::sys::beneath::open_beneath;
 use crate::topology::check_answers;
 use crate::volume::FreezeSet;
+use crate::volume::free::is_read_only;
 
 /// Size of the unit of `st_blocks`.
 const STAT_BLOCK: u64 = 512;
@@ -101,9 +102,10 @@ fn check_filesystem(root: &File, point: &Path) -> Result<()> {
     if ![EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC].map(|FsType(magic)| magic).contains(&kind.0) {
         return refused("only ext2, ext3, ext4 and xfs tell where their files are");
     }
-    let flags = fstatvfs(root).map_err(std::io::Error::from);
-    let flags = flags.io_context(|| format!("examining {}", point.display()))?.flags();
-    if flags.contains(FsFlags::ST_RDONLY) {
+    if is_read_only(root)
+        .map_err(std::io::Error::from)
+        .io_context(|| format!("examining {}", point.display()))?
+    {
         return refused("it is mounted read-only, so its journal may hold what is not on the disk yet");
     }
     Ok(())
