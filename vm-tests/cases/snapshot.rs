@@ -17,6 +17,13 @@ pub fn cases() -> Vec<Case> {
             .power_cut_at("busy", 500)
             .then("snapshot_cut_after.sh")
             .limit_seconds(400),
+        case("snapshot_merge_cut", "snapshot_merge_cut_before.sh")
+            .modules(&["dm-delay"])
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(96) })
+            .disk(Disk { cache: Cache::Writeback, ..Disk::fast_mib(900) })
+            .power_cut_at("merging", 1500)
+            .then("snapshot_merge_cut_after.sh")
+            .limit_seconds(400),
         case("snapshot_postgresql", "snapshot_postgresql.sh")
             .commands(&["pg_ctlcluster", "setpriv"])
             .disk_mib(300)

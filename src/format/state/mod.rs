@@ -476,6 +476,7 @@ mod tests {
             state: RollbackState::Merging,
             reserve_bytes: Some(1 << 30),
             directory: "/var/lib/tidemark".to_owned(),
+            mounts: None,
         });
         set.detached = None;
         set

@@ -88,6 +88,9 @@ pub struct RollbackRecord {
     pub reserve_bytes: Option<u64>,
     /// The directory for the files of the rollback.
     pub directory: String,
+    /// The trace of mounts that the volume showed last while its device was being merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mounts: Option<String>,
 }
 
 /// How far a rollback has got.

@@ -32,7 +32,7 @@ use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, c
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
-use crate::format::state::{DetachedRecord, SnapshotRecord, SnapshotSetRecord};
+use crate::format::state::{DetachedRecord, RollbackState, SnapshotRecord, SnapshotSetRecord};
 use crate::format::{filesystem_log, filesystem_mount};
 use crate::stack::change::NoIntents;
 use crate::sys::aligned::AlignedBuffer;
@@ -219,7 +219,8 @@ fn find_change(dm: &Dm, set: &SnapshotSet) -> Result<Option<String>> {
     let Some(detached) = &record.detached else {
         // A crash. Its journal tells whether the filesystem was mounted since.
         let found = mounts(dm, record)?;
-        let is_proven = found.is_some() && found == record.mounts;
+        let merged = record.rolling_back().map(|rollback| &rollback.mounts);
+        let is_proven = found.is_some() && (found == record.mounts || merged == Some(&found));
         return Ok((!is_proven).then(|| {
             "the volume was not detached in order, and nothing proves that its device was not written without them"
                 .to_owned()
@@ -230,27 +231,45 @@ fn find_change(dm: &Dm, set: &SnapshotSet) -> Result<Option<String>> {
 }
 
 /// The trace of mounts on the device of a volume with snapshots; None if its filesystem leaves none.
-///
-/// # Errors
-/// The kernel's; I/O errors.
-pub fn mounts(dm: &Dm, record: &SnapshotSetRecord) -> Result<Option<String>> {
-    let Some(data) = layers::data(dm, record)?.filter(|data| data.has_active) else { return Ok(None) };
-    let device = dm.open_device(data.number, false, libc::O_DIRECT)?;
+fn mounts(dm: &Dm, record: &SnapshotSetRecord) -> Result<Option<String>> {
+    let data = layers::data(dm, record)?.filter(|data| data.has_active);
+    data.map_or(Ok(None), |data| mounts_on(dm, &data))
+}
+
+fn mounts_on(dm: &Dm, layer: &DeviceInfo) -> Result<Option<String>> {
+    let device = dm.open_device(layer.number, false, libc::O_DIRECT)?;
     let mut head = AlignedBuffer::zeroed(filesystem_mount::HEAD_BYTES);
-    device.read_exact_at(&mut head, 0).io_context(|| format!("reading {}", data.name))?;
+    device.read_exact_at(&mut head, 0).io_context(|| format!("reading {}", layer.name))?;
     Ok(filesystem_mount::trace(&head))
 }
 
-/// Notes the trace of mounts in the record, if it has changed. Only while the volume leads to its snapshots.
+/// The record with the traces of mounts as they are.
+///
+/// While the device is merged, its first blocks are those of before the rollback, or those that the volume shows. A crash
+/// finds one of the two; a mount by anything else leaves a third.
 ///
 /// # Errors
-/// As [`mounts`]; I/O errors.
+/// The kernel's; I/O errors.
+pub fn with_mounts(dm: &Dm, record: &SnapshotSetRecord) -> Result<SnapshotSetRecord> {
+    let mut now = SnapshotSetRecord { mounts: mounts(dm, record)?, ..record.clone() };
+    if let Some(rollback) = now.rollback.as_mut().filter(|rollback| rollback.state != RollbackState::Planned)
+        && let Some(merge) = layers::merge(dm, record)?.filter(|merge| merge.has_active)
+    {
+        rollback.mounts = mounts_on(dm, &merge)?;
+    }
+    Ok(now)
+}
+
+/// Notes the traces of mounts in the record, if they have changed. Only while the volume leads to its snapshots.
+///
+/// # Errors
+/// As [`with_mounts`].
 pub fn note_mounts(dm: &Dm, set: &mut SnapshotSet) -> Result<()> {
     if layers::place(dm, set.record())? != Place::Led {
         return Ok(());
     }
-    let found = mounts(dm, set.record())?;
-    if found == set.record().mounts { Ok(()) } else { set.change(|record| record.mounts = found) }
+    let now = with_mounts(dm, set.record())?;
+    if now == *set.record() { Ok(()) } else { set.change(|record| *record = now) }
 }
 
 /// The snapshots of a volume that is about to be detached.

@@ -64,6 +64,7 @@ impl Beginning {
             state,
             reserve_bytes: self.reserve.map(Bytes::get),
             directory: self.directory.display().to_string(),
+            mounts: None,
         }
     }
 }
@@ -309,7 +310,8 @@ fn finish(dm: &Dm, set: &mut SnapshotSet, journal: &mut dyn IntentLog) -> Result
     dm.remove_if_it_is(&names.merge, &identity(&record))?;
     crash_point("snapshot.rollback.unmade");
     set.change(|record| {
-        record.rollback = None;
+        let shown = record.rollback.take().and_then(|rollback| rollback.mounts);
+        record.mounts = shown.or_else(|| record.mounts.take());
         let of_rollback = record.snapshots.iter_mut().filter(|snapshot| snapshot.is_of_rollback());
         of_rollback.for_each(|clone| clone.state = SnapshotState::Unlinked);
     })

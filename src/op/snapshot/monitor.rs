@@ -216,7 +216,7 @@ impl Monitor<'_> {
             return Ok(());
         }
         self.mounts_at.insert(record.id.clone(), now + MOUNTS_PAUSE);
-        if link::mounts(&self.dm, record)? == record.mounts {
+        if link::with_mounts(&self.dm, record)? == *record {
             return Ok(());
         }
         match SnapshotSet::find_idle(&record.id)? {
