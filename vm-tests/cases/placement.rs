@@ -111,6 +111,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("snapshot_group_kills", A, F, F, "a kill at each point"),
     ("snapshot_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
     ("snapshot_merge_cut", N, A, F, "as above"),
+    ("snapshot_udev", A, F, F, ""),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_only", A, F, F, ""),
     ("snapshot_postgresql", A, F, F, ""),

@@ -24,6 +24,13 @@ pub fn cases() -> Vec<Case> {
             .power_cut_at("merging", 1500)
             .then("snapshot_merge_cut_after.sh")
             .limit_seconds(400),
+        case("snapshot_udev", "snapshot_udev.sh")
+            .modules(&["xfs"])
+            .commands(&["lvcreate", "udevadm", "mkfs.xfs", "dbus-daemon", "udisksctl"])
+            .disk_mib(32)
+            .disk_mib(400)
+            .disk_mib(700)
+            .limit_seconds(400),
         case("snapshot_postgresql", "snapshot_postgresql.sh")
             .commands(&["pg_ctlcluster", "setpriv"])
             .disk_mib(300)
