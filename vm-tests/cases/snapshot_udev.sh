@@ -12,7 +12,12 @@ ask_udisks() {
     /usr/libexec/udisks2/udisksd --replace >/run/udisksd.log 2>&1 &
     daemon=$!
     wait_until 60 grep -q 'Acquired the name' /run/udisksd.log
-    udisksctl dump >/run/udisks
+    # It probes the devices beside that.
+    for _ in $(seq 20); do
+        udisksctl dump >/run/udisks
+        [ -z "$(found_by_udisks "$fs")" ] || [ -z "$(found_by_udisks "$xfs")" ] || break
+        sleep 1
+    done
     kill "$daemon"
     wait "$daemon" || true
 }
