@@ -9,6 +9,7 @@ use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::archive_merge::MergePlan;
 use crate::op::attach::Attached;
 use crate::op::copy::CopyOutcome;
+use crate::op::copy::report::GroupOutcome;
 use crate::op::copy::report::SkippedReport;
 use crate::op::detach::Detached;
 use crate::op::doctor;
@@ -105,6 +106,28 @@ fn skipped_text(skipped: &SkippedReport) -> String {
     }
     let omitted = skipped.omitted_bytes.map(|bytes| format!(" ({bytes} of it left out)")).unwrap_or_default();
     format!("{} in {} ranges, not copied{omitted}", skipped.bytes, skipped.ranges)
+}
+
+impl Human for GroupOutcome {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines
+            .add("instant", &self.instant.utc)
+            .add("frozen", format!("{:.1} ms", self.instant.frozen_ms))
+            .add("suspended", format!("{:.1} ms", self.instant.suspended_ms));
+        let mut text = lines.finish();
+        for one in &self.origins {
+            text.push('\n');
+            match (&one.copy, &one.error) {
+                (Some(copy), _) => text.push_str(&copy.human()),
+                (None, Some(error)) => {
+                    text.push_str(&format!("NOT COPIED: {} to {}: {error}\n", one.origin, one.secondary));
+                }
+                (None, None) => {}
+            }
+        }
+        text + &format!("\ntook: {}\n", seconds_text(self.total_seconds))
+    }
 }
 
 impl Human for CopyOutcome {
@@ -436,9 +459,16 @@ fn job_row(job: &JobStatus) -> Vec<String> {
 
 /// A paragraph for a job that has reported progress.
 fn job_progress(job: &JobStatus) -> String {
-    let Some(view) = &job.progress else { return String::new() };
     let died = if job.alive { "" } else { " (when it died)" };
-    let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
+    let mut lines = String::new();
+    for view in job.progress.iter().chain(&job.further_progress) {
+        lines.extend(view.origin_path.iter().map(|path| format!("  {path}\n")));
+        let indent = if view.origin_path.is_some() { "    " } else { "  " };
+        lines.extend(view_texts(view).iter().map(|line| format!("{indent}{line}\n")));
+    }
+    if lines.is_empty() {
+        return lines;
+    }
     let lvm = if job.keeps_lvm_away {
         "  LVM commands that change the volume group wait until it ends\n"
     } else {
@@ -603,6 +633,7 @@ mod tests {
             keeps_lvm_away: false,
             step: None,
             progress,
+            further_progress: Vec::new(),
         };
         let view = crate::format::state::ProgressView::decode(golden);
         let status =

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::groups::{self, Group};
 use super::args::{
     AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, MergeArgs, OnFullArg, OrderArg,
     OriginalsArg, RestoreArgs, StatusArgs, VerifyArgs,
@@ -26,6 +27,9 @@ use crate::volume::subset::{Selector, Subset};
 /// The extension that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
 
+/// Longest time of a freeze, if neither the command line nor the group says otherwise.
+pub const FREEZE_BUDGET: Duration = Duration::from_secs(2);
+
 /// Default interval of `status --watch`, as for watch(1).
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -39,16 +43,72 @@ fn is_dash(path: &Path) -> bool {
 /// True if the secondary is `-`: standard output then carries the archive.
 #[must_use]
 pub fn is_pipe(args: &CopyArgs) -> bool {
-    is_dash(&args.secondary)
+    matches!(args.paths.as_slice(), [_, secondary] if is_dash(secondary))
 }
 
-/// `tidemark copy`.
+/// `tidemark copy`: a request for each origin.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options.
-pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
-    reject_dash(&args.origin, "the origin")?;
-    let format = format_of(args);
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options;
+/// as [`groups::find`].
+pub fn copy(args: &CopyArgs) -> Result<Vec<CopyRequest>> {
+    let group = args.group.as_deref().map(groups::find).transpose()?;
+    let pairs = pairs_of(args, group.as_ref())?;
+    let group = group.unwrap_or_default();
+    pairs.iter().map(|(origin, secondary)| copy_of(args, &group, origin, secondary)).collect()
+}
+
+/// The origins, each with its secondary.
+fn pairs_of(args: &CopyArgs, group: Option<&Group>) -> Result<Vec<(PathBuf, PathBuf)>> {
+    if !args.pair.is_empty() {
+        return args.pair.iter().map(|pair| parse_pair(pair)).collect();
+    }
+    match (args.paths.as_slice(), group) {
+        ([directory], Some(group)) => in_directory(args, &group.volumes, directory),
+        (_, Some(_)) => Err(Error::usage("--group needs one directory for the copies, and no origin")),
+        ([origin, secondary], None) => Ok(vec![(origin.clone(), secondary.clone())]),
+        ([origins @ .., directory], None) if origins.len() > 1 => in_directory(args, origins, directory),
+        _ => Err(Error::usage("a copy needs an origin and a secondary").next("see 'tidemark copy --help'")),
+    }
+}
+
+/// `ORIGIN=SECONDARY`.
+fn parse_pair(text: &str) -> Result<(PathBuf, PathBuf)> {
+    let (origin, secondary) = text
+        .split_once('=')
+        .ok_or_else(|| Error::usage(format!("--pair {text}: there is no =")).next("write ORIGIN=SECONDARY"))?;
+    reject_dash(Path::new(secondary), "the secondary of one of several origins")?;
+    Ok((origin.into(), secondary.into()))
+}
+
+/// Each of `origins` with a file in `directory`.
+fn in_directory(args: &CopyArgs, origins: &[PathBuf], directory: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    reject_dash(directory, "the directory for several copies")?;
+    let end = if args.format == Some(FormatArg::Raw) { "img" } else { ARCHIVE_EXTENSION };
+    let mut pairs: Vec<(PathBuf, PathBuf)> = Vec::new();
+    for origin in origins {
+        reject_dash(origin, "the origin")?;
+        let mut name = origin.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{end}"));
+        let secondary = directory.join(name);
+        if let Some((other, _)) = pairs.iter().find(|(_, known)| *known == secondary) {
+            return Err(Error::usage(format!(
+                "{} and {} would both be copied to {}",
+                other.display(),
+                origin.display(),
+                secondary.display()
+            ))
+            .next("name the secondaries with --pair ORIGIN=SECONDARY"));
+        }
+        pairs.push((origin.clone(), secondary));
+    }
+    Ok(pairs)
+}
+
+/// The request for one origin.
+fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> Result<CopyRequest> {
+    reject_dash(origin, "the origin")?;
+    let format = format_of(args, secondary);
     let originals = originals_of(args, format)?;
     if is_pipe(args) && args.verify {
         return Err(Error::usage("--verify cannot read back what was written to standard output")
@@ -60,8 +120,8 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
     reject_zero(args.rate, "--rate")?;
     reject_zero(args.region, "--region")?;
     Ok(CopyRequest {
-        origin: args.origin.clone(),
-        secondary: target_of(&args.secondary),
+        origin: origin.to_owned(),
+        secondary: target_of(secondary),
         format,
         originals,
         store: store_of(args)?,
@@ -82,16 +142,16 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         rate: args.rate,
         impact: args.impact.into(),
         verify: args.verify,
-        freeze_budget: args.freeze_budget,
+        freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
         lvm_lock: match args.lvm_lock {
             LvmLockArg::Change => LvmScope::Change,
             LvmLockArg::Copy => LvmScope::Copy,
         },
         hooks: Hooks {
-            before: args.hook_before.clone(),
-            frozen: args.hook_frozen.clone(),
-            after: args.hook_after.clone(),
-            timeout: args.hook_timeout,
+            before: args.hook_before.clone().or_else(|| group.hooks.before.clone()),
+            frozen: args.hook_frozen.clone().or_else(|| group.hooks.frozen.clone()),
+            after: args.hook_after.clone().or_else(|| group.hooks.after.clone()),
+            timeout: args.hook_timeout.unwrap_or(group.hooks.timeout),
         },
         since: args.since.clone(),
         parents: args.parent.clone(),
@@ -136,12 +196,12 @@ fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {
     Ok(request)
 }
 
-fn format_of(args: &CopyArgs) -> SecondaryForm {
+fn format_of(args: &CopyArgs, secondary: &Path) -> SecondaryForm {
     match args.format {
         Some(FormatArg::Raw) => SecondaryForm::Raw,
         Some(FormatArg::Archive) => SecondaryForm::Archive,
         None if is_pipe(args) => SecondaryForm::Archive,
-        None if args.secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
+        None if secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
             SecondaryForm::Archive
         }
         None => SecondaryForm::Raw,
@@ -346,6 +406,47 @@ mod tests {
         T::from_arg_matches(&matches).unwrap()
     }
 
+    fn one(line: &str) -> Result<CopyRequest> {
+        copy(&parse(line)).map(|mut requests| requests.remove(0))
+    }
+
+    #[test]
+    fn several_origins_have_a_secondary_each() {
+        let pairs = |line: &str| -> Vec<String> {
+            let requests = copy(&parse(line)).unwrap();
+            let shown = |request: &CopyRequest| match &request.secondary {
+                SecondaryTarget::Path(path) => {
+                    format!("{} to {} {:?}", request.origin.display(), path.display(), request.format)
+                }
+                SecondaryTarget::Pipe => unreachable!(),
+            };
+            requests.iter().map(shown).collect()
+        };
+        assert_eq!(
+            pairs("data /dev/vg/wal /backup"),
+            ["data to /backup/data.tdm Archive", "/dev/vg/wal to /backup/wal.tdm Archive"]
+        );
+        assert_eq!(
+            pairs("data wal /b --format raw"),
+            ["data to /b/data.img Raw", "wal to /b/wal.img Raw"]
+        );
+        assert_eq!(
+            pairs("--pair data=/dev/sdc --pair wal=w=x.tdm"),
+            ["data to /dev/sdc Raw", "wal to w=x.tdm Archive"]
+        );
+        for line in [
+            "data",
+            "data wal -",
+            "data - /b",
+            "/dev/a/home /dev/b/home /b",
+            "--pair data",
+            "--pair data=-",
+            "--pair data=",
+        ] {
+            assert_eq!(copy(&parse(line)).unwrap_err().kind(), ErrorKind::Usage, "{line}");
+        }
+    }
+
     #[test]
     fn format_and_originals_default_by_name() {
         use Originals::{Append, Overlay};
@@ -359,7 +460,7 @@ mod tests {
             ("data - --originals append", Archive, Append),
             ("data /dev/sdc", Raw, Overlay),
         ] {
-            let request = copy(&parse(line)).unwrap();
+            let request = one(line).unwrap();
             assert_eq!((request.format, request.originals), (format, originals), "{line}");
         }
     }
@@ -382,7 +483,7 @@ mod tests {
             "data out.img --store -",
             "- out.img",
         ] {
-            let error = copy(&parse(line)).unwrap_err();
+            let error = one(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
         }
     }
@@ -406,14 +507,14 @@ mod tests {
             ("data out.img --impact medium", Impact::Medium),
             ("data out.img --impact none --rate 1M", Impact::None),
         ] {
-            assert_eq!(copy(&parse(line)).unwrap().impact, impact, "{line}");
+            assert_eq!(one(line).unwrap().impact, impact, "{line}");
         }
     }
 
     #[test]
     fn a_kept_store_has_no_ram_head() {
-        assert_eq!(copy(&parse("data out.img --keep-store")).unwrap().store.ram, Some(Bytes::ZERO));
-        assert_eq!(copy(&parse("data out.img")).unwrap().store.ram, None);
+        assert_eq!(one("data out.img --keep-store").unwrap().store.ram, Some(Bytes::ZERO));
+        assert_eq!(one("data out.img").unwrap().store.ram, None);
     }
 
     #[test]

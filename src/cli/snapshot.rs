@@ -1,7 +1,6 @@
 //! `tidemark snapshot`: its dispatch and its reports.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::Serialize;
 
@@ -10,7 +9,7 @@ use super::groups::{self, Group};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
-use super::resolve::{self, reject_dash, volume_name};
+use super::resolve::{self, FREEZE_BUDGET, reject_dash, volume_name};
 use super::signals::{interrupt, stop_on_signals};
 use super::snapshot_args::{
     AutoDeleteArg, CloneArgs, CreateArgs, MonitorArgs, RollbackArgs, SnapshotArgs, SnapshotCommand,
@@ -29,9 +28,6 @@ use crate::op::snapshot::set::parse_name;
 use crate::op::snapshot::take::{self, CreateReport, Created, CreatedGroup};
 use crate::op::unit;
 use crate::sys::privilege::require_root;
-
-/// Longest time of a freeze, if neither the command line nor the group says otherwise.
-const FREEZE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Executes the command.
 ///

@@ -77,6 +77,9 @@ pub struct JobStatus {
     pub keeps_lvm_away: bool,
     /// Its progress, now or when it died.
     pub progress: Option<ProgressView>,
+    /// That of its other origins, if it copies several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub further_progress: Vec<ProgressView>,
 }
 
 /// A stack.
@@ -327,6 +330,7 @@ fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
             alive: job.alive,
             keeps_lvm_away: job.alive && request.is_some_and(|request| request.lvm_lock == LvmScope::Copy),
             progress: job.progress,
+            further_progress: job.further_progress,
             step: change.and_then(|change| {
                 let step = change.steps.get(change.step)?;
                 Some(format!("{}{}: {step}", change.name, if change.undo { ", being undone" } else { "" }))

@@ -49,6 +49,14 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(160)
             .disk_mib(700)
             .limit_seconds(600),
+        main_job("copy_group", "copy_group.sh")
+            .modules(&["xfs"])
+            .commands(&["python3", "mkfs.xfs", "xfs_repair", "blkid", "fsfreeze"])
+            .disk_mib(96)
+            .disk_mib(160)
+            .disk_mib(900)
+            .disk_mib(16)
+            .limit_seconds(900),
         main_job("copy_across_disks", "across_disks.sh")
             .disk_mib(140)
             .disk_mib(140)

@@ -5,8 +5,9 @@
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::live::Live;
+use super::live::{self, Live};
 use super::plan::{CopyPlan, LivePlan};
 use super::report::{CopyOutcome, CopyResult};
 use crate::base::clock::Stopwatch;
@@ -29,6 +30,24 @@ pub struct Transfer {
     pub secondary: Box<dyn Secondary>,
 }
 
+/// What an origin has in common with others that are copied from the same instant. All of it is ended by their owner.
+#[derive(Clone)]
+pub(super) struct Shared<'a> {
+    /// Their job.
+    pub job: Arc<Mutex<Job>>,
+    /// How many origins there are.
+    pub count: usize,
+    /// Which of them this one is.
+    pub index: usize,
+    /// Locked while one of them opens its engine and its secondary: each sees how much memory the others have left.
+    pub opening: &'a Mutex<()>,
+    /// Returns when the origin at an index may be read. Polls its second argument, and passes its errors on.
+    pub await_turn: &'a Turn<'a>,
+}
+
+/// See [`Shared::await_turn`].
+pub(super) type Turn<'a> = dyn Fn(usize, &dyn Observer, &dyn Fn() -> Result<()>) -> Result<()> + Sync + 'a;
+
 /// A copy in progress.
 pub struct Session<'a> {
     pub(super) plan: &'a CopyPlan,
@@ -37,6 +56,8 @@ pub struct Session<'a> {
     clock: Stopwatch,
     /// None while the origin is held, because [`Live`] owns the job then, and if there is no job.
     job: Option<Job>,
+    /// Set for one origin of several.
+    pub(super) shared: Option<Shared<'a>>,
     /// The live origin, once holding it has begun.
     pub(super) live: Option<Live>,
     /// None before it is opened, and after it was passed to the copier.
@@ -64,6 +85,28 @@ impl<'a> Session<'a> {
             if let Some(live_plan) = &plan.live {
                 session.hold(live_plan)?;
             }
+            copy(session)
+        })
+    }
+
+    /// As [`Session::carry_out`], for one origin of several. `hold` returns the origin, held, once that is done for all
+    /// of them; it is called when the engine and the secondary are open.
+    ///
+    /// # Errors
+    /// As [`Session::carry_out`].
+    pub(super) fn carry_out_one_of_several(
+        plan: &'a CopyPlan,
+        shared: Shared<'a>,
+        observer: &'a dyn Observer,
+        interrupt: &'a dyn Fn() -> Result<()>,
+        hold: impl FnOnce() -> Result<Live>,
+        copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
+    ) -> Result<CopyOutcome> {
+        let mut session = Self::new(plan, observer, interrupt);
+        session.shared = Some(shared);
+        session.ending_with(|session| {
+            session.open()?;
+            session.live = Some(hold()?);
             copy(session)
         })
     }
@@ -128,6 +171,7 @@ impl<'a> Session<'a> {
             interrupt,
             clock: Stopwatch::start(),
             job: None,
+            shared: None,
             live: None,
             transfer: Cell::new(None),
             hooks: plan.request.hooks.around(&plan.origin.path),
@@ -141,9 +185,20 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The errors of opening the engine and the secondary.
     fn open(&mut self) -> Result<()> {
-        let engine = engine_for(self.plan)
+        let opening = self.shared.as_ref().map(|shared| shared.opening);
+        // It guards nothing that a panic could leave inconsistent.
+        let _alone = opening.map(|opening| opening.lock().unwrap_or_else(PoisonError::into_inner));
+        let engine = engine_for(self.plan, self.shared.as_ref().map_or(1, |shared| shared.count))
             .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let secondary = open_secondary(self.plan, self.interrupt)?;
+        if let Some(shared) = &self.shared {
+            // A panic leaves the job consistent: its record is replaced atomically.
+            let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
+            secondary.partial_path().into_iter().for_each(|partial| job.note_partial(partial));
+            drop(job);
+            self.transfer.set(Some(Transfer { engine, secondary }));
+            return Ok(());
+        }
         // The job of a cold copy records only the partial file.
         match (&mut self.job, secondary.partial_path()) {
             (Some(job), Some(partial)) => job.note_partial(partial),
@@ -178,8 +233,9 @@ impl<'a> Session<'a> {
     fn hold(&mut self, live_plan: &LivePlan) -> Result<()> {
         let dm = Dm::open()?;
         let job = self.job.take().expect("the copy of a live origin has a job");
-        let live = Live::new(dm, self.plan, job);
-        self.live.insert(live).insert(self.plan, live_plan, self.observer, self.interrupt)
+        let live = self.live.insert(Live::new(dm, self.plan, job));
+        let lives = std::slice::from_mut(live);
+        live::hold(&[self.plan], lives, &live_plan.insert, &self.hooks, self.observer, self.interrupt).map(drop)
     }
 
     /// Ends the copy, in the order that the module documentation states.
@@ -206,12 +262,20 @@ impl<'a> Session<'a> {
             (None, result) => conclude(self.job.take(), result.map_err(give_up)),
             (Some(live), Err(error)) => Err(live.put_back_after(error, give_up)),
             (Some(live), Ok(mut result)) => {
-                result.kept = live.end(self.plan.request.store.keep).map_err(|error| {
-                    error.context("the copy is complete, but restoring the origin failed")
-                })?;
+                result.kept = live.end(self.plan.request.store.keep).map_err(|error| self.not_restored(error))?;
                 Ok(result)
             }
         }
+    }
+
+    /// The error of a complete copy whose origin could not be restored because of `error`. Among several, it tells the
+    /// owner of the job that its record is still needed.
+    fn not_restored(&self, error: Error) -> Error {
+        const WHAT: &str = "the copy is complete, but restoring the origin failed";
+        if self.shared.is_none() {
+            return error.context(WHAT);
+        }
+        Error::new(error.kind(), WHAT).next("run 'tidemark recover'").with_failed_undo(error)
     }
 
     /// Restores the origin after a panic, runs --hook-after if it is due, and does nothing else.
@@ -223,13 +287,13 @@ impl<'a> Session<'a> {
     }
 }
 
-/// An engine with buffers for the segments of `plan`.
+/// An engine with buffers for the segments of `plan`, which is one of `copies` at once.
 ///
 /// # Errors
 /// As [`open_engine`].
-pub fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
+pub fn engine_for(plan: &CopyPlan, copies: usize) -> Result<Box<dyn Engine>> {
     let most = if plan.live.is_some() { LIVE_COPY_BUFFER_BYTES_MAX } else { COPY_BUFFER_BYTES_MAX };
-    let buffers = memory::for_buffers(plan.segment, most)?;
+    let buffers = memory::for_buffers(plan.segment, most, u64::try_from(copies).unwrap_or(u64::MAX))?;
     open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
