@@ -128,6 +128,9 @@ place: repair the disk or server, and run 'tidemark recover' again.")]
   tidemark copy --pair data=/dev/sdc --pair wal=/backup/wal.tdm
   tidemark copy --group mail /backup
 
+From each rotating disk one copy reads at a time: another one waits for its
+turn before its instant, while nothing is frozen ('tidemark status' shows it).
+
 Several origins are copied from one instant: all filesystems are frozen and
 all volumes suspended before the first is released; if one cannot be, nothing
 is copied. They must be volumes or other device-mapper devices. Each has a
@@ -223,6 +226,10 @@ pub struct CopyArgs {
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
+    /// Do not wait while another copy reads from a rotating disk of the origin: both then take longer than one after the
+    /// other
+    #[arg(long)]
+    pub no_wait: bool,
     /// Copy only what changed since this kept snapshot of the volume, into an archive that continues the archive of
     /// that snapshot
     #[arg(long, value_name = "SNAPSHOT", help_heading = "Increments")]

@@ -17,7 +17,7 @@ use crate::op::inspect::InspectReport;
 use crate::op::recover::RecoverReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
 use crate::op::snapshot::list::{SnapshotView, State};
-use crate::op::status::{JobStatus, Status, VolumeStatus};
+use crate::op::status::{DiskStatus, DiskWait, JobStatus, Status, VolumeStatus};
 use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
 use crate::restore::merge::MergeReport;
@@ -457,6 +457,12 @@ fn job_row(job: &JobStatus) -> Vec<String> {
     ]
 }
 
+fn disk_row(copy: &DiskStatus) -> Vec<String> {
+    let wait = |wait: &DiskWait| format!("waits for disk {}, used by job {} (process {})", wait.disk, wait.job, wait.process);
+    let state = copy.waits.first().map_or_else(|| "reads".to_owned(), wait);
+    vec![copy.disks.join(", "), copy.process.to_string(), copy.origins.clone(), state]
+}
+
 /// A paragraph for a job that has reported progress.
 fn job_progress(job: &JobStatus) -> String {
     let died = if job.alive { "" } else { " (when it died)" };
@@ -491,6 +497,9 @@ impl Human for Status {
         rows.extend(self.jobs.iter().map(job_row));
         text.push_str(&section(&rows));
         text.extend(self.jobs.iter().map(job_progress));
+        let mut rows = vec![row(&["DISK", "PROCESS", "COPIES", "STATE"])];
+        rows.extend(self.disks.iter().map(disk_row));
+        text.push_str(&section(&rows));
         let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE", "CONTENT"])];
         rows.extend(self.stacks.iter().map(|stack| {
             let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());

@@ -142,6 +142,7 @@ fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> R
         rate: args.rate,
         impact: args.impact.into(),
         verify: args.verify,
+        waits_for_disks: !args.no_wait,
         freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
         lvm_lock: match args.lvm_lock {
             LvmLockArg::Change => LvmScope::Change,

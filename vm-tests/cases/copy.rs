@@ -57,6 +57,12 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(900)
             .disk_mib(16)
             .limit_seconds(900),
+        main_job("copy_disk_queue", "copy_disk_queue.sh")
+            .commands(&["python3"])
+            .disk_mib(64)
+            .disk_mib(64)
+            .disk_mib(400)
+            .limit_seconds(600),
         main_job("copy_across_disks", "across_disks.sh")
             .disk_mib(140)
             .disk_mib(140)

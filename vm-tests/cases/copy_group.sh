@@ -17,6 +17,7 @@ nothing_left() { # WHAT
     assert_same "$1: partial files" "$(find /mnt/scratch -name '.*tidemark-partial*')" ""
     assert_same "$1: stores" "$(find /mnt/scratch/stores /run/tidemark/stores -type f)" ""
     assert_same "$1: suspended devices" "$(suspended_devices)" ""
+    assert_same "$1: tickets" "$(find /run/tidemark/disks -name '*.json' 2>/dev/null)" ""
     assert_no_tidemark_left wal data
 }
 answers() { # WHAT: both filesystems take writes
@@ -90,7 +91,7 @@ refused 2 "would both be copied to" tidemark copy data wal /dev/mapper/data /mnt
 refused 3 'secondary of two origins' tidemark copy --pair data=/mnt/scratch/x --pair wal=/mnt/scratch/x "${options[@]}"
 refused 3 'no instant to share' tidemark copy data "$(disk 3)" /mnt/scratch/out "${options[@]}"
 refused 3 'may wait for\|wait for the origin' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/wal
-refused 3 'may wait for\|wait for the origin' tidemark copy --pair data=/mnt/wal/x --pair wal=/mnt/scratch/x "${options[@]}"
+refused 3 'belongs to the origin' tidemark copy --pair data=/mnt/wal/x --pair wal=/mnt/scratch/x "${options[@]}"
 refused 2 'have a store each' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/scratch/new
 refused 2 'for one origin' tidemark copy data wal /mnt/scratch/out "${options[@]}" --since x
 refused 3 'no file /etc/tidemark/groups.toml' tidemark copy --group mail /mnt/scratch/out "${options[@]}"

@@ -1,7 +1,7 @@
 //! Several origins, copied from one instant, each to its own secondary.
 //!
 //! Order:
-//! 1. one job for all origins, with the lock of each;
+//! 1. one job for all origins, with the lock of each; it waits for its turn at their rotating disks;
 //! 2. the secondary of each origin is opened, and its engine;
 //! 3. --hook-before, once;
 //! 4. the stores, then all stacks with one instant ([`live::hold`]): all origins are held, or none;
@@ -25,17 +25,17 @@ use super::plan::CopyPlan;
 use super::report::{CopyOutcome, GroupOutcome, OriginOutcome};
 use super::run::{begin_copy, copy_live};
 use super::session::{Session, Shared};
-use super::turns::Turns;
+use super::turns::{Turns, enter_queue};
 use crate::base::clock::Stopwatch;
 use crate::base::{Error, ErrorKind, Result};
 use crate::dm::Dm;
 use crate::job::Job;
+use crate::job::disk_queue::Place;
 use crate::progress::{Event, Observer, OfOrigin, Phase};
 use crate::stack::HoldTimes;
 use crate::stack::hooks::AroundInstant;
 use crate::sys::process::crash_point;
 use crate::sys::signal;
-use crate::topology::Topology;
 
 /// The command in the record of the job.
 pub const GROUP_COMMAND: &str = "copy of several";
@@ -56,6 +56,11 @@ pub fn run(plan: &GroupCopyPlan, observer: &dyn Observer, interrupt: &Interrupt)
     }
     let job = Job::begin_for_origins(GROUP_COMMAND, &plan.numbers())
         .map_err(|error| error.state("nothing was frozen, and no origin was changed"))?;
+    let place = enter_queue(&plan.copies, Some(job.id()), observer, &|| interrupt());
+    let place = match place {
+        Ok(place) => place,
+        Err(error) => return job.conclude(Err(error.state("nothing was frozen, and no origin was changed"))),
+    };
     let job = Arc::new(Mutex::new(job));
     let origins = plan.origins();
     let first = &plan.copies[0];
@@ -64,7 +69,7 @@ pub fn run(plan: &GroupCopyPlan, observer: &dyn Observer, interrupt: &Interrupt)
         ..first.request.hooks.around(&first.origin.path)
     };
     let group = Group { plan, observer, interrupt, job: &job, hooks: &hooks };
-    let copied = group.copy();
+    let copied = group.copy(place);
     end(job, &copied)?;
     // What was begun is ended: if the copies began, this was done already.
     run_after(&hooks, observer, interrupt);
@@ -119,8 +124,8 @@ struct Copier<'scope> {
 }
 
 impl Group<'_> {
-    fn copy(&self) -> Result<(HoldTimes, Vec<OriginOutcome>)> {
-        let turns = Turns::of(&self.plan.copies, &Topology::default());
+    fn copy(&self, place: Option<Place>) -> Result<(HoldTimes, Vec<OriginOutcome>)> {
+        let turns = Turns::of(&self.plan.copies, place);
         let await_turn = |index: usize, observer: &dyn Observer, stop: &dyn Fn() -> Result<()>| {
             turns.wait(index, observer, stop)
         };

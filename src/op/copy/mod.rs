@@ -8,7 +8,7 @@
 //! | [`report`] | the result of a copy |
 //! | [`group`] | several origins, copied from one instant |
 //! | [`group_plan`] | what that would do, and what is refused |
-//! | [`turns`] | which of them are read at the same time |
+//! | [`turns`] | which origins are read at the same time |
 //! | [`since`] | what has changed since a kept snapshot, and is copied |
 //! | [`workers`] | the threads that run in parallel with the copier |
 //! | [`rescue`] | restores the origin if the copier cannot |
@@ -37,7 +37,7 @@ mod rescue;
 pub mod run;
 pub mod session;
 pub mod since;
-mod turns;
+pub(in crate::op) mod turns;
 mod workers;
 
 pub use live::Live;

@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::live::{self, Live};
 use super::plan::{CopyPlan, LivePlan};
 use super::report::{CopyOutcome, CopyResult};
+use super::turns::{enter_queue, join_queue};
 use crate::base::clock::Stopwatch;
 use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
 use crate::base::{Error, Result};
 use crate::dm::Dm;
 use crate::io::{Engine, EnginePreference, open_engine};
+use crate::job::disk_queue::Place;
 use crate::job::{Job, conclude};
 use crate::op::targets::naming_job;
 use crate::op::{interruptible, memory};
@@ -58,6 +60,8 @@ pub struct Session<'a> {
     job: Option<Job>,
     /// Set for one origin of several.
     pub(super) shared: Option<Shared<'a>>,
+    /// The place in the queue at the rotating disks of the origin.
+    place: Option<Place>,
     /// The live origin, once holding it has begun.
     pub(super) live: Option<Live>,
     /// None before it is opened, and after it was passed to the copier.
@@ -80,6 +84,7 @@ impl<'a> Session<'a> {
         copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
     ) -> Result<CopyOutcome> {
         Self::begin(plan, observer, interrupt)?.ending_with(|session| {
+            session.enter_queue()?;
             session.open()?;
             session.hook_before()?;
             if let Some(live_plan) = &plan.live {
@@ -112,7 +117,7 @@ impl<'a> Session<'a> {
     }
 
     /// As [`Session::carry_out`], for the copy of a dead process that has passed its instant. `is_hook_due`: that
-    /// process had not run --hook-after.
+    /// process had not run --hook-after. It waits for no turn, as the store fills: others wait for it.
     ///
     /// # Errors
     /// As [`Session::carry_out`].
@@ -125,6 +130,10 @@ impl<'a> Session<'a> {
         copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
     ) -> Result<CopyOutcome> {
         let mut session = Self::new(plan, observer, interrupt);
+        session.place = join_queue(std::slice::from_ref(plan), Some(live.job().id()))
+            .inspect_err(|error| tracing::debug!(%error, "other copies do not wait for this one"))
+            .ok()
+            .flatten();
         session.live = Some(live);
         session.transfer.set(Some(transfer));
         session.hooks.is_due.set(is_hook_due);
@@ -172,11 +181,25 @@ impl<'a> Session<'a> {
             clock: Stopwatch::start(),
             job: None,
             shared: None,
+            place: None,
             live: None,
             transfer: Cell::new(None),
             hooks: plan.request.hooks.around(&plan.origin.path),
             is_doubted: Cell::new(false),
         }
+    }
+
+    /// Waits for its turn at the rotating disks of the origin, before anything else is done: nothing is held meanwhile
+    /// but the lock of a live origin.
+    ///
+    /// # Errors
+    /// As [`enter_queue`].
+    fn enter_queue(&mut self) -> Result<()> {
+        let job = self.job.as_ref().map(|job| job.id().to_owned());
+        let plans = std::slice::from_ref(self.plan);
+        self.place = enter_queue(plans, job.as_deref(), self.observer, self.interrupt)
+            .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
+        Ok(())
     }
 
     /// Opens the engine and the secondary before the instant, and before --hook-before makes applications wait. After

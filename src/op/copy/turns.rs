@@ -1,5 +1,10 @@
-//! Which of several origins that were captured together are read at the same time: on each rotating disk one after the
-//! other, in the order in which they were given, so that its heads stay with one of them. Others are read side by side.
+//! Which origins are read at the same time: on each rotating disk one after the other, so that its heads stay with one
+//! of them. Origins on other disks are read side by side.
+//!
+//! A copy joins the host's queue at all of its disks ([`disk_queue`](crate::job::disk_queue)) and waits for its turn
+//! before its instant: while it waits, nothing is frozen and no write is preserved. Several origins that were captured
+//! together take turns among themselves, in the order in which they were given; each disk is left when the last of them
+//! on it has ended.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,7 +12,10 @@ use std::time::Duration;
 
 use super::plan::CopyPlan;
 use crate::base::{DeviceNumber, Result};
+use crate::dm::naming::new_id;
+use crate::job::disk_queue::{Place, Wait};
 use crate::progress::{Event, Observer};
+use crate::sys::privilege;
 use crate::topology::Topology;
 
 /// Time between two checks of an origin that waits.
@@ -16,9 +24,15 @@ const POLL: Duration = Duration::from_millis(200);
 /// The turns of several origins.
 pub(super) struct Turns {
     origins: Vec<Waiting>,
-    /// Which of them have ended.
-    ended: Mutex<Vec<bool>>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+struct State {
+    /// Which of them have ended.
+    ended: Vec<bool>,
+    /// The place in the host's queue.
+    place: Option<Place>,
 }
 
 struct Waiting {
@@ -28,15 +42,15 @@ struct Waiting {
 }
 
 impl Turns {
-    /// Those of the origins of `plans`, in this order.
-    pub(super) fn of(plans: &[CopyPlan], topology: &Topology) -> Self {
-        let waiting = |plan: &CopyPlan| Waiting { name: plan.origin.name(), disks: disks_of(plan, topology) };
-        Self::new(plans.iter().map(waiting).collect())
+    /// Those of the origins of `plans`, in this order; `place` is theirs in the host's queue.
+    pub(super) fn of(plans: &[CopyPlan], place: Option<Place>) -> Self {
+        let waiting = |plan: &CopyPlan| Waiting { name: plan.origin.name(), disks: disks_of(plan) };
+        Self::new(plans.iter().map(waiting).collect(), place)
     }
 
-    fn new(origins: Vec<Waiting>) -> Self {
-        let ended = Mutex::new(vec![false; origins.len()]);
-        Self { origins, ended, changed: Condvar::new() }
+    fn new(origins: Vec<Waiting>, place: Option<Place>) -> Self {
+        let state = Mutex::new(State { ended: vec![false; origins.len()], place });
+        Self { origins, state, changed: Condvar::new() }
     }
 
     /// Returns when the origin at `index` may be read.
@@ -45,22 +59,17 @@ impl Turns {
     /// Those of `stop`, which is polled.
     pub(super) fn wait(&self, index: usize, observer: &dyn Observer, stop: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut has_said = false;
-        let mut ended = self.lock();
-        while let Some(before) = self.blocker(index, &ended) {
-            if !has_said {
-                has_said = true;
-                let text = format!("waiting: {} is on the same rotating disk and is copied first", before.name);
-                drop(ended);
+        loop {
+            let state = self.lock();
+            let Some(before) = self.blocker(index, &state.ended) else { return Ok(()) };
+            let text = format!("waiting: {} is on the same rotating disk and is copied first", before.name);
+            let waited = self.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner);
+            drop(waited);
+            if !std::mem::replace(&mut has_said, true) {
                 observer.event(&Event::Note { text });
-                ended = self.lock();
-                continue;
             }
-            ended = self.changed.wait_timeout(ended, POLL).unwrap_or_else(PoisonError::into_inner).0;
-            drop(ended);
             stop()?;
-            ended = self.lock();
         }
-        Ok(())
     }
 
     /// When the value is dropped, the origin at `index` is read no more.
@@ -69,7 +78,13 @@ impl Turns {
     }
 
     fn end(&self, index: usize) {
-        self.lock()[index] = true;
+        let mut state = self.lock();
+        state.ended[index] = true;
+        let left = self.origins.iter().zip(&state.ended).filter(|(_, ended)| !**ended);
+        let disks = left.flat_map(|(origin, _)| origin.disks.iter().copied()).collect();
+        if let Some(Err(error)) = state.place.as_mut().map(|place| place.keep_only(&disks)) {
+            tracing::debug!(%error, "the next copy waits until this one has ended");
+        }
         self.changed.notify_all();
     }
 
@@ -79,9 +94,9 @@ impl Turns {
         before.filter(|(_, ended)| !**ended).map(|(origin, _)| origin).find(|other| !own.is_disjoint(&other.disks))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<bool>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // Each change is one assignment.
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,9 +112,51 @@ impl Drop for Ended<'_> {
     }
 }
 
-/// The rotating disks beneath the origin of `plan`.
-pub(super) fn disks_of(plan: &CopyPlan, topology: &Topology) -> BTreeSet<DeviceNumber> {
-    plan.origin.number.map(|number| topology.rotating_disks(number)).unwrap_or_default()
+/// The rotating disks beneath the origin of `plan`, or beneath the filesystem of a file.
+fn disks_of(plan: &CopyPlan) -> BTreeSet<DeviceNumber> {
+    use std::os::unix::fs::MetadataExt as _;
+    let of_file = || std::fs::metadata(&plan.origin.path).ok().map(|meta| DeviceNumber::from_dev(meta.dev()));
+    plan.origin.number.or_else(of_file).map(|number| Topology::default().rotating_disks(number)).unwrap_or_default()
+}
+
+/// Joins the host's queue for the origins of `plans`, which `job` copies, and waits for the turn unless the user does
+/// not want that. None if no origin is on a rotating disk, or if there is no queue for an ordinary user.
+///
+/// # Errors
+/// Those of `interrupt`, which is polled; I/O errors.
+pub(in crate::op) fn enter_queue(
+    plans: &[CopyPlan],
+    job: Option<&str>,
+    observer: &dyn Observer,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<Option<Place>> {
+    let place = join_queue(plans, job)?;
+    if let (Some(place), true) = (&place, plans.iter().all(|plan| plan.request.waits_for_disks)) {
+        let topology = Topology::default();
+        let say = |wait: &Wait| {
+            let (disk, ticket) = (topology.name(wait.disk), &wait.before);
+            let text = format!(
+                "waiting: {} is copied from the rotating disk {disk} (process {}); --no-wait does not wait for it",
+                ticket.origins, ticket.process
+            );
+            observer.event(&Event::Note { text });
+        };
+        place.wait(&say, interrupt)?;
+    }
+    Ok(place)
+}
+
+/// Joins the host's queue without waiting.
+///
+/// # Errors
+/// I/O errors.
+pub(in crate::op) fn join_queue(plans: &[CopyPlan], job: Option<&str>) -> Result<Option<Place>> {
+    if !privilege::is_root() {
+        return Ok(None);
+    }
+    let disks = plans.iter().flat_map(disks_of).collect();
+    let origins: Vec<String> = plans.iter().map(|plan| plan.origin.path.display().to_string()).collect();
+    Place::join(job.unwrap_or(&new_id()), &origins.join(", "), &disks)
 }
 
 #[cfg(test)]
@@ -117,8 +174,8 @@ mod tests {
 
     #[test]
     fn those_on_one_rotating_disk_take_turns_in_order() {
-        let turns = Turns::new(vec![origin("a", &[0]), origin("b", &[16]), origin("c", &[0, 16]), origin("d", &[])]);
-        let blocker = |index| turns.blocker(index, &turns.lock()).map(|origin| origin.name.clone());
+        let turns = Turns::new(vec![origin("a", &[0]), origin("b", &[16]), origin("c", &[0, 16]), origin("d", &[])], None);
+        let blocker = |index| turns.blocker(index, &turns.lock().ended).map(|origin| origin.name.clone());
         assert_eq!([0, 1, 2, 3].map(blocker), [None, None, Some("a".to_owned()), None]);
         turns.end(0);
         assert_eq!(blocker(2), Some("b".to_owned()));
@@ -128,7 +185,7 @@ mod tests {
 
     #[test]
     fn one_that_waits_goes_on_when_the_other_ends_and_stops_when_asked() {
-        let turns = Turns::new(vec![origin("a", &[0]), origin("b", &[0])]);
+        let turns = Turns::new(vec![origin("a", &[0]), origin("b", &[0])], None);
         let stop = || Err(Error::new(ErrorKind::Interrupted, "a signal"));
         assert_eq!(turns.wait(1, &Silent, &stop).unwrap_err().kind(), ErrorKind::Interrupted);
         thread::scope(|scope| {
