@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
-use super::options::{Consent, parse_time};
+use super::options::{Consent, HookOptions, parse_time};
 use super::snapshot_args::{MonitorArgs, SnapshotArgs};
 use crate::base::Bytes;
 use crate::copy::Impact;
@@ -226,8 +226,8 @@ pub struct CopyArgs {
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
-    /// Do not wait while another copy reads from a rotating disk of the origin: both then take longer than one after the
-    /// other
+    /// Do not wait while another copy reads from a rotating disk of the origin: both then take longer than one after
+    /// the other
     #[arg(long)]
     pub no_wait: bool,
     /// Copy only what changed since this kept snapshot of the volume, into an archive that continues the archive of
@@ -245,20 +245,9 @@ pub struct CopyArgs {
     /// How long LVM commands that change the volume group have to wait, if the origin is an LVM volume
     #[arg(long, value_enum, default_value = "change")]
     pub lvm_lock: LvmLockArg,
-    /// Command to run before anything is frozen; if it fails, nothing is copied
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_before: Option<String>,
-    /// Command to run at the instant; TIDEMARK_ORIGIN_BELOW names the device to read
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_frozen: Option<String>,
-    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
-    /// and the copy continues
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_after: Option<String>,
-    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
-    /// budget) [default: 5m]
-    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Hooks")]
-    pub hook_timeout: Option<Duration>,
+    /// The hooks.
+    #[command(flatten)]
+    pub hooks: HookOptions,
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,

@@ -143,7 +143,10 @@ impl Observer for WarningsOnly {
 
 /// Lines of text, every few seconds.
 #[derive(Default)]
-struct PlainLines(Mutex<BTreeMap<Option<String>, (Meter, Option<Instant>)>>);
+struct PlainLines(Mutex<Shown>);
+
+/// The meters of the origins by their paths (none if there is only one), each with the time of its last line.
+type Shown = BTreeMap<Option<String>, (Meter, Option<Instant>)>;
 
 impl PlainLines {
     fn show(&self, origin: Option<&str>, event: &Event) {
@@ -163,7 +166,9 @@ impl PlainLines {
                 state.1 = Some(now);
                 plain_line(&state.0)
             }
-            Event::Progress { .. } | Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => return,
+            Event::Progress { .. } | Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {
+                return;
+            }
             Event::Instant { utc_ns, frozen, suspended } => instant_text(*frozen, *suspended, *utc_ns),
             Event::Note { text } => format!("{text}\n"),
             Event::Warning { text } => format!("warning: {text}\n"),
@@ -322,8 +327,7 @@ struct JsonLines {
 
 #[derive(Default)]
 struct JsonState {
-    /// Of each origin: its meter, and when its last line of progress was written.
-    origins: BTreeMap<Option<String>, (Meter, Option<Instant>)>,
+    origins: Shown,
     deferred: String,
 }
 

@@ -458,7 +458,9 @@ fn job_row(job: &JobStatus) -> Vec<String> {
 }
 
 fn disk_row(copy: &DiskStatus) -> Vec<String> {
-    let wait = |wait: &DiskWait| format!("waits for disk {}, used by job {} (process {})", wait.disk, wait.job, wait.process);
+    let wait = |wait: &DiskWait| {
+        format!("waits for disk {}, used by job {} (process {})", wait.disk, wait.job, wait.process)
+    };
     let state = copy.waits.first().map_or_else(|| "reads".to_owned(), wait);
     vec![copy.disks.join(", "), copy.process.to_string(), copy.origins.clone(), state]
 }

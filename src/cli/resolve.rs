@@ -5,18 +5,18 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::groups::{self, Group};
 use super::args::{
     AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, MergeArgs, OnFullArg, OrderArg,
     OriginalsArg, RestoreArgs, StatusArgs, VerifyArgs,
 };
+use super::groups::{self, Group};
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::op::attach::check_name;
 use crate::op::copy::plan::check_units;
 use crate::op::request::{
-    AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, MergeRequest, OnFull, Originals,
+    AttachRequest, CopyRequest, DetachRequest, InspectRequest, MergeRequest, OnFull, Originals,
     RestoreRequest, StoreRequest, VerifyRequest,
 };
 use crate::restore::ArchiveSource;
@@ -52,6 +52,9 @@ pub fn is_pipe(args: &CopyArgs) -> bool {
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options;
 /// as [`groups::find`].
 pub fn copy(args: &CopyArgs) -> Result<Vec<CopyRequest>> {
+    if args.group.is_some() && args.paths.len() != 1 {
+        return Err(Error::usage("--group needs one directory for the copies, and no origin"));
+    }
     let group = args.group.as_deref().map(groups::find).transpose()?;
     let pairs = pairs_of(args, group.as_ref())?;
     let group = group.unwrap_or_default();
@@ -65,7 +68,6 @@ fn pairs_of(args: &CopyArgs, group: Option<&Group>) -> Result<Vec<(PathBuf, Path
     }
     match (args.paths.as_slice(), group) {
         ([directory], Some(group)) => in_directory(args, &group.volumes, directory),
-        (_, Some(_)) => Err(Error::usage("--group needs one directory for the copies, and no origin")),
         ([origin, secondary], None) => Ok(vec![(origin.clone(), secondary.clone())]),
         ([origins @ .., directory], None) if origins.len() > 1 => in_directory(args, origins, directory),
         _ => Err(Error::usage("a copy needs an origin and a secondary").next("see 'tidemark copy --help'")),
@@ -74,9 +76,9 @@ fn pairs_of(args: &CopyArgs, group: Option<&Group>) -> Result<Vec<(PathBuf, Path
 
 /// `ORIGIN=SECONDARY`.
 fn parse_pair(text: &str) -> Result<(PathBuf, PathBuf)> {
-    let (origin, secondary) = text
-        .split_once('=')
-        .ok_or_else(|| Error::usage(format!("--pair {text}: there is no =")).next("write ORIGIN=SECONDARY"))?;
+    let (origin, secondary) = text.split_once('=').ok_or_else(|| {
+        Error::usage(format!("--pair {text}: there is no =")).next("write ORIGIN=SECONDARY")
+    })?;
     reject_dash(Path::new(secondary), "the secondary of one of several origins")?;
     Ok((origin.into(), secondary.into()))
 }
@@ -148,12 +150,7 @@ fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> R
             LvmLockArg::Change => LvmScope::Change,
             LvmLockArg::Copy => LvmScope::Copy,
         },
-        hooks: Hooks {
-            before: args.hook_before.clone().or_else(|| group.hooks.before.clone()),
-            frozen: args.hook_frozen.clone().or_else(|| group.hooks.frozen.clone()),
-            after: args.hook_after.clone().or_else(|| group.hooks.after.clone()),
-            timeout: args.hook_timeout.unwrap_or(group.hooks.timeout),
-        },
+        hooks: args.hooks.or(&group.hooks),
         since: args.since.clone(),
         parents: args.parent.clone(),
         replace: args.consent.yes,
@@ -202,9 +199,7 @@ fn format_of(args: &CopyArgs, secondary: &Path) -> SecondaryForm {
         Some(FormatArg::Raw) => SecondaryForm::Raw,
         Some(FormatArg::Archive) => SecondaryForm::Archive,
         None if is_pipe(args) => SecondaryForm::Archive,
-        None if secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
-            SecondaryForm::Archive
-        }
+        None if secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => SecondaryForm::Archive,
         None => SecondaryForm::Raw,
     }
 }
@@ -427,10 +422,7 @@ mod tests {
             pairs("data /dev/vg/wal /backup"),
             ["data to /backup/data.tdm Archive", "/dev/vg/wal to /backup/wal.tdm Archive"]
         );
-        assert_eq!(
-            pairs("data wal /b --format raw"),
-            ["data to /b/data.img Raw", "wal to /b/wal.img Raw"]
-        );
+        assert_eq!(pairs("data wal /b --format raw"), ["data to /b/data.img Raw", "wal to /b/wal.img Raw"]);
         assert_eq!(
             pairs("--pair data=/dev/sdc --pair wal=w=x.tdm"),
             ["data to /dev/sdc Raw", "wal to w=x.tdm Archive"]

@@ -15,7 +15,6 @@ use super::snapshot_args::{
     AutoDeleteArg, CloneArgs, CreateArgs, MonitorArgs, RollbackArgs, SnapshotArgs, SnapshotCommand,
 };
 use crate::base::{Bytes, ChunkSize, Result};
-use crate::op::request::Hooks;
 use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, GroupPlan};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
@@ -86,12 +85,7 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
         Some(name) => groups::find(name)?,
         None => Group { volumes: args.volumes.clone(), ..Group::default() },
     };
-    let hooks = Hooks {
-        before: args.hook_before.clone().or(group.hooks.before),
-        frozen: args.hook_frozen.clone().or(group.hooks.frozen),
-        after: args.hook_after.clone().or(group.hooks.after),
-        timeout: args.hook_timeout.unwrap_or(group.hooks.timeout),
-    };
+    let hooks = args.hooks.or(&group.hooks);
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),
         name: args.name.clone(),

@@ -1,19 +1,19 @@
 //! The queue of copiers at the rotating disks of a host: one at a time reads from each disk, so that two copies do not
 //! move its heads back and forth between them.
 //!
-//! A copier that wants to read has a ticket, `/run/tidemark/disks/<id>.json`: a [`record`](crate::record), whose lock
-//! tells whether its process lives. It names the disks, and has a number that is higher than that of every ticket before
-//! it. A ticket is at its turn when no ticket with a lower number names one of its disks. So nobody is overtaken, no two
-//! copiers wait for each other (each waits only for lower numbers), and one that was killed blocks none: whoever finds a
-//! ticket without an owner removes it.
+//! A copier that wants to read has a ticket, `/run/tidemark/disks/<id>.json`: a [`record`](crate::record), whose
+//! lock tells whether its process lives. It names the disks, and has a number that is higher than that of every
+//! ticket before it. A ticket is at its turn when no ticket with a lower number names one of its disks. So no copier is
+//! overtaken, no two copiers wait for each other (each waits only for lower numbers), and one that was killed blocks
+//! none: any process that finds a ticket without an owner removes it.
 //!
 //! Numbers are given under a lock of the directory, which is held for the creation of a ticket only.
 //!
 //! Not seen: copiers in another mount namespace with its own `/run`, and other programs.
 
 use std::collections::BTreeSet;
-use std::fs::{DirBuilder, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -29,6 +29,9 @@ use crate::sys::lock::{LockedFile, try_lock};
 
 /// Time between two looks at the queue.
 const POLL: Duration = Duration::from_millis(100);
+
+/// Pause while another process gets a number.
+const NUMBER_PAUSE: Duration = Duration::from_millis(5);
 
 /// A ticket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,7 +77,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Joins the queue at `disks` as `id`. Waits for nobody: see [`Place::wait`]. None if there are no such disks.
+    /// Joins the queue at `disks` as `id`. Does not wait: see [`Place::wait`]. None if there are no such disks.
     ///
     /// # Errors
     /// I/O errors.
@@ -174,10 +177,8 @@ pub fn remove_dead() -> Result<()> {
 fn queued_in(directory: &Path) -> Result<Vec<Queued>> {
     let mut tickets = living(directory)?;
     tickets.sort_by_key(|ticket| ticket.number);
-    let queued = |ticket: &Ticket| Queued {
-        waits: waits_of(ticket, &tickets).collect(),
-        ticket: ticket.clone(),
-    };
+    let queued =
+        |ticket: &Ticket| Queued { waits: waits_of(ticket, &tickets).collect(), ticket: ticket.clone() };
     Ok(tickets.iter().map(queued).collect())
 }
 
@@ -195,7 +196,7 @@ fn living(directory: &Path) -> Result<Vec<Ticket>> {
         match (&found.lock, &found.record) {
             (Some(_), _) => found.remove(&[])?,
             (None, Ok(ticket)) => tickets.push(ticket.clone()),
-            // It is being created, after every ticket that matters to anybody here.
+            // It is being created, so its number is higher than those of all tickets that are complete.
             (None, Err(_)) => {}
         }
     }
@@ -204,15 +205,13 @@ fn living(directory: &Path) -> Result<Vec<Ticket>> {
 
 /// The lock under which numbers are given; each holds it for a moment.
 fn lock_numbers(directory: &Path) -> Result<LockedFile> {
-    // No name of a record: those have a point.
-    let path = directory.join("numbers");
+    let mut file = File::open(directory).io_context(|| format!("opening {}", directory.display()))?;
     loop {
-        let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = opened.io_context(|| format!("opening {}", path.display()))?;
-        match try_lock(file, &path)? {
+        match try_lock(file, directory)? {
             Ok(lock) => return Ok(lock),
-            Err(_) => thread::sleep(Duration::from_millis(5)),
+            Err(back) => file = back,
         }
+        thread::sleep(NUMBER_PAUSE);
     }
 }
 
@@ -239,8 +238,10 @@ mod tests {
     #[test]
     fn each_waits_for_those_before_it_at_its_disks() {
         let dir = tempfile::tempdir().unwrap();
-        let join = |name: &str, minors: &[u32]| Place::join_in(dir.path(), &new_id(), name, &disks(minors)).unwrap();
-        let (mut first, second, other) = (join("first", &[0, 16]), join("second", &[16]), join("other", &[32]));
+        let join =
+            |name: &str, minors: &[u32]| Place::join_in(dir.path(), &new_id(), name, &disks(minors)).unwrap();
+        let (mut first, second, other) =
+            (join("first", &[0, 16]), join("second", &[16]), join("other", &[32]));
         let third = join("third", &[16, 32]);
         let said = RefCell::new(Vec::new());
         let waits = |place: &Place| {
@@ -258,7 +259,7 @@ mod tests {
         // One that needs a disk no longer lets the next one go on.
         first.keep_only(&disks(&[0])).unwrap();
         assert_eq!(waits(&second), (true, vec![]));
-        assert_eq!(waits(&third).0, false);
+        assert!(!waits(&third).0);
         drop(second);
         drop(other);
         assert_eq!(waits(&third), (true, vec![]));
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_without_an_owner_blocks_nobody() {
+    fn a_ticket_without_an_owner_blocks_none() {
         let dir = tempfile::tempdir().unwrap();
         let mut dead = Place::join_in(dir.path(), &new_id(), "dead", &disks(&[0])).unwrap();
         let next = Place::join_in(dir.path(), &new_id(), "next", &disks(&[0])).unwrap();
@@ -277,7 +278,7 @@ mod tests {
         drop(dead.ticket.take());
         assert_eq!(record::ids(dir.path()).unwrap().len(), 2);
         next.wait(&|_| {}, &stop).unwrap();
-        assert_eq!(record::ids(dir.path()).unwrap().len(), 1, "whoever finds it removes it");
+        assert_eq!(record::ids(dir.path()).unwrap().len(), 1, "the next one removes it");
     }
 
     #[test]

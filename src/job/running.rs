@@ -501,7 +501,8 @@ mod tests {
             queue: std::collections::BTreeMap::new(),
         };
         job.set_origins(vec![origin(1), origin(2), origin(3)]).unwrap();
-        let view = |path: &str| ProgressView { origin_path: Some(path.to_owned()), ..ProgressView::default() };
+        let view =
+            |path: &str| ProgressView { origin_path: Some(path.to_owned()), ..ProgressView::default() };
         for (index, path) in [(0, "a"), (2, "c")] {
             fs::write(job.progress_path_of(index), view(path).encode().unwrap()).unwrap();
         }

@@ -16,7 +16,6 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::admission::{Admission, Question, WAITING_FOR_OTHERS};
-use super::copy::group::GROUP_COMMAND;
 use super::copy::plan::order_for;
 use super::copy::run::{block_list_of, copy_live};
 use super::copy::session::{Session, Transfer, engine_for};
@@ -92,7 +91,7 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
             .next("run 'tidemark recover', which undoes what is left, and copy again")
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
-        give_up(if record.command == GROUP_COMMAND {
+        give_up(if record.command == "copy" && !record.further_origins.is_empty() {
             "it copied several origins from one instant, and such a copy cannot be continued".to_owned()
         } else if record.command == "copy" {
             "its process died before the instant was taken, its origin was not in use, it was an increment \

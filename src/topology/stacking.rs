@@ -53,7 +53,8 @@ impl Topology {
     /// places of one of them cost its heads a way each time.
     #[must_use]
     pub fn rotating_disks(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
-        let is_disk = |disk: &DeviceNumber| self.is_rotational(*disk) && self.directly_beneath(*disk).is_empty();
+        let is_disk =
+            |disk: &DeviceNumber| self.is_rotational(*disk) && self.directly_beneath(*disk).is_empty();
         self.stack(device).into_iter().filter(is_disk).collect()
     }
 

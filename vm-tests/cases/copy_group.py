@@ -1,9 +1,9 @@
 """Copies of several volumes from one instant, against writers whose later write depends on the earlier one.
 
-Usage: copy_group.py DIRECTORY ROUNDS PAIR [OPTION...]: copies ROUNDS times the volumes of PAIR into DIRECTORY, and reads
-what the copies hold. A PAIR is LOG=DIR:DATA=DIR, the volumes and the mount points of their filesystems. The writer writes
-each number to the log, and then to the data; each write is durable before the next begins. So at any one instant the log
-is at the number of the data, or one further.
+Usage: copy_group.py DIRECTORY ROUNDS PAIR [OPTION...]: copies ROUNDS times the volumes of PAIR into DIRECTORY, and
+reads what the copies hold. A PAIR is LOG=DIR:DATA=DIR, the volumes and the mount points of their filesystems. The writer
+writes each number to the log, and then to the data; each write is durable before the next begins. So at any one instant
+the log is at the number of the data, or one further.
 """
 
 import json

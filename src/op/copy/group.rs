@@ -37,9 +37,6 @@ use crate::stack::hooks::AroundInstant;
 use crate::sys::process::crash_point;
 use crate::sys::signal;
 
-/// The command in the record of the job.
-pub const GROUP_COMMAND: &str = "copy of several";
-
 /// `interrupt`, polled by the threads of all origins.
 pub type Interrupt = dyn Fn() -> Result<()> + Sync;
 
@@ -54,7 +51,7 @@ pub fn run(plan: &GroupCopyPlan, observer: &dyn Observer, interrupt: &Interrupt)
     for text in plan.not_frozen.iter().chain(warnings) {
         observer.event(&Event::Warning { text: text.clone() });
     }
-    let job = Job::begin_for_origins(GROUP_COMMAND, &plan.numbers())
+    let job = Job::begin_for_origins("copy", &plan.numbers())
         .map_err(|error| error.state("nothing was frozen, and no origin was changed"))?;
     let place = enter_queue(&plan.copies, Some(job.id()), observer, &|| interrupt());
     let place = match place {
@@ -165,8 +162,7 @@ impl Group<'_> {
         for plan in &plans {
             lives.push(Live::one_of_several(Dm::open()?, plan, Arc::clone(self.job)));
         }
-        let held =
-            live::hold(&plans, &mut lives, &self.plan.insert, self.hooks, self.observer, &interrupt);
+        let held = live::hold(&plans, &mut lives, &self.plan.insert, self.hooks, self.observer, &interrupt);
         match held {
             Ok(times) => Ok((times, lives)),
             Err(error) => Err(put_back(lives, error)),

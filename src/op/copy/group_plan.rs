@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::live::check_places;
 use super::plan::{CopyPlan, LivePlan, is_same_file, plan_one_of};
-use crate::base::{DeviceNumber, Error, Result, directory_of, escape};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, directory_of, escape};
 use crate::dm::{Dm, Table};
 use crate::op::admission::Question;
 use crate::op::request::CopyRequest;
@@ -65,9 +65,12 @@ impl GroupCopyPlan {
 pub fn plan(requests: &[CopyRequest], interrupt: &dyn Fn() -> Result<()>) -> Result<GroupCopyPlan> {
     assert!(!requests.is_empty(), "a copy is of an origin");
     if requests.len() > ORIGINS_MAX {
-        return Err(Error::refused(format!("{} origins at once: {ORIGINS_MAX} are possible", requests.len()))
-            .state("nothing was changed")
-            .next("copy them in several groups"));
+        return Err(Error::refused(format!(
+            "{} origins at once: {ORIGINS_MAX} are possible",
+            requests.len()
+        ))
+        .state("nothing was changed")
+        .next("copy them in several groups"));
     }
     refuse_since(&requests[0])?;
     let count = u64::try_from(requests.len()).expect("few origins");
@@ -81,6 +84,7 @@ pub fn plan(requests: &[CopyRequest], interrupt: &dyn Fn() -> Result<()>) -> Res
         copy.check_targets()?;
     }
     check_waits(&copies, &numbers)?;
+    check_room(&copies)?;
     let frozen = filesystems_on(&numbers, &Topology::default())?;
     let parts: Vec<&LivePlan> = copies.iter().filter_map(|copy| copy.live.as_ref()).collect();
     let insert = InsertRequest {
@@ -130,7 +134,8 @@ fn number_of(copy: &CopyPlan) -> Result<DeviceNumber> {
 
 /// Refuses an origin or a secondary that is named twice.
 fn refuse_twice(copies: &[CopyPlan], numbers: &[DeviceNumber]) -> Result<()> {
-    let refused = |what: String| Err(Error::refused(what).state("nothing was changed").next("name each once"));
+    let refused =
+        |what: String| Err(Error::refused(what).state("nothing was changed").next("name each once"));
     let mut seen = BTreeSet::new();
     for (copy, number) in copies.iter().zip(numbers) {
         if !seen.insert(number) {
@@ -172,6 +177,22 @@ fn check_waits(copies: &[CopyPlan], numbers: &[DeviceNumber]) -> Result<()> {
             if let Some(path) = secondary_path(copy) {
                 question.check_secondary(path, copy.request.on_full)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a directory without room for all stores at their first size. Each was found to fit alone.
+fn check_room(copies: &[CopyPlan]) -> Result<()> {
+    let stores = || copies.iter().filter_map(|copy| copy.live.as_ref()).map(|live| &live.store);
+    let needed: Bytes = stores().map(|store| store.tail_bytes).sum();
+    for place in stores().map(|store| &store.place).take(1) {
+        let room = place.available()?;
+        if needed > room {
+            let what = format!("{} has {room} for the stores, which need {needed}", place.path().display());
+            return Err(Error::new(ErrorKind::NoSpace, what)
+                .state("nothing was changed")
+                .next("choose another directory with --store, or limit each store with --store-size"));
         }
     }
     Ok(())

@@ -79,8 +79,7 @@ pub(super) fn hold(
         Some(command) => run_frozen(command, hooks, instant, interrupt),
     };
     let dm = Dm::open()?;
-    let inserted =
-        Stack::insert(&dm, &mut lives[0].job(), &request, &standby, &mut at_instant, interrupt)?;
+    let inserted = Stack::insert(&dm, &mut lives[0].job(), &request, &standby, &mut at_instant, interrupt)?;
     let times = inserted[0].times();
     for (live, stack) in lives.iter_mut().zip(inserted) {
         live.stack = Some(stack);
@@ -135,8 +134,8 @@ fn admit(
     check_places(plans)?;
     if plans.iter().any(|plan| live_part(plan).memory_waits) {
         note("memory may wait for the origin (swap space): no part of the store is in memory");
-        let memory =
-            memory::lock().map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
+        let memory = memory::lock()
+            .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let memory = Arc::new(memory);
         lives.iter_mut().for_each(|live| live.memory = Some(Arc::clone(&memory)));
     }

@@ -89,7 +89,10 @@ pub struct OriginOutcome {
     pub error: Option<Error>,
 }
 
-fn error_text<S: serde::Serializer>(error: &Option<Error>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+fn error_text<S: serde::Serializer>(
+    error: &Option<Error>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     error.as_ref().map(Error::to_string).serialize(serializer)
 }
 
@@ -242,5 +245,52 @@ pub(super) fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &
     }
     if skipped.omitted_bytes.is_some() {
         observer.event(&Event::Note { text: format!("{omitted} are left out (--include, --exclude)") });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::ErrorKind;
+
+    fn failed(origin: &str, kind: ErrorKind) -> OriginOutcome {
+        OriginOutcome {
+            origin: origin.to_owned(),
+            secondary: format!("{origin}.tdm"),
+            copy: None,
+            error: Some(Error::new(kind, "what").state("own")),
+        }
+    }
+
+    fn verdict(origins: Vec<OriginOutcome>) -> Result<()> {
+        GroupOutcome { instant: InstantReport::default(), origins, total_seconds: 0.0 }.verdict()
+    }
+
+    #[test]
+    fn the_gravest_failure_decides() {
+        use ErrorKind::{BadData, Interrupted, NoSpace, Refused, StoreInvalid};
+        verdict(Vec::new()).unwrap();
+        for (kinds, code) in [
+            (vec![Interrupted, Interrupted], 130),
+            (vec![Interrupted, Refused], 3),
+            (vec![Refused, Interrupted, NoSpace], 1),
+            (vec![StoreInvalid, BadData, Interrupted], 4),
+        ] {
+            let count = kinds.len();
+            let origins = kinds.into_iter().enumerate().map(|(index, kind)| failed(&index.to_string(), kind));
+            let error = verdict(origins.collect()).unwrap_err();
+            assert_eq!(error.exit_code(), code);
+            assert!(error.to_string().starts_with(&format!("{count} of {count} copies failed")), "{error}");
+            assert_eq!(error.state_left(), Some("own; no copy is complete"));
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_put_back_is_known() {
+        let mut outcome = failed("a", ErrorKind::NoSpace);
+        assert!(outcome.is_put_back());
+        let undo = Error::new(ErrorKind::Kernel, "putting back");
+        outcome.error = Some(Error::new(ErrorKind::NoSpace, "what").with_failed_undo(undo));
+        assert!(!outcome.is_put_back());
     }
 }

@@ -258,7 +258,8 @@ impl<'a> Session<'a> {
         let job = self.job.take().expect("the copy of a live origin has a job");
         let live = self.live.insert(Live::new(dm, self.plan, job));
         let lives = std::slice::from_mut(live);
-        live::hold(&[self.plan], lives, &live_plan.insert, &self.hooks, self.observer, self.interrupt).map(drop)
+        live::hold(&[self.plan], lives, &live_plan.insert, &self.hooks, self.observer, self.interrupt)
+            .map(drop)
     }
 
     /// Ends the copy, in the order that the module documentation states.
@@ -285,7 +286,8 @@ impl<'a> Session<'a> {
             (None, result) => conclude(self.job.take(), result.map_err(give_up)),
             (Some(live), Err(error)) => Err(live.put_back_after(error, give_up)),
             (Some(live), Ok(mut result)) => {
-                result.kept = live.end(self.plan.request.store.keep).map_err(|error| self.not_restored(error))?;
+                result.kept =
+                    live.end(self.plan.request.store.keep).map_err(|error| self.not_restored(error))?;
                 Ok(result)
             }
         }

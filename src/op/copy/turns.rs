@@ -57,7 +57,12 @@ impl Turns {
     ///
     /// # Errors
     /// Those of `stop`, which is polled.
-    pub(super) fn wait(&self, index: usize, observer: &dyn Observer, stop: &dyn Fn() -> Result<()>) -> Result<()> {
+    pub(super) fn wait(
+        &self,
+        index: usize,
+        observer: &dyn Observer,
+        stop: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
         let mut has_said = false;
         loop {
             let state = self.lock();
@@ -91,7 +96,10 @@ impl Turns {
     fn blocker(&self, index: usize, ended: &[bool]) -> Option<&Waiting> {
         let own = &self.origins[index].disks;
         let before = self.origins[..index].iter().zip(ended);
-        before.filter(|(_, ended)| !**ended).map(|(origin, _)| origin).find(|other| !own.is_disjoint(&other.disks))
+        before
+            .filter(|(_, ended)| !**ended)
+            .map(|(origin, _)| origin)
+            .find(|other| !own.is_disjoint(&other.disks))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -116,7 +124,11 @@ impl Drop for Ended<'_> {
 fn disks_of(plan: &CopyPlan) -> BTreeSet<DeviceNumber> {
     use std::os::unix::fs::MetadataExt as _;
     let of_file = || std::fs::metadata(&plan.origin.path).ok().map(|meta| DeviceNumber::from_dev(meta.dev()));
-    plan.origin.number.or_else(of_file).map(|number| Topology::default().rotating_disks(number)).unwrap_or_default()
+    plan.origin
+        .number
+        .or_else(of_file)
+        .map(|number| Topology::default().rotating_disks(number))
+        .unwrap_or_default()
 }
 
 /// Joins the host's queue for the origins of `plans`, which `job` copies, and waits for the turn unless the user does
@@ -174,7 +186,10 @@ mod tests {
 
     #[test]
     fn those_on_one_rotating_disk_take_turns_in_order() {
-        let turns = Turns::new(vec![origin("a", &[0]), origin("b", &[16]), origin("c", &[0, 16]), origin("d", &[])], None);
+        let turns = Turns::new(
+            vec![origin("a", &[0]), origin("b", &[16]), origin("c", &[0, 16]), origin("d", &[])],
+            None,
+        );
         let blocker = |index| turns.blocker(index, &turns.lock().ended).map(|origin| origin.name.clone());
         assert_eq!([0, 1, 2, 3].map(blocker), [None, None, Some("a".to_owned()), None]);
         turns.end(0);
