@@ -1,6 +1,7 @@
 //! Turns arguments into requests: fills in defaults and rejects contradictions, once.
 //!
-//! Uses only the arguments: whether the system can execute the request is checked by `op`.
+//! Uses only the arguments: whether the system can execute the request is checked by `op`. One exception: the last of
+//! more than two names has to be a directory, because a surplus name is an error of the command line.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::op::request::{
 };
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
+use crate::topology::check_answers;
 use crate::volume::lvm_lock::LvmScope;
 use crate::volume::subset::{Selector, Subset};
 
@@ -86,6 +88,14 @@ fn parse_pair(text: &str) -> Result<(PathBuf, PathBuf)> {
 /// Each of `origins` with a file in `directory`.
 fn in_directory(args: &CopyArgs, origins: &[PathBuf], directory: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
     reject_dash(directory, "the directory for several copies")?;
+    check_answers(directory)?;
+    if !directory.is_dir() {
+        return Err(Error::usage(format!(
+            "{} is not a directory: several origins need one",
+            directory.display()
+        ))
+        .next("name a directory, or the secondaries with --pair ORIGIN=SECONDARY"));
+    }
     let end = if args.format == Some(FormatArg::Raw) { "img" } else { ARCHIVE_EXTENSION };
     let mut pairs: Vec<(PathBuf, PathBuf)> = Vec::new();
     for origin in origins {
@@ -419,10 +429,13 @@ mod tests {
             requests.iter().map(shown).collect()
         };
         assert_eq!(
-            pairs("data /dev/vg/wal /backup"),
-            ["data to /backup/data.tdm Archive", "/dev/vg/wal to /backup/wal.tdm Archive"]
+            pairs("data /dev/vg/wal /tmp"),
+            ["data to /tmp/data.tdm Archive", "/dev/vg/wal to /tmp/wal.tdm Archive"]
         );
-        assert_eq!(pairs("data wal /b --format raw"), ["data to /b/data.img Raw", "wal to /b/wal.img Raw"]);
+        assert_eq!(
+            pairs("data wal /tmp --format raw"),
+            ["data to /tmp/data.img Raw", "wal to /tmp/wal.img Raw"]
+        );
         assert_eq!(
             pairs("--pair data=/dev/sdc --pair wal=w=x.tdm"),
             ["data to /dev/sdc Raw", "wal to w=x.tdm Archive"]
@@ -430,8 +443,9 @@ mod tests {
         for line in [
             "data",
             "data wal -",
-            "data - /b",
-            "/dev/a/home /dev/b/home /b",
+            "data - /tmp",
+            "data wal /tmp/tidemark-test-no-such-directory",
+            "/dev/a/home /dev/b/home /tmp",
             "--pair data",
             "--pair data=-",
             "--pair data=",

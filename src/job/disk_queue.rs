@@ -54,7 +54,7 @@ impl Record for Ticket {
 
 impl Ticket {
     /// The disks that `earlier` keeps this one from.
-    fn disks_behind<'t>(&'t self, earlier: &'t Self) -> impl Iterator<Item = DeviceNumber> + 't {
+    fn disks_after<'t>(&'t self, earlier: &'t Self) -> impl Iterator<Item = DeviceNumber> + 't {
         let is_before = earlier.number < self.number && earlier.id != self.id;
         self.disks.intersection(&earlier.disks).copied().filter(move |_| is_before)
     }
@@ -185,7 +185,7 @@ fn queued_in(directory: &Path) -> Result<Vec<Queued>> {
 fn waits_of<'t>(ticket: &'t Ticket, others: &'t [Ticket]) -> impl Iterator<Item = Wait> + 't {
     others
         .iter()
-        .flat_map(|before| ticket.disks_behind(before).map(|disk| Wait { disk, before: before.clone() }))
+        .flat_map(|before| ticket.disks_after(before).map(|disk| Wait { disk, before: before.clone() }))
 }
 
 /// The tickets whose processes live. Those of dead ones are removed.

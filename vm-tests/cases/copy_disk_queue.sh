@@ -100,7 +100,7 @@ for round in 1 2 3; do
     rm -f /mnt/scratch/*.img
 done
 
-note "a copy that is resumed waits for nobody, and others wait for it"
+note "a copy that is resumed does not wait, and others wait for it"
 start one 4MiB
 first=$!
 wait_until 30 is_preserved /dev/mapper/one

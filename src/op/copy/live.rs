@@ -6,7 +6,7 @@
 //! 3. the stack; the instant is part of its insertion.
 //!
 //! Several origins with one instant share the job: each step is done for all of them before the next begins, and each
-//! has a store of its own, with an id of its own. Their removal is independent; whoever began the job ends it.
+//! has a store of its own, with an id of its own. Their removal is independent; the command that began the job ends it.
 //!
 //! After a crash at any point, `recover` finds these by their UUIDs and records. After an error they are removed here;
 //! whatever cannot be removed is reported with the error and left to `recover`.
