@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
-use super::options::{Consent, parse_time};
+use super::options::{Consent, HookOptions, parse_time};
 use super::snapshot_args::{MonitorArgs, SnapshotArgs};
 use crate::base::Bytes;
 use crate::copy::Impact;
@@ -123,14 +123,48 @@ place: repair the disk or server, and run 'tidemark recover' again.")]
   tidemark copy data data.img --format raw --rate 100MiB --store /mnt/fast
   tidemark copy data data.tdm --dry-run
   tidemark copy data@monday monday.tdm
-  tidemark copy data@tuesday --since monday tuesday.tdm")]
+  tidemark copy data@tuesday --since monday tuesday.tdm
+  tidemark copy data wal /backup
+  tidemark copy --pair data=/dev/sdc --pair wal=/backup/wal.tdm
+  tidemark copy --group mail /backup
+
+From each rotating disk one copy reads at a time: another one waits for its
+turn before its instant, while nothing is frozen ('tidemark status' shows it).
+
+Several origins are copied from one instant: all filesystems are frozen and
+all volumes suspended before the first is released; if one cannot be, nothing
+is copied. They must be volumes or other device-mapper devices. Each has a
+store of its own in the directory --store, and the options for stores apply
+to each. Origins on one rotating disk are copied one after the other, others
+side by side. If one copy fails after the instant (its store overflows, its
+secondary is full), the others are finished: the report says what became of
+each, and the exit status is that of the gravest failure (4, 1, 3, 130 in
+this order). A signal gives up all that have not ended. Such a copy cannot be
+resumed; after a crash, 'tidemark recover' puts back all origins. --include
+and --exclude apply to each origin. Hooks run once: TIDEMARK_ORIGIN is the
+first origin, TIDEMARK_ORIGINS all of them, separated by spaces.
+
+With --json, each line of progress has 'origin', and the report 'instant' and
+'origins', an array of objects with 'origin', 'secondary', 'copy' (the report
+of that copy, or null) and 'error' (or null).")]
+#[command(override_usage = "tidemark copy [OPTIONS] <ORIGIN> <SECONDARY>
+       tidemark copy [OPTIONS] <ORIGIN>... <DIRECTORY>
+       tidemark copy [OPTIONS] --pair <ORIGIN=SECONDARY>...
+       tidemark copy [OPTIONS] --group <NAME> <DIRECTORY>")]
 pub struct CopyArgs {
-    /// A volume's name, a device, or a regular file
-    #[arg(value_name = "ORIGIN", value_hint = ValueHint::AnyPath)]
-    pub origin: PathBuf,
-    /// A device, a file, or - for an archive on standard output
-    #[arg(value_name = "SECONDARY", value_hint = ValueHint::AnyPath)]
-    pub secondary: PathBuf,
+    /// The origin (a volume's name, a device, or a regular file) and the secondary (a device, a file, or - for an
+    /// archive on standard output). Or several origins and a directory, in which each gets the file NAME.tdm (NAME.img
+    /// with --format raw)
+    #[arg(value_name = "ORIGIN SECONDARY", value_hint = ValueHint::AnyPath, required_unless_present = "pair",
+        conflicts_with = "pair")]
+    pub paths: Vec<PathBuf>,
+    /// One of several origins with a secondary of its own; to be repeated. The first = separates them
+    #[arg(long, value_name = "ORIGIN=SECONDARY", help_heading = "Several origins")]
+    pub pair: Vec<String>,
+    /// The volumes, hooks and freeze budget of this group in /etc/tidemark/groups.toml (see 'tidemark snapshot create
+    /// --help'); options given here come first
+    #[arg(long, value_name = "NAME", conflicts_with = "pair", help_heading = "Several origins")]
+    pub group: Option<String>,
     /// Form of the secondary [default: archive where the name ends in .tdm or is -, else raw]
     #[arg(long, value_enum)]
     pub format: Option<FormatArg>,
@@ -192,6 +226,10 @@ pub struct CopyArgs {
     /// Read the secondary again and compare checksums
     #[arg(long)]
     pub verify: bool,
+    /// Do not wait while another copy reads from a rotating disk of the origin: both then take longer than one after
+    /// the other
+    #[arg(long)]
+    pub no_wait: bool,
     /// Copy only what changed since this kept snapshot of the volume, into an archive that continues the archive of
     /// that snapshot
     #[arg(long, value_name = "SNAPSHOT", help_heading = "Increments")]
@@ -201,26 +239,15 @@ pub struct CopyArgs {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, requires = "since", help_heading = "Increments")]
     pub parent: Vec<PathBuf>,
     /// Longest time for which filesystems may be frozen and the origin suspended, for the instant and for
-    /// restoring the origin's table
-    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "2s")]
-    pub freeze_budget: Duration,
+    /// restoring the origin's table [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub freeze_budget: Option<Duration>,
     /// How long LVM commands that change the volume group have to wait, if the origin is an LVM volume
     #[arg(long, value_enum, default_value = "change")]
     pub lvm_lock: LvmLockArg,
-    /// Command to run before anything is frozen; if it fails, nothing is copied
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_before: Option<String>,
-    /// Command to run at the instant; TIDEMARK_ORIGIN_BELOW names the device to read
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_frozen: Option<String>,
-    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
-    /// and the copy continues
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_after: Option<String>,
-    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
-    /// budget)
-    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "5m", help_heading = "Hooks")]
-    pub hook_timeout: Duration,
+    /// The hooks.
+    #[command(flatten)]
+    pub hooks: HookOptions,
     /// Confirmation.
     #[command(flatten)]
     pub consent: Consent,
@@ -245,8 +272,9 @@ must not stay undone has to watch for that itself, as the ready-made hooks do.
 
 Environment:
   TIDEMARK_ORIGIN        the device or file that is copied, or the volume (of a group, the first)
-  TIDEMARK_ORIGINS       snapshot create only: all volumes, separated by spaces
+  TIDEMARK_ORIGINS       all of them, separated by spaces; of copy only if there are several
   TIDEMARK_ORIGIN_BELOW  --hook-frozen of copy only: the device to read, since the origin is suspended
+  TIDEMARK_ORIGINS_BELOW of several origins, all of these, in the order of TIDEMARK_ORIGINS
   TIDEMARK_HOOK          before, frozen or after
   TIDEMARK_PID           the process of this command
 

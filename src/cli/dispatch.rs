@@ -10,11 +10,12 @@ use super::args::{
 };
 use super::confirm::confirmed;
 use super::output::Output;
-use super::progress::observer;
+use super::progress::{observer, observer_of_several};
 use super::signals::{interrupt, stop_on_signals};
 use super::{pages, resolve, snapshot, watch};
 use crate::base::{Error, Result};
 use crate::op;
+use crate::op::request::CopyRequest;
 use crate::progress::Silent;
 
 /// True if standard output carries an archive.
@@ -75,7 +76,11 @@ pub fn run(command: &Command, output: Output) -> Result<()> {
 }
 
 fn copy(args: &CopyArgs, output: Output) -> Result<()> {
-    let mut request = resolve::copy(args)?;
+    let mut requests = resolve::copy(args)?;
+    if requests.len() > 1 {
+        return copy_several(args, requests, output);
+    }
+    let mut request = requests.remove(0);
     if resolve::is_pipe(args) && !args.consent.dry_run && io::stdout().is_terminal() {
         return Err(
             Error::usage("an archive is not written to a terminal").next("pipe it somewhere, or name a file")
@@ -95,6 +100,24 @@ fn copy(args: &CopyArgs, output: Output) -> Result<()> {
     let outcome = op::copy::run(&plan, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("copy", &outcome)
+}
+
+fn copy_several(args: &CopyArgs, mut requests: Vec<CopyRequest>, output: Output) -> Result<()> {
+    // As for one origin.
+    requests.iter_mut().for_each(|request| request.replace = true);
+    let mut plan = op::copy::group_plan::plan(&requests, &interrupt)?;
+    if !confirmed(output, "copy", args.consent, plan.destroys().as_deref(), &plan)? {
+        return Ok(());
+    }
+    for copy in &mut plan.copies {
+        copy.request.replace = args.consent.yes || copy.destroys().is_some();
+    }
+    stop_on_signals(output)?;
+    let observer = observer_of_several(output);
+    let outcome = op::copy::group::run(&plan, observer.as_ref(), &interrupt)?;
+    drop(observer);
+    output.report("copy", &outcome)?;
+    outcome.verdict()
 }
 
 fn resume(args: &ResumeArgs, output: Output) -> Result<()> {

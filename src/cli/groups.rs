@@ -67,7 +67,7 @@ struct GroupTable {
 /// [`ErrorKind::Refused`] if there is no such file or group, or if another user than root can write the file;
 /// [`ErrorKind::BadData`] for a file that is not as it should be, with its path and the line; I/O errors.
 pub fn find(name: &str) -> Result<Group> {
-    require_root("creating a snapshot")?;
+    require_root("using a group")?;
     find_in(Path::new(GROUPS_PATH), name)
 }
 

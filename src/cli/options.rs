@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 
 use crate::base::{Error, Result};
+use crate::op::request::Hooks;
 
 /// Options of commands that destroy something.
 #[derive(Clone, Copy, Debug, Args)]
@@ -15,6 +16,39 @@ pub struct Consent {
     /// Replace a file or overwrite a device without asking
     #[arg(long, short)]
     pub yes: bool,
+}
+
+/// The hooks of commands that take an instant.
+#[derive(Clone, Debug, Args)]
+pub struct HookOptions {
+    /// Command to run before anything is frozen; if it fails, there is no instant
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_before: Option<String>,
+    /// Command to run at the instant; a copy's can read the device TIDEMARK_ORIGIN_BELOW
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_frozen: Option<String>,
+    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
+    /// and the command continues
+    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
+    pub hook_after: Option<String>,
+    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
+    /// budget) [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Hooks")]
+    pub hook_timeout: Option<Duration>,
+}
+
+impl HookOptions {
+    /// These, and those of `group` that are not given here.
+    #[must_use]
+    pub fn or(&self, group: &Hooks) -> Hooks {
+        let or = |own: &Option<String>, other: &Option<String>| own.clone().or_else(|| other.clone());
+        Hooks {
+            before: or(&self.hook_before, &group.before),
+            frozen: or(&self.hook_frozen, &group.frozen),
+            after: or(&self.hook_after, &group.after),
+            timeout: self.hook_timeout.unwrap_or(group.timeout),
+        }
+    }
 }
 
 /// Parses "2s", "500ms", "1.5s", "1m"; a unit is required, and zero is refused.

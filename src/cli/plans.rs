@@ -1,10 +1,13 @@
 //! Plans of copies as text: what `--dry-run` shows.
 
+use std::path::PathBuf;
+
 use super::reports::Human;
 use crate::base::Bytes;
 use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::op::copy::CopyPlan;
+use crate::op::copy::group_plan::GroupCopyPlan;
 use crate::op::copy::plan::LivePlan;
 use crate::op::copy::since::SincePlan;
 use crate::op::request::{OnFull, Originals};
@@ -14,31 +17,54 @@ use crate::volume::OriginKind;
 
 impl Human for CopyPlan {
     fn human(&self) -> String {
+        copy_lines(self, true)
+    }
+}
+
+/// The plan of one copy. `has_instant`: it takes an instant of its own.
+fn copy_lines(plan: &CopyPlan, has_instant: bool) -> String {
+    let mut lines = Lines::default();
+    let origin = &plan.origin;
+    lines.add("origin", format!("{} ({}, {})", origin.path.display(), origin.size, origin.kind));
+    lines.add("secondary", secondary_text(plan));
+    if let Some(destroys) = plan.destroys() {
+        lines.add("overwrites", destroys);
+    }
+    for warning in &plan.target.warnings {
+        lines.add("warning", warning);
+    }
+    lines.add("segments", segments_text(plan));
+    if let Some(since) = &plan.since {
+        add_since(&mut lines, since);
+    }
+    match (&plan.live, &origin.kind) {
+        (Some(live), _) => add_live(&mut lines, plan, live, has_instant),
+        (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place; the resumed copy uses it"),
+        (None, OriginKind::Snapshot { .. }) => {
+            lines.0.push_str("the origin is a kept snapshot: it is read as it is, and nothing is frozen\n")
+        }
+        (None, _) => lines.0.push_str("the origin is not in use: it is read directly, without a snapshot\n"),
+    }
+    lines.0
+}
+
+impl Human for GroupCopyPlan {
+    fn human(&self) -> String {
+        let mut text = String::new();
+        for copy in &self.copies {
+            text.push_str(&copy_lines(copy, false));
+            text.push('\n');
+        }
         let mut lines = Lines::default();
-        let origin = &self.origin;
-        lines.add("origin", format!("{} ({}, {})", origin.path.display(), origin.size, origin.kind));
-        lines.add("secondary", secondary_text(self));
-        if let Some(destroys) = self.destroys() {
-            lines.add("overwrites", destroys);
+        let budget = self.copies[0].request.freeze_budget;
+        lines.add("frozen", format!("{} (for at most {budget:?})", points_text(&self.filesystems)));
+        for text in &self.not_frozen {
+            lines.add("not frozen", text);
         }
-        for warning in &self.target.warnings {
-            lines.add("warning", warning);
+        for step in &self.steps.steps {
+            lines.add("step", &step.name);
         }
-        lines.add("segments", segments_text(self));
-        if let Some(since) = &self.since {
-            add_since(&mut lines, since);
-        }
-        match (&self.live, &origin.kind) {
-            (Some(live), _) => add_live(&mut lines, self, live),
-            (None, OriginKind::Live { .. }) => lines.add("snapshot", "in place; the resumed copy uses it"),
-            (None, OriginKind::Snapshot { .. }) => lines
-                .0
-                .push_str("the origin is a kept snapshot: it is read as it is, and nothing is frozen\n"),
-            (None, _) => {
-                lines.0.push_str("the origin is not in use: it is read directly, without a snapshot\n")
-            }
-        }
-        lines.0
+        text + &lines.0
     }
 }
 
@@ -102,7 +128,25 @@ fn add_since(lines: &mut Lines, since: &SincePlan) {
     lines.add("changes", format!("{changed}: {} of {} to move", since.to_move, since.total));
 }
 
-fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
+fn points_text(points: &[PathBuf]) -> String {
+    if points.is_empty() {
+        return "nothing: no filesystem of the origin is mounted; the origin is suspended".to_owned();
+    }
+    points.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn add_instant(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
+    let frozen = points_text(&plan.origin.filesystems);
+    lines.add("frozen", format!("{frozen} (for at most {:?})", plan.request.freeze_budget));
+    for text in &plan.origin.not_frozen {
+        lines.add("not frozen", text);
+    }
+    for step in &live.steps.steps {
+        lines.add("step", &step.name);
+    }
+}
+
+fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan, has_instant: bool) {
     let store = &live.store;
     lines.add(
         "store",
@@ -138,18 +182,8 @@ fn add_live(lines: &mut Lines, plan: &CopyPlan, live: &LivePlan) {
         );
     }
     lines.add("impact", plan.request.impact.to_string());
-    let points: Vec<String> = plan.origin.filesystems.iter().map(|path| path.display().to_string()).collect();
-    let frozen = if points.is_empty() {
-        "nothing: no filesystem of the origin is mounted; the origin is suspended".to_owned()
-    } else {
-        points.join(", ")
-    };
-    lines.add("frozen", format!("{frozen} (for at most {:?})", plan.request.freeze_budget));
-    for text in &plan.origin.not_frozen {
-        lines.add("not frozen", text);
-    }
-    for step in &live.steps.steps {
-        lines.add("step", &step.name);
+    if has_instant {
+        add_instant(lines, plan, live);
     }
     lines
         .add("afterwards", format!("the origin's own table is restored: {}", live.table.replace('\n', "; ")));

@@ -2,6 +2,7 @@
 //!
 //! A failed write of progress never disturbs the copy.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,24 +25,43 @@ const JSON_INTERVAL: Duration = Duration::from_secs(1);
 /// Redraws of the bar per second.
 const BAR_HZ: u8 = 5;
 
-/// The operation in progress, for a progress request by a signal.
-static CURRENT: Mutex<Option<Meter>> = Mutex::new(None);
+/// The operation in progress, for a progress request by a signal: of each origin, if there are several.
+static CURRENT: Mutex<Meters> = Mutex::new(Meters::new());
+
+/// The meters of an operation by the paths of its origins; without a path if there is only one.
+type Meters = BTreeMap<Option<String>, Meter>;
 
 /// The observer for this run's output. What it sees is also kept for [`show_progress`].
 #[must_use]
 pub fn observer(output: Output) -> Box<dyn Observer> {
-    *lock(&CURRENT) = Some(Meter::default());
+    *lock(&CURRENT) = Meters::from([(None, Meter::default())]);
     Box::new(RecordingObserver(display_for(output)))
+}
+
+/// As [`observer`], for an operation on several origins at the same time: there is no bar.
+#[must_use]
+pub fn observer_of_several(output: Output) -> Box<dyn Observer> {
+    *lock(&CURRENT) = Meters::new();
+    let shown: Box<dyn Observer> = if output.json {
+        Box::new(JsonLines::new(output))
+    } else if output.quiet {
+        Box::new(WarningsOnly)
+    } else {
+        Box::new(PlainLines::default())
+    };
+    Box::new(RecordingObserver(shown))
 }
 
 /// Shows the progress of the current operation on request, even with `--quiet`.
 pub fn show_progress(output: Output) {
     // The lock is not held during the write, which may be to a file on a frozen filesystem.
-    let text = lock(&CURRENT).as_ref().and_then(|meter| match output.json {
-        true => json_position(meter),
-        false => Some(plain_line(meter)),
-    });
-    let Some(text) = text else { return };
+    let text: String = lock(&CURRENT)
+        .iter()
+        .filter_map(|(origin, meter)| match output.json {
+            true => json_position(origin.as_deref(), meter),
+            false => Some(labelled(origin.as_deref(), &plain_line(meter))),
+        })
+        .collect();
     if output.json {
         let _ = output.result_text(&text);
     } else {
@@ -50,10 +70,15 @@ pub fn show_progress(output: Output) {
 }
 
 /// None before the first phase.
-fn json_position(meter: &Meter) -> Option<String> {
+fn json_position(origin: Option<&str>, meter: &Meter) -> Option<String> {
     let (done, total, segments) = (meter.done(), meter.total(), meter.segments());
     let event = Event::Progress { phase: meter.phase()?, done, total, segments };
-    Some(json_line("progress", JsonEvent::with_figures(&event, meter)))
+    Some(json_line("progress", JsonEvent { origin, ..JsonEvent::with_figures(&event, meter) }))
+}
+
+/// `text` with the path of its origin in front, if there are several.
+fn labelled(origin: Option<&str>, text: &str) -> String {
+    origin.map_or_else(|| text.to_owned(), |origin| format!("{origin}: {text}"))
 }
 
 /// Keeps the state for [`show_progress`], and passes events on to another observer.
@@ -61,10 +86,15 @@ struct RecordingObserver(Box<dyn Observer>);
 
 impl Observer for RecordingObserver {
     fn event(&self, event: &Event) {
-        if let Some(meter) = lock(&CURRENT).as_mut() {
+        if let Some(meter) = lock(&CURRENT).get_mut(&None) {
             meter.update(event, Instant::now());
         }
         self.0.event(event);
+    }
+
+    fn event_of(&self, origin: &str, event: &Event) {
+        lock(&CURRENT).entry(Some(origin.to_owned())).or_default().update(event, Instant::now());
+        self.0.event_of(origin, event);
     }
 }
 
@@ -103,38 +133,57 @@ impl Observer for WarningsOnly {
             write_stderr(&escape::text(&format!("warning: {text}\n")));
         }
     }
+
+    fn event_of(&self, origin: &str, event: &Event) {
+        if let Event::Warning { text } = event {
+            write_stderr(&escape::text(&format!("{origin}: warning: {text}\n")));
+        }
+    }
 }
 
 /// Lines of text, every few seconds.
 #[derive(Default)]
-struct PlainLines(Mutex<(Meter, Option<Instant>)>);
+struct PlainLines(Mutex<Shown>);
+
+/// The meters of the origins by their paths (none if there is only one), each with the time of its last line.
+type Shown = BTreeMap<Option<String>, (Meter, Option<Instant>)>;
+
+impl PlainLines {
+    fn show(&self, origin: Option<&str>, event: &Event) {
+        let now = Instant::now();
+        let mut states = lock(&self.0);
+        let state = states.entry(origin.map(str::to_owned)).or_default();
+        state.0.update(event, now);
+        let text = match event {
+            Event::Phase { phase, total } => {
+                state.1 = Some(now);
+                match total {
+                    Some(total) => format!("{}: {total}\n", phase_text(*phase)),
+                    None => format!("{}\n", phase_text(*phase)),
+                }
+            }
+            Event::Progress { .. } if state.1.is_none_or(|last| now - last >= PLAIN_INTERVAL) => {
+                state.1 = Some(now);
+                plain_line(&state.0)
+            }
+            Event::Progress { .. } | Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {
+                return;
+            }
+            Event::Instant { utc_ns, frozen, suspended } => instant_text(*frozen, *suspended, *utc_ns),
+            Event::Note { text } => format!("{text}\n"),
+            Event::Warning { text } => format!("warning: {text}\n"),
+        };
+        write_stderr(&escape::text(&labelled(origin, &text)));
+    }
+}
 
 impl Observer for PlainLines {
     fn event(&self, event: &Event) {
-        let now = Instant::now();
-        let mut state = lock(&self.0);
-        state.0.update(event, now);
-        match event {
-            Event::Phase { phase, total } => {
-                state.1 = Some(now);
-                write_stderr(&match total {
-                    Some(total) => format!("{}: {total}\n", phase_text(*phase)),
-                    None => format!("{}\n", phase_text(*phase)),
-                });
-            }
-            Event::Progress { .. } => {
-                if state.1.is_none_or(|last| now - last >= PLAIN_INTERVAL) {
-                    state.1 = Some(now);
-                    write_stderr(&plain_line(&state.0));
-                }
-            }
-            Event::Store(_) | Event::Regions { .. } | Event::Latency { .. } => {}
-            Event::Instant { utc_ns, frozen, suspended } => {
-                write_stderr(&instant_text(*frozen, *suspended, *utc_ns))
-            }
-            Event::Note { text } => write_stderr(&escape::text(&format!("{text}\n"))),
-            Event::Warning { text } => write_stderr(&escape::text(&format!("warning: {text}\n"))),
-        }
+        self.show(None, event);
+    }
+
+    fn event_of(&self, origin: &str, event: &Event) {
+        self.show(Some(origin), event);
     }
 }
 
@@ -278,8 +327,7 @@ struct JsonLines {
 
 #[derive(Default)]
 struct JsonState {
-    meter: Meter,
-    last: Option<Instant>,
+    origins: Shown,
     deferred: String,
 }
 
@@ -288,6 +336,9 @@ struct JsonState {
 struct JsonEvent<'a> {
     #[serde(flatten)]
     event: &'a Event,
+    /// The origin, if several are copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    origin: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_bytes_per_second: Option<Bytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -298,12 +349,13 @@ struct JsonEvent<'a> {
 
 impl<'a> JsonEvent<'a> {
     fn plain(event: &'a Event) -> Self {
-        Self { event, rate_bytes_per_second: None, left_seconds: None, store: None }
+        Self { event, origin: None, rate_bytes_per_second: None, left_seconds: None, store: None }
     }
 
     fn with_figures(event: &'a Event, meter: &Meter) -> Self {
         let (rate, left) = (meter.rate(), meter.left().map(|left| left.as_secs()));
-        Self { event, rate_bytes_per_second: rate, left_seconds: left, store: meter.store().copied() }
+        let store = meter.store().copied();
+        Self { rate_bytes_per_second: rate, left_seconds: left, store, ..Self::plain(event) }
     }
 }
 
@@ -311,32 +363,41 @@ impl JsonLines {
     fn new(output: Output) -> Self {
         Self { output, state: Mutex::default() }
     }
-}
 
-impl Observer for JsonLines {
-    fn event(&self, event: &Event) {
+    fn show(&self, origin: Option<&str>, event: &Event) {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        state.meter.update(event, now);
+        let (meter, last) = state.origins.entry(origin.map(str::to_owned)).or_default();
+        meter.update(event, now);
         if let Event::Progress { done, total, .. } = event
             && Some(*done) != *total
         {
-            if state.last.is_some_and(|last| now - last < JSON_INTERVAL) {
+            if last.is_some_and(|last| now - last < JSON_INTERVAL) {
                 return;
             }
-            state.last = Some(now);
+            *last = Some(now);
         }
         let body = match event {
-            Event::Progress { .. } => JsonEvent::with_figures(event, &state.meter),
+            Event::Progress { .. } => JsonEvent::with_figures(event, meter),
             _ => JsonEvent::plain(event),
         };
-        let line = json_line("progress", body);
+        let line = json_line("progress", JsonEvent { origin, ..body });
         if matches!(event, Event::Phase { phase: Phase::Prepare, .. }) {
             state.deferred = line;
             return;
         }
         // A failed write is ignored: without a reader the copy continues.
         let _ = self.output.result_text(&(std::mem::take(&mut state.deferred) + &line));
+    }
+}
+
+impl Observer for JsonLines {
+    fn event(&self, event: &Event) {
+        self.show(None, event);
+    }
+
+    fn event_of(&self, origin: &str, event: &Event) {
+        self.show(Some(origin), event);
     }
 }
 

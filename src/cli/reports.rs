@@ -9,6 +9,7 @@ use crate::format::archive::{OriginalsMode, Superblock, Totals};
 use crate::op::archive_merge::MergePlan;
 use crate::op::attach::Attached;
 use crate::op::copy::CopyOutcome;
+use crate::op::copy::report::GroupOutcome;
 use crate::op::copy::report::SkippedReport;
 use crate::op::detach::Detached;
 use crate::op::doctor;
@@ -16,7 +17,7 @@ use crate::op::inspect::InspectReport;
 use crate::op::recover::RecoverReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
 use crate::op::snapshot::list::{SnapshotView, State};
-use crate::op::status::{JobStatus, Status, VolumeStatus};
+use crate::op::status::{DiskStatus, DiskWait, JobStatus, Status, VolumeStatus};
 use crate::restore::ArchiveSource;
 use crate::restore::compare::VerifyReport;
 use crate::restore::merge::MergeReport;
@@ -105,6 +106,28 @@ fn skipped_text(skipped: &SkippedReport) -> String {
     }
     let omitted = skipped.omitted_bytes.map(|bytes| format!(" ({bytes} of it left out)")).unwrap_or_default();
     format!("{} in {} ranges, not copied{omitted}", skipped.bytes, skipped.ranges)
+}
+
+impl Human for GroupOutcome {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines
+            .add("instant", &self.instant.utc)
+            .add("frozen", format!("{:.1} ms", self.instant.frozen_ms))
+            .add("suspended", format!("{:.1} ms", self.instant.suspended_ms));
+        let mut text = lines.finish();
+        for one in &self.origins {
+            text.push('\n');
+            match (&one.copy, &one.error) {
+                (Some(copy), _) => text.push_str(&copy.human()),
+                (None, Some(error)) => {
+                    text.push_str(&format!("NOT COPIED: {} to {}: {error}\n", one.origin, one.secondary));
+                }
+                (None, None) => {}
+            }
+        }
+        text + &format!("\ntook: {}\n", seconds_text(self.total_seconds))
+    }
 }
 
 impl Human for CopyOutcome {
@@ -434,11 +457,26 @@ fn job_row(job: &JobStatus) -> Vec<String> {
     ]
 }
 
+fn disk_row(copy: &DiskStatus) -> Vec<String> {
+    let wait = |wait: &DiskWait| {
+        format!("waits for disk {}, used by job {} (process {})", wait.disk, wait.job, wait.process)
+    };
+    let state = copy.waits.first().map_or_else(|| "reads".to_owned(), wait);
+    vec![copy.disks.join(", "), copy.process.to_string(), copy.origins.clone(), state]
+}
+
 /// A paragraph for a job that has reported progress.
 fn job_progress(job: &JobStatus) -> String {
-    let Some(view) = &job.progress else { return String::new() };
     let died = if job.alive { "" } else { " (when it died)" };
-    let lines: String = view_texts(view).iter().map(|line| format!("  {line}\n")).collect();
+    let mut lines = String::new();
+    for view in job.progress.iter().chain(&job.further_progress) {
+        lines.extend(view.origin_path.iter().map(|path| format!("  {path}\n")));
+        let indent = if view.origin_path.is_some() { "    " } else { "  " };
+        lines.extend(view_texts(view).iter().map(|line| format!("{indent}{line}\n")));
+    }
+    if lines.is_empty() {
+        return lines;
+    }
     let lvm = if job.keeps_lvm_away {
         "  LVM commands that change the volume group wait until it ends\n"
     } else {
@@ -461,6 +499,9 @@ impl Human for Status {
         rows.extend(self.jobs.iter().map(job_row));
         text.push_str(&section(&rows));
         text.extend(self.jobs.iter().map(job_progress));
+        let mut rows = vec![row(&["DISK", "PROCESS", "COPIES", "STATE"])];
+        rows.extend(self.disks.iter().map(disk_row));
+        text.push_str(&section(&rows));
         let mut rows = vec![row(&["SNAPSHOT", "JOB", "BELOW", "STATE", "CONTENT"])];
         rows.extend(self.stacks.iter().map(|stack| {
             let below = stack.below.clone().unwrap_or_else(|| "-".to_owned());
@@ -603,6 +644,7 @@ mod tests {
             keeps_lvm_away: false,
             step: None,
             progress,
+            further_progress: Vec::new(),
         };
         let view = crate::format::state::ProgressView::decode(golden);
         let status =

@@ -1,6 +1,7 @@
 //! Turns arguments into requests: fills in defaults and rejects contradictions, once.
 //!
-//! Uses only the arguments: whether the system can execute the request is checked by `op`.
+//! Uses only the arguments: whether the system can execute the request is checked by `op`. One exception: the last of
+//! more than two names has to be a directory, because a surplus name is an error of the command line.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,22 +10,27 @@ use super::args::{
     AttachArgs, CopyArgs, DetachArgs, FormatArg, InspectArgs, LvmLockArg, MergeArgs, OnFullArg, OrderArg,
     OriginalsArg, RestoreArgs, StatusArgs, VerifyArgs,
 };
+use super::groups::{self, Group};
 use crate::base::{Bytes, ChunkSize, Error, Result, SegmentSize};
 use crate::copy::Order;
 use crate::format::SecondaryForm;
 use crate::op::attach::check_name;
 use crate::op::copy::plan::check_units;
 use crate::op::request::{
-    AttachRequest, CopyRequest, DetachRequest, Hooks, InspectRequest, MergeRequest, OnFull, Originals,
+    AttachRequest, CopyRequest, DetachRequest, InspectRequest, MergeRequest, OnFull, Originals,
     RestoreRequest, StoreRequest, VerifyRequest,
 };
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
+use crate::topology::check_answers;
 use crate::volume::lvm_lock::LvmScope;
 use crate::volume::subset::{Selector, Subset};
 
 /// The extension that makes a secondary an archive by default.
 const ARCHIVE_EXTENSION: &str = "tdm";
+
+/// Longest time of a freeze, if neither the command line nor the group says otherwise.
+pub const FREEZE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Default interval of `status --watch`, as for watch(1).
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
@@ -39,16 +45,82 @@ fn is_dash(path: &Path) -> bool {
 /// True if the secondary is `-`: standard output then carries the archive.
 #[must_use]
 pub fn is_pipe(args: &CopyArgs) -> bool {
-    is_dash(&args.secondary)
+    matches!(args.paths.as_slice(), [_, secondary] if is_dash(secondary))
 }
 
-/// `tidemark copy`.
+/// `tidemark copy`: a request for each origin.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options.
-pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
-    reject_dash(&args.origin, "the origin")?;
-    let format = format_of(args);
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for values out of range and for contradictory options;
+/// as [`groups::find`].
+pub fn copy(args: &CopyArgs) -> Result<Vec<CopyRequest>> {
+    if args.group.is_some() && args.paths.len() != 1 {
+        return Err(Error::usage("--group needs one directory for the copies, and no origin"));
+    }
+    let group = args.group.as_deref().map(groups::find).transpose()?;
+    let pairs = pairs_of(args, group.as_ref())?;
+    let group = group.unwrap_or_default();
+    pairs.iter().map(|(origin, secondary)| copy_of(args, &group, origin, secondary)).collect()
+}
+
+/// The origins, each with its secondary.
+fn pairs_of(args: &CopyArgs, group: Option<&Group>) -> Result<Vec<(PathBuf, PathBuf)>> {
+    if !args.pair.is_empty() {
+        return args.pair.iter().map(|pair| parse_pair(pair)).collect();
+    }
+    match (args.paths.as_slice(), group) {
+        ([directory], Some(group)) => in_directory(args, &group.volumes, directory),
+        ([origin, secondary], None) => Ok(vec![(origin.clone(), secondary.clone())]),
+        ([origins @ .., directory], None) if origins.len() > 1 => in_directory(args, origins, directory),
+        _ => Err(Error::usage("a copy needs an origin and a secondary").next("see 'tidemark copy --help'")),
+    }
+}
+
+/// `ORIGIN=SECONDARY`.
+fn parse_pair(text: &str) -> Result<(PathBuf, PathBuf)> {
+    let (origin, secondary) = text.split_once('=').ok_or_else(|| {
+        Error::usage(format!("--pair {text}: there is no =")).next("write ORIGIN=SECONDARY")
+    })?;
+    reject_dash(Path::new(secondary), "the secondary of one of several origins")?;
+    Ok((origin.into(), secondary.into()))
+}
+
+/// Each of `origins` with a file in `directory`.
+fn in_directory(args: &CopyArgs, origins: &[PathBuf], directory: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    reject_dash(directory, "the directory for several copies")?;
+    check_answers(directory)?;
+    if !directory.is_dir() {
+        return Err(Error::usage(format!(
+            "{} is not a directory: several origins need one",
+            directory.display()
+        ))
+        .next("name a directory, or the secondaries with --pair ORIGIN=SECONDARY"));
+    }
+    let end = if args.format == Some(FormatArg::Raw) { "img" } else { ARCHIVE_EXTENSION };
+    let mut pairs: Vec<(PathBuf, PathBuf)> = Vec::new();
+    for origin in origins {
+        reject_dash(origin, "the origin")?;
+        let mut name = origin.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{end}"));
+        let secondary = directory.join(name);
+        if let Some((other, _)) = pairs.iter().find(|(_, known)| *known == secondary) {
+            return Err(Error::usage(format!(
+                "{} and {} would both be copied to {}",
+                other.display(),
+                origin.display(),
+                secondary.display()
+            ))
+            .next("name the secondaries with --pair ORIGIN=SECONDARY"));
+        }
+        pairs.push((origin.clone(), secondary));
+    }
+    Ok(pairs)
+}
+
+/// The request for one origin.
+fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> Result<CopyRequest> {
+    reject_dash(origin, "the origin")?;
+    let format = format_of(args, secondary);
     let originals = originals_of(args, format)?;
     if is_pipe(args) && args.verify {
         return Err(Error::usage("--verify cannot read back what was written to standard output")
@@ -60,8 +132,8 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
     reject_zero(args.rate, "--rate")?;
     reject_zero(args.region, "--region")?;
     Ok(CopyRequest {
-        origin: args.origin.clone(),
-        secondary: target_of(&args.secondary),
+        origin: origin.to_owned(),
+        secondary: target_of(secondary),
         format,
         originals,
         store: store_of(args)?,
@@ -82,17 +154,13 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
         rate: args.rate,
         impact: args.impact.into(),
         verify: args.verify,
-        freeze_budget: args.freeze_budget,
+        waits_for_disks: !args.no_wait,
+        freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
         lvm_lock: match args.lvm_lock {
             LvmLockArg::Change => LvmScope::Change,
             LvmLockArg::Copy => LvmScope::Copy,
         },
-        hooks: Hooks {
-            before: args.hook_before.clone(),
-            frozen: args.hook_frozen.clone(),
-            after: args.hook_after.clone(),
-            timeout: args.hook_timeout,
-        },
+        hooks: args.hooks.or(&group.hooks),
         since: args.since.clone(),
         parents: args.parent.clone(),
         replace: args.consent.yes,
@@ -136,14 +204,12 @@ fn reject_raw_pipe(request: CopyRequest) -> Result<CopyRequest> {
     Ok(request)
 }
 
-fn format_of(args: &CopyArgs) -> SecondaryForm {
+fn format_of(args: &CopyArgs, secondary: &Path) -> SecondaryForm {
     match args.format {
         Some(FormatArg::Raw) => SecondaryForm::Raw,
         Some(FormatArg::Archive) => SecondaryForm::Archive,
         None if is_pipe(args) => SecondaryForm::Archive,
-        None if args.secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => {
-            SecondaryForm::Archive
-        }
+        None if secondary.extension().is_some_and(|end| end == ARCHIVE_EXTENSION) => SecondaryForm::Archive,
         None => SecondaryForm::Raw,
     }
 }
@@ -346,6 +412,48 @@ mod tests {
         T::from_arg_matches(&matches).unwrap()
     }
 
+    fn one(line: &str) -> Result<CopyRequest> {
+        copy(&parse(line)).map(|mut requests| requests.remove(0))
+    }
+
+    #[test]
+    fn several_origins_have_a_secondary_each() {
+        let pairs = |line: &str| -> Vec<String> {
+            let requests = copy(&parse(line)).unwrap();
+            let shown = |request: &CopyRequest| match &request.secondary {
+                SecondaryTarget::Path(path) => {
+                    format!("{} to {} {:?}", request.origin.display(), path.display(), request.format)
+                }
+                SecondaryTarget::Pipe => unreachable!(),
+            };
+            requests.iter().map(shown).collect()
+        };
+        assert_eq!(
+            pairs("data /dev/vg/wal /tmp"),
+            ["data to /tmp/data.tdm Archive", "/dev/vg/wal to /tmp/wal.tdm Archive"]
+        );
+        assert_eq!(
+            pairs("data wal /tmp --format raw"),
+            ["data to /tmp/data.img Raw", "wal to /tmp/wal.img Raw"]
+        );
+        assert_eq!(
+            pairs("--pair data=/dev/sdc --pair wal=w=x.tdm"),
+            ["data to /dev/sdc Raw", "wal to w=x.tdm Archive"]
+        );
+        for line in [
+            "data",
+            "data wal -",
+            "data - /tmp",
+            "data wal /tmp/tidemark-test-no-such-directory",
+            "/dev/a/home /dev/b/home /tmp",
+            "--pair data",
+            "--pair data=-",
+            "--pair data=",
+        ] {
+            assert_eq!(copy(&parse(line)).unwrap_err().kind(), ErrorKind::Usage, "{line}");
+        }
+    }
+
     #[test]
     fn format_and_originals_default_by_name() {
         use Originals::{Append, Overlay};
@@ -359,7 +467,7 @@ mod tests {
             ("data - --originals append", Archive, Append),
             ("data /dev/sdc", Raw, Overlay),
         ] {
-            let request = copy(&parse(line)).unwrap();
+            let request = one(line).unwrap();
             assert_eq!((request.format, request.originals), (format, originals), "{line}");
         }
     }
@@ -382,7 +490,7 @@ mod tests {
             "data out.img --store -",
             "- out.img",
         ] {
-            let error = copy(&parse(line)).unwrap_err();
+            let error = one(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
         }
     }
@@ -406,14 +514,14 @@ mod tests {
             ("data out.img --impact medium", Impact::Medium),
             ("data out.img --impact none --rate 1M", Impact::None),
         ] {
-            assert_eq!(copy(&parse(line)).unwrap().impact, impact, "{line}");
+            assert_eq!(one(line).unwrap().impact, impact, "{line}");
         }
     }
 
     #[test]
     fn a_kept_store_has_no_ram_head() {
-        assert_eq!(copy(&parse("data out.img --keep-store")).unwrap().store.ram, Some(Bytes::ZERO));
-        assert_eq!(copy(&parse("data out.img")).unwrap().store.ram, None);
+        assert_eq!(one("data out.img --keep-store").unwrap().store.ram, Some(Bytes::ZERO));
+        assert_eq!(one("data out.img").unwrap().store.ram, None);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! `tidemark snapshot`: its dispatch and its reports.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::Serialize;
 
@@ -10,13 +9,12 @@ use super::groups::{self, Group};
 use super::output::Output;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
-use super::resolve::{self, reject_dash, volume_name};
+use super::resolve::{self, FREEZE_BUDGET, reject_dash, volume_name};
 use super::signals::{interrupt, stop_on_signals};
 use super::snapshot_args::{
     AutoDeleteArg, CloneArgs, CreateArgs, MonitorArgs, RollbackArgs, SnapshotArgs, SnapshotCommand,
 };
 use crate::base::{Bytes, ChunkSize, Result};
-use crate::op::request::Hooks;
 use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, GroupPlan};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
@@ -29,9 +27,6 @@ use crate::op::snapshot::set::parse_name;
 use crate::op::snapshot::take::{self, CreateReport, Created, CreatedGroup};
 use crate::op::unit;
 use crate::sys::privilege::require_root;
-
-/// Longest time of a freeze, if neither the command line nor the group says otherwise.
-const FREEZE_BUDGET: Duration = Duration::from_secs(2);
 
 /// Executes the command.
 ///
@@ -90,12 +85,7 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
         Some(name) => groups::find(name)?,
         None => Group { volumes: args.volumes.clone(), ..Group::default() },
     };
-    let hooks = Hooks {
-        before: args.hook_before.clone().or(group.hooks.before),
-        frozen: args.hook_frozen.clone().or(group.hooks.frozen),
-        after: args.hook_after.clone().or(group.hooks.after),
-        timeout: args.hook_timeout.unwrap_or(group.hooks.timeout),
-    };
+    let hooks = args.hooks.or(&group.hooks);
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),
         name: args.name.clone(),

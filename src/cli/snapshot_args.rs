@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
-use super::options::{Consent, parse_time};
+use super::options::{Consent, HookOptions, parse_time};
 use crate::base::Bytes;
 
 /// `tidemark snapshot`.
@@ -102,20 +102,9 @@ pub struct CreateArgs {
     /// Longest time for which filesystems may be frozen and volumes suspended, from the first to the last [default: 2s]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub freeze_budget: Option<Duration>,
-    /// Command to run before anything is frozen; if it fails, no snapshot is created
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_before: Option<String>,
-    /// Command to run at the instant
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_frozen: Option<String>,
-    /// Command to run after the thaw, and also if --hook-before or the instant failed; if it fails, that is reported
-    /// and the snapshot stays
-    #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString, help_heading = "Hooks")]
-    pub hook_after: Option<String>,
-    /// Longest time for --hook-before and for --hook-after; then the hook is killed. (--hook-frozen has the freeze
-    /// budget) [default: 5m]
-    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "Hooks")]
-    pub hook_timeout: Option<Duration>,
+    /// The hooks.
+    #[command(flatten)]
+    pub hooks: HookOptions,
     /// Show the plan, change nothing
     #[arg(long)]
     pub dry_run: bool,

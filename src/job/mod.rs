@@ -3,8 +3,10 @@
 //! `/run/tidemark/<id>.json` is its [`record`](crate::record) (see the state format), whose lock tells whether its
 //! process lives: `recover` touches nothing of a job whose lock is held. `/run/tidemark/<id>.segments` is the
 //! [`segment_log`] of a copy, and `/run/tidemark/<id>.progress` its progress; both are removed with the job.
-//! `/run/tidemark/origins/M:m.lock` is locked by the job that copies the live origin M:m.
+//! `/run/tidemark/disks` is the [`disk_queue`] of all copies. `/run/tidemark/origins/M:m.lock` is locked by the job
+//! that copies the live origin M:m.
 
+pub mod disk_queue;
 mod origin_lock;
 mod paths;
 pub mod published;

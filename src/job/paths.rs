@@ -15,6 +15,11 @@ pub(super) fn progress_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.progress"))
 }
 
+/// The path of the progress of origin `number` of several, from 2.
+pub(super) fn further_progress_path(directory: &Path, id: &str, number: usize) -> PathBuf {
+    directory.join(format!("{id}-{number}.progress"))
+}
+
 pub(super) fn segments_path(directory: &Path, id: &str) -> PathBuf {
     directory.join(format!("{id}.segments"))
 }

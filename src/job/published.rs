@@ -53,6 +53,13 @@ impl<'a> ProgressFile<'a> {
         Self { inner, path, state: Mutex::default() }
     }
 
+    /// As [`ProgressFile::new`], for one origin of several.
+    #[must_use]
+    pub fn of_origin(inner: &'a dyn Observer, path: PathBuf, origin: &str) -> Self {
+        let view = ProgressView { origin_path: Some(origin.to_owned()), ..ProgressView::default() };
+        Self { inner, path, state: Mutex::new(State { view, ..State::default() }) }
+    }
+
     fn handle(&self, event: &Event, now: Instant) {
         // Every change is an assignment: the state after a panic is good enough for display.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

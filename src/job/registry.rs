@@ -1,10 +1,10 @@
 //! The jobs found on disk: running ones, and what dead ones left.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::paths::{RUN_DIR, progress_path, segments_path};
+use super::paths::{RUN_DIR, further_progress_path, progress_path, segments_path};
 use super::published;
 use crate::base::Result;
 use crate::dm::naming::is_id;
@@ -25,6 +25,8 @@ pub struct FoundJob {
     pub is_newer: bool,
     /// Its progress, or the last progress before it died; None if it reported none.
     pub progress: Option<ProgressView>,
+    /// The progress of its other origins, as far as they have reported any.
+    pub further_progress: Vec<ProgressView>,
     /// Held while this process handles a dead job, so that no other process does.
     pub(super) lock: Option<LockedFile>,
 }
@@ -92,15 +94,30 @@ fn find_job(directory: &Path, id: &str) -> Result<Option<FoundJob>> {
     let Some(found) = record::find(directory, id)? else { return Ok(None) };
     let FoundRecord { id, record, is_newer, lock, .. } = found;
     let progress = read_progress(&progress_path(directory, &id));
-    Ok(Some(FoundJob { id, alive: lock.is_none(), record, is_newer, progress, lock }))
+    let further = 1..=record.as_ref().map_or(0, |record: &JobRecord| record.further_origins.len());
+    let further_progress = further
+        .filter_map(|index| read_progress(&further_progress_path(directory, &id, index + 1)))
+        .collect();
+    Ok(Some(FoundJob { id, alive: lock.is_none(), record, is_newer, progress, further_progress, lock }))
 }
 
 pub(super) fn remove_job(directory: &Path, id: &str) -> Result<()> {
     let progress = progress_path(directory, id);
     let segments = segments_path(directory, id);
-    let beside =
-        [published::temporary(&progress), progress, segments.with_extension("segments-new"), segments];
+    let mut beside =
+        vec![published::temporary(&progress), progress, segments.with_extension("segments-new"), segments];
+    beside.extend(further_files(directory, id));
     record::remove(directory, id, &beside)
+}
+
+/// The files of the further origins of job `id`. One that cannot be found harms nothing.
+fn further_files(directory: &Path, id: &str) -> Vec<PathBuf> {
+    let begin = format!("{id}-");
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_of_job = |path: &PathBuf| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(&begin))
+    };
+    entries.filter(is_of_job).collect()
 }
 
 /// The record of job `id`, running or not. Nothing is locked.

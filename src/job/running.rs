@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::origin_lock::OriginLock;
-use super::paths::{RUN_DIR, progress_path, segments_path};
+use super::paths::{RUN_DIR, further_progress_path, progress_path, segments_path};
 use super::registry::{FoundJob, remove_job};
 use crate::base::{DeviceNumber, Error, Result, ResultExt, clock};
 use crate::dm::naming::new_id;
@@ -137,6 +137,15 @@ impl Job {
     #[must_use]
     pub fn progress_path(&self) -> PathBuf {
         progress_path(self.record.directory(), self.id())
+    }
+
+    /// As [`Job::progress_path`], of the origin at `index` in the order in which they were given.
+    #[must_use]
+    pub fn progress_path_of(&self, index: usize) -> PathBuf {
+        match index {
+            0 => self.progress_path(),
+            index => further_progress_path(self.record.directory(), self.id(), index + 1),
+        }
     }
 
     /// Records the origins, in the order in which they were given.
@@ -416,6 +425,8 @@ mod tests {
         fs::write(job.segments_path(), b"").unwrap();
         fs::write(job.progress_path(), b"").unwrap();
         fs::write(published::temporary(&job.progress_path()), b"").unwrap();
+        fs::write(job.progress_path_of(1), b"").unwrap();
+        fs::write(published::temporary(&job.progress_path_of(31)), b"").unwrap();
         job.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -477,6 +488,26 @@ mod tests {
         let id = new_id();
         fs::write(progress_path(dir.path(), &id), b"").unwrap();
         assert_eq!(find_jobs_in(dir.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_progress_of_each_origin_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut job = Job::begin_in(dir.path(), "copy").unwrap();
+        let origin = |minor| OriginRecord {
+            device: format!("v{minor}"),
+            number: DeviceNumber { major: 253, minor },
+            table: String::new(),
+            queue: std::collections::BTreeMap::new(),
+        };
+        job.set_origins(vec![origin(1), origin(2), origin(3)]).unwrap();
+        let view =
+            |path: &str| ProgressView { origin_path: Some(path.to_owned()), ..ProgressView::default() };
+        for (index, path) in [(0, "a"), (2, "c")] {
+            fs::write(job.progress_path_of(index), view(path).encode().unwrap()).unwrap();
+        }
+        let found = find_jobs_in(dir.path()).unwrap().remove(0);
+        assert_eq!((found.progress, found.further_progress), (Some(view("a")), vec![view("c")]));
     }
 
     #[test]

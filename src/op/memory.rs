@@ -19,13 +19,14 @@ const BESIDE_BUFFERS: Bytes = Bytes::mib(12);
 /// Memory of a live copy with the usual number of buffers, rounded up.
 pub const USUAL: Bytes = Bytes::mib(32);
 
-/// Available memory for the buffers of a copy with segments of `segment`, at most `bytes_max`.
+/// Available memory for the buffers of one of `copies` with segments of `segment`, at most `bytes_max` for all.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it is not enough for the minimum.
-pub fn for_buffers(segment: SegmentSize, bytes_max: Bytes) -> Result<Bytes> {
+pub fn for_buffers(segment: SegmentSize, bytes_max: Bytes, copies: u64) -> Result<Bytes> {
+    let bytes_max = Bytes(bytes_max.get() / copies.max(1));
     match left(&Topology::default(), Path::new("/")) {
-        Some(left) => share(left, segment, bytes_max),
+        Some(left) => share(Bytes(left.get() / copies.max(1)), segment, bytes_max),
         None => Ok(bytes_max),
     }
 }

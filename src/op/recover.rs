@@ -19,6 +19,7 @@ use super::snapshot::settle;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table};
 use crate::format::state::{JobRecord, OriginRecord};
+use crate::job::disk_queue;
 use crate::job::{FoundJob, find_jobs, find_one, is_expedited, list_jobs, partials, record_of};
 use crate::secondary::partial;
 use crate::stack::recovery::{Machine, Scene, living_elsewhere, look_at, recover_devices};
@@ -126,6 +127,7 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
             Err(error) => failures.push(error),
         }
     }
+    failures.extend(disk_queue::remove_dead().err());
     let is_all = give_up(jobs, &mut report, &mut failures);
     if is_all && failures.len() == 1 && !Dm::is_available() {
         // Without device-mapper there can be no device of ours.

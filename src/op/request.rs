@@ -71,6 +71,11 @@ pub struct Hooks {
 pub const HOOK_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// For the record of a copy by a program that had no such option.
+fn is_true() -> bool {
+    true
+}
+
+/// For the record of a copy by a program that had no such option.
 fn hook_timeout() -> Duration {
     HOOK_TIMEOUT
 }
@@ -132,6 +137,9 @@ pub struct CopyRequest {
     pub impact: Impact,
     /// Re-read the secondary and compare checksums.
     pub verify: bool,
+    /// Wait while another copy reads from a rotating disk of the origin.
+    #[serde(default = "is_true")]
+    pub waits_for_disks: bool,
     /// Longest time for which filesystems may be frozen or the origin suspended.
     pub freeze_budget: Duration,
     /// How long LVM commands have to wait if the origin is an LVM volume.

@@ -91,7 +91,9 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
             .next("run 'tidemark recover', which undoes what is left, and copy again")
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
-        give_up(if record.command == "copy" {
+        give_up(if record.command == "copy" && !record.further_origins.is_empty() {
+            "it copied several origins from one instant, and such a copy cannot be continued".to_owned()
+        } else if record.command == "copy" {
             "its process died before the instant was taken, its origin was not in use, it was an increment \
              (--since), or it copied to a pipe, whose reader is gone"
                 .to_owned()
@@ -221,7 +223,7 @@ fn check_answers(asked: &[Asked], interrupt: &dyn Fn() -> Result<()>) -> Result<
 /// Those of [`run()`] before the copier runs.
 pub fn check(plan: &ResumePlan, observer: &dyn Observer, interrupt: &dyn Fn() -> Result<()>) -> Result<()> {
     let ResumePlan { copy: plan, found, asked, .. } = plan;
-    let mut engine = engine_for(plan).map_err(|error| error.state("nothing was changed"))?;
+    let mut engine = engine_for(plan, 1).map_err(|error| error.state("nothing was changed"))?;
     check_answers(asked, interrupt)?;
     let record = found.record.as_ref().expect("the plan was made from it");
     let copy = record.copy.as_ref().expect("the plan was made from it");
@@ -283,7 +285,7 @@ pub fn run(
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<CopyOutcome> {
     let ResumePlan { copy: plan, found, asked, .. } = plan;
-    let engine = engine_for(&plan).map_err(|error| error.state("nothing was changed"))?;
+    let engine = engine_for(&plan, 1).map_err(|error| error.state("nothing was changed"))?;
     check_answers(&asked, interrupt)?;
     let job = Job::take_over(found)?;
     let copy = job.record().copy.clone().expect("the plan was made from it");

@@ -19,6 +19,7 @@ use super::request::CopyRequest;
 use super::snapshot::list::{SnapshotView, State, views_of};
 use super::snapshot::monitor::{self, is_nearly_full};
 use super::snapshot::set::read_all;
+use crate::job::disk_queue::{Queued, queued};
 use crate::job::list_jobs;
 use crate::stack::{missing_disk, missing_disk_remedy};
 use crate::sys::privilege;
@@ -32,6 +33,8 @@ pub struct Status {
     pub jobs: Vec<JobStatus>,
     /// Snapshot stacks in place.
     pub stacks: Vec<StackStatus>,
+    /// Copies that read from rotating disks, and those that wait for them, in their order.
+    pub disks: Vec<DiskStatus>,
     /// Snapshots that are kept, the oldest of each volume first.
     pub snapshots: Vec<SnapshotView>,
     /// Problems, in words, with what to do.
@@ -77,6 +80,35 @@ pub struct JobStatus {
     pub keeps_lvm_away: bool,
     /// Its progress, now or when it died.
     pub progress: Option<ProgressView>,
+    /// That of its other origins, if it copies several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub further_progress: Vec<ProgressView>,
+}
+
+/// A copy at the rotating disks of its origins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// Its job; of an origin that is not in use, another id.
+    pub job: String,
+    /// Its process id.
+    pub process: u32,
+    /// What it copies.
+    pub origins: String,
+    /// The disks that it reads, or waits for.
+    pub disks: Vec<String>,
+    /// Why it waits; empty while it reads.
+    pub waits: Vec<DiskWait>,
+}
+
+/// What a copy waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskWait {
+    /// The disk.
+    pub disk: String,
+    /// The job that comes before it.
+    pub job: String,
+    /// The process of that job.
+    pub process: u32,
 }
 
 /// A stack.
@@ -122,6 +154,7 @@ pub fn status() -> Result<Status> {
     };
     volumes(&ours, &mut status)?;
     let known = jobs(&lost, &mut status)?;
+    status.disks = disks()?;
     strays(&ours, &known, &mut status)?;
     Ok(status)
 }
@@ -303,6 +336,26 @@ fn volumes(ours: &[DeviceInfo], status: &mut Status) -> Result<()> {
     Ok(())
 }
 
+fn disks() -> Result<Vec<DiskStatus>> {
+    let topology = Topology::default();
+    let shown = |queued: Queued| DiskStatus {
+        disks: queued.ticket.disks.iter().map(|disk| topology.name(*disk)).collect(),
+        waits: queued
+            .waits
+            .iter()
+            .map(|wait| DiskWait {
+                disk: topology.name(wait.disk),
+                job: wait.before.id.clone(),
+                process: wait.before.process,
+            })
+            .collect(),
+        job: queued.ticket.id,
+        process: queued.ticket.process,
+        origins: queued.ticket.origins,
+    };
+    Ok(queued()?.into_iter().map(shown).collect())
+}
+
 /// Collects the recorded jobs. Returns their ids.
 fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
     let mut known = Vec::new();
@@ -327,6 +380,7 @@ fn jobs(lost: &BTreeSet<String>, status: &mut Status) -> Result<Vec<String>> {
             alive: job.alive,
             keeps_lvm_away: job.alive && request.is_some_and(|request| request.lvm_lock == LvmScope::Copy),
             progress: job.progress,
+            further_progress: job.further_progress,
             step: change.and_then(|change| {
                 let step = change.steps.get(change.step)?;
                 Some(format!("{}{}: {step}", change.name, if change.undo { ", being undone" } else { "" }))

@@ -115,6 +115,25 @@ pub enum Event {
 pub trait Observer: Send + Sync {
     /// Receives one event. Must not block for long.
     fn event(&self, event: &Event);
+
+    /// As [`Observer::event`], for one origin of several that are copied together.
+    fn event_of(&self, _origin: &str, event: &Event) {
+        self.event(event);
+    }
+}
+
+/// Passes events on as those of one origin of several.
+pub struct OfOrigin<'a> {
+    /// The origin's path.
+    pub origin: &'a str,
+    /// Receives them.
+    pub inner: &'a dyn Observer,
+}
+
+impl Observer for OfOrigin<'_> {
+    fn event(&self, event: &Event) {
+        self.inner.event_of(self.origin, event);
+    }
 }
 
 /// An observer that drops everything.

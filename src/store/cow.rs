@@ -93,8 +93,8 @@ impl CowStore {
     /// As [`StoreConfig::plan`], and I/O and kernel errors. Whatever was created is released.
     pub fn create(config: &StoreConfig) -> Result<Self> {
         let plan = config.plan()?;
-        let uuid = DeviceIdentity::new(&config.volume, ROLE_COW, &config.id).uuid();
-        let name = naming::stack_device_name(&config.origin_name, ROLE_COW, &config.id);
+        let uuid = DeviceIdentity::new(&config.volume, ROLE_COW, &config.job).uuid();
+        let name = naming::stack_device_name(&config.origin_name, ROLE_COW, &config.job);
         let dm = Dm::open()?;
         let mut warnings = Vec::new();
         let about = About {

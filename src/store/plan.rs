@@ -16,8 +16,11 @@ pub struct StoreConfig {
     pub origin_name: String,
     /// The volume's name, for the UUID.
     pub volume: String,
-    /// The job's id (see [`new_id`](crate::dm::naming::new_id)).
+    /// The store's id, the name of its record (see [`new_id`](crate::dm::naming::new_id)). A job with one store has the
+    /// same id.
     pub id: String,
+    /// The id of the job, for the UUID and the name of the store's device.
+    pub job: String,
     /// Size of the origin.
     pub origin_bytes: Bytes,
     /// Unit of copy-on-write.
@@ -28,6 +31,8 @@ pub struct StoreConfig {
     pub size_max: Option<Bytes>,
     /// Size of the RAM head, zero for none; None: derived from the available memory.
     pub ram: Option<Bytes>,
+    /// How many stores of the job share the available memory.
+    pub ram_shares: u64,
     /// Keep the store after the copy.
     pub keep: bool,
 }
@@ -123,7 +128,8 @@ impl StoreConfig {
             None if self.keep => Ok(Bytes::ZERO),
             None => {
                 let half = Bytes(total_max.get() / 2).align_down(size::STORE_UNIT);
-                Ok(size::head_default(memory_available()).min(half))
+                let share = Bytes(memory_available().get() / self.ram_shares.max(1));
+                Ok(size::head_default(share).min(half))
             }
         }
     }
@@ -152,11 +158,13 @@ mod tests {
             origin_name: "data".to_owned(),
             volume: "data".to_owned(),
             id: naming::new_id(),
+            job: naming::new_id(),
             origin_bytes: Bytes::gib(10),
             chunk: ChunkSize::default(),
             place,
             size_max: None,
             ram: None,
+            ram_shares: 1,
             keep: false,
         }
     }
@@ -187,6 +195,15 @@ mod tests {
         assert_eq!(plan.head_bytes, Bytes::ZERO);
         assert_eq!(plan.tail_bytes, Bytes::mib(256));
         assert_eq!(plan.total_bytes_max, size::worst_case(Bytes::gib(10), c.chunk).unwrap());
+    }
+
+    #[test]
+    fn stores_of_one_job_share_the_memory() {
+        let mut c = config(device(Bytes::gib(4)));
+        let alone = c.plan().unwrap().head_bytes;
+        c.ram_shares = 1 << 40;
+        assert!(alone > Bytes::ZERO);
+        assert_eq!(c.plan().unwrap().head_bytes, Bytes::ZERO);
     }
 
     #[test]

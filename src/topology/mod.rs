@@ -252,6 +252,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn rotating_disks_are_found_beneath_devices() {
+        let (keep, topology) = machine();
+        let queue = keep.path().join("sys/devices/sda/queue");
+        fs::create_dir(&queue).unwrap();
+        fs::write(queue.join("rotational"), "1").unwrap();
+        for device in [dev(253, 0), dev(8, 1), dev(8, 2), dev(8, 0)] {
+            assert_eq!(topology.rotating_disks(device), BTreeSet::from([dev(8, 0)]), "{device}");
+        }
+        assert_eq!(topology.rotating_disks(dev(8, 16)), BTreeSet::new());
+        fs::write(queue.join("rotational"), "0").unwrap();
+        assert_eq!(topology.rotating_disks(dev(253, 0)), BTreeSet::new());
+    }
+
+    #[test]
     fn atomic_write_limits_are_read() {
         let (keep, topology) = machine();
         let queue = keep.path().join("sys/devices/sda/queue");

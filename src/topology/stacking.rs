@@ -49,6 +49,15 @@ impl Topology {
         beneath
     }
 
+    /// The rotating disks beneath `device`, or `device` itself: those with no other device beneath them. Reads from two
+    /// places of one of them cost its heads a way each time.
+    #[must_use]
+    pub fn rotating_disks(&self, device: DeviceNumber) -> BTreeSet<DeviceNumber> {
+        let is_disk =
+            |disk: &DeviceNumber| self.is_rotational(*disk) && self.directly_beneath(*disk).is_empty();
+        self.stack(device).into_iter().filter(is_disk).collect()
+    }
+
     /// Every device above one of `devices`, and these: partitions, holders, loop devices on them or on files of
     /// their filesystems, and so on. Each with its height, by the longest path from any of `devices`.
     #[must_use]

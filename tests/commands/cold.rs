@@ -29,6 +29,19 @@ fn a_raw_copy_is_exact() {
 }
 
 #[test]
+fn files_have_no_instant_to_share() {
+    let bench = Bench::new(1 << 20, random_seed());
+    fs::write(bench.path("other"), "x").unwrap();
+    fs::create_dir(bench.path("out")).unwrap();
+    let ran = run(&["copy", &bench.origin(), &bench.path("other"), &bench.path("out"), "--json"]);
+    assert_eq!(ran.code, Some(3), "{}", ran.stderr);
+    let message = json_error(&ran)["message"].to_string();
+    assert!(message.contains("has no instant to share"), "{message}");
+    assert_eq!(fs::read_dir(bench.path("out")).unwrap().count(), 0);
+    bench.assert_origin_untouched();
+}
+
+#[test]
 fn zeros_become_holes() {
     let bench = Bench::new(24 << 20, random_seed());
     ok(&["copy", &bench.origin(), &bench.path("copy.img")]);

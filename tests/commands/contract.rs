@@ -84,6 +84,24 @@ fn the_commands_of_snapshot_keep_the_contract() {
 }
 
 #[test]
+fn several_origins_have_a_secondary_each() {
+    for arguments in [
+        &["copy", "a"][..],
+        &["copy", "a", "b", "-"],
+        &["copy", "dir1/a", "dir2/a", "out"],
+        &["copy", "--pair", "a"],
+        &["copy", "--pair", "a=-"],
+        &["copy", "--pair", "a=b", "c"],
+        &["copy", "--pair", "a=b", "--group", "x"],
+        &["copy", "--group", "x"],
+        &["copy", "--group", "x", "a", "b"],
+    ] {
+        let ran = run(arguments);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}: {}", ran.stderr);
+    }
+}
+
+#[test]
 fn the_table_holds_every_command() {
     let ran = run(&["--help"]);
     assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));

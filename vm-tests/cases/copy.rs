@@ -10,6 +10,7 @@ const COMMANDS: [&str; 5] = ["dmsetup", "losetup", "mkfs.ext4", "e2fsck", "fio"]
 pub fn cases() -> Vec<Case> {
     let mut cases = exactness();
     cases.extend(resumes());
+    cases.extend(several());
     cases.extend([crypt_races("beneath"), crypt_races("above")]);
     cases.extend(hardware());
     cases.extend([lvm_races(), lvm_merge(), lvm_names(), lvm_above(), table_races(), targets(), queue()]);
@@ -271,6 +272,26 @@ fn exact(name: &str, filesystem: &str, origin: &str, mechanisms: &str) -> Case {
         .variable("ORIGIN", origin)
         .variable("MECHANISMS", mechanisms)
         .limit_seconds(900)
+}
+
+/// Copies of several origins, and copies that take turns.
+fn several() -> [Case; 2] {
+    [
+        main_job("copy_group", "copy_group.sh")
+            .modules(&["xfs"])
+            .commands(&["python3", "mkfs.xfs", "xfs_repair", "blkid", "fsfreeze"])
+            .disk_mib(96)
+            .disk_mib(160)
+            .disk_mib(900)
+            .disk_mib(16)
+            .limit_seconds(1800),
+        main_job("copy_disk_queue", "copy_disk_queue.sh")
+            .commands(&["python3"])
+            .disk_mib(64)
+            .disk_mib(64)
+            .disk_mib(400)
+            .limit_seconds(600),
+    ]
 }
 
 fn main_job(name: &str, script: &str) -> Case {

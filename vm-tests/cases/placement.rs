@@ -75,6 +75,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("copy_hold", A, F, F, ""),
     ("copy_files_after", A, F, F, ""),
     ("copy_subset", A, F, F, ""),
+    ("copy_group", A, F, F, ""),
+    ("copy_disk_queue", A, F, F, ""),
     ("copy_across_disks", A, F, F, ""),
     ("copy_faults", A, F, F, ""),
     ("copy_refusals", A, F, F, ""),

@@ -38,6 +38,9 @@ pub struct ProgressView {
     pub regions: Option<RegionsView>,
     /// The applications' I/O on the origin.
     pub origin: Option<OriginView>,
+    /// The path of the origin, if several are copied together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin_path: Option<String>,
 }
 
 /// The COW store.
@@ -95,6 +98,7 @@ impl Default for ProgressView {
             store: None,
             regions: None,
             origin: None,
+            origin_path: None,
         }
     }
 }

@@ -6,6 +6,9 @@
 //! | [`mod@run`] | executes the plan, up to the report |
 //! | [`session`] | owns everything of a copy in progress, and ends it |
 //! | [`report`] | the result of a copy |
+//! | [`group`] | several origins, copied from one instant |
+//! | [`group_plan`] | what that would do, and what is refused |
+//! | [`turns`] | which origins are read at the same time |
 //! | [`since`] | what has changed since a kept snapshot, and is copied |
 //! | [`workers`] | the threads that run in parallel with the copier |
 //! | [`rescue`] | restores the origin if the copier cannot |
@@ -22,6 +25,8 @@
 //! - the secondary gets its final name only if the snapshot was valid after the last read.
 
 mod cold;
+pub mod group;
+pub mod group_plan;
 mod latency;
 mod live;
 mod originals;
@@ -32,6 +37,7 @@ mod rescue;
 pub mod run;
 pub mod session;
 pub mod since;
+pub(in crate::op) mod turns;
 mod workers;
 
 pub use live::Live;

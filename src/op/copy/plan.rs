@@ -77,6 +77,18 @@ pub struct LivePlan {
 /// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that contradict each other or do not suit the
 /// origin, I/O and kernel errors, those of `interrupt`.
 pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result<CopyPlan> {
+    plan_one_of(1, request, interrupt)
+}
+
+/// As [`plan`], for one of `copies` that share the memory.
+///
+/// # Errors
+/// As [`plan`].
+pub(super) fn plan_one_of(
+    copies: u64,
+    request: &CopyRequest,
+    interrupt: &dyn Fn() -> Result<()>,
+) -> Result<CopyPlan> {
     let request = &with_names(request)?;
     // Checked before the origin is examined, because the job that uses it may be changing its table.
     if let Some(number) = device_number(&request.origin).ok().flatten() {
@@ -93,7 +105,7 @@ pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
     let omitted = OmissionPlan::find(&request.subset, &origin, interrupt)?;
     let live = match &origin.kind {
-        OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref())?),
+        OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref(), copies)?),
         OriginKind::Snapshot { .. } | OriginKind::ColdDevice | OriginKind::ColdFile => {
             refuse_live_options(request, &origin)?;
             None
@@ -205,6 +217,7 @@ fn plan_live(
     origin: &Origin,
     name: &str,
     omitted: Option<&OmissionPlan>,
+    copies: u64,
 ) -> Result<LivePlan> {
     require_root("copying a live device")?;
     refuse_other_text(request, origin)?;
@@ -232,15 +245,18 @@ fn plan_live(
         (Some(wanted), Some(objection)) if wanted > Bytes::ZERO => return Err(objection),
         (ram, _) => ram,
     };
+    let id = naming::new_id();
     let config = StoreConfig {
         origin_name: name.to_owned(),
         volume: name.to_owned(),
-        id: naming::new_id(),
+        id: id.clone(),
+        job: id,
         origin_bytes: origin.size,
         chunk: request.chunk,
         place,
         size_max: request.store.size_max,
         ram,
+        ram_shares: copies,
         keep: request.store.keep,
     };
     let store = config.plan()?;
@@ -268,7 +284,7 @@ fn plan_live(
 
 impl CopyPlan {
     /// The refusals that are repeated when the secondary is opened and the store is created.
-    fn check_targets(&self) -> Result<()> {
+    pub(super) fn check_targets(&self) -> Result<()> {
         self.check_store()?;
         let SecondaryTarget::Path(path) = &self.request.secondary else { return Ok(()) };
         if self.request.format == SecondaryForm::Archive && is_device(path) {

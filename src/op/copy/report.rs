@@ -6,9 +6,10 @@ use serde::Serialize;
 
 use super::plan::CopyPlan;
 use super::since::SinceReport;
-use crate::base::{Bytes, clock};
+use crate::base::{Bytes, Error, Result, clock};
 use crate::copy::CopyReport;
 use crate::progress::{Event, Observer, StoreFill};
+use crate::secondary::SecondaryTarget;
 use crate::stack::gate::GateReport;
 use crate::stack::{HoldTimes, Skipped};
 use crate::store::KeptStore;
@@ -60,6 +61,96 @@ impl CopyOutcome {
             kept_store: result.kept.map(|kept| kept.path.display().to_string()),
             total_seconds: total.as_secs_f64(),
         }
+    }
+}
+
+/// The report of a copy of several origins from one instant.
+#[derive(Debug, Serialize)]
+pub struct GroupOutcome {
+    /// The instant of all copies.
+    pub instant: InstantReport,
+    /// One for each origin, in the order of the command line.
+    pub origins: Vec<OriginOutcome>,
+    /// Duration of the whole command in seconds.
+    pub total_seconds: f64,
+}
+
+/// What became of one origin of several.
+#[derive(Debug, Serialize)]
+pub struct OriginOutcome {
+    /// The origin.
+    pub origin: String,
+    /// Its secondary.
+    pub secondary: String,
+    /// The report of its copy; None if that failed.
+    pub copy: Option<CopyOutcome>,
+    /// Why it failed.
+    #[serde(serialize_with = "error_text")]
+    pub error: Option<Error>,
+}
+
+fn error_text<S: serde::Serializer>(
+    error: &Option<Error>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    error.as_ref().map(Error::to_string).serialize(serializer)
+}
+
+impl OriginOutcome {
+    /// What `copied` means for the origin of `plan`.
+    pub(super) fn of(plan: &CopyPlan, copied: Result<CopyOutcome>) -> Self {
+        let (copy, error) = match copied {
+            Ok(copy) => (Some(copy), None),
+            Err(error) => (None, Some(error)),
+        };
+        let secondary = match &plan.request.secondary {
+            SecondaryTarget::Path(path) => path.display().to_string(),
+            SecondaryTarget::Pipe => "-".to_owned(),
+        };
+        Self { origin: plan.origin.path.display().to_string(), secondary, copy, error }
+    }
+
+    /// True if nothing is left of the copy but its result.
+    pub(super) fn is_put_back(&self) -> bool {
+        self.error.as_ref().is_none_or(|error| error.failed_undos().is_empty())
+    }
+}
+
+impl GroupOutcome {
+    /// Fails if the copy of an origin failed, with the gravest error: bad data, then a failure, then a refusal, then
+    /// an interrupt.
+    ///
+    /// # Errors
+    /// That error, which names its origin and how many failed.
+    pub fn verdict(self) -> Result<()> {
+        let count = self.origins.len();
+        let complete: Vec<&str> =
+            self.origins.iter().filter(|one| one.copy.is_some()).map(|one| one.secondary.as_str()).collect();
+        let state = match complete.as_slice() {
+            [] => "no copy is complete".to_owned(),
+            names => format!("complete, and of the same instant: {}", names.join(", ")),
+        };
+        let failed = count - complete.len();
+        let errors = self.origins.into_iter().filter_map(|one| Some((one.origin, one.error?)));
+        let Some((origin, error)) = errors.min_by_key(|(_, error)| rank(error)) else { return Ok(()) };
+        let what = if failed == 1 {
+            format!("1 of {count} copies failed, that of {origin}")
+        } else {
+            format!("{failed} of {count} copies failed; that of {origin}")
+        };
+        let own = error.state_left().map(|own| format!("{own}; ")).unwrap_or_default();
+        Err(error.context(what).state(format!("{own}{state}")))
+    }
+}
+
+/// The gravest first.
+fn rank(error: &Error) -> u8 {
+    match error.exit_code() {
+        4 => 0,
+        1 => 1,
+        3 => 2,
+        2 => 3,
+        _ => 4,
     }
 }
 
@@ -154,5 +245,52 @@ pub(super) fn tell_skipped(plan: &CopyPlan, skipped: &SkippedReport, observer: &
     }
     if skipped.omitted_bytes.is_some() {
         observer.event(&Event::Note { text: format!("{omitted} are left out (--include, --exclude)") });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::ErrorKind;
+
+    fn failed(origin: &str, kind: ErrorKind) -> OriginOutcome {
+        OriginOutcome {
+            origin: origin.to_owned(),
+            secondary: format!("{origin}.tdm"),
+            copy: None,
+            error: Some(Error::new(kind, "what").state("own")),
+        }
+    }
+
+    fn verdict(origins: Vec<OriginOutcome>) -> Result<()> {
+        GroupOutcome { instant: InstantReport::default(), origins, total_seconds: 0.0 }.verdict()
+    }
+
+    #[test]
+    fn the_gravest_failure_decides() {
+        use ErrorKind::{BadData, Interrupted, NoSpace, Refused, StoreInvalid};
+        verdict(Vec::new()).unwrap();
+        for (kinds, code) in [
+            (vec![Interrupted, Interrupted], 130),
+            (vec![Interrupted, Refused], 3),
+            (vec![Refused, Interrupted, NoSpace], 1),
+            (vec![StoreInvalid, BadData, Interrupted], 4),
+        ] {
+            let count = kinds.len();
+            let origins = kinds.into_iter().enumerate().map(|(index, kind)| failed(&index.to_string(), kind));
+            let error = verdict(origins.collect()).unwrap_err();
+            assert_eq!(error.exit_code(), code);
+            assert!(error.to_string().starts_with(&format!("{count} of {count} copies failed")), "{error}");
+            assert_eq!(error.state_left(), Some("own; no copy is complete"));
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_put_back_is_known() {
+        let mut outcome = failed("a", ErrorKind::NoSpace);
+        assert!(outcome.is_put_back());
+        let undo = Error::new(ErrorKind::Kernel, "putting back");
+        outcome.error = Some(Error::new(ErrorKind::NoSpace, "what").with_failed_undo(undo));
+        assert!(!outcome.is_put_back());
     }
 }

@@ -50,7 +50,7 @@ pub fn run(
 }
 
 /// Called after the instant: passes its time to the secondary, and records what is needed to resume.
-fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
+pub(super) fn begin_copy(session: &mut Session<'_>) -> Result<Option<SegmentLog>> {
     let Session { plan, observer, live, transfer, .. } = session;
     let live = live.as_ref().expect("the origin is held");
     let secondary = transfer.get_mut().as_mut().expect("the copier does not have it yet").secondary.as_mut();
@@ -81,7 +81,7 @@ fn copy_beside_workers(
 ) -> Result<CopyResult> {
     let Session { plan, interrupt, .. } = session;
     let live = session.live.as_ref().expect("the origin is held");
-    let shown = ProgressFile::new(session.observer, live.progress_path());
+    let shown = progress_file(session, live);
     let observer: &dyn Observer = &shown;
     // The monitor starts first, because the store must be able to grow while --hook-after runs.
     let workers = Workers::start(plan, live)?;
@@ -91,6 +91,9 @@ fn copy_beside_workers(
         interrupt().and_then(|()| monitor.check())
     };
     session.hook_after(&stop);
+    if let Some(shared) = &session.shared {
+        (shared.await_turn)(shared.index, observer, &stop)?;
+    }
     let selection = selection_of(plan, &live.stack().skipped().extents, &stop)?;
     let below = open_below(live)?;
     live.job().set_hook_after_done()?;
@@ -140,6 +143,18 @@ fn copy_beside_workers(
         skipped: SkippedReport::of(live.stack().skipped()),
         kept: None,
     })
+}
+
+/// Publishes the progress; of several origins, each has a file of its own.
+fn progress_file<'a>(session: &Session<'a>, live: &Live) -> ProgressFile<'a> {
+    match &session.shared {
+        None => ProgressFile::new(session.observer, live.job().progress_path()),
+        Some(shared) => ProgressFile::of_origin(
+            session.observer,
+            live.job().progress_path_of(shared.index),
+            &session.plan.origin.path.display().to_string(),
+        ),
+    }
 }
 
 /// While requests are in flight, the kernel may read from the engine's buffers. So the engine is leaked; the end of the

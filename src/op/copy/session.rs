@@ -5,15 +5,18 @@
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::live::Live;
+use super::live::{self, Live};
 use super::plan::{CopyPlan, LivePlan};
 use super::report::{CopyOutcome, CopyResult};
+use super::turns::{enter_queue, join_queue};
 use crate::base::clock::Stopwatch;
 use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
 use crate::base::{Error, Result};
 use crate::dm::Dm;
 use crate::io::{Engine, EnginePreference, open_engine};
+use crate::job::disk_queue::Place;
 use crate::job::{Job, conclude};
 use crate::op::targets::naming_job;
 use crate::op::{interruptible, memory};
@@ -29,6 +32,24 @@ pub struct Transfer {
     pub secondary: Box<dyn Secondary>,
 }
 
+/// What an origin has in common with others that are copied from the same instant. All of it is ended by their owner.
+#[derive(Clone)]
+pub(super) struct Shared<'a> {
+    /// Their job.
+    pub job: Arc<Mutex<Job>>,
+    /// How many origins there are.
+    pub count: usize,
+    /// Which of them this one is.
+    pub index: usize,
+    /// Locked while one of them opens its engine and its secondary: each sees how much memory the others have left.
+    pub opening: &'a Mutex<()>,
+    /// Returns when the origin at an index may be read. Polls its second argument, and passes its errors on.
+    pub await_turn: &'a Turn<'a>,
+}
+
+/// See [`Shared::await_turn`].
+pub(super) type Turn<'a> = dyn Fn(usize, &dyn Observer, &dyn Fn() -> Result<()>) -> Result<()> + Sync + 'a;
+
 /// A copy in progress.
 pub struct Session<'a> {
     pub(super) plan: &'a CopyPlan,
@@ -37,6 +58,10 @@ pub struct Session<'a> {
     clock: Stopwatch,
     /// None while the origin is held, because [`Live`] owns the job then, and if there is no job.
     job: Option<Job>,
+    /// Set for one origin of several.
+    pub(super) shared: Option<Shared<'a>>,
+    /// The place in the queue at the rotating disks of the origin.
+    place: Option<Place>,
     /// The live origin, once holding it has begun.
     pub(super) live: Option<Live>,
     /// None before it is opened, and after it was passed to the copier.
@@ -59,6 +84,7 @@ impl<'a> Session<'a> {
         copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
     ) -> Result<CopyOutcome> {
         Self::begin(plan, observer, interrupt)?.ending_with(|session| {
+            session.enter_queue()?;
             session.open()?;
             session.hook_before()?;
             if let Some(live_plan) = &plan.live {
@@ -68,8 +94,30 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// As [`Session::carry_out`], for one origin of several. `hold` returns the origin, held, once that is done for all
+    /// of them; it is called when the engine and the secondary are open.
+    ///
+    /// # Errors
+    /// As [`Session::carry_out`].
+    pub(super) fn carry_out_one_of_several(
+        plan: &'a CopyPlan,
+        shared: Shared<'a>,
+        observer: &'a dyn Observer,
+        interrupt: &'a dyn Fn() -> Result<()>,
+        hold: impl FnOnce() -> Result<Live>,
+        copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
+    ) -> Result<CopyOutcome> {
+        let mut session = Self::new(plan, observer, interrupt);
+        session.shared = Some(shared);
+        session.ending_with(|session| {
+            session.open()?;
+            session.live = Some(hold()?);
+            copy(session)
+        })
+    }
+
     /// As [`Session::carry_out`], for the copy of a dead process that has passed its instant. `is_hook_due`: that
-    /// process had not run --hook-after.
+    /// process had not run --hook-after. It waits for no turn, as the store fills: others wait for it.
     ///
     /// # Errors
     /// As [`Session::carry_out`].
@@ -82,6 +130,10 @@ impl<'a> Session<'a> {
         copy: impl FnOnce(&mut Self) -> Result<CopyResult>,
     ) -> Result<CopyOutcome> {
         let mut session = Self::new(plan, observer, interrupt);
+        session.place = join_queue(std::slice::from_ref(plan), Some(live.job().id()))
+            .inspect_err(|error| tracing::debug!(%error, "other copies do not wait for this one"))
+            .ok()
+            .flatten();
         session.live = Some(live);
         session.transfer.set(Some(transfer));
         session.hooks.is_due.set(is_hook_due);
@@ -128,11 +180,26 @@ impl<'a> Session<'a> {
             interrupt,
             clock: Stopwatch::start(),
             job: None,
+            shared: None,
+            place: None,
             live: None,
             transfer: Cell::new(None),
             hooks: plan.request.hooks.around(&plan.origin.path),
             is_doubted: Cell::new(false),
         }
+    }
+
+    /// Waits for its turn at the rotating disks of the origin, before anything else is done: nothing is held meanwhile
+    /// but the lock of a live origin.
+    ///
+    /// # Errors
+    /// As [`enter_queue`].
+    fn enter_queue(&mut self) -> Result<()> {
+        let job = self.job.as_ref().map(|job| job.id().to_owned());
+        let plans = std::slice::from_ref(self.plan);
+        self.place = enter_queue(plans, job.as_deref(), self.observer, self.interrupt)
+            .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
+        Ok(())
     }
 
     /// Opens the engine and the secondary before the instant, and before --hook-before makes applications wait. After
@@ -141,9 +208,20 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The errors of opening the engine and the secondary.
     fn open(&mut self) -> Result<()> {
-        let engine = engine_for(self.plan)
+        let opening = self.shared.as_ref().map(|shared| shared.opening);
+        // It guards nothing that a panic could leave inconsistent.
+        let _alone = opening.map(|opening| opening.lock().unwrap_or_else(PoisonError::into_inner));
+        let engine = engine_for(self.plan, self.shared.as_ref().map_or(1, |shared| shared.count))
             .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
         let secondary = open_secondary(self.plan, self.interrupt)?;
+        if let Some(shared) = &self.shared {
+            // A panic leaves the job consistent: its record is replaced atomically.
+            let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
+            secondary.partial_path().into_iter().for_each(|partial| job.note_partial(partial));
+            drop(job);
+            self.transfer.set(Some(Transfer { engine, secondary }));
+            return Ok(());
+        }
         // The job of a cold copy records only the partial file.
         match (&mut self.job, secondary.partial_path()) {
             (Some(job), Some(partial)) => job.note_partial(partial),
@@ -178,8 +256,10 @@ impl<'a> Session<'a> {
     fn hold(&mut self, live_plan: &LivePlan) -> Result<()> {
         let dm = Dm::open()?;
         let job = self.job.take().expect("the copy of a live origin has a job");
-        let live = Live::new(dm, self.plan, job);
-        self.live.insert(live).insert(self.plan, live_plan, self.observer, self.interrupt)
+        let live = self.live.insert(Live::new(dm, self.plan, job));
+        let lives = std::slice::from_mut(live);
+        live::hold(&[self.plan], lives, &live_plan.insert, &self.hooks, self.observer, self.interrupt)
+            .map(drop)
     }
 
     /// Ends the copy, in the order that the module documentation states.
@@ -206,12 +286,21 @@ impl<'a> Session<'a> {
             (None, result) => conclude(self.job.take(), result.map_err(give_up)),
             (Some(live), Err(error)) => Err(live.put_back_after(error, give_up)),
             (Some(live), Ok(mut result)) => {
-                result.kept = live.end(self.plan.request.store.keep).map_err(|error| {
-                    error.context("the copy is complete, but restoring the origin failed")
-                })?;
+                result.kept =
+                    live.end(self.plan.request.store.keep).map_err(|error| self.not_restored(error))?;
                 Ok(result)
             }
         }
+    }
+
+    /// The error of a complete copy whose origin could not be restored because of `error`. Among several, it tells the
+    /// owner of the job that its record is still needed.
+    fn not_restored(&self, error: Error) -> Error {
+        const WHAT: &str = "the copy is complete, but restoring the origin failed";
+        if self.shared.is_none() {
+            return error.context(WHAT);
+        }
+        Error::new(error.kind(), WHAT).next("run 'tidemark recover'").with_failed_undo(error)
     }
 
     /// Restores the origin after a panic, runs --hook-after if it is due, and does nothing else.
@@ -223,13 +312,13 @@ impl<'a> Session<'a> {
     }
 }
 
-/// An engine with buffers for the segments of `plan`.
+/// An engine with buffers for the segments of `plan`, which is one of `copies` at once.
 ///
 /// # Errors
 /// As [`open_engine`].
-pub fn engine_for(plan: &CopyPlan) -> Result<Box<dyn Engine>> {
+pub fn engine_for(plan: &CopyPlan, copies: usize) -> Result<Box<dyn Engine>> {
     let most = if plan.live.is_some() { LIVE_COPY_BUFFER_BYTES_MAX } else { COPY_BUFFER_BYTES_MAX };
-    let buffers = memory::for_buffers(plan.segment, most)?;
+    let buffers = memory::for_buffers(plan.segment, most, u64::try_from(copies).unwrap_or(u64::MAX))?;
     open_engine(engine_config(plan.segment, buffers), EnginePreference::Auto)
 }
 
