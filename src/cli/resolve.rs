@@ -102,7 +102,10 @@ pub fn copy(args: &CopyArgs) -> Result<CopyRequest> {
 }
 
 /// What of an origin `--include` and `--exclude` choose.
-fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
+///
+/// # Errors
+/// As [`Selector::parse`].
+pub(super) fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
     Ok(Subset { include: selectors("--include", include)?, exclude: selectors("--exclude", exclude)? })
 }
 

@@ -11,7 +11,7 @@ mod view;
 
 pub use snapshots::{
     DetachedRecord, ROLLBACK_NAME, RollbackRecord, RollbackState, SnapshotGroupRecord, SnapshotRecord,
-    SnapshotSetRecord, SnapshotState,
+    SnapshotSetRecord, SnapshotState, SubsetRecord,
 };
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
@@ -402,6 +402,7 @@ mod tests {
             lost: lost.map(str::to_owned),
             clone_of: None,
             group: None,
+            subset: None,
         };
         SnapshotSetRecord {
             id: "0123456789abcdef0123456789abcdef".to_owned(),

@@ -91,7 +91,12 @@ pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result
     let region = region_size_for(origin.size, segment, request.region)?;
     check_units(segment, request.chunk)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
-    let omitted = OmissionPlan::find(&request.subset, &origin, interrupt)?;
+    let kept = since::kept_origin(&origin)?;
+    let omitted = OmissionPlan::find(&request.subset, &origin, &[], interrupt)?;
+    let omitted = match &kept {
+        Some(kept) => OmissionPlan::with_ranges(omitted, &kept.left_out),
+        None => omitted,
+    };
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref())?),
         OriginKind::Snapshot { .. } | OriginKind::ColdDevice | OriginKind::ColdFile => {
@@ -99,7 +104,6 @@ pub fn plan(request: &CopyRequest, interrupt: &dyn Fn() -> Result<()>) -> Result
             None
         }
     };
-    let kept = since::kept_origin(&origin)?;
     let since = since::plan(request, &origin, kept.as_ref(), interrupt)?;
     let order = order_for(request, &origin);
     let target = match &request.secondary {

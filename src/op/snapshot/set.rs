@@ -9,6 +9,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
 use crate::dm::DeviceIdentity;
 use crate::dm::naming::{ROLE_LOG, ROLE_STORE, SnapshotNames, VolumeNames, new_id};
+use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::record::{self, FoundRecord, LockedRecord};
 use crate::store::PersistentStore;
@@ -258,6 +259,13 @@ impl SnapshotSetRecord {
         self.snapshots.iter().filter(is_linked).cloned().collect()
     }
 
+    /// What all snapshots below the volume leave out; None if there are none.
+    #[must_use]
+    pub fn left_out_by_all(&self) -> Option<ExtentSet> {
+        let sets = self.linked().into_iter().map(|snapshot| snapshot.left_out());
+        sets.reduce(|all, one| all.intersection(&one))
+    }
+
     /// The clones that have devices while the volume is attached.
     #[must_use]
     pub fn clones(&self) -> Vec<SnapshotRecord> {
@@ -273,6 +281,15 @@ impl SnapshotSetRecord {
             snapshots.iter().flat_map(|snapshot| self.clones_of(&snapshot.id)).cloned().collect();
         all.extend_from_slice(snapshots);
         all
+    }
+}
+
+impl SnapshotRecord {
+    /// The bytes that it leaves out, which read as zeros.
+    #[must_use]
+    pub fn left_out(&self) -> ExtentSet {
+        let ranges = self.subset.iter().flat_map(|subset| &subset.left_out);
+        ranges.filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect()
     }
 }
 
