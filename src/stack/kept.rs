@@ -451,6 +451,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::base::Bytes;
     use crate::dm::naming::new_id;
 
     /// Volumes by name, whether the snapshot is their first, and how high they are. A filesystem is mounted on each, at its
@@ -467,6 +468,12 @@ mod tests {
     ];
 
     fn plan(volumes: Volumes<'_>) -> Change {
+        plan_of(volumes, None, "0 8192 linear 8:16 2048")
+    }
+
+    /// The plan for volumes with this table, of snapshots that leave out `omission`.
+    fn plan_of(volumes: Volumes<'_>, omission: Option<Omission>, table: &str) -> Change {
+        let omission = omission.map(Arc::new);
         let number = |index: usize| DeviceNumber { major: 253, minor: u32::try_from(index).unwrap() };
         let mut by_height = volumes.to_vec();
         by_height.sort_by_key(|(_, _, height)| Reverse(*height));
@@ -477,7 +484,7 @@ mod tests {
             id: new_id(),
             store: number(99),
             chunk: ChunkSize::default(),
-            omission: None,
+            omission: omission.clone(),
             left_out_by_older: None,
         });
         let heights = volumes.iter().enumerate().map(|(at, (_, _, height))| (number(at), *height));
@@ -494,7 +501,7 @@ mod tests {
         };
         let found = volumes.iter().enumerate().map(|(index, (_, is_first, _))| FoundVolume {
             number: number(index),
-            table: "0 8192 linear 8:16 2048".parse().unwrap(),
+            table: table.parse().unwrap(),
             is_first: *is_first,
         });
         capture(&request, &found.collect::<Vec<_>>())
@@ -512,6 +519,59 @@ mod tests {
         let further =
             "own create-view load-view guard freeze suspend activate instant resume thaw unguard expect";
         assert_eq!(names(&plan(&[("a", false, 0)])).join(" "), further);
+    }
+
+    #[test]
+    fn a_table_that_depends_on_the_instant_is_loaded_after_the_freeze_and_before_the_suspension() {
+        let steps = "freeze load-volume suspend instant switch thaw unguard expect";
+        let further = "freeze load-volume suspend activate instant switch thaw unguard expect";
+        let past = "0 4096 linear 253:8 0\n4096 4096 switch 1 4096 0 253:7 4096";
+        let subset = || Some(Omission::default());
+        for (volume, omission, table, steps) in [
+            (("a", true, 0), subset(), "0 8192 linear 8:16 2048", steps),
+            (("a", false, 0), subset(), "0 8192 linear 253:8 0", further),
+            // A whole one preserves again what led past the others.
+            (("a", false, 0), None, past, further),
+        ] {
+            let change = plan_of(&[volume], omission, table);
+            assert!(names(&change).join(" ").ends_with(&format!("guard {steps}")), "{:?}", names(&change));
+            let load = change.steps.iter().find(|step| step.name == "load-volume").unwrap();
+            assert!(matches!(load.action, Action::LoadOver { .. }), "{:?}", load.action);
+            let switch = change.steps.iter().find(|step| step.name == "switch").unwrap();
+            let own =
+                Action::Load { device: "a".to_owned(), table: (&table.parse::<Table>().unwrap()).into() };
+            assert!(switch.undo.contains(&own), "{:?}", switch.undo);
+        }
+        let change = plan_of(&[("a", false, 0), ("b", true, 2)], subset(), "0 8192 linear 253:8 0");
+        let held = "freeze load-volume-2 suspend-2 freeze-2 load-volume suspend activate instant switch switch-2 thaw";
+        assert!(names(&change).join(" ").contains(held), "{:?}", names(&change));
+    }
+
+    #[test]
+    fn a_volume_leads_past_its_snapshots_only_where_all_leave_something_out() {
+        let [keep, data] = [8, 7].map(|minor| DeviceNumber { major: 253, minor });
+        let table = |left_out: &[(u64, u64)]| {
+            let set =
+                left_out.iter().filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect();
+            volume_table(Sectors(64), (keep, data), &set, Form::new(true)).unwrap()
+        };
+        assert_eq!(table(&[]).to_string(), "0 64 linear 253:8 0");
+        let some = table(&[(4096, 8192), (28672, 32768)]);
+        let text = "0 8 linear 253:8 0\n8 8 switch 1 8 0 253:7 8\n16 40 switch 1 40 0 253:8 16\n56 8 switch 1 8 0 253:7 56";
+        assert_eq!(some.to_string(), text);
+        // One that preserves nothing could not be told from a volume without snapshots.
+        assert_eq!(table(&[(0, 32768)]), table(&[]));
+        for ours in [&some, &table(&[]), &table(&[(0, 4096)])] {
+            assert!(leads_to(ours, keep, data), "{ours}");
+        }
+        for other in [
+            "0 64 linear 253:7 0",
+            "0 64 linear 253:8 8",
+            "0 8 linear 253:8 0\n8 56 linear 8:16 8",
+            "0 64 zero",
+        ] {
+            assert!(!leads_to(&other.parse().unwrap(), keep, data), "{other}");
+        }
     }
 
     #[test]

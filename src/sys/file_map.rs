@@ -237,6 +237,18 @@ mod tests {
     }
 
     #[test]
+    fn more_extents_than_can_be_asked_for_are_noted() {
+        let mut reader = FileMapReader::new();
+        let mut endless = |request: &mut Request| {
+            (request.records[0], request.mapped) = (record(request.start, request.start, 4096, SHARED), 1);
+            Ok(())
+        };
+        let mut count = 0;
+        let not_own = walk(&mut reader.request, SHARED, &mut endless, &mut |_| count += 1).unwrap();
+        assert_eq!((not_own, count), (NotOwn { is_cut: true, ..NotOwn::default() }, ANSWERS_MAX));
+    }
+
+    #[test]
     fn contradictions_are_errors() {
         let repeated = [record(0, 0, 4096, 0), record(0, 4096, 4096, LAST)];
         let endless = [record(4096, u64::MAX - 10, 4096, LAST)];

@@ -112,6 +112,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("snapshot_power_cut", N, A, F, "a user-mode kernel's disks outlive it in the host's page cache"),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_only", A, F, F, ""),
+    ("snapshot_subset", A, F, F, ""),
     ("snapshot_postgresql", A, F, F, ""),
     ("snapshot_filesystems", A, F, F, ""),
     ("hooks_systemd", A, F, F, ""),

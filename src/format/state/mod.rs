@@ -440,6 +440,17 @@ mod tests {
         (set, group)
     }
 
+    /// One that leaves something out.
+    fn with_subset() -> SnapshotSetRecord {
+        let mut set = snapshots();
+        set.snapshots[1].subset = Some(SubsetRecord {
+            include: vec!["/srv/mail".to_owned()],
+            exclude: vec!["*.tmp".to_owned(), "bytes:4096+8192".to_owned()],
+            left_out: vec![(4096, 12_288), (1 << 20, 1 << 21)],
+        });
+        set
+    }
+
     fn volume() -> VolumeRecord {
         VolumeRecord {
             name: "data".to_owned(),
@@ -493,6 +504,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/snapshots-rollback-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_rollback());
         assert_eq!(encode(&with_rollback()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/snapshots-subset-v1.json");
+        assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_subset());
+        assert_eq!(encode(&with_subset()).unwrap(), golden);
         let (set, group) = of_a_snapshot_group();
         let golden: &[u8] = include_bytes!("golden/snapshots-group-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), set);

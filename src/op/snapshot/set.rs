@@ -259,10 +259,12 @@ impl SnapshotSetRecord {
         self.snapshots.iter().filter(is_linked).cloned().collect()
     }
 
-    /// What all snapshots below the volume leave out; None if there are none.
+    /// What all snapshots below the volume leave out; None if there are none. Of one that is deleted, only what older ones
+    /// need is still needed.
     #[must_use]
     pub fn left_out_by_all(&self) -> Option<ExtentSet> {
-        let sets = self.linked().into_iter().map(|snapshot| snapshot.left_out());
+        let kept = self.linked().into_iter().filter(|snapshot| snapshot.state == SnapshotState::Kept);
+        let sets = kept.map(|snapshot| snapshot.left_out());
         sets.reduce(|all, one| all.intersection(&one))
     }
 
@@ -372,6 +374,60 @@ pub fn no_snapshot(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::state::SubsetRecord;
+
+    fn snapshot(state: SnapshotState, left_out: &[(u64, u64)]) -> SnapshotRecord {
+        let subset = SubsetRecord { include: Vec::new(), exclude: Vec::new(), left_out: left_out.to_vec() };
+        SnapshotRecord {
+            name: "a".to_owned(),
+            id: "a".repeat(32),
+            instant_utc_ns: 1,
+            store: "/x".to_owned(),
+            store_bytes_max: 1,
+            state,
+            lost: None,
+            clone_of: None,
+            group: None,
+            subset: Some(subset).filter(|subset| !subset.left_out.is_empty()),
+        }
+    }
+
+    #[test]
+    fn what_one_snapshot_needs_is_left_out_by_none() {
+        use SnapshotState::{Creating, Deleting, Detached, Kept, Retired};
+        let by_all = |snapshots: Vec<SnapshotRecord>| {
+            let record = SnapshotSetRecord {
+                id: "b".repeat(32),
+                volume: "data".to_owned(),
+                device: "/dev/x".to_owned(),
+                size_bytes: 1 << 20,
+                chunk_bytes: 4096,
+                snapshots,
+                mounts: None,
+                rollback: None,
+                detached: None,
+            };
+            record
+                .left_out_by_all()
+                .map(|all| all.iter().map(|it| (it.start().get(), it.end().get())).collect())
+        };
+        let one = || snapshot(Kept, &[(0, 8192), (16384, 32768)]);
+        assert_eq!(by_all(vec![]), None);
+        assert_eq!(by_all(vec![one()]), Some(vec![(0, 8192), (16384, 32768)]));
+        let other = snapshot(Kept, &[(4096, 20480)]);
+        assert_eq!(by_all(vec![one(), other]), Some(vec![(4096, 8192), (16384, 20480)]));
+        // A whole one needs everything, wherever it is in the chain.
+        for whole in [vec![snapshot(Kept, &[]), one()], vec![one(), snapshot(Kept, &[])]] {
+            assert_eq!(by_all(whole), Some(Vec::new()));
+        }
+        // Those that users do not see need nothing for themselves.
+        for state in [Creating, Deleting, Retired, Detached] {
+            assert_eq!(by_all(vec![one(), snapshot(state, &[])]), by_all(vec![one()]), "{state:?}");
+        }
+        // A clone is not below the volume.
+        let clone = SnapshotRecord { clone_of: Some("a".repeat(32)), ..snapshot(Kept, &[]) };
+        assert_eq!(by_all(vec![one(), clone]), by_all(vec![one()]));
+    }
 
     #[test]
     fn names_of_snapshots_are_split_and_checked() {

@@ -706,3 +706,31 @@ pub fn settle_all(dm: &Dm) -> Result<Vec<String>> {
     group::forget(&groups, &set::read_all()?)?;
     Error::first_of(errors).map(|()| done)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_shows_zeros_and_the_rest_the_view() {
+        let view = DeviceNumber { major: 253, minor: 7 };
+        let mask = |left_out: &[(u64, u64)]| {
+            let set =
+                left_out.iter().filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect();
+            mask_table(Sectors(64), view, &set).map(|table| table.to_string())
+        };
+        assert_eq!(mask(&[]).unwrap(), "0 64 linear 253:7 0");
+        assert_eq!(mask(&[(0, 32768)]).unwrap(), "0 64 zero");
+        assert_eq!(
+            mask(&[(4096, 8192), (28672, 32768)]).unwrap(),
+            "0 8 linear 253:7 0\n8 8 zero\n16 40 linear 253:7 16\n56 8 zero"
+        );
+        assert_eq!(
+            mask(&[(0, 4096), (8192, 12288)]).unwrap(),
+            "0 8 zero\n8 8 linear 253:7 8\n16 8 zero\n24 40 linear 253:7 24"
+        );
+        for damaged in [(0, 36864), (32768, 36864), (0, 100)] {
+            assert_eq!(mask(&[damaged]).unwrap_err().kind(), ErrorKind::BadData, "{damaged:?}");
+        }
+    }
+}
