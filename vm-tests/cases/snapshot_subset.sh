@@ -291,7 +291,7 @@ tidemark snapshot list data | grep -q 'data@all *valid, a subset' || fail "the l
 delete data@all
 
 note "several volumes, and what is refused"
-mkfs.ext4 -q -F "$origin"; mkfs.ext4 -q -F /dev/mapper/wal
+mkfs.ext4 -q -F -b 4096 "$origin"; mkfs.ext4 -q -F -b 4096 /dev/mapper/wal
 mkdir -p /mnt/wal
 mount "$origin" /mnt/origin; mount /dev/mapper/wal /mnt/wal
 for at in origin wal; do head -c 1m /dev/urandom >/mnt/$at/keep; head -c 1m /dev/urandom >/mnt/$at/drop.tmp; done

@@ -38,6 +38,11 @@ snapshot.delete.copied snapshot.delete.led snapshot.delete.step snapshot.discard
 snapshot.store.hidden snapshot.store.allocated snapshot.dissolve.before snapshot.dissolve.restored restore.switch.after
 restore.suspend.after snapshot.clone.recorded snapshot.clone.file snapshot.clone.kept
 """.split()
+# Those at which the creation of a subset is killed, if one after the other is.
+SUBSET_POINTS = """
+capture.load-volume.after capture.suspend.after capture.instant.after capture.switch.after capture.unguard.after
+snapshot.create.recorded snapshot.create.taken snapshot.create.left-out snapshot.create.kept snapshot.mask
+""".split()
 DETACH_POINTS = ["snapshot.detach.removed", "snapshot.detach.recorded"]
 ATTACH_POINTS = ["snapshot.attach.assembled", "snapshot.show"]
 ROLLBACK_POINTS = """
@@ -354,7 +359,11 @@ class Program:
         size = "4MiB" if is_small else "32MiB"
         if is_small:
             self.oracle.small.add(name)
-        ranges = [] if is_whole or rng.random() < 0.4 else rng.sample(RANGES, rng.randrange(1, len(RANGES)))
+        if self.forced:
+            is_whole |= self.forced not in SUBSET_POINTS
+        else:
+            is_whole |= rng.random() < 0.4
+        ranges = [] if is_whole else rng.sample(RANGES, rng.randrange(1, len(RANGES)))
         words = [f"--exclude=bytes:{first * BLOCK}+{count * BLOCK}" for first, count in ranges]
         if ranges:
             counts["create: a subset"] += 1
