@@ -200,12 +200,10 @@ assert json.loads(sys.stdin.readline())["report"]["map"]["absent_bytes"] > 8 << 
     delete data@s3
     for at in s1 s2 s4 c2; do shows "$fs" $at subset; done
     umount /mnt/origin
-    for round in 1 2; do
-        tidemark detach data --keep-snapshots >/run/out 2>&1 || say "detach"
-        assert_same "devices of the detached volume" "$(dmsetup ls | grep -c '^data' || true)" 0
-        tidemark attach "$(disk 0)" --name data >/run/out 2>&1 || say "attach"
-        for at in s1 s2 s4 c2; do shows "$fs" $at subset; done
-    done
+    tidemark detach data --keep-snapshots >/run/out 2>&1 || say "detach"
+    assert_same "devices of the detached volume" "$(dmsetup ls | grep -c '^data' || true)" 0
+    tidemark attach "$(disk 0)" --name data >/run/out 2>&1 || say "attach"
+    for at in s1 s2 s4 c2; do shows "$fs" $at subset; done
     [ "$(lines_past)" -gt 0 ] || fail "all that are left leave something out, and nothing leads past"
     mount "$origin" /mnt/origin
     out=$(costs /mnt/origin/drop/deep/staticbig s4)
@@ -219,7 +217,7 @@ assert json.loads(sys.stdin.readline())["report"]["map"]["absent_bytes"] > 8 << 
 
     note "$fs: a whole snapshot preserves again what led past, also for writers in full swing"
     (while [ ! -e /run/stop ]; do rewrite /mnt/origin/drop/deep/staticbig; done) & load=$!
-    for round in 1 2 3; do
+    for round in 1 2; do
         create w$round
         assert_same "lines past" "$(lines_past)" 0
         sleep 0.3

@@ -619,16 +619,20 @@ fn mask_table(length: Sectors, view: DeviceNumber, left_out: &ExtentSet) -> Resu
     let mut runs: Vec<(Extent, bool)> = shown.map(|extent| (extent, true)).collect();
     runs.extend(left_out.iter().map(|extent| (extent, false)));
     runs.sort_unstable();
+    let damaged = |what: &str| Error::bad_data(format!("the record of a snapshot leaves out {what}"));
+    let sectors = |bytes: Bytes| {
+        bytes.to_sectors("what a snapshot leaves out").map_err(|_| damaged("parts of sectors"))
+    };
     let lines = runs.into_iter().map(|(extent, is_shown)| {
-        let offset = extent.start().to_sectors("what a snapshot leaves out")?;
+        let offset = sectors(extent.start())?;
         let target = if is_shown { Target::Linear { device: view, offset } } else { Target::Zero };
-        Ok((extent.length().to_sectors("what a snapshot leaves out")?, target))
+        Ok((sectors(extent.length())?, target))
     });
     let table = Table::concatenated(lines.collect::<Result<Vec<_>>>()?)?;
     if table.length() == length {
         return Ok(table);
     }
-    Err(Error::bad_data("the record of a snapshot leaves out bytes beyond the volume"))
+    Err(damaged("bytes beyond the volume"))
 }
 
 /// Completes what a command that died has left. Returns the set; None if it had no snapshots any more.
