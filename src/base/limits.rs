@@ -57,6 +57,10 @@ pub const OMITTED_FILES_MAX: usize = 65_536;
 /// a copy names all of them.
 pub const OMITTED_RANGES_MAX: usize = 16_384;
 
+/// Ranges that a kept snapshot leaves out: the largest. Each is two lines of the snapshot's table, and an entry of its
+/// record.
+pub const KEPT_OMITTED_RANGES_MAX: usize = 2000;
+
 /// The share of the freeze budget in which files that are left out are looked for.
 pub const OMISSION_BUDGET_SHARE: u32 = 2;
 

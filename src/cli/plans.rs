@@ -10,10 +10,12 @@ use crate::op::copy::CopyPlan;
 use crate::op::copy::group_plan::GroupCopyPlan;
 use crate::op::copy::plan::LivePlan;
 use crate::op::copy::since::SincePlan;
+use crate::op::omission::OmissionPlan;
 use crate::op::request::{OnFull, Originals};
 use crate::op::resume::ResumePlan;
 use crate::secondary::SecondaryTarget;
 use crate::volume::OriginKind;
+use crate::volume::subset::Subset;
 
 impl Human for CopyPlan {
     fn human(&self) -> String {
@@ -107,16 +109,21 @@ fn segments_text(plan: &CopyPlan) -> String {
     format!("{} of {}{rate}{verified}", plan.segment.count_for(plan.origin.size), plan.segment)
 }
 
-fn add_omitted(lines: &mut Lines, plan: &CopyPlan) {
-    let Some(omitted) = &plan.omitted else { return };
+/// "12 files (1.5 MiB), 64 KiB of ranges".
+pub(super) fn omitted_text(subset: &Subset, omitted: &OmissionPlan) -> String {
     let mut parts = Vec::new();
-    if plan.request.subset.names_files() {
+    if subset.names_files() {
         parts.push(format!("{} files ({})", omitted.files, omitted.file_bytes));
     }
     if omitted.range_bytes > Bytes::ZERO {
         parts.push(format!("{} of ranges", omitted.range_bytes));
     }
-    lines.add("left out", if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") });
+    if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
+}
+
+fn add_omitted(lines: &mut Lines, plan: &CopyPlan) {
+    let Some(omitted) = &plan.omitted else { return };
+    lines.add("left out", omitted_text(&plan.request.subset, omitted));
     for note in &omitted.notes {
         lines.add("copied all the same", note);
     }

@@ -566,9 +566,10 @@ pub fn snapshot_rows(views: &[SnapshotView]) -> String {
                 Some(snapshot) => format!("{} (clone of {snapshot})", view.snapshot),
                 None => view.snapshot.clone(),
             },
-            match view.rollback_percent {
-                Some(percent) => format!("{}, rolling back {percent} %", state_text(&view.state)),
-                None => state_text(&view.state).to_owned(),
+            match (view.rollback_percent, &view.subset) {
+                (Some(percent), _) => format!("{}, rolling back {percent} %", state_text(&view.state)),
+                (None, Some(_)) => format!("{}, a subset", state_text(&view.state)),
+                (None, None) => state_text(&view.state).to_owned(),
             },
             view.instant.clone().unwrap_or_else(|| "-".to_owned()),
             age_text(view.age_seconds),

@@ -170,7 +170,10 @@ fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> R
 }
 
 /// What of an origin `--include` and `--exclude` choose.
-fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
+///
+/// # Errors
+/// As [`Selector::parse`].
+pub(super) fn subset_of(include: &[String], exclude: &[String]) -> Result<Subset> {
     Ok(Subset { include: selectors("--include", include)?, exclude: selectors("--exclude", exclude)? })
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::confirm::confirmed;
 use super::groups::{self, Group};
 use super::output::Output;
+use super::plans::omitted_text;
 use super::progress::observer;
 use super::reports::{Human, age_text, size_text, snapshot_rows, state_text};
 use super::resolve::{self, FREEZE_BUDGET, reject_dash, volume_name};
@@ -18,7 +19,7 @@ use crate::base::{Bytes, ChunkSize, Result};
 use crate::op::snapshot::clone::{self, ClonePlan, CloneRequest, Cloned};
 use crate::op::snapshot::create::{self, CreatePlan, CreateRequest, GroupPlan};
 use crate::op::snapshot::delete::{self, DeletePlan, Deleted};
-use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView};
+use crate::op::snapshot::list::{self, SnapshotDetails, SnapshotView, SubsetView};
 use crate::op::snapshot::monitor::{self, MonitorRequest};
 use crate::op::snapshot::mount::{self, Mounted};
 use crate::op::snapshot::only::{self, OnlyPlan, OnlyRequest, PutBack};
@@ -86,21 +87,23 @@ fn create(args: &CreateArgs, output: Output) -> Result<()> {
         None => Group { volumes: args.volumes.clone(), ..Group::default() },
     };
     let hooks = args.hooks.or(&group.hooks);
+    let subset = resolve::subset_of(&args.include, &args.exclude)?;
     let request = |volume: &PathBuf| CreateRequest {
         volume: volume.clone(),
         name: args.name.clone(),
         store: args.store.store.clone(),
         store_size: args.store.store_size,
         chunk,
+        subset: subset.clone(),
         freeze_budget: args.freeze_budget.or(group.freeze_budget).unwrap_or(FREEZE_BUDGET),
         hooks: hooks.clone(),
     };
     let requests: Vec<CreateRequest> = group.volumes.iter().map(request).collect();
-    let plan = create::plan(&requests)?;
+    stop_on_signals(output)?;
+    let plan = create::plan(&requests, &interrupt)?;
     if args.dry_run {
         return output.plan("snapshot create", &plan);
     }
-    stop_on_signals(output)?;
     let observer = observer(output);
     let created = take::run(&plan, observer.as_ref(), &interrupt)?;
     drop(observer);
@@ -191,9 +194,19 @@ impl Human for SnapshotDetails {
             ("shared", size_text(self.shared)),
             ("receives", if view.receives { "yes" } else { "no" }.to_owned()),
             ("group", self.group_text()),
+            ("subset", view.subset.as_ref().map_or_else(|| "-".to_owned(), subset_text)),
         ];
         lines.iter().map(|(name, value)| format!("{:9} {value}\n", format!("{name}:"))).collect()
     }
+}
+
+/// "1.5 MiB in 3 ranges are left out (--exclude /srv/cache)".
+fn subset_text(subset: &SubsetView) -> String {
+    let options = |option: &'static str, texts: &[String]| {
+        texts.iter().map(|text| format!("{option} {text}")).collect::<Vec<_>>()
+    };
+    let typed = [options("--include", &subset.include), options("--exclude", &subset.exclude)].concat();
+    format!("{} in {} ranges are left out ({})", subset.left_out_bytes, subset.ranges, typed.join(" "))
 }
 
 impl SnapshotDetails {
@@ -289,14 +302,19 @@ impl Human for PutBack {
 }
 
 fn plan_text(plan: &CreatePlan) -> String {
-    format!(
+    let mut text = format!(
         "snapshot: {}@{}\nstore:    {} in {}, chunks of {}\n",
         plan.volume,
         plan.name,
         plan.store_bytes,
         plan.directory.display(),
         plan.chunk
-    )
+    );
+    if let Some(omitted) = &plan.omitted {
+        text.push_str(&format!("left out: {}\n", omitted_text(&plan.request.subset, omitted)));
+        text.extend(omitted.notes.iter().map(|note| format!("kept all the same: {note}\n")));
+    }
+    text
 }
 
 impl Human for CreateReport {
@@ -325,8 +343,9 @@ fn held_text(instant: Option<&str>, frozen_ms: u64, suspended_ms: u64) -> String
 
 /// `held`: the lines about its instant.
 fn created_text(created: &Created, held: &str) -> String {
+    let left_out = created.left_out_bytes.map(|bytes| format!("left out:  {bytes}\n")).unwrap_or_default();
     format!(
-        "created:   {} as {}\n{held}store:     {} ({})\nnext:      {}\n",
+        "created:   {} as {}\n{held}store:     {} ({})\n{left_out}next:      {}\n",
         created.snapshot,
         created.path.display(),
         created.store.display(),

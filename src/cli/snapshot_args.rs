@@ -60,6 +60,7 @@ pub struct StoreOptions {
   tidemark snapshot create data wal --name monday
   tidemark snapshot create --group mail
   tidemark snapshot create data --name monday --store /mnt/fast --store-size 20GiB
+  tidemark snapshot create data --exclude /srv/cache --exclude '*.iso'
   tidemark snapshot create data --dry-run
 
 Snapshots of several volumes have one instant: every filesystem is frozen and
@@ -68,6 +69,12 @@ or none, even if the command is killed or the power fails. They share a name;
 each is deleted by itself. --store-size and --chunk apply to each store. Hooks
 run once: TIDEMARK_ORIGIN is the first volume, TIDEMARK_ORIGINS all of them,
 separated by spaces.
+
+What is left out reads as zeros in the snapshot, and writes to it cost no
+copy-on-write as long as every snapshot of the volume leaves it out. Paths are
+those at which files are mounted now; of several volumes, each takes those that
+are on it. Bytes go with one volume. A volume cannot be rolled back to such a
+snapshot; files that it holds can (snapshot rollback --only).
 
 With --json, the report of one volume is an object with 'snapshot'. That of
 several has 'group' (the id that they share), 'instant', 'frozen_ms',
@@ -93,6 +100,13 @@ pub struct CreateArgs {
     /// The snapshot's name, the same for all volumes [default: the first number that is free]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+    /// Of all files, keep only this file, all below this directory, all that match this pattern, or these bytes: /PATH,
+    /// '/PATH/*.db', '*.db', bytes:START+LENGTH; with metadata, so that the snapshot can be mounted
+    #[arg(long, value_name = "WHAT", help_heading = "Subset")]
+    pub include: Vec<String>,
+    /// Do not keep these files or bytes, named in the same way, even if they are included
+    #[arg(long, value_name = "WHAT", help_heading = "Subset")]
+    pub exclude: Vec<String>,
     /// The store.
     #[command(flatten)]
     pub store: StoreOptions,

@@ -60,11 +60,13 @@ pub const ROLE_SNAPSHOT: &str = "snapshot";
 pub const ROLE_CLONE: &str = "clone";
 /// A second name for the device that a view is about to read through.
 pub const ROLE_ALIAS: &str = "alias";
+/// Shows zeros where a kept snapshot of a subset leaves something out, and its [`ROLE_VIEW`] elsewhere.
+pub const ROLE_MASK: &str = "mask";
 
 /// True for the role of a device that stays when the command that created it ends.
 #[must_use]
 pub fn is_lasting(role: &str) -> bool {
-    const LASTING: [&str; 11] = [
+    const LASTING: [&str; 12] = [
         ROLE_VOLUME,
         ROLE_KEPT,
         ROLE_DATA,
@@ -76,6 +78,7 @@ pub fn is_lasting(role: &str) -> bool {
         ROLE_SNAPSHOT,
         ROLE_CLONE,
         ROLE_ALIAS,
+        ROLE_MASK,
     ];
     LASTING.contains(&role)
 }
@@ -218,6 +221,8 @@ pub struct SnapshotNames {
     pub store: String,
     /// Has the role [`ROLE_ALIAS`].
     pub alias: String,
+    /// Has the role [`ROLE_MASK`].
+    pub mask: String,
 }
 
 impl SnapshotNames {
@@ -226,7 +231,13 @@ impl SnapshotNames {
     pub fn new(volume: &str, name: &str, id: &str) -> Self {
         let snapshot = format!("{volume}@{name}");
         let of = |role| stack_device_name(&snapshot, role, id);
-        Self { view: of(ROLE_VIEW), store: of(ROLE_STORE), alias: of(ROLE_ALIAS), snapshot }
+        Self {
+            view: of(ROLE_VIEW),
+            store: of(ROLE_STORE),
+            alias: of(ROLE_ALIAS),
+            mask: of(ROLE_MASK),
+            snapshot,
+        }
     }
 }
 

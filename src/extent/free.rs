@@ -6,7 +6,9 @@
 //! `volume::free` does.
 
 use super::{BlockList, Extent, ExtentSet};
-use crate::base::limits::{FREE_RANGE_BYTES_MIN, FREE_RANGES_MAX, OMITTED_RANGES_MAX};
+use crate::base::limits::{
+    FREE_RANGE_BYTES_MIN, FREE_RANGES_MAX, KEPT_OMITTED_RANGES_MAX, OMITTED_RANGES_MAX,
+};
 use crate::base::{Bytes, ChunkSize};
 
 /// Limits on the ranges that are left out.
@@ -31,6 +33,12 @@ impl FreeLimits {
     #[must_use]
     pub fn omitted(chunk: ChunkSize) -> Self {
         Self { chunk, range_min: chunk.bytes(), count_max: OMITTED_RANGES_MAX }
+    }
+
+    /// As [`FreeLimits::omitted`], for a kept snapshot.
+    #[must_use]
+    pub fn kept(chunk: ChunkSize) -> Self {
+        Self { count_max: KEPT_OMITTED_RANGES_MAX, ..Self::omitted(chunk) }
     }
 }
 

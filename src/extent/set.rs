@@ -104,6 +104,12 @@ impl ExtentSet {
         })
     }
 
+    /// What is in both sets.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        self.iter().flat_map(|extent| other.intersection_with(extent)).collect()
+    }
+
     /// What is in this set and not in `other`.
     #[must_use]
     pub fn difference(&self, other: &Self) -> Self {

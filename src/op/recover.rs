@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::interruptible;
 use super::snapshot::settle;
 use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
+use crate::dm::naming::{ROLE_DATA, ROLE_KEEP};
 use crate::dm::{DeviceIdentity, Dm, Slot, Table};
 use crate::format::state::{JobRecord, OriginRecord};
 use crate::job::disk_queue;
@@ -95,7 +96,12 @@ pub(super) fn drop_loaded(id: &str, process: u32) -> Result<bool> {
 
 fn drop_loaded_into(dm: &Dm, id: &str, origin: &OriginRecord) -> Result<bool> {
     let Some(loaded) = dm.table(origin.number, Slot::Inactive)? else { return Ok(false) };
-    let of_job = |uuid: &str| DeviceIdentity::parse(uuid).is_some_and(|identity| identity.id == id);
+    // A table of the volume over the layers of its snapshots is loaded by us alone, and they have ids of their own.
+    let of_job = |uuid: &str| {
+        DeviceIdentity::parse(uuid).is_some_and(|identity| {
+            identity.id == id || [ROLE_KEEP, ROLE_DATA].contains(&identity.role.as_str())
+        })
+    };
     let is_ours = origin.table.parse().is_ok_and(|own: Table| own == loaded)
         || dm.list_ours()?.iter().any(|device| of_job(&device.uuid) && loaded.maps_to(device.number));
     if is_ours {

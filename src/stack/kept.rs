@@ -20,24 +20,38 @@
 //! Snapshots of several volumes have one instant: all volumes are suspended at it, and none is resumed before it. One
 //! watchdog with one budget guards all of them. If one cannot be held, the others are released, and no view receives.
 //!
+//! # Snapshots of a subset
+//!
+//! What every snapshot of a volume leaves out leads past `keep`, to `data`: `left_out_by_all`. An older snapshot reads
+//! through the newer stores, so a chunk that one of them needs is preserved by the newest. Hence the volume's table is made
+//! anew at each instant, from what the new snapshot and all older ones leave out. It is loaded while the filesystems are
+//! frozen (the new one's files are mapped then), and in use from the instant on, which waits for writes that went past.
+//! Between two instants less is never preserved: a deletion only makes `left_out_by_all` larger than what leads past.
+//! If the capture fails, the former table comes back, which preserves what the older snapshots need.
+//!
 //! [`op::snapshot`]: crate::op::snapshot
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::base::{ChunkSize, DeviceNumber, Error, Result, Sectors};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, ROLE_VIEW, SnapshotNames, VolumeNames};
 use crate::dm::target::Persistence;
 use crate::dm::{DeviceIdentity, Dm, Table, Target, Template, Udev};
+use crate::extent::{Extent, ExtentSet};
 use crate::format::state::OriginRecord;
 use crate::job::Job;
 use crate::sys::queue::QueueSettings;
 use crate::topology::Topology;
 use crate::volume::FreezeSet;
+use crate::volume::subset::Omission;
 
 use super::change::{Action, Change, IntentLog, Step};
 use super::hold_order::{Held, hold_order};
-use super::model::{AtInstant, HoldTimes, StackRequest};
+use super::member::{Older, kept_table, over_data};
+use super::model::{AtInstant, HoldTimes, Skipped, StackRequest};
+use super::origin_table::Form;
 use super::plan::{numbered, own, restoration, resume, resume_with_own_table, suspend, undo_by_reload};
 use super::runner::Runner;
 use super::watchdog::Standby;
@@ -69,6 +83,10 @@ pub struct Capture {
     pub store: DeviceNumber,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
+    /// What the snapshot leaves out; None if it shows all of the volume.
+    pub omission: Option<Arc<Omission>>,
+    /// What all of the volume's snapshots so far leave out; None if it has none.
+    pub left_out_by_older: Option<ExtentSet>,
 }
 
 /// A volume as it is right before the instant.
@@ -80,6 +98,15 @@ pub struct FoundVolume {
     pub table: Table,
     /// The table does not lead to `keep` yet.
     pub is_first: bool,
+}
+
+/// The snapshots of [`run`].
+#[derive(Clone, Debug)]
+pub struct Captured {
+    /// How long the volumes were held.
+    pub times: HoldTimes,
+    /// What each snapshot leaves out, in the order of the request.
+    pub left_out: Vec<Skipped>,
 }
 
 /// The table of a view that reads through `upper`.
@@ -101,10 +128,26 @@ pub fn view_table(
     Table::single(length, target)
 }
 
-/// True for the table of a volume that leads to `keep`, and through it to `data`.
+/// True for the table of a volume that leads to `keep`, and past it to `data` where all snapshots leave something out.
 #[must_use]
-pub fn leads_to(table: &Table, keep: DeviceNumber) -> bool {
-    matches!(table.lines(), [line] if line.target == Target::Linear { device: keep, offset: Sectors::ZERO })
+pub fn leads_to(table: &Table, keep: DeviceNumber, data: DeviceNumber) -> bool {
+    over_data(table.length(), data, keep).is_ok_and(|lower| lower.is_stack_table(table))
+        && table.maps_to(keep)
+}
+
+/// The table of a volume that leads to `keep`, and past it to `data` where all of its snapshots leave something out:
+/// `left_out_by_all`.
+///
+/// # Errors
+/// As [`Table::new`].
+pub fn volume_table(
+    length: Sectors,
+    (keep, data): (DeviceNumber, DeviceNumber),
+    left_out_by_all: &ExtentSet,
+    form: Form,
+) -> Result<Table> {
+    let by_all: Vec<Extent> = left_out_by_all.iter().collect();
+    kept_table(&over_data(length, data, keep)?, &by_all, form)
 }
 
 /// The plan of a capture: the value that [`run`] executes. `found` has the volumes in the order of the request. The name
@@ -135,6 +178,7 @@ pub fn capture(request: &CaptureRequest, found: &[FoundVolume]) -> Change {
                 Step::new(&numbered("freeze", frozen_count), Action::Freeze { filesystems }).undo(undo)
             }
             Held::Member(index) => {
+                change = members[index].load_over(change);
                 suspended.push(&members[index]);
                 let is_frozen_by_it = request.planned.frozen_by_suspension.contains(&numbers[index]);
                 members[index].suspend(is_frozen_by_it)
@@ -220,9 +264,27 @@ impl<'a> Member<'a> {
         }
     }
 
+    /// True if the volume gets a table that depends on what its filesystems use at the instant, or that preserves again
+    /// what led past the snapshots: a whole snapshot needs all of it.
+    fn leads_past(&self) -> bool {
+        self.capture.omission.is_some() || !self.found.is_first && self.found.table.lines().len() > 1
+    }
+
+    /// Loads such a table, after the volume's filesystems are frozen and while it still serves reads. It is in use from the
+    /// instant on: the suspension waits for writes that went past the snapshots.
+    fn load_over(&self, change: Change) -> Change {
+        if !self.leads_past() {
+            return change;
+        }
+        let device = self.volume().to_owned();
+        let (real, preserve) = (self.names.data.clone(), self.names.keep.clone());
+        let clear = Action::Clear { device: device.clone() };
+        change.then(self.step("load-volume", Action::LoadOver { device, real, preserve }).undo(clear))
+    }
+
     /// Loads the table that leads the volume to its first snapshot.
     fn load(&self, change: Change) -> Change {
-        if !self.found.is_first {
+        if !self.found.is_first || self.leads_past() {
             return change;
         }
         let device = self.volume().to_owned();
@@ -246,7 +308,7 @@ impl<'a> Member<'a> {
 
     /// Ends the suspension, while the volumes `still_held` are suspended.
     fn resume(&self, still_held: &[&str], filesystems: &[PathBuf]) -> Step {
-        if !self.found.is_first {
+        if !self.found.is_first && !self.leads_past() {
             return self.step("resume", resume(self.volume()));
         }
         let step = self.step("switch", resume(self.volume()));
@@ -255,7 +317,8 @@ impl<'a> Member<'a> {
     }
 }
 
-/// Takes the instant: afterwards the view of each snapshot receives originals. Returns how long the volumes were held.
+/// Takes the instant: afterwards the view of each snapshot receives originals. Returns how long the volumes were held, and
+/// what is left out.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`](crate::base::ErrorKind::Timeout) if the budget runs out, refusals, those of `at_instant` and
@@ -267,7 +330,7 @@ pub fn run(
     standby: &Standby,
     at_instant: AtInstant<'_>,
     interrupt: &dyn Fn() -> Result<()>,
-) -> Result<HoldTimes> {
+) -> Result<Captured> {
     let found = request.captures.iter().map(|capture| find(dm, capture)).collect::<Result<Vec<_>>>()?;
     let numbers: Vec<DeviceNumber> = found.iter().map(|found| found.number).collect();
     refuse_circle(&request.captures, &numbers)?;
@@ -295,29 +358,30 @@ pub fn run(
             chunk: capture.chunk,
             lock_filesystem: request.planned.frozen_by_suspension.contains(&number),
             all: true,
-            omission: None,
+            omission: capture.omission.clone(),
             planned_table: None,
         };
         let filesystems = filesystems_above(&request.planned.points, number, request.captures.len() == 1);
-        runner.members.push(super::member::Member::new(
-            &stack,
-            (number, found.table),
-            &filesystems,
-            form(dm, number),
-        )?);
+        let found = (number, found.table);
+        let member = super::member::Member::new(&stack, found, &filesystems, form(dm, number))?;
+        runner.members.push(member.keeping(Older { left_out: capture.left_out_by_older.clone() }));
     }
     change.run(&mut runner, job)?;
     runner.report();
-    Ok(runner.times)
+    let left_out = runner.members.iter_mut().map(|member| std::mem::take(&mut member.skipped)).collect();
+    Ok(Captured { times: runner.times, left_out })
 }
 
 fn find(dm: &Dm, capture: &Capture) -> Result<FoundVolume> {
     let number = dm.info_of(capture.volume.as_str())?.number;
     let table = own_table(dm, &capture.volume)?;
     let names = VolumeNames::new(&capture.volume, &capture.set);
-    let uuid = DeviceIdentity::new(&capture.volume, ROLE_KEEP, &capture.set).uuid();
-    let keep = dm.info(names.keep.as_str())?.filter(|info| info.uuid == uuid);
-    let is_first = !keep.is_some_and(|keep| leads_to(&table, keep.number));
+    let layer = |name: &str, role| -> Result<Option<DeviceNumber>> {
+        let uuid = DeviceIdentity::new(&capture.volume, role, &capture.set).uuid();
+        Ok(dm.info(name)?.filter(|info| info.uuid == uuid).map(|info| info.number))
+    };
+    let layers = layer(&names.keep, ROLE_KEEP)?.zip(layer(&names.data, ROLE_DATA)?);
+    let is_first = !layers.is_some_and(|(keep, data)| leads_to(&table, keep, data));
     Ok(FoundVolume { number, table, is_first })
 }
 
@@ -387,6 +451,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::base::Bytes;
     use crate::dm::naming::new_id;
 
     /// Volumes by name, whether the snapshot is their first, and how high they are. A filesystem is mounted on each, at its
@@ -403,6 +468,12 @@ mod tests {
     ];
 
     fn plan(volumes: Volumes<'_>) -> Change {
+        plan_of(volumes, None, "0 8192 linear 8:16 2048")
+    }
+
+    /// The plan for volumes with this table, of snapshots that leave out `omission`.
+    fn plan_of(volumes: Volumes<'_>, omission: Option<Omission>, table: &str) -> Change {
+        let omission = omission.map(Arc::new);
         let number = |index: usize| DeviceNumber { major: 253, minor: u32::try_from(index).unwrap() };
         let mut by_height = volumes.to_vec();
         by_height.sort_by_key(|(_, _, height)| Reverse(*height));
@@ -413,6 +484,8 @@ mod tests {
             id: new_id(),
             store: number(99),
             chunk: ChunkSize::default(),
+            omission: omission.clone(),
+            left_out_by_older: None,
         });
         let heights = volumes.iter().enumerate().map(|(at, (_, _, height))| (number(at), *height));
         let request = CaptureRequest {
@@ -428,7 +501,7 @@ mod tests {
         };
         let found = volumes.iter().enumerate().map(|(index, (_, is_first, _))| FoundVolume {
             number: number(index),
-            table: "0 8192 linear 8:16 2048".parse().unwrap(),
+            table: table.parse().unwrap(),
             is_first: *is_first,
         });
         capture(&request, &found.collect::<Vec<_>>())
@@ -446,6 +519,59 @@ mod tests {
         let further =
             "own create-view load-view guard freeze suspend activate instant resume thaw unguard expect";
         assert_eq!(names(&plan(&[("a", false, 0)])).join(" "), further);
+    }
+
+    #[test]
+    fn a_table_that_depends_on_the_instant_is_loaded_after_the_freeze_and_before_the_suspension() {
+        let steps = "freeze load-volume suspend instant switch thaw unguard expect";
+        let further = "freeze load-volume suspend activate instant switch thaw unguard expect";
+        let past = "0 4096 linear 253:8 0\n4096 4096 switch 1 4096 0 253:7 4096";
+        let subset = || Some(Omission::default());
+        for (volume, omission, table, steps) in [
+            (("a", true, 0), subset(), "0 8192 linear 8:16 2048", steps),
+            (("a", false, 0), subset(), "0 8192 linear 253:8 0", further),
+            // A whole one preserves again what led past the others.
+            (("a", false, 0), None, past, further),
+        ] {
+            let change = plan_of(&[volume], omission, table);
+            assert!(names(&change).join(" ").ends_with(&format!("guard {steps}")), "{:?}", names(&change));
+            let load = change.steps.iter().find(|step| step.name == "load-volume").unwrap();
+            assert!(matches!(load.action, Action::LoadOver { .. }), "{:?}", load.action);
+            let switch = change.steps.iter().find(|step| step.name == "switch").unwrap();
+            let own =
+                Action::Load { device: "a".to_owned(), table: (&table.parse::<Table>().unwrap()).into() };
+            assert!(switch.undo.contains(&own), "{:?}", switch.undo);
+        }
+        let change = plan_of(&[("a", false, 0), ("b", true, 2)], subset(), "0 8192 linear 253:8 0");
+        let held = "freeze load-volume-2 suspend-2 freeze-2 load-volume suspend activate instant switch switch-2 thaw";
+        assert!(names(&change).join(" ").contains(held), "{:?}", names(&change));
+    }
+
+    #[test]
+    fn a_volume_leads_past_its_snapshots_only_where_all_leave_something_out() {
+        let [keep, data] = [8, 7].map(|minor| DeviceNumber { major: 253, minor });
+        let table = |left_out: &[(u64, u64)]| {
+            let set =
+                left_out.iter().filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect();
+            volume_table(Sectors(64), (keep, data), &set, Form::new(true)).unwrap()
+        };
+        assert_eq!(table(&[]).to_string(), "0 64 linear 253:8 0");
+        let some = table(&[(4096, 8192), (28672, 32768)]);
+        let text = "0 8 linear 253:8 0\n8 8 switch 1 8 0 253:7 8\n16 40 switch 1 40 0 253:8 16\n56 8 switch 1 8 0 253:7 56";
+        assert_eq!(some.to_string(), text);
+        // One that preserves nothing could not be told from a volume without snapshots.
+        assert_eq!(table(&[(0, 32768)]), table(&[]));
+        for ours in [&some, &table(&[]), &table(&[(0, 4096)])] {
+            assert!(leads_to(ours, keep, data), "{ours}");
+        }
+        for other in [
+            "0 64 linear 253:7 0",
+            "0 64 linear 253:8 8",
+            "0 8 linear 253:8 0\n8 56 linear 8:16 8",
+            "0 64 zero",
+        ] {
+            assert!(!leads_to(&other.parse().unwrap(), keep, data), "{other}");
+        }
     }
 
     #[test]

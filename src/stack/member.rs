@@ -2,14 +2,21 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result};
-use crate::dm::{Dm, Table};
+use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, ErrorKind, Result, Sectors};
+use crate::dm::{Dm, Table, Target};
 use crate::extent::free::{FreeLimits, skippable};
 use crate::extent::{Extent, ExtentSet};
 use crate::volume::free::{DeviceLayout, FreeMapper, FreeSpace, MapDeadlines, MapRequest};
 
 use super::model::{Skipped, StackRequest};
 use super::origin_table::{Form, LowerDevices};
+
+/// The kept snapshots that an origin has already.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Older {
+    /// What all of them leave out; None if there are none.
+    pub left_out: Option<ExtentSet>,
+}
 
 /// An origin while a stack is inserted under it.
 pub(super) struct Member {
@@ -33,6 +40,8 @@ pub(super) struct Member {
     /// Reads what is in use while everything is frozen; None: all of it counts as in use.
     mapper: Option<FreeMapper>,
     limits: FreeLimits,
+    /// What all older snapshots leave out, if the stack is that of kept snapshots.
+    older: Option<Older>,
     /// The position of the skipped ranges on the devices when the map was read.
     layout: Option<DeviceLayout>,
 }
@@ -64,8 +73,16 @@ impl Member {
             own_table,
             mapper,
             limits: FreeLimits::for_chunk(request.chunk),
+            older: None,
             layout: None,
         })
+    }
+
+    /// For the instant of a further kept snapshot, or the first: what it leaves out is skipped, and what `older` ones leave
+    /// out as well leads past them.
+    pub fn keeping(mut self, older: Older) -> Self {
+        self.older = Some(older);
+        self
     }
 
     /// Where its free space is mapped, if it is.
@@ -85,20 +102,32 @@ impl Member {
         deadlines: MapDeadlines,
     ) -> Result<Table> {
         let number = |name: &str| dm.info_of(name).map(|info| info.number);
-        let lower = LowerDevices {
-            own: self.own_table.clone(),
-            real: number(real)?,
-            preserve: Some(number(preserve)?),
+        let (real, preserve) = (number(real)?, number(preserve)?);
+        let lower = match &self.older {
+            Some(_) => over_data(self.own_table.length(), real, preserve)?,
+            None => LowerDevices { own: self.own_table.clone(), real, preserve: Some(preserve) },
         };
         if let Some(mapper) = self.mapper.take() {
-            let (found, layout) = mapper.read(deadlines);
-            let (extents, omitted) = left_out(&found, lower.own.length().bytes(), &self.limits);
+            let (mut found, layout) = mapper.read(deadlines);
+            let size = lower.own.length().bytes();
+            let (extents, omitted) = match &self.older {
+                Some(_) => kept_left_out(&mut found, size, self.limits.chunk),
+                None => left_out(&found, size, &self.limits),
+            };
             self.skipped =
                 Skipped { extents, notes: found.notes, omitted, omission_notes: found.omission_notes };
             self.logs = found.logs;
             self.layout = (!self.skipped.extents.is_empty()).then_some(layout);
         }
-        let table = lower.table(&self.skipped.extents, &[], self.form)?;
+        let table = match &self.older {
+            None => lower.table(&self.skipped.extents, &[], self.form)?,
+            Some(Older { left_out: None }) => kept_table(&lower, &self.skipped.extents, self.form)?,
+            Some(Older { left_out: Some(older) }) => {
+                let own: ExtentSet = self.skipped.extents.iter().copied().collect();
+                let by_all: Vec<Extent> = own.intersection(older).iter().collect();
+                kept_table(&lower, &by_all, self.form)?
+            }
+        };
         self.lower = Some(lower);
         Ok(table)
     }
@@ -115,6 +144,50 @@ impl Member {
         Err(Error::new(ErrorKind::Kernel, what)
             .next("copy again, and leave partitions, LVM and loop devices alone meanwhile, or use --all"))
     }
+}
+
+/// The devices below a volume that has kept snapshots: `data` has its own table, `keep` preserves originals. What leads
+/// past them leads to `data`.
+///
+/// # Errors
+/// As [`Table::new`].
+pub(super) fn over_data(length: Sectors, data: DeviceNumber, keep: DeviceNumber) -> Result<LowerDevices> {
+    let own = Table::single(length, Target::Linear { device: data, offset: Sectors::ZERO })?;
+    Ok(LowerDevices { own, real: data, preserve: Some(keep) })
+}
+
+/// The table of a volume all of whose kept snapshots leave out `by_all`. A part of it leads to the device that preserves
+/// in any case: that is how a volume with snapshots is told from one without.
+///
+/// # Errors
+/// As [`LowerDevices::table`].
+pub(super) fn kept_table(lower: &LowerDevices, by_all: &[Extent], form: Form) -> Result<Table> {
+    let table = lower.table(by_all, &[], form)?;
+    if lower.preserve.is_some_and(|keep| table.maps_to(keep)) {
+        Ok(table)
+    } else {
+        lower.table(&[], &[], form)
+    }
+}
+
+/// What a kept snapshot leaves out of an origin of `size` bytes.
+fn kept_left_out(found: &mut FreeSpace, size: Bytes, chunk: ChunkSize) -> (Vec<Extent>, Option<Bytes>) {
+    let Some(omitted) = &found.omitted else { return (Vec::new(), None) };
+    let limits = FreeLimits::kept(chunk);
+    let all = skippable(omitted, size, &FreeLimits { count_max: usize::MAX, ..limits });
+    let extents = skippable(omitted, size, &limits);
+    let bytes = |extents: &[Extent]| extents.iter().map(|extent| extent.length()).sum::<Bytes>();
+    if extents.len() < all.len() {
+        found.omission_notes.push(format!(
+            "{} in {} small ranges are preserved although they were to be left out: a snapshot leaves out the {} largest \
+             ranges",
+            bytes(&all) - bytes(&extents),
+            all.len() - extents.len(),
+            limits.count_max
+        ));
+    }
+    let omitted = Some(bytes(&extents));
+    (extents, omitted)
 }
 
 /// What is neither copied nor preserved of an origin of `size` bytes, and how much of it the user leaves out.

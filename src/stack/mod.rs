@@ -702,7 +702,7 @@ fn lock(owner: &Mutex<Owner>) -> MutexGuard<'_, Owner> {
 
 /// Which targets the origin's tables use. `switch` has no direct access to memory (DAX), and the kernel does
 /// not load it into a device that has DAX.
-fn form(dm: &Dm, origin: DeviceNumber) -> Form {
+pub fn form(dm: &Dm, origin: DeviceNumber) -> Form {
     Form::new(!Topology::default().is_dax(origin) && dm.has_target("switch"))
 }
 
@@ -718,7 +718,7 @@ fn own_table(dm: &Dm, origin: &str) -> Result<Table> {
         .next("wait until that is done; after a crash: 'tidemark recover', or 'dmsetup resume'"));
     }
     for line in table.lines() {
-        if !matches!(line.target, Target::Linear { .. } | Target::Striped { .. }) {
+        if !matches!(line.target, Target::Linear { .. } | Target::Striped { .. } | Target::Switch { .. }) {
             // No copy is planned for such a target, so the table has changed since.
             return Err(Error::refused(format!(
                 "{origin} was changed since the copy was planned: it has a '{}' target, and only linear and striped \

@@ -3,7 +3,7 @@
 //! | a range that | leads |
 //! |---|---|
 //! | is needed and not copied yet | to `preserve`, a device with a single `snapshot-origin` line over `real` |
-//! | is free or released | where the origin's own table leads; to `real` if that line is not `linear` |
+//! | is free or released | where the origin's own table leads; to `real` if that line is neither `linear` nor `switch` |
 //!
 //! `snapshot-origin` is on a separate device, which adds a layer to each first write. The reasons: a free or
 //! released range then costs no more than without a copy, and every line of the table can be of a kind chosen
@@ -139,9 +139,9 @@ impl LowerDevices {
         let piece = |line: &Line| {
             let from = start.max(line.start);
             let length = end.min(line.start + line.length) - from;
-            match line.target {
-                Target::Linear { device, offset } => (length, device, offset + (from - line.start)),
-                _ => (length, self.real, from),
+            match destination(line) {
+                Some((device, offset)) => (length, device, offset + (from - line.start)),
+                None => (length, self.real, from),
             }
         };
         within.map(piece).collect()

@@ -19,6 +19,8 @@ const HEAD_BYTES: usize = 32;
 const FSGETXATTR: libc::c_ulong = nix::request_code_read!(b'X', 31, 28);
 
 const LAST: u32 = 1;
+const NOT_ALIGNED: u32 = 0x100;
+const INLINE: u32 = 0x200;
 const UNWRITTEN: u32 = 0x800;
 const MERGED: u32 = 0x1000;
 const SHARED: u32 = 0x2000;
@@ -73,8 +75,10 @@ const _: () = assert!(std::mem::size_of::<Attributes>() == 28);
 pub struct NotOwn {
     /// Bytes that other files use too.
     pub shared: Bytes,
-    /// Bytes without a place of their own, and those that were not reported.
+    /// Bytes without a place of their own.
     pub other: Bytes,
+    /// There are more extents than can be asked for.
+    pub is_cut: bool,
 }
 
 /// Reads the maps of files. Allocates its memory when it is created, as it is used while filesystems are frozen.
@@ -97,6 +101,24 @@ impl FileMapReader {
         Self { request: Box::new(request) }
     }
 
+    /// Passes every extent of the data device on which bytes of `file` are, whichever other files use it too.
+    ///
+    /// # Errors
+    /// As [`FileMapReader::read`]; [`io::ErrorKind::Unsupported`] also for bytes without a known place. Bytes within an
+    /// inode are on the extent of that.
+    pub fn read_all(&mut self, file: &File, found: &mut dyn FnMut(Extent)) -> io::Result<()> {
+        if attributes(file)?.flags & REALTIME != 0 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let not_own = walk(
+            &mut self.request,
+            SHARED | INLINE | NOT_ALIGNED,
+            &mut |request| call(file, request),
+            found,
+        )?;
+        if not_own == NotOwn::default() { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
     /// Passes every extent of the data device that only `file` uses to `found`, in the order of the file. Preallocated
     /// extents, also after the file's end, are among them.
     ///
@@ -107,7 +129,7 @@ impl FileMapReader {
         if attributes(file)?.flags & REALTIME != 0 {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        walk(&mut self.request, &mut |request| call(file, request), found)
+        walk(&mut self.request, 0, &mut |request| call(file, request), found)
     }
 }
 
@@ -127,9 +149,10 @@ fn call(file: &File, request: &mut Request) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes the requests; `ask` is the kernel.
+/// Makes the requests; `ask` is the kernel. An extent with one of the flags `more` counts as the file's own, too.
 fn walk(
     request: &mut Request,
+    more: u32,
     ask: &mut dyn FnMut(&mut Request) -> io::Result<()>,
     found: &mut dyn FnMut(Extent),
 ) -> io::Result<NotOwn> {
@@ -147,7 +170,7 @@ fn walk(
         for record in records {
             let end = record.logical.checked_add(record.length).filter(|end| *end > at);
             at = end.ok_or_else(contradiction)?;
-            match record.flags & !(LAST | UNWRITTEN | MERGED) {
+            match record.flags & !(LAST | UNWRITTEN | MERGED | more) {
                 0 => {
                     let extent = Extent::with_length(Bytes(record.physical), Bytes(record.length));
                     found(extent.ok_or_else(contradiction)?);
@@ -160,6 +183,7 @@ fn walk(
             return Ok(not_own);
         }
     }
+    not_own.is_cut = true;
     Ok(not_own)
 }
 
@@ -185,7 +209,7 @@ mod tests {
             Ok(())
         };
         let mut found = |extent: Extent| extents.push((extent.start().get(), extent.end().get()));
-        let not_own = walk(&mut reader.request, &mut ask, &mut found)?;
+        let not_own = walk(&mut reader.request, 0, &mut ask, &mut found)?;
         Ok((extents, not_own))
     }
 
@@ -209,7 +233,19 @@ mod tests {
         let own: Vec<u32> =
             extents.iter().map(|(start, _)| flags[usize::try_from(start / 4096).unwrap()]).collect();
         assert_eq!(own, [UNWRITTEN, MERGED]);
-        assert_eq!(not_own, NotOwn { shared: Bytes(4096), other: Bytes(4096 * 28) });
+        assert_eq!(not_own, NotOwn { shared: Bytes(4096), other: Bytes(4096 * 28), is_cut: false });
+    }
+
+    #[test]
+    fn more_extents_than_can_be_asked_for_are_noted() {
+        let mut reader = FileMapReader::new();
+        let mut endless = |request: &mut Request| {
+            (request.records[0], request.mapped) = (record(request.start, request.start, 4096, SHARED), 1);
+            Ok(())
+        };
+        let mut count = 0;
+        let not_own = walk(&mut reader.request, SHARED, &mut endless, &mut |_| count += 1).unwrap();
+        assert_eq!((not_own, count), (NotOwn { is_cut: true, ..NotOwn::default() }, ANSWERS_MAX));
     }
 
     #[test]
@@ -224,14 +260,14 @@ mod tests {
                 request.records[..records.len()].copy_from_slice(records);
                 Ok(())
             };
-            walk(&mut reader.request, &mut ask, &mut |_| ()).unwrap_err();
+            walk(&mut reader.request, 0, &mut ask, &mut |_| ()).unwrap_err();
         }
         let mut reader = FileMapReader::new();
         let mut too_many = |request: &mut Request| {
             request.mapped = u32::MAX;
             Ok(())
         };
-        walk(&mut reader.request, &mut too_many, &mut |_| ()).unwrap_err();
+        walk(&mut reader.request, 0, &mut too_many, &mut |_| ()).unwrap_err();
     }
 
     #[test]

@@ -116,6 +116,7 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("snapshot_udev", A, F, F, ""),
     ("snapshot_use", A, F, F, ""),
     ("snapshot_only", A, F, F, ""),
+    ("snapshot_subset", A, F, F, ""),
     ("snapshot_postgresql", A, F, F, ""),
     ("snapshot_filesystems", A, F, F, ""),
     ("hooks_systemd", A, F, F, ""),

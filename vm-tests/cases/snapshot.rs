@@ -43,6 +43,13 @@ pub fn cases() -> Vec<Case> {
             .disk_mib(96)
             .disk_mib(600)
             .limit_seconds(300),
+        case("snapshot_subset", "snapshot_subset.sh")
+            .modules(&["xfs"])
+            .commands(&["mkfs.xfs", "python3"])
+            .disk_mib(128)
+            .disk_mib(900)
+            .disk_mib(64)
+            .limit_seconds(900),
         case("snapshot_use", "snapshot_use.sh")
             .commands(&["pvcreate", "vgcreate", "lvcreate", "vgchange", "vgremove", "wipefs", "blkid"])
             .disk_mib(40)

@@ -10,7 +10,7 @@ case "$SNAPSHOT_PROGRAM" in
     each) steps=each ;;
     *) if [ "$DEPTH" = routine ]; then steps=24; else steps=100; fi ;;
 esac
-timeout -s KILL 500 python3 "$REPO/vm-tests/cases/snapshots.py" "$SEED" "$steps" "$(disk 0)" /mnt/stores ||
+timeout -s KILL 800 python3 "$REPO/vm-tests/cases/snapshots.py" "$SEED" "$steps" "$(disk 0)" /mnt/stores ||
     fail "the program of snapshots"
 assert_same "the volume's table afterwards" "$(dmsetup table data | cut -d' ' -f3)" linear
 assert_same "devices left" "$(dmsetup ls | grep -vc '^data' || true)" 0

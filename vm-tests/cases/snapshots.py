@@ -7,7 +7,8 @@ The volume is an array of blocks of 4 KiB. A thread writes numbered blocks, one 
 next. So an image is right if and only if it is the state after the first m writes, for an m between those that were
 done before the instant and those that had been begun after it. Everything that a snapshot may show follows from that:
 the oracle finds m from the image itself once, and from then on the snapshot must show exactly that state, whatever is
-written, created, deleted, killed, or taken apart.
+written, created, deleted, killed, or taken apart. A snapshot of a subset shows zeros in the ranges that it leaves out, and
+the same state elsewhere.
 """
 
 import collections
@@ -31,11 +32,16 @@ capture.create-view.after capture.load-view.after capture.guard.after capture.fr
 capture.activate.after capture.instant.after capture.resume.after capture.unguard.after capture.create-data.after
 capture.resume-keep.after capture.load-volume.after capture.switch.after
 snapshot.create.recorded snapshot.store.named snapshot.create.file snapshot.create.store snapshot.create.taken
-snapshot.create.kept snapshot.lead.alias snapshot.lead.loaded snapshot.lead.loaded:2 snapshot.lead.first
+snapshot.create.left-out snapshot.mask snapshot.create.kept snapshot.lead.alias snapshot.lead.loaded snapshot.lead.loaded:2 snapshot.lead.first
 snapshot.lead.second snapshot.show snapshot.delete.recorded snapshot.delete.copying snapshot.delete.copying:5
 snapshot.delete.copied snapshot.delete.led snapshot.delete.step snapshot.discard.devices snapshot.discard.store
 snapshot.store.hidden snapshot.store.allocated snapshot.dissolve.before snapshot.dissolve.restored restore.switch.after
 restore.suspend.after snapshot.clone.recorded snapshot.clone.file snapshot.clone.kept
+""".split()
+# Those at which the creation of a subset is killed, if one after the other is.
+SUBSET_POINTS = """
+capture.load-volume.after capture.suspend.after capture.instant.after capture.switch.after capture.unguard.after
+snapshot.create.recorded snapshot.create.taken snapshot.create.left-out snapshot.create.kept snapshot.mask
 """.split()
 DETACH_POINTS = ["snapshot.detach.removed", "snapshot.detach.recorded"]
 ATTACH_POINTS = ["snapshot.attach.assembled", "snapshot.show"]
@@ -47,6 +53,8 @@ snapshot.rollback.led snapshot.rollback.unmade snapshot.discard.devices snapshot
 SNAPSHOTS_MAX, CLONES_MAX = 8, 3
 # What is tested here is not how fast the machine is.
 PATIENT = ["--freeze-budget", "20s"]
+# First block and number of blocks of what snapshots leave out, alone or together.
+RANGES = [(0, 1000), (1000, 700), (2500, 1), (3000, 1096)]
 # Numbers of the blocks that are written to clones.
 CLONE_NUMBERS = 1 << 40
 
@@ -159,6 +167,7 @@ class Oracle:
         self.lost = set()  # names of those whose store, or that of a newer one, was full
         self.small = set()  # names of those whose store can fill
         self.clones = {}  # name -> [its snapshot, the numbers of its blocks]
+        self.left_out = {}  # name -> the blocks that a snapshot of a subset leaves out
         self.written = CLONE_NUMBERS
 
     def state_after(self, count):
@@ -169,6 +178,11 @@ class Oracle:
             else:
                 numbers[index] = number
         return numbers
+
+    def shown_by(self, name, numbers):
+        """The numbers that the snapshot shows if the volume held these."""
+        left_out = self.left_out.get(name, ())
+        return [0 if at in left_out else number for at, number in enumerate(numbers)]
 
     def clones_of(self, names):
         return sorted(clone for clone, (snapshot, _) in self.clones.items() if snapshot in names)
@@ -194,7 +208,7 @@ class Oracle:
             count = max(max(found), first)
             if count > last:
                 raise Failure(f"{name} shows write {count}, which began after its instant ({first}..{last})")
-            expected = self.state_after(count)
+            expected = self.shown_by(name, self.state_after(count))
             self.known[name] = expected
         if found != expected:
             wrong = [at for at, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]]
@@ -272,6 +286,7 @@ class Program:
         self.oracle.known.pop(name, None)
         self.oracle.windows.pop(name, None)
         self.oracle.clones.pop(name, None)
+        self.oracle.left_out.pop(name, None)
 
     def live_clones(self):
         return sorted(set(self.oracle.clones) - self.oracle.lost)
@@ -292,7 +307,7 @@ class Program:
         """Kills a rollback, the creation of the first and of a further snapshot, and the deletion of each, at every point."""
         for at in ROLLBACK_POINTS:
             while len(self.names()) < 3:
-                self.create()
+                self.create(is_whole=True)
                 self.verify()
             self.forced, hit = at, counts["rollback, killed"]
             self.rollback()
@@ -333,7 +348,7 @@ class Program:
         if self.unreached != ["snapshot.store.allocated"]:  # needs a small store; the random program has those
             raise Failure(f"no command passes {self.unreached}")
 
-    def create(self):
+    def create(self, is_whole=False):
         if len(self.names()) + len(self.oracle.lost) >= SNAPSHOTS_MAX:
             return self.delete()
         self.end_rollback()
@@ -344,19 +359,30 @@ class Program:
         size = "4MiB" if is_small else "32MiB"
         if is_small:
             self.oracle.small.add(name)
-        done = run("snapshot", "create", VOLUME, "--name", name, "--store", STORES, "--store-size", size, *PATIENT, point=point)
+        if self.forced:
+            is_whole |= self.forced not in SUBSET_POINTS
+        else:
+            is_whole |= rng.random() < 0.4
+        ranges = [] if is_whole else rng.sample(RANGES, rng.randrange(1, len(RANGES)))
+        words = [f"--exclude=bytes:{first * BLOCK}+{count * BLOCK}" for first, count in ranges]
+        if ranges:
+            counts["create: a subset"] += 1
+            self.oracle.left_out[name] = {block for first, count in ranges for block in range(first, first + count)}
+        words += ["--name", name, "--store", STORES, "--store-size", size]
+        done = run("snapshot", "create", VOLUME, *words, *PATIENT, point=point)
         window = (before, self.writer.begun)
         if done is None:
             self.recover()
             view = listed().get(name)
             if view is None:
                 counts["create, killed: gone"] += 1
+                self.forget(name)
                 return None
             counts["create, killed: kept"] += 1
             window = (before, self.writer.begun)
         self.oracle.windows[name] = window
         counts["create"] += 1
-        return name
+        return f"{name} without {ranges}" if ranges else name
 
     def clone(self):
         """Clones a snapshot, or writes to a clone."""
@@ -426,9 +452,15 @@ class Program:
     def rollback(self):
         self.end_rollback()
         self.note_lost(listed())
-        if not self.oracle.known:
+        subsets = sorted(set(self.oracle.known) & set(self.oracle.left_out))
+        if subsets and rng.random() < 0.2:
+            # It may have been lost since it was read, which is refused as well.
+            run("snapshot", "rollback", f"{VOLUME}@{rng.choice(subsets)}", "--yes", expect=3)
+            counts["rollback, refused: a subset"] += 1
+        whole = sorted(set(self.oracle.known) - set(subsets))
+        if not whole:
             return None
-        name, point = rng.choice(sorted(self.oracle.known)), self.point(ROLLBACK_POINTS)
+        name, point = rng.choice(whole), self.point(ROLLBACK_POINTS)
         self.writer.pause()
         before, expected = self.oracle.state_after(self.writer.done), self.oracle.known[name]
         how = [] if self.forced else rng.choice([[], ["--no-wait"], ["--at-attach"]])

@@ -11,7 +11,7 @@ mod view;
 
 pub use snapshots::{
     DetachedRecord, ROLLBACK_NAME, RollbackRecord, RollbackState, SnapshotGroupRecord, SnapshotRecord,
-    SnapshotSetRecord, SnapshotState,
+    SnapshotSetRecord, SnapshotState, SubsetRecord,
 };
 pub use view::{OriginView, ProgressView, RegionsView, StoreView, VIEW_BYTES_MAX, VIEW_VERSION};
 
@@ -402,6 +402,7 @@ mod tests {
             lost: lost.map(str::to_owned),
             clone_of: None,
             group: None,
+            subset: None,
         };
         SnapshotSetRecord {
             id: "0123456789abcdef0123456789abcdef".to_owned(),
@@ -437,6 +438,17 @@ mod tests {
             snapshots: vec!["data@f".to_owned(), "wal@f".to_owned()],
         };
         (set, group)
+    }
+
+    /// One that leaves something out.
+    fn with_subset() -> SnapshotSetRecord {
+        let mut set = snapshots();
+        set.snapshots[1].subset = Some(SubsetRecord {
+            include: vec!["/srv/mail".to_owned()],
+            exclude: vec!["*.tmp".to_owned(), "bytes:4096+8192".to_owned()],
+            left_out: vec![(4096, 12_288), (1 << 20, 1 << 21)],
+        });
+        set
     }
 
     fn volume() -> VolumeRecord {
@@ -493,6 +505,9 @@ mod tests {
         let golden: &[u8] = include_bytes!("golden/snapshots-rollback-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_rollback());
         assert_eq!(encode(&with_rollback()).unwrap(), golden);
+        let golden: &[u8] = include_bytes!("golden/snapshots-subset-v1.json");
+        assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), with_subset());
+        assert_eq!(encode(&with_subset()).unwrap(), golden);
         let (set, group) = of_a_snapshot_group();
         let golden: &[u8] = include_bytes!("golden/snapshots-group-v1.json");
         assert_eq!(decode::<SnapshotSetRecord>(golden).unwrap(), set);

@@ -55,6 +55,21 @@ pub struct SnapshotRecord {
     /// The id of its group: snapshots of several volumes with one instant. None if it was created alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// What it leaves out of the volume; None if it shows all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subset: Option<SubsetRecord>,
+}
+
+/// What a snapshot leaves out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SubsetRecord {
+    /// What the user included, as typed.
+    pub include: Vec<String>,
+    /// What the user excluded, as typed.
+    pub exclude: Vec<String>,
+    /// The bytes that read as zeros: first byte and end of each range, in order, no two touching; whole chunks, and the
+    /// volume's last one.
+    pub left_out: Vec<(u64, u64)>,
 }
 
 /// How far the creation or the deletion of a snapshot has got.

@@ -103,7 +103,12 @@ pub(super) fn plan_one_of(
     let region = region_size_for(origin.size, segment, request.region)?;
     check_units(segment, request.chunk)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
-    let omitted = OmissionPlan::find(&request.subset, &origin, interrupt)?;
+    let kept = since::kept_origin(&origin)?;
+    let omitted = OmissionPlan::find(&request.subset, &origin, &[], interrupt)?;
+    let omitted = match &kept {
+        Some(kept) => OmissionPlan::with_ranges(omitted, &kept.left_out),
+        None => omitted,
+    };
     let live = match &origin.kind {
         OriginKind::Live { name, .. } => Some(plan_live(request, &origin, name, omitted.as_ref(), copies)?),
         OriginKind::Snapshot { .. } | OriginKind::ColdDevice | OriginKind::ColdFile => {
@@ -111,7 +116,6 @@ pub(super) fn plan_one_of(
             None
         }
     };
-    let kept = since::kept_origin(&origin)?;
     let since = since::plan(request, &origin, kept.as_ref(), interrupt)?;
     let order = order_for(request, &origin);
     let target = match &request.secondary {

@@ -31,6 +31,9 @@ pub struct KeptOrigin {
     pub id: Uuid,
     /// Its instant, UTC, in nanoseconds since 1970.
     pub instant_utc_ns: u64,
+    /// What it leaves out of its volume.
+    #[serde(skip)]
+    pub(super) left_out: ExtentSet,
     #[serde(skip)]
     volume: String,
 }
@@ -56,7 +59,8 @@ pub struct SincePlan {
     pub total: Bytes,
     #[serde(skip)]
     volume: String,
-    /// What the parent and those that it continues do not hold.
+    /// What the parent and those that it continues do not hold, and what the base leaves out: what changed there is not
+    /// known.
     #[serde(skip)]
     absent: ExtentSet,
 }
@@ -102,6 +106,7 @@ pub(super) fn kept_origin(origin: &Origin) -> Result<Option<KeptOrigin>> {
             id: id_of(snapshot)?,
             instant_utc_ns: snapshot.instant_utc_ns,
             snapshot: shown,
+            left_out: snapshot.left_out(),
             volume: record.volume.clone(),
         }));
     }
@@ -160,7 +165,8 @@ pub(super) fn plan(
     let changed = changes::set(&dm, &record, (&base.id, to.as_deref()), interrupt)?;
     let places = places_of(request)?;
     let found = chain::find_snapshot(base_id, &places, interrupt)?;
-    let parent = found.ok_or_else(|| no_parent(&shown, &places))?;
+    let mut parent = found.ok_or_else(|| no_parent(&shown, &places))?;
+    parent.absent.extend(base.left_out().iter());
     check_size(&parent, origin, &shown)?;
     let chunk = record.chunk()?.bytes();
     let mut since = SincePlan {

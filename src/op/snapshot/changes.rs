@@ -6,6 +6,9 @@
 //! store first. A rollback writes through the device that preserves originals, as everything does. So a chunk that is
 //! in none of the stores from snapshot N on, up to that of snapshot M, holds the same at both instants. Some of the
 //! named chunks may do so as well: one that was written with what it held, or twice.
+//!
+//! Only what every snapshot below the volume leaves out is not preserved, hence what snapshot N leaves out itself. What
+//! changed there is not known.
 
 use super::layers;
 use super::set::no_snapshot;

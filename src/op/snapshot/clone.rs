@@ -173,6 +173,7 @@ fn make(set: &mut SnapshotSet, plan: &ClonePlan, snapshot: &SnapshotRecord, id: 
         lost: None,
         clone_of: Some(snapshot.id.clone()),
         group: None,
+        subset: None,
     };
     let store = set.record().store(&clone)?;
     set.change(|record| record.snapshots.push(clone))?;

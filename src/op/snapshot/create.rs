@@ -16,11 +16,13 @@ use crate::format::state::SnapshotSetRecord;
 use crate::job;
 use crate::op::admission::Question;
 use crate::op::attach::recorded_volumes;
+use crate::op::omission::OmissionPlan;
 use crate::op::request::Hooks;
 use crate::stack::ORIGINS_MAX;
 use crate::store::TailPlace;
 use crate::sys::privilege::require_root;
 use crate::topology::Topology;
+use crate::volume::subset::Subset;
 use crate::volume::{self, FreezeSet, Origin, OriginKind, filesystems_on};
 
 /// Most snapshots of one volume: each older one is read through all newer ones.
@@ -39,6 +41,8 @@ pub struct CreateRequest {
     pub store_size: Option<Bytes>,
     /// Unit of copy-on-write; None: that of the volume's other snapshots, or the default.
     pub chunk: Option<ChunkSize>,
+    /// What of the volume is kept.
+    pub subset: Subset,
     /// Longest time for which filesystems may be frozen or volumes suspended.
     pub freeze_budget: Duration,
     /// The hooks.
@@ -106,6 +110,8 @@ pub struct CreatePlan {
     pub filesystems: Vec<PathBuf>,
     /// Unit of copy-on-write.
     pub chunk: ChunkSize,
+    /// What the user leaves out; None if everything is wanted.
+    pub omitted: Option<OmissionPlan>,
     #[serde(skip)]
     pub(super) device: String,
     #[serde(skip)]
@@ -119,11 +125,11 @@ pub struct CreatePlan {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for a volume that was not attached, is being copied, is named
 /// twice, or cannot have snapshots; [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that do not fit; the
-/// kernel's.
+/// kernel's; `interrupt`'s.
 ///
 /// # Panics
 /// If there is no request: a broken invariant.
-pub fn plan(requests: &[CreateRequest]) -> Result<GroupPlan> {
+pub fn plan(requests: &[CreateRequest], interrupt: &dyn Fn() -> Result<()>) -> Result<GroupPlan> {
     assert!(!requests.is_empty(), "a snapshot is of a volume");
     require_root("creating a snapshot")?;
     if requests.len() > ORIGINS_MAX {
@@ -145,10 +151,22 @@ pub fn plan(requests: &[CreateRequest]) -> Result<GroupPlan> {
         }
         volumes.push(volume);
     }
+    check_ranges(&requests[0].subset, volumes.len())?;
+    let mounted: Vec<DeviceNumber> =
+        volumes.iter().flat_map(|volume| volume.origin.frozen.devices.clone()).collect();
+    let omitted = volumes.iter().zip(requests).map(|(volume, request)| {
+        OmissionPlan::find(&request.subset, &volume.origin, &mounted, interrupt)
+            .map_err(|error| error.context(format!("the snapshot of {}", volume.name)))
+    });
+    let omitted = omitted.collect::<Result<Vec<_>>>()?;
     let records: Vec<_> =
         volumes.iter().map(|volume| (volume.name.as_str(), volume.record.as_ref())).collect();
     let name = choose_free(&records, requests[0].name.as_deref())?;
-    let plans = volumes.into_iter().zip(requests).map(|(volume, request)| volume.plan(request, &name));
+    let plans = volumes
+        .into_iter()
+        .zip(requests)
+        .zip(omitted)
+        .map(|((volume, request), omitted)| volume.plan(request, &name, omitted));
     let snapshots = plans.collect::<Result<Vec<_>>>()?;
     check_places(&dm, &snapshots)?;
     let frozen = match &snapshots[..] {
@@ -156,6 +174,16 @@ pub fn plan(requests: &[CreateRequest]) -> Result<GroupPlan> {
         all => filesystems_on(&all.iter().map(|one| one.number).collect::<Vec<_>>(), &Topology::default())?,
     };
     Ok(GroupPlan { snapshots, frozen })
+}
+
+/// Refuses ranges of bytes for several volumes: it is not clear of which.
+fn check_ranges(subset: &Subset, volume_count: usize) -> Result<()> {
+    if volume_count == 1 || !subset.names_ranges() {
+        return Ok(());
+    }
+    Err(Error::usage("bytes are named, and several volumes: it is not clear of which volume they are")
+        .state("nothing was changed")
+        .next("name files, or create the snapshot of that volume apart"))
 }
 
 /// Refuses a store that may wait for one of the volumes: they are held together. The stores of older snapshots count too.
@@ -210,7 +238,7 @@ impl Volume {
         Ok(Self { name, origin, number, record })
     }
 
-    fn plan(self, request: &CreateRequest, name: &str) -> Result<CreatePlan> {
+    fn plan(self, request: &CreateRequest, name: &str, omitted: Option<OmissionPlan>) -> Result<CreatePlan> {
         let chunk = choose_chunk(self.record.as_ref(), request.chunk, &self.name)?;
         Ok(CreatePlan {
             request: request.clone(),
@@ -219,6 +247,7 @@ impl Volume {
             store_bytes: choose_size(request.store_size, self.origin.size, chunk)?,
             filesystems: self.origin.filesystems.clone(),
             chunk,
+            omitted,
             device: recorded_device(&self.name)?,
             volume: self.name,
             origin: self.origin,

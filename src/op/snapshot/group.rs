@@ -158,6 +158,7 @@ mod tests {
             lost: None,
             clone_of: None,
             group: Some(group.to_owned()),
+            subset: None,
         };
         SnapshotSetRecord {
             id: "b".repeat(32),

@@ -28,13 +28,13 @@ use super::layers::{self, Place};
 use super::merge;
 use super::set::{SnapshotSet, read_of};
 use super::settle::{Settlement, settle_first};
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, Sectors, clock};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, clock};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
 use crate::format::state::{DetachedRecord, RollbackState, SnapshotRecord, SnapshotSetRecord};
 use crate::format::{filesystem_log, filesystem_mount};
-use crate::stack::change::NoIntents;
+use crate::stack::{self, change::NoIntents, kept};
 use crate::sys::aligned::AlignedBuffer;
 use crate::sys::process::crash_point;
 
@@ -172,7 +172,8 @@ fn build_keep(dm: &Dm, set: &mut SnapshotSet, own: &Table) -> Result<Table> {
         record.detached = None;
     })?;
     let keep = dm.info_of(names.keep.as_str())?.number;
-    Table::single(own.length(), Target::Linear { device: keep, offset: Sectors::ZERO })
+    let by_all = set.record().left_out_by_all().unwrap_or_default();
+    kept::volume_table(own.length(), (keep, data), &by_all, stack::form(dm, data))
 }
 
 /// True if the layers have held the device, whose table is `own`, since the volume was last in use.
@@ -205,7 +206,7 @@ fn remove_layers(dm: &Dm, set: &SnapshotSet) -> Result<()> {
     remove(&names.keep)?;
     for snapshot in &record.top_down() {
         let names = record.names(snapshot);
-        for name in [&names.snapshot, &names.view, &names.alias] {
+        for name in [&names.snapshot, &names.mask, &names.view, &names.alias] {
             remove(name)?;
         }
         record.store(snapshot)?.hide(dm)?;

@@ -64,10 +64,25 @@ pub struct SnapshotView {
     pub total: Option<Bytes>,
     /// The id of its group, if it was created with those of other volumes at one instant.
     pub group: Option<String>,
+    /// What it leaves out; None if it shows all of the volume.
+    pub subset: Option<SubsetView>,
     /// True if its store takes new data: originals, or what is written to the clone.
     pub receives: bool,
     /// True if its store is smaller than what the volume can need.
     pub can_fill: bool,
+}
+
+/// What a snapshot leaves out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SubsetView {
+    /// What the user included, as typed.
+    pub include: Vec<String>,
+    /// What the user excluded, as typed.
+    pub exclude: Vec<String>,
+    /// Bytes that read as zeros.
+    pub left_out_bytes: Bytes,
+    /// Their ranges.
+    pub ranges: usize,
 }
 
 /// What a snapshot holds.
@@ -192,8 +207,22 @@ fn view_of(
         used,
         total,
         group: snapshot.group.clone(),
+        subset: subset_of(record, snapshot),
         receives,
         can_fill: total.is_none_or(|total| total.get() < snapshot.store_bytes_max),
+    })
+}
+
+/// What a snapshot leaves out, or the one of which it is a clone.
+fn subset_of(record: &SnapshotSetRecord, snapshot: &SnapshotRecord) -> Option<SubsetView> {
+    let is_shown = |one: &&SnapshotRecord| one.id == *snapshot.clone_of.as_ref().unwrap_or(&snapshot.id);
+    let shown = record.snapshots.iter().find(is_shown)?;
+    let subset = shown.subset.as_ref()?;
+    Some(SubsetView {
+        include: subset.include.clone(),
+        exclude: subset.exclude.clone(),
+        left_out_bytes: shown.left_out().total(),
+        ranges: subset.left_out.len(),
     })
 }
 
@@ -277,6 +306,7 @@ mod tests {
             lost: lost.map(str::to_owned),
             clone_of: None,
             group: None,
+            subset: None,
         };
         let kept = |lost| snapshot(SnapshotState::Kept, lost);
         let active = SnapshotStatus::parse("16/2048 16");

@@ -94,6 +94,7 @@ pub fn begin(
         lost: None,
         clone_of: Some(beginning.snapshot.clone()),
         group: None,
+        subset: None,
     };
     set.change(|record| record.snapshots.push(clone.clone()))?;
     crash_point("snapshot.rollback.recorded");

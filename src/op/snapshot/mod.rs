@@ -11,6 +11,7 @@ pub mod create;
 pub mod delete;
 mod exchange;
 pub mod group;
+mod holding;
 mod layers;
 pub mod link;
 pub mod list;

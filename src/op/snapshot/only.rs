@@ -19,17 +19,19 @@ use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 
 use super::exchange::{Exchange, Source};
+use super::holding;
 use super::list::check_valid;
 use super::mount::{filesystem_on, options_for};
 use super::set::{parse_name, read_existing};
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _};
 use crate::dm::{Dm, node};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
+use crate::format::state::SnapshotSetRecord;
 use crate::job::RUN_DIR;
 use crate::sys::privilege::require_root;
 use crate::sys::signal;
 use crate::topology::{Mount, Topology, check_answers};
-use crate::volume::subset::Selector;
+use crate::volume::subset::{Selector, Subset};
 
 /// Where the snapshot is mounted, in a mount namespace of its own.
 const MOUNT_POINT: &str = "snapshot";
@@ -74,6 +76,9 @@ pub struct OnlyPlan {
     pub files: Vec<Target>,
     /// Bytes of the volume that are put back.
     pub ranges: Vec<Extent>,
+    /// What the snapshot leaves out.
+    #[serde(skip)]
+    left_out: ExtentSet,
 }
 
 /// What was put back.
@@ -90,8 +95,8 @@ pub struct PutBack {
 /// Makes the plan. Changes nothing.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for a snapshot that does not show its instant, and for a path that is not on a filesystem of the
-/// volume; [`ErrorKind::Usage`] for patterns.
+/// [`ErrorKind::Refused`] for a snapshot that does not show its instant, or leaves out bytes that are needed, and for a
+/// path that is not on a filesystem of the volume; [`ErrorKind::Usage`] for patterns.
 pub fn plan(request: &OnlyRequest) -> Result<OnlyPlan> {
     require_root("rolling back files")?;
     let dm = Dm::open()?;
@@ -102,8 +107,20 @@ pub fn plan(request: &OnlyRequest) -> Result<OnlyPlan> {
     let number = dm.info_of(volume)?.number;
     let size = dm.active_table(volume)?.length().bytes();
     let (mut files, mut ranges) = (Vec::new(), Vec::new());
+    let (left_out, lacks_metadata) = what_is_left_out(&record, &request.snapshot)?;
     for selector in &request.only {
         match selector {
+            Selector::Range(extent) if left_out.intersection_with(*extent).next().is_some() => {
+                return Err(not_held(&selector.to_string(), &request.snapshot));
+            }
+            Selector::Path(_) if lacks_metadata => {
+                return Err(Error::refused(format!(
+                    "{} leaves out bytes of the volume, whatever was there: it is not known whether it holds all of a file",
+                    request.snapshot
+                ))
+                .state("nothing was changed")
+                .next("name bytes that it holds (bytes:START+LENGTH), or choose another snapshot"));
+            }
             Selector::Range(extent) if extent.end() <= size => ranges.push(*extent),
             Selector::Range(_) => {
                 return Err(Error::usage(format!(
@@ -131,7 +148,31 @@ pub fn plan(request: &OnlyRequest) -> Result<OnlyPlan> {
         instant,
         files,
         ranges,
+        left_out,
     })
+}
+
+/// What the snapshot `shown` leaves out, or the one of which it is a clone; and whether metadata may be among it.
+fn what_is_left_out(record: &SnapshotSetRecord, shown: &str) -> Result<(ExtentSet, bool)> {
+    let named = record.existing(parse_name(shown)?.1)?;
+    let id = named.clone_of.as_ref().unwrap_or(&named.id);
+    let Some((snapshot, subset)) = record
+        .snapshots
+        .iter()
+        .find(|one| one.id == *id)
+        .and_then(|one| one.subset.as_ref().map(|it| (one, it)))
+    else {
+        return Ok((ExtentSet::new(), false));
+    };
+    let parse = |texts: &[String]| texts.iter().map(|text| Selector::parse(text)).collect::<Result<Vec<_>>>();
+    let chosen = Subset { include: parse(&subset.include)?, exclude: parse(&subset.exclude)? };
+    Ok((snapshot.left_out(), chosen.leaves_out_ranges()))
+}
+
+fn not_held(what: &str, snapshot: &str) -> Error {
+    Error::refused(format!("{what} is left out of {snapshot}, which is a snapshot of a subset"))
+        .state("nothing was changed")
+        .next(format!("'tidemark snapshot show {snapshot}' says what it leaves out; choose another snapshot"))
 }
 
 /// Where `path` is on the volume.
@@ -246,6 +287,17 @@ fn put_back_files(
     let point = Path::new(RUN_DIR).join(MOUNT_POINT);
     fs::create_dir_all(&point).io_context(|| format!("creating {}", point.display()))?;
     let root = mount_alone(plan, &point)?;
+    if !plan.left_out.is_empty() {
+        for target in &plan.files {
+            if let Some(file) = holding::first_left_out(&root, &target.within, &plan.left_out, interrupt)? {
+                let shown = match file.strip_prefix(&target.within) {
+                    Ok(below) if !below.as_os_str().is_empty() => target.path.join(below),
+                    _ => target.path.clone(),
+                };
+                return Err(not_held(&shown.display().to_string(), &plan.request.snapshot));
+            }
+        }
+    }
     let sources = plan.files.iter().map(|target| {
         Source::find(&root, &target.within).map_err(|cause| {
             Error::refused(format!("{} is not in {}", target.path.display(), plan.request.snapshot))

@@ -118,6 +118,16 @@ fn check(dm: &Dm, record: &SnapshotSetRecord, shown: &str) -> Result<(SnapshotRe
             .state("nothing was changed")
             .next("copy the clone onto the volume instead"));
     }
+    if snapshot.subset.is_some() {
+        return Err(Error::refused(format!(
+            "{shown} is a snapshot of a subset: what it leaves out would be zeros on the volume"
+        ))
+        .state("nothing was changed")
+        .next(format!(
+            "put back files that it holds: 'tidemark snapshot rollback {shown} --only PATH'; or choose a snapshot of \
+             everything"
+        )));
+    }
     Ok((snapshot.clone(), check_valid(dm, record, shown)?))
 }
 

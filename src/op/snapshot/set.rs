@@ -9,6 +9,7 @@ use crate::base::clock::Stopwatch;
 use crate::base::{Bytes, ChunkSize, Error, Result, Sectors};
 use crate::dm::DeviceIdentity;
 use crate::dm::naming::{ROLE_LOG, ROLE_STORE, SnapshotNames, VolumeNames, new_id};
+use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::record::{self, FoundRecord, LockedRecord};
 use crate::store::PersistentStore;
@@ -258,6 +259,15 @@ impl SnapshotSetRecord {
         self.snapshots.iter().filter(is_linked).cloned().collect()
     }
 
+    /// What all snapshots below the volume leave out; None if there are none. Of one that is deleted, only what older ones
+    /// need is still needed.
+    #[must_use]
+    pub fn left_out_by_all(&self) -> Option<ExtentSet> {
+        let kept = self.linked().into_iter().filter(|snapshot| snapshot.state == SnapshotState::Kept);
+        let sets = kept.map(|snapshot| snapshot.left_out());
+        sets.reduce(|all, one| all.intersection(&one))
+    }
+
     /// The clones that have devices while the volume is attached.
     #[must_use]
     pub fn clones(&self) -> Vec<SnapshotRecord> {
@@ -273,6 +283,15 @@ impl SnapshotSetRecord {
             snapshots.iter().flat_map(|snapshot| self.clones_of(&snapshot.id)).cloned().collect();
         all.extend_from_slice(snapshots);
         all
+    }
+}
+
+impl SnapshotRecord {
+    /// The bytes that it leaves out, which read as zeros.
+    #[must_use]
+    pub fn left_out(&self) -> ExtentSet {
+        let ranges = self.subset.iter().flat_map(|subset| &subset.left_out);
+        ranges.filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect()
     }
 }
 
@@ -355,6 +374,60 @@ pub fn no_snapshot(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::state::SubsetRecord;
+
+    fn snapshot(state: SnapshotState, left_out: &[(u64, u64)]) -> SnapshotRecord {
+        let subset = SubsetRecord { include: Vec::new(), exclude: Vec::new(), left_out: left_out.to_vec() };
+        SnapshotRecord {
+            name: "a".to_owned(),
+            id: "a".repeat(32),
+            instant_utc_ns: 1,
+            store: "/x".to_owned(),
+            store_bytes_max: 1,
+            state,
+            lost: None,
+            clone_of: None,
+            group: None,
+            subset: Some(subset).filter(|subset| !subset.left_out.is_empty()),
+        }
+    }
+
+    #[test]
+    fn what_one_snapshot_needs_is_left_out_by_none() {
+        use SnapshotState::{Creating, Deleting, Detached, Kept, Retired};
+        let by_all = |snapshots: Vec<SnapshotRecord>| {
+            let record = SnapshotSetRecord {
+                id: "b".repeat(32),
+                volume: "data".to_owned(),
+                device: "/dev/x".to_owned(),
+                size_bytes: 1 << 20,
+                chunk_bytes: 4096,
+                snapshots,
+                mounts: None,
+                rollback: None,
+                detached: None,
+            };
+            record
+                .left_out_by_all()
+                .map(|all| all.iter().map(|it| (it.start().get(), it.end().get())).collect())
+        };
+        let one = || snapshot(Kept, &[(0, 8192), (16384, 32768)]);
+        assert_eq!(by_all(vec![]), None);
+        assert_eq!(by_all(vec![one()]), Some(vec![(0, 8192), (16384, 32768)]));
+        let other = snapshot(Kept, &[(4096, 20480)]);
+        assert_eq!(by_all(vec![one(), other]), Some(vec![(4096, 8192), (16384, 20480)]));
+        // A whole one needs everything, wherever it is in the chain.
+        for whole in [vec![snapshot(Kept, &[]), one()], vec![one(), snapshot(Kept, &[])]] {
+            assert_eq!(by_all(whole), Some(Vec::new()));
+        }
+        // Those that users do not see need nothing for themselves.
+        for state in [Creating, Deleting, Retired, Detached] {
+            assert_eq!(by_all(vec![one(), snapshot(state, &[])]), by_all(vec![one()]), "{state:?}");
+        }
+        // A clone is not below the volume.
+        let clone = SnapshotRecord { clone_of: Some("a".repeat(32)), ..snapshot(Kept, &[]) };
+        assert_eq!(by_all(vec![one(), clone]), by_all(vec![one()]));
+    }
 
     #[test]
     fn names_of_snapshots_are_split_and_checked() {

@@ -26,9 +26,10 @@
 
 use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
 use crate::dm::naming::{
-    ROLE_ALIAS, ROLE_CLONE, ROLE_KEEP, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames,
+    ROLE_ALIAS, ROLE_CLONE, ROLE_KEEP, ROLE_MASK, ROLE_SNAPSHOT, ROLE_VIEW, ROLE_VOLUME, SnapshotNames,
 };
 use crate::dm::{DeviceIdentity, Dm, Slot, SnapshotStatus, Table, Target, Udev};
+use crate::extent::{Extent, ExtentSet};
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord, SnapshotState};
 use crate::stack::change::{IntentLog, NoIntents};
 use crate::stack::kept;
@@ -145,8 +146,7 @@ impl Settlement<'_> {
         let record = self.set.record();
         let (names, store) = (record.names(snapshot), record.store(snapshot)?);
         self.hide(snapshot)?;
-        self.remove(&names.view, ROLE_VIEW, snapshot)?;
-        self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+        self.remove_views(snapshot)?;
         crash_point("snapshot.discard.devices");
         store.remove(self.dm)?;
         if snapshot.is_of_rollback() {
@@ -155,6 +155,14 @@ impl Settlement<'_> {
         crash_point("snapshot.discard.store");
         self.done.push(format!("remove {}", names.snapshot));
         self.set.change(|record| record.snapshots.retain(|other| other.id != snapshot.id))
+    }
+
+    /// Removes the devices through which a snapshot or clone is read.
+    fn remove_views(&self, snapshot: &SnapshotRecord) -> Result<()> {
+        let names = self.set.record().names(snapshot);
+        self.remove(&names.mask, ROLE_MASK, snapshot)?;
+        self.remove(&names.view, ROLE_VIEW, snapshot)?;
+        self.remove(&names.alias, ROLE_ALIAS, snapshot)
     }
 
     /// Removes one of our devices, if it exists.
@@ -192,7 +200,8 @@ impl Settlement<'_> {
             self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
             upper = self.needed(&names.view)?;
             if snapshot.state == SnapshotState::Kept {
-                self.show(&record, snapshot, length, upper)?;
+                let whole = self.mask(&record, snapshot, upper)?;
+                self.show(&record, snapshot, length, whole)?;
             }
         }
         record.clones().iter().try_for_each(|clone| self.assemble_clone(&record, clone))
@@ -211,6 +220,7 @@ impl Settlement<'_> {
         let is_usable = |origin: &&SnapshotRecord| is_merged || !is_lost(origin) && !is_lost(clone);
         let Some(origin) = origin.filter(is_usable) else { return Ok(()) };
         let upper = self.needed(&record.names(origin).view)?;
+        let upper = self.mask(record, origin, upper)?;
         let store = record.store(clone)?.show(self.dm)?;
         let table = kept::view_table(length, upper, store, record.chunk()?)?;
         self.drop_loaded(&names.view)?;
@@ -303,9 +313,7 @@ impl Settlement<'_> {
             self.dissolve()?;
         }
         for snapshot in &lost {
-            let names = record.names(snapshot);
-            self.remove(&names.view, ROLE_VIEW, snapshot)?;
-            self.remove(&names.alias, ROLE_ALIAS, snapshot)?;
+            self.remove_views(snapshot)?;
             record.store(snapshot)?.hide(self.dm)?;
         }
         crash_point("snapshot.lost");
@@ -384,6 +392,31 @@ impl Settlement<'_> {
         self.dm.load(view, table)?;
         crash_point("snapshot.lead.loaded");
         self.dm.swap_or_resume(view)
+    }
+
+    /// The device that shows what `snapshot` shows, whose view is `view`: that itself, or for a snapshot of a subset one
+    /// over it with zeros where something is left out. Older snapshots read through the view: they may need what this one
+    /// leaves out.
+    fn mask(
+        &mut self,
+        record: &SnapshotSetRecord,
+        snapshot: &SnapshotRecord,
+        view: DeviceNumber,
+    ) -> Result<DeviceNumber> {
+        if snapshot.subset.is_none() {
+            return Ok(view);
+        }
+        let name = record.names(snapshot).mask;
+        let identity = record.identity(ROLE_MASK, snapshot);
+        let found = layers::find(self.dm, &record.volume, (&name, ROLE_MASK, &snapshot.id))?;
+        if let Some(found) = found.filter(|found| found.has_active) {
+            return Ok(found.number);
+        }
+        self.dm.remove_if_it_is(&name, &identity)?;
+        let table = mask_table(record.length()?, view, &snapshot.left_out())?;
+        let number = self.dm.create_active(&name, &identity.uuid(), &table, Udev::Internal)?;
+        crash_point("snapshot.mask");
+        Ok(number)
     }
 
     /// Makes the device that users see: read-only, unless it is that of a clone.
@@ -554,7 +587,10 @@ impl Settlement<'_> {
         if let Some(keep) = layers::keep(self.dm, record)? {
             let is_there = self.dm.info(volume.as_str())?.is_some();
             let table = if is_there { self.dm.table(volume.as_str(), Slot::Active)? } else { None };
-            if table.is_some_and(|table| kept::leads_to(&table, keep.number)) {
+            let data = layers::data(self.dm, record)?;
+            let leads_to =
+                |table: &Table| data.is_some_and(|data| kept::leads_to(table, keep.number, data.number));
+            if table.as_ref().is_some_and(leads_to) {
                 crash_point("snapshot.dissolve.before");
                 kept::restore(self.dm, &volume, &names, RESTORE_BUDGET, self.journal)?;
                 crash_point("snapshot.dissolve.restored");
@@ -565,7 +601,7 @@ impl Settlement<'_> {
         // Views are on `data`.
         for snapshot in &self.set.record().top_down() {
             self.hide(snapshot)?;
-            self.remove(&self.set.record().names(snapshot).view, ROLE_VIEW, snapshot)?;
+            self.remove_views(snapshot)?;
         }
         self.remove_of_volume(&names.data, crate::dm::naming::ROLE_DATA)
     }
@@ -574,6 +610,29 @@ impl Settlement<'_> {
         let record = self.set.record();
         self.dm.remove_if_it_is(name, &DeviceIdentity::new(&record.volume, role, &record.id))
     }
+}
+
+/// A table that shows `view`, and zeros where `left_out` is.
+fn mask_table(length: Sectors, view: DeviceNumber, left_out: &ExtentSet) -> Result<Table> {
+    let whole = Extent::new(Bytes::ZERO, length.bytes());
+    let shown = whole.into_iter().flat_map(|whole| left_out.gaps_in(whole).collect::<Vec<_>>());
+    let mut runs: Vec<(Extent, bool)> = shown.map(|extent| (extent, true)).collect();
+    runs.extend(left_out.iter().map(|extent| (extent, false)));
+    runs.sort_unstable();
+    let damaged = |what: &str| Error::bad_data(format!("the record of a snapshot leaves out {what}"));
+    let sectors = |bytes: Bytes| {
+        bytes.to_sectors("what a snapshot leaves out").map_err(|_| damaged("parts of sectors"))
+    };
+    let lines = runs.into_iter().map(|(extent, is_shown)| {
+        let offset = sectors(extent.start())?;
+        let target = if is_shown { Target::Linear { device: view, offset } } else { Target::Zero };
+        Ok((sectors(extent.length())?, target))
+    });
+    let table = Table::concatenated(lines.collect::<Result<Vec<_>>>()?)?;
+    if table.length() == length {
+        return Ok(table);
+    }
+    Err(damaged("bytes beyond the volume"))
 }
 
 /// Completes what a command that died has left. Returns the set; None if it had no snapshots any more.
@@ -650,4 +709,32 @@ pub fn settle_all(dm: &Dm) -> Result<Vec<String>> {
     let groups = group::all()?;
     group::forget(&groups, &set::read_all()?)?;
     Error::first_of(errors).map(|()| done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_shows_zeros_and_the_rest_the_view() {
+        let view = DeviceNumber { major: 253, minor: 7 };
+        let mask = |left_out: &[(u64, u64)]| {
+            let set =
+                left_out.iter().filter_map(|(start, end)| Extent::new(Bytes(*start), Bytes(*end))).collect();
+            mask_table(Sectors(64), view, &set).map(|table| table.to_string())
+        };
+        assert_eq!(mask(&[]).unwrap(), "0 64 linear 253:7 0");
+        assert_eq!(mask(&[(0, 32768)]).unwrap(), "0 64 zero");
+        assert_eq!(
+            mask(&[(4096, 8192), (28672, 32768)]).unwrap(),
+            "0 8 linear 253:7 0\n8 8 zero\n16 40 linear 253:7 16\n56 8 zero"
+        );
+        assert_eq!(
+            mask(&[(0, 4096), (8192, 12288)]).unwrap(),
+            "0 8 zero\n8 8 linear 253:7 8\n16 8 zero\n24 40 linear 253:7 24"
+        );
+        for damaged in [(0, 36864), (32768, 36864), (0, 100)] {
+            assert_eq!(mask(&[damaged]).unwrap_err().kind(), ErrorKind::BadData, "{damaged:?}");
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! 1. the record has the snapshot as unfinished, with the name of its store;
 //! 2. the store is created, with all its space;
 //! 3. the instant, one for all volumes: the new view receives originals from then on ([`kept`]), and so does the former
-//!    newest one;
+//!    newest one. The record has what the snapshot leaves out, which is known only now;
 //! 4. the record has the snapshot as kept, with its instant;
 //! 5. only then the former newest view is led to the new one, which ends its receiving ([`settle`](super::settle)).
 //!
@@ -16,6 +16,7 @@
 //! [`group`].
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -30,16 +31,17 @@ use super::settle::{Settlement, settle_first};
 use crate::base::{Bytes, DeviceNumber, Error, Result, clock};
 use crate::dm::Dm;
 use crate::dm::naming::new_id;
-use crate::format::state::{SnapshotGroupRecord, SnapshotRecord, SnapshotState};
+use crate::format::state::{SnapshotGroupRecord, SnapshotRecord, SnapshotState, SubsetRecord};
 use crate::job::Job;
 use crate::op::admission::{Admission, WAITING_FOR_OTHERS};
 use crate::progress::{Event, Observer};
 use crate::stack::hooks::{AroundInstant, Deadline, Hook};
 use crate::stack::kept::{self, Capture, CaptureRequest};
 use crate::stack::watchdog::Standby;
-use crate::stack::{HoldTimes, InstantContext};
+use crate::stack::{HoldTimes, InstantContext, Skipped};
 use crate::store::size;
 use crate::sys::process::crash_point;
+use crate::volume::subset::{Selector, Subset};
 
 /// What was created. Serialized for `--json`: one snapshot as itself, several as a group.
 #[derive(Clone, Debug, Serialize)]
@@ -79,6 +81,10 @@ pub struct Created {
     pub store: PathBuf,
     /// The size of the store.
     pub store_bytes: Bytes,
+    /// Bytes that it leaves out, which read as zeros; None if everything was wanted.
+    pub left_out_bytes: Option<Bytes>,
+    /// Why it leaves out less than it was to.
+    pub left_out_notes: Vec<String>,
     /// Milliseconds for which the filesystems were frozen.
     pub frozen_ms: u64,
     /// Milliseconds for which the volume was suspended.
@@ -94,6 +100,8 @@ struct Member<'a> {
     set: SnapshotSet,
     /// The snapshot's id.
     id: String,
+    /// What it leaves out, from the instant on.
+    left_out: Skipped,
 }
 
 /// What was not created, and what that leaves.
@@ -178,6 +186,9 @@ fn create(
         {
             observer.event(&Event::Warning { text: error.to_string() });
         }
+        for note in &member.left_out.omission_notes {
+            observer.event(&Event::Warning { text: note.clone() });
+        }
         snapshots.push(member.created(times));
         let settlement =
             Settlement { dm, set: member.set, journal: &mut *job, interrupt: &|| Ok(()), done: Vec::new() };
@@ -226,7 +237,7 @@ fn open<'a>(
             Some(set) => set,
             None => SnapshotSet::create(&plan.volume, &plan.device, plan.origin.size, plan.chunk)?,
         };
-        members.push(Member { plan, set, id: new_id() });
+        members.push(Member { plan, set, id: new_id(), left_out: Skipped::default() });
     }
     for Member { plan, set, .. } in members.iter() {
         set.record().refuse_rollback()?;
@@ -280,9 +291,12 @@ fn take(
         }
         .run(interrupt),
     };
-    let times = kept::run(dm, job, &request, &standby, &mut at_instant, interrupt)?;
+    let captured = kept::run(dm, job, &request, &standby, &mut at_instant, interrupt)?;
     crash_point("snapshot.create.taken");
-    Ok(times)
+    for (member, left_out) in members.iter_mut().zip(captured.left_out) {
+        member.record_left_out(left_out)?;
+    }
+    Ok(captured.times)
 }
 
 /// Step 4 at the head of this module.
@@ -337,6 +351,7 @@ impl Member<'_> {
             lost: None,
             clone_of: None,
             group: group.map(str::to_owned),
+            subset: None,
         };
         self.set.change(|record| {
             record.snapshots.push(snapshot);
@@ -361,7 +376,26 @@ impl Member<'_> {
             id: self.id.clone(),
             store: number,
             chunk: self.plan.chunk,
+            omission: self.plan.omitted.as_ref().map(|omitted| Arc::clone(&omitted.omission)),
+            left_out_by_older: record.left_out_by_all(),
         })
+    }
+
+    /// Records what is left out, before anything makes the snapshot exist: whichever command completes it has to know. A
+    /// snapshot that leaves out nothing is one of everything.
+    fn record_left_out(&mut self, left_out: Skipped) -> Result<()> {
+        self.left_out = left_out;
+        let ranges = self.left_out.extents.iter().map(|extent| (extent.start().get(), extent.end().get()));
+        let left_out: Vec<(u64, u64)> = ranges.collect();
+        if left_out.is_empty() {
+            return Ok(());
+        }
+        let Subset { include, exclude } = &self.plan.request.subset;
+        let text = |selectors: &[Selector]| selectors.iter().map(ToString::to_string).collect();
+        let subset = SubsetRecord { include: text(include), exclude: text(exclude), left_out };
+        self.set.change_one(&self.id, |snapshot| snapshot.subset = Some(subset))?;
+        crash_point("snapshot.create.left-out");
+        Ok(())
     }
 
     fn record_kept(&mut self, times: HoldTimes) -> Result<()> {
@@ -381,6 +415,8 @@ impl Member<'_> {
             instant: clock::utc_text(times.instant_utc_ns),
             store: store.unwrap_or_default(),
             store_bytes: self.plan.store_bytes,
+            left_out_bytes: self.left_out.omitted,
+            left_out_notes: self.left_out.omission_notes.clone(),
             frozen_ms: millis(times.frozen),
             suspended_ms: millis(times.suspended),
             next: format!("tidemark snapshot mount {snapshot} DIR"),

@@ -133,6 +133,19 @@ impl Subset {
         self.include.iter().chain(&self.exclude).any(|selector| selector.range().is_none())
     }
 
+    /// True if ranges of bytes are left out, whatever is there.
+    #[must_use]
+    pub fn leaves_out_ranges(&self) -> bool {
+        self.exclude.iter().any(|selector| selector.range().is_some())
+            || !self.include.is_empty() && !self.is_list_of_files()
+    }
+
+    /// True if ranges of bytes are named.
+    #[must_use]
+    pub fn names_ranges(&self) -> bool {
+        self.include.iter().chain(&self.exclude).any(|selector| selector.range().is_some())
+    }
+
     /// True if only files that are included are wanted.
     fn is_list_of_files(&self) -> bool {
         self.include.iter().any(|selector| selector.range().is_none())

@@ -34,7 +34,8 @@ const MATCHING: MatchOptions = MatchOptions {
     require_literal_leading_dot: false,
 };
 
-/// Finds what `subset` leaves out of an origin of `size` bytes, on which the filesystems of `mounted` are.
+/// Finds what `subset` leaves out of an origin of `size` bytes, on which the filesystems of `mounted` are. Paths on the
+/// devices `others` do not concern it: they are of other origins of its group.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if a path does not exist, is not on the origin, or is on a
@@ -43,7 +44,7 @@ const MATCHING: MatchOptions = MatchOptions {
 pub fn find(
     subset: &Subset,
     size: Bytes,
-    mounted: &FreezeSet,
+    (mounted, others): (&FreezeSet, &[DeviceNumber]),
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Omission> {
     let mut omission = Omission {
@@ -59,8 +60,8 @@ pub fn find(
             .state("nothing was changed")
             .next("mount it, or name bytes: bytes:START+LENGTH"));
     }
-    let include = Chooser::new(&subset.include, mounted)?;
-    let exclude = Chooser::new(&subset.exclude, mounted)?;
+    let include = Chooser::new(&subset.include, mounted, others)?;
+    let exclude = Chooser::new(&subset.exclude, mounted, others)?;
     let mut included_count = 0;
     for (point, device) in mounted.points.iter().zip(&mounted.devices) {
         let root = File::open(point).io_context(|| format!("opening {}", point.display()))?;
@@ -122,7 +123,7 @@ struct Chooser {
 }
 
 impl Chooser {
-    fn new(selectors: &[Selector], mounted: &FreezeSet) -> Result<Self> {
+    fn new(selectors: &[Selector], mounted: &FreezeSet, others: &[DeviceNumber]) -> Result<Self> {
         let mut chooser = Self { inodes: BTreeSet::new(), paths: Vec::new(), names: Vec::new() };
         let pattern = |text: &str| Pattern::new(text).expect("checked when it was parsed");
         for selector in selectors {
@@ -136,6 +137,9 @@ impl Chooser {
                         Ok(meta) => {
                             let device = DeviceNumber::from_dev(meta.dev());
                             if !mounted.devices.contains(&device) {
+                                if others.contains(&device) {
+                                    continue;
+                                }
                                 return Err(not_on_the_origin(path, mounted));
                             }
                             chooser.inodes.insert((device, meta.ino()));
