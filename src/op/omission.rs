@@ -25,8 +25,8 @@ pub struct OmissionPlan {
 }
 
 impl OmissionPlan {
-    /// Finds what `subset` leaves out of `origin`; None if everything is wanted. Paths on the filesystems of `others` do
-    /// not concern it.
+    /// Finds what `subset` leaves out of `origin`; None if everything is wanted. Paths on the filesystems of `others`
+    /// do not concern it.
     ///
     /// # Errors
     /// As [`subset::find`].

@@ -23,11 +23,11 @@
 //! # Snapshots of a subset
 //!
 //! What every snapshot of a volume leaves out leads past `keep`, to `data`: `left_out_by_all`. An older snapshot reads
-//! through the newer stores, so a chunk that one of them needs is preserved by the newest. Hence the volume's table is made
-//! anew at each instant, from what the new snapshot and all older ones leave out. It is loaded while the filesystems are
-//! frozen (the new one's files are mapped then), and in use from the instant on, which waits for writes that went past.
-//! Between two instants less is never preserved: a deletion only makes `left_out_by_all` larger than what leads past.
-//! If the capture fails, the former table comes back, which preserves what the older snapshots need.
+//! through the newer stores, so a chunk that one of them needs is preserved by the newest. Hence the volume's table is
+//! made anew at each instant, from what the new snapshot and all older ones leave out. It is loaded while the
+//! filesystems are frozen (the new one's files are mapped then), and in use from the instant on, which waits for writes
+//! that went past. Between two instants less is never preserved: a deletion only makes `left_out_by_all` larger than
+//! what leads past. If the capture fails, the former table comes back, which preserves what the older snapshots need.
 //!
 //! [`op::snapshot`]: crate::op::snapshot
 
@@ -270,8 +270,8 @@ impl<'a> Member<'a> {
         self.capture.omission.is_some() || !self.found.is_first && self.found.table.lines().len() > 1
     }
 
-    /// Loads such a table, after the volume's filesystems are frozen and while it still serves reads. It is in use from the
-    /// instant on: the suspension waits for writes that went past the snapshots.
+    /// Loads such a table, after the volume's filesystems are frozen and while it still serves reads. It is in use from
+    /// the instant on: the suspension waits for writes that went past the snapshots.
     fn load_over(&self, change: Change) -> Change {
         if !self.leads_past() {
             return change;
@@ -317,8 +317,8 @@ impl<'a> Member<'a> {
     }
 }
 
-/// Takes the instant: afterwards the view of each snapshot receives originals. Returns how long the volumes were held, and
-/// what is left out.
+/// Takes the instant: afterwards the view of each snapshot receives originals. Returns how long the volumes were held,
+/// and what is left out.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`](crate::base::ErrorKind::Timeout) if the budget runs out, refusals, those of `at_instant` and

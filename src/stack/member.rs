@@ -78,8 +78,8 @@ impl Member {
         })
     }
 
-    /// For the instant of a further kept snapshot, or the first: what it leaves out is skipped, and what `older` ones leave
-    /// out as well leads past them.
+    /// For the instant of a further kept snapshot, or the first: what it leaves out is skipped, and what `older` ones
+    /// leave out as well leads past them.
     pub fn keeping(mut self, older: Older) -> Self {
         self.older = Some(older);
         self
@@ -156,8 +156,8 @@ pub(super) fn over_data(length: Sectors, data: DeviceNumber, keep: DeviceNumber)
     Ok(LowerDevices { own, real: data, preserve: Some(keep) })
 }
 
-/// The table of a volume all of whose kept snapshots leave out `by_all`. A part of it leads to the device that preserves
-/// in any case: that is how a volume with snapshots is told from one without.
+/// The table of a volume all of whose kept snapshots leave out `by_all`. A part of it leads to the device that
+/// preserves in any case: that is how a volume with snapshots is told from one without.
 ///
 /// # Errors
 /// As [`LowerDevices::table`].

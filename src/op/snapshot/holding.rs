@@ -1,7 +1,7 @@
 //! Whether a snapshot of a subset holds files: none of their bytes is left out.
 //!
-//! The extents are those in the snapshot itself, which is mounted and never changes: so they are exact, whatever became of
-//! the files on the volume.
+//! The extents are those in the snapshot itself, which is mounted and never changes: so they are exact, whatever became
+//! of the files on the volume.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,8 +17,8 @@ use crate::extent::ExtentSet;
 use crate::sys::beneath::open_beneath;
 use crate::sys::file_map::FileMapReader;
 
-/// The first file at or below `within`, on the filesystem mounted at `root`, that uses a byte of `left_out`, or of which it
-/// is not known; None if all of them are held. Names that cannot be read are for the copy to report.
+/// The first file at or below `within`, on the filesystem mounted at `root`, that uses a byte of `left_out`, or of
+/// which it is not known; None if all of them are held. Names that cannot be read are for the copy to report.
 ///
 /// # Errors
 /// Those of `interrupt`.

@@ -259,8 +259,8 @@ impl SnapshotSetRecord {
         self.snapshots.iter().filter(is_linked).cloned().collect()
     }
 
-    /// What all snapshots below the volume leave out; None if there are none. Of one that is deleted, only what older ones
-    /// need is still needed.
+    /// What all snapshots below the volume leave out; None if there are none. Of one that is deleted, only what older
+    /// ones need is still needed.
     #[must_use]
     pub fn left_out_by_all(&self) -> Option<ExtentSet> {
         let kept = self.linked().into_iter().filter(|snapshot| snapshot.state == SnapshotState::Kept);

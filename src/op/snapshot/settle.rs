@@ -394,9 +394,9 @@ impl Settlement<'_> {
         self.dm.swap_or_resume(view)
     }
 
-    /// The device that shows what `snapshot` shows, whose view is `view`: that itself, or for a snapshot of a subset one
-    /// over it with zeros where something is left out. Older snapshots read through the view: they may need what this one
-    /// leaves out.
+    /// The device that shows what `snapshot` shows, whose view is `view`: that itself, or for a snapshot of a subset
+    /// one over it with zeros where something is left out. Older snapshots read through the view: they may need what
+    /// this one leaves out.
     fn mask(
         &mut self,
         record: &SnapshotSetRecord,

@@ -381,8 +381,8 @@ impl Member<'_> {
         })
     }
 
-    /// Records what is left out, before anything makes the snapshot exist: whichever command completes it has to know. A
-    /// snapshot that leaves out nothing is one of everything.
+    /// Records what is left out, before anything makes the snapshot exist: whichever command completes it has to know.
+    /// A snapshot that leaves out nothing is one of everything.
     fn record_left_out(&mut self, left_out: Skipped) -> Result<()> {
         self.left_out = left_out;
         let ranges = self.left_out.extents.iter().map(|extent| (extent.start().get(), extent.end().get()));
