@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::base::{Error, Result};
+use crate::copy::sample::Sample;
 
 /// Options of commands that destroy something.
 #[derive(Clone, Copy, Debug, Args)]
@@ -15,6 +16,16 @@ pub struct Consent {
     /// Replace a file or overwrite a device without asking
     #[arg(long, short)]
     pub yes: bool,
+}
+
+/// Parses a share of a secondary: a fraction above 0 and up to 1, or "all".
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else.
+pub fn parse_sample(text: &str) -> Result<Sample> {
+    Sample::parse(text).ok_or_else(|| {
+        Error::usage(format!("'{text}' is not a share: write a fraction such as 0.05, or all"))
+    })
 }
 
 /// Parses "2s", "500ms", "1.5s", "1m"; a unit is required, and zero is refused.

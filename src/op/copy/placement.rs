@@ -16,7 +16,7 @@ use crate::job::segment_log::SegmentLog;
 use crate::secondary::{PlacedSegment, Secondary};
 
 /// Records what another process needs to resume the copy. Returns None if it cannot be resumed, because the secondary
-/// is a pipe, or an increment.
+/// is a pipe, or the copy is an increment.
 ///
 /// # Errors
 /// I/O errors.
@@ -25,8 +25,8 @@ pub(super) fn note_copy(
     live: &Live,
     secondary: &dyn Secondary,
 ) -> Result<Option<SegmentLog>> {
-    // What an increment has packed is not known by segment.
-    if secondary.is_stream() || secondary.is_packed() {
+    // What an increment has packed is not known by segment; and one onto a raw secondary is run again instead.
+    if secondary.is_stream() || secondary.is_packed() || plan.is_update() {
         return Ok(None);
     }
     let times = live.stack().times();

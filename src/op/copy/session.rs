@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use super::live::Live;
 use super::plan::{CopyPlan, LivePlan};
 use super::report::{CopyOutcome, CopyResult};
+use super::update::{Reading, Update};
 use crate::base::clock::Stopwatch;
 use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
 use crate::base::{Error, Result};
@@ -27,6 +28,8 @@ pub struct Transfer {
     pub engine: Box<dyn Engine>,
     /// The secondary, opened and checked.
     pub secondary: Box<dyn Secondary>,
+    /// The update of a secondary that holds a copy, which was compared with its record.
+    pub update: Option<Update>,
 }
 
 /// A copy in progress.
@@ -141,9 +144,12 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The errors of opening the engine and the secondary.
     fn open(&mut self) -> Result<()> {
-        let engine = engine_for(self.plan)
+        let mut engine = engine_for(self.plan)
             .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
-        let secondary = open_secondary(self.plan, self.interrupt)?;
+        let mut secondary = open_secondary(self.plan, self.interrupt)?;
+        let (observer, interrupt) = (self.observer, self.interrupt);
+        let mut reading = Reading { engine: engine.as_mut(), observer, interrupt };
+        let update = Update::begin(self.plan, secondary.as_mut(), &mut reading)?;
         // The job of a cold copy records only the partial file.
         match (&mut self.job, secondary.partial_path()) {
             (Some(job), Some(partial)) => job.note_partial(partial),
@@ -151,7 +157,7 @@ impl<'a> Session<'a> {
             (job, partial) if !secondary.is_stream() => *job = Job::begin_for_target("copy", partial),
             _ => {}
         }
-        self.transfer.set(Some(Transfer { engine, secondary }));
+        self.transfer.set(Some(Transfer { engine, secondary, update }));
         Ok(())
     }
 
