@@ -3,7 +3,7 @@
 //! Invariants:
 //! - a device is opened exclusively (O_EXCL: it is neither mounted nor held by another device), after the
 //!   checks of [`guard`](super::guard), which name its user;
-//! - a file is sparse, and has no final name until it is finished ([`partial`](super::partial)). Until
+//! - a file is sparse, and has no final name until it is finished ([`partial`]). Until
 //!   [`RawTarget::seal`] truncates it, its length is that of the origin rounded up to [`DIRECT_IO_ALIGN`];
 //! - a copy that is updated in place ([`RawRequest::in_place`]) keeps what is not written, its name and its length;
 //! - before a device is overwritten as a whole, the record of what it holds is removed
