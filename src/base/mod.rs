@@ -1,4 +1,5 @@
-//! The foundation of all other modules: errors, units, checked arithmetic, checksums, limits, clock.
+//! The foundation of all other modules: errors, units, checked arithmetic, checksums, numbers from a seed, limits,
+//! clock.
 //!
 //! Pure except [`clock`]. Must not import any other module of the crate.
 
@@ -9,6 +10,7 @@ pub mod error;
 pub mod escape;
 pub mod extent;
 pub mod limits;
+pub mod numbers;
 pub mod path;
 pub mod units;
 

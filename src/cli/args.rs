@@ -8,10 +8,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
-use super::options::{Consent, HookOptions, parse_time};
+use super::options::{Consent, HookOptions, parse_sample, parse_time};
 use super::snapshot_args::{MonitorArgs, SnapshotArgs};
 use crate::base::Bytes;
 use crate::copy::Impact;
+use crate::copy::sample::Sample;
 
 const ROOT_EXAMPLES: &str = "Examples:
   tidemark doctor
@@ -124,6 +125,7 @@ place: repair the disk or server, and run 'tidemark recover' again.")]
   tidemark copy data data.tdm --dry-run
   tidemark copy data@monday monday.tdm
   tidemark copy data@tuesday --since monday tuesday.tdm
+  tidemark copy data --since monday /dev/sdc --yes
   tidemark copy data wal /backup
   tidemark copy --pair data=/dev/sdc --pair wal=/backup/wal.tdm
   tidemark copy --group mail /backup
@@ -230,14 +232,18 @@ pub struct CopyArgs {
     /// the other
     #[arg(long)]
     pub no_wait: bool,
-    /// Copy only what changed since this kept snapshot of the volume, into an archive that continues the archive of
-    /// that snapshot
+    /// Copy only what changed since this kept snapshot of the volume: into an archive that continues the archive of
+    /// that snapshot, or onto a raw secondary that holds a copy of it, in place
     #[arg(long, value_name = "SNAPSHOT", help_heading = "Increments")]
     pub since: Option<String>,
     /// The archive that is continued, or a directory in which it is looked for by its identity; may be repeated
     /// [default: the directory of SECONDARY]
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, requires = "since", help_heading = "Increments")]
     pub parent: Vec<PathBuf>,
+    /// How much of a raw secondary is read before it is updated, to see whether it still holds the copy: a fraction of
+    /// its segments (0.05), or all [default: 0.01, but at least 459 segments]. What will be changed is read in any case
+    #[arg(long, value_name = "FRACTION", value_parser = parse_sample, requires = "since", help_heading = "Increments")]
+    pub sample: Option<Sample>,
     /// Longest time for which filesystems may be frozen and the origin suspended, for the instant and for
     /// restoring the origin's table [default: 2s]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -469,7 +475,8 @@ pub struct RestoreArgs {
   tidemark verify data.tdm
   tidemark verify data.tdm --against /dev/sdc")]
 pub struct VerifyArgs {
-    /// The archive, or - for standard input
+    /// The archive, or - for standard input; or a raw secondary that increments can update, which is compared with what
+    /// was recorded of it
     #[arg(value_name = "ARCHIVE", value_hint = ValueHint::FilePath)]
     pub archive: PathBuf,
     /// Also compare the archive with this device or file
@@ -537,7 +544,7 @@ pub struct MergeArgs {
   tidemark inspect data.tdm
   tidemark inspect data.tdm --json")]
 pub struct InspectArgs {
-    /// The archive
+    /// The archive, or a raw secondary that increments can update
     #[arg(value_hint = ValueHint::FilePath)]
     pub archive: PathBuf,
 }

@@ -17,6 +17,7 @@ use crate::base::{Error, Result};
 use crate::op;
 use crate::op::request::CopyRequest;
 use crate::progress::Silent;
+use crate::restore::ArchiveSource;
 
 /// True if standard output carries an archive.
 #[must_use]
@@ -168,6 +169,13 @@ fn verify(args: &VerifyArgs, output: Output) -> Result<()> {
     let request = resolve::verify(args)?;
     stop_on_signals(output)?;
     let observer = observer(output);
+    if let ArchiveSource::Path(path) = &request.archive
+        && request.against.is_none()
+        && let Some(report) = op::raw_secondary::verify(path, observer.as_ref(), &interrupt)?
+    {
+        drop(observer);
+        return output.report("verify", &report);
+    }
     let report = op::verify::run(&request, observer.as_ref(), &interrupt)?;
     drop(observer);
     output.report("verify", &report)
@@ -176,6 +184,9 @@ fn verify(args: &VerifyArgs, output: Output) -> Result<()> {
 fn inspect(args: &InspectArgs, output: Output) -> Result<()> {
     let request = resolve::inspect(args)?;
     stop_on_signals(output)?;
+    if let Some(report) = op::raw_secondary::inspect(&request.archive)? {
+        return output.print_result("inspect", &report);
+    }
     let report = op::inspect::run(&request, &Silent, &interrupt)?;
     output.print_result("inspect", &report)
 }

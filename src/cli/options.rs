@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use crate::base::{Error, Result};
+use crate::copy::sample::Sample;
 use crate::op::request::Hooks;
 
 /// Options of commands that destroy something.
@@ -49,6 +50,16 @@ impl HookOptions {
             timeout: self.hook_timeout.unwrap_or(group.timeout),
         }
     }
+}
+
+/// Parses a share of a secondary: a fraction above 0 and up to 1, or "all".
+///
+/// # Errors
+/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for anything else.
+pub fn parse_sample(text: &str) -> Result<Sample> {
+    Sample::parse(text).ok_or_else(|| {
+        Error::usage(format!("'{text}' is not a share: write a fraction such as 0.05, or all"))
+    })
 }
 
 /// Parses "2s", "500ms", "1.5s", "1m"; a unit is required, and zero is refused.

@@ -9,6 +9,7 @@ use crate::format::SecondaryForm;
 use crate::op::copy::CopyPlan;
 use crate::op::copy::group_plan::GroupCopyPlan;
 use crate::op::copy::plan::LivePlan;
+use crate::op::copy::raw_parent::RawCheckPlan;
 use crate::op::copy::since::SincePlan;
 use crate::op::omission::OmissionPlan;
 use crate::op::request::{OnFull, Originals};
@@ -133,6 +134,18 @@ fn add_since(lines: &mut Lines, since: &SincePlan) {
     lines.add("since", format!("{}, which {} holds", since.base, since.parent.display()));
     let changed = format!("{} chunks of {} have changed", since.changed_chunks, since.chunk);
     lines.add("changes", format!("{changed}: {} of {} to move", since.to_move, since.total));
+    let Some(check) = &since.check else { return };
+    let RawCheckPlan { sample, segments, miss_probability, .. } = check;
+    if check.is_interrupted {
+        lines.add("interrupted", "an earlier update was: all that it may have written is written again");
+    }
+    lines.add(
+        "read first",
+        format!(
+            "{sample} of {segments} segments at random, which miss a change of 1 in 100 with a probability of \
+             {miss_probability:.2e}; and all that will be changed"
+        ),
+    );
 }
 
 fn points_text(points: &[PathBuf]) -> String {

@@ -14,6 +14,7 @@ use crate::op::copy::report::SkippedReport;
 use crate::op::detach::Detached;
 use crate::op::doctor;
 use crate::op::inspect::InspectReport;
+use crate::op::raw_secondary::{RawSecondary, RawVerifyReport};
 use crate::op::recover::RecoverReport;
 use crate::op::restore_plan::{RestorePlan, TargetKind};
 use crate::op::snapshot::list::{SnapshotView, State};
@@ -153,6 +154,10 @@ impl Human for CopyOutcome {
             lines
                 .add("since", format!("{}, which {} holds", since.base, since.parent.display()))
                 .add("changed", format!("{changed}; moved: {}", since.moved_bytes));
+            if let Some(check) = &since.check {
+                lines
+                    .add("read first", format!("{} of {} segments, as recorded", check.read, check.segments));
+            }
         }
         if let Some(store) = &self.store {
             let held = &self.instant;
@@ -215,6 +220,37 @@ impl Human for InspectReport {
             lines.add("inherited", exact(self.map.inherited_bytes));
         }
         lines.finish()
+    }
+}
+
+impl Human for RawSecondary {
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines
+            .add("raw copy", format!("{}, {}", self.secondary.display(), exact(self.size)))
+            .add("state", &self.text)
+            .add("increments", format!("--since {} (snapshot {})", self.base, self.base_id.simple()))
+            .add("segment", self.segment)
+            .add("absent", exact(self.absent_bytes));
+        let is_recognized = match self.is_proven {
+            Some(true) => "by its own facts",
+            _ => "only by its content: an increment reads all of it first",
+        };
+        lines.add("recognized", is_recognized);
+        lines.finish()
+    }
+}
+
+impl Human for RawVerifyReport {
+    fn human(&self) -> String {
+        format!(
+            "{}: every segment is as recorded; {} checked in {}{}\nit {}\n",
+            self.secondary.secondary.display(),
+            self.verified_bytes,
+            seconds_text(self.seconds),
+            rate_text(self.verified_bytes, self.seconds),
+            self.secondary.text
+        )
     }
 }
 
@@ -519,6 +555,15 @@ impl Human for Status {
         }));
         text.push_str(&section(&rows));
         text.push_str(&snapshot_rows(&self.snapshots));
+        let mut rows = vec![row(&["RAW COPY", "SIZE", "STATE"])];
+        rows.extend(self.secondaries.iter().map(|secondary| {
+            vec![
+                secondary.secondary.display().to_string(),
+                secondary.size.to_string(),
+                secondary.text.clone(),
+            ]
+        }));
+        text.push_str(&section(&rows));
         if text.is_empty() {
             text.push_str("no volumes, nothing in progress, nothing left behind\n");
         }

@@ -163,9 +163,11 @@ fn copy_of(args: &CopyArgs, group: &Group, origin: &Path, secondary: &Path) -> R
         hooks: args.hooks.or(&group.hooks),
         since: args.since.clone(),
         parents: args.parent.clone(),
+        sample: args.sample,
         replace: args.consent.yes,
     })
     .and_then(reject_raw_pipe)
+    .and_then(reject_sample_of_archive)
     .and_then(reject_hook_under_lock)
 }
 
@@ -193,6 +195,14 @@ fn reject_hook_under_lock(request: CopyRequest) -> Result<CopyRequest> {
              end of the copy",
         )
         .next("use --lvm-lock change, or run the command after the copy"));
+    }
+    Ok(request)
+}
+
+fn reject_sample_of_archive(request: CopyRequest) -> Result<CopyRequest> {
+    if request.sample.is_some() && request.format == SecondaryForm::Archive {
+        return Err(Error::usage("--sample is of a raw secondary, and this increment is an archive")
+            .next("omit --sample: archives are checked as they are read"));
     }
     Ok(request)
 }
@@ -519,6 +529,18 @@ mod tests {
         ] {
             assert_eq!(one(line).unwrap().impact, impact, "{line}");
         }
+    }
+
+    #[test]
+    fn a_sample_is_of_a_raw_secondary() {
+        use crate::copy::sample::Sample;
+        let raw = |line| one(line).unwrap();
+        assert_eq!(raw("data out.img --since mon").sample, None);
+        assert_eq!(raw("data out.img --since mon --sample all").sample, Some(Sample::All));
+        assert_eq!(raw("data /dev/x --since mon --sample 0.05").sample, Some(Sample::Millionths(50_000)));
+        assert_eq!(raw("data /dev/x --since mon").originals, Originals::Overlay);
+        let error = copy(&parse("data out.tdm --since mon --sample all")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! is verified.
 
 use super::ports::ResumePoint;
+use super::schedule::Schedule;
 use crate::base::checksum::xxh3_64;
 use crate::base::{Bytes, SegmentIx};
 
@@ -67,6 +68,22 @@ impl Checksums {
         if let Some(may_hold_originals) = self.may_hold_originals.get_mut(Bytes(ix.get()).as_len()) {
             *may_hold_originals = false;
         }
+    }
+
+    /// The checksum of every segment of the origin: of zeros if no part of it is in the schedule. None if none is kept.
+    pub(super) fn of_all(&self, schedule: &Schedule) -> Option<Vec<u64>> {
+        let mut all = self.kept.clone()?;
+        let mut is_copied = vec![false; all.len()];
+        schedule.works().for_each(|work| is_copied[Bytes(work.ix.get()).as_len()] = true);
+        let size = schedule.size();
+        for ((ix, entry), _) in
+            (0..).map(SegmentIx).zip(&mut all).zip(is_copied).filter(|(_, copied)| !copied)
+        {
+            let start = schedule.segment().offset_of(ix).unwrap_or(size);
+            let length = self.zero.0.min(size - start);
+            *entry = if length == self.zero.0 { self.zero.1 } else { zero_checksum(length) };
+        }
+        Some(all)
     }
 
     /// The checksum that was set, if checksums are kept.

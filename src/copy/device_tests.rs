@@ -72,6 +72,7 @@ proptest! {
             chunk: ChunkSize::default(),
             block_list: block_list.clone(),
             lineage: crate::secondary::Lineage::default(),
+            in_place: false,
         })
         .unwrap();
         let mut engine = open_engine(engine_config(segment, COPY_BUFFER_BYTES_MAX), EnginePreference::Auto).unwrap();

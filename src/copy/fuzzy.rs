@@ -29,6 +29,7 @@ use crate::io::Driver;
 use crate::io::{Buffer, Completion};
 use crate::progress::Phase;
 use crate::secondary::{PlacedSegment, Secondary, Segment, is_zero};
+use crate::sys::process::crash_point;
 
 /// Amounts of the fuzzy copy.
 #[derive(Clone, Copy, Debug, Default)]
@@ -163,6 +164,7 @@ impl Fuzzy<'_, '_, '_> {
     /// count as placed at once.
     fn process_landed(&mut self) -> Result<()> {
         while let Some(ix) = self.sink.take_landed() {
+            crash_point("copy.segment.landed");
             let segment = self.placing.remove(&ix).expect("what lands was placed");
             match self.plan.placements {
                 Some(_) => self.syncer.landed(segment),

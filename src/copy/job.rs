@@ -82,6 +82,8 @@ pub struct CopyJob<'a> {
     pub resumed: Option<ResumePoint>,
     /// Measures and limits the impact on the applications; None if there are none.
     pub impact: Option<ImpactWatch>,
+    /// The report gets the checksum of every segment.
+    pub keeps_checksums: bool,
     /// Receives progress events.
     pub observer: &'a dyn Observer,
     /// Polled at least every 100 ms; [`run`] aborts the copy with the error that it returns.
@@ -127,6 +129,7 @@ impl<'a> CopyJob<'a> {
             placements: None,
             resumed: None,
             impact: None,
+            keeps_checksums: false,
             observer: &Silent,
             interrupt: &never_fails,
             before_publish: &never_fails,
@@ -177,6 +180,9 @@ pub struct CopyReport {
     pub finish_seconds: f64,
     /// Bytes read from the origin per second of the fuzzy copy.
     pub read_bytes_per_second: u64,
+    /// The XXH3-64 of every segment on the secondary, if asked for.
+    #[serde(skip)]
+    pub checksums: Option<Vec<u64>>,
 }
 
 /// Makes a copy. On success the secondary is complete, synced, and has its final name.
@@ -212,6 +218,7 @@ pub fn run(job: CopyJob<'_>) -> Result<CopyReport> {
         origin_description: job.origin_description,
         throttle: Throttle::new(options.rate, job.impact, observer),
         verify: options.verify,
+        keeps_checksums: job.keeps_checksums,
         originals: job.originals,
         releases: job.releases,
         placements: job.placements,
@@ -271,6 +278,7 @@ struct Plan<'a> {
     origin_description: String,
     throttle: Throttle<'a>,
     verify: bool,
+    keeps_checksums: bool,
     resumed: ResumePoint,
     placed: PlacedSet,
     originals: Option<&'a mut dyn OriginalsProvider>,
@@ -310,8 +318,9 @@ fn run_phases(
     }
     let (size, piece_max) = (plan.schedule.size(), plan.throttle.read_max());
     let origin = Origin::open(driver.engine, origin, &plan.origin_description, size, piece_max)?;
+    let keeps_checksums = plan.verify || plan.keeps_checksums;
     let mut checksums =
-        Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), plan.verify);
+        Checksums::new(plan.schedule.segment_count(), plan.schedule.segment().bytes(), keeps_checksums);
     let mut sink = Sink::new(secondary.attach(driver.engine)?, secondary.is_stream());
     if !confirmed.get() {
         plan.confirm(driver, secondary, sink.file, &checksums)?;
@@ -352,6 +361,7 @@ fn run_phases(
     secondary.seal()?;
     driver.sync(sink.file)?;
     secondary.finish()?;
+    report.checksums = checksums.of_all(&plan.schedule).filter(|_| plan.keeps_checksums);
     report.finish_seconds = (driver.now() - begin).as_secs_f64();
     Ok(report)
 }

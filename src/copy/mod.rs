@@ -7,6 +7,7 @@ mod append;
 mod chaos;
 mod checksums;
 mod confirm;
+pub mod contents;
 #[cfg(test)]
 mod device_tests;
 mod durable;
@@ -22,6 +23,7 @@ mod ports;
 pub mod regions;
 #[cfg(test)]
 mod resume_tests;
+pub mod sample;
 pub mod schedule;
 mod sink;
 #[cfg(test)]

@@ -171,6 +171,7 @@ impl Setup {
             chunk: ChunkSize::new(self.case.chunk).unwrap(),
             block_list: self.block_list.clone(),
             lineage: Lineage::default(),
+            in_place: false,
         }
     }
 

@@ -8,6 +8,7 @@ pub mod filesystem_id;
 pub mod filesystem_log;
 pub mod filesystem_mount;
 pub mod mirror_log;
+pub mod raw_copy;
 mod secondary;
 pub mod segment_log;
 pub mod state;

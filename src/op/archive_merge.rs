@@ -91,6 +91,7 @@ impl MergePlan {
             chunk: last.chunk,
             block_list: merge::block_list_of(&self.chain),
             lineage: Lineage { snapshot: last.snapshot, base: Uuid::nil(), parent: Uuid::nil() },
+            in_place: false,
         }
     }
 }

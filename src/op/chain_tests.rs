@@ -126,6 +126,7 @@ impl World {
             chunk: ChunkSize::default(),
             block_list: runs(needed),
             lineage,
+            in_place: false,
         })?;
         secondary.set_instant(1_000_000_000 * (1 + u64::try_from(generation).unwrap()));
         secondary.restrict(&runs(needed));

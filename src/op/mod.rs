@@ -13,6 +13,7 @@ pub mod inspect;
 mod interruptible;
 mod memory;
 pub mod omission;
+pub mod raw_secondary;
 pub mod recover;
 pub mod request;
 pub mod restore;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Bytes, ChunkSize, SegmentSize};
 use crate::copy::Impact;
 use crate::copy::Order;
+use crate::copy::sample::Sample;
 use crate::format::SecondaryForm;
 use crate::restore::ArchiveSource;
 use crate::secondary::SecondaryTarget;
@@ -151,6 +152,9 @@ pub struct CopyRequest {
     /// Files and directories in which the parent is looked for; none: the directory of the secondary.
     #[serde(default)]
     pub parents: Vec<PathBuf>,
+    /// How much of a raw secondary is read before it is updated; None: the usual share.
+    #[serde(default)]
+    pub sample: Option<Sample>,
     /// The hooks.
     pub hooks: Hooks,
     /// An existing file may be replaced, a device overwritten.

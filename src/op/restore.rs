@@ -46,6 +46,7 @@ pub(super) fn restore(
         size: content.superblock().origin_size,
         replace: request.replace,
         forbidden: forbidden_for(content, &request.archive, &request.target)?,
+        in_place: false,
     };
     let target =
         RawTarget::open(&request.target, &raw).map_err(|error| naming_job(error, &request.target))?;

@@ -82,6 +82,7 @@ pub fn plan(request: &RestoreRequest, interrupt: &dyn Fn() -> Result<()>) -> Res
             Some(content) => forbidden_for(content, &request.archive, &request.target)?,
             None => Vec::new(),
         },
+        in_place: false,
     };
     RawTarget::check(&request.target, &raw).map_err(|error| targets::naming_job(error, &request.target))?;
     let (present, parents) = match &content {

@@ -88,14 +88,17 @@ pub fn plan(id: Option<&str>) -> Result<ResumePlan> {
     let give_up = |what: String| {
         Error::refused(format!("job {} cannot be resumed: {what}", found.id))
             .state("nothing was changed")
-            .next("run 'tidemark recover', which undoes what is left, and copy again")
+            .next(
+                "run 'tidemark recover', which undoes what is left, and copy again; run an increment again with the \
+                 same --since: an archive begins anew, the update of a raw secondary is completed",
+            )
     };
     let copy = record.copy.as_ref().ok_or_else(|| {
         give_up(if record.command == "copy" && !record.further_origins.is_empty() {
             "it copied several origins from one instant, and such a copy cannot be continued".to_owned()
         } else if record.command == "copy" {
             "its process died before the instant was taken, its origin was not in use, it was an increment \
-             (--since), or it copied to a pipe, whose reader is gone"
+             (--since), which is to be run again, or it copied to a pipe, whose reader is gone"
                 .to_owned()
         } else {
             format!("it is not a copy but '{}'", record.command)
@@ -306,7 +309,7 @@ pub fn run(
         originals_begun: content.originals_begun,
         released: live.stack().released(),
     };
-    let transfer = Transfer { engine, secondary };
+    let transfer = Transfer { engine, secondary, update: None };
     let is_hook_due = !copy.hook_after_done;
     Session::resume(&plan, (live, transfer), is_hook_due, observer, interrupt, |session| {
         copy_live(session, Some(log), Some(from))

@@ -15,6 +15,7 @@ use crate::topology::Topology;
 use crate::volume::lvm_lock::LvmScope;
 
 use super::attach::recorded_volumes;
+use super::raw_secondary::RawSecondary;
 use super::request::CopyRequest;
 use super::snapshot::list::{SnapshotView, State, views_of};
 use super::snapshot::monitor::{self, is_nearly_full};
@@ -37,6 +38,8 @@ pub struct Status {
     pub disks: Vec<DiskStatus>,
     /// Snapshots that are kept, the oldest of each volume first.
     pub snapshots: Vec<SnapshotView>,
+    /// Raw secondaries onto which increments can be written.
+    pub secondaries: Vec<RawSecondary>,
     /// Problems, in words, with what to do.
     pub warnings: Vec<String>,
 }
@@ -156,7 +159,28 @@ pub fn status() -> Result<Status> {
     let known = jobs(&lost, &mut status)?;
     status.disks = disks()?;
     strays(&ours, &known, &mut status)?;
+    secondaries(&mut status)?;
     Ok(status)
+}
+
+/// Collects the raw secondaries, and warns of those that are copies of nothing.
+fn secondaries(status: &mut Status) -> Result<()> {
+    for secondary in RawSecondary::all()? {
+        match secondary {
+            Ok(secondary) => status.secondaries.push(secondary),
+            Err(error) => status.warnings.push(error.to_string()),
+        }
+    }
+    let updating = status.secondaries.iter().filter(|secondary| secondary.is_updating);
+    status.warnings.extend(updating.map(|RawSecondary { secondary, text, base, .. }| {
+        format!(
+            "{} {text}: unless a copy to it is running, run the increment again (tidemark copy ORIGIN --since {base} \
+             {})",
+            secondary.display(),
+            secondary.display()
+        )
+    }));
+    Ok(())
 }
 
 /// Collects the stacks. Returns the jobs whose copies are void.

@@ -112,13 +112,22 @@ fn write_in_place(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().io_context(what)
 }
 
-/// Replaces the record at `path` whole: writes another file, syncs it, renames it, and syncs the directory.
+/// Replaces the record at `path` whole.
 ///
 /// # Errors
 /// I/O errors.
 pub fn write<R: Record>(path: &Path, record: &R) -> Result<()> {
+    replace(path, &encode(record)?)
+}
+
+/// Replaces the file at `path` whole: writes another file, syncs it, renames it, and syncs the directory. When this
+/// returns, `bytes` are on stable storage.
+///
+/// # Errors
+/// I/O errors; the file is whole, the old or the new one.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let new = temporary(path);
-    write_in_place(&new, &encode(record)?)?;
+    write_in_place(&new, bytes)?;
     crash_point("record.written");
     fs::rename(&new, path)
         .and_then(|()| sync_directory(path))
@@ -145,7 +154,11 @@ pub(super) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+/// Syncs the directory of `path`.
+///
+/// # Errors
+/// I/O errors.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|directory| directory.sync_all())
 }
 

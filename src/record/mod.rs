@@ -13,5 +13,5 @@
 mod file;
 mod lock;
 
-pub use file::{read, write};
+pub use file::{read, replace, sync_directory, write};
 pub use lock::{FoundRecord, LockedRecord, find, ids, path_of, remove};

@@ -200,6 +200,24 @@ fn compare_devices(
     }
 }
 
+/// True if every device of `now` is one of those of `recorded`: what is written to `now` may be written to `recorded`.
+pub(super) fn is_part_of(now: &TargetRecord, recorded: &TargetRecord) -> bool {
+    let is_same_boot = !recorded.boot.is_empty() && recorded.boot == now.boot;
+    let is_known = |device: &DeviceRecord| {
+        recorded.devices.iter().any(|other| same_device(other, device, is_same_boot).is_ok())
+    };
+    !now.devices.is_empty() && now.devices.iter().all(is_known)
+}
+
+/// True for a device that has, or is on one that has, neither UUID nor serial number: nothing tells it from another
+/// one.
+pub(super) fn is_nameless(target: &TargetRecord) -> bool {
+    let has_no_name = |device: &DeviceRecord| {
+        [&device.uuid, &device.wwid, &device.serial, &device.backing].into_iter().all(Option::is_none)
+    };
+    target.file.is_none() && target.devices.iter().any(has_no_name)
+}
+
 fn same_device(
     recorded: &DeviceRecord,
     now: &DeviceRecord,
@@ -245,7 +263,7 @@ fn same_device(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::base::ErrorKind;
 
@@ -253,7 +271,7 @@ mod tests {
         DeviceNumber { major, minor }
     }
 
-    fn disk(minor: u32, sequence: u64, serial: Option<&str>) -> DeviceRecord {
+    pub fn disk(minor: u32, sequence: u64, serial: Option<&str>) -> DeviceRecord {
         DeviceRecord {
             number: dev(8, minor),
             size_bytes: 1 << 30,

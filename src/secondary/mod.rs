@@ -23,6 +23,7 @@ mod packed;
 pub mod partial;
 mod port;
 pub mod raw;
+pub mod raw_copies;
 #[cfg(test)]
 mod resume_tests;
 

@@ -171,18 +171,7 @@ impl PartialFile {
         if partial.parent() != Some(&directory) || partial_of(&partial) != Some(name.as_bytes()) {
             return Err(cannot_resume(format!("{shown} is not a partial file of {}", target.display())));
         }
-        let open = |flags: i32| {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .custom_flags(flags | libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                .open(&partial)
-        };
-        let opened = match open(libc::O_DIRECT) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
-            opened => opened,
-        };
-        let file = match opened {
+        let file = match open_again(&partial) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(cannot_resume(format!("the partial file {shown} is gone")));
@@ -389,6 +378,47 @@ fn is_ours(found: &fs::Metadata) -> bool {
     found.is_file() && found.uid() == nix::unistd::geteuid().as_raw() && found.nlink() == 1
 }
 
+/// Refuses a file that must not be written in place: it is missing, not a regular file, in use, or about to be
+/// replaced.
+///
+/// # Errors
+/// [`ErrorKind::Refused`]; I/O errors.
+pub(super) fn check_existing(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Ok(_) => return Err(Error::refused(format!("{} is not a regular file", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::refused(format!("{} does not exist", path.display())));
+        }
+        Err(error) => return Err(Error::io(format!("stat of {}", path.display()), error)),
+    }
+    let topology = Topology::default();
+    topology.check_unused(path)?;
+    topology.check_replaceable(path)?;
+    let name = path.file_name().unwrap_or_default();
+    refuse_others(path, directory_of(path), name, None)
+}
+
+/// Opens a complete file to be written in place, with direct I/O if the filesystem supports it, and locks it. Waits for
+/// the last writes of a killed process, which keep the lock.
+///
+/// # Errors
+/// As [`check_existing`].
+pub(super) fn open_existing(path: &Path) -> Result<File> {
+    let deadline = Deadline::new();
+    while let Err(error) = check_existing(path) {
+        // The lock tells such a process from another one only once the file is open, which this check forbids.
+        if error.kind() != ErrorKind::Refused || !path.exists() || !deadline.pause() {
+            return Err(error);
+        }
+    }
+    let file = open_again(path).io_context(|| format!("open {}", path.display()))?;
+    lock(&file, path, &deadline)?;
+    // Opened between the check and the open.
+    Topology::default().check_unused(path)?;
+    Ok(file)
+}
+
 /// Removes a partial file that a killed process has left; returns whether it existed. Its path comes from the
 /// job's record; the name is checked so that no record can make it remove any other file. If the copy got
 /// its final name before the process died, only the partial name is removed.
@@ -542,6 +572,18 @@ fn lock(file: &File, path: &Path, deadline: &Deadline) -> Result<()> {
                 return Ok(());
             }
         }
+    }
+}
+
+/// Opens a file that exists, with direct I/O if the filesystem supports it.
+fn open_again(path: &Path) -> io::Result<File> {
+    let open = |flags: i32| {
+        let flags = flags | libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
+    };
+    match open(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
+        opened => opened,
     }
 }
 

@@ -62,6 +62,8 @@ pub struct SecondaryRequest {
     pub block_list: Vec<Extent>,
     /// What the copy shows and continues.
     pub lineage: Lineage,
+    /// A raw secondary that holds a copy is updated: what is not written stays.
+    pub in_place: bool,
 }
 
 /// The kept snapshots and the archive that a copy is related to. Ids are nil if there is none.

@@ -3,8 +3,11 @@
 //! Invariants:
 //! - a device is opened exclusively (O_EXCL: it is neither mounted nor held by another device), after the
 //!   checks of [`guard`](super::guard), which name its user;
-//! - a file is sparse, and has no final name until it is finished ([`partial`](super::partial)). Until
+//! - a file is sparse, and has no final name until it is finished ([`partial`]). Until
 //!   [`RawTarget::seal`] truncates it, its length is that of the origin rounded up to [`DIRECT_IO_ALIGN`];
+//! - a copy that is updated in place ([`RawRequest::in_place`]) keeps what is not written, its name and its length;
+//! - before a device is overwritten as a whole, the record of what it holds is removed
+//!   ([`raw_copies`](super::raw_copies));
 //! - a device is left unchanged past the origin's end, except for the rest of the last logical block, which
 //!   becomes zero.
 //!
@@ -13,10 +16,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::identity::{Recognition, identify, recognize};
-use super::partial::{Deadline, PartialFile};
+use super::partial::{self, Deadline, PartialFile};
+use super::raw_copies::RawCopies;
 use super::{
     PAYLOAD_OFFSET, Placement, Resumed, Secondary, SecondaryRequest, Segment, is_zero, zero_padding,
 };
@@ -41,19 +45,34 @@ pub struct RawRequest {
     pub replace: bool,
     /// As [`SecondaryRequest::forbidden`].
     pub forbidden: Vec<DeviceNumber>,
+    /// As [`SecondaryRequest::in_place`].
+    pub in_place: bool,
 }
 
 impl From<&SecondaryRequest> for RawRequest {
     fn from(request: &SecondaryRequest) -> Self {
         debug_assert_eq!(request.form, SecondaryForm::Raw);
-        Self { size: request.origin.size, replace: request.replace, forbidden: request.forbidden.clone() }
+        Self {
+            size: request.origin.size,
+            replace: request.replace,
+            forbidden: request.forbidden.clone(),
+            in_place: request.in_place,
+        }
     }
 }
 
 #[derive(Debug)]
 enum Kind {
-    Device { file: File, identity: TargetRecord },
+    Device {
+        file: File,
+        identity: TargetRecord,
+    },
     File(PartialFile),
+    /// A file that is updated in place.
+    Existing {
+        file: File,
+        identity: Box<TargetRecord>,
+    },
 }
 
 /// An open raw device or file.
@@ -65,8 +84,9 @@ pub struct RawTarget {
     /// Alignment of the end of the last write.
     block: Bytes,
     written: bool,
-    /// Any part may have been written before: see [`RawTarget::reopen`].
+    /// Any part may have been written before: see [`RawTarget::reopen`]; or all of it was, and it is updated in place.
     reopened: bool,
+    in_place: bool,
     recognition: Recognition,
 }
 
@@ -76,7 +96,12 @@ impl RawTarget {
     /// # Errors
     /// Refusals (see [`guard`](super::guard)), I/O errors.
     pub fn open(path: &Path, request: &RawRequest) -> Result<Self> {
-        if is_block_device(path)? { Self::open_device(path, request) } else { Self::open_file(path, request) }
+        match (is_block_device(path)?, request.in_place) {
+            (true, false) => Self::open_device(path, request),
+            (true, true) => Self::open_device_once_idle(path, request),
+            (false, false) => Self::open_file(path, request),
+            (false, true) => Self::open_existing(path, request),
+        }
     }
 
     /// Opens the target of a copy that was killed, to resume it: its content stays.
@@ -118,14 +143,18 @@ impl RawTarget {
     }
 
     /// Waits for the last writes of a killed process, which keep the device open.
-    fn reopen_device(path: &Path, request: &RawRequest, recorded: Option<&TargetRecord>) -> Result<Self> {
+    fn open_device_once_idle(path: &Path, request: &RawRequest) -> Result<Self> {
         let deadline = Deadline::new();
-        let mut target = loop {
+        loop {
             match Self::open_device(path, request) {
                 Err(error) if error.errno() == Some(libc::EBUSY) && deadline.pause() => {}
-                opened => break opened?,
+                opened => return opened,
             }
-        };
+        }
+    }
+
+    fn reopen_device(path: &Path, request: &RawRequest, recorded: Option<&TargetRecord>) -> Result<Self> {
+        let mut target = Self::open_device_once_idle(path, request)?;
         let Kind::Device { identity, .. } = &target.kind else { unreachable!("it was opened as a device") };
         target.recognition = recognize(recorded, identity, path)?;
         Ok(target)
@@ -140,6 +169,8 @@ impl RawTarget {
             check_device(path, request)?;
             // Opened read-only: udev scans a device again when a writer closes it.
             open_exclusively(path, OpenOptions::new().read(true), request.size).map(drop)
+        } else if request.in_place {
+            check_existing(path, request).map(drop)
         } else {
             Topology::default().check_file(directory_of(path), &request.forbidden)?;
             PartialFile::check(path, request.replace)
@@ -160,7 +191,33 @@ impl RawTarget {
             size: request.size,
             block: Bytes(topology.logical_block_bytes(device)),
             written: false,
-            reopened: false,
+            reopened: request.in_place,
+            in_place: request.in_place,
+            recognition: Recognition::Uninterrupted,
+        })
+    }
+
+    fn open_existing(path: &Path, request: &RawRequest) -> Result<Self> {
+        let path = check_existing(path, request)?;
+        let file = partial::open_existing(&path)?;
+        let identity = Box::new(identify(&file, &path)?);
+        let length = file.metadata().io_context(|| format!("stat of {}", path.display()))?.len();
+        if Bytes(length) != request.size {
+            return Err(Error::bad_data(format!(
+                "{} has {length} bytes, the origin {}",
+                path.display(),
+                request.size.get()
+            ))
+            .state("nothing was written"));
+        }
+        Ok(Self {
+            kind: Kind::Existing { file, identity },
+            description: path.display().to_string(),
+            size: request.size,
+            block: DIRECT_IO_ALIGN,
+            written: false,
+            reopened: true,
+            in_place: true,
             recognition: Recognition::Uninterrupted,
         })
     }
@@ -181,6 +238,7 @@ impl RawTarget {
             block: DIRECT_IO_ALIGN,
             written: false,
             reopened: false,
+            in_place: false,
         }
     }
 
@@ -192,7 +250,7 @@ impl RawTarget {
 
     fn file(&self) -> &File {
         match &self.kind {
-            Kind::Device { file, .. } => file,
+            Kind::Device { file, .. } | Kind::Existing { file, .. } => file,
             Kind::File(partial) => partial.file(),
         }
     }
@@ -249,6 +307,30 @@ impl RawTarget {
         };
         extents.iter().map(piece).collect()
     }
+}
+
+/// Checks a file that is to be updated in place; returns its full path.
+fn check_existing(path: &Path, request: &RawRequest) -> Result<PathBuf> {
+    let path = partial::resolve(path)?;
+    Topology::default().check_file(directory_of(&path), &request.forbidden)?;
+    if !request.replace {
+        return Err(Error::refused(format!("the copy in {} would be updated in place", path.display()))
+            .state("it was not touched")
+            .next("pass --yes if that is what you want"));
+    }
+    partial::check_existing(&path)?;
+    Ok(path)
+}
+
+/// The facts that identify the device or file at `path` now.
+///
+/// # Errors
+/// I/O errors.
+pub fn identity_of(path: &Path) -> Result<TargetRecord> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK);
+    let file = options.open(path).io_context(|| format!("open {}", path.display()))?;
+    identify(&file, path)
 }
 
 fn check_device(path: &Path, request: &RawRequest) -> Result<DeviceNumber> {
@@ -367,6 +449,11 @@ impl Secondary for RawTarget {
     fn set_instant(&mut self, _instant_ns: u64) {}
 
     fn attach(&mut self, engine: &mut dyn Engine) -> Result<FileIx> {
+        if let Kind::Device { identity, .. } = &self.kind
+            && !self.in_place
+        {
+            RawCopies::default().forget(Path::new(&self.description), identity)?;
+        }
         let file =
             self.file().try_clone().io_context(|| format!("duplicate the handle of {}", self.description))?;
         engine.add_file(file.into(), &self.description)
@@ -386,7 +473,7 @@ impl Secondary for RawTarget {
 
     fn partial_path(&self) -> Option<&Path> {
         match &self.kind {
-            Kind::Device { .. } => None,
+            Kind::Device { .. } | Kind::Existing { .. } => None,
             Kind::File(partial) => Some(partial.partial()),
         }
     }
@@ -398,13 +485,15 @@ impl Secondary for RawTarget {
     fn target(&self) -> Option<&TargetRecord> {
         Some(match &self.kind {
             Kind::Device { identity, .. } => identity,
+            Kind::Existing { identity, .. } => identity,
             Kind::File(partial) => partial.identity(),
         })
     }
 
-    /// A device keeps its old content, so it is zeroed; a new file reads as zeros where nothing is written.
+    /// A device, or a file that is updated, keeps its old content, so it is zeroed; a new file reads as zeros where
+    /// nothing is written.
     fn absent(&mut self, extents: &[Extent]) -> Placement {
-        if !self.is_device() {
+        if !self.is_device() && !self.in_place {
             return Placement::default();
         }
         let zeros = extents.iter().map(|extent| self.zeroed(*extent)).collect();
@@ -417,7 +506,7 @@ impl Secondary for RawTarget {
 
     fn seal(&mut self) -> Result<()> {
         match &self.kind {
-            Kind::Device { .. } => Ok(()),
+            Kind::Device { .. } | Kind::Existing { .. } => Ok(()),
             Kind::File(partial) => partial.file().set_len(self.size.get()).io_context(|| {
                 format!("set the length of {} to {}", partial.partial().display(), self.size.get())
             }),
@@ -426,8 +515,14 @@ impl Secondary for RawTarget {
 
     fn finish(&mut self) -> Result<()> {
         match &mut self.kind {
-            Kind::Device { file, .. } => file.sync_all().io_context(|| format!("sync {}", self.description)),
-            Kind::File(partial) => partial.publish(),
+            Kind::Device { file, .. } | Kind::Existing { file, .. } => {
+                file.sync_all().io_context(|| format!("sync {}", self.description))
+            }
+            Kind::File(file) => {
+                file.publish()?;
+                let path = partial::resolve(Path::new(&self.description))?;
+                RawCopies::default().forget(&path, file.identity())
+            }
         }
     }
 
@@ -439,11 +534,16 @@ impl Secondary for RawTarget {
 
     fn abandon(&mut self) -> Result<String> {
         match &mut self.kind {
+            Kind::Device { .. } | Kind::Existing { .. } if self.written && self.in_place => {
+                Ok(format!("{} is partly updated: it is a copy of nothing", self.description))
+            }
             Kind::Device { .. } if self.written => Ok(format!(
                 "{} is partly overwritten: neither the copy nor its previous content is complete",
                 self.description
             )),
-            Kind::Device { .. } => Ok(format!("{} was not touched", self.description)),
+            Kind::Device { .. } | Kind::Existing { .. } => {
+                Ok(format!("{} was not touched", self.description))
+            }
             Kind::File(partial) => partial.abandon(),
         }
     }
@@ -478,7 +578,8 @@ mod tests {
     fn the_end_is_rounded_up_and_padded() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("out");
-        let request = RawRequest { size: Bytes(70_001), replace: false, forbidden: Vec::new() };
+        let request =
+            RawRequest { size: Bytes(70_001), replace: false, forbidden: Vec::new(), in_place: false };
         let mut target = RawTarget::open(&path, &request).unwrap();
         let mut memory = vec![7u8; 4096 * 2 + 131_072];
         memory[4096..4096 + 65536].fill(0);
@@ -496,7 +597,7 @@ mod tests {
 
     #[test]
     fn a_target_that_is_not_a_file_is_refused() {
-        let request = RawRequest { size: Bytes(1), replace: true, forbidden: Vec::new() };
+        let request = RawRequest { size: Bytes(1), replace: true, forbidden: Vec::new(), in_place: false };
         let error = RawTarget::open(Path::new("/dev/null"), &request).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
         let error = RawTarget::open(Path::new("/nowhere/at/all"), &request).unwrap_err();

@@ -142,6 +142,7 @@ impl World {
             chunk: ChunkSize::new(Bytes(CHUNK)).unwrap(),
             block_list: self.block_list.clone(),
             lineage: Lineage::default(),
+            in_place: false,
         }
     }
 

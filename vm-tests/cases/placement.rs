@@ -124,6 +124,8 @@ const TABLE: &[(&str, When, When, When, &str)] = &[
     ("hooks_mariadb", A, F, F, ""),
     ("copy_since", A, F, F, "twenty generations"),
     ("copy_since_live", A, F, F, ""),
+    ("copy_since_raw", A, F, F, ""),
+    ("copy_since_raw_kills", A, F, F, ""),
     ("store_swap", N, A, F, "the user-mode kernel has no swap space"),
     ("soak", A, N, N, "many short copies, and faults that stock kernels cannot inject"),
     ("soak_snapshots", A, N, N, "random programs, killed and taken apart"),

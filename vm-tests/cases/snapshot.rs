@@ -58,6 +58,8 @@ pub fn cases() -> Vec<Case> {
             .limit_seconds(300),
         since("copy_since", "copy_since.sh"),
         since("copy_since_live", "copy_since_live.sh"),
+        since("copy_since_raw", "copy_since_raw.sh"),
+        since("copy_since_raw_kills", "copy_since_raw_kills.sh"),
         case("snapshot_filesystems", "snapshot_filesystems.sh")
             .modules(&["xfs"])
             .commands(&["mkfs.xfs", "fio", "wipefs"])

@@ -10,6 +10,8 @@
 //! | [`group_plan`] | what that would do, and what is refused |
 //! | [`turns`] | which origins are read at the same time |
 //! | [`since`] | what has changed since a kept snapshot, and is copied |
+//! | [`raw_parent`] | the raw secondary that is updated, by its record |
+//! | [`update`] | the update of a raw secondary in place, and the record of what it holds |
 //! | [`workers`] | the threads that run in parallel with the copier |
 //! | [`rescue`] | restores the origin if the copier cannot |
 //! | [`cold`] | a cold origin: kept open exclusively and checked while it is read |
@@ -32,12 +34,14 @@ mod live;
 mod originals;
 mod placement;
 pub mod plan;
+pub mod raw_parent;
 pub mod report;
 mod rescue;
 pub mod run;
 pub mod session;
 pub mod since;
 pub(in crate::op) mod turns;
+mod update;
 mod workers;
 
 pub use live::Live;

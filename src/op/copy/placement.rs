@@ -16,7 +16,7 @@ use crate::job::segment_log::SegmentLog;
 use crate::secondary::{PlacedSegment, Secondary};
 
 /// Records what another process needs to resume the copy. Returns None if it cannot be resumed, because the secondary
-/// is a pipe, or an increment, or the origin is one of several.
+/// is a pipe, or the copy is an increment, or the origin is one of several.
 ///
 /// # Errors
 /// I/O errors.
@@ -25,8 +25,9 @@ pub(super) fn note_copy(
     live: &Live,
     secondary: &dyn Secondary,
 ) -> Result<Option<SegmentLog>> {
-    // What an increment has packed is not known by segment. A copy of several origins is not continued.
-    if secondary.is_stream() || secondary.is_packed() || live.is_one_of_several() {
+    // What an increment has packed is not known by segment, and one onto a raw secondary is run again instead. A copy of
+    // several origins is not continued.
+    if secondary.is_stream() || secondary.is_packed() || plan.is_update() || live.is_one_of_several() {
         return Ok(None);
     }
     let times = live.stack().times();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::raw_parent::RawParent;
 use super::since::{self, KeptOrigin, SincePlan};
 use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, ChunkSize, DeviceNumber, Error, Result, SegmentSize};
@@ -99,7 +100,11 @@ pub(super) fn plan_one_of(
         return Err(Error::refused(format!("{} is empty", origin.path.display()))
             .next("name a device or file that is not empty"));
     }
-    let segment = segment_size_for(origin.size, request.segment)?;
+    let raw = RawParent::find(request)?;
+    let segment = match &raw {
+        Some(raw) => raw.segment(request.segment)?,
+        None => segment_size_for(origin.size, request.segment)?,
+    };
     let region = region_size_for(origin.size, segment, request.region)?;
     check_units(segment, request.chunk)?;
     let forbidden: Vec<DeviceNumber> = origin.number.into_iter().collect();
@@ -116,10 +121,14 @@ pub(super) fn plan_one_of(
             None
         }
     };
-    let since = since::plan(request, &origin, kept.as_ref(), interrupt)?;
+    let overwrites = raw.as_ref().map(RawParent::overwrites);
+    let since = since::plan(request, &origin, kept.as_ref(), raw, interrupt)?;
     let order = order_for(request, &origin);
     let target = match &request.secondary {
         SecondaryTarget::Pipe => TargetFacts::default(),
+        SecondaryTarget::Path(_) if overwrites.is_some() => {
+            TargetFacts { overwrites, ..TargetFacts::default() }
+        }
         SecondaryTarget::Path(path) => TargetFacts::of(path, Some(origin.size)),
     };
     let plan = CopyPlan {
@@ -376,6 +385,11 @@ impl CopyPlan {
         self.forbidden.iter().copied().chain([below]).collect()
     }
 
+    /// True if a raw secondary is updated in place.
+    pub(super) fn is_update(&self) -> bool {
+        self.since.as_ref().is_some_and(|since| since.raw.is_some())
+    }
+
     /// The snapshots and the archive that the copy is related to.
     fn lineage(&self) -> Lineage {
         if self.request.format != SecondaryForm::Archive {
@@ -409,6 +423,7 @@ impl CopyPlan {
             chunk: self.request.chunk,
             block_list: whole(self.origin.size),
             lineage: self.lineage(),
+            in_place: self.is_update(),
         }
     }
 }

@@ -9,9 +9,11 @@ use super::live::Live;
 use super::originals::{StoreOriginals, StoreReleases};
 use super::placement::note_copy;
 use super::plan::{CopyPlan, is_rotating};
+use super::raw_parent::RawCheckReport;
 use super::report::{CopyOutcome, CopyResult, SkippedReport, tell_skipped};
 use super::session::{Session, Transfer};
-use super::since::{self, Selection};
+use super::since::{self, KeptOrigin, Selection};
+use super::update::{NewRecord, Reading, Update};
 use super::workers::Workers;
 use crate::base::clock;
 use crate::base::limits::{LIVE_READ_BYTES, LIVE_READ_ROTATING_BYTES};
@@ -21,6 +23,8 @@ use crate::copy::{
 };
 use crate::extent::free::{FreeLimits, needed, skippable};
 use crate::extent::{BlockList, Extent};
+use crate::format::raw_copy::Shown;
+use crate::format::state::TargetRecord;
 use crate::io::Engine;
 use crate::job::published::ProgressFile;
 use crate::job::segment_log::SegmentLog;
@@ -98,9 +102,7 @@ fn copy_beside_workers(
     let below = open_below(live)?;
     live.job().set_hook_after_done()?;
     let impact = impact_watch(plan, live);
-    if impact.is_none() && plan.request.impact != Impact::None {
-        observer.event(&Event::Note { text: blind_text(plan) });
-    }
+    tell_if_blind(plan, impact.as_ref(), observer);
     let (mut originals, mut releases) = (
         StoreOriginals::new(live, monitor, gate),
         StoreReleases::new(live, gate, plan.order == copy::Order::Hot),
@@ -108,9 +110,13 @@ fn copy_beside_workers(
     let before_publish = || StoreOriginals::new(live, monitor, gate).check_valid();
     let on_failure = || workers.rescue.restore();
     let on_doubt = || session.is_doubted.set(true);
-    let Transfer { mut engine, mut secondary } =
+    let Transfer { mut engine, mut secondary, mut update } =
         session.transfer.take().expect("the copier does not have it yet");
-    let Selection { needed: block_list, inherited, changed } = selection;
+    let target = secondary.target().cloned();
+    let shown = (live.stack().times().instant_utc_ns, None);
+    let reading = Reading { engine: engine.as_mut(), observer, interrupt: &stop };
+    mark(update.as_mut(), &selection, shown, reading)?;
+    let Selection { needed: block_list, inherited, changed, .. } = selection;
     secondary.restrict(&block_list);
     secondary.inherit(&inherited);
     let is_stream = secondary.is_stream();
@@ -129,11 +135,13 @@ fn copy_beside_workers(
     job.before_publish = &before_publish;
     job.on_failure = &on_failure;
     job.on_unwritten_failure = &on_doubt;
-    let report = ended(copy::run(job), engine, is_stream);
+    let copied = copy::run(job);
+    let reading = Reading { engine: engine.as_mut(), observer, interrupt: *interrupt };
+    let report = ended(finished(update, copied, (target.as_ref(), None), reading), engine, is_stream);
     drop((originals, releases));
     let (store, release) = workers.stop(plan, observer);
-    let report = report?;
-    let since = plan.since.as_ref().map(|since| since.report(changed, report.read_bytes));
+    let (report, check) = report?;
+    let since = plan.since.as_ref().map(|since| since.report(changed, report.read_bytes, check));
     Ok(CopyResult {
         instant: live.stack().times(),
         since,
@@ -159,11 +167,34 @@ fn progress_file<'a>(session: &Session<'a>, live: &Live) -> ProgressFile<'a> {
 
 /// While requests are in flight, the kernel may read from the engine's buffers. So the engine is leaked; the end of the
 /// process waits for the requests.
-fn ended(copied: Result<CopyReport>, engine: Box<dyn Engine>, is_stream: bool) -> Result<CopyReport> {
+fn ended<T>(copied: Result<T>, engine: Box<dyn Engine>, is_stream: bool) -> Result<T> {
     if engine.in_flight() > 0 && !is_stream {
         std::mem::forget(engine);
     }
     copied
+}
+
+/// Marks the secondary, if it is updated, before anything is written to it.
+fn mark(
+    update: Option<&mut Update>,
+    selection: &Selection,
+    (instant_ns, kept): (u64, Option<&KeptOrigin>),
+    mut reading: Reading<'_>,
+) -> Result<()> {
+    let shown = Shown { snapshot: kept.map(|kept| kept.id), instant_ns };
+    update.map_or(Ok(()), |update| update.mark(selection, (shown, kept), &mut reading))
+}
+
+/// Completes the update of a secondary, if it is one, after the copier has ended with `copied`.
+fn finished(
+    update: Option<Update>,
+    copied: Result<CopyReport>,
+    (target, kept): (Option<&TargetRecord>, Option<&KeptOrigin>),
+    mut reading: Reading<'_>,
+) -> Result<(CopyReport, Option<RawCheckReport>)> {
+    let (Some(update), Some(target)) = (update, target) else { return copied.map(|copied| (copied, None)) };
+    let (copied, check) = update.finish(copied, (target, kept), &mut reading)?;
+    Ok((copied, Some(check)))
 }
 
 /// Measures the impact on the applications; None if the kernel keeps no statistics.
@@ -176,12 +207,16 @@ fn impact_watch(plan: &CopyPlan, live: &Live) -> Option<ImpactWatch> {
     })
 }
 
-fn blind_text(plan: &CopyPlan) -> String {
-    format!(
+fn tell_if_blind(plan: &CopyPlan, impact: Option<&ImpactWatch>, observer: &dyn Observer) {
+    if impact.is_some() || plan.request.impact == Impact::None {
+        return;
+    }
+    let text = format!(
         "the kernel keeps no statistics of {} (queue/iostats is 0): --impact cannot measure the latency of \
          applications, and the copier is not throttled",
         plan.origin.path.display()
-    )
+    );
+    observer.event(&Event::Note { text });
 }
 
 /// The block list: everything except what was free at the instant, as precisely as the secondary's form can express.
@@ -236,21 +271,31 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
     };
     let skipped = ranges_left_out(plan);
     let selection = selection_of(plan, &skipped.extents, session.interrupt)?;
-    let Transfer { mut engine, mut secondary } =
+    let Transfer { mut engine, mut secondary, mut update } =
         session.transfer.take().expect("the copier does not have it yet");
+    let (target, new_record) = (secondary.target().cloned(), NewRecord::of(plan, secondary.as_ref()));
+    let (observer, interrupt, kept) = (session.observer, session.interrupt, plan.kept.as_ref());
+    let reading = Reading { engine: engine.as_mut(), observer, interrupt };
+    mark(update.as_mut(), &selection, (instant_utc_ns, kept), reading)?;
     secondary.set_instant(instant.instant_utc_ns);
     secondary.restrict(&selection.needed);
     secondary.inherit(&selection.inherited);
     let is_stream = secondary.is_stream();
     let mut job = CopyJob::new(engine.as_mut(), origin, plan.origin.size, plan.options(), secondary);
     job.origin_description = plan.origin.path.display().to_string();
-    job.block_list = selection.needed;
+    job.block_list.clone_from(&selection.needed);
     job.inherited = selection.inherited;
-    job.observer = session.observer;
-    job.interrupt = session.interrupt;
+    job.keeps_checksums = new_record.is_some();
+    job.observer = observer;
+    job.interrupt = interrupt;
     job.before_publish = &before_publish;
-    let copy = ended(copy::run(job), engine, is_stream)?;
-    let since = plan.since.as_ref().map(|since| since.report(selection.changed, copy.read_bytes));
+    let copied = copy::run(job);
+    if let (Ok(copied), Some(record)) = (&copied, new_record) {
+        record.save(plan, &selection.needed, copied, observer);
+    }
+    let reading = Reading { engine: engine.as_mut(), observer, interrupt };
+    let (copy, check) = ended(finished(update, copied, (target.as_ref(), kept), reading), engine, is_stream)?;
+    let since = plan.since.as_ref().map(|since| since.report(selection.changed, copy.read_bytes, check));
     Ok(CopyResult {
         instant,
         since,

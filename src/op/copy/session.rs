@@ -11,6 +11,7 @@ use super::live::{self, Live};
 use super::plan::{CopyPlan, LivePlan};
 use super::report::{CopyOutcome, CopyResult};
 use super::turns::{enter_queue, join_queue};
+use super::update::{Reading, Update};
 use crate::base::clock::Stopwatch;
 use crate::base::limits::{COPY_BUFFER_BYTES_MAX, LIVE_COPY_BUFFER_BYTES_MAX};
 use crate::base::{Error, Result};
@@ -30,6 +31,8 @@ pub struct Transfer {
     pub engine: Box<dyn Engine>,
     /// The secondary, opened and checked.
     pub secondary: Box<dyn Secondary>,
+    /// The update of a secondary that holds a copy, which was compared with its record.
+    pub update: Option<Update>,
 }
 
 /// What an origin has in common with others that are copied from the same instant. All of it is ended by their owner.
@@ -211,17 +214,20 @@ impl<'a> Session<'a> {
         let opening = self.shared.as_ref().map(|shared| shared.opening);
         // It guards nothing that a panic could leave inconsistent.
         let _alone = opening.map(|opening| opening.lock().unwrap_or_else(PoisonError::into_inner));
-        let engine = engine_for(self.plan, self.shared.as_ref().map_or(1, |shared| shared.count))
+        let mut engine = engine_for(self.plan, self.shared.as_ref().map_or(1, |shared| shared.count))
             .map_err(|error| error.state("nothing was frozen, and the origin was not changed"))?;
-        let secondary = open_secondary(self.plan, self.interrupt)?;
+        let mut secondary = open_secondary(self.plan, self.interrupt)?;
         if let Some(shared) = &self.shared {
             // A panic leaves the job consistent: its record is replaced atomically.
             let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
             secondary.partial_path().into_iter().for_each(|partial| job.note_partial(partial));
             drop(job);
-            self.transfer.set(Some(Transfer { engine, secondary }));
+            self.transfer.set(Some(Transfer { engine, secondary, update: None }));
             return Ok(());
         }
+        let (observer, interrupt) = (self.observer, self.interrupt);
+        let mut reading = Reading { engine: engine.as_mut(), observer, interrupt };
+        let update = Update::begin(self.plan, secondary.as_mut(), &mut reading)?;
         // The job of a cold copy records only the partial file.
         match (&mut self.job, secondary.partial_path()) {
             (Some(job), Some(partial)) => job.note_partial(partial),
@@ -229,7 +235,7 @@ impl<'a> Session<'a> {
             (job, partial) if !secondary.is_stream() => *job = Job::begin_for_target("copy", partial),
             _ => {}
         }
-        self.transfer.set(Some(Transfer { engine, secondary }));
+        self.transfer.set(Some(Transfer { engine, secondary, update }));
         Ok(())
     }
 

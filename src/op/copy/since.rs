@@ -2,23 +2,25 @@
 //!
 //! Copied is what is used now and has changed, or is not in the parent (it was free then):
 //! `needed = used AND (changed OR absent in the parent)`. The rest of what is used is inherited from the parent.
+//! The parent is an archive, or the raw secondary itself, which is updated in place ([`update`](super::update)).
 //! What has changed is in the stores ([`changes`]). It is read after the instant: a chunk whose first write came after
 //! it may be in the stores too, and is copied in vain.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::raw_parent::{RawCheckPlan, RawCheckReport, RawParent};
+use crate::base::limits::DIRECT_IO_ALIGN;
 use crate::base::{Bytes, Error, Result, directory_of};
 use crate::dm::Dm;
 use crate::extent::{Extent, ExtentSet};
-use crate::format::SecondaryForm;
 use crate::format::state::{SnapshotRecord, SnapshotSetRecord};
 use crate::op::request::CopyRequest;
 use crate::op::snapshot::set::{SnapshotSet, none_of, read_all, read_existing};
 use crate::op::snapshot::{changes, list};
-use crate::restore::chain::{self, Chain};
+use crate::restore::chain;
 use crate::secondary::SecondaryTarget;
 use crate::volume::{Origin, OriginKind};
 
@@ -45,10 +47,12 @@ pub struct SincePlan {
     pub base: String,
     /// Its id.
     pub base_id: Uuid,
-    /// The archive that is continued.
+    /// The archive that is continued, or the raw secondary that is updated.
     pub parent: PathBuf,
-    /// Its id.
+    /// Its id, or that of its record.
     pub parent_id: Uuid,
+    /// What is read of a raw secondary before it is updated.
+    pub check: Option<RawCheckPlan>,
     /// Unit in which changes are known, bytes.
     pub chunk: Bytes,
     /// Chunks that have changed; of a volume in use, until now.
@@ -63,6 +67,12 @@ pub struct SincePlan {
     /// known.
     #[serde(skip)]
     absent: ExtentSet,
+    /// The raw secondary that is updated.
+    #[serde(skip)]
+    pub(super) raw: Option<RawParent>,
+    /// What may differ between the parent and the new instant, as of the plan.
+    #[serde(skip)]
+    pub(super) planned: ExtentSet,
 }
 
 /// The report of `--since`.
@@ -70,8 +80,10 @@ pub struct SincePlan {
 pub struct SinceReport {
     /// The kept snapshot since which changes were copied, as VOLUME@NAME.
     pub base: String,
-    /// The archive that is continued.
+    /// The archive that is continued, or the raw secondary that was updated.
     pub parent: PathBuf,
+    /// What was read of the raw secondary before it was updated.
+    pub check: Option<RawCheckReport>,
     /// Chunks that have changed.
     pub changed_chunks: u64,
     /// Their bytes.
@@ -87,6 +99,8 @@ pub(super) struct Selection {
     pub(super) needed: Vec<Extent>,
     /// As in the parent; sorted, disjoint.
     pub(super) inherited: Vec<Extent>,
+    /// Not in use, or left out; sorted, disjoint. A part of it may be inherited, because it reads as zeros already.
+    pub(super) absent: Vec<Extent>,
     /// Bytes that have changed.
     pub(super) changed: Bytes,
 }
@@ -136,13 +150,10 @@ pub(super) fn plan(
     request: &CopyRequest,
     origin: &Origin,
     kept: Option<&KeptOrigin>,
+    raw: Option<RawParent>,
     interrupt: &dyn Fn() -> Result<()>,
 ) -> Result<Option<SincePlan>> {
     let Some(typed) = &request.since else { return Ok(None) };
-    if request.format == SecondaryForm::Raw {
-        return Err(Error::usage("--since makes an archive, and the secondary is raw")
-            .next("name a file that ends in .tdm, or add --format archive"));
-    }
     let volume = match (kept, &origin.kind) {
         (Some(kept), _) => kept.volume.clone(),
         (None, OriginKind::Live { name, .. }) => name.clone(),
@@ -158,32 +169,101 @@ pub(super) fn plan(
     let shown = format!("{volume}@{}", base.name);
     let dm = Dm::open()?;
     list::check_valid(&dm, &record, &shown)?;
-    if kept.is_none() {
+    let to = last_of(kept, raw.as_ref());
+    if to.is_none() {
         record.refuse_rollback()?;
     }
-    let to = kept.map(|kept| kept.id.simple().to_string());
     let changed = changes::set(&dm, &record, (&base.id, to.as_deref()), interrupt)?;
-    let places = places_of(request)?;
-    let found = chain::find_snapshot(base_id, &places, interrupt)?;
-    let mut parent = found.ok_or_else(|| no_parent(&shown, &places))?;
+    let mut parent = match raw {
+        Some(raw) => Parent::of_raw(raw, (base_id, &shown), (origin, request))?,
+        None => Parent::of_archive(request, (base_id, &shown), origin, interrupt)?,
+    };
     parent.absent.extend(base.left_out().iter());
-    check_size(&parent, origin, &shown)?;
     let chunk = record.chunk()?.bytes();
     let mut since = SincePlan {
         base: shown,
         base_id,
-        parent: parent.last().path().to_owned(),
-        parent_id: parent.last().superblock().archive,
+        parent: parent.path,
+        parent_id: parent.id,
+        check: parent.raw.as_ref().map(|raw| raw.check_plan(request.sample)),
         chunk,
         changed_chunks: changed.total().get().div_ceil(chunk.get()),
         to_move: Bytes::ZERO,
         total: origin.size,
         volume,
         absent: parent.absent,
+        raw: parent.raw,
+        planned: ExtentSet::new(),
     };
-    let whole: Vec<Extent> = Extent::new(Bytes::ZERO, origin.size).into_iter().collect();
-    since.to_move = since.select(&whole, &changed).needed.iter().map(|extent| extent.length()).sum();
+    let selection = since.select(&whole_of(origin.size), &changed);
+    since.to_move = selection.needed.iter().map(|extent| extent.length()).sum();
+    since.planned = selection.needed.into_iter().collect();
     Ok(Some(since))
+}
+
+/// The id of the snapshot before whose instant changes count; None: all count until now.
+///
+/// Why a raw secondary that does not hold its base exactly needs all. It was written by an increment since the same
+/// base, complete or interrupted, to another instant, which may be later than this snapshot's. What that increment
+/// wrote are chunks that had changed since the base until then. Each of them has an exception in the store of the base
+/// or of a newer snapshot, and none is ever taken away: stores only grow, and a deleted snapshot hands what an older
+/// one lacks to the older one's store first. So the chunks that have changed since the base until now are a superset of
+/// all that any such increment may have written. All of them are written again, from this instant; and a chunk that is
+/// not among them holds the same at the base's instant, at this one, and on the secondary.
+fn last_of(kept: Option<&KeptOrigin>, raw: Option<&RawParent>) -> Option<String> {
+    kept.filter(|_| raw.is_none_or(RawParent::is_at_base)).map(|kept| kept.id.simple().to_string())
+}
+
+fn whole_of(size: Bytes) -> Vec<Extent> {
+    Extent::new(Bytes::ZERO, size).into_iter().collect()
+}
+
+/// What holds the content at the instant of the base.
+struct Parent {
+    path: PathBuf,
+    id: Uuid,
+    absent: ExtentSet,
+    raw: Option<RawParent>,
+}
+
+impl Parent {
+    fn of_raw(
+        raw: RawParent,
+        base: (Uuid, &str),
+        (origin, request): (&Origin, &CopyRequest),
+    ) -> Result<Self> {
+        raw.check_base(base.0, base.1)?;
+        if raw.copy.size != origin.size {
+            return Err(wrong_size((&raw.path, raw.copy.size), (base.1, origin.size))
+                .next("make a whole copy (without --since)"));
+        }
+        if !origin.size.is_aligned(DIRECT_IO_ALIGN) {
+            return Err(Error::refused(format!(
+                "a raw copy of {} bytes cannot be updated: the size is not a multiple of {DIRECT_IO_ALIGN}",
+                origin.size.get()
+            ))
+            .state("nothing was changed")
+            .next(format!("make a whole copy of {}", request.origin.display())));
+        }
+        Ok(Self { path: raw.path.clone(), id: raw.copy.id, absent: raw.absent(), raw: Some(raw) })
+    }
+
+    fn of_archive(
+        request: &CopyRequest,
+        (base, shown): (Uuid, &str),
+        origin: &Origin,
+        interrupt: &dyn Fn() -> Result<()>,
+    ) -> Result<Self> {
+        let places = places_of(request)?;
+        let found = chain::find_snapshot(base, &places, interrupt)?;
+        let parent = found.ok_or_else(|| no_parent(shown, &places))?;
+        let (path, superblock) = (parent.last().path().to_owned(), parent.last().superblock());
+        if superblock.origin_size != origin.size {
+            return Err(wrong_size((&path, superblock.origin_size), (shown, origin.size))
+                .next("name another archive of the snapshot with --parent"));
+        }
+        Ok(Self { path, id: superblock.archive, absent: parent.absent, raw: None })
+    }
 }
 
 /// The snapshot that `--since` names, as NAME or VOLUME@NAME.
@@ -243,19 +323,14 @@ fn no_parent(base: &str, places: &[PathBuf]) -> Error {
         ))
 }
 
-fn check_size(parent: &Chain, origin: &Origin, base: &str) -> Result<()> {
-    let size = parent.last().superblock().origin_size;
-    if size == origin.size {
-        return Ok(());
-    }
-    Err(Error::bad_data(format!(
+fn wrong_size((parent, recorded): (&Path, Bytes), (base, size): (&str, Bytes)) -> Error {
+    Error::bad_data(format!(
         "{} says that {base} has {} bytes, and it has {}",
-        parent.last().path().display(),
-        size.get(),
-        origin.size.get()
+        parent.display(),
+        recorded.get(),
+        size.get()
     ))
     .state("nothing was changed")
-    .next("name another archive of the snapshot with --parent"))
 }
 
 impl SincePlan {
@@ -263,9 +338,31 @@ impl SincePlan {
     fn select(&self, used: &[Extent], changed: &ExtentSet) -> Selection {
         let mut wanted = changed.clone();
         wanted.extend(self.absent.iter());
+        let is_interrupted = self.raw.as_ref().is_some_and(RawParent::is_updating);
+        if let Some(raw) = self.raw.as_ref().filter(|_| is_interrupted) {
+            // What an interrupted update left in a segment has no checksum that could be compared: all of the segment
+            // is written again.
+            let whole = |extent: Extent| {
+                let segment = raw.copy.segment.bytes();
+                Extent::new(
+                    extent.start().align_down(segment),
+                    extent.end().align_up(segment).min(self.total),
+                )
+            };
+            wanted = wanted.iter().filter_map(whole).collect();
+        }
+        let in_use: ExtentSet = used.iter().copied().collect();
+        let absent: Vec<Extent> =
+            whole_of(self.total).into_iter().flat_map(|whole| in_use.gaps_in(whole)).collect();
+        let mut inherited: ExtentSet = used.iter().flat_map(|extent| wanted.gaps_in(*extent)).collect();
+        if self.raw.is_some() && !is_interrupted {
+            // It reads as zeros already.
+            inherited.extend(absent.iter().flat_map(|extent| self.absent.intersection_with(*extent)));
+        }
         Selection {
             needed: used.iter().flat_map(|extent| wanted.intersection_with(*extent)).collect(),
-            inherited: used.iter().flat_map(|extent| wanted.gaps_in(*extent)).collect(),
+            inherited: inherited.iter().collect(),
+            absent,
             changed: changed.total(),
         }
     }
@@ -285,19 +382,24 @@ impl SincePlan {
         let dm = Dm::open()?;
         let set = SnapshotSet::find(&self.volume, interrupt)?.ok_or_else(|| none_of(&self.volume))?;
         list::check_valid(&dm, set.record(), &self.base)?;
-        let (from, to) = (self.base_id.simple().to_string(), kept.map(|kept| kept.id.simple().to_string()));
+        let (from, to) = (self.base_id.simple().to_string(), last_of(kept, self.raw.as_ref()));
         let changed = changes::set(&dm, set.record(), (&from, to.as_deref()), interrupt)?;
         Ok(self.select(used, &changed))
     }
 
     /// The report of a copy that read `moved` bytes.
-    pub(super) fn report(&self, changed: Bytes, moved: Bytes) -> SinceReport {
+    pub(super) fn report(&self, changed: Bytes, moved: Bytes, check: Option<RawCheckReport>) -> SinceReport {
         SinceReport {
             base: self.base.clone(),
             parent: self.parent.clone(),
+            check,
             changed_chunks: changed.get().div_ceil(self.chunk.get()),
             changed_bytes: changed,
             moved_bytes: moved,
         }
     }
 }
+
+#[cfg(test)]
+#[path = "since_tests.rs"]
+mod tests;

@@ -28,7 +28,7 @@ use super::layers::{self, Place};
 use super::merge;
 use super::set::{SnapshotSet, read_of};
 use super::settle::{Settlement, settle_first};
-use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, clock};
+use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, clock, numbers};
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
@@ -420,16 +420,10 @@ fn steps(size: Bytes) -> impl Iterator<Item = Option<Extent>> {
     (0..count).map(move |step| Extent::new(STEP * step, size.min(STEP * (step + 1))))
 }
 
-/// Offsets of the sample's blocks, which follow from `seed` (SplitMix64).
+/// Offsets of the sample's blocks, which follow from `seed`.
 fn positions(seed: u64, size: Bytes) -> impl Iterator<Item = Bytes> {
     let blocks = (size.get() / BLOCK.get()).max(1);
-    let mut state = seed;
-    std::iter::repeat_with(move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        BLOCK * ((mixed ^ (mixed >> 31)) % blocks)
-    })
-    .take(Bytes(SAMPLE.min(blocks)).as_len())
+    numbers::from_seed(seed)
+        .map(move |number| BLOCK * (number % blocks))
+        .take(Bytes(SAMPLE.min(blocks)).as_len())
 }
