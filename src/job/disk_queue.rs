@@ -1,7 +1,7 @@
 //! The queue of copiers at the rotating disks of a host: one at a time reads from each disk, so that two copies do not
 //! move its heads back and forth between them.
 //!
-//! A copier that wants to read has a ticket, `/run/tidemark/disks/<id>.json`: a [`record`](crate::record), whose
+//! A copier that wants to read has a ticket, `/run/tidemark/disks/<id>.json`: a [`record`], whose
 //! lock tells whether its process lives. It names the disks, and has a number that is higher than that of every
 //! ticket before it. A ticket is at its turn when no ticket with a lower number names one of its disks. So no copier is
 //! overtaken, no two copiers wait for each other (each waits only for lower numbers), and one that was killed blocks

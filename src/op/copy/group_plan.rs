@@ -56,9 +56,9 @@ impl GroupCopyPlan {
 /// Makes the plan of a copy of several origins. The requests differ only in origin and secondary.
 ///
 /// # Errors
-/// As [`plan`](super::plan::plan) for each; [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) for origins that
+/// As [`plan`](super::plan::plan) for each; [`ErrorKind::Refused`] for origins that
 /// cannot share an instant, and for stores and secondaries that may wait for one of them;
-/// [`ErrorKind::Usage`](crate::base::ErrorKind::Usage) for options that only a single origin can have.
+/// [`ErrorKind::Usage`] for options that only a single origin can have.
 ///
 /// # Panics
 /// If there is no request: a broken invariant.
