@@ -273,6 +273,8 @@ Time limits: --hook-before and --hook-after are killed, with all that they start
 when the freeze budget has run out. The watchdog thaws the filesystems and resumes the origin at that time whatever
 becomes of the hook or of this command. After a signal, --hook-after has ten more seconds.
 
+A hook that copies from a disk that this command reads needs 'copy --no-wait': otherwise it waits for this command.
+
 If this command itself is killed (SIGKILL), --hook-after does not run, unless 'tidemark resume' continues the copy. What
 must not stay undone has to watch for that itself, as the ready-made hooks do.
 

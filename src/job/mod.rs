@@ -17,4 +17,4 @@ pub mod segment_log;
 pub use origin_lock::refuse_held_origin;
 pub use paths::RUN_DIR;
 pub use registry::{FoundJob, find_jobs, find_one, list_jobs, record_of};
-pub use running::{Job, conclude, is_expedited, partials};
+pub use running::{Job, conclude, is_expedited, partials, with_advice};

@@ -289,6 +289,12 @@ pub fn conclude<T>(job: Option<Job>, result: Result<T>) -> Result<T> {
     Ok(value)
 }
 
+/// `error`, with the advice to run recover if something could not be undone.
+#[must_use]
+pub fn with_advice(error: Error) -> Error {
+    if error.failed_undos().is_empty() { error } else { advise_recover(error) }
+}
+
 /// Adds the advice to run recover, as the record stays and what could not be undone is left.
 fn advise_recover(error: Error) -> Error {
     const RECOVER: &str = "fix what failed above, then run 'tidemark recover', which removes what is left";

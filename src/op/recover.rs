@@ -133,8 +133,8 @@ fn recover_jobs(only: Option<&str>) -> Result<RecoverReport> {
             Err(error) => failures.push(error),
         }
     }
-    failures.extend(disk_queue::remove_dead().err());
     let is_all = give_up(jobs, &mut report, &mut failures);
+    failures.extend(disk_queue::remove_dead().err());
     if is_all && failures.len() == 1 && !Dm::is_available() {
         // Without device-mapper there can be no device of ours.
         failures.clear();

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::attach::recorded_volumes;
 use crate::base::{Bytes, Error, ErrorKind, Result, directory_of};
-use crate::format::state::JobRecord;
+use crate::format::state::{DeviceRecord, JobRecord};
 use crate::job::{list_jobs, partials};
 use crate::secondary::partial::{is_partial_of, resolve};
 use crate::sys::privilege::is_root;
@@ -25,6 +25,9 @@ pub struct TargetFacts {
     pub overwrites: Option<String>,
     /// Problems that are no reason to refuse.
     pub warnings: Vec<String>,
+    /// The device and those below it; empty for anything else.
+    #[serde(skip)]
+    devices: Vec<DeviceRecord>,
 }
 
 impl TargetFacts {
@@ -34,8 +37,35 @@ impl TargetFacts {
         Self {
             overwrites: overwritten(path),
             warnings: size.and_then(|size| space_warning(path, size)).into_iter().collect(),
+            devices: devices_of(path),
         }
     }
+
+    /// Of a target that is examined elsewhere.
+    #[must_use]
+    pub fn overwriting(overwrites: Option<String>) -> Self {
+        Self { overwrites, ..Self::default() }
+    }
+
+    /// Checks that the device at `path` is still the one for which consent was given: another one may have got its name
+    /// while the command waited. To be called when it is open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] if it is not.
+    pub fn check_same(&self, path: &Path) -> Result<()> {
+        if self.devices.is_empty() || devices_of(path) == self.devices {
+            return Ok(());
+        }
+        Err(Error::refused(format!("{} is not the device any more that it was", path.display()))
+            .state("nothing was written to it")
+            .next("look at what it is now (lsblk), and run the command again"))
+    }
+}
+
+/// The device at `path` and those below it; empty for anything else.
+fn devices_of(path: &Path) -> Vec<DeviceRecord> {
+    let number = device_number(path).ok().flatten();
+    number.map(|number| Topology::default().identities(number)).unwrap_or_default()
 }
 
 /// The path of the target that `typed` names. As for an origin, a plain word names a device in /dev/mapper if there is

@@ -6,11 +6,12 @@
 //! written during the copy, the copy fails.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use crate::base::{DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
+use crate::base::{Bytes, DeviceNumber, Error, ErrorKind, Result, ResultExt as _, Sectors};
 use crate::topology::Topology;
 
 /// A cold origin, open for reading.
@@ -70,6 +71,25 @@ impl ColdOrigin {
         })?;
         let before = Witness::of(&file, device)?;
         Ok(Self { file, shown, before })
+    }
+
+    /// Checks that it has the size of the plan.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] if it does not; I/O errors.
+    pub fn check_size(&self, planned: Bytes) -> Result<()> {
+        let size = (&self.file).seek(SeekFrom::End(0));
+        let size = size.io_context(|| format!("finding the size of {}", self.shown))?;
+        if size == planned.get() {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "{} has {size} bytes, and had {} when the copy was planned",
+            self.shown,
+            planned.get()
+        ))
+        .state("nothing was copied")
+        .next("run the command again"))
     }
 
     /// A descriptor for the copier.

@@ -29,8 +29,8 @@ use super::turns::{Turns, enter_queue};
 use crate::base::clock::Stopwatch;
 use crate::base::{Error, ErrorKind, Result};
 use crate::dm::Dm;
-use crate::job::Job;
 use crate::job::disk_queue::Place;
+use crate::job::{self, Job};
 use crate::progress::{Event, Observer, OfOrigin, Phase};
 use crate::stack::HoldTimes;
 use crate::stack::hooks::AroundInstant;
@@ -70,11 +70,12 @@ pub fn run(plan: &GroupCopyPlan, observer: &dyn Observer, interrupt: &Interrupt)
     end(job, &copied)?;
     // What was begun is ended: if the copies began, this was done already.
     run_after(&hooks, observer, interrupt);
-    copied.map(|(times, origins)| GroupOutcome {
+    let outcome = copied.map(|(times, origins)| GroupOutcome {
         instant: times.into(),
         origins,
         total_seconds: clock.elapsed().as_secs_f64(),
-    })
+    });
+    outcome.map_err(job::with_advice)
 }
 
 /// Runs --hook-after if it is due.

@@ -126,9 +126,7 @@ pub(super) fn plan_one_of(
     let order = order_for(request, &origin);
     let target = match &request.secondary {
         SecondaryTarget::Pipe => TargetFacts::default(),
-        SecondaryTarget::Path(_) if overwrites.is_some() => {
-            TargetFacts { overwrites, ..TargetFacts::default() }
-        }
+        SecondaryTarget::Path(_) if overwrites.is_some() => TargetFacts::overwriting(overwrites),
         SecondaryTarget::Path(path) => TargetFacts::of(path, Some(origin.size)),
     };
     let plan = CopyPlan {

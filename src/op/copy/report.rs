@@ -8,6 +8,7 @@ use super::plan::CopyPlan;
 use super::since::SinceReport;
 use crate::base::{Bytes, Error, Result, clock};
 use crate::copy::CopyReport;
+use crate::job;
 use crate::progress::{Event, Observer, StoreFill};
 use crate::secondary::SecondaryTarget;
 use crate::stack::gate::GateReport;
@@ -131,15 +132,23 @@ impl GroupOutcome {
             names => format!("complete, and of the same instant: {}", names.join(", ")),
         };
         let failed = count - complete.len();
-        let errors = self.origins.into_iter().filter_map(|one| Some((one.origin, one.error?)));
-        let Some((origin, error)) = errors.min_by_key(|(_, error)| rank(error)) else { return Ok(()) };
+        let mut errors: Vec<_> =
+            self.origins.into_iter().filter_map(|one| Some((one.origin, one.error?))).collect();
+        errors.sort_by_key(|(_, error)| rank(error));
+        let mut errors = errors.into_iter();
+        let Some((origin, error)) = errors.next() else { return Ok(()) };
+        // What was not put back is said, also of the others.
+        let error = errors
+            .map(|(_, other)| other)
+            .filter(|other| !other.failed_undos().is_empty())
+            .fold(error, Error::with_failed_undo);
         let what = if failed == 1 {
             format!("1 of {count} copies failed, that of {origin}")
         } else {
             format!("{failed} of {count} copies failed; that of {origin}")
         };
         let own = error.state_left().map(|own| format!("{own}; ")).unwrap_or_default();
-        Err(error.context(what).state(format!("{own}{state}")))
+        Err(job::with_advice(error.context(what).state(format!("{own}{state}"))))
     }
 }
 
@@ -283,6 +292,17 @@ mod tests {
             assert!(error.to_string().starts_with(&format!("{count} of {count} copies failed")), "{error}");
             assert_eq!(error.state_left(), Some("own; no copy is complete"));
         }
+    }
+
+    #[test]
+    fn what_could_not_be_put_back_is_said_of_every_origin() {
+        let mut second = failed("b", ErrorKind::NoSpace);
+        let undo = Error::new(ErrorKind::Kernel, "putting back");
+        second.error = second.error.map(|error| error.with_failed_undo(undo));
+        let error = verdict(vec![failed("a", ErrorKind::BadData), second]).unwrap_err();
+        assert_eq!(error.exit_code(), 4);
+        assert!(!error.failed_undos().is_empty());
+        assert!(error.next_step().unwrap().contains("tidemark recover"), "{error:?}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::copy::{
     self, CopyJob, CopyReport, Impact, ImpactWatch, OriginalsProvider as _, PlacementLog, ResumePoint,
 };
 use crate::extent::free::{FreeLimits, needed, skippable};
-use crate::extent::{BlockList, Extent};
+use crate::extent::{BlockList, Extent, ExtentSet};
 use crate::format::raw_copy::Shown;
 use crate::format::state::TargetRecord;
 use crate::io::Engine;
@@ -262,6 +262,9 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
         Some(_) => ColdOrigin::open_snapshot(&plan.origin.path)?,
         None => ColdOrigin::open(&plan.origin.path, device)?,
     };
+    // The copy may have waited for its turn at the disk since it was planned.
+    plan.kept.as_ref().map_or(Ok(()), since::check_kept)?;
+    cold.check_size(plan.origin.size)?;
     let origin = cold.descriptor()?;
     let instant_utc_ns = plan.kept.as_ref().map_or_else(clock::utc_now_ns, |kept| kept.instant_utc_ns);
     let instant = HoldTimes { instant_utc_ns, ..HoldTimes::default() };
@@ -311,7 +314,11 @@ fn copy_cold(session: &Session<'_>) -> Result<CopyResult> {
 fn ranges_left_out(plan: &CopyPlan) -> Skipped {
     let Some(omitted) = &plan.omitted else { return Skipped::default() };
     let limits = FreeLimits::omitted(plan.request.chunk);
-    let extents = skippable(&omitted.omission.ranges, plan.origin.size, &limits);
+    let mut extents: ExtentSet =
+        skippable(&omitted.omission.ranges, plan.origin.size, &limits).into_iter().collect();
+    // That reads as zeros, whatever the chunks of this copy.
+    extents.extend(plan.kept.iter().flat_map(|kept| kept.left_out.iter()));
+    let extents: Vec<Extent> = extents.iter().collect();
     let bytes = extents.iter().map(|extent| extent.length()).sum();
     Skipped { extents, omitted: Some(bytes), ..Skipped::default() }
 }

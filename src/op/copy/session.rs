@@ -334,6 +334,13 @@ fn open_secondary(plan: &CopyPlan, interrupt: &dyn Fn() -> Result<()>) -> Result
     let request = plan.secondary_request(plan.forbidden_with_store());
     let unwanted = |mut late: Box<dyn Secondary>| drop(late.abandon());
     let opened = interruptible::unless_interrupted(interrupt, move || secondary::open(&request), unwanted);
+    let opened = opened.and_then(|mut opened| match &plan.request.secondary {
+        SecondaryTarget::Path(path) => match plan.target.check_same(path) {
+            Ok(()) => Ok(opened),
+            Err(error) => Err(error.after_undo(opened.abandon().map(drop))),
+        },
+        SecondaryTarget::Pipe => Ok(opened),
+    });
     opened.map_err(|error| match &plan.request.secondary {
         SecondaryTarget::Path(path) => naming_job(error, path),
         SecondaryTarget::Pipe => error,

@@ -134,9 +134,15 @@ pub(super) fn kept_origin(origin: &Origin) -> Result<Option<KeptOrigin>> {
 /// # Errors
 /// [`ErrorKind::Refused`](crate::base::ErrorKind::Refused) if it does not; I/O errors; the kernel's.
 pub(super) fn check_kept(kept: &KeptOrigin) -> Result<()> {
-    list::check_valid(&Dm::open()?, &read_existing(&kept.volume)?, &kept.snapshot)
-        .map(drop)
-        .map_err(|error| error.context("what was read is of no use").state("the copy is given up"))
+    let record = read_existing(&kept.volume)?;
+    let of_that_id = record.snapshots.iter().find(|one| id_of(one).is_ok_and(|id| id == kept.id));
+    let is_it = of_that_id.is_some_and(|one| format!("{}@{}", record.volume, one.name) == kept.snapshot);
+    let checked = if is_it {
+        list::check_valid(&Dm::open()?, &record, &kept.snapshot).map(drop)
+    } else {
+        Err(Error::refused(format!("{} is not the snapshot any more that was to be copied", kept.snapshot)))
+    };
+    checked.map_err(|error| error.context("what was read is of no use").state("the copy is given up"))
 }
 
 /// Makes the plan of `--since`; None if it was not asked for.
@@ -355,9 +361,10 @@ impl SincePlan {
         let absent: Vec<Extent> =
             whole_of(self.total).into_iter().flat_map(|whole| in_use.gaps_in(whole)).collect();
         let mut inherited: ExtentSet = used.iter().flat_map(|extent| wanted.gaps_in(*extent)).collect();
-        if self.raw.is_some() && !is_interrupted {
-            // It reads as zeros already.
-            inherited.extend(absent.iter().flat_map(|extent| self.absent.intersection_with(*extent)));
+        if let Some(raw) = self.raw.as_ref().filter(|_| !is_interrupted) {
+            // It reads as zeros already. What the base leaves out need not: an earlier update may have written it.
+            let zeros = raw.absent();
+            inherited.extend(absent.iter().flat_map(|extent| zeros.intersection_with(*extent)));
         }
         Selection {
             needed: used.iter().flat_map(|extent| wanted.intersection_with(*extent)).collect(),

@@ -17,6 +17,8 @@ struct Kept {
     id: Uuid,
     content: Vec<u64>,
     store: Vec<bool>,
+    /// Chunks that it leaves out, by bit.
+    omits: u64,
 }
 
 /// A volume, its snapshots from the oldest to the newest, and a raw secondary.
@@ -31,7 +33,8 @@ struct World {
 #[derive(Clone, Debug)]
 enum Step {
     Write(Vec<usize>),
-    Create,
+    /// Creates a snapshot that leaves out these chunks.
+    Create(u64),
     /// Deletes a snapshot that is neither the base nor the newest: the next older one takes over what its store lacks.
     Delete(usize),
     /// Updates the secondary to a kept snapshot or, if there is none of this number, to the volume as it is, of which
@@ -67,7 +70,8 @@ impl World {
     /// The secondary is a whole copy of the first snapshot.
     fn new() -> Self {
         let content: Vec<u64> = (1..).take(CHUNKS).collect();
-        let first = Kept { id: Uuid::from_u128(1), content: content.clone(), store: vec![false; CHUNKS] };
+        let first =
+            Kept { id: Uuid::from_u128(1), content: content.clone(), store: vec![false; CHUNKS], omits: 0 };
         let segment = SegmentSize::new(SegmentSize::MIN).unwrap();
         let size = Bytes(Bytes::from_len(CHUNKS).get() * CHUNK);
         let copy = RawCopy {
@@ -107,13 +111,21 @@ impl World {
                 for chunk in chunks {
                     self.next += 1;
                     self.volume[*chunk] = self.next;
-                    self.snapshots.last_mut().unwrap().store[*chunk] = true;
+                    // What every snapshot leaves out is not preserved.
+                    if self.snapshots.iter().any(|kept| kept.omits >> chunk & 1 == 0) {
+                        self.snapshots.last_mut().unwrap().store[*chunk] = true;
+                    }
                 }
             }
-            Step::Create => {
+            Step::Create(omits) => {
                 self.next += 1;
                 let id = Uuid::from_u128(self.next.into());
-                self.snapshots.push(Kept { id, content: self.volume.clone(), store: vec![false; CHUNKS] });
+                self.snapshots.push(Kept {
+                    id,
+                    content: self.volume.clone(),
+                    store: vec![false; CHUNKS],
+                    omits: *omits,
+                });
             }
             Step::Delete(at) => {
                 let at = at % self.snapshots.len();
@@ -143,7 +155,10 @@ impl World {
             left_out: ExtentSet::new(),
             volume: String::new(),
         });
-        let used = if kept.is_some() { u64::MAX } else { used };
+        let used = kept.as_ref().map_or(used, |kept| !kept.omits);
+        let base_omits = self.snapshots[self.position(base)].omits;
+        let mut absent = self.raw.absent();
+        absent.extend(extents(bits(base_omits)).iter());
         let content = kept.as_ref().map_or(&self.volume, |kept| &kept.content).clone();
         let since = SincePlan {
             base: String::new(),
@@ -156,7 +171,7 @@ impl World {
             to_move: Bytes::ZERO,
             total: self.raw.copy.size,
             volume: String::new(),
-            absent: self.raw.absent(),
+            absent,
             raw: Some(self.raw.clone()),
             planned: ExtentSet::new(),
         };
@@ -193,7 +208,7 @@ impl World {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         3 => prop::collection::vec(0..CHUNKS, 1..6).prop_map(Step::Write),
-        2 => Just(Step::Create),
+        2 => prop_oneof![Just(0), (any::<u64>(), any::<u64>()).prop_map(|(one, other)| one & other)].prop_map(Step::Create),
         1 => any::<usize>().prop_map(Step::Delete),
         3 => (any::<usize>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<u64>()).prop_map(
             |(to, one, other, end, mask)| Step::Update { to, used: one | other, end, mask }
@@ -217,10 +232,25 @@ proptest! {
 fn a_newer_attempt_is_overwritten_by_an_older_instant() {
     let mut world = World::new();
     world.step(&Step::Write(vec![3]));
-    world.step(&Step::Create);
+    world.step(&Step::Create(0));
     world.step(&Step::Write(vec![40]));
-    world.step(&Step::Create);
+    world.step(&Step::Create(0));
     world.step(&Step::Update { to: 2, used: 0, end: false, mask: u64::MAX });
     world.step(&Step::Update { to: 1, used: 0, end: true, mask: 0 });
     assert_eq!(world.raw.copy.base, world.snapshots[1].id);
+}
+
+/// What a base leaves out was written by an update to a later instant, and is left out again.
+#[test]
+fn what_is_left_out_again_is_zeroed() {
+    let mut world = World::new();
+    let only_5 = 1 << 5;
+    world.step(&Step::Create(only_5));
+    world.step(&Step::Update { to: 1, used: 0, end: true, mask: 0 });
+    world.step(&Step::Write(vec![5]));
+    world.step(&Step::Update { to: 2, used: u64::MAX, end: true, mask: 0 });
+    assert_ne!(world.secondary[5], 0);
+    world.step(&Step::Create(only_5));
+    world.step(&Step::Update { to: 2, used: 0, end: true, mask: 0 });
+    assert_eq!(world.secondary[5], 0);
 }

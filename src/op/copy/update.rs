@@ -229,10 +229,11 @@ impl Update {
         self.record.state = RawCopyState::Updating;
         self.record.shown = shown;
         self.record.description.shown = kept.map(|kept| kept.snapshot.clone());
+        // Before that: a failure may come after the record was replaced.
+        self.is_marked = true;
         RawCopies::default()
             .save(&self.record)
             .map_err(|error| error.state("nothing was written to the secondary"))?;
-        self.is_marked = true;
         crash_point("update.mark.after");
         Ok(())
     }
