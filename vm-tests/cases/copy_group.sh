@@ -27,13 +27,10 @@ answers() { # WHAT: both filesystems take writes
         timeout 30 dd if=/dev/zero of=$at/probe bs=4k count=1 conv=fsync status=none || fail "$1: $at does not answer"
     done
 }
-refused() { # STATUS WHAT COMMAND...
-    local expected=$1 what=$2 status=0
-    shift 2
-    "$@" >/run/out 2>&1 || status=$?
-    [ "$status" = "$expected" ] || { cat /run/out; fail "exit status $status, expected $expected: $*"; }
-    grep -q -- "$what" /run/out || { cat /run/out; fail "no message says '$what': $*"; }
-    nothing_left "$*"
+# refused_whole STATUS WORDS COMMAND...: as refused, and nothing is left of it
+refused_whole() {
+    refused "$@"
+    nothing_left "${*:3}"
 }
 
 note "each instant of a pair of writers"
@@ -88,19 +85,19 @@ tidemark copy wal data /mnt/scratch/out "${options[@]}" --dry-run | grep -q '^st
 nothing_left "a plan"
 
 note "what is refused"
-refused 3 "is named twice" tidemark copy --pair data=/mnt/scratch/x --pair wal=/mnt/scratch/y \
+refused_whole 3 "is named twice" tidemark copy --pair data=/mnt/scratch/x --pair wal=/mnt/scratch/y \
     --pair /dev/mapper/data=/mnt/scratch/z "${options[@]}"
-refused 2 "would both be copied to" tidemark copy data wal /dev/mapper/data /mnt/scratch/out "${options[@]}"
-refused 3 'secondary of two origins' tidemark copy --pair data=/mnt/scratch/x --pair wal=/mnt/scratch/x "${options[@]}"
-refused 3 'no instant to share' tidemark copy data "$(disk 3)" /mnt/scratch/out "${options[@]}"
-refused 3 'may wait for\|wait for the origin' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/wal
-refused 3 'belongs to the origin' tidemark copy --pair data=/mnt/wal/x --pair wal=/mnt/scratch/x "${options[@]}"
-refused 2 'have a store each' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/scratch/new
-refused 2 'for one origin' tidemark copy data wal /mnt/scratch/out "${options[@]}" --since x
-refused 3 'no file /etc/tidemark/groups.toml' tidemark copy --group mail /mnt/scratch/out "${options[@]}"
+refused_whole 2 "would both be copied to" tidemark copy data wal /dev/mapper/data /mnt/scratch/out "${options[@]}"
+refused_whole 3 'secondary of two origins' tidemark copy --pair data=/mnt/scratch/x --pair wal=/mnt/scratch/x "${options[@]}"
+refused_whole 3 'no instant to share' tidemark copy data "$(disk 3)" /mnt/scratch/out "${options[@]}"
+refused_whole 3 'may wait for\|wait for the origin' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/wal
+refused_whole 3 'belongs to the origin' tidemark copy --pair data=/mnt/wal/x --pair wal=/mnt/scratch/x "${options[@]}"
+refused_whole 2 'have a store each' tidemark copy data wal /mnt/scratch/out --yes --store /mnt/scratch/new
+refused_whole 2 'for one origin' tidemark copy data wal /mnt/scratch/out "${options[@]}" --since x
+refused_whole 3 'no file /etc/tidemark/groups.toml' tidemark copy --group mail /mnt/scratch/out "${options[@]}"
 
 note "a member whose secondary cannot be opened, and one that cannot be frozen: nothing is copied"
-refused 3 'nowhere' tidemark copy --pair data=/mnt/scratch/out/d.img --pair wal=/mnt/scratch/nowhere/x "${options[@]}"
+refused_whole 3 'nowhere' tidemark copy --pair data=/mnt/scratch/out/d.img --pair wal=/mnt/scratch/nowhere/x "${options[@]}"
 # The plan does not see that this filesystem has no inode left.
 truncate -s 2M /run/few
 mkfs.ext4 -q -F -N 16 /run/few
@@ -109,7 +106,7 @@ mount -o loop /run/few /mnt/few
 while touch "/mnt/few/$RANDOM$RANDOM" 2>/dev/null; do :; done
 for pairs in "data=/mnt/few/d wal=/mnt/scratch/out/w" "wal=/mnt/scratch/out/w data=/mnt/few/d"; do
     # shellcheck disable=SC2046,SC2086
-    refused 1 '/mnt/few' tidemark copy $(printf -- '--pair %s ' $pairs) "${options[@]}" --hook-before 'touch /run/begun'
+    refused_whole 1 '/mnt/few' tidemark copy $(printf -- '--pair %s ' $pairs) "${options[@]}" --hook-before 'touch /run/begun'
 done
 [ ! -e /run/begun ] || fail "the hook ran, although a secondary could not be opened"
 umount /mnt/few
@@ -120,7 +117,7 @@ assert_same "exit status" "$status" 3
 timeout 20 dd if=/dev/zero of=/mnt/wal/probe bs=4k count=1 conv=fsync status=none || fail "wal stays frozen with data"
 fsfreeze -u /mnt/data
 answers "one was frozen"
-refused 1 'hook-frozen' tidemark copy wal data /mnt/scratch/out "${options[@]}" --hook-frozen 'exit 7'
+refused_whole 1 'hook-frozen' tidemark copy wal data /mnt/scratch/out "${options[@]}" --hook-frozen 'exit 7'
 assert_same "results" "$(ls /mnt/scratch/out)" ""
 
 note "a group of the configuration"

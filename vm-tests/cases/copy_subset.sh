@@ -1,26 +1,15 @@
 # A copy of a subset: included files are as at the instant, whatever happens to them and to those that are left out, also
 # between the plan and the freeze. What is left out is absent, and costs no copy-on-write. The copy is a sound filesystem.
 # shellcheck shell=bash
-. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_subset.sh"
 
 tidemark attach "$(disk 0)" --name data
 origin=/dev/mapper/data
 make_filesystem ext4 "$(disk 1)" /mnt/scratch
 copy=(tidemark copy "$origin" /mnt/scratch/copy.raw --yes --store /mnt/scratch --freeze-budget 20s)
 
-# Contents of the included files at the instant, read below the suspended origin.
-cat >/run/sums.sh <<'END'
-mkdir -p /run/instant
-case "$FS" in xfs) options=ro,norecovery,nouuid ;; *) options=ro,noload ;; esac
-# The kernel's snapshot holds that device, so it cannot be mounted itself.
-loop=$(losetup -f --show -r --direct-io=on "$TIDEMARK_ORIGIN_BELOW")
-mount -t "$FS" -o "$options" "$loop" /run/instant
-cd /run/instant
-find . -path ./drop -prune -o -type f -print0 | sort -z | xargs -0 sha256sum >/run/sums.instant
-cd /
-umount /run/instant
-losetup -d "$loop"
-END
+# Those of the included files.
+export SUMS=/run/sums.instant PRUNE=drop
 
 defragment() { # FS
     case "$1" in
@@ -29,56 +18,16 @@ defragment() { # FS
     esac
 }
 
-# fragmented FILE...: two files that grow in turns
-fragmented() {
-    local file
-    for _ in $(seq 40); do
-        for file in "$@"; do head -c 20000 /dev/urandom >>"$file"; done
-        sync -f /mnt/origin
-    done
-}
-
 prepare() { # FS
-    make_filesystem "$1" "$origin" /mnt/origin
-    if [ "$1" = ext4 ]; then
-        # Of a smaller block than a chunk, the rest of the chunk may be wanted.
-        umount /mnt/origin
-        mkfs.ext4 -q -F -b 4096 "$origin"
-        mount "$origin" /mnt/origin
-    fi
-    mkdir -p /mnt/origin/{keep,drop/deep}
-    local at
-    for at in $(seq 12); do
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/keep/file$at"
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/drop/file$at"
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/drop/deep/static$at"
-    done
-    fragmented /mnt/origin/keep/woven /mnt/origin/drop/deep/staticwoven
+    make_sets "$1"
     head -c 300000 /dev/urandom >/mnt/origin/root-file
-    for at in links linked-before renamed removed replaced; do head -c 200000 /dev/urandom >"/mnt/origin/drop/$at"; done
+    head -c 200000 /dev/urandom >/mnt/origin/drop/linked-before
     ln /mnt/origin/drop/linked-before /mnt/origin/keep/linked-before
-    ln /mnt/origin/drop/links /mnt/origin/drop/deep/links
     head -c 100000 /dev/urandom >/mnt/origin/drop/swap-with-dir
     mkdir /mnt/origin/drop/directory
     head -c 200000 /dev/urandom >/mnt/origin/drop/directory/moved
-    if [ "$1" = xfs ]; then cp --reflink=always /mnt/origin/drop/file1 /mnt/origin/keep/reflink; fi
     sync -f /mnt/origin
 }
-
-# What happens between the plan and the freeze: what was to be left out becomes part of what is wanted.
-cat >/run/between.sh <<'END'
-cd /mnt/origin
-mv drop/renamed keep/renamed
-ln drop/file2 keep/linked-after
-mv drop/deep/links keep/links
-rm drop/removed drop/replaced
-head -c 400000 /dev/urandom >keep/in-freed-space
-mv keep/file1 drop/was-kept; mv drop/file3 keep/file1
-mv drop/directory keep/directory
-[ "$FS" != xfs ] || cp --reflink=always drop/file4 keep/reflink-after
-head -c 200000 /dev/urandom >drop/new
-sync -f .
-END
 
 check_copy() { # FS: the copy at /mnt/scratch/copy.raw
     local loop

@@ -10,13 +10,6 @@ spare=$(disk 2)
 tidemark attach "$(disk 0)" --name data
 make_filesystem ext4 /dev/mapper/data /mnt/data
 
-refused() { # STATUS WHAT COMMAND...
-    local wanted=$1 what=$2 status=0
-    shift 2
-    "$@" >/run/out 2>&1 || status=$?
-    [ "$status" = "$wanted" ] || { cat /run/out; fail "exit status $status, expected $wanted: $*"; }
-    grep -q -- "$what" /run/out || { cat /run/out; fail "no message says '$what': $*"; }
-}
 create() { tidemark snapshot create data --store $stores --store-size 32MiB --name "$1" >/run/created 2>&1 || fail "create: $(cat /run/created)"; }
 delete() { tidemark snapshot delete "$@" --yes >/run/deleted 2>&1 || fail "delete: $(cat /run/deleted)"; }
 copy() { tidemark copy "$@" --json >/run/copy.json 2>/run/copy.err || { cat /run/copy.err; fail "copy $*"; }; }

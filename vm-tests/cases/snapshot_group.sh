@@ -18,13 +18,6 @@ no_snapshots() { # WHAT
     assert_same "$1: suspended devices" "$(suspended_devices)" "${2:-}"
 }
 create() { tidemark snapshot create "$@" --store /mnt/stores --store-size 4MiB --freeze-budget 20s; }
-refused() { # WHAT COMMAND...
-    local what=$1 status=0
-    shift
-    "$@" >/run/out 2>&1 || status=$?
-    [ "$status" = 3 ] || { cat /run/out; fail "exit status $status, expected 3: $*"; }
-    grep -q -- "$what" /run/out || { cat /run/out; fail "no message says '$what': $*"; }
-}
 answers() { # WHAT: both filesystems take writes
     local at
     for at in /mnt/wal /mnt/data; do
@@ -38,11 +31,11 @@ timeout -s KILL 400 python3 "$REPO/vm-tests/cases/snapshot_group.py" instants 50
 no_snapshots "after 50 instants"
 
 note "what is no group"
-refused 'data is named twice' create data wal /dev/mapper/data
-refused 'is not a volume' create data "$(disk 4)"
+refused 3 'data is named twice' create data wal /dev/mapper/data
+refused 3 'is not a volume' create data "$(disk 4)"
 no_snapshots "refused"
 create wal --name monday
-refused 'wal@monday exists already' create data wal --name monday
+refused 3 'wal@monday exists already' create data wal --name monday
 assert_same "snapshots of data" "$(tidemark snapshot list data --json | grep -c '@' || true)" 0
 create data wal >/run/created
 grep -q 'data@1' /run/created && grep -q 'wal@1' /run/created || fail "not the first free number: $(cat /run/created)"
@@ -64,18 +57,18 @@ tidemark snapshot list | grep -q 'GROUP' && fail "a group is listed, and there i
 no_snapshots "deleted"
 
 note "a store that would wait for another member"
-refused 'wait for the origin' tidemark snapshot create raw data --store /mnt/data
+refused 3 'wait for the origin' tidemark snapshot create raw data --store /mnt/data
 no_snapshots "a store on a member"
 
 note "a member that cannot be frozen, and one that cannot be suspended"
 fsfreeze -f /mnt/data
-refused 'already frozen' create wal data rawwal
+refused 3 'already frozen' create wal data rawwal
 timeout 20 dd if=/dev/zero of=/mnt/wal/probe bs=4k count=1 conv=fsync status=none || fail "wal stays frozen with data"
 no_snapshots "one was frozen"
 fsfreeze -u /mnt/data
 answers "one was frozen"
 dmsetup suspend raw
-refused 'raw' create wal data raw
+refused 3 'raw' create wal data raw
 answers "one was suspended"
 no_snapshots "one was suspended" raw
 dmsetup resume raw
@@ -136,7 +129,7 @@ tidemark snapshot delete data@hooks --yes
 tidemark snapshot delete wal@hooks --yes
 
 note "a group of the configuration"
-refused 'no file /etc/tidemark/groups.toml' tidemark snapshot create --group mail --store /mnt/stores
+refused 3 'no file /etc/tidemark/groups.toml' tidemark snapshot create --group mail --store /mnt/stores
 mkdir -p /etc/tidemark
 cat >/etc/tidemark/groups.toml <<'END'
 [group.mail]
@@ -146,7 +139,7 @@ hook-before = "echo group >>/run/named"
 hook-frozen = "sleep 2"
 hook-timeout = "3s"
 END
-refused "no group 'web'" tidemark snapshot create --group web --store /mnt/stores
+refused 3 "no group 'web'" tidemark snapshot create --group web --store /mnt/stores
 # The hook and the budget are those of the file: the hook takes too long.
 assert_status 1 tidemark snapshot create --group mail --store /mnt/stores --store-size 4MiB
 no_snapshots "a group whose hook takes too long"
@@ -167,7 +160,7 @@ tidemark snapshot create --group mail --store /mnt/stores 2>/run/out || status=$
 assert_same "exit status" "$status" 4
 grep -q 'groups.toml, line 7: .*hook-forzen' /run/out || fail "no line is named: $(cat /run/out)"
 chmod o+w /etc/tidemark/groups.toml
-refused 'written by others' tidemark snapshot create --group mail --store /mnt/stores
+refused 3 'written by others' tidemark snapshot create --group mail --store /mnt/stores
 no_snapshots "a bad file"
 
 note "a volume in a file of another one of the group: with a filesystem, and written directly"

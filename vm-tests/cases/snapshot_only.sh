@@ -8,13 +8,6 @@ origin=/dev/mapper/data
 make_filesystem ext4 "$(disk 1)" /mnt/scratch
 store=(--store /mnt/scratch --store-size 64MiB)
 
-refused() { # STATUS WORDS COMMAND...
-    local status=$1 words=$2
-    shift 2
-    assert_status "$status" "$@" >/run/out 2>&1 || { cat /run/out; fail "not refused: $*"; }
-    grep -q -- "$words" /run/out || { cat /run/out; fail "no word of '$words': $*"; }
-}
-
 state_of() { python3 "$REPO/vm-tests/cases/snapshot_only.py" "$1"; }
 
 # is_as_before: shows what differs

@@ -2,7 +2,7 @@
 # left out reads as zeros and costs no copy-on-write, unless another snapshot needs it. Through deletions, clones, copies,
 # a rollback of files, and a volume that is taken apart.
 # shellcheck shell=bash
-. "$REPO/vm-tests/cases/lib_load.sh"
+. "$REPO/vm-tests/cases/lib_subset.sh"
 
 tidemark attach "$(disk 0)" --name data
 tidemark attach "$(disk 2)" --name wal
@@ -18,72 +18,16 @@ create() { # NAME OPTION...
         --hook-frozen "sh -e /run/sums.sh" "$@" >/run/out 2>&1 || say "create $name"
 }
 delete() { tidemark snapshot delete "$@" --yes >/run/out 2>&1 || say "delete $*"; }
-refused() { # STATUS WORDS COMMAND...
-    local status=$1 words=$2
-    shift 2
-    assert_status "$status" "$@" >/run/out 2>&1 || say "not refused: $*"
-    grep -q -- "$words" /run/out || say "no word of '$words': $*"
-}
 used() { # NAME: bytes in use in the snapshot's store
     tidemark snapshot show "data@$1" --json | python3 -c 'import json, sys; print(json.loads(sys.stdin.readline())["report"]["used"])'
 }
 # lines: how many lines of the volume's table lead past what preserves
 lines_past() { dmsetup table data | grep -c " $(dmsetup info -c --noheadings -o major,minor 'data#data' | tr -d ' ') " || true; }
 
-# The sums of all files at the instant, read below the suspended volume: in ./SUMS those of everything.
-cat >/run/sums.sh <<'END_OF_HOOK'
-mkdir -p /run/instant
-case "$FS" in xfs) options=ro,norecovery,nouuid ;; *) options=ro,noload ;; esac
-# Snapshots hold that device, so it cannot be mounted itself.
-minor=$(dmsetup info -c --noheadings -o minor 'data#data' | tr -d ' ')
-loop=$(losetup -f --show -r --direct-io=on "/dev/dm-$minor")
-mount -t "$FS" -o "$options" "$loop" /run/instant
-cd /run/instant
-find . -type f -print0 | sort -z | xargs -0 sha256sum >"$SUMS"
-cd /
-umount /run/instant
-losetup -d "$loop"
-END_OF_HOOK
-
-# What happens between the plan and the freeze: what was to be left out becomes part of what is wanted.
-cat >/run/between.sh <<'END_OF_HOOK'
-cd /mnt/origin
-mv drop/renamed keep/renamed
-ln drop/file2 keep/linked-after
-mv drop/deep/links keep/links
-rm drop/removed drop/replaced
-head -c 400000 /dev/urandom >keep/in-freed-space
-mv keep/file1 drop/was-kept; mv drop/file3 keep/file1
-[ "$FS" != xfs ] || cp --reflink=always drop/file4 keep/reflink-after
-head -c 200000 /dev/urandom >drop/new
-sync -f .
-END_OF_HOOK
-
 prepare() { # FS
-    make_filesystem "$1" "$origin" /mnt/origin
-    if [ "$1" = ext4 ]; then
-        # Of a smaller block than a chunk, the rest of the chunk may be wanted; and nothing may be written lazily.
-        umount /mnt/origin
-        mkfs.ext4 -q -F -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 "$origin"
-        mount "$origin" /mnt/origin
-    fi
-    mkdir -p /mnt/origin/{keep/deep,drop/deep}
-    local at
-    for at in $(seq 12); do
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/keep/file$at"
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/drop/file$at"
-        head -c $((100000 + at * 9000)) /dev/urandom >"/mnt/origin/drop/deep/static$at"
-    done
-    for at in $(seq 30); do
-        head -c 20000 /dev/urandom >>/mnt/origin/keep/woven
-        head -c 20000 /dev/urandom >>/mnt/origin/drop/deep/staticwoven
-        sync -f /mnt/origin
-    done
-    for at in links renamed removed replaced; do head -c 200000 /dev/urandom >"/mnt/origin/drop/$at"; done
-    ln /mnt/origin/drop/links /mnt/origin/drop/deep/links
+    make_sets "$1"
     head -c 8m /dev/urandom >/mnt/origin/drop/deep/staticbig
     head -c 2m /dev/urandom >/mnt/origin/keep/deep/big
-    if [ "$1" = xfs ]; then cp --reflink=always /mnt/origin/drop/file1 /mnt/origin/keep/reflink; fi
     sync -f /mnt/origin
 }
 

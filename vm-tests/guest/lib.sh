@@ -154,6 +154,15 @@ assert_status() {
     [ "$got" = "$want" ] || fail "exit status $got, not $want, of: $*"
 }
 
+# refused STATUS WORDS COMMAND...: COMMAND fails with this status, and its output, which is in /run/out, has these words.
+refused() {
+    local wanted=$1 words=$2 status=0
+    shift 2
+    "$@" >/run/out 2>&1 || status=$?
+    [ "$status" = "$wanted" ] || { cat /run/out; fail "exit status $status, expected $wanted: $*"; }
+    grep -q -- "$words" /run/out || { cat /run/out; fail "no message says '$words': $*"; }
+}
+
 # wait_until SECONDS COMMAND...: repeats COMMAND until it succeeds.
 wait_until() {
     local end=$((SECONDS + $1))

@@ -32,7 +32,7 @@ use crate::base::{Bytes, DeviceNumber, Error, Result, ResultExt as _, clock, num
 use crate::dm::naming::{ROLE_DATA, ROLE_KEEP, VolumeNames};
 use crate::dm::{DeviceIdentity, DeviceInfo, Dm, Slot, Table, Target, Udev};
 use crate::extent::Extent;
-use crate::format::state::{DetachedRecord, RollbackState, SnapshotRecord, SnapshotSetRecord};
+use crate::format::state::{DetachedRecord, SnapshotRecord, SnapshotSetRecord};
 use crate::format::{filesystem_log, filesystem_mount};
 use crate::stack::{self, change::NoIntents, kept};
 use crate::sys::aligned::AlignedBuffer;
@@ -253,8 +253,9 @@ fn mounts_on(dm: &Dm, layer: &DeviceInfo) -> Result<Option<String>> {
 /// The kernel's; I/O errors.
 pub fn with_mounts(dm: &Dm, record: &SnapshotSetRecord) -> Result<SnapshotSetRecord> {
     let mut now = SnapshotSetRecord { mounts: mounts(dm, record)?, ..record.clone() };
-    if let Some(rollback) = now.rollback.as_mut().filter(|rollback| rollback.state != RollbackState::Planned)
+    if record.rolling_back().is_some()
         && let Some(merge) = layers::merge(dm, record)?.filter(|merge| merge.has_active)
+        && let Some(rollback) = now.rollback.as_mut()
     {
         rollback.mounts = mounts_on(dm, &merge)?;
     }
